@@ -1,0 +1,185 @@
+"""From a section of the configuration to the object that the trainer works with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from launcher import targets
+from launcher.config import Job
+from launcher.engine.data import Data, Fetch, Loader, Split, channels_last
+from launcher.engine.evaluation import Evaluator
+from launcher.engine.runtime import Runtime
+from launcher.engine.strategies.ddp import DataParallel
+from launcher.engine.strategies.exact import ExactDataParallel
+from launcher.engine.strategies.strategy import Strategy
+from launcher.errors import CheckpointError, ConfigError, DataError
+
+# Chunks of a global batch in deterministic mode, when trainer.microbatch_size does not say otherwise: enough for eight
+# workers to share the work, few enough that each still fills the kernels.
+_CHUNKS = 8
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, random and NumPy alike on every rank: the weights must begin the same."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+def build_data(job: Job) -> Data:
+    """Build the job's data sets.
+
+    Raises:
+        DataError: missing, empty or damaged data, in the data set's own words.
+    """
+    try:
+        return Data.of(targets.build(job.data, "data", job.trust))
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from error
+
+
+def build_model(job: Job, runtime: Runtime) -> nn.Module:
+    """Build the network on the device, from the seed alone.
+
+    Raises:
+        ConfigError: it has no `training_step`, or asks for what this device cannot do.
+    """
+    seed_everything(job.trainer.seed)
+    model = targets.build(job.model, "model", job.trust)
+    if not callable(getattr(model, "training_step", None)):
+        raise ConfigError(
+            f"model._target_={job.model['_target_']} has no training_step(batch); a model says there what its loss is, "
+            "one value a sample (see docs/extending.md)."
+        )
+    if job.trainer.sync_batchnorm:
+        if runtime.device.type != "cuda":
+            raise ConfigError("trainer.sync_batchnorm=true needs GPUs (SyncBatchNorm refuses CPU tensors); leave it out.")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(runtime.device)
+    return model.to(memory_format=torch.channels_last) if has_convolutions(model) else model  # type: ignore[call-overload]
+
+
+def has_convolutions(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def converter(model: nn.Module) -> Callable[[Any], Any]:
+    """What every batch passes through before the model sees it."""
+    return channels_last if has_convolutions(model) else (lambda batch: batch)
+
+
+def load_weights_into(model: nn.Module, weights: dict[str, torch.Tensor], source: str, strict: bool = True) -> str:
+    """Load weights into the model. Returns what was left out when that is allowed.
+
+    Raises:
+        CheckpointError: names or shapes differ, and `strict`; shapes must always agree.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & weights.keys())
+        if weights[name].shape != own[name].shape
+    ]
+    if shapes or (strict and (missing or unexpected)):
+        found = "; ".join(
+            f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("another shape", shapes))
+            if names
+        )
+        raise CheckpointError(
+            f"The weights of {source} do not fit the model ({found}). Choose the model that they were saved from, or take "
+            "what fits with checkpoint.load_strict=false."
+        )
+    model.load_state_dict(weights, strict=False)
+    left = [f"{len(names)} {what}" for what, names in (("missing", missing), ("unused", unexpected)) if names]
+    return ", ".join(left)
+
+
+def build_split(job: Job) -> Split:
+    """How global batches are cut; in deterministic mode by position alone."""
+    trainer = job.trainer
+    if not trainer.deterministic:
+        return Split(trainer.microbatch_size)
+    return Split(chunk=trainer.microbatch_size or max(1, -(-trainer.global_batch_size // _CHUNKS)))
+
+
+def check_batch(job: Job, samples: int, workers: int) -> None:
+    """Raise ConfigError where the batch arithmetic cannot be met by `samples` training samples and so many workers."""
+    trainer = job.trainer
+    share = -(-trainer.global_batch_size // workers)
+    if trainer.microbatch_size is not None and trainer.microbatch_size > share:
+        raise ConfigError(
+            f"trainer.microbatch_size={trainer.microbatch_size} is larger than a worker's share of the global batch: "
+            f"{trainer.global_batch_size} samples over {workers} worker(s) are {share}. Leave it out, or make it smaller."
+        )
+    if trainer.global_batch_size > samples:
+        raise ConfigError(
+            f"trainer.global_batch_size={trainer.global_batch_size} is larger than the training data, which has {samples} "
+            "samples. Use at most that."
+        )
+
+
+def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
+    """Build the strategy that the configuration names.
+
+    Raises:
+        ConfigError: deterministic mode with what it does not cover.
+    """
+    trainer = job.trainer
+    if not trainer.deterministic:
+        return DataParallel(model, runtime, trainer)
+    if trainer.precision != "float32":
+        raise ConfigError(
+            f"trainer.deterministic=true was asked for with trainer.precision={trainer.precision}; its exact sums are made "
+            "for float32. Use trainer.precision=float32, or leave deterministic mode."
+        )
+    chunk = build_split(job).chunk
+    assert chunk is not None
+    return ExactDataParallel(model, runtime, trainer, chunk)
+
+
+def build_evaluator(job: Job, strategy: Strategy, runtime: Runtime, data: Data, tag: str) -> Evaluator | None:
+    """Build the evaluator of the validation (`val`) or the test sets (`test`), or None where there are none."""
+    sets = data.val if tag == "val" else data.test
+    if not sets:
+        return None
+    convert = converter(strategy.model)
+    loaders = {
+        name: (
+            Loader(Fetch(dataset, data.collate, job.trainer.seed), runtime.device, data.num_workers, convert),
+            len(dataset),
+        )
+        for name, dataset in sets.items()
+    }
+    split = build_split(job)
+    if split.chunk is None and split.microbatch is None:
+        # As many samples at once as training takes: what fits there, fits here.
+        split = Split(microbatch=max(1, -(-job.trainer.global_batch_size // runtime.world_size)))
+    return Evaluator(strategy, runtime, loaders, split, job.trainer.deterministic, tag)
+
+
+def caveats(model: nn.Module) -> list[str]:
+    """Return what in the network makes its results depend on how a batch is split, one line each."""
+    lines = []
+    names = {type(module).__name__ for module in model.modules()}
+    normalised = sorted(name for name in names if "BatchNorm" in name)
+    if normalised:
+        lines.append(
+            f"The network has {', '.join(normalised)}: its statistics are those of a worker's microbatch, so results depend "
+            "on the number of workers (trainer.sync_batchnorm=true shares them on GPUs; group normalisation has none)."
+        )
+    random_layers = sorted({type(m).__name__ for m in model.modules() if "Dropout" in type(m).__name__ and getattr(m, "p", 1)})
+    if random_layers:
+        lines.append(
+            f"The network has {', '.join(random_layers)}: random numbers are drawn by each worker, so results depend on the "
+            "number of workers."
+        )
+    return lines

@@ -1,0 +1,293 @@
+"""Checkpoints as directories: their names, what makes one complete, which to keep. No torch here.
+
+On the disk:
+
+    checkpoints/
+      step-00000120/            complete: it got this name after everything below was on the disk
+        data-00000.bin …        raw bytes of tensors, one file per rank that had something to write
+        metadata.json           where each tensor lies in them (`reader`)
+        state.json              everything that is not a tensor (`nest`)
+        manifest.json           size and SHA-256 of the files above, written last
+      .step-00000120.tmp-1f…    being written
+      .step-00000120.old-1f…    was in the way of a new checkpoint of the same step
+      .step-00000120.gone-1f…   being deleted
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from launcher.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST, METADATA, STATE = "manifest.json", "metadata.json", "state.json"
+MAX_JSON_BYTES = 1 << 28
+BLOCK_BYTES = 16 << 20
+
+_COMPLETE = re.compile(r"step-(\d{8,18})")
+_LEFTOVER = re.compile(r"\.(step-\d{8,18})\.(tmp|old|gone)-[0-9a-f]+")
+_DATA_FILE = re.compile(r"data-\d{5,9}\.bin")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest says of one file: its size in bytes and its SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A checkpoint that was passed over, and why, in words for the user."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest intact checkpoint, if there is one, and the newer ones that are damaged (newest first)."""
+
+    path: Path | None
+    skipped: list[Damaged] = field(default_factory=list)
+
+    def explain(self) -> str:
+        """Return one line on what was skipped, or an empty string."""
+        if not self.skipped:
+            return ""
+        names = "; ".join(f"{damaged.path.name}: {damaged.reason}" for damaged in self.skipped)
+        found = f"using {self.path.name}" if self.path else "no intact one is left"
+        return f"Skipped {len(self.skipped)} damaged checkpoint(s) ({names}); {found}."
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: str | os.PathLike[str]) -> int:
+    """Return the step in a checkpoint directory's name; ValueError where it is not one."""
+    match = _COMPLETE.fullmatch(Path(path).name)
+    if match is None:
+        raise ValueError(f"{path} is not named like a checkpoint (step-<8 digits>)")
+    return int(match[1])
+
+
+def available(directory: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return the checkpoints in `directory` as step -> path, oldest first, intact or not."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            match = _COMPLETE.fullmatch(entry.name)
+            if match and entry.is_dir():
+                found[int(match[1])] = Path(entry.path)
+    return dict(sorted(found.items()))
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Read every file of the checkpoint and compare it with the manifest. CheckpointError names the file that
+    differs.
+    """
+    path = Path(path)
+    for name, entry in read_manifest(path).items():
+        digest = hashlib.sha256()
+        with open_regular(path / name, entry.size) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                digest.update(block)
+        if digest.hexdigest() != entry.sha256:
+            raise CheckpointError(
+                f"{path / name} was altered after it was written (its SHA-256 differs from the manifest's)."
+            )
+
+
+def newest_intact(directory: str | os.PathLike[str]) -> Newest:
+    """Return the newest checkpoint in `directory` whose files all have the size and SHA-256 that were recorded."""
+    skipped = []
+    for path in reversed(available(directory).values()):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            skipped.append(Damaged(path, str(error).replace(f"{path}{os.sep}", "").rstrip(".")))
+        else:
+            return Newest(path, skipped)
+    return Newest(None, skipped)
+
+
+def read_manifest(path: Path) -> dict[str, FileEntry]:
+    """Return name -> entry for every file of the checkpoint. CheckpointError where it is missing or says something
+    impossible.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"There is no checkpoint at {path}.")
+    manifest = path / MANIFEST
+    content = read_json(manifest)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{manifest} is not a manifest of format {FORMAT}; the checkpoint was not written by this program."
+        )
+    entries = {}
+    for name, entry in files.items():
+        size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if name not in (METADATA, STATE) and not _DATA_FILE.fullmatch(name):
+            raise CheckpointError(f"{manifest} names a file {name!r}, which no checkpoint has.")
+        if type(size) is not int or size < 0 or not isinstance(sha256, str):
+            raise CheckpointError(f"{manifest} gives no size and SHA-256 for {name}.")
+        entries[name] = FileEntry(size, sha256)
+    if missing := {METADATA, STATE} - entries.keys():
+        raise CheckpointError(f"{manifest} does not list {', '.join(sorted(missing))}.")
+    return entries
+
+
+@contextlib.contextmanager
+def open_regular(file: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file of a checkpoint for reading, unbuffered. No link and no device is followed; CheckpointError names the
+    file.
+    """
+    try:
+        # O_NONBLOCK: a planted FIFO must not hang us.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    with os.fdopen(descriptor, "rb", buffering=0) as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file} is not a regular file.")
+        if size is not None and status.st_size != size:
+            raise CheckpointError(f"{file} has {status.st_size} bytes instead of {size}.")
+        try:
+            yield stream
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def read_json(file: Path, size: int | None = None) -> Any:
+    """Return what a JSON file of a checkpoint holds; CheckpointError names the file."""
+    with open_regular(file, size) as stream:
+        if os.fstat(stream.fileno()).st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{file} is larger than {MAX_JSON_BYTES} bytes, which no checkpoint's is.")
+        try:
+            return json.loads(stream.read())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file} is not valid JSON ({type(error).__name__}).") from error
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def new_name(step: int, kind: str) -> str:
+    return f".{name_of(step)}.{kind}-{secrets.token_hex(4)}"
+
+
+def write_file(file: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write a new file and make it durable; return its size and SHA-256. OSError as the system gives it."""
+    digest, size = hashlib.sha256(), 0
+    with open(file, "xb", buffering=0) as stream:
+        for block in blocks:
+            for start in range(0, len(block), BLOCK_BYTES):
+                rest = memoryview(block)[start : start + BLOCK_BYTES]
+                digest.update(rest)
+                size += len(rest)
+                while rest:  # a write may be cut short
+                    rest = rest[stream.write(rest) :]
+        os.fsync(stream.fileno())
+    return FileEntry(size, digest.hexdigest())
+
+
+def write_json(file: Path, content: Any) -> FileEntry:
+    text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file.name} would have {len(text)} bytes; keep large data in tensors, not in lists")
+    return write_file(file, [text])
+
+
+def write_manifest(path: Path, step: int, files: Mapping[str, FileEntry]) -> None:
+    """Complete the directory `path`: from here on it would verify."""
+    entries = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in sorted(files.items())}
+    write_json(path / MANIFEST, {"format": FORMAT, "step": step, "files": entries})
+    sync_directory(path)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(temporary: Path, directory: Path, step: int) -> Path:
+    """Give a complete directory its final name, durably; one of the same name is moved away first, then deleted.
+
+    Killed in between, `clean` finds either of the two under its temporary name, whole, and puts it back.
+    """
+    final = directory / name_of(step)
+    old = None
+    if final.exists():
+        old = directory / new_name(step, "old")
+        final.rename(old)
+    temporary.rename(final)
+    sync_directory(directory)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def clean(directory: str | os.PathLike[str]) -> list[Path]:
+    """Remove what an interrupted save or deletion left in `directory`; return what was removed.
+
+    Call it only while nothing else writes there. A checkpoint that was complete when its process was killed, but had no
+    final name yet, gets it.
+    """
+    directory, removed = Path(directory), []
+    leftovers = [
+        (match[2], match[1], path) for path in directory.iterdir() if (match := _LEFTOVER.fullmatch(path.name))
+    ]
+    for kind, name, path in sorted(leftovers, key=lambda leftover: ("tmp", "old", "gone").index(leftover[0])):
+        if kind != "gone" and not (directory / name).exists():
+            with contextlib.suppress(CheckpointError, OSError):
+                verify(path)
+                path.rename(directory / name)
+                sync_directory(directory)
+                continue
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path)
+    return removed
+
+
+def to_keep(steps: Iterable[int], newest: int, best: int | None, keep: int) -> set[int]:
+    """Return which of `steps` stay after `newest` was committed: the best, and the `keep` newest (`newest` always among
+    them).
+
+    Later steps than `newest` belong to a history that a resume has left (they were damaged, or it would have used
+    them): they neither count nor stay.
+    """
+    steps = set(steps)
+    past = sorted((step for step in steps if step <= newest), reverse=True)
+    return {newest, *past[: max(keep, 1)], *({best} & steps if best is not None else ())}
+
+
+def prune(directory: Path, newest: int, best: int | None, keep: int) -> str:
+    """Delete the checkpoints that `to_keep` does not name; return what went wrong, in words, or an empty string."""
+    found, trouble = available(directory), ""
+    kept = to_keep(found, newest, best, keep)
+    for step, path in found.items():
+        if step not in kept:
+            try:
+                # Renamed first, so that no half of it is ever seen under its name.
+                gone = path.rename(directory / new_name(step, "gone"))
+                shutil.rmtree(gone)
+            except OSError as error:
+                trouble = f"The old checkpoint {path} could not be deleted: {error.strerror}."
+    return trouble

@@ -1,0 +1,174 @@
+"""Reading a checkpoint: whole, into the tensors of a running job, or its weights alone. Nothing that is read is
+executed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from launcher.engine.checkpoint import files, nest, reader
+from launcher.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Content:
+    """A checkpoint's content. From `inspect`, `TensorInfo` stands for every tensor; from `load`, the tensors
+    themselves.
+
+    `state` is what all ranks shared; `own[r]` is what rank r of the `world_size` that saved it had of its own.
+    """
+
+    path: Path
+    step: int
+    world_size: int
+    state: dict[str, Any]
+    own: list[Any]
+
+
+def inspect(path: str | os.PathLike[str]) -> Content:
+    """Read everything but the data of the tensors. CheckpointError names the file that is missing, damaged or
+    forged.
+    """
+    return _open(Path(path))[0]
+
+
+def load(path: str | os.PathLike[str], into: Mapping[str, Any] | None = None, *, verified: bool = False) -> Content:
+    """Read the checkpoint at `path`. No collectives: each rank reads what it needs, whatever the number of ranks that
+    saved.
+
+    `into` is a nest like the one that was saved: its tensors (DTensors too) are filled in place and returned. A
+    callable in it gets its part of what `inspect` gives and returns the nest to fill. Sections that it leaves out come
+    as new CPU tensors; in those that it has, `Mismatch` (a CheckpointError) tells every missing, unexpected and
+    differing tensor, before anything is read. Numpy arrays come back as such. `verified=True` where `newest_intact` or
+    `verify` has just read this very path. CheckpointError names the file that is missing, damaged or forged.
+    """
+    path = Path(path)
+    if not verified:
+        files.verify(path)
+    content, entries, table = _open(path)
+    binder = nest.Binder()
+    state = binder.bind(content.state, into)
+    own = binder.bind(content.own, None, "own")
+    if binder.missing or binder.unexpected or binder.differing:
+        raise nest.Mismatch(str(path), binder.missing, binder.unexpected, binder.differing)
+    _read(path, entries, table, binder.reads)
+    return Content(path, content.step, content.world_size, state, own)
+
+
+def load_weights(path: str | os.PathLike[str], section: str = "model") -> dict[str, Tensor]:
+    """Return weights as name -> full tensor on the CPU.
+
+    `path`: a checkpoint directory (its `section`), a `.safetensors` file, or a file that torch.save wrote: a state
+    dict, or a dict that holds one as "state_dict" or "model". CheckpointError where it is none of these or holds
+    anything but tensors and plain values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        weights = _section(path, section)
+    elif not path.exists():
+        raise CheckpointError(f"There is no checkpoint or file of weights at {path}.")
+    elif path.suffix == ".safetensors":
+        weights = _load_safetensors(path)
+    else:
+        weights = _load_torch(path)
+    weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise CheckpointError(f"{path} holds no weights. Give a checkpoint, a .safetensors file or a saved state dict.")
+    return weights
+
+
+def _open(path: Path) -> tuple[Content, dict[str, files.FileEntry], dict[str, reader.Stored]]:
+    entries = files.read_manifest(path)
+    for name, entry in entries.items():
+        with files.open_regular(path / name, entry.size):
+            pass  # what the metadata says is checked against these sizes
+    table = reader.read_table(path, entries)
+    file = path / files.STATE
+    raw = files.read_json(file, entries[files.STATE].size)
+    infos = {name: stored.info for name, stored in table.items()}
+    try:
+        step, world_size = raw["step"], raw["world_size"]
+        state, own = nest.decode(raw["shared"], infos), nest.decode(raw["own"], infos)
+        if not (
+            raw["format"] == files.FORMAT and type(step) is int and isinstance(state, dict) and isinstance(own, list)
+        ):
+            raise ValueError(f"not the state of a checkpoint of format {files.FORMAT}")
+        if world_size != len(own):
+            raise ValueError(f"{world_size} ranks and {len(own)} states of ranks")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged or forged: {error}.") from error
+    return Content(path, step, world_size, state, own), entries, table
+
+
+def _read(
+    path: Path,
+    entries: Mapping[str, files.FileEntry],
+    table: Mapping[str, reader.Stored],
+    reads: list[tuple[nest.TensorInfo, Tensor]],
+) -> None:
+    """Fill the destinations. Keys are positions, since tied weights are stored once and wanted twice."""
+    wanted = {f"{index}": table[info.name] for index, (info, _) in enumerate(reads)}
+    targets: dict[str, Any] = {f"{index}": target for index, (_, target) in enumerate(reads)}
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(targets, storage_reader=reader.Reader(path, entries, wanted), planner=planner, no_dist=True)
+    except CheckpointException as error:
+        cause = next((cause for cause, _ in error.failures.values()), error)
+        if isinstance(cause, CheckpointError):
+            raise cause from None
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {type(cause).__name__}: {cause}") from error
+
+
+def _section(path: Path, section: str) -> dict[str, Any]:
+    files.verify(path)
+    content, entries, table = _open(path)
+    if not isinstance(content.state.get(section), dict):
+        raise CheckpointError(
+            f"The checkpoint {path} has no section {section!r}; it has {', '.join(content.state) or 'none'}."
+        )
+    binder = nest.Binder()
+    weights = binder.bind(content.state[section], None)
+    _read(path, entries, table, binder.reads)
+    return weights
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        safetensors = importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise CheckpointError(f"Reading {path} needs the package safetensors: pip install safetensors.") from error
+    try:
+        return safetensors.load_file(path)
+    except Exception as error:  # its own SafetensorError derives from Exception alone
+        raise CheckpointError(f"{path} is not a valid .safetensors file: {error}") from error
+
+
+def _load_torch(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen kinds for a file that it does not like
+        raise CheckpointError(
+            f"{path} cannot be read as a saved state dict ({type(error).__name__}): it is damaged, or holds more than "
+            "tensors and plain values, which could execute code and is refused. Save model.state_dict() with "
+            "torch.save, or as .safetensors."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__} instead of a state dict.")
+    return {str(name): value for name, value in content.items()}

@@ -1,0 +1,176 @@
+"""Writing checkpoints while training goes on."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from launcher.engine.checkpoint import files
+from launcher.engine.checkpoint.nest import Encoder
+from launcher.engine.checkpoint.writer import Part, Planner, Writer, part_of
+from launcher.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete and durable.
+
+    `nbytes`: of all ranks' tensors, on rank 0 (0 elsewhere); `blocked`, `seconds`: how long `save` kept the caller, and
+    how long it took in all; `note`: what went wrong with deleting old ones, or an empty string.
+    """
+
+    step: int
+    path: Path
+    nbytes: int
+    blocked: float
+    seconds: float
+    note: str = ""
+
+
+class Checkpointer:
+    """Saves the checkpoints of one run into `directory` and deletes those that are not to be kept.
+
+    Every rank of the run has one and calls `save` at the same steps. `group` is a process group of its own over a CPU
+    backend (`dist.new_group(backend="gloo", timeout=…)`, its timeout longer than a save), since collectives run in the
+    background; None for a single process. Rank 0 of the group coordinates and is the one that deletes.
+
+    `best` is the step of the best checkpoint, which is never deleted; set it whenever it is known. `last` is the newest
+    `Saved`.
+
+    When it is constructed nothing else may write to `directory`: leftovers of interrupted saves are removed.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, keep: int = 1, group: dist.ProcessGroup | None = None
+    ) -> None:
+        if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError("a Checkpointer among several processes needs a process group of its own")
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self.best: int | None = None
+        self.last: Saved | None = None
+        self._group = group
+        self._rank = dist.get_rank(group) if group is not None else 0
+        self._staging: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        if self._rank == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                files.clean(self.directory)
+            except OSError as error:
+                raise CheckpointError(
+                    f"Checkpoints cannot be written to {self.directory}: {error.strerror}."
+                ) from error
+
+    def save(self, step: int, state: dict[str, Any], own: Any = None, *, asynchronous: bool = True) -> None:
+        """Save `state` and every rank's `own` as the checkpoint of `step`, replacing one that is there.
+
+        Both are nests (`nest`). Of `state`, DTensors are saved by all ranks, each its shard; everything else is the
+        same on all ranks, and rank 0's is saved. `own` may differ in everything and comes back as a list over ranks.
+
+        It waits for the previous save, then copies, then returns: the tensors may change at once, and the writing goes
+        on in a thread. With `asynchronous=False` it returns when the checkpoint is durable and makes no copy.
+        CheckpointError for the failure of this save or, of the previous one, at the next call of `save`, `wait` or
+        `close`.
+        """
+        if bad := [key for key in state if not isinstance(key, str) or key == "own" or key.startswith("$")]:
+            raise ValueError(f"the sections of a checkpoint cannot be called {bad}")
+        start = time.perf_counter()
+        self.wait()
+        shared, private = Encoder(), Encoder()
+        skeleton = {key: shared.encode(value, str(key)) for key, value in state.items()}
+        own_skeleton = private.encode(own, f"own/{self._rank}")
+        parts = [part_of(name, tensor) for name, tensor in shared.tensors.items() if self._writes(tensor)]
+        parts += [part_of(name, tensor) for name, tensor in private.tensors.items()]
+        present = [part for part in parts if part is not None]
+        devices = {part.source.device for part in present if part.source.is_cuda}
+        if asynchronous:
+            present = self._stage(present)
+        for device in devices:
+            # What is still being copied, or computed where nothing is copied: the thread has a stream of its own.
+            torch.cuda.current_stream(device).synchronize()
+        writer = Writer(self.directory, step, skeleton if self._rank == 0 else None)
+        planner = Planner(present, own_skeleton)
+        blocked = time.perf_counter() - start if asynchronous else None
+        self._thread = threading.Thread(
+            target=self._write, args=(step, writer, planner, start, blocked), name=f"checkpoint-{step}", daemon=True
+        )
+        self._thread.start()
+        if not asynchronous:
+            self.wait()
+
+    def wait(self) -> Saved | None:
+        """Wait until the save that is going on is done. Returns `last`; CheckpointError where it failed (told once)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        return self.last
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is going on, so that the next one would wait."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def close(self) -> None:
+        """Wait for the last save and free the memory for copies; like `wait`, it raises."""
+        self._staging = {}
+        self.wait()
+
+    def _writes(self, tensor: Tensor) -> bool:
+        # Not spread over the ranks: replicas may differ in buffers (batch statistics), and rank 0's are the ones that
+        # count.
+        return self._rank == 0 or hasattr(tensor, "device_mesh")
+
+    def _stage(self, parts: list[Part]) -> list[Part]:
+        """Copy all sources to CPU memory that is kept for the next save."""
+        buffers: dict[str, Tensor] = {}
+        for part in parts:
+            name, source = part.item.index.fqn, part.source
+            buffer = self._staging.get(name)
+            if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            buffers[name] = buffer.copy_(source, non_blocking=source.is_cuda)
+        self._staging = buffers
+        return [replace(part, source=buffers[part.item.index.fqn]) for part in parts]
+
+    def _write(self, step: int, writer: Writer, planner: Planner, start: float, blocked: float | None) -> None:
+        try:
+            # Ours always say which they are: a process without a group, or collectives over the group that was given.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({}, storage_writer=writer, planner=planner, process_group=self._group, no_dist=self._group is None)
+            note = files.prune(self.directory, step, self.best, self.keep) if self._rank == 0 else ""
+            seconds = time.perf_counter() - start
+            path = self.directory / files.name_of(step)
+            self.last = Saved(step, path, writer.nbytes, seconds if blocked is None else blocked, seconds, note)
+        except BaseException as error:  # DCP's own exception is not an Exception
+            writer.discard()
+            self._failure = self._explain(step, error)
+
+    def _explain(self, step: int, error: BaseException) -> CheckpointError:
+        failures = error.failures if isinstance(error, CheckpointException) else {self._rank: (error, None)}
+        rank, cause = next((rank, cause) for rank, (cause, _) in sorted(failures.items()))
+        if not isinstance(cause, CheckpointError):
+            cause = CheckpointError(f"{type(cause).__name__}: {cause}")
+        kept = f"the last good one, {self.last.path}, is kept" if self.last else "those that were there before are kept"
+        told = CheckpointError(
+            f"The checkpoint of step {step} could not be written to {self.directory}: rank {rank}: "
+            f"{str(cause).rstrip('.')}; {kept}. See that the disk has room and that all workers run and share this "
+            "directory, then continue with run.resume=true."
+        )
+        told.__cause__ = error
+        return told

@@ -1,0 +1,92 @@
+"""What the user's code prints: into log.txt with time and rank, and as events to whoever shows the run."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from launcher.engine.control import Control
+
+
+class Log:
+    """log.txt, to which all ranks append whole lines (O_APPEND keeps them whole)."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self._rank = rank
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def line(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
+        os.write(self._file, f"{stamp} [rank {self._rank}] {text}\n".encode(errors="replace"))
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class Captured(io.TextIOBase):
+    """Stands in for standard output and error while the user's code runs.
+
+    Args:
+        on_text: is given each line, and whether it is whole; a part is passed on when it is flushed (a prompt).
+    """
+
+    def __init__(self, on_text: Callable[[str, bool], None]) -> None:
+        self._on_text = on_text
+        self._buffer = ""
+        self._lock = threading.RLock()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            *lines, self._buffer = (self._buffer + text).split("\n")
+            for line in lines:
+                # A bar that redraws itself ends each picture with a carriage return: the last picture is the line.
+                self._on_text(line.rsplit("\r", 1)[-1] if "\r" in line.rstrip("\r") else line.rstrip("\r"), True)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._buffer and "\r" not in self._buffer:
+                self._on_text(self._buffer, False)
+                self._buffer = ""
+
+
+class Console:
+    """Captures `sys.stdout` and `sys.stderr` of this process for the time of a run."""
+
+    def __init__(self, path: Path, rank: int, control: Control) -> None:
+        self._log = Log(path, rank)
+        self._rank = rank
+        self._control = control
+
+    def __enter__(self) -> Console:
+        self._kept: tuple[TextIO, TextIO] = (sys.stdout, sys.stderr)
+        self._captured = Captured(self._show)
+        sys.stdout = sys.stderr = cast(Any, self._captured)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._captured.flush()
+        sys.stdout, sys.stderr = self._kept
+        self._log.close()
+
+    def _show(self, text: str, whole: bool) -> None:
+        if text:
+            self._log.line(text)
+        self._control.emit({"kind": "line", "rank": self._rank, "text": text, "whole": whole})
+
+    def note(self, text: str) -> None:
+        """Write a line of the engine's own into log.txt."""
+        self._log.line(text)

@@ -1,0 +1,371 @@
+"""Which samples make up which global batch, who takes which part of it, and how the parts are read.
+
+The order depends on the seed alone: global batch k of epoch e is the same set of samples for every number of workers.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from launcher.errors import DataError, UserCodeError
+
+Span = tuple[int, int]  # [start, stop) of positions within a global batch or a data set
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of the samples of a training data set.
+
+    Args:
+        length: samples in the data set.
+        global_batch_size: samples in one optimizer step over all workers; the last batch of an epoch may be smaller.
+        seed: decides the order, together with the epoch.
+        only_batches: when positive, every epoch repeats the first so many batches of the unshuffled data.
+    """
+
+    length: int
+    global_batch_size: int
+    seed: int
+    only_batches: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        steps = -(-self.length // self.global_batch_size)
+        return min(steps, self.only_batches) if self.only_batches else steps
+
+    def epoch(self, epoch: int) -> torch.Tensor:
+        """Return the sample indices of one epoch in order, int64 (length,)."""
+        if self.only_batches:
+            return torch.arange(min(self.length, self.only_batches * self.global_batch_size))
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        return torch.randperm(self.length, generator=generator)
+
+    def batch_size(self, batch: int) -> int:
+        """Return how many samples global batch `batch` of an epoch has."""
+        return min(self.length - batch * self.global_batch_size, self.global_batch_size)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How positions are divided among workers and into microbatches.
+
+    Args:
+        microbatch: most samples that go through the network at once, or None for the whole share.
+        chunk: when set (deterministic mode), microbatches are cut at multiples of it, by position and not by worker.
+    """
+
+    microbatch: int | None = None
+    chunk: int | None = None
+
+    def share(self, size: int, rank: int, world_size: int) -> list[Span]:
+        """Return the microbatches of `rank` in a batch of `size` samples; empty when the batch has no part for it.
+
+        The shares are contiguous and differ by at most one sample (one chunk in deterministic mode).
+        """
+        unit = self.chunk or 1
+        units = -(-size // unit)
+        # Rounded up, so that rank 0 is the last to go without a sample.
+        start, stop = (min(-(-units * r // world_size) * unit, size) for r in (rank, rank + 1))
+        step = self.chunk or self.microbatch or max(stop - start, 1)
+        return [(at, min(at + step, stop)) for at in range(start, stop, step)]
+
+
+def mix(*numbers: int) -> int:
+    """Hash integers into a 63-bit seed (SplitMix64, Steele et al. 2014, applied in turn)."""
+    state = 0
+    for number in numbers:
+        state = (state + (number & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception of a loader process, carried to the trainer as a value so that its message stays as it was."""
+
+    is_data: bool
+    message: str
+    traceback_text: str
+
+    def raise_it(self) -> None:
+        if self.is_data:
+            raise DataError(self.message)
+        raise UserCodeError(self.message, self.traceback_text)
+
+
+class Fetch:
+    """Reads one microbatch: `fetch[(epoch, indices)]` is the collated batch, or a Failure.
+
+    In-memory data is gathered in one indexing operation; otherwise samples are read one by one, each behind the seed of
+    (seed, epoch, index), so that random augmentation does not depend on who reads the sample.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._seed = seed
+        gather = getattr(dataset, "__getitems__", None)
+        self._gather_takes_seeds = gather is not None and "seeds" in signature(gather).parameters
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether whole batches are gathered; worker processes would only copy them."""
+        return isinstance(self._dataset, TensorDataset) or hasattr(self._dataset, "__getitems__")
+
+    def __getitem__(self, key: tuple[int, torch.Tensor]) -> Any:
+        epoch, indices = key
+        try:
+            return self._fetch(epoch, indices)
+        except (ValueError, OSError) as error:
+            return Failure(True, str(error), traceback.format_exc())
+        except Exception as error:
+            return Failure(False, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+    def _fetch(self, epoch: int, indices: torch.Tensor) -> Any:
+        if isinstance(self._dataset, TensorDataset):
+            batch: Any = tuple(tensor[indices] for tensor in self._dataset.tensors)
+            return self._collate(batch) if self._collate else batch
+        chosen = indices.tolist()
+        if hasattr(self._dataset, "__getitems__"):
+            if self._gather_takes_seeds:
+                batch = self._dataset.__getitems__(chosen, seeds=[mix(self._seed, epoch, i) for i in chosen])
+            else:
+                batch = self._dataset.__getitems__(chosen)
+            if self._collate:
+                return self._collate(batch)
+            return default_collate(batch) if isinstance(batch, list) else batch
+        with _own_randomness():
+            samples = [self._sample(epoch, index) for index in chosen]
+        return (self._collate or default_collate)(samples)
+
+    def _sample(self, epoch: int, index: int) -> Any:
+        seed = mix(self._seed, epoch, index)
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        return self._dataset[index]
+
+
+class _own_randomness:
+    """Leave the random states of torch (CPU), random and NumPy as they were."""
+
+    def __enter__(self) -> None:
+        self._states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_rng_state(self._states[0])
+        random.setstate(self._states[1])
+        np.random.set_state(self._states[2])
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+class Loader:
+    """Reads microbatches ahead of the trainer and puts them on the device.
+
+    The keys of what comes next are a guess (`keys`), which holds until the number of workers or the position changes;
+    then the trainer opens another iterator and what was read ahead is dropped.
+
+    Args:
+        num_workers: loader processes; 0 reads in this process. In-memory data is always read in this process.
+    """
+
+    def __init__(
+        self, fetch: Fetch, device: torch.device, num_workers: int = 0, convert: Callable[[Any], Any] = _identity
+    ) -> None:
+        self._fetch = fetch
+        self._device = device
+        self._num_workers = 0 if fetch.in_memory else num_workers
+        self._convert = convert
+
+    def read(self, keys: Iterator[tuple[int, torch.Tensor]]) -> Iterator[Any]:
+        """Yield the batch of each key, on the device.
+
+        Raises:
+            DataError: a sample is bad; the message is the data set's own.
+            UserCodeError: the data set raised anything else.
+        """
+        batches: Iterator[Any]
+        if self._num_workers:
+            batches = iter(
+                DataLoader(
+                    self._fetch,  # type: ignore[arg-type]
+                    batch_size=None,
+                    sampler=_Keys(keys),  # type: ignore[arg-type]
+                    num_workers=self._num_workers,
+                    collate_fn=_identity,
+                    pin_memory=self._device.type == "cuda",
+                    multiprocessing_context="fork" if self._device.type == "cpu" else "forkserver",
+                )
+            )
+        else:
+            batches = (self._fetch[key] for key in keys)
+        if self._device.type == "cuda":
+            return self._ahead(batches)
+        return (self._convert(self._checked(batch)) for batch in batches)
+
+    def once(self, epoch: int, indices: torch.Tensor) -> Iterator[Any]:
+        """Read one batch in this process, whatever `num_workers` says."""
+        batch = self._checked(self._fetch[epoch, indices])
+        yield self._convert(move(batch, self._device))
+
+    @staticmethod
+    def _checked(batch: Any) -> Any:
+        if isinstance(batch, Failure):
+            batch.raise_it()
+        return batch
+
+    def _ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Copy the next batch on a side stream while the device computes on the current one."""
+        stream = torch.cuda.Stream(self._device)
+
+        def copy(batch: Any) -> Any:
+            with torch.cuda.stream(stream):
+                return self._convert(move(self._checked(batch), self._device))
+
+        sentinel = object()
+        following = next(batches, sentinel)
+        ready = copy(following) if following is not sentinel else sentinel
+        while ready is not sentinel:
+            current = ready
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            # The allocator must not hand this memory to the side stream while the current stream still reads it.
+            _record(current, torch.cuda.current_stream(self._device))
+            following = next(batches, sentinel)
+            ready = copy(following) if following is not sentinel else sentinel
+            yield current
+
+
+class _Keys:
+    """A sampler over an iterator of keys: DataLoader asks a sampler for an iterator once."""
+
+    def __init__(self, keys: Iterator[tuple[int, torch.Tensor]]) -> None:
+        self._keys = keys
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        return self._keys
+
+
+def tree_map(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
+    """Apply `function` to every tensor of a batch made of mappings, sequences and tensors."""
+    if isinstance(batch, torch.Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: tree_map(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(tree_map(function, value) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(tree_map(function, value) for value in batch)
+    return batch
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """Return the batch on `device`. From pageable memory to a GPU it passes through pinned memory, to copy at once."""
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    return tree_map(one, batch)
+
+
+def channels_last(batch: Any) -> Any:
+    """Return the batch with its pictures (floating, 4-D) in channels-last memory, which convolutions read faster."""
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        picture = tensor.ndim == 4 and tensor.is_floating_point()
+        return tensor.contiguous(memory_format=torch.channels_last) if picture else tensor
+
+    return tree_map(one, batch)
+
+
+def _record(batch: Any, stream: torch.cuda.Stream) -> None:
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_cuda:
+            tensor.record_stream(stream)
+        return tensor
+
+    tree_map(one, batch)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data sets of a job, checked: `train`, validation sets by name ("" when there is just one), `test` alike."""
+
+    train: Any
+    val: dict[str, Any]
+    test: dict[str, Any]
+    collate: Callable[[Any], Any] | None
+    num_workers: int
+
+    @classmethod
+    def of(cls, source: Any) -> Data:
+        """Take the attributes of the object that the configuration's `data` names.
+
+        Raises:
+            DataError: an attribute is missing, or a set has no length or no samples.
+        """
+        name = type(source).__name__
+        if getattr(source, "train", None) is None:
+            raise DataError(f"The data {name} has no attribute `train`; it must give `train` and `val` data sets.")
+        data = cls(
+            source.train,
+            _named(getattr(source, "val", None)),
+            _named(getattr(source, "test", None)),
+            getattr(source, "collate", None),
+            int(getattr(source, "num_workers", 0) or 0),
+        )
+        for where, dataset in (("train", data.train), *data.val.items(), *data.test.items()):
+            _check(dataset, f"{name}.{where or 'val'}")
+        return data
+
+
+def _named(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, Mapping) else {"": value}
+
+
+def _check(dataset: Any, name: str) -> None:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"The data set {name} is a {type(dataset).__name__}; a map-style data set with __len__ and __getitem__ is needed, "
+            "so that every sample can be used exactly once."
+        )
+    if len(dataset) == 0:
+        raise DataError(f"The data set {name} is empty. Check the path and the split that its configuration names.")
+
+
+def keys_of_training(
+    order: Order, split: Split, rank: int, world_size: int, epoch: int, batch: int, last_step: int, step: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (epoch, indices) of this rank's microbatches from a position on, through the epochs, to the last step."""
+    while step < last_step:
+        indices = order.epoch(epoch)
+        while batch < order.steps_per_epoch and step < last_step:
+            first = batch * order.global_batch_size
+            for start, stop in split.share(order.batch_size(batch), rank, world_size):
+                yield epoch, indices[first + start : first + stop]
+            batch, step = batch + 1, step + 1
+        epoch, batch = epoch + 1, 0
+
+
+def keys_of_evaluation(length: int, spans: Sequence[Span]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the keys of consecutive samples; evaluation augments as in epoch 0, should a data set augment at all."""
+    everything = torch.arange(length)
+    for start, stop in spans:
+        yield 0, everything[start:stop]

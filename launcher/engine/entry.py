@@ -1,0 +1,116 @@
+"""The engine's front door: the same for this process, for torchrun's ranks and for Ray Train's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher import targets
+from launcher.config import Job
+from launcher.engine import hardware
+from launcher.engine.build import build_data, build_evaluator, build_model, build_strategy, caveats, check_batch, load_weights_into
+from launcher.engine.checkpoint import load_weights
+from launcher.engine.console import Console
+from launcher.engine.control import Control
+from launcher.engine.failures import translate
+from launcher.engine.runtime import Runtime
+from launcher.engine.trainer import Trainer
+from launcher.errors import ConfigError, RequestError
+from launcher.runs import RunDirectory
+
+
+@dataclass
+class Task:
+    """What is to be done, complete and plain: it travels to the workers.
+
+    Args:
+        action: `train`, or `evaluate` the weights of `weights`.
+        directory: the run's directory, absolute.
+        python_path: directories whose modules the configuration may name (the calling directory).
+        started: wall-clock time of the user's command.
+        weights: a checkpoint or weights file to begin with (`checkpoint.load`) or to evaluate.
+    """
+
+    action: Literal["train", "evaluate"]
+    job: Job
+    directory: str
+    python_path: list[str] = field(default_factory=list)
+    started: float = 0.0
+    weights: str | None = None
+
+
+def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
+    """Do the task as one of its ranks.
+
+    Returns:
+        For `train` result.json's content, for `evaluate` the metrics by tag; empty but on rank 0.
+
+    Raises:
+        LaunchError: whatever went wrong, translated; `exit_status` is 1 once training has begun.
+    """
+    directory = RunDirectory(Path(task.directory))
+    phase = _Phase(control)
+    with Console(directory.log, runtime.rank, phase) as console:
+        try:
+            for path in task.python_path:
+                targets.add_calling_directory(path)
+            hardware.configure(runtime, task.job.scaling.cpus_per_worker, task.job.trainer.deterministic)
+            action: Callable[..., dict[str, Any]] = {"train": _train, "evaluate": _evaluate}[task.action]
+            return action(task, runtime, phase, directory)
+        except Exception as error:
+            told = translate(error)
+            if phase.training and isinstance(told, RequestError):
+                told.exit_status = 1
+            console.note(f"{type(told).__name__}: {told}")
+            if told is error:
+                raise
+            raise told from error
+
+
+class _Phase:
+    """The runner's control, which remembers whether training has begun."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self.training = False
+
+    def requests(self) -> frozenset[str]:
+        return self._control.requests()
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self.training = self.training or (event["kind"] == "phase" and event["name"] == "training")
+        self._control.emit(event)
+
+
+def _train(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
+    job = task.job
+    control.emit({"kind": "phase", "name": "data"})
+    data = build_data(job)
+    check_batch(job, len(data.train), runtime.world_size)
+    control.emit({"kind": "phase", "name": "model"})
+    model = build_model(job, runtime)
+    if runtime.is_first:
+        for line in caveats(model):
+            control.emit({"kind": "note", "text": line})
+    trainer = Trainer(job, runtime, control, directory, data, model, task.started)
+    if task.weights:
+        trainer.begin_with(load_weights(task.weights), task.weights)
+    return trainer.fit()
+
+
+def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
+    job = task.job
+    data = build_data(job)
+    model = build_model(job, runtime)
+    if task.weights is None:
+        raise ConfigError("There are no weights to evaluate.")
+    load_weights_into(model, load_weights(task.weights), task.weights)
+    strategy = build_strategy(job, model, runtime)
+    metrics: dict[str, float] = {}
+    for tag in ("val", "test"):
+        evaluator = build_evaluator(job, strategy, runtime, data, tag)
+        if evaluator is not None:
+            metrics.update(evaluator.run())
+    return metrics if runtime.is_first else {}

@@ -1,0 +1,169 @@
+"""What a job needs, found out by looking: its data, its network, and one small batch through both.
+
+This is the start check too: wrong data, a model that breaks the contract or a monitor that does not exist are told here,
+before any worker is started.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher import targets
+from launcher.config import Job
+from launcher.engine.build import build_data, build_model, converter
+from launcher.engine.data import Data, Fetch, Loader
+from launcher.engine.evaluation import summarize, validation_answer
+from launcher.engine.failures import translate
+from launcher.engine.metrics import Sums, check_answer
+from launcher.engine.optim import build_optimizer, parameter_groups
+from launcher.engine.runtime import Runtime
+from launcher.errors import ConfigError, did_you_mean
+
+_SAMPLES = 2  # some layers refuse a batch of one
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in samples, numbers of parameters, and bytes; activations are those that autograd keeps, for one sample."""
+
+    train_samples: int
+    val_samples: dict[str, int]
+    test_samples: dict[str, int]
+    parameters: int
+    trained_parameters: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes_per_sample: int
+    flops_per_sample: float | None
+    tags: tuple[str, ...]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Parameters, gradients and optimizer state of one worker."""
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+def estimate(job: Job) -> Estimate:
+    """Build data and network on the CPU and put a small batch through them.
+
+    Raises:
+        RequestError: the configuration, the data or the model cannot be used; says which and why.
+        UserCodeError: the model or the data set raised.
+    """
+    try:
+        return _estimate(job)
+    except Exception as error:
+        told = translate(error)
+        if told is error:
+            raise
+        raise told from error
+
+
+def _estimate(job: Job) -> Estimate:
+    for kind in ("optimizer", "scheduler"):
+        section = getattr(job, kind)
+        if section.get("_target_"):
+            targets.check_signature(section, kind, job.trust)
+    data = build_data(job)
+    runtime = Runtime.single("cpu")
+    cpu_job = job if not job.trainer.sync_batchnorm else _without_sync_batchnorm(job)
+    model = build_model(cpu_job, runtime)
+    optimizer_bytes = _optimizer_bytes(job, model)
+    saved, train = _train_names(job, model, data, runtime)
+    tags = [f"train/{name}" for name in train]
+    for name in data.val:
+        tags += [f"val/{name}/{metric}" if name else f"val/{metric}" for metric in _val_names(job, model, data, name, runtime)]
+    _check_monitor(job, tags, data)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    flops = getattr(model, "flops_per_sample", None)
+    return Estimate(
+        train_samples=len(data.train),
+        val_samples={name: len(dataset) for name, dataset in data.val.items()},
+        test_samples={name: len(dataset) for name, dataset in data.test.items()},
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=sum(p.numel() for p in trained),
+        parameter_bytes=_bytes(model.parameters()),
+        gradient_bytes=_bytes(trained),
+        optimizer_bytes=optimizer_bytes,
+        activation_bytes_per_sample=saved // _SAMPLES,
+        flops_per_sample=float(flops() if callable(flops) else flops) if flops is not None else None,
+        tags=tuple(tags),
+    )
+
+
+def _without_sync_batchnorm(job: Job) -> Job:
+    from dataclasses import replace
+
+    return replace(job, trainer=replace(job.trainer, sync_batchnorm=False))
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _batch(job: Job, data: Data, dataset: Any, model: nn.Module, runtime: Runtime) -> Any:
+    fetch = Fetch(dataset, data.collate, job.trainer.seed)
+    loader = Loader(fetch, runtime.device, 0, converter(model))
+    return next(loader.once(0, torch.arange(min(_SAMPLES, len(dataset)))))
+
+
+def _train_names(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tuple[int, list[str]]:
+    """Return the bytes that autograd keeps for the small batch, and the names that `training_step` returns."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = _batch(job, data, data.train, model, runtime)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        answer = check_answer(model.training_step(batch))  # type: ignore[operator]
+    sums = Sums(runtime.device)
+    sums.add(answer)
+    return sum(kept.values()), sums.names
+
+
+def _val_names(job: Job, model: nn.Module, data: Data, name: str, runtime: Runtime) -> list[str]:
+    batch = _batch(job, data, data.val[name], model, runtime)
+    model.eval()
+    with torch.no_grad():
+        sums = Sums(runtime.device)
+        sums.add(validation_answer(model, batch))
+    model.train()
+    totals = sums.reduce(runtime)
+    scalars = [metric for metric, (total, _) in totals.items() if total.ndim == 0]
+    return [*scalars, *summarize(model, totals)]
+
+
+def _check_monitor(job: Job, tags: list[str], data: Data) -> None:
+    monitor = job.checkpoint.monitor
+    if monitor is None or monitor in tags or (not data.val and monitor == "val/loss"):
+        return
+    raise ConfigError(
+        f"checkpoint.monitor={monitor} is no tag of this job; there are {', '.join(tags)}.{did_you_mean(monitor, tags)}"
+    )
+
+
+def _optimizer_bytes(job: Job, model: nn.Module) -> int:
+    """Return the optimizer's state for the whole model, from what it keeps for a small parameter of its own."""
+    parameter_groups(model, job.optimizer.get("groups") or [])
+    section: Mapping[str, Any] = {key: value for key, value in job.optimizer.items() if key != "groups"}
+    probe = nn.Linear(16, 16, bias=False)
+    optimizer = build_optimizer(section, probe, job.trust)
+    probe.weight.grad = torch.zeros_like(probe.weight)
+    with torch.random.fork_rng([]):
+        optimizer.step()
+    state = optimizer.state[probe.weight]
+    each = sum(_bytes([value]) for value in state.values() if isinstance(value, torch.Tensor) and value.ndim > 0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return math.ceil(each / probe.weight.numel() * trained)

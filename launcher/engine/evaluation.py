@@ -1,0 +1,97 @@
+"""Validation and test: every sample once, divided among the workers without padding, sums reduced once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.engine.data import Fetch, Loader, Split, keys_of_evaluation
+from launcher.engine.metrics import Sums, check_answer, means, require_same_names
+from launcher.engine.runtime import Runtime
+from launcher.engine.strategies.strategy import Strategy
+from launcher.errors import UserCodeError
+
+
+class Evaluator:
+    """Evaluates the model on one or several data sets.
+
+    Args:
+        loaders: (loader, samples) by the data set's name; "" when there is just one.
+        tag: `val` or `test`. Results are `<tag>/<metric>`, or `<tag>/<name>/<metric>` with several sets.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        runtime: Runtime,
+        loaders: Mapping[str, tuple[Loader, int]],
+        split: Split,
+        exact: bool,
+        tag: str = "val",
+    ) -> None:
+        self._strategy = strategy
+        self._runtime = runtime
+        self._loaders = loaders
+        self._split = split
+        self._exact = exact
+        self._tag = tag
+
+    def run(self) -> dict[str, float]:
+        """Return the global metrics by tag, on every rank. The model is in training mode afterwards."""
+        results: dict[str, float] = {}
+        model = self._strategy.model
+        model.eval()
+        try:
+            for name, (loader, length) in self._loaders.items():
+                prefix = f"{self._tag}/{name}/" if name else f"{self._tag}/"
+                found = self._one(loader, length)
+                results.update({prefix + metric: value for metric, value in found.items()})
+        finally:
+            model.train()
+        return results
+
+    def _one(self, loader: Loader, length: int) -> dict[str, float]:
+        model, runtime = self._strategy.model, self._runtime
+        sums = Sums(runtime.device, self._exact)
+        spans = self._split.share(length, runtime.rank, runtime.world_size)
+        with torch.no_grad():
+            for batch in loader.read(keys_of_evaluation(length, spans)):
+                with self._strategy.cast():
+                    sums.add(validation_answer(model, batch))
+        self._agree(sums)
+        totals = sums.reduce(runtime)
+        return {**means(totals), **summarize(model, totals)}
+
+    def _agree(self, sums: Sums) -> None:
+        """Make every rank know every name: one whose share is empty has seen no answer."""
+        shapes = {name: tuple(value.shape) for name, value in sums.state_dict()["sums"].items()}
+        everyone = [other for other in self._runtime.gather(shapes) if other]
+        if everyone and not shapes:
+            sums.declare_shapes(everyone[0])
+        require_same_names(self._runtime, sums.names, "validation_step")
+
+
+def validation_answer(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """Return what the model says of a validation batch: `validation_step`, or `training_step` without gradients."""
+    step = getattr(model, "validation_step", None)
+    if step is not None:
+        return check_answer(step(batch), "validation_step")
+    return check_answer(model.training_step(batch))  # type: ignore[operator]
+
+
+def summarize(model: nn.Module, totals: Mapping[str, tuple[torch.Tensor, float]]) -> dict[str, float]:
+    """Return what the model makes of the global totals {name: (sum, count)}; nothing when it has no `summarize`.
+
+    Raises:
+        UserCodeError: the answer is not a mapping of names to numbers.
+    """
+    function = getattr(model, "summarize", None)
+    if function is None:
+        return {}
+    answer = function(dict(totals))
+    if not isinstance(answer, Mapping):
+        raise UserCodeError(f"summarize must return a mapping of names to numbers; found a {type(answer).__name__}.", "")
+    return {str(name): float(value) for name, value in answer.items()}

@@ -1,0 +1,45 @@
+"""Threads, memory and numerics of the machine that a rank runs on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from launcher.engine.runtime import Runtime
+
+
+def configure(runtime: Runtime, cpus_per_worker: float, deterministic: bool) -> None:
+    """Set the number of threads and the numerics of this process.
+
+    On CPUs a worker computes with the cores that it reserved. In deterministic mode it uses one thread: kernels split
+    their sums by threads, and the same job must give the same bits on two cores and on sixty-four.
+    """
+    if runtime.device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if deterministic else "high")
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.deterministic = deterministic
+        # Algorithms that add atomically would break the promise silently; this makes PyTorch refuse them.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic)
+        return
+    if deterministic:
+        torch.set_num_threads(1)
+    elif runtime.world_size == 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    else:
+        torch.set_num_threads(max(1, int(cpus_per_worker)))
+
+
+def allocated_gib(device: torch.device) -> float:
+    """Return the memory of this rank, GiB: the peak that PyTorch allocated on the GPU, or what the process occupies."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30  # macOS counts bytes

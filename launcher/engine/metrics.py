@@ -1,0 +1,200 @@
+"""Sum, count, divide once, globally.
+
+Every metric is kept as a sum and a count on the device and reduced over the workers once per log interval. In
+deterministic mode the sums are integers (fixed point), so that no order of addition can change them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from launcher.engine.runtime import Runtime
+from launcher.errors import TrainingError, UserCodeError, did_you_mean
+
+# Fixed point in two limbs: value = high * 2**-20 + low * 2**-60. The high limb holds sums up to 8.8e12; the low limb is
+# carried into the high one at every addition, and keeps 2**-60 (8.7e-19) of each addend.
+_HIGH = 2.0**20
+_LOW = 2.0**60
+_CARRY_BITS = 40
+
+Value = torch.Tensor | tuple[Any, Any]
+
+
+class ContractError(UserCodeError):
+    """The model does not return what `training_step` must return."""
+
+    def __init__(self, message: str, traceback_text: str = "") -> None:
+        super().__init__(message, traceback_text)
+
+
+def as_pair(name: str, value: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Return the (sum, count) that one entry of `training_step`'s answer stands for.
+
+    A tensor of one or more dimensions stands for its sum and its number of elements; a pair is taken as it is.
+
+    Raises:
+        ContractError: the value is a bare scalar or something else.
+    """
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        total, count = value
+        total = total if isinstance(total, torch.Tensor) else torch.tensor(float(total))
+        return total, count if isinstance(count, torch.Tensor) else float(count)
+    if isinstance(value, torch.Tensor) and value.ndim > 0:
+        return value.sum(), float(value.numel())
+    found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    raise ContractError(
+        f'training_step and validation_step return one value per sample under "{name}", or a pair (sum, count); found {found}. '
+        'Compute the loss with reduction="none", so that the mean over all workers can be exact.'
+    )
+
+
+def check_answer(answer: Any, step: str = "training_step") -> dict[str, Value]:
+    """Return the model's answer when it is a mapping of names to values, with `loss` for a training step."""
+    if not isinstance(answer, Mapping):
+        raise ContractError(
+            f'{step} must return a mapping such as {{"loss": per-sample tensor}}; found a {type(answer).__name__}.'
+        )
+    if step == "training_step" and "loss" not in answer:
+        names = ", ".join(str(key) for key in answer) or "nothing"
+        raise ContractError(f'training_step must return "loss", which is minimised; found {names}.')
+    return dict(answer)
+
+
+class Sums:
+    """Running (sum, count) of every metric, per rank, on the device.
+
+    Args:
+        exact: add in fixed point; the total is then the same for every grouping and order of the same values.
+    """
+
+    def __init__(self, device: torch.device, exact: bool = False) -> None:
+        self._device = device
+        self._exact = exact
+        self._sums: dict[str, torch.Tensor] = {}  # float64 (…) or, exact, int64 (2, …): high and low limb
+        self._counts: dict[str, torch.Tensor] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._sums)
+
+    def declare(self, other: Sums) -> None:
+        """Know `other`'s names and shapes, at zero: a rank whose share is empty still joins the reduction."""
+        for name in other.names:
+            self._sums.setdefault(name, torch.zeros_like(other._sums[name]))
+            self._counts.setdefault(name, torch.zeros_like(other._counts[name]))
+
+    def declare_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Know names by the shapes of their stored sums, at zero; see `declare`."""
+        for name, shape in shapes.items():
+            dtype = torch.int64 if self._exact else torch.float64
+            self._sums[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+            self._counts[name] = torch.zeros((2,) if self._exact else (), dtype=dtype, device=self._device)
+
+    @torch.no_grad()
+    def add(self, answer: Mapping[str, Value]) -> None:
+        for name, value in answer.items():
+            if self._exact and isinstance(value, torch.Tensor) and value.ndim > 0:
+                # Each element is rounded by itself, so that the split into microbatches cannot matter.
+                total, count = self._limbs(value.detach()).flatten(1).sum(1), self._limbs(float(value.numel()))
+                total = _carry(total)
+            else:
+                pair = as_pair(name, value)
+                if self._exact:
+                    total, count = self._limbs(pair[0].detach()), self._limbs(pair[1])
+                else:
+                    total, count = pair[0].detach().double(), torch.as_tensor(pair[1], dtype=torch.float64)
+            self._accumulate(self._sums, name, total)
+            self._accumulate(self._counts, name, count)
+
+    def _accumulate(self, into: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+        if name not in into:
+            into[name] = value.to(self._device, copy=True)
+            return
+        if into[name].shape != value.shape:
+            raise ContractError(
+                f'The sum under "{name}" had shape {tuple(into[name].shape)} before and has {tuple(value.shape)} now; '
+                "a metric keeps its shape."
+            )
+        into[name] += value.to(self._device)
+        if self._exact:
+            _carry(into[name])
+
+    def _limbs(self, value: Any) -> torch.Tensor:
+        number = torch.as_tensor(value, device=self._device).double()
+        high = torch.round(number * _HIGH)
+        low = torch.round((number - high / _HIGH) * _LOW)
+        # A NaN has no integer; the largest one stands in and the loss check names the step.
+        return torch.stack([high, low]).nan_to_num(nan=2.0**62, posinf=2.0**62, neginf=-(2.0**62)).long()
+
+    def reduce(self, runtime: Runtime) -> dict[str, tuple[torch.Tensor, float]]:
+        """Return the global {name: (sum, count)} as float64 on the host. One collective; the running sums stay.
+
+        Raises:
+            TrainingError: the ranks do not hold the same names.
+        """
+        names = self.names
+        if not names:
+            return {}
+        parts = [tensor for name in names for tensor in (self._sums[name], self._counts[name])]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        reduced = runtime.add_up(flat).cpu()
+        pieces = torch.split(reduced, [part.numel() for part in parts])
+        shaped = [self._read(piece.reshape(part.shape)) for piece, part in zip(pieces, parts, strict=True)]
+        return {name: (shaped[2 * i], float(shaped[2 * i + 1])) for i, name in enumerate(names)}
+
+    def _read(self, stored: torch.Tensor) -> torch.Tensor:
+        if not self._exact:
+            return stored
+        high, low = stored.reshape(2, -1).tolist()
+        # Python integers, then one division: correctly rounded, whatever the limbs look like after a sum over ranks.
+        values = [((h << _CARRY_BITS) + lo) / (1 << 60) for h, lo in zip(high, low, strict=True)]
+        return torch.tensor(values, dtype=torch.float64).reshape(stored.shape[1:])
+
+    def reset(self) -> None:
+        """Set everything to zero and keep the names."""
+        for tensor in (*self._sums.values(), *self._counts.values()):
+            tensor.zero_()
+
+    # ---- checkpoint -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dicts(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Take the sum of `states`: one's own after a resume with as many workers, all of them on one rank else."""
+        self.reset()
+        for state in states:
+            for kind, into in (("sums", self._sums), ("counts", self._counts)):
+                for name, value in state[kind].items():
+                    self._accumulate(into, name, value)
+
+
+def _carry(limbs: torch.Tensor) -> torch.Tensor:
+    """Move whole high units out of the low limb, in place. The value is unchanged. limbs: int64 (2, …)."""
+    overflow = limbs[1] >> _CARRY_BITS
+    limbs[0] += overflow
+    limbs[1] -= overflow << _CARRY_BITS
+    return limbs
+
+
+def means(totals: Mapping[str, tuple[torch.Tensor, float]]) -> dict[str, float]:
+    """Return {name: sum / count} of every scalar metric. A count of zero gives NaN."""
+    return {
+        name: float(total) / count if count else math.nan for name, (total, count) in totals.items() if total.ndim == 0
+    }
+
+
+def require_same_names(runtime: Runtime, names: list[str], where: str) -> None:
+    """Raise on every rank when the ranks' metric names differ, naming the difference."""
+    everyone = runtime.gather(names)
+    if any(other != everyone[0] for other in everyone):
+        union = sorted({name for other in everyone for name in other})
+        odd = [name for name in union if any(name not in other for other in everyone)]
+        raise TrainingError(
+            f"{where} must return the same names for every batch; not all workers returned {', '.join(odd)}."
+            + did_you_mean(odd[0], set(union) - {odd[0]})
+        )

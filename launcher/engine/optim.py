@@ -1,0 +1,126 @@
+"""The optimizer with its parameter groups, and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from launcher import targets
+from launcher.errors import ConfigError, did_you_mean
+
+
+def build_optimizer(section: Mapping[str, Any], model: nn.Module, trust: Sequence[str] = ()) -> Optimizer:
+    """Build the optimizer of the configuration over the model's parameters.
+
+    `groups` is a list of `{match: PATTERN, …overrides}` or `{match: PATTERN, freeze: true}`; a pattern is a shell-style
+    pattern over parameter names, the first that matches wins, and the rest take the optimizer's own settings.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or nothing is left to train.
+    """
+    kind = targets.resolve(section["_target_"], "optimizer", trust)
+    groups = parameter_groups(model, section.get("groups") or [])
+    parameters = inspect.signature(kind).parameters
+    extra: dict[str, Any] = {}
+    # One kernel for all parameters instead of one for each; on the CPU too.
+    if "fused" in parameters and "fused" not in section and _can_fuse(model):
+        extra["fused"] = True
+    return targets.build(section, "optimizer", trust, params=groups, **extra)
+
+
+def _can_fuse(model: nn.Module) -> bool:
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in model.parameters())
+
+
+def parameter_groups(model: nn.Module, rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Freeze and group the model's parameters by the rules; see `build_optimizer`. Frozen ones need no gradient."""
+    names = [name for name, _ in model.named_parameters()]
+    members: list[list[nn.Parameter]] = [[] for _ in rules]
+    rest: list[nn.Parameter] = []
+    matched = [False] * len(rules)
+    for name, parameter in model.named_parameters():
+        index = next((i for i, rule in enumerate(rules) if fnmatchcase(name, str(rule.get("match")))), None)
+        if index is None:
+            rest.append(parameter)
+            continue
+        matched[index] = True
+        if rules[index].get("freeze"):
+            parameter.requires_grad_(False)
+        else:
+            members[index].append(parameter)
+    for rule, hit in zip(rules, matched, strict=True):
+        if "match" not in rule:
+            raise ConfigError(f"Each entry of optimizer.groups needs `match`, a pattern of parameter names; found {dict(rule)}.")
+        if not hit:
+            raise ConfigError(
+                f'optimizer.groups: no parameter is left for the pattern "{rule["match"]}". '
+                f"The model has {len(names)} parameters, such as {', '.join(names[:3])}.{did_you_mean(str(rule['match']), names)}"
+            )
+    groups = [{"params": [p for p in rest if p.requires_grad]}]
+    for rule, parameters in zip(rules, members, strict=True):
+        overrides = {key: value for key, value in rule.items() if key not in ("match", "freeze")}
+        groups.append({"params": [p for p in parameters if p.requires_grad], **overrides})
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ConfigError("Nothing is left to train: every parameter is frozen by optimizer.groups or by the model itself.")
+    return groups
+
+
+def build_scheduler(
+    section: Mapping[str, Any], optimizer: Optimizer, total_steps: int, trust: Sequence[str] = ()
+) -> LRScheduler:
+    """Build the learning-rate schedule, which steps once per optimizer step.
+
+    A schedule that takes `total_steps` (or `T_max`, as cosine annealing does) is told the run's length unless the
+    configuration states another. Without a `_target_` the learning rate is constant.
+    """
+    if not section.get("_target_"):
+        return LambdaLR(optimizer, _constant)
+    parameters = inspect.signature(targets.resolve(section["_target_"], "scheduler", trust)).parameters
+    told = {
+        name: total_steps for name in ("total_steps", "T_max") if name in parameters and section.get(name) is None
+    }
+    stated = {key: value for key, value in section.items() if key not in told}
+    return targets.build(stated, "scheduler", trust, optimizer=optimizer, **told)
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+class WarmupCosine(LambdaLR):
+    """Linear warm-up, then a cosine down to `min_ratio` times the learning rate (Loshchilov & Hutter 2017).
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        warmup_steps: steps over which the rate rises from 1/warmup_steps to 1 times the learning rate.
+        min_ratio: what is left of the learning rate at the end, 0 to 1.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, min_ratio: float = 0.0) -> None:
+        if not 0 <= warmup_steps <= total_steps:
+            raise ConfigError(
+                f"scheduler.warmup_steps={warmup_steps}: it must lie between 0 and the run's {total_steps} steps."
+            )
+
+        def ratio(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+            return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        super().__init__(optimizer, ratio)
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    """Return the learning rate of the first group."""
+    rate = optimizer.param_groups[0]["lr"]
+    return float(rate.item() if isinstance(rate, torch.Tensor) else rate)

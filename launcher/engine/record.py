@@ -1,0 +1,232 @@
+"""The record of a run, kept by rank 0: sinks, `result.json`, and the events that the driver shows."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from launcher.config import Job
+from launcher.engine.control import Control
+from launcher.engine.progress import Progress
+from launcher.engine.sinks.jsonl import JsonLines
+from launcher.engine.sinks.tensorboard import TensorBoard
+from launcher.runs import RunDirectory
+
+_PROGRESS_SECONDS = 0.5
+
+
+class Throughput:
+    """Samples per second of training alone: evaluation and saving are taken out of the clock.
+
+    The intervals between two logs are measured; their median, without the first one, is the run's figure.
+    """
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._samples = 0
+        self._paused = 0.0
+        self._waited = 0.0
+        self._rates: list[float] = []
+
+    def step(self, samples: int) -> None:
+        self._samples += samples
+
+    def paused(self, seconds: float) -> None:
+        self._paused += seconds
+
+    def waited(self, seconds: float) -> None:
+        """Note time in which the device had no batch to work on."""
+        self._waited += seconds
+
+    def interval(self) -> dict[str, float]:
+        """Close the interval and return its tags."""
+        now = time.perf_counter()
+        trained = max(now - self._started - self._paused, 1e-9)
+        rate = self._samples / trained
+        tags = {
+            "throughput/samples_per_second": rate,
+            "throughput/data_wait_fraction": min(1.0, self._waited / trained),
+        }
+        self._rates.append(rate)
+        self._started, self._samples, self._paused, self._waited = now, 0, 0.0, 0.0
+        return tags
+
+    @property
+    def median(self) -> float | None:
+        rates = self._rates[1:] or self._rates
+        return statistics.median(rates) if rates else None
+
+    @property
+    def latest(self) -> float | None:
+        if self._samples and not self._rates:
+            return self._samples / max(time.perf_counter() - self._started - self._paused, 1e-9)
+        return self._rates[-1] if self._rates else None
+
+
+class Recorder:
+    """Writes what happened; made on rank 0 only.
+
+    Args:
+        started: wall-clock time of the user's command.
+        resumed_at: the step that the run continues from, or None for a new run.
+        draw: gives (model, batch) for the graph, once.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        job: Job,
+        control: Control,
+        *,
+        started: float,
+        total_steps: int,
+        steps_per_epoch: int,
+        resumed_at: int | None,
+        draw: Callable[[], tuple[nn.Module, Any]],
+    ) -> None:
+        self._directory = directory
+        self._job = job
+        self._control = control
+        self._total_steps = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._resumed_at = resumed_at
+        self._draw = draw
+        self._began = started
+        earlier = directory.result()
+        self._seconds_before = float(earlier.get("seconds") or 0.0) if resumed_at is not None else 0.0
+        self.seconds_to_first_step: float | None = None
+        self._lines = JsonLines(directory.metrics, keep_until=resumed_at)
+        self._board: TensorBoard | None = None
+        self._steps_done = StepFile(directory.path)
+        self._shown = 0.0
+        self._loss: float | None = None
+
+    def first_step(self) -> None:
+        """Note that the first step is done. What can wait until then (TensorBoard's import) happens here."""
+        self.seconds_to_first_step = time.time() - self._began
+        if self._job.logging.tensorboard:
+            purge = None if self._resumed_at is None else self._resumed_at + 1
+            self._board = TensorBoard(self._directory.path, purge)
+            if self._resumed_at is None:
+                self._board.configuration(self._directory.config.read_text() if self._directory.config.exists() else "")
+                if self._job.logging.graph:
+                    self._board.graph(*self._draw())
+            self._hyperparameters(self._board)
+
+    def _hyperparameters(self, board: TensorBoard) -> None:
+        chosen = self._job.logging.hparams
+        if chosen:
+            board.hyperparameters({key: look_up(self._job, key) for key in chosen}, self._job.checkpoint.monitor or "train/loss")
+
+    def step(self, progress: Progress, throughput: Throughput) -> None:
+        """Note a finished step; show it at most twice a second."""
+        self._steps_done.write(progress.step)
+        now = time.monotonic()
+        if now - self._shown >= _PROGRESS_SECONDS:
+            self._show(progress, throughput, {})
+            self._shown = now
+
+    def log(self, progress: Progress, throughput: Throughput, values: Mapping[str, float]) -> None:
+        """Write the tags of this step everywhere."""
+        entry = {"step": progress.step, "epoch": self._epochs(progress), "samples": progress.samples, "time": time.time()}
+        self._lines.log({**entry, **values})
+        if self._board is not None:
+            self._board.log(progress.step, values)
+        self._loss = values.get("train/loss", self._loss)
+        self._show(progress, throughput, values)
+        self.result(progress, throughput, status="running")
+
+    def _epochs(self, progress: Progress) -> float:
+        return progress.epoch + progress.batch / self._steps_per_epoch
+
+    def _show(self, progress: Progress, throughput: Throughput, values: Mapping[str, float]) -> None:
+        rate = throughput.latest
+        left = (self._total_steps - progress.step) * self._job.trainer.global_batch_size
+        self._control.emit(
+            {
+                "kind": "progress",
+                "step": progress.step,
+                "total_steps": self._total_steps,
+                "epoch": round(self._epochs(progress), 3),
+                "loss": self._loss,
+                "samples_per_second": rate,
+                "seconds_left": left / rate if rate else None,
+                "values": dict(values),
+            }
+        )
+
+    def result(
+        self,
+        progress: Progress,
+        throughput: Throughput,
+        *,
+        status: str,
+        reason: str | None = None,
+        checkpoint: Path | None = None,
+    ) -> dict[str, Any]:
+        """Write result.json and return it."""
+        changes: dict[str, Any] = {
+            "status": status,
+            "reason": reason,
+            "error": None,
+            "steps": progress.step,
+            "epochs": round(self._epochs(progress), 6),
+            "samples": progress.samples,
+            "workers": progress.world_sizes[-1] if progress.world_sizes else None,
+            "world_sizes": progress.world_sizes,
+            "restarts": progress.restarts,
+            "lost_steps": progress.lost_steps,
+            "seconds": round(self._seconds_before + time.time() - self._began, 3),
+            "seconds_to_first_step": self.seconds_to_first_step,
+            "samples_per_second": throughput.median,
+            "cost_usd": None,
+            "metrics": {tag: value if math.isfinite(value) else None for tag, value in progress.metrics.items()},
+            "best": None
+            if progress.best_value is None
+            else {"tag": self._job.checkpoint.monitor, "value": progress.best_value, "step": progress.best_step},
+        }
+        if checkpoint is not None:
+            changes["checkpoint"] = str(checkpoint)
+        return self._directory.update_result(**changes)
+
+
+    def close(self) -> None:
+        self._lines.close()
+        self._steps_done.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class StepFile:
+    """The number of the last step done, rewritten after every step: a killed run knows how many steps it lost.
+
+    A write of 20 bytes into the page cache takes about a microsecond and survives the death of the process.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file = os.open(directory / ".step", os.O_RDWR | os.O_CREAT, 0o644)
+
+    def read(self) -> int:
+        digits = os.pread(self._file, 20, 0)
+        return int(digits) if digits.isdigit() else 0
+
+    def write(self, step: int) -> None:
+        os.pwrite(self._file, b"%020d" % step, 0)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def look_up(job: Job, key: str) -> Any:
+    """Return the value of a dotted configuration key."""
+    value: Any = job
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+    return value

@@ -1,0 +1,215 @@
+"""The facts of one rank, and the few collectives that the engine needs.
+
+Rank facts come from here and never from the process group, so that a runner may change them between two steps
+(elastic training, healing). The same code runs alone, under torchrun or srun, and inside Ray Train workers.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from launcher.errors import ConfigError, ResourceError
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=120)
+
+
+@dataclass
+class Vote:
+    """What all ranks together know of one step.
+
+    `count`: samples (tokens, …) behind the loss of the global batch, a float64 scalar on the device.
+    `ballots`: how many ranks raised each flag.
+    """
+
+    count: torch.Tensor
+    ballots: dict[str, int]
+
+
+@dataclass
+class PendingVote:
+    """A vote on its way: the collectives run while the backward pass does."""
+
+    names: tuple[str, ...]
+    count: torch.Tensor
+    flags: torch.Tensor
+    works: list[Any] = field(default_factory=list)
+
+    def wait(self) -> Vote:
+        for work in self.works:
+            work.wait()
+        raised = self.flags.tolist()
+        return Vote(self.count, {name: int(value) for name, value in zip(self.names, raised, strict=True)})
+
+
+@dataclass
+class Runtime:
+    """One rank: who it is, where it computes, and whom it talks to.
+
+    `group` carries gradients and sums; `host_group` (gloo) carries what the host must read without stopping the device.
+    Both are None when the rank is alone.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    host: str = field(default_factory=socket.gethostname)
+    group: Any = None
+    host_group: Any = None
+    owns_group: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.group is None
+
+    # ---- construction -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def single(cls, device: str = "auto") -> Runtime:
+        """This process alone."""
+        return cls(0, 1, 0, 1, choose_device(device, 0))
+
+    @classmethod
+    def adopt(cls, rank: int, world_size: int, local_rank: int, local_world_size: int, device: str = "auto") -> Runtime:
+        """Use the process group that somebody (Ray Train, a notebook, a test) has initialised."""
+        runtime = cls(rank, world_size, local_rank, local_world_size, choose_device(device, local_rank))
+        if dist.is_initialized():
+            runtime.group = dist.group.WORLD
+            backend = dist.get_backend()
+            runtime.host_group = runtime.group if backend == "gloo" else dist.new_group(backend="gloo")
+        return runtime
+
+    @classmethod
+    def from_environment(cls, facts: tuple[int, int, int, int], device: str = "auto") -> Runtime:
+        """Join the ranks that torchrun or srun started, by MASTER_ADDR and MASTER_PORT. A group that exists is adopted.
+
+        Args:
+            facts: rank, world size, local rank, local world size; see `ranks_in_environment`.
+        """
+        rank, world_size, local_rank, local_world_size = facts
+        owns = not dist.is_initialized()
+        if owns:
+            on_gpu = choose_device(device, local_rank).type == "cuda"
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+            )
+        runtime = cls.adopt(rank, world_size, local_rank, local_world_size, device)
+        runtime.owns_group = owns
+        return runtime
+
+    def close(self) -> None:
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self.group = self.host_group = None
+
+    # ---- collectives ------------------------------------------------------------------------------------------------
+
+    def vote(self, count: torch.Tensor, flags: dict[str, bool]) -> PendingVote:
+        """Start to add up `count` and the flags of all ranks; read the outcome with `wait`.
+
+        On the CPU one tensor carries both; with a GPU the count stays on the device and the flags travel over gloo, so
+        that reading them stops nothing.
+        """
+        names = tuple(flags)
+        values = [float(value) for value in flags.values()]
+        if self.device.type == "cpu":
+            both = torch.tensor([0.0, *values], dtype=torch.float64)
+            both[0] = count
+            pending = PendingVote(names, both[0], both[1:])
+            if not self.alone:
+                pending.works = [dist.all_reduce(both, group=self.group, async_op=True)]
+            return pending
+        pending = PendingVote(names, count.double(), torch.tensor(values, dtype=torch.float64))
+        if not self.alone:
+            pending.works = [
+                dist.all_reduce(pending.count, group=self.group, async_op=True),
+                dist.all_reduce(pending.flags, group=self.host_group, async_op=True),
+            ]
+        return pending
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all ranks, in place."""
+        if not self.alone:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the plain Python `value` of every rank, by rank."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's plain Python `value`."""
+        if self.alone:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def new_host_group(self) -> Any:
+        """Return a gloo group of its own over all ranks, for work beside the training (saving), or None when alone."""
+        return None if self.alone else dist.new_group(backend="gloo")
+
+    def barrier(self) -> None:
+        if not self.alone:
+            dist.barrier(group=self.host_group)
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """Return the device of a worker. `auto` is this worker's GPU where there is one.
+
+    Raises:
+        ResourceError: `cuda` was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ResourceError(
+            "scaling.device=cuda was asked for, and PyTorch finds no usable GPU here. "
+            "Use scaling.device=auto or cpu, or check the driver with nvidia-smi."
+        )
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    # Ray and torchrun --nproc with CUDA_VISIBLE_DEVICES each show a worker its own GPUs, perhaps just one.
+    chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def ranks_in_environment(environment: dict[str, str] | None = None) -> tuple[int, int, int, int] | None:
+    """Return (rank, world size, local rank, local world size) when torchrun or srun started this process, else None.
+
+    torchrun: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables. srun: `man srun`, OUTPUT
+    ENVIRONMENT VARIABLES; only a job step sets SLURM_STEP_NUM_TASKS, so a shell within an allocation is not taken for one.
+    """
+    env = cast("dict[str, str]", os.environ) if environment is None else environment
+    if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= env.keys():
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        defaults = ("0", "1", "0", "1")
+    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        defaults = ("0", "1", "0", "1")
+        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+            raise ConfigError(
+                f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks, and MASTER_ADDR or MASTER_PORT is not set. Export both "
+                "before srun: MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) MASTER_PORT=29500."
+            )
+    else:
+        return None
+    rank, world, local_rank, local_world = (env.get(name, default) for name, default in zip(names, defaults, strict=True))
+    # SLURM writes tasks per node as "4(x2),3"; the first number serves, since it only sizes this node's threads.
+    return int(rank), int(world), int(local_rank), int(local_world.split("(")[0].split(",")[0])

@@ -1,0 +1,99 @@
+"""Everything that a run continues from: what all ranks share, and what each rank has of its own."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from launcher.engine.checkpoint import restore_training, training_state
+from launcher.engine.data import mix
+from launcher.engine.metrics import Sums
+from launcher.engine.progress import Progress
+from launcher.engine.runtime import Runtime
+from launcher.engine.strategies.strategy import Strategy
+
+
+class State:
+    """Collects and restores the state of a training run.
+
+    Shared: model, optimizer, schedule, strategy (loss scaler), position and counters. Each rank's own: random states and
+    the sums of the log interval that is open. With another number of workers the sums go to rank 0, which changes no
+    total, and the random states begin anew from the seed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        strategy: Strategy,
+        sums: Sums,
+        progress: Progress,
+        runtime: Runtime,
+        seed: int,
+    ) -> None:
+        self._model, self._optimizer, self._scheduler, self._strategy = model, optimizer, scheduler, strategy
+        self._sums, self._progress, self._runtime, self._seed = sums, progress, runtime, seed
+
+    def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (shared, own) for `Checkpointer.save`."""
+        shared = {
+            **training_state(self._model, self._optimizer),
+            "scheduler": self._scheduler.state_dict(),
+            "strategy": self._strategy.state_dict(),
+            "progress": self._progress.state_dict(),
+        }
+        own = {"random": random_states(self._runtime.device), "sums": self._sums.state_dict()}
+        return shared, own
+
+    def load(self, path: Path) -> None:
+        """Restore the checkpoint at `path`, which has been verified.
+
+        Raises:
+            CheckpointError: it does not fit the model or the optimizer; names what differs.
+        """
+        content = restore_training(path, self._model, self._optimizer, verified=True)
+        self._scheduler.load_state_dict(content.state["scheduler"])
+        self._strategy.load_state_dict(content.state["strategy"])
+        restored = Progress.of(content.state["progress"])
+        for item in fields(Progress):
+            setattr(self._progress, item.name, getattr(restored, item.name))
+        rank, world_size = self._runtime.rank, self._runtime.world_size
+        if content.world_size == world_size:
+            self._sums.load_state_dicts([content.own[rank]["sums"]])
+            set_random_states(content.own[rank]["random"], self._runtime.device)
+        else:
+            self._sums.load_state_dicts([own["sums"] for own in content.own] if rank == 0 else [])
+            torch.manual_seed(mix(self._seed, self._progress.step, rank))
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of all random generators of this rank, as tensors and plain values."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],  # type: ignore[union-attr]
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

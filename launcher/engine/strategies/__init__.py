@@ -1,0 +1,1 @@
+"""How the workers' gradients become one update: one file a strategy."""

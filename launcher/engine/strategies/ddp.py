@@ -1,0 +1,103 @@
+"""Data parallel with PyTorch's DistributedDataParallel: the default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from launcher.config import TrainerConfig
+from launcher.engine.runtime import Runtime, Vote
+from launcher.engine.strategies.strategy import Record, Strategy, loss_of, mark_last
+
+
+class DataParallel(Strategy):
+    """All-reduce of gradient buckets while the backward pass runs.
+
+    DDP divides by the number of workers. Each worker's loss *sum* is multiplied by workers / samples of the global batch,
+    so that what DDP leaves is the sum over all samples divided by their number; where the loss counts other things than
+    samples (tokens, weights), one more factor follows once the global count is known.
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig) -> None:
+        super().__init__(model, runtime, trainer)
+        self._wrapped: nn.Module = self._steps
+
+    def prepare(self, batch: Any) -> dict[str, Any]:
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        answer = self._warm_up(batch)
+        if not self.runtime.alone:
+            unused = any(p.requires_grad and p.grad is None for p in self.model.parameters())
+            on_gpu = self.runtime.device.type == "cuda"
+            self._wrapped = DistributedDataParallel(
+                self._steps,
+                device_ids=[self.runtime.device] if on_gpu else None,
+                process_group=self.runtime.group,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+                find_unused_parameters=unused,
+            )
+            # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in the
+            # same order as one that was never stopped; with three workers or more the sums differ otherwise.
+            self._warm_up(batch)
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+        return answer
+
+    def _warm_up(self, batch: Any) -> dict[str, Any]:
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            with self.cast():
+                answer = self._wrapped(batch)
+            loss_of(answer)[0].backward()
+        self._keep_gradients_but_zero()
+        return answer
+
+    def _keep_gradients_but_zero(self) -> None:
+        # With bucket views a gradient set to None is allocated again; zeros keep the view.
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
+
+    def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
+        self._keep_gradients_but_zero()
+        device = self.runtime.device
+        on_host = device.type == "cpu"
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        weight = self.runtime.world_size / size
+        pending = None
+        for batch, last in mark_last(batches):
+            wrapped = self._wrapped
+            quiet = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
+            with quiet:
+                with self.cast():
+                    answer = wrapped(batch)
+                loss, count = loss_of(answer)
+                total += count
+                # On a GPU reading the loss would stop the device each step; there the sums are looked at when logged.
+                if on_host and not bool(torch.isfinite(loss)):
+                    flags["bad"] = True
+                if last:
+                    pending = self.runtime.vote(total, flags)
+                self._scaler.scale(loss * weight).backward()
+            if batch is not None:
+                record(answer)
+        assert pending is not None
+        return pending.wait()
+
+    def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
+        self._scaler.unscale_(optimizer)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if vote.count.device.type == "cpu":
+            count = vote.count.item()
+            if count != size:
+                torch._foreach_mul_(grads, size / max(count, 1e-30))
+        else:
+            torch._foreach_mul_(grads, (size / vote.count.clamp(min=1e-30)).float())
+        self._clip_and_step(optimizer, grads)

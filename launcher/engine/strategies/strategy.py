@@ -1,0 +1,124 @@
+"""What a strategy is: it owns the wrapping of the model, the gradients of a step, and their application.
+
+The loop hands over this rank's microbatches and learns what all ranks agreed on; it never asks which strategy it has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from launcher.config import TrainerConfig
+from launcher.engine.metrics import as_pair, check_answer
+from launcher.engine.runtime import Runtime, Vote
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Record = Callable[[Mapping[str, Any]], None]
+
+
+class Steps(nn.Module):
+    """Calls the model's steps through one `forward`, so that the hooks of whatever wraps it see them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Any:
+        if batch is None:  # a share without samples: no loss, but every gradient hook fires
+            return {"loss": (sum(p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad), 0.0)}
+        return self.model.training_step(batch)  # type: ignore[operator]
+
+
+class Strategy(ABC):
+    """Gradients of one global batch, whatever the number of workers.
+
+    Attributes:
+        model: the user's network, on the device, unwrapped; what is checkpointed and evaluated.
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig) -> None:
+        self.model = model
+        self.runtime = runtime
+        self.clip_norm = trainer.clip_norm
+        self._precision = DTYPES[trainer.precision]
+        self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "float16")
+        self._steps = Steps(model)
+        if trainer.compile:
+            self._steps.compile()
+
+    def cast(self) -> AbstractContextManager[Any]:
+        """The context in which the network computes in `trainer.precision`."""
+        enabled = self._precision is not torch.float32
+        return torch.autocast(self.runtime.device.type, dtype=self._precision if enabled else None, enabled=enabled)
+
+    @abstractmethod
+    def prepare(self, batch: Any) -> dict[str, Any]:
+        """Wrap the model. `batch` is a microbatch, the same on every rank, to run the hooks once before step 0.
+
+        Weights, buffers and random states are as before afterwards, except that all ranks hold rank 0's. Returns the
+        model's answer.
+        """
+
+    @abstractmethod
+    def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
+        """Run forward and backward over this rank's microbatches and combine the gradients of all ranks.
+
+        Args:
+            batches: this rank's microbatches on the device; none when the global batch has no part for it.
+            size: samples in the global batch.
+            flags: what this rank wants all ranks to know, see `Runtime.vote`; `bad` is raised here.
+            record: is given each microbatch's answer.
+        """
+
+    @abstractmethod
+    def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
+        """Divide the gradients once by the global count, clip, and step the optimizer."""
+
+    def grad_norm(self) -> torch.Tensor:
+        """Return the norm of the gradient that was last applied, before clipping."""
+        if self.clip_norm is not None:
+            return self._norm
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    _norm: torch.Tensor
+
+    def _clip_and_step(self, optimizer: Optimizer, grads: list[torch.Tensor]) -> None:
+        if self.clip_norm is not None:
+            self._norm = torch.nn.utils.get_total_norm(grads)
+            torch.nn.utils.clip_grads_with_norm_(_owners(self.model), self.clip_norm, self._norm)
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._scaler.load_state_dict(dict(state["scaler"]))
+
+
+def _owners(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.grad is not None]
+
+
+def loss_of(answer: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Return the differentiable sum of the loss and its count."""
+    return as_pair("loss", check_answer(answer)["loss"])
+
+
+def mark_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yield (batch, is it the last); a single (None, True) when there is none."""
+    iterator = iter(batches)
+    current = next(iterator, None)
+    while True:
+        following = next(iterator, None) if current is not None else None
+        yield current, following is None
+        if following is None:
+            return
+        current = following

@@ -1,0 +1,348 @@
+"""The training loop: one global batch after another, whatever the number of workers.
+
+Construction order tells the story: seed, data, model, strategy, optimizer, schedule, state. Two seams are kept here:
+the shares of a global batch are computed at the start of each step from the rank facts of that moment, and the update
+is applied after all ranks have voted on the step; requests to stop or to save travel with the same vote.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.config import Job, parse_interval
+from launcher.engine import hardware
+from launcher.engine.build import build_evaluator, build_split, build_strategy, converter, load_weights_into
+from launcher.engine.checkpoint import Checkpointer, Newest, newest_intact
+from launcher.engine.control import CHECKPOINT, STOP, Control, Watch
+from launcher.engine.data import Data, Fetch, Loader, Order, keys_of_training
+from launcher.engine.metrics import Sums, as_pair, means
+from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
+from launcher.engine.progress import Every, Progress
+from launcher.engine.record import Recorder, StepFile, Throughput
+from launcher.engine.runtime import Runtime, Vote
+from launcher.engine.state import State
+from launcher.errors import CheckpointError, NonFiniteLoss
+from launcher.runs import RunDirectory
+
+_NEVER = 2**62
+
+
+class Trainer:
+    """One rank's part of a training run.
+
+    Args:
+        job: the configuration.
+        runtime: who this rank is.
+        control: requests in, events out.
+        directory: the run on disk.
+        data: the job's data sets.
+        model: the network, initialised, on the device.
+        started: wall-clock time of the user's command.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        runtime: Runtime,
+        control: Control,
+        directory: RunDirectory,
+        data: Data,
+        model: nn.Module,
+        started: float,
+    ) -> None:
+        trainer = job.trainer
+        self.job, self.runtime, self.control, self.directory = job, runtime, control, directory
+        self.order = Order(len(data.train), trainer.global_batch_size, trainer.seed, trainer.overfit_batches)
+        self.split = build_split(job)
+        self.total_steps = trainer.steps or trainer.epochs * self.order.steps_per_epoch
+
+        self.loader = Loader(
+            Fetch(data.train, data.collate, trainer.seed), runtime.device, data.num_workers, converter(model)
+        )
+        self.first_batch = self._first_batch()
+
+        parameter_groups(model, job.optimizer.get("groups") or [])  # freezes, which wrapping must know
+        self.strategy = build_strategy(job, model, runtime)
+        self.sums = Sums(runtime.device, trainer.deterministic)
+        self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
+        self.sums.reset()
+        self.optimizer = build_optimizer(job.optimizer, model, job.trust)
+        self.scheduler = build_scheduler(job.scheduler, self.optimizer, self.total_steps, job.trust)
+        self.evaluator = build_evaluator(job, self.strategy, runtime, data, "val")
+
+        self.progress = Progress()
+        self.state = State(
+            model, self.optimizer, self.scheduler, self.strategy, self.sums, self.progress, runtime, trainer.seed
+        )
+        self.checkpointer = Checkpointer(
+            directory.checkpoints, keep=job.checkpoint.keep, group=runtime.new_host_group()
+        )
+        self.throughput = Throughput()
+        self.log_every, self.evaluate_every, self.save_every = (
+            Every(parse_interval(value, key))
+            for key, value in (
+                ("trainer.log_every", trainer.log_every),
+                ("trainer.evaluate_every", trainer.evaluate_every),
+                ("checkpoint.every", job.checkpoint.every),
+            )
+        )
+        self._started = started
+        self._recorder: Recorder | None = None
+        self._saved_step: int | None = None
+        self._flags: dict[str, bool] = {}
+        self._reason = ""
+        self._rate = learning_rate(self.optimizer)
+        self._bad_step = torch.full((), _NEVER, device=runtime.device)
+
+    def _first_batch(self) -> Any:
+        """Return rank 0's first microbatch of the first global batch, on every rank."""
+        (start, stop), *_ = self.split.share(self.order.batch_size(0), 0, self.runtime.world_size)
+        return next(self.loader.once(0, self.order.epoch(0)[start:stop]))
+
+    def begin_with(self, weights: dict[str, torch.Tensor], source: str) -> None:
+        """Begin with the weights of `source` (`checkpoint.load`); a run that is resumed has its own instead."""
+        left_out = load_weights_into(self.strategy.model, weights, source, self.job.checkpoint.load_strict)
+        if left_out and self.runtime.is_first:
+            self.control.emit({"kind": "note", "text": f"Weights of {source}: {left_out}."})
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, or until somebody asks to stop. Returns result.json's content (empty but on rank 0).
+
+        Raises:
+            NonFiniteLoss: the loss is NaN or infinite; the last good checkpoint is kept.
+            DataError, UserCodeError: reading or computing a batch failed.
+            CheckpointError: a checkpoint could not be written.
+        """
+        resumed_at = self._resume()
+        watch = Watch(self.directory)
+        if not self.runtime.is_first:
+            return self._loop(watch)
+        self._recorder = Recorder(
+            self.directory,
+            self.job,
+            self.control,
+            started=self._started,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.order.steps_per_epoch,
+            resumed_at=resumed_at,
+            draw=lambda: (self.strategy.model, self.first_batch),
+        )
+        try:
+            with watch:
+                return self._loop(watch)
+        finally:
+            self._recorder.close()
+
+    def _resume(self) -> int | None:
+        """Continue from the newest intact checkpoint, when there is one. Returns its step."""
+        newest = self._newest()
+        if newest.path is not None:
+            self.state.load(newest.path)
+            self._saved_step = self.progress.step
+            if self.runtime.is_first:
+                self._note_loss(newest.explain())
+        self.progress.joined(self.runtime.world_size)
+        return self._saved_step
+
+    def _newest(self) -> Newest:
+        """The newest intact checkpoint, looked for by rank 0 after a save that may still go on."""
+        with suppress(CheckpointError):  # told where it matters; here the question is what there is
+            self.checkpointer.wait()
+        return self.runtime.broadcast(self._newest_here() if self.runtime.is_first else None)
+
+    def _newest_here(self) -> Newest:
+        return newest_intact(self.directory.checkpoints)
+
+    def _note_loss(self, skipped: str) -> None:
+        done = StepFile(self.directory.path)
+        lost = max(0, done.read() - self.progress.step)
+        done.close()
+        self.progress.restarts += 1
+        self.progress.lost_steps += lost
+        again = f"; {lost} step(s) done since are done again" if lost else ""
+        self.control.emit({"kind": "note", "text": f"Continuing from step {self.progress.step}{again}. {skipped}".strip()})
+
+    def _loop(self, watch: Watch) -> dict[str, Any]:
+        self.control.emit({"kind": "phase", "name": "training"})
+        self.throughput = Throughput()
+        batches: Iterator[Any] | None = None
+        ranks = None
+        status = "completed"
+        while self.progress.step < self.total_steps:
+            facts = (self.runtime.rank, self.runtime.world_size)
+            if batches is None or facts != ranks:
+                batches, ranks = self._timed(self._read_from_here()), facts
+            size = self.order.batch_size(self.progress.batch)
+            share = self.split.share(size, *facts)
+            self._flags = self._wishes(watch)
+            vote = self.strategy.accumulate(islice(batches, len(share)), size, self._flags, self._record)
+            if vote.ballots["bad"]:
+                self._fail_non_finite()
+            self.strategy.apply(self.optimizer, size, vote)
+            self._rate = learning_rate(self.optimizer)
+            self.scheduler.step()
+            self.progress.advance(size, self.order.steps_per_epoch)
+            if self._after_step(size, vote) and self.progress.step < self.total_steps:
+                status = "stopped"
+                break
+        return self._finish(status)
+
+    def _read_from_here(self) -> Iterator[Any]:
+        p, r = self.progress, self.runtime
+        keys = keys_of_training(
+            self.order, self.split, r.rank, r.world_size, p.epoch, p.batch, last_step=self.total_steps, step=p.step
+        )
+        return self.loader.read(keys)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.throughput.waited(time.perf_counter() - before)
+            if batch is None:
+                return
+            yield batch
+
+    def _wishes(self, watch: Watch) -> dict[str, bool]:
+        """What this rank wants of all ranks after the step that begins."""
+        requests = self.control.requests()
+        first = self.runtime.is_first
+        self._reason = "signal" if STOP in requests else "request"
+        return {
+            "bad": False,  # raised by the strategy where this rank's loss is not finite
+            "stop": STOP in requests or watch.stop_requested,
+            "checkpoint": CHECKPOINT in requests or (first and self.save_every.time_is_up()),
+            "log": first and self.log_every.time_is_up(),
+            "evaluate": first and self.evaluate_every.time_is_up(),
+        }
+
+    def _record(self, answer: Any) -> None:
+        self.sums.add(answer)
+        if self.runtime.device.type == "cuda":
+            # Looking at the loss would stop the device; the first bad step is kept there and read when the loss is logged.
+            loss, _ = as_pair("loss", answer["loss"])
+            here = torch.where(torch.isfinite(loss.detach()), _NEVER, self.progress.step + 1)
+            self._bad_step = torch.minimum(self._bad_step, here)
+
+    def _after_step(self, size: int, vote: Vote) -> bool:
+        """Log, evaluate and save what is due. Returns whether to stop."""
+        progress, recorder = self.progress, self._recorder
+        self.throughput.step(size)
+        if recorder is not None:
+            if recorder.seconds_to_first_step is None:
+                with self._pause():
+                    recorder.first_step()
+            recorder.step(progress, self.throughput)
+        ended = progress.step == self.total_steps
+        stop = vote.ballots["stop"] > 0
+        values: dict[str, float] = {}
+        if ended or vote.ballots["log"] or self.log_every.due(progress):
+            values.update(self._log())
+        improved = False
+        if self.evaluator is not None and (ended or vote.ballots["evaluate"] or self.evaluate_every.due(progress)):
+            with self._pause():
+                values.update(self.evaluator.run())
+        if values:
+            progress.metrics.update(values)
+            improved = self._improved(values)
+            if recorder is not None:
+                recorder.log(progress, self.throughput, values)
+        if stop or ended or improved or vote.ballots["checkpoint"] or self.save_every.due(progress):
+            with self._pause():
+                self._save()
+        return stop
+
+    def _log(self) -> dict[str, float]:
+        """Reduce the open sums over all workers and return the tags of the interval."""
+        totals = self._finite_totals()
+        self.sums.reset()
+        values = {f"train/{name}": value for name, value in means(totals).items()}
+        values["train/learning_rate"] = self._rate
+        values["train/grad_norm"] = float(self.strategy.grad_norm())
+        values.update(self.throughput.interval())
+        values["memory/allocated_gib"] = hardware.allocated_gib(self.runtime.device)
+        values["cluster/workers"] = float(self.runtime.world_size)
+        values["cluster/restarts"] = float(self.progress.restarts)
+        return values
+
+    def _improved(self, values: dict[str, float]) -> bool:
+        """Note the monitored tag's best value; tell whether this is it."""
+        config = self.job.checkpoint
+        value = values.get(config.monitor) if config.monitor else None
+        if value is None or not math.isfinite(value):
+            return False
+        best = self.progress.best_value
+        if best is not None and not (value < best if config.mode == "min" else value > best):
+            return False
+        self.progress.best_value, self.progress.best_step = value, self.progress.step
+        return True
+
+    def _finite_totals(self) -> dict[str, tuple[torch.Tensor, float]]:
+        totals = self.sums.reduce(self.runtime)
+        if not math.isfinite(float(totals["loss"][0])):
+            self._fail_non_finite()
+        return totals
+
+    def _fail_non_finite(self) -> None:
+        """Say which rank met it at which step, on every rank alike."""
+        step = self.progress.step + 1 if self._flags["bad"] else int(self._bad_step.item())
+        met = self.runtime.gather(step if step < _NEVER else None)
+        where = ", ".join(f"step {step} on rank {rank}" for rank, step in enumerate(met) if step is not None)
+        newest = self._newest()
+        kept = f"the last good checkpoint is {newest.path}" if newest.path else "there is no checkpoint yet"
+        raise NonFiniteLoss(
+            f"The loss became NaN or infinite at {where or 'an unknown step'}; {kept}. Lower optimizer.lr, set "
+            "trainer.clip_norm=1 or look for bad samples; then start anew, or continue with run.resume=true."
+        )
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Save unless this very step is saved already."""
+        if self._saved_step == self.progress.step:
+            return
+        if self.runtime.device.type == "cuda":
+            self._finite_totals()  # what is saved must be good; on the CPU each step has been looked at
+        self.checkpointer.wait()  # `best` belongs to the next save, and the previous one still prunes by the old one
+        self.checkpointer.best = self.progress.best_step
+        self.checkpointer.save(self.progress.step, *self.state.collect())
+        self._saved_step = self.progress.step
+
+    def _pause(self) -> _Paused:
+        return _Paused(self.throughput)
+
+    def _finish(self, status: str) -> dict[str, Any]:
+        saved = self.checkpointer.wait()
+        self.checkpointer.close()
+        if self._recorder is None:
+            return {}
+        return self._recorder.result(
+            self.progress,
+            self.throughput,
+            status=status,
+            reason=self._reason if status == "stopped" else None,
+            checkpoint=saved.path if saved else self._newest_here().path,
+        )
+
+
+class _Paused:
+    """Take what happens inside out of the throughput's clock."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        self._throughput = throughput
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self._throughput.paused(time.perf_counter() - self._began)

@@ -1,0 +1,97 @@
+"""Everything that can go wrong, as one tree.
+
+    LaunchError                    the base: a message for the user, and the exit status of the command line
+    ├── RequestError      (exit 2) what was asked is wrong or cannot be met; nothing was started
+    │   ├── ConfigError            a key, a value or a word on the command line
+    │   ├── DataError              a data set: missing, empty, cut short, corrupt
+    │   ├── ResourceError          more workers, GPUs or memory than there can ever be
+    │   ├── TrustError             a `_target_` outside the allow-list or of the wrong kind
+    │   └── RunError               a run that does not exist, exists already, or cannot be continued
+    └── TrainingError     (exit 1) the run started and failed
+        ├── NonFiniteLoss          the loss became NaN or infinite
+        ├── CheckpointError        a checkpoint cannot be written or read
+        ├── WorkerLost             a worker process died or stopped answering
+        └── UserCodeError          the user's own code raised; carries the user's traceback
+
+A message says what was asked, what was found, and what to do next, in one paragraph and without secrets.
+Interruption is not an error: `Stopped` carries the signal, and the command line turns it into 130 or 143.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LaunchError(Exception):
+    """Base of all errors that are told to the user in one paragraph, without a traceback."""
+
+    exit_status = 1
+
+
+class RequestError(LaunchError):
+    exit_status = 2
+
+
+class ConfigError(RequestError):
+    pass
+
+
+class DataError(RequestError):
+    pass
+
+
+class ResourceError(RequestError):
+    pass
+
+
+class TrustError(RequestError):
+    pass
+
+
+class RunError(RequestError):
+    pass
+
+
+class TrainingError(LaunchError):
+    pass
+
+
+class NonFiniteLoss(TrainingError):
+    pass
+
+
+class CheckpointError(TrainingError):
+    pass
+
+
+class WorkerLost(TrainingError):
+    pass
+
+
+class UserCodeError(TrainingError):
+    """The user's model, data set or callback raised.
+
+    `traceback_text` is the traceback of the user's own frames, printed once and as it is.
+    """
+
+    def __init__(self, message: str, traceback_text: str) -> None:
+        super().__init__(message)
+        self.traceback_text = traceback_text
+
+    def __reduce__(self) -> tuple[type[UserCodeError], tuple[str, str]]:
+        return type(self), (str(self), self.traceback_text)
+
+
+class Stopped(BaseException):
+    """Raised where a run ends because somebody asked for it at once (a second Ctrl-C)."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean "nearest"?`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f' Did you mean "{near[0]}"?' if near else ""

@@ -1,0 +1,174 @@
+"""The plan of a run: what `train` will do, as a value. Nothing is created by making one.
+
+Joins the engine's estimate of the job with what the place has that it is to run in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from launcher.clusters import local
+from launcher.config import Job
+from launcher.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the workers sit. `cluster` is the configuration's word; CPUs and GPUs are those of the whole cluster."""
+
+    cluster: str
+    description: str
+    cpus: int
+    gpus: int
+    workers: int
+    device: str
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batch arithmetic. `per_worker` and `microbatches` are the largest of any worker."""
+
+    global_batch_size: int
+    per_worker: int
+    microbatch_size: int
+    microbatches: int
+    steps_per_epoch: int
+    epochs: float
+    steps: int
+    last_batch_size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `train` would do. Bytes are those of one worker; `memory["total"]` leaves out the framework's own."""
+
+    machines: Machines
+    batches: Batches
+    data: dict[str, int]
+    parameters: int
+    memory: dict[str, int]
+    gradient_bytes_per_step: int
+    flops_per_sample: float | None
+    tags: tuple[str, ...]
+    usd_per_hour: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def headline(self) -> str:
+        """Return the one line that `train` begins with."""
+        m, b = self.machines, self.batches
+        kinds = "GPU" if m.device == "cuda" else "CPU"
+        return (
+            f"{m.workers} {kinds} worker{'s' if m.workers > 1 else ''} ({m.description}), global batch {b.global_batch_size}"
+            f" = {m.workers} x {b.per_worker}, {b.steps} steps ({b.epochs:g} epochs of {b.steps_per_epoch})"
+        )
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the plan as (what, value) for people."""
+        m, b = self.machines, self.batches
+        mib = 2**20
+        memory = ", ".join(f"{name} {size / mib:,.1f} MiB" for name, size in self.memory.items())
+        accumulated = f" in {b.microbatches} microbatches of {b.microbatch_size}" if b.microbatches > 1 else ""
+        return [
+            ("where", m.description),
+            ("workers", f"{m.workers} on {m.device}, {m.cpus_per_worker:g} CPU and {m.gpus_per_worker:g} GPU each"),
+            ("global batch", f"{b.global_batch_size} samples = {m.workers} x {b.per_worker}{accumulated}"),
+            ("length", f"{b.steps} steps = {b.epochs:g} epochs of {b.steps_per_epoch} (the last batch has {b.last_batch_size})"),
+            ("data", ", ".join(f"{name} {count:,}" for name, count in self.data.items())),
+            ("network", f"{self.parameters:,} parameters"),
+            ("memory a worker", memory),
+            (
+                "communication",
+                f"{self.gradient_bytes_per_step / mib:,.2f} MiB of gradients a step" if m.workers > 1 else "none (one worker)",
+            ),
+            ("tags", ", ".join(self.tags)),
+            ("cost", f"{self.usd_per_hour:.2f} USD/h"),
+        ]
+
+
+def machines_of(job: Job, ranks: int | None = None) -> Machines:
+    """Decide where the workers sit and how many there are.
+
+    Args:
+        ranks: how many processes torchrun or srun started, or None.
+
+    Raises:
+        ResourceError: the machine can never hold what was asked for.
+        ConfigError: several workers without anything that starts them.
+    """
+    cpus, gpus = local.resources()
+    scaling = job.scaling
+    use_gpu = scaling.device == "cuda" or (scaling.device == "auto" and gpus > 0)
+    device = "cuda" if use_gpu else "cpu"
+    if job.cluster.kind == "none" or ranks is not None:
+        if ranks is None and scaling.workers not in ("auto", 1):
+            raise ConfigError(
+                f"scaling.workers={scaling.workers} was asked for with cluster=none, which is this one process. "
+                f"Use cluster=local, or start the processes with: torchrun --nproc-per-node={scaling.workers} -m launcher ..."
+            )
+        where = "this process" if ranks is None else f"{ranks} processes started by torchrun or srun"
+        return Machines("none", where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
+    gpus_per_worker = (1.0 if scaling.gpus_per_worker is None else scaling.gpus_per_worker) if use_gpu else 0.0
+    workers = scaling.workers
+    if workers == "auto":
+        # On CPUs two workers show what there is to show; more would only share the same cores.
+        workers = max(1, int(gpus / gpus_per_worker)) if use_gpu else max(1, min(2, int(cpus / scaling.cpus_per_worker)))
+    local.check_feasible(workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
+    return Machines("local", "this machine", cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
+
+
+def make_plan(job: Job, ranks: int | None = None) -> Plan:
+    """Look at the job and at where it is to run, and work out everything that follows.
+
+    Raises:
+        RequestError: it cannot be done as asked; see `machines_of` and `engine.estimate`.
+    """
+    machines = machines_of(job, ranks)
+    from launcher.engine.build import build_split, check_batch
+    from launcher.engine.data import Order
+    from launcher.engine.estimate import estimate
+
+    found = estimate(job)
+    check_batch(job, found.train_samples, machines.workers)
+    trainer = job.trainer
+    order = Order(found.train_samples, trainer.global_batch_size, trainer.seed, trainer.overfit_batches)
+    share = build_split(job).share(trainer.global_batch_size, 0, machines.workers)
+    steps = trainer.steps or trainer.epochs * order.steps_per_epoch
+    microbatch = max(stop - start for start, stop in share)
+    memory = {
+        "parameters": found.parameter_bytes,
+        "gradients": found.gradient_bytes,
+        "optimizer": found.optimizer_bytes,
+        "activations": found.activation_bytes_per_sample * microbatch,
+    }
+    return Plan(
+        machines=machines,
+        batches=Batches(
+            global_batch_size=trainer.global_batch_size,
+            per_worker=share[-1][1] - share[0][0],
+            microbatch_size=microbatch,
+            microbatches=len(share),
+            steps_per_epoch=order.steps_per_epoch,
+            epochs=round(steps / order.steps_per_epoch, 4),
+            steps=steps,
+            last_batch_size=order.batch_size(order.steps_per_epoch - 1),
+        ),
+        data=_sizes(found.train_samples, found.val_samples, found.test_samples),
+        parameters=found.parameters,
+        memory={**memory, "total": sum(memory.values())},
+        gradient_bytes_per_step=found.gradient_bytes,
+        flops_per_sample=found.flops_per_sample,
+        tags=found.tags,
+        usd_per_hour=0.0,
+    )
+
+
+def _sizes(train: int, val: dict[str, int], test: dict[str, int]) -> dict[str, int]:
+    sizes = {"train": train}
+    for kind, sets in (("val", val), ("test", test)):
+        sizes.update({f"{kind}/{name}" if name else kind: count for name, count in sets.items()})
+    return sizes

@@ -1,0 +1,419 @@
+"""Runs a job on Ray Train workers: places them, joins them, listens to them, and says what went wrong.
+
+The engine does the training (`launcher.engine.entry.run` on every worker). Here is what surrounds it:
+
+    main thread       looks for events and signals five times a second, and forwards requests
+    helper thread     `fit()`: Ray Train's controller, which starts the workers and watches them
+    each worker       joins the process group, calls the engine, talks through `launcher.runners.channel`
+
+Importing this module imports ray.train (a second): do it while Ray starts, see `EmbeddedRay(preload=…)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import ray
+import ray.train
+from ray import cloudpickle
+from ray.train.backend import BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
+from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, WorkerMetricsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from launcher import errors
+from launcher.clusters.local import RAY_TRAIN_ENVIRONMENT, EmbeddedRay
+from launcher.errors import LaunchError, ResourceError, Stopped, TrainingError, UserCodeError, WorkerLost
+from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
+from launcher.runners.signals import Interrupts
+
+LOOK_SECONDS = 0.2
+# How long a worker whose peer went away waits before it ends: the controller learns of the peer in this time, and the
+# user of the cause instead of the consequence.
+AFTERMATH_SECONDS = 3.0
+# What gloo, NCCL and the rendezvous store say when another rank has gone.
+_PEER_IS_GONE = re.compile(
+    r"connection (?:was )?(?:closed|reset|refused)|broken pipe|peer|socket (?:timeout|closed)|recvvalue failed"
+    r"|timed out (?:waiting|after)|wait timeout|nccl.*(?:remote|abort|unhandled system)",
+    re.IGNORECASE,
+)
+
+Event = dict[str, Any]
+
+
+@dataclass
+class Order:
+    """What one worker is told, beside what Ray Train knows."""
+
+    run: str
+    job: bytes  # (main, task), pickled apart: it can only be read once `python_path` is there
+    python_path: list[str]
+    on_gpu: bool
+    loopback: bool
+
+
+def run(
+    task: Any,
+    *,
+    workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    cluster: EmbeddedRay,
+    on_event: Callable[[Event], None],
+    interrupts: Interrupts,
+    main: Callable[..., dict[str, Any]] | str = "launcher.engine.entry:run",
+) -> dict[str, Any]:
+    """Run `main(task, runtime, control)` on `workers` Ray Train workers and return what rank 0 returned.
+
+    Args:
+        task: what `main` gets; it is pickled, and its `python_path` is put before the workers' module path.
+        gpus_per_worker: above 0 the workers compute on GPUs and talk over NCCL, else on CPUs over gloo.
+        cluster: entered already; feasibility has been checked.
+        on_event: called in this thread with every event that a worker emits, those of one worker in their order.
+            Errors are raised instead.
+        interrupts: entered already. The first signal asks the workers to stop in order (before training has begun: at
+            once), the second ends them.
+        main: a function that the workers can import, or "module:function".
+
+    Raises:
+        LaunchError: the first genuine error of any worker, as the class that it had there.
+        WorkerLost: a worker process died.
+        Stopped: ended at once by a signal.
+    """
+    job = cloudpickle.dumps((main, task))
+    name = f"launch-{uuid.uuid4().hex[:12]}"
+    order = Order(name, job, list(task.python_path), on_gpu=gpus_per_worker > 0, loopback=not cluster.existing)
+    share = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
+    trainer = _Trainer(
+        _entrance(order),
+        embedded=not cluster.existing,
+        backend_config=BackendConfig(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=share
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(cluster.directory),
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+        ),
+    )
+    supervision = _Supervision(trainer, DriverEnd(name), on_event, interrupts)
+    try:
+        return supervision.watch()
+    finally:
+        supervision.channel.close()
+
+
+# ---- the driver's side ----------------------------------------------------------------------------------------------
+
+
+class _Trainer(DataParallelTrainer):
+    """Ray's data-parallel trainer (that TorchTrainer is as well) with fewer processes.
+
+    The process group is joined by the workers themselves: so the controller never imports torch. On a Ray of our own
+    there is no actor that watches over placement groups, which end with that Ray, and the controller takes its settings
+    from the environment it was born with: so it can use a process that waits ready.
+    """
+
+    def __init__(self, *args: Any, embedded: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._embedded = embedded
+        self._controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Relative paths mean on the workers what they mean here; Ray's own metrics have no reader; no Ray Data.
+        unwanted = [WorkingDirectorySetupCallback, ControllerMetricsCallback, WorkerMetricsCallback, DatasetsCallback]
+        if self._embedded:
+            unwanted.append(PlacementGroupCleanerCallback)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, tuple(unwanted))]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        options: dict[str, Any] = {"num_cpus": 0, "label_selector": here}
+        if not self._embedded:
+            options["runtime_env"] = {"env_vars": RAY_TRAIN_ENVIRONMENT}
+        if self._embedded and "P" in os.environ.get("X", ""):
+            arguments["scaling_policy"] = _fixed_number_of_workers(self.scaling_config, "S" in os.environ.get("X", ""))
+        self._controller = ray.remote(**options)(TrainController).remote(**arguments)
+        ray.get(self._controller.run.remote())
+        return ray.get(self._controller.get_result.remote())
+
+    def end(self) -> None:
+        """End the run at once: without their controller the workers are ended by Ray."""
+        if self._controller is not None:
+            with contextlib.suppress(Exception):
+                ray.kill(self._controller)
+
+
+def _fixed_number_of_workers(scaling, sync) -> Any:
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    class FixedNumberOfWorkers(FixedScalingPolicy):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            if sync:
+                from ray.train.v2._internal.execution.worker_group import worker_group, state
+
+                class Absent:
+                    @classmethod
+                    def options(cls, **_):
+                        return cls
+
+                    @classmethod
+                    def remote(cls, **_):
+                        return None
+
+                class NotNone(worker_group.WorkerGroupStateBuilder):
+                    def with_sync_actor(self, a):
+                        self.sync_actor = "absent"
+
+                worker_group.SynchronizationActor = Absent
+                worker_group.WorkerGroupStateBuilder = NotNone
+                state._shutdown_sync_actor = lambda a: None
+
+        def _maybe_send_resource_request(self) -> None:
+            pass
+
+    return FixedNumberOfWorkers(scaling)
+
+
+class _Supervision:
+    """One run, seen from the driver: `watch` returns rank 0's result or raises what went wrong."""
+
+    def __init__(
+        self,
+        trainer: _Trainer,
+        channel: DriverEnd,
+        on_event: Callable[[Event], None],
+        interrupts: Interrupts,
+    ) -> None:
+        self.channel = channel
+        self._trainer = trainer
+        self._on_event = on_event
+        self._interrupts = interrupts
+        self._workers: dict[int, Event] = {}  # by rank: who and where it is
+        self._errors: list[Event] = []
+        self._training = False
+        self._outcome: Any = None
+        self._thread = threading.Thread(target=self._fit, name="launch-fit", daemon=True)
+
+    def watch(self) -> dict[str, Any]:
+        self._thread.start()
+        while self._thread.is_alive():
+            self._thread.join(LOOK_SECONDS)
+            self._look()
+            if self._interrupts.count >= 2 or (self._interrupts.count and not self._training):
+                self._trainer.end()
+                self._thread.join(timeout=5)
+                raise Stopped(self._interrupts.signal_number or 0)
+            if self._interrupts.count:
+                self.channel.request("stop")
+        self._look()
+        if isinstance(self._outcome, BaseException):
+            raise self._failure(self._outcome) from None
+        return self._outcome.return_value
+
+    def _fit(self) -> None:
+        try:
+            self._outcome = self._trainer.fit()
+        except BaseException as error:
+            self._outcome = error
+
+    def _look(self) -> None:
+        """Take what the workers have sent."""
+        try:
+            events = self.channel.drain()
+        except Exception:  # Ray itself is going down: how it ended is told by `fit`
+            return
+        for event in events:
+            kind = event.get("kind")
+            if kind == "worker":
+                self._workers[event["rank"]] = event
+            elif kind == "error":
+                self._errors.append(event)
+            else:
+                self._training = self._training or kind == "progress" or event.get("name") == "training"
+                self._on_event(event)
+
+    def _failure(self, outcome: BaseException) -> BaseException:
+        """Return the error to tell: a genuine one before a lost worker, and that before what followed from either."""
+        genuine = [event for event in self._errors if not event["aftermath"]]
+        if genuine:
+            return _rebuild(min(genuine, key=lambda event: event["time"]))
+        if isinstance(outcome, WorkerGroupError):
+            lost = {
+                rank: error
+                for rank, error in outcome.worker_failures.items()
+                if isinstance(error, WorkerHealthCheckFailedError)
+            }
+            silent = self._workers.keys() - {event["rank"] for event in self._errors}
+            for rank in sorted(lost) or sorted(silent):
+                return self._lost(rank, str(lost.get(rank, "")))
+        if self._errors:
+            return _rebuild(min(self._errors, key=lambda event: event["time"]))
+        cause = outcome.controller_failure if isinstance(outcome, ControllerError) else outcome
+        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            return ResourceError(
+                f"{cause.num_workers} workers were asked for, and Ray did not find room for them in a minute: other work "
+                "holds its CPUs or GPUs. Lower scaling.workers, or wait until the other work has ended."
+            )
+        last_line = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
+        return TrainingError(
+            f"The workers could not be started or supervised: {last_line.rstrip('.')}. Run again with verbose=true to "
+            "see Ray's own messages."
+        )
+
+    def _lost(self, rank: int, report: str) -> WorkerLost:
+        worker = self._workers.get(rank, {})
+        who = f"Worker {rank} of {len(self._workers)} (process {worker.get('pid', '?')} on {worker.get('host', '?')})"
+        if re.search(r"out.?of.?memory|running low on memory|\boom\b.*kill", report, re.IGNORECASE) and (
+            "OutOfMemoryError" in report or "low on memory" in report
+        ):
+            return WorkerLost(
+                f"{who} was ended because the memory of the machine was nearly used up. Lower trainer.microbatch_size, "
+                "data.num_workers or scaling.workers, and continue from the newest checkpoint with run.resume=true."
+            )
+        return WorkerLost(
+            f"{who} died without a word: it was killed (kill -9, or the kernel for want of memory) or crashed in native "
+            "code. The run ends at its newest checkpoint; continue it with run.resume=true."
+        )
+
+
+def _rebuild(event: Event) -> LaunchError:
+    """Return the error that a worker described."""
+    kind = getattr(errors, event["type"], None)
+    if not (isinstance(kind, type) and issubclass(kind, LaunchError)) or issubclass(kind, UserCodeError):
+        return UserCodeError(event["message"], event.get("traceback", ""))
+    return kind(event["message"])
+
+
+# ---- the workers' side ----------------------------------------------------------------------------------------------
+
+
+def _entrance(order: Order) -> Callable[[], dict[str, Any] | None]:
+    """Return the training function for Ray Train, which travels by value: it finds this package where it is not installed."""
+    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    pickled, module = pickle.dumps(order), __name__
+
+    def enter() -> dict[str, Any] | None:
+        import importlib
+        import pickle
+        import sys
+
+        if home not in sys.path:
+            sys.path.append(home)
+        return importlib.import_module(module).work(pickle.loads(pickled))
+
+    return enter
+
+
+def work(order: Order) -> dict[str, Any] | None:
+    """Everything that one worker does."""
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    with WorkerEnd(order.run, rank) as control:
+        control.emit({"kind": "worker", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
+        control.flush()
+        try:
+            sys.path[:0] = [path for path in order.python_path if path not in sys.path]
+            main, task = cloudpickle.loads(order.job)
+            with _runtime(order, context) as runtime:
+                result = _function(main)(task, runtime, control)
+        except BaseException as error:
+            event = _describe(error, rank)
+            control.emit(event)
+            control.flush()
+            if event["aftermath"]:
+                time.sleep(AFTERMATH_SECONDS)
+            # Plain, since the controller unpickles it and knows nothing of user code. The event carries the rest.
+            raise RuntimeError(f"{event['type']}: {event['message']}") from None
+    return result if rank == 0 else None
+
+
+def _function(main: Callable[..., Any] | str) -> Callable[..., Any]:
+    if callable(main):
+        return main
+    module, _, name = main.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _describe(error: BaseException, rank: int) -> Event:
+    text = str(error) or type(error).__name__
+    event: Event = {"kind": "error", "rank": rank, "time": time.time(), "setup": False, "aftermath": False}
+    if isinstance(error, LaunchError):
+        return event | {
+            "type": type(error).__name__,
+            "message": text,
+            "traceback": getattr(error, "traceback_text", ""),
+            "setup": isinstance(error, errors.RequestError),
+            "aftermath": isinstance(error, WorkerLost),
+        }
+    own = os.path.abspath(__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if os.path.abspath(frame.filename) != own]
+    lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
+    lines += traceback.format_exception_only(type(error), error)
+    return event | {
+        "type": "UserCodeError",
+        "message": f"{type(error).__name__}: {text}",
+        "traceback": "".join(lines),
+        "aftermath": isinstance(error, RuntimeError) and bool(_PEER_IS_GONE.search(text)),
+    }
+
+
+@contextlib.contextmanager
+def _runtime(order: Order, context: Any) -> Iterator[Any]:
+    """Join the process group of all workers and yield this one's rank facts."""
+    import torch.distributed as dist
+
+    from launcher.engine.runtime import COLLECTIVE_TIMEOUT, Runtime
+
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    if order.loopback:  # one machine: nothing leaves it, and it works without a network or a name that resolves
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo0" if sys.platform == "darwin" else "lo")
+    if world_size > 1:
+        store = _rendezvous(order, rank, world_size, COLLECTIVE_TIMEOUT)
+        backend = "nccl" if order.on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    yield Runtime.adopt(rank, world_size, context.get_local_rank(), context.get_local_world_size(), _device(order))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def _rendezvous(order: Order, rank: int, world_size: int, timeout: timedelta) -> Any:
+    """Return the store where the ranks meet. Rank 0 opens it on a port that the system picks, and says so to the others."""
+    from torch.distributed import TCPStore
+
+    key = f"{order.run}/rendezvous"
+    if rank == 0:
+        host = "127.0.0.1" if order.loopback else ray.util.get_node_ip_address()
+        store = TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        publish(key, f"{host}:{store.port}")
+        return store
+    host, _, port = wait_for(key, timeout.total_seconds()).rpartition(":")
+    return TCPStore(host, int(port), world_size, is_master=False, timeout=timeout)
+
+
+def _device(order: Order) -> str:
+    """Return this worker's device. Ray shows a worker all GPUs of its group on this machine: its own is one of them."""
+    if not order.on_gpu:
+        return "cpu"
+    own = ray.get_runtime_context().get_accelerator_ids()["GPU"][0]
+    return f"cuda:{os.environ['CUDA_VISIBLE_DEVICES'].split(',').index(own)}"

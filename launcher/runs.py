@@ -1,0 +1,184 @@
+"""A run on disk: its directory, `result.json`, heartbeat, requests to stop, and the listing of a run root.
+
+Free of torch and Ray, so that `launch runs` answers at once. The layout is in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import RunError, did_you_mean
+
+HEARTBEAT_SECONDS = 5.0
+# A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.
+LOST_AFTER_SECONDS = 60.0
+FINAL = ("completed", "stopped", "pruned", "failed")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` so that a reader sees the old or the new file, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where one run lives: `<run.root>/<run.name>`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def _result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def _heartbeat(self) -> Path:
+        return self.path / ".heartbeat"
+
+    @property
+    def _stop(self) -> Path:
+        return self.path / ".stop"
+
+    def exists(self) -> bool:
+        return self.config.is_file() or self._result.is_file()
+
+    def create(self) -> None:
+        """Make the directory and prove that it can be written.
+
+        Raises:
+            RunError: it cannot be created or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".probe"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise RunError(
+                f"The run directory {self.path} cannot be written: {error.strerror or error}. "
+                "Choose another place with run.root=DIRECTORY."
+            ) from error
+
+    def result(self) -> dict[str, Any]:
+        """Return the content of `result.json`, or an empty mapping where there is none."""
+        try:
+            content = json.loads(self._result.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self._result} cannot be read: {error}. Restore it or remove the run.") from error
+        return content if isinstance(content, dict) else {}
+
+    def write_result(self, content: dict[str, Any]) -> None:
+        write_json(self._result, content)
+
+    def update_result(self, **changes: Any) -> dict[str, Any]:
+        content = {**self.result(), **changes}
+        self.write_result(content)
+        return content
+
+    def beat(self) -> None:
+        """Say that this process is alive and works on the run."""
+        write_json(self._heartbeat, {"host": socket.gethostname(), "pid": os.getpid()})
+
+    def is_alive(self) -> bool:
+        """Tell whether somebody works on the run: a fresh heartbeat, of a process that is not known to be gone."""
+        try:
+            age = time.time() - self._heartbeat.stat().st_mtime
+            writer = json.loads(self._heartbeat.read_text())
+        except (OSError, ValueError):
+            return False
+        if writer.get("host") == socket.gethostname() and not _process_exists(int(writer.get("pid", 0))):
+            return False
+        return age < LOST_AFTER_SECONDS
+
+    def request_stop(self) -> None:
+        self._stop.touch()
+
+    def stop_requested(self) -> bool:
+        return self._stop.exists()
+
+    def clear_requests(self) -> None:
+        with suppress(FileNotFoundError):
+            self._stop.unlink()
+
+    def status(self) -> str:
+        """Return the status of `result.json`, or `lost` where it says running and nobody works on it."""
+        status = str(self.result().get("status", "unknown"))
+        return "lost" if status == "running" and not self.is_alive() else status
+
+
+def _process_exists(pid: int) -> bool:
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def check_name(name: str) -> None:
+    """Raise RunError unless `name` may be the name of a run: a single, visible path component."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=,@-]{0,199}", name) or ".." in name:
+        raise RunError(
+            f'"{name}" cannot be the name of a run: use letters, digits and _ . + = , @ -, '
+            "beginning with a letter, a digit or _, without '/' and '..'."
+        )
+
+
+def find(root: str | Path, name: str) -> RunDirectory:
+    """Return the run called `name` (a run, or SWEEP/NUMBER) under `root`.
+
+    Raises:
+        RunError: there is none; names the nearest.
+    """
+    for part in name.split("/"):
+        check_name(part)
+    run = RunDirectory(Path(root).expanduser().absolute() / name)
+    if not run.exists():
+        known = [other.name for other in list_runs(root)]
+        listed = f" It holds {len(known)} run(s)." if known else " It holds no runs."
+        raise RunError(f'There is no run "{name}" in {Path(root).absolute()}.{listed}{did_you_mean(name, known)}')
+    return run
+
+
+def list_runs(root: str | Path) -> Iterator[RunDirectory]:
+    """Yield the runs under `root`, oldest first."""
+    base = Path(root).expanduser().absolute()
+    if not base.is_dir():
+        return
+    runs = [RunDirectory(path) for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    yield from sorted((run for run in runs if run.exists()), key=lambda run: (run.config.stat().st_mtime, run.name))

@@ -1,0 +1,252 @@
+"""The typed schema of the configuration, and the checks on its values. Plain Python: no Hydra, no torch.
+
+Everything beyond the entry point is handed the dataclass `Job`; `launcher.config` composes one from `conf/`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from .errors import ConfigError, did_you_mean
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+MODES = ("min", "max")
+STRATEGIES = ("ddp",)
+CLUSTERS = ("local", "none")
+# Sections that are as open as the class that they name; their keys are checked against its signature.
+OPEN_SECTIONS = ("model", "data", "optimizer", "scheduler", "vars")
+
+
+@dataclass
+class RunConfig:
+    name: str | None = None
+    root: str = "runs"
+    resume: Any = False  # true, false or "auto"
+    like: str | None = None
+
+
+@dataclass
+class TrainerConfig:
+    epochs: int = 1
+    steps: int | None = None
+    global_batch_size: int = 64
+    microbatch_size: int | None = None
+    precision: str = "float32"
+    deterministic: bool = False
+    compile: bool = False
+    clip_norm: float | None = None
+    seed: int = 0
+    sync_batchnorm: bool = False
+    overfit_batches: int = 0
+    log_every: Any = 50
+    evaluate_every: Any = "1ep"
+
+
+@dataclass
+class ScalingConfig:
+    workers: Any = "auto"
+    device: str = "auto"
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float | None = None
+
+
+@dataclass
+class CheckpointConfig:
+    every: Any = "1ep"
+    keep: int = 1
+    monitor: str | None = "val/loss"
+    mode: str = "min"
+    load: str | None = None
+    load_strict: bool = True
+
+
+@dataclass
+class LoggingConfig:
+    tensorboard: bool = True
+    graph: bool = True
+    hparams: list[str] = field(default_factory=list)
+
+
+@dataclass
+class StrategyConfig:
+    name: str = "ddp"
+
+
+@dataclass
+class ClusterConfig:
+    kind: str = "local"
+
+
+@dataclass
+class Job:
+    """One training job, complete and plain: what travels to the workers.
+
+    `model`, `data`, `optimizer` and `scheduler` are open mappings with a `_target_`; `launcher.targets` builds them.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    vars: dict[str, Any] = field(default_factory=dict)
+    trust: list[str] = field(default_factory=list)
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often something happens. Exactly one of the three is set."""
+
+    steps: int | None = None  # optimizer steps
+    epochs: int | None = None
+    seconds: float | None = None
+
+
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def parse_interval(value: Any, key: str) -> Interval:
+    """Read `50` (steps), `1ep` (epochs), `30s`, `10min` or `2h` (time).
+
+    Raises ConfigError that names `key` for anything else, zero and negative numbers included.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return Interval(steps=value)
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|ep|s|min|h)\s*", value)
+        if match and float(match[1]) > 0:
+            number, unit = match[1], match[2]
+            if unit in _SECONDS:
+                return Interval(seconds=float(number) * _SECONDS[unit])
+            if "." not in number:
+                return Interval(epochs=int(number)) if unit else Interval(steps=int(number))
+    raise ConfigError(
+        f"{key} is {value!r}, but must be a number of steps (50), of epochs (1ep) or a time (30s, 10min, 2h), "
+        "above zero."
+    )
+
+
+def default_run_name(choices: Mapping[str, Any], now: datetime) -> str:
+    """Return `<experiment>-YYYYmmdd-HHMMSS`, the name of a run that was given none."""
+    experiment = choices.get("experiment") or "run"
+    names = experiment if isinstance(experiment, (list, tuple)) else [experiment]
+    word = "-".join(re.sub(r"[^A-Za-z0-9_-]+", "-", str(name)) for name in names)
+    return f"{word}-{now:%Y%m%d-%H%M%S}"
+
+
+def check_run_name(name: str, key: str = "run.name") -> None:
+    """Raise ConfigError unless `name` can be a directory of its own directly under the run root."""
+    bad = (
+        not name.strip()
+        or name != name.strip()
+        or name.startswith(".")
+        or ".." in name
+        or "/" in name
+        or "\\" in name
+        or not name.isprintable()
+        or len(name.encode()) > 200
+    )
+    if bad:
+        raise ConfigError(
+            f"{key} is {name!r}, but must be a plain directory name: not empty, at most 200 bytes, without /, \\, "
+            "two dots in a row, a dot in front, spaces around it, or control characters."
+        )
+
+
+def check_values(job: Job) -> None:
+    """Check every value that the schema's types alone cannot. Raises ConfigError with key, value and rule."""
+    _check_run(job.run)
+    _check_trainer(job.trainer)
+    scaling, checkpoint = job.scaling, job.checkpoint
+    workers = scaling.workers
+    if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ConfigError(f"scaling.workers is {workers!r}, but must be a whole number of at least 1, or auto.")
+    _one_of("scaling.device", scaling.device, DEVICES)
+    _above_zero("scaling.cpus_per_worker", scaling.cpus_per_worker)
+    if scaling.gpus_per_worker is not None:
+        _at_least("scaling.gpus_per_worker", scaling.gpus_per_worker, 0)
+    parse_interval(checkpoint.every, "checkpoint.every")
+    _at_least("checkpoint.keep", checkpoint.keep, 1)
+    _one_of("checkpoint.mode", checkpoint.mode, MODES)
+    _one_of("strategy.name", job.strategy.name, STRATEGIES)
+    _one_of("cluster.kind", job.cluster.kind, CLUSTERS)
+    for section in ("model", "data", "optimizer"):
+        if "_target_" not in getattr(job, section):
+            raise ConfigError(
+                f"{section} names no class: choose one of the group, {section}=NAME, or give a mapping with `_target_`."
+            )
+    rate = job.optimizer.get("lr")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf):
+        raise ConfigError(f"optimizer.lr is {rate!r}, but must be a number of at least 0.")
+
+
+def _check_run(run: RunConfig) -> None:
+    if run.name is not None:
+        check_run_name(run.name)
+    if not run.root.strip():
+        raise ConfigError("run.root is empty, but must be the directory (or the URI) under which runs are written.")
+    if run.resume not in (True, False, "auto") or isinstance(run.resume, (int, float)) is not isinstance(
+        run.resume, bool
+    ):
+        raise ConfigError(f"run.resume is {run.resume!r}, but must be true, false or auto.")
+    if run.resume is not False and run.name is None:
+        raise ConfigError(
+            f"run.resume={str(run.resume).lower()} needs the name of the run that is to be continued: "
+            "add run.name=NAME (`launch runs` lists them)."
+        )
+    if run.resume is not False and run.like is not None:
+        raise ConfigError(
+            "run.resume continues a run, run.like starts a new one from another's configuration: give one of the two."
+        )
+
+
+def _check_trainer(trainer: TrainerConfig) -> None:
+    for name in ("epochs", "steps", "global_batch_size", "microbatch_size"):
+        value = getattr(trainer, name)
+        if value is not None:
+            _at_least(f"trainer.{name}", value, 1)
+    _one_of("trainer.precision", trainer.precision, PRECISIONS)
+    if trainer.deterministic and trainer.precision != "float32":
+        raise ConfigError(
+            f"trainer.deterministic=true needs trainer.precision=float32, but the precision is {trainer.precision}."
+        )
+    if trainer.clip_norm is not None:
+        _above_zero("trainer.clip_norm", trainer.clip_norm)
+    if not 0 <= trainer.seed < 2**63:
+        raise ConfigError(f"trainer.seed is {trainer.seed}, but must lie between 0 and 2**63 - 1.")
+    _at_least("trainer.overfit_batches", trainer.overfit_batches, 0)
+    parse_interval(trainer.log_every, "trainer.log_every")
+    parse_interval(trainer.evaluate_every, "trainer.evaluate_every")
+
+
+def _at_least(key: str, value: float, least: int) -> None:
+    if not least <= value < math.inf:
+        raise ConfigError(f"{key} is {value}, but must be at least {least}.")
+
+
+def _above_zero(key: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{key} is {value}, but must be a number above zero.")
+
+
+# What other tools call them.
+_USUAL = {"gpu": "cuda", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        hint = did_you_mean(_USUAL.get(value, value), known)
+        raise ConfigError(f"{key} is {value!r}, but must be one of {', '.join(known)}.{hint}")

@@ -1,0 +1,197 @@
+"""Pictures with labels in a folder per class, decoded when they are needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from models.vision_data import directory, limited, stratified_order, stratified_split
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folder -> part
+CHECKED_AT_START = 16  # pictures of a folder that are decoded before training starts
+
+
+class PictureFolder:
+    """A folder of pictures per class: `root/<class>/**/*.png`, of which `val_fraction` is `val`.
+
+    Where all folders in `root` are called train, val (or valid, validation) and test, these are the sets, each with a
+    folder per class, and `val` is cut from `root/train` if there is no `root/val`. Classes are numbered in the order of
+    their names. Pictures are scaled and cropped at the centre to `size`, made grey or colour, and normalised as
+    (pixel in 0..1 - mean) / std. A few are decoded at once, so that a broken folder is told before training; a broken
+    picture is told when it is met.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        size: int = 32,
+        channels: int = 3,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        limit: int | None = None,
+        val_limit: int | None = None,
+        crop_padding: int = 0,
+        flip: bool = False,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.25,
+        num_workers: int = 2,
+    ) -> None:
+        if size < 1 or crop_padding < 0 or num_workers < 0:
+            raise ValueError(f"{size=}, {crop_padding=}, {num_workers=}: size is at least 1, the others at least 0.")
+        if channels not in (1, 3):
+            raise ValueError(f"channels={channels}: 1 is grey and 3 is colour.")
+        folder = directory(root, "a folder of pictures per class")
+        self.num_workers = num_workers
+        self.classes, train, val, test = _scan(folder, val_fraction, split_seed)
+        train, val = list(limited(train, limit, "limit")), list(limited(val, val_limit, "val_limit"))
+        look = size, channels, _per_channel(mean, channels, "mean"), _per_channel(std, channels, "std")
+        if bool((look[3] <= 0).any()):
+            raise ValueError(f"std={std}: must be above zero.")
+        self.train = PictureFiles(train, *look, crop_padding=crop_padding, flip=flip)
+        self.val = PictureFiles(val, *look)
+        self.test = PictureFiles(test, *look) if test else None
+        files = train + val
+        for path, _ in files[:: max(1, len(files) // CHECKED_AT_START)]:
+            decode(path, size, channels)
+
+
+class PictureFiles:
+    """A data set of picture files, decoded when asked for: x (C, size, size) float32, y int.
+
+    Random crops and mirror images are drawn from torch's generator, which the caller seeds for each sample.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[str, int]],
+        size: int,
+        channels: int,
+        mean: Tensor,
+        std: Tensor,
+        crop_padding: int = 0,
+        flip: bool = False,
+    ) -> None:
+        self.files = list(files)
+        self.size, self.channels = size, channels
+        self.mean, self.std = mean, std  # (C, 1, 1), of pixels in 0..1
+        self.crop_padding, self.flip = crop_padding, flip
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files[index]
+        x = decode(path, self.size, self.channels).float().div_(255).sub_(self.mean).div_(self.std)
+        if self.crop_padding:
+            p = self.crop_padding
+            x = F.pad(x, (p, p, p, p))  # zero is the mean, that is grey
+            top, left = torch.randint(0, 2 * p + 1, (2,)).tolist()
+            x = x[:, top : top + self.size, left : left + self.size]
+        if self.flip and torch.rand(()) < 0.5:
+            x = x.flip(2)
+        return x.contiguous(), label
+
+
+def decode(path: str, size: int, channels: int) -> Tensor:
+    """A picture file as (channels, size, size) uint8: its centre, scaled. Raises ValueError naming the file."""
+    mode = "RGB" if channels == 3 else "L"
+    try:
+        with Image.open(path) as opened:
+            opened.draft(mode, (size, size))  # JPEG alone: decode at a fraction of the size
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
+                picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            if picture.mode == "F":
+                raise ValueError("its pixels are floating-point numbers")
+            picture = ImageOps.fit(picture.convert(mode), (size, size), Image.Resampling.BILINEAR)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        what = str(error).replace(repr(path), "it")
+        raise ValueError(f"{path} cannot be read as a picture: {what}. Repair or remove it.") from error
+    return torch.from_numpy(np.array(picture)).reshape(size, size, channels).permute(2, 0, 1)
+
+
+def _scan(folder: Path, val_fraction: float, seed: int) -> tuple[list[str], list[Any], list[Any], list[Any]]:
+    """Class names and the (path, label) pairs of train, val and test."""
+    names = {entry.name for entry in _folders(folder)}
+    if not names or not names <= set(PARTS):
+        classes = _class_names(folder)
+        train, val, test = _files(folder, classes), [], []
+    else:
+        parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": [], "test": []}
+        if "train" not in names:
+            raise ValueError(f"{folder} has {' and '.join(sorted(names))} and no train. Add train/<class>/<pictures>.")
+        classes = _class_names(folder / "train")
+        for name in sorted(names):
+            parts[PARTS[name]] += _files(folder / name, classes)
+        train, val, test = parts["train"], parts["val"], parts["test"]
+    if not val:
+        learn, hold = stratified_split(_labels(train), val_fraction, seed)
+        return classes, [train[i] for i in learn], [train[i] for i in hold], test
+    train, val = ([part[i] for i in stratified_order(_labels(part), seed)] for part in (train, val))
+    return classes, train, val, test
+
+
+def _class_names(folder: Path) -> list[str]:
+    classes = sorted(entry.name for entry in _folders(folder))
+    if len(classes) < 2:
+        raise ValueError(
+            f"{folder} should hold a folder of pictures for each of at least two classes, and holds "
+            f"{f'one folder, {classes[0]}' if classes else 'no folder'}."
+        )
+    return classes
+
+
+def _files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
+    """(path, label) of every picture below `folder`, in the order of names, which no file system gives by itself."""
+    number = {name: label for label, name in enumerate(classes)}
+    files: list[tuple[str, int]] = []
+    for entry in sorted(_folders(folder), key=lambda entry: entry.name):
+        if entry.name not in number:
+            raise ValueError(f"{entry.path} is a class that train does not have; it has {', '.join(classes[:8])}.")
+        found = list(_pictures_below(entry.path))
+        if not found:
+            raise ValueError(
+                f"{entry.path} is the folder of a class and holds no picture ({' '.join(sorted(SUFFIXES))}). "
+                "Add pictures or remove it."
+            )
+        files += [(path, number[entry.name]) for path in found]
+    return files
+
+
+def _folders(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _pictures_below(folder: str) -> Iterator[str]:
+    def stop(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that it may not read
+
+    for parent, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield os.path.join(parent, name)
+
+
+def _labels(files: list[tuple[str, int]]) -> np.ndarray:
+    return np.array([label for _, label in files], np.int64)
+
+
+def _per_channel(value: float | Sequence[float], channels: int, key: str) -> Tensor:
+    """(C, 1, 1)"""
+    tensor = torch.tensor(value, dtype=torch.float32).flatten()
+    if len(tensor) not in (1, channels):
+        raise ValueError(f"data.{key}={value}: must be one number, or one for each of the {channels} channels.")
+    return tensor.expand(channels).reshape(channels, 1, 1)

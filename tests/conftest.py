@@ -1,0 +1,71 @@
+"""What every test gets: a clean environment, a browser when there is one, and a record of the slow tests."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Set by a launcher around the tests (torchrun, Slurm) or by the developer: each would change what a test measures.
+FOREIGN = [
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"),
+    *("LAUNCH_CONFIG_DIR", "RAY_ADDRESS", "HYDRA_FULL_ERROR"),
+]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, help="write outcome and duration of every test that ran to this file")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of an installed Chromium or Chrome. Without one the test is skipped, but fails where CI is set."""
+    for name in BROWSERS:
+        path = shutil.which(name)
+        if path:
+            return path
+    message = f"no browser found (looked for {', '.join(BROWSERS)}); on Debian: apt-get install chromium"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
+    yield
+    target: Path | None = config.getoption("--record")
+    if target is None:
+        return
+    rows, passed = [], True
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            # A test that passes is reported for its call, one that fails in a fixture for that.
+            if outcome != "passed" or report.when == "call":
+                rows.append(f"| `{report.nodeid}` | {outcome} | {report.duration:.0f} s |")
+                passed &= outcome == "passed"
+    if not rows:
+        terminalreporter.write_line(f"{target} is left as it was: no test ran")
+        return
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(
+        "# The slow tests, last run\n\n"
+        f"Written by `make slow` on {datetime.date.today()}: {'all passed' if passed else 'NOT all passed'}; "
+        f"Python {platform.python_version()}, {versions}, {os.cpu_count()} cores.\n\n"
+        "| test | outcome | time |\n| --- | --- | --- |\n" + "\n".join(sorted(rows)) + "\n"
+    )
+    terminalreporter.write_line(f"recorded in {target}")

@@ -1,0 +1,240 @@
+"""Who may import whom: `cli -> sweeps -> runners -> {clusters, engine}`, and everything may use the leaves.
+
+The imports are read, not run, so that one inside a function, in a branch that this machine never takes, or under
+TYPE_CHECKING counts like any other.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each part of launcher (a package or a module) and the other parts that it may import. A part that is not listed is
+# an error, so that a new one is placed here deliberately.
+LEAVES = {"errors", "schema", "keys", "words", "config", "targets", "runs", "provenance"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "runs": {"errors"},
+    "provenance": {"errors"},
+    "terminal": {"errors", "runs"},
+    "targets": {"errors"},
+    "schema": {"errors"},
+    "keys": {"errors", "schema"},
+    "words": {"errors", "schema", "keys"},
+    "config": {"errors", "schema", "keys", "words", "targets", "runs"},
+    "engine": LEAVES,
+    "clusters": LEAVES,
+    "runners": {"engine", "clusters", "terminal"} | LEAVES,
+    "sweeps": {"runners", "engine", "clusters", "terminal"} | LEAVES,
+    "plan": {"engine", "clusters"} | LEAVES,
+    "jobs": {"runners", "engine", "clusters", "plan", "terminal"} | LEAVES,
+    "cli": {"jobs", "sweeps", "runners", "engine", "clusters", "plan", "terminal"} | LEAVES,
+    "__main__": {"cli"},
+    "__init__": {"cli", "jobs", "errors"},
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules under `who`, except those under `but`, never import anything under `never`."""
+
+    who: str
+    never: tuple[str, ...]
+    but: tuple[str, ...] = ()
+    at_import: bool = False  # only imports that run when the module is imported
+    why: str = ""
+
+
+RULES = (
+    Rule("launcher.engine", ("ray", "hydra", "omegaconf"), why="the engine runs without Ray, and on plain data"),
+    Rule("launcher", ("ray",), but=("launcher.runners", "launcher.clusters"), why="Ray stays behind two packages"),
+    Rule("launcher", ("ray.train",), but=("launcher.runners.ray_train",), why="one module speaks to Ray Train"),
+    Rule("launcher.clusters", ("torch",), why="a cluster is planned on machines without PyTorch"),
+    Rule("launcher.runs", ("torch",), why="`launch runs` lists without PyTorch"),
+    Rule(
+        "launcher",
+        ("hydra", "omegaconf"),
+        but=("launcher.config", "launcher.cli", "launcher.plugins"),
+        why="configuration is composed once, and plain data afterwards",
+    ),
+    Rule("launcher", ("models", "conf", "tests", "benchmarks"), why="only configuration names both"),
+    Rule("models", ("launcher", "conf", "ray", "hydra", "omegaconf", "tests"), why="a model is plain PyTorch"),
+    *(
+        Rule(who, ("torch", "ray", "tensorboard"), at_import=True, why="`launch --help` answers at once")
+        for who in ("launcher.cli", "launcher.config", "launcher.errors", "launcher.targets", "launcher.runs")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    name: str  # dotted
+    line: int
+    at_import: bool
+
+
+def under(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(parent + ".")
+
+
+def read_imports(source: str, package: str, path: str = "<unknown>") -> list[Import]:
+    """Return every module that a source names in an import; `package` is what its relative imports start from.
+
+    `from a import b` counts as `a` and `a.b`, since b may be a module; so does `a.b` as an attribute after `import a`,
+    and a literal handed to `import_module` or `__import__`.
+    """
+    tree = ast.parse(source, filename=path, feature_version=(3, 11))
+    deferred: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if typing_only or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            deferred.update(ast.walk(node))
+    found: list[Import] = []
+    bound: dict[str, str] = {}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names.append(alias.name)
+                bound[alias.asname or alias.name.partition(".")[0]] = (
+                    alias.name if alias.asname else alias.name.partition(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join(parts[: len(parts) - node.level + 1] + ([base] if base else []))
+            names.append(base)
+            for alias in node.names:
+                names.append(f"{base}.{alias.name}")
+                bound[alias.asname or alias.name] = f"{base}.{alias.name}"
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                names.append(node.args[0].value)
+        found += [Import(name, getattr(node, "lineno", 0), node not in deferred) for name in names]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+            found.append(Import(f"{bound[node.value.id]}.{node.attr}", node.lineno, node not in deferred))
+    return found
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def find_violations(files: dict[str, str]) -> list[str]:
+    """Check sources by their path in the repository; return one line for each broken rule."""
+    broken = []
+    for path, source in sorted(files.items()):
+        module = module_name(path)
+        package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+        imports = read_imports(source, package, path)
+        for rule in RULES:
+            if not under(module, rule.who) or any(under(module, exempt) for exempt in rule.but):
+                continue
+            for seen in imports:
+                if (seen.at_import or not rule.at_import) and any(under(seen.name, name) for name in rule.never):
+                    broken.append(f"{path}:{seen.line} imports {seen.name}: {rule.why}")
+        if path.startswith("launcher/"):
+            broken += check_direction(path, imports, {module_name(other) for other in files})
+    return sorted(set(broken))
+
+
+def check_direction(path: str, imports: list[Import], modules: set[str]) -> list[str]:
+    """Return the imports of one file of launcher that go against MAY_IMPORT; `modules` tells modules from functions."""
+    part = path.split("/")[1].removesuffix(".py")
+    if part not in MAY_IMPORT:
+        return [f"{path}: {part!r} has no line in MAY_IMPORT of {Path(__file__).name}; add it where it belongs"]
+    broken = []
+    for seen in imports:
+        words = seen.name.split(".")
+        if words[0] != "launcher" or len(words) < 2:
+            continue
+        other = words[1]
+        is_module = any(under(module, f"launcher.{other}") for module in modules) or other in MAY_IMPORT
+        if not is_module:
+            # A name that launcher/__init__ offers leads to cli: for people, not for the layers below it.
+            if other.startswith("__") or part in ("cli", "__main__", "__init__"):
+                continue
+            broken.append(f"{path}:{seen.line} imports {seen.name}: the package itself is for users of the API")
+        elif other != part and other not in MAY_IMPORT[part]:
+            broken.append(f"{path}:{seen.line} imports {seen.name}: {part} may import {sorted(MAY_IMPORT[part])}")
+    return broken
+
+
+def repository() -> dict[str, str]:
+    paths = [path for folder in ("launcher", "models", "conf") for path in (ROOT / folder).rglob("*.py")]
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
+
+
+def test_the_repository_keeps_the_direction() -> None:
+    files = repository()
+    assert {"launcher/errors.py", "launcher/engine/__init__.py"} <= set(files), "the check reads the wrong folder"
+    assert find_violations(files) == []
+
+
+def test_the_table_has_no_cycle() -> None:
+    left = {part: set(others) for part, others in MAY_IMPORT.items()}
+    while left:
+        free = [part for part, others in left.items() if not others & set(left)]
+        assert free, f"these import each other: {sorted(left)}"
+        for part in free:
+            del left[part]
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("launcher/engine/trainer.py", "def f():\n    import ray", "trainer.py:2 imports ray:"),
+        ("launcher/engine/trainer.py", "from omegaconf import DictConfig", "imports omegaconf:"),
+        ("launcher/engine/trainer.py", "from ..runners import ray_train", "imports launcher.runners:"),
+        ("launcher/engine/sinks/board.py", "from ... import cli", "imports launcher.cli:"),
+        ("launcher/engine/trainer.py", "if TYPE_CHECKING:\n    from ray import ObjectRef", "imports ray:"),
+        ("launcher/engine/trainer.py", "importlib.import_module('ray.util')", "imports ray.util:"),
+        ("launcher/engine/trainer.py", "from launcher import launch", "imports launcher.launch:"),
+        ("launcher/runners/in_process.py", "from ray import train", "imports ray.train:"),
+        ("launcher/runners/in_process.py", "import ray\n\ndef f():\n    ray.train.report({})", "imports ray.train:"),
+        ("launcher/runners/ray_train.py", "from launcher.sweeps import study", "imports launcher.sweeps:"),
+        (
+            "launcher/clusters/local.py",
+            "async def f(self):\n    import torch.cuda",
+            "imports torch.cuda:",
+        ),
+        ("launcher/clusters/local.py", "from launcher.engine import runtime", "imports launcher.engine:"),
+        ("launcher/plan.py", "import ray", "imports ray:"),
+        ("launcher/runners/in_process.py", "import hydra.utils", "imports hydra.utils:"),
+        ("launcher/runs.py", "from launcher.config import Job", "imports launcher.config:"),
+        ("launcher/errors.py", "from launcher import runs", "imports launcher.runs:"),
+        ("launcher/runs.py", "def f():\n    import torch", "imports torch:"),
+        ("launcher/targets.py", "import torch", "imports torch:"),
+        ("launcher/cli.py", "try:\n    import ray\nexcept ImportError: ...", "imports ray:"),
+        ("launcher/engine/data.py", "from models.vision import ConvNet", "imports models.vision:"),
+        ("launcher/newcomer.py", "", "'newcomer' has no line in MAY_IMPORT"),
+        ("models/vision.py", "def f():\n    from launcher.errors import DataError", "imports launcher.errors:"),
+    ],
+)
+def test_a_planted_violation_is_found(path: str, source: str, expected: str) -> None:
+    found = find_violations({path: source})
+    assert any(path in line and expected in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("launcher/targets.py", "def f():\n    import torch"),
+        ("launcher/runners/ray_train.py", "import ray.train.torch\nfrom launcher.engine import entry"),
+        ("launcher/clusters/local.py", "import ray\nfrom launcher.errors import ResourceError"),
+        ("launcher/engine/trainer.py", "import torch\nfrom launcher import __version__, runs\nfrom .data import x"),
+        ("launcher/cli.py", "from hydra import compose\nfrom launcher.runners import in_process"),
+        ("launcher/engine/trainer.py", "import raylib, rayon.train"),
+        ("models/vision.py", "import torch\nfrom models import common"),
+    ],
+)
+def test_what_is_allowed_is_let_pass(path: str, source: str) -> None:
+    assert find_violations({path: source}) == []
