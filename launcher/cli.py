@@ -6,40 +6,67 @@ import difflib
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from launcher.errors import ConfigError, LaunchError, RequestError, Stopped, UserCodeError, did_you_mean
+from launcher.errors import ConfigError, LaunchError, RunError, Stopped, UserCodeError, did_you_mean
 
 if TYPE_CHECKING:
-    from launcher.jobs import Prepared
-    from launcher.plan import Plan
+    from launcher.help import Asked
+    from launcher.jobs import Outcome
+    from launcher.prepare import Request
+    from launcher.runs import RunDirectory
 
 USAGE = """\
 launch [VERB [NAME]] [HYDRA OVERRIDES...] [HYDRA FLAGS]
 
-  train            run one job (the default when no verb is given)
+  train            run one job (the default when no verb is given); with -m a sweep over several
   plan             print what train would do, and create nothing; --json for programs
   evaluate NAME    evaluate a run's best checkpoint on validation and test data
   runs             list runs with state, step, loss, workers, time; --json for programs
-  logs NAME        show what a run printed, and follow it while it goes on
+  logs NAME        show what a run printed, and follow it while it goes on (--no-follow: do not)
   stop NAME        have a run save a checkpoint and stop
   board            serve TensorBoard over the run root; --port N
 
   launch experiment=mnist                        train real digits on two workers of this machine
   launch experiment=mnist scaling.workers=4      the same experiment on four
+  launch -m optimizer.lr=1e-3,1e-2 model=mlp,convnet    a sweep: every combination
   launch run.name=NAME run.resume=true           continue where a run stopped
   launch VERB --help                             Hydra's help: every group, every key, every default
   launch --config-dir DIR ...                    your own models, data and experiments
 """
 
-_FLAGS_WITH_VALUE = {"--config-dir": "config_dir", "-cd": "config_dir", "--port": "port", "--host": "host"}
-_FLAGS = {"--json": "json", "--help": "help", "-h": "help", "--version": "version", "--no-follow": "no_follow"}
-# Hydra's own, which only show something.
-_HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help", "--shell-completion", "-sc")
+# Flag -> (its name here, takes a value).
+_FLAGS = {
+    "--config-dir": ("config_dir", True),
+    "-cd": ("config_dir", True),
+    "--port": ("port", True),
+    "--host": ("host", True),
+    "-m": ("multirun", False),
+    "--multirun": ("multirun", False),
+    "--json": ("json", False),
+    "--no-follow": ("no_follow", False),
+    "--help": ("help", False),
+    "-h": ("help", False),
+    "--version": ("version", False),
+    # Hydra's own, which show something.
+    "--hydra-help": ("hydra_help", False),
+    "--cfg": ("cfg", True),
+    "-c": ("cfg", True),
+    "--info": ("info", True),
+    "-i": ("info", True),
+    "--package": ("package", True),
+    "-p": ("package", True),
+    "--resolve": ("resolve", False),
+}
+# Flags of some verbs alone.
+_FLAGS_OF = {"multirun": ("train", "plan"), "json": ("plan", "runs"), "no_follow": ("logs",), "port": ("board",), "host": ("board",)}
+_OPTIONAL = {"--info": "all", "-i": "all"}  # what a flag means without its value
 
 
 @dataclass
@@ -48,15 +75,24 @@ class Line:
 
     verb: str
     name: str | None
-    words: list[str]
-    flags: dict[str, str]
-    hydra: list[str]
+    words: list[str] = field(default_factory=list)
+    flags: dict[str, str] = field(default_factory=dict)
     explicit: bool = True  # the verb was written, not understood
+    started: float = field(default_factory=time.time)
+
+    @property
+    def verbose(self) -> bool:
+        return any(word.lstrip("+") == "verbose=true" for word in self.words)
 
     @property
     def config_dir(self) -> Path | None:
         chosen = self.flags.get("config_dir") or os.environ.get("LAUNCH_CONFIG_DIR")
         return Path(chosen).expanduser().absolute() if chosen else None
+
+    def request(self) -> Request:
+        from launcher.prepare import Request
+
+        return Request(self.words, self.config_dir, started=self.started)
 
 
 def main() -> NoReturn:
@@ -66,11 +102,11 @@ def main() -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Do what the command line says and return the exit status."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # the console script's path begins with its own directory
-    verbose = "verbose=true" in arguments
+    verbose = any(word.lstrip("+") == "verbose=true" for word in arguments)
     try:
         line = parse(arguments)
+        if _shows(line):
+            return 0
         return _VERBS[line.verb](line)
     except LaunchError as error:
         return _tell(error, verbose)
@@ -85,7 +121,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except Exception:
         traceback.print_exc()
-        _say("This is a bug in launch: the traceback above says where. Please report it with the command that you gave.")
+        _say("This is a bug in launch: the traceback above says where. Please report it with the command given.")
         return 1
 
 
@@ -96,44 +132,74 @@ def parse(arguments: Sequence[str]) -> Line:
         ConfigError: a word is neither a verb nor an override, or a flag is unknown or lacks its value.
     """
     rest = list(arguments)
-    explicit = bool(rest) and rest[0] in _VERBS
-    verb = rest.pop(0) if explicit else "train"
-    name = None
-    if verb in _NAMED:
-        if rest and "=" not in rest[0] and not rest[0].startswith("-"):
-            name = rest.pop(0)
-        elif not {"--help", "-h"} & set(rest):
-            raise ConfigError(f"launch {verb} needs the name of a run: launch {verb} NAME. `launch runs` lists them.")
-    line = Line(verb, name, [], {}, [], explicit)
+    line = Line(_verb(rest) or "train", None, explicit=False)
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
-        if flag in _FLAGS_WITH_VALUE:
-            if not equals and not rest:
-                raise ConfigError(f"{flag} needs a value.")
-            line.flags[_FLAGS_WITH_VALUE[flag]] = value if equals else rest.pop(0)
-        elif word in _FLAGS:
-            line.flags[_FLAGS[word]] = "yes"
-        elif word in ("-m", "--multirun"):
-            raise ConfigError(f"{word}: sweeps are not part of this version. Give one value for each key.")
-        elif flag in _HYDRA_FLAGS:
-            line.hydra.append(word)
-            if flag in ("--cfg", "-c", "--package", "-p") and not equals and rest:
-                line.hydra.append(rest.pop(0))
+        if flag in _FLAGS:
+            _take_flag(line, flag, value if equals else None, rest)
         elif word.startswith("-"):
-            known = [*_FLAGS, *_FLAGS_WITH_VALUE, *_HYDRA_FLAGS]
-            raise ConfigError(f'"{word}" is no flag of launch.{did_you_mean(word, known)} `launch --help` lists what there is.')
-        elif "=" not in word and not word.startswith("~"):
-            raise ConfigError(_neither(word))
-        else:
+            hint = did_you_mean(word, _FLAGS)
+            raise ConfigError(f'"{word}" is no flag of launch.{hint} `launch --help` lists what there is.')
+        elif "=" in word or word.startswith("~"):
             line.words.append(word)
+        elif word == line.verb and not line.explicit:
+            line.explicit = True
+        elif line.verb in _NAMED and line.name is None:
+            line.name = word
+        else:
+            raise ConfigError(_neither(word, line))
+    if line.verb in _NAMED and line.name is None and "help" not in line.flags:
+        wanted = f"launch {line.verb} NAME"
+        raise ConfigError(f"launch {line.verb} needs the name of a run: {wanted}. `launch runs` lists them.")
     return line
 
 
-def _neither(word: str) -> str:
-    near = difflib.get_close_matches(word, _VERBS, n=1, cutoff=0.1)
-    hint = f' The nearest verb is "{near[0]}".' if near else ""
-    return f'"{word}" is neither a verb nor an override such as trainer.epochs=3.{hint} `launch --help` lists the verbs.'
+def _verb(words: Sequence[str]) -> str | None:
+    """Return the first word that stands for itself when it is a verb; flags and overrides may come before it."""
+    is_value = False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if is_value:
+            is_value = False
+        elif word.startswith("-"):
+            is_value = not equals and _FLAGS.get(flag, ("", False))[1]
+        elif not equals and not word.startswith("~"):
+            return word if word in _VERBS else None
+    return None
+
+
+def _take_flag(line: Line, flag: str, value: str | None, rest: list[str]) -> None:
+    name, takes_value = _FLAGS[flag]
+    if line.verb not in _FLAGS_OF.get(name, (line.verb,)):
+        raise ConfigError(f"{flag} belongs to launch {' and launch '.join(_FLAGS_OF[name])}. Leave it out.")
+    if not takes_value:
+        if value is not None:
+            raise ConfigError(f"{flag} takes no value.")
+        line.flags[name] = "yes"
+        return
+    if value is None and rest and not rest[0].startswith("-") and not (flag in _OPTIONAL and "=" in rest[0]):
+        value = rest.pop(0)
+    value = value or _OPTIONAL.get(flag)
+    if value is None:
+        raise ConfigError(f"{flag} needs a value: {flag} {name.upper()}.")
+    line.flags[name] = value
+
+
+def _neither(word: str, line: Line) -> str:
+    """Say what a word without `=` may have been meant to be."""
+    from launcher.config import sources
+    from launcher.words import not_an_override
+
+    if line.verb in _NAMED:
+        return f'launch {line.verb} takes one name; "{line.name}" is one, and "{word}" another.'
+    near = difflib.get_close_matches(word, _VERBS, n=1, cutoff=0.0)[0]
+    groups = sources(line.config_dir).groups()
+    hint = not_an_override(word, groups, "").partition("group=option.")[2]
+    return (
+        f'"{word}" is neither a verb nor an override such as trainer.epochs=3.{hint} The nearest verb is "{near}"; '
+        "`launch --help` lists them."
+    )
 
 
 # ---- what is printed ------------------------------------------------------------------------------------------------
@@ -144,182 +210,245 @@ def _say(text: str) -> None:
 
 
 def _tell(error: LaunchError, verbose: bool) -> int:
-    """Print an error, and return the exit status."""
-    if isinstance(error, UserCodeError) and error.traceback_text:
-        sys.stderr.write(error.traceback_text.rstrip("\n") + "\n")
-    elif verbose:
-        traceback.print_exception(error)
+    """Print an error, and return the exit status. Of several ranks only the first prints."""
+    from launcher import ranks
+
+    if not ranks.speaks():
         return error.exit_status
+    if verbose:
+        traceback.print_exception(error)
+    elif isinstance(error, UserCodeError) and error.traceback_text:
+        sys.stderr.write(error.traceback_text.rstrip("\n") + "\n")
     else:
-        _say(f"{_label(error)}: {error}")
+        _say(f"launch: {error}")
     return error.exit_status
 
 
-def _label(error: LaunchError) -> str:
-    return "launch" if isinstance(error, RequestError) else type(error).__name__
+@contextmanager
+def _results_alone() -> Iterator[Callable[[str], None]]:
+    """Give a function that prints to standard output; all else that is written there goes to standard error.
+
+    The file descriptor itself is redirected: what the user's C++ code, a child process or PyTorch writes does not pass
+    through `sys.stdout`.
+    """
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):  # replaced by a test, say: then there is nothing to mix
+        yield print
+        return
+    sys.stdout.flush()
+    kept = os.dup(descriptor)
+    os.dup2(2, descriptor)
+
+    def result(text: str) -> None:
+        with os.fdopen(os.dup(kept), "w") as out:
+            out.write(text + "\n")
+
+    try:
+        yield result
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, descriptor)
+        os.close(kept)
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------
+
+
+def _shows(line: Line) -> bool:
+    """Show help, the version, or what one of Hydra's own flags shows; tell whether any of it was asked for."""
+    flags = line.flags
+    if "version" in flags:
+        from launcher.provenance import versions
+
+        print(" ".join(f"{name} {version}" for name, version in versions().items()))
+        return True
+    of_job = line.explicit and line.verb in _COMPOSING
+    if "help" in flags and not of_job:
+        print(USAGE, end="")
+        return True
+    from launcher.help import Asked
+
+    asked = Asked(
+        help="help" in flags,
+        hydra_help="hydra_help" in flags,
+        cfg=flags.get("cfg"),
+        info=flags.get("info"),
+        package=flags.get("package"),
+        resolve="resolve" in flags,
+    )
+    if not asked:
+        return False
+    if line.verb not in _COMPOSING:
+        raise ConfigError(f"launch {line.verb} composes no job: --cfg, --info and their like belong to launch train.")
+    _show(line, asked)
+    return True
+
+
+def _show(line: Line, asked: Asked) -> None:
+    from launcher import help, prepare, runs
+
+    request = line.request()
+    if line.name is None:
+        composition = prepare.composed(request)
+    else:
+        run = runs.find(prepare.root_of(prepare.run_section(request).root), line.name)
+        composition = prepare.over_the_run(request, run)[0]
+    sys.stdout.write(help.text(asked, composition, request))
 
 
 # ---- verbs ----------------------------------------------------------------------------------------------------------
 
 
-def _help(line: Line) -> bool:
-    """Show help, or what one of Hydra's own flags shows; tell whether that is all that was asked for."""
-    if "version" in line.flags:
-        from launcher.provenance import versions
-
-        print(" ".join(f"{name} {version}" for name, version in versions().items()))
-        return True
-    if "help" not in line.flags and not line.hydra:
-        return False
-    if not line.hydra and (not line.explicit or line.verb not in _COMPOSING):
-        print(USAGE, end="")
-    else:
-        _show_by_hydra(line)
-    return True
-
-
-def _show_by_hydra(line: Line) -> None:
-    """Let Hydra show its help, or what `--cfg`, `--info` and their like ask for."""
-    import hydra
-
-    from launcher.config import CONF, compose
-
-    # First our own composition, whose checks Hydra's lacks: nothing in the configuration may have Hydra call things.
-    compose(line.words, line.config_dir)
-    words = list(line.words)
-    if line.config_dir is not None:
-        words.append(f"hydra.searchpath=[file://{CONF}]")
-    arguments, sys.argv = sys.argv, ["launch", *words, *(["--help"] if "help" in line.flags else []), *line.hydra]
-    try:
-        primary = line.config_dir or CONF
-        if not (primary / "config.yaml").is_file():
-            primary = CONF
-            sys.argv += ["--config-dir", str(line.config_dir)]
-        hydra.main(version_base="1.3", config_path=str(primary), config_name="config")(lambda config: None)()
-    finally:
-        sys.argv = arguments
-
-
-def _request(line: Line) -> Any:
-    from launcher.jobs import Request
-
-    return Request(line.words, line.config_dir)
-
-
 def _train(line: Line) -> int:
-    if _help(line):
-        return 0
-    from launcher import jobs
+    if "multirun" in line.flags:
+        return _sweep(line)
+    from launcher import jobs, ranks, show
     from launcher.terminal import Display
 
-    quiet = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
-    try:
+    with _results_alone() as result:
+        if not ranks.speaks():
+            return _status(jobs.train(line.request(), jobs.Observer()))
         with Display() as display:
-            outcome = jobs.train(_request(line), _Shown(display))
-    except RequestError as error:
-        if quiet:
-            return error.exit_status
-        raise
-    if quiet:
+            shown = show.Shown(display)
+            outcome: Outcome | LaunchError | Stopped
+            try:
+                outcome = jobs.train(line.request(), shown)
+            except (LaunchError, Stopped) as error:
+                if shown.directory is None or not shown.directory.exists():
+                    raise  # before the start: nothing is there to be named
+                outcome = error
+        if isinstance(outcome, (LaunchError, Stopped)):
+            assert shown.directory is not None
+            return _conclude_failure(outcome, shown.directory, result, line.verbose)
+        if not shown.finished:
+            for text in show.conclusion(outcome, sys.stderr.isatty()):
+                _say(text)
+        result(str(outcome.directory.path))
+        return _status(outcome)
+
+
+def _conclude_failure(
+    error: LaunchError | Stopped, directory: RunDirectory, result: Callable[[str], None], verbose: bool
+) -> int:
+    """Tell how a run ended that had started, and where it lies."""
+    from launcher import jobs, show
+
+    if isinstance(error, Stopped):
+        status = jobs.exit_status_of(error.signal_number)
+        _say("stopped at once")
+    else:
+        status = _tell(error, verbose)
+    for text in show.after_failure(directory, error):
+        _say(text)
+    result(str(directory.path))
+    return status
+
+
+def _status(outcome: Outcome) -> int:
+    from launcher.jobs import exit_status_of
+
+    stopped = outcome.result.get("status", "stopped") == "stopped" and outcome.signal_number is not None
+    return exit_status_of(outcome.signal_number) if stopped else 0
+
+
+def _sweep(line: Line) -> int:
+    from launcher import sweeps
+    from launcher.sweeps.show import SweepDisplay, conclusion
+
+    with _results_alone() as result:
+        with SweepDisplay() as display:
+            try:
+                outcome = sweeps.run(line.request(), display)
+            except Stopped:
+                if display.planned_sweep is not None:
+                    result(str(display.planned_sweep.directory.path))
+                raise
+        if not display.finished:
+            for text in conclusion(outcome):
+                _say(text)
+        result(str(outcome.directory.path))
+        return sweeps.exit_status(outcome)
+
+
+def _plan_of_sweep(line: Line) -> int:
+    from launcher import sweeps
+    from launcher.sweeps.show import SweepDisplay
+
+    with _results_alone() as result:
+        with SweepDisplay() as display:
+            planned = sweeps.plan(line.request(), display)
+        if "json" in line.flags:
+            result(json.dumps(sweeps.describe(planned), indent=2))
+            return 0
+        rows = sweeps.lines(planned)
+        width = max(len(what) for what, _ in rows)
+        result("\n".join(f"{what:<{width}}  {value}".rstrip() for what, value in rows))
         return 0
-    _conclude(outcome)
-    return jobs.exit_status_of(outcome.signal_number) if _was_signalled(outcome) else 0
-
-
-def _was_signalled(outcome: Any) -> bool:
-    return outcome.result.get("status") == "stopped" and outcome.signal_number is not None
-
-
-def _conclude(outcome: Any) -> None:
-    from launcher.terminal import duration
-
-    result, directory = outcome.result, outcome.directory
-    metrics = "  ".join(
-        f"{tag} {value:.4f}" for tag, value in result.get("metrics", {}).items() if tag.startswith("val/") and value is not None
-    )
-    _say(f"{result.get('status')} after {result.get('steps')} steps in {duration(result.get('seconds') or 0)}  {metrics}".rstrip())
-    if result.get("status") == "stopped":
-        _say(f"Continue with: launch run.name={directory.name} run.resume=true")
-    elif sys.stderr.isatty():
-        _say("Watch it in TensorBoard with: launch board")
-    print(directory.path)
-
-
-class _Shown:
-    """Shows a run on the terminal."""
-
-    def __init__(self, display: Any) -> None:
-        self._display = display
-
-    def prepared(self, prepared: Prepared, plan: Plan | None) -> None:
-        name = prepared.directory.name
-        if prepared.finished:
-            self._display.say(f"{name} is completed; there is nothing to do. Train it further with trainer.epochs=N.")
-            return
-        assert plan is not None
-        self._display.workers = plan.machines.workers
-        self._display.say(f"{name}: {plan.headline()}")
-        if prepared.resumes and prepared.composition.words:
-            self._display.say(f"Over the run's own configuration: {' '.join(prepared.composition.shown_words())}")
-
-    def event(self, event: dict[str, Any]) -> None:
-        self._display.show(event)
 
 
 def _plan(line: Line) -> int:
-    if _help(line):
-        return 0
-    from launcher.jobs import prepare
-    from launcher.plan import make_plan
+    if "multirun" in line.flags:
+        return _plan_of_sweep(line)
+    from launcher.jobs import checked_plan
+    from launcher.prepare import prepare
+    from launcher.show import Shown
+    from launcher.terminal import Display
 
-    prepared = prepare(_request(line))
-    plan = make_plan(prepared.job)
-    if "json" in line.flags:
-        print(json.dumps({"run": prepared.directory.name, "directory": str(prepared.directory.path), **plan.to_dict()}, indent=2))
-        return 0
-    rows = [("run", str(prepared.directory.path)), *plan.lines()]
-    width = max(len(what) for what, _ in rows)
-    print("\n".join(f"{what:<{width}}  {value}" for what, value in rows))
+    with _results_alone() as result:
+        prepared = prepare(line.request())
+        with Display() as display:
+            plan = checked_plan(prepared.job, Shown(display))
+        if "json" in line.flags:
+            facts = {"run": prepared.directory.name, "directory": str(prepared.directory.path)}
+            result(json.dumps({**facts, **plan.to_dict()}, indent=2))
+            return 0
+        rows = [("run", str(prepared.directory.path)), *plan.lines()]
+        width = max(len(what) for what, _ in rows)
+        result("\n".join(f"{what:<{width}}  {value}" for what, value in rows))
     return 0
 
 
 def _evaluate(line: Line) -> int:
-    if _help(line):
-        return 0
-    from launcher.jobs import evaluate
+    from launcher import jobs, ranks
+    from launcher.show import Shown
     from launcher.terminal import Display
 
     assert line.name is not None
-    with Display() as display:
-        metrics = evaluate(line.name, _request(line), _Shown(display))
-    if metrics:
-        print(json.dumps(metrics))
+    with _results_alone() as result:
+        if not ranks.speaks():
+            jobs.evaluate(line.name, line.request(), jobs.Observer())
+            return 0
+        with Display() as display:
+            metrics = jobs.evaluate(line.name, line.request(), Shown(display))
+        result(json.dumps(metrics))
     return 0
 
 
 def _root(line: Line) -> Path:
-    from launcher.config import compose
+    """Return the run root for a verb that composes no job; other words than `run.root` would mean nothing to it."""
+    from launcher.prepare import key_of, root_of, run_section
+    from launcher.words import shown
 
-    root = compose([word for word in line.words if word.startswith("run.root=")], line.config_dir).job.run.root
-    return Path(root).expanduser().absolute()
+    for word in line.words:
+        if key_of(word) != "run.root":
+            raise ConfigError(f'"{shown(word)}" means nothing to launch {line.verb}; it takes run.root=DIRECTORY.')
+    return root_of(run_section(line.request()).root)
 
 
 def _runs(line: Line) -> int:
-    if _help(line):
-        return 0
     from launcher.listing import rows, table
 
-    found = rows(_root(line))
+    root = _root(line)
+    found = rows(root)
     if "json" in line.flags:
         print(json.dumps(found, indent=2))
     else:
-        table(found, _root(line))
+        table(found, root)
     return 0
 
 
 def _logs(line: Line) -> int:
-    if _help(line):
-        return 0
     from launcher import runs
     from launcher.listing import follow
 
@@ -329,8 +458,6 @@ def _logs(line: Line) -> int:
 
 
 def _stop(line: Line) -> int:
-    if _help(line):
-        return 0
     from launcher import runs
     from launcher.listing import stop
 
@@ -342,13 +469,12 @@ def _stop(line: Line) -> int:
 
 
 def _board(line: Line) -> int:
-    if _help(line):
-        return 0
     root = _root(line)
     port, host = line.flags.get("port", "6006"), line.flags.get("host", "127.0.0.1")
-    if not port.isdigit():
-        raise ConfigError(f"--port {port}: a port is a number, such as 6006.")
-    root.mkdir(parents=True, exist_ok=True)
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--port {port}: a port is a number from 1 to 65535, such as 6006.")
+    if not root.is_dir():
+        raise RunError(f"There is no run root {root} yet. Train something first, or name another: run.root=DIRECTORY.")
     _say(f"TensorBoard over {root}: http://{host}:{port} (Ctrl-C ends it)")
     # One process less, and Ctrl-C reaches TensorBoard itself.
     options = ["--logdir", str(root), "--host", host, "--port", port, "--reload_multifile=true", "--reload_interval=5"]

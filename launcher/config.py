@@ -27,6 +27,7 @@ from .schema import (
     RunConfig,
     ScalingConfig,
     StrategyConfig,
+    SweepConfig,
     TrainerConfig,
     check_run_name,
     check_values,
@@ -48,12 +49,15 @@ __all__ = [
     "RunConfig",
     "ScalingConfig",
     "StrategyConfig",
+    "SweepConfig",
     "TrainerConfig",
     "check_run_name",
     "check_values",
     "compose",
     "default_run_name",
+    "hydra_for",
     "parse_interval",
+    "peek",
     "sources",
 ]
 
@@ -72,7 +76,8 @@ class Composition:
     """What `compose` returns.
 
     job: complete, typed, interpolations resolved. words: as given. choices: configuration group -> chosen option.
-    given: dotted keys and groups that the words name, without prefixes such as `+`.
+    given: dotted keys and groups that the words name, without prefixes such as `+`. sweeper_params: what files say under
+    `hydra.sweeper.params`.
     """
 
     job: Job
@@ -80,19 +85,30 @@ class Composition:
     choices: dict[str, Any]
     given: frozenset[str]
     unresolved: dict[str, Any] = field(repr=False)
+    sweeper_params: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_yaml(self, run_name: str | None = None) -> str:
         """Return the configuration as YAML for the run's directory, to be read again through `stored`.
 
-        Interpolations stay as they were written, literal secrets become ***, and `trust` is left out, since only a
-        command line can give it. run_name: the name that the run was given in the end.
+        run_name: the name that the run was given in the end.
         """
         from omegaconf import OmegaConf
 
-        tree = keys.mask({key: value for key, value in self.unresolved.items() if key != "trust"})
+        tree = self.tree()
         if run_name is not None:
             tree["run"] = {**tree["run"], "name": run_name}
         return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+    def tree(self, resolved: bool = False) -> dict[str, Any]:
+        """Return the configuration as plain data, fit to be shown and kept.
+
+        Literal secrets are ***, and `trust` is left out, since only a command line can give it. resolved: with the
+        values of interpolations instead of as they were written.
+        """
+        tree = dataclasses.asdict(self.job) if resolved else self.unresolved
+        masked = keys.mask({key: value for key, value in tree.items() if key != "trust"})
+        assert isinstance(masked, dict)
+        return masked
 
     def shown_words(self) -> list[str]:
         """Return the words with literal secrets as ***, fit for `overrides.yaml` and for the terminal."""
@@ -172,7 +188,30 @@ def compose(words: Sequence[str], config_dir: Path | None = None, stored: Path |
         )
     job = _to_job(tree)
     check_values(job)
-    return Composition(job, list(words), choices, plan.given, unresolved)
+    return Composition(job, list(words), choices, plan.given, unresolved, hydra_tree["sweeper"].get("params") or {})
+
+
+def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
+    """Return one section of what the words compose to (`run`: a RunConfig), where the rest may still lack values.
+
+    For what has to be known before it is known which configuration the words apply to. Raises ConfigError.
+    """
+    where = sources(config_dir)
+    with _own_hydra():
+        composed = _compose_with_hydra(_read_words(words, where, of_a_run=False), where, None)
+        tree, _ = _resolve(composed, only=section)
+    return _to_section(section, tree[section])
+
+
+@contextmanager
+def hydra_for(words: Sequence[str], config_dir: Path | None = None) -> Iterator[tuple[Any, str, list[str]]]:
+    """Give (Hydra's own `Hydra`, name of the primary configuration, overrides) for what only Hydra can show."""
+    where = sources(config_dir)
+    with _own_hydra():
+        overrides = _initialize_hydra(_read_words(words, where, of_a_run=False), where, None)
+        from hydra.core.global_hydra import GlobalHydra
+
+        yield GlobalHydra.instance().hydra, _PRIMARY, overrides
 
 
 def _drop_wishes(tree: Mapping[str, Any], given: frozenset[str]) -> None:
@@ -254,24 +293,12 @@ def _own_hydra() -> Iterator[None]:
 
 def _compose_with_hydra(plan: Plan, where: Sources, primary: Mapping[str, Any] | None) -> DictConfig:
     import hydra
-    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    # Hydra looks for the primary configuration in its first directory alone, and a user's need not have one.
-    node = _stored_node(primary, plan.groups) if primary is not None else where.read("config.yaml") or {}
-    if "searchpath" in (node.get("hydra") or {}):
-        raise ConfigError("hydra.searchpath in config.yaml is not supported: --config-dir names the one directory.")
-    ConfigStore.instance().store(name=SCHEMA, node=Job)
-    ConfigStore.instance().store(name=_PRIMARY, node=node)
-    overrides = list(plan.overrides)
-    others = [directory.as_uri() for directory in where.directories[1:]]
-    if others:
-        # A `pkg://` among the search paths would import that package: the list is ours alone.
-        overrides.append(f"hydra.searchpath={_quoted(others)}")
     try:
-        hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
+        overrides = _initialize_hydra(plan, where, primary)
         return hydra.compose(_PRIMARY, overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, where)) from error
@@ -279,6 +306,23 @@ def _compose_with_hydra(plan: Plan, where: Sources, primary: Mapping[str, Any] |
         raise ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.") from error
     except (ValueError, KeyError, TypeError, OSError, AssertionError) as error:
         raise ConfigError(f"The configuration cannot be composed: {error}.") from error
+
+
+def _initialize_hydra(plan: Plan, where: Sources, primary: Mapping[str, Any] | None) -> list[str]:
+    """Tell Hydra where everything is. Returns the overrides that it is to be given."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    # Hydra looks for the primary configuration in its first directory alone, and a user's need not have one.
+    node = _stored_node(primary, plan.groups) if primary is not None else where.read("config.yaml") or {}
+    if "searchpath" in (node.get("hydra") or {}):
+        raise ConfigError("hydra.searchpath in config.yaml is not supported: --config-dir names the one directory.")
+    ConfigStore.instance().store(name=SCHEMA, node=Job)
+    ConfigStore.instance().store(name=_PRIMARY, node=node)
+    hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
+    others = [directory.as_uri() for directory in where.directories[1:]]
+    # A `pkg://` among the search paths would import that package: the list is ours alone.
+    return [*plan.overrides, f"hydra.searchpath={_quoted(others)}"] if others else list(plan.overrides)
 
 
 def _quoted(values: Sequence[str]) -> str:
@@ -348,8 +392,11 @@ def _file_of(error: BaseException) -> str:
 # --- from OmegaConf to plain data ------------------------------------------------------------------------------------
 
 
-def _resolve(composed: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the whole configuration as plain data, with interpolations resolved and as they were written."""
+def _resolve(composed: DictConfig, only: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration as plain data, with interpolations resolved and as they were written.
+
+    only: the one section whose interpolations are resolved.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -364,7 +411,7 @@ def _resolve(composed: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         OmegaConf.set_struct(typed, False)
         typed["hydra"] = composed["hydra"]
         tree = {}
-        for name in (item.name for item in dataclasses.fields(Job)):
+        for name in [only] if only else [item.name for item in dataclasses.fields(Job)]:
             value = typed[name]
             is_node = OmegaConf.is_config(value)
             tree[name] = OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if is_node else value
@@ -403,12 +450,13 @@ def _choices(composed: DictConfig) -> dict[str, Any]:
 
 
 def _to_job(tree: Mapping[str, Any]) -> Job:
-    sections: dict[str, Any] = {}
-    for item in dataclasses.fields(Job):
-        value = tree[item.name]
-        kind = type(item.default_factory()) if callable(item.default_factory) else None
-        sections[item.name] = kind(**value) if dataclasses.is_dataclass(kind) else value
-    return Job(**sections)
+    return Job(**{item.name: _to_section(item.name, tree[item.name]) for item in dataclasses.fields(Job)})
+
+
+def _to_section(name: str, value: Any) -> Any:
+    make = next(item.default_factory for item in dataclasses.fields(Job) if item.name == name)
+    kind = type(make()) if callable(make) else None
+    return kind(**value) if kind is not None and dataclasses.is_dataclass(kind) else value
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

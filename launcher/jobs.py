@@ -1,4 +1,4 @@
-"""From the words of a command to a finished run: compose, plan, prepare the directory, run, record.
+"""From the words of a command to a finished run: prepare, plan, write the directory, run, record.
 
 The command line and the Python API are both thin shells around `train` and `evaluate`.
 """
@@ -6,21 +6,21 @@ The command line and the Python API are both thin shells around `train` and `eva
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from launcher import provenance, runs
-from launcher.config import Composition, Job, compose, default_run_name
-from launcher.errors import ConfigError, LaunchError, RequestError, RunError, Stopped, did_you_mean
+from launcher import provenance, ranks, runs
+from launcher.config import Job, compose, peek
+from launcher.errors import LaunchError, RequestError, RunError, Stopped, did_you_mean
 from launcher.plan import Machines, Plan, machines_of, make_plan
+from launcher.prepare import Prepared, Request, check_evaluation, over_the_run, prepare, root_of, run_section
 from launcher.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -30,155 +30,11 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for.
-
-    Args:
-        words: Hydra overrides.
-        config_dir: a directory of the user's own configuration, or None.
-        calling: the directory where the command was given; its modules may be named in the configuration.
-        started: wall-clock time of the command.
-    """
-
-    words: Sequence[str]
-    config_dir: Path | None = None
-    calling: Path = field(default_factory=Path.cwd)
-    started: float = field(default_factory=time.time)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that is ready to start, or one with nothing left to do (`finished`)."""
-
-    composition: Composition
-    directory: RunDirectory
-    resumes: bool = False
-    finished: bool = False
-
-    @property
-    def job(self) -> Job:
-        return self.composition.job
-
-
-# ---- which run ------------------------------------------------------------------------------------------------------
-
-
-def prepare(request: Request) -> Prepared:
-    """Compose the job and decide on its run. Nothing is written.
-
-    Raises:
-        ConfigError, TrustError: the words or the configuration are wrong.
-        RunError: the run exists already, does not exist, is running, or cannot be continued with these words.
-    """
-    run = compose([word for word in request.words if _key(word).startswith("run.")], request.config_dir).job.run
-    words = list(request.words)
-    if run.resume is not False and run.name is not None:
-        directory = RunDirectory(_root(run.root) / run.name)
-        if directory.exists():
-            return _continue(request, words, directory)
-        if run.resume is True:
-            runs.find(run.root, run.name)  # raises, and names the nearest
-    stored = None
-    if run.like is not None:
-        stored = _like(run.root, run.like).config
-        words = [word for word in words if _key(word) != "run.like"]
-    composition = compose(words, request.config_dir, stored)
-    name = composition.job.run.name or default_run_name(
-        composition.choices if stored is None else {"experiment": str(run.like).replace("/", "-")}, datetime.now()
-    )
-    directory = RunDirectory(_root(composition.job.run.root) / name)
-    if composition.job.run.name is None:
-        directory = _unused(directory)
-    elif directory.exists():
-        raise RunError(
-            f'The run "{name}" exists already in {directory.path.parent}. Continue it with run.resume=true, or choose another '
-            "run.name."
-        )
-    return Prepared(composition, directory)
-
-
-def _continue(request: Request, words: list[str], directory: RunDirectory) -> Prepared:
-    if directory.status() == "running":
-        raise RunError(
-            f'The run "{directory.name}" is running. Follow it with: launch logs {directory.name}; '
-            f"stop it with: launch stop {directory.name}."
-        )
-    if not directory.config.is_file():
-        raise RunError(f"{directory.config} is missing; the run cannot be continued. Start a new one under another run.name.")
-    ours = [word for word in words if _key(word) not in ("run.name", "run.resume", "run.root")]
-    composition = compose(ours, request.config_dir, directory.config)
-    if ours:
-        _check_continuation(compose([], request.config_dir, directory.config).job, composition.job, directory.name)
-    job = composition.job
-    job.run.name = directory.name
-    job.run.root = str(directory.path.parent)
-    result = directory.result()
-    longer = any(_key(word) in ("trainer.epochs", "trainer.steps") for word in ours)
-    finished = result.get("status") == "completed" and not longer
-    return Prepared(composition, directory, resumes=True, finished=finished)
-
-
-# What a checkpoint is bound to: changing it would not continue the run but start another.
-_BOUND = ("model", "data", "optimizer", "scheduler", "strategy")
-_BOUND_KEYS = ("seed", "global_batch_size", "overfit_batches", "deterministic", "precision")
-
-
-def _check_continuation(old: Job, new: Job, name: str) -> None:
-    """Raise RunError where the words would break the saved state."""
-    changed = [section for section in _BOUND if _identity(getattr(old, section)) != _identity(getattr(new, section))]
-    changed += [f"trainer.{key}" for key in _BOUND_KEYS if getattr(old.trainer, key) != getattr(new.trainer, key)]
-    if changed:
-        raise RunError(
-            f'The run "{name}" cannot be continued with another {", ".join(changed)}: its checkpoints belong to what it was '
-            f"started with. Leave the word out, or start a new run from its configuration with run.like={name}."
-        )
-
-
-def _identity(section: Any) -> Any:
-    """What must stay: not the number of loader processes, nor the learning rate, which may be mended on the way."""
-    if not isinstance(section, dict):
-        return section
-    return {key: value for key, value in section.items() if key not in ("num_workers", "lr")}
-
-
-def _like(root: str, name: str) -> RunDirectory:
-    if name.rpartition("/")[2] == "best":
-        raise RunError(f'run.like={name}: "{name}" is no sweep. Give the name of a run.')
-    found = runs.find(root, name)
-    if not found.config.is_file():
-        raise RunError(f"{found.config} is missing; run.like={name} needs it.")
-    return found
-
-
-def _root(root: str) -> Path:
-    if "://" in root:
-        raise ConfigError(f"run.root={root}: a run root is a local directory in this version. Use a path.")
-    return Path(root).expanduser().absolute()
-
-
-def _key(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0]
-
-
-def _unused(directory: RunDirectory) -> RunDirectory:
-    """Return the directory, with a number behind its name when another run began in the same second."""
-    number = 1
-    candidate = directory
-    while candidate.path.exists():
-        number += 1
-        candidate = RunDirectory(directory.path.with_name(f"{directory.name}-{number}"))
-    return candidate
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
 class Observer:
-    """What the caller wants to hear of a run. The command line shows it; the Python API may ignore it."""
+    """What the caller wants to hear of a run. The command line and the Python API show it."""
 
     def prepared(self, prepared: Prepared, plan: Plan | None) -> None:
-        """The run is known, and what it will do."""
+        """The run is known, and what it will do; no plan when nothing is left to do."""
 
     def event(self, event: Event) -> None:
         """An event of the run; see `engine.control.Control.emit`."""
@@ -186,7 +42,10 @@ class Observer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: result.json's content, its directory, and the signal that stopped it, if one did."""
+    """How a run ended: result.json's content, its directory, and the signal that stopped it, if one did.
+
+    `result` is empty on ranks other than 0.
+    """
 
     result: dict[str, Any]
     directory: RunDirectory
@@ -201,19 +60,37 @@ def train(request: Request, observer: Observer) -> Outcome:
         TrainingError: it started and failed; result.json says so.
         Stopped: it was ended at once by a signal.
     """
-    ranks = _ranks()
-    if ranks is not None:
-        return _train_as_rank(request, observer, ranks)
-    prepared = prepare(request)
-    if prepared.finished:
-        observer.prepared(prepared, None)
-        return Outcome(prepared.directory.result(), prepared.directory)
-    plan = make_plan(prepared.job)
-    task = _begin(request, prepared)
-    observer.prepared(prepared, plan)
-    with _Recorded(prepared):
+    facts = ranks.in_environment()
+    with Record(request) as record, ended_by_signals():
+        if facts is not None:
+            return _train_as_rank(request, observer, facts, record)
+        prepared = record.prepare()
+        if prepared.finished:
+            observer.prepared(prepared, None)
+            return Outcome(prepared.directory.result(), prepared.directory)
+        plan = checked_plan(prepared.job, observer)
+        task = record.begin(plan)
+        observer.prepared(prepared, plan)
         result, signal_number = run_task(task, plan.machines, observer.event)
-    return Outcome(result, prepared.directory, signal_number)
+        return Outcome(result, prepared.directory, signal_number)
+
+
+def checked_plan(job: Job, observer: Observer, ranks: int | None = None) -> Plan:
+    """Make the plan; what the user's code prints while it is tried out is passed on as events."""
+    from launcher.engine.console import Captured
+
+    def show(text: str, whole: bool) -> None:
+        observer.event({"kind": "line", "rank": 0, "text": text, "whole": whole})
+
+    observer.event({"kind": "phase", "name": "check"})
+    kept = sys.stdout, sys.stderr
+    captured = Captured(show)
+    sys.stdout = sys.stderr = cast(Any, captured)
+    try:
+        return make_plan(job, ranks)
+    finally:
+        captured.finish()
+        sys.stdout, sys.stderr = kept
 
 
 def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) -> tuple[dict[str, Any], int | None]:
@@ -247,32 +124,20 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
         return result, interrupts.signal_number
 
 
-def _begin(request: Request, prepared: Prepared) -> Task:
-    """Write the run's directory and return the task."""
-    from launcher.engine.entry import Task
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM end what is under way, until a runner takes them over to end its run in order."""
+    from launcher.runners.signals import Interrupts
 
-    directory, composition = prepared.directory, prepared.composition
-    weights = None if prepared.resumes else _weights_of(prepared.job)
-    directory.create()
-    directory.clear_requests()
-    directory.config.write_text(composition.to_yaml(directory.name))
-    _write_words(directory, composition.shown_words(), append=prepared.resumes)
-    (directory.path / "code.patch").write_text(provenance.patch(request.calling))
-    facts = {"user": provenance.user(), "versions": provenance.versions(), "git": provenance.git(request.calling)}
-    if prepared.resumes:
-        directory.update_result(status="running", reason=None, error=None, **facts)
-    else:
-        directory.write_result({**_EMPTY_RESULT, "status": "running", **facts})
-    directory.beat()
-    return Task(
-        action="train",
-        job=replace(prepared.job, run=replace(prepared.job.run, name=directory.name)),
-        directory=str(directory.path),
-        python_path=[str(request.calling)],
-        started=request.started,
-        weights=weights,
-    )
+    class AtOnce(Interrupts):
+        def _take(self, number: int, frame: Any) -> None:
+            raise Stopped(number)
 
+    with AtOnce():
+        yield
+
+
+# ---- the run's directory --------------------------------------------------------------------------------------------
 
 _EMPTY_RESULT: dict[str, Any] = {
     "status": "running",
@@ -295,12 +160,149 @@ _EMPTY_RESULT: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a run comes from: what result.json says of it, and the uncommitted changes of the calling repository."""
+
+    facts: dict[str, Any]
+    patch: str
+
+    @classmethod
+    def of(cls, calling: Path) -> Origin:
+        facts = {"user": provenance.user(), "versions": provenance.versions(), "git": provenance.git(calling)}
+        return cls(facts, provenance.patch(calling))
+
+
+class Record:
+    """Writes a run's directory, and sees to it that result.json says how the run ended, whatever ended it."""
+
+    def __init__(self, request: Request, prepared: Prepared | None = None, origin: Origin | None = None) -> None:
+        self._request = request
+        self._prepared = prepared
+        self._origin = origin
+        self._begun = False
+        self._made_root = False
+        self._seconds_before = 0.0
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self._begun:
+            # A disk that is full, or gone, must not hide the error that it led to.
+            with suppress(OSError, RunError):
+                self.failed(error)
+
+    def prepare(self) -> Prepared:
+        self._prepared = prepare(self._request)
+        return self._prepared
+
+    def begin(self, plan: Plan | None) -> Task:
+        """Write what is known before the start; with a plan, see whether there is room for it.
+
+        Raises:
+            RunError: the directory cannot be written, is another run's by now, or has no room for a checkpoint.
+        """
+        from launcher.engine.entry import Task
+
+        assert self._prepared is not None
+        prepared, directory = self._prepared, self._prepared.directory
+        weights = None if prepared.resumes else _weights_of(prepared.job)
+        self._made_root = not directory.path.parent.exists()
+        directory.create()
+        if plan is not None:
+            _check_room(directory, plan)
+        try:
+            self._write(prepared)
+        except FileExistsError as error:
+            raise RunError(
+                f'The run "{directory.name}" was started by somebody else at this moment. Choose another run.name.'
+            ) from error
+        except OSError as error:
+            if self._begun and not prepared.resumes:
+                self._remove(directory)
+            self._begun = False
+            raise RunError(
+                f"The run directory {directory.path} cannot be written: {error.strerror or error}. "
+                "Choose another place with run.root=DIRECTORY."
+            ) from error
+        return Task(
+            action="train",
+            job=replace(prepared.job, run=replace(prepared.job.run, name=directory.name)),
+            directory=str(directory.path),
+            python_path=[str(self._request.calling)],
+            started=self._request.started,
+            weights=weights,
+        )
+
+    def _write(self, prepared: Prepared) -> None:
+        directory, composition = prepared.directory, prepared.composition
+        # The file claims the name: of two commands at the same moment one fails here.
+        with directory.config.open("w" if prepared.resumes else "x") as file:
+            self._begun = True
+            file.write(composition.to_yaml(directory.name))
+        directory.clear_requests()
+        _write_words(directory, composition.shown_words(), append=prepared.resumes)
+        origin = self._origin or Origin.of(self._request.calling)
+        (directory.path / "code.patch").write_text(origin.patch)
+        facts = origin.facts
+        if prepared.resumes:
+            earlier = directory.update_result(**{**facts, "status": "running", "reason": None, "error": None})
+            self._seconds_before = float(earlier.get("seconds") or 0.0)
+        else:
+            directory.write_result({**_EMPTY_RESULT, **facts})
+        directory.beat()
+
+    def _remove(self, directory: RunDirectory) -> None:
+        shutil.rmtree(directory.path, ignore_errors=True)
+        if self._made_root:
+            with suppress(OSError):
+                directory.path.parent.rmdir()
+
+    def failed(self, error: BaseException, keep: bool = False) -> None:
+        """Write how the run ended. keep: also what was refused before it began (a trial of a sweep) stays on disk."""
+        assert self._prepared is not None
+        directory = self._prepared.directory
+        if not keep and isinstance(error, RequestError) and error.exit_status == 2 and not self._prepared.resumes:
+            # Told before anything was trained: the name stays free for the next try.
+            self._remove(directory)
+            return
+        seconds = round(self._seconds_before + time.time() - self._request.started, 3)
+        changes: dict[str, Any] = {"seconds": seconds, "checkpoint": _newest_checkpoint(directory)}
+        if isinstance(error, (Stopped, KeyboardInterrupt)):
+            directory.update_result(status="stopped", reason="signal", error=None, **changes)
+        else:
+            directory.update_result(status="failed", reason=None, error=f"{type(error).__name__}: {error}", **changes)
+
+
+def _newest_checkpoint(directory: RunDirectory) -> str | None:
+    from launcher.engine.checkpoint import newest_intact
+
+    newest = newest_intact(directory.checkpoints).path
+    return None if newest is None else str(newest)
+
+
+def _check_room(directory: RunDirectory, plan: Plan) -> None:
+    """Raise RunError where the disk has no room for a single checkpoint."""
+    needed = plan.memory["parameters"] + plan.memory["optimizer"]
+    free = shutil.disk_usage(directory.path).free
+    if free < needed:
+        with suppress(OSError):  # nothing is left behind; a directory with something in it stays
+            directory.path.rmdir()
+        raise RunError(
+            f"A checkpoint of this model takes {needed / 2**20:,.1f} MiB, and {directory.path.parent} has "
+            f"{free / 2**20:,.1f} MiB free. Make room, or choose another place with run.root=DIRECTORY."
+        )
+
+
 def _write_words(directory: RunDirectory, words: Sequence[str], append: bool) -> None:
     """Write overrides.yaml: a list of words; what a resume added follows the words that started the run."""
-    file = directory.path / "overrides.yaml"
     lines = "".join(f"- {json.dumps(word)}\n" for word in words)
-    before = file.read_text() if append and file.exists() else ""
-    file.write_text((before if before.strip() != "[]" else "") + lines or "[]\n")
+    before = directory.overrides.read_text() if append and directory.overrides.exists() else ""
+    directory.overrides.write_text((before if before.strip() != "[]" else "") + lines or "[]\n")
+
+
+# ---- checkpoints of other runs --------------------------------------------------------------------------------------
 
 
 def _weights_of(job: Job) -> str | None:
@@ -311,12 +313,13 @@ def _weights_of(job: Job) -> str | None:
     path = Path(source).expanduser()
     if path.is_file() or (path / "state.json").is_file():
         return str(path.absolute())
-    run = RunDirectory(_root(job.run.root) / source)
+    root = root_of(job.run.root)
+    run = RunDirectory(root / source)
     if run.exists():
         return str(best_checkpoint(run))
-    known = [other.name for other in runs.list_runs(job.run.root)]
+    known = [other.name for other in runs.list_runs(root)]
     raise RunError(
-        f"checkpoint.load={source}: there is no such run in {_root(job.run.root)} and no such file.{did_you_mean(source, known)}"
+        f"checkpoint.load={source}: there is no such run in {root} and no such file.{did_you_mean(source, known)}"
     )
 
 
@@ -339,78 +342,47 @@ def best_checkpoint(run: RunDirectory) -> Path:
     return newest.path
 
 
-class _Recorded:
-    """Sees to it that result.json says how the run ended, whatever ended it."""
-
-    def __init__(self, prepared: Prepared) -> None:
-        self._prepared = prepared
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        directory = self._prepared.directory
-        if error is None:
-            return
-        if isinstance(error, RequestError) and error.exit_status == 2 and not self._prepared.resumes:
-            # Told before anything was trained: the name stays free for the next try.
-            shutil.rmtree(directory.path, ignore_errors=True)
-            return
-        if isinstance(error, Stopped):
-            directory.update_result(status="stopped", reason="signal", error=None)
-            return
-        directory.update_result(status="failed", reason=None, error=f"{type(error).__name__}: {error}")
-
-
 # ---- torchrun and srun ----------------------------------------------------------------------------------------------
 
 
-def _ranks() -> tuple[int, int, int, int] | None:
-    if not {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
-        return None  # the usual case needs no torch to know it
-    from launcher.engine.runtime import ranks_in_environment
-
-    return ranks_in_environment()
-
-
-def _train_as_rank(
-    request: Request, observer: Observer, ranks: tuple[int, int, int, int]
-) -> Outcome:
-    """Train as one of the ranks that torchrun or srun started. Rank 0 prepares the run for all and is the one that talks."""
-    from launcher.engine.runtime import Runtime
+def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, record: Record) -> Outcome:
+    """Train as one of the ranks that torchrun or srun started. Rank 0 prepares the run for all, and talks."""
     from launcher.runners import in_process
 
-    # The device is the job's to choose, so the configuration is composed first, on every rank alike.
-    device = compose([w for w in request.words if _key(w) == "scaling.device"], request.config_dir).job.scaling.device
-    runtime = Runtime.from_environment(ranks, device)
-    try:
-        prepared, task = _agree(request, observer, runtime)
-        if prepared is not None and prepared.finished:
-            return Outcome(prepared.directory.result(), prepared.directory)
+    with ranks.joined(facts, _device(request)) as runtime:
+        prepared, task = _agree(observer, runtime, record)
         if task is None:
-            return Outcome({}, RunDirectory(Path()))
-        with (
-            in_process.DirectControl(observer.event if prepared else lambda event: None) as control,
-            _Recorded(prepared) if prepared else nullcontext(),
-        ):
+            directory = prepared.directory if prepared is not None else RunDirectory(Path())
+            return Outcome(directory.result(), directory)
+        with in_process.DirectControl(observer.event, shared=True) as control:
             result = in_process.run(task, runtime, control)
         return Outcome(result, RunDirectory(Path(task.directory)), control.signal_number)
-    finally:
-        runtime.close()
 
 
-def _agree(request: Request, observer: Observer, runtime: Runtime) -> tuple[Prepared | None, Task | None]:
+def _device(request: Request) -> str:
+    """The device decides how the ranks talk to each other: known before rank 0 has prepared the run."""
+    from launcher import targets
+
+    targets.add_calling_directory(request.calling)
+    words = [word for word in request.words if word.lstrip("+").startswith("scaling.device=")]
+    return str(peek(words, request.config_dir, "scaling").device)
+
+
+def _agree(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepared | None, Task | None]:
     """Return (rank 0's preparation, everybody's task). An error of rank 0 is raised on every rank."""
-    prepared, plan, task, failure = None, None, None, None
+    prepared, task, failure = None, None, None
     if runtime.is_first:
         try:
-            prepared = prepare(request)
+            prepared, plan = record.prepare(), None
             if not prepared.finished:
-                plan = make_plan(prepared.job, runtime.world_size)
-                task = _begin(request, prepared)
+                plan = checked_plan(prepared.job, observer, runtime.world_size)
+                task = record.begin(plan)
             observer.prepared(prepared, plan)
-            if prepared.job.scaling.workers not in ("auto", runtime.world_size):
-                text = f"scaling.workers={prepared.job.scaling.workers} is ignored: {runtime.world_size} processes were started."
+            asked = prepared.job.scaling.workers
+            if asked not in ("auto", runtime.world_size):
+                text = (
+                    f"scaling.workers={asked} is ignored: the {runtime.world_size} processes that were started are the workers."
+                )
                 observer.event({"kind": "note", "text": text})
         except LaunchError as error:
             failure = error
@@ -427,37 +399,45 @@ def evaluate(name: str, request: Request, observer: Observer) -> dict[str, float
     """Evaluate a run's best checkpoint on its validation and test sets, each sample once. Returns metrics by tag.
 
     Raises:
-        RunError: there is no such run, or it has no checkpoint.
+        RunError: there is no such run, it has no checkpoint, or the words name another model or other data.
         RequestError, TrainingError: as for `train`.
+        Stopped: it was ended by a signal.
     """
+    facts = ranks.in_environment()
+    with ended_by_signals():
+        if facts is None:
+            task = _evaluation(name, request, observer)
+            return run_task(task, machines_of(task.job), observer.event)[0]
+        from launcher.runners import in_process
+
+        with ranks.joined(facts, _device(request)) as runtime:
+            task = _evaluation(name, request, observer if runtime.is_first else Observer())
+            with in_process.DirectControl(observer.event, shared=True) as control:
+                return in_process.run(task, runtime, control)
+
+
+def _evaluation(name: str, request: Request, observer: Observer) -> Task:
     from launcher.engine.entry import Task
 
-    root = compose([w for w in request.words if _key(w) == "run.root"], request.config_dir).job.run.root
-    run = runs.find(root, name)
-    words = [w for w in request.words if _key(w) != "run.root"]
-    job = compose(words, request.config_dir, run.config).job
+    run = runs.find(root_of(run_section(request).root), name)
+    composition, changes = over_the_run(request, run)
+    if changes:
+        check_evaluation(compose([], request.config_dir, run.config).job, composition.job, name)
+        observer.event({"kind": "note", "text": over_text(changes)})
     checkpoint = best_checkpoint(run)
-    ranks = _ranks()
-    task = Task(
+    observer.event({"kind": "note", "text": f"Evaluating {checkpoint}"})
+    return Task(
         action="evaluate",
-        job=job,
+        job=composition.job,
         directory=str(run.path),
         python_path=[str(request.calling)],
         started=request.started,
         weights=str(checkpoint),
     )
-    if ranks is not None:
-        from launcher.engine.runtime import Runtime
-        from launcher.runners import in_process
 
-        runtime = Runtime.from_environment(ranks, job.scaling.device)
-        try:
-            with in_process.DirectControl(observer.event) as control:
-                return in_process.run(task, runtime, control)
-        finally:
-            runtime.close()
-    observer.event({"kind": "note", "text": f"Evaluating {checkpoint}"})
-    return run_task(task, machines_of(job), observer.event)[0]
+
+def over_text(changes: Sequence[str]) -> str:
+    return f"Over the run's own configuration: {' '.join(changes)}"
 
 
 def exit_status_of(signal_number: int | None) -> int:

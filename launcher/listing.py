@@ -42,7 +42,7 @@ def table(found: list[dict[str, Any]], root: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from launcher.terminal import duration
+    from launcher.phrases import duration
 
     if not found:
         print(f"No runs in {root}.", file=sys.stderr)
@@ -118,6 +118,6 @@ def stop(run: RunDirectory) -> str:
             return f"{run.name} is {status} at step {run.result().get('steps')}."
         time.sleep(0.2)
     raise RunError(
-        f'The run "{run.name}" did not stop within {_STOP_SECONDS:.0f} s; it may be in a long step. The request stays; see: '
-        f"launch logs {run.name}."
+        f'The run "{run.name}" did not stop within {_STOP_SECONDS:.0f} s; it may be in a long step. The request stays; '
+        f"see: launch logs {run.name}."
     )

@@ -11,6 +11,7 @@ from typing import Any
 from launcher.clusters import local
 from launcher.config import Job
 from launcher.errors import ConfigError
+from launcher.phrases import count
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Plan:
     def headline(self) -> str:
         """Return the one line that `train` begins with."""
         m, b = self.machines, self.batches
-        kinds = "GPU" if m.device == "cuda" else "CPU"
+        workers = count(m.workers, f"{'GPU' if m.device == 'cuda' else 'CPU'} worker")
         return (
-            f"{m.workers} {kinds} worker{'s' if m.workers > 1 else ''} ({m.description}), global batch {b.global_batch_size}"
-            f" = {m.workers} x {b.per_worker}, {b.steps} steps ({b.epochs:g} epochs of {b.steps_per_epoch})"
+            f"{workers} ({m.description}), global batch {b.global_batch_size} = {m.workers} x {b.per_worker}, "
+            f"{count(b.steps, 'step')} ({count(b.epochs, 'epoch')} of {b.steps_per_epoch})"
         )
 
     def lines(self) -> list[tuple[str, str]]:
@@ -72,19 +73,18 @@ class Plan:
         m, b = self.machines, self.batches
         mib = 2**20
         memory = ", ".join(f"{name} {size / mib:,.1f} MiB" for name, size in self.memory.items())
+        length = f"{count(b.steps, 'step')} = {count(b.epochs, 'epoch')} of {b.steps_per_epoch}"
+        gradients = f"{self.gradient_bytes_per_step / mib:,.2f} MiB of gradients a step"
         accumulated = f" in {b.microbatches} microbatches of {b.microbatch_size}" if b.microbatches > 1 else ""
         return [
             ("where", m.description),
             ("workers", f"{m.workers} on {m.device}, {m.cpus_per_worker:g} CPU and {m.gpus_per_worker:g} GPU each"),
             ("global batch", f"{b.global_batch_size} samples = {m.workers} x {b.per_worker}{accumulated}"),
-            ("length", f"{b.steps} steps = {b.epochs:g} epochs of {b.steps_per_epoch} (the last batch has {b.last_batch_size})"),
+            ("length", f"{length} (the last batch has {b.last_batch_size})"),
             ("data", ", ".join(f"{name} {count:,}" for name, count in self.data.items())),
             ("network", f"{self.parameters:,} parameters"),
             ("memory a worker", memory),
-            (
-                "communication",
-                f"{self.gradient_bytes_per_step / mib:,.2f} MiB of gradients a step" if m.workers > 1 else "none (one worker)",
-            ),
+            ("communication", gradients if m.workers > 1 else "none (one worker)"),
             ("tags", ", ".join(self.tags)),
             ("cost", f"{self.usd_per_hour:.2f} USD/h"),
         ]
@@ -108,7 +108,7 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
         if ranks is None and scaling.workers not in ("auto", 1):
             raise ConfigError(
                 f"scaling.workers={scaling.workers} was asked for with cluster=none, which is this one process. "
-                f"Use cluster=local, or start the processes with: torchrun --nproc-per-node={scaling.workers} -m launcher ..."
+                f"Use cluster=local, or start them with: torchrun --nproc-per-node={scaling.workers} -m launcher ..."
             )
         where = "this process" if ranks is None else f"{ranks} processes started by torchrun or srun"
         return Machines("none", where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
@@ -116,7 +116,8 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
     workers = scaling.workers
     if workers == "auto":
         # On CPUs two workers show what there is to show; more would only share the same cores.
-        workers = max(1, int(gpus / gpus_per_worker)) if use_gpu else max(1, min(2, int(cpus / scaling.cpus_per_worker)))
+        fit = int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker))
+        workers = max(1, fit)
     local.check_feasible(workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
     return Machines("local", "this machine", cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
 
@@ -128,6 +129,10 @@ def make_plan(job: Job, ranks: int | None = None) -> Plan:
         RequestError: it cannot be done as asked; see `machines_of` and `engine.estimate`.
     """
     machines = machines_of(job, ranks)
+    if machines.cluster == "none":
+        from launcher.engine.runtime import choose_device
+
+        choose_device(job.scaling.device, 0)
     from launcher.engine.build import build_split, check_batch
     from launcher.engine.data import Order
     from launcher.engine.estimate import estimate

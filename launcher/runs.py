@@ -5,6 +5,7 @@ Free of torch and Ray, so that `launch runs` answers at once. The layout is in d
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunError, did_you_mean
+from launcher.schema import check_run_name
 
 HEARTBEAT_SECONDS = 5.0
 # A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.
@@ -25,10 +27,23 @@ FINAL = ("completed", "stopped", "pruned", "failed")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that a reader sees the old or the new file, never a part."""
+    """Write `content` so that a reader sees the old or the new file, never a part.
+
+    Where a full disk has no room for both, the old one is written over: that a run failed must still be said.
+    """
+    text = json.dumps(content, indent=2) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            raise
+        with path.open("r+") as file:
+            file.write(text)
+            file.truncate()
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,10 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        return self.path / "overrides.yaml"
 
     @property
     def log(self) -> Path:
@@ -150,24 +169,18 @@ def _process_exists(pid: int) -> bool:
     return True
 
 
-def check_name(name: str) -> None:
-    """Raise RunError unless `name` may be the name of a run: a single, visible path component."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=,@-]{0,199}", name) or ".." in name:
-        raise RunError(
-            f'"{name}" cannot be the name of a run: use letters, digits and _ . + = , @ -, '
-            "beginning with a letter, a digit or _, without '/' and '..'."
-        )
-
-
 def find(root: str | Path, name: str) -> RunDirectory:
-    """Return the run called `name` (a run, or SWEEP/NUMBER) under `root`.
+    """Return the run called `name` (a run, SWEEP/NUMBER or SWEEP/best) under `root`.
 
     Raises:
+        ConfigError: no run can have this name.
         RunError: there is none; names the nearest.
     """
     for part in name.split("/"):
-        check_name(part)
-    run = RunDirectory(Path(root).expanduser().absolute() / name)
+        check_run_name(part, "the name of a run")
+    base = Path(root).expanduser().absolute()
+    sweep, _, last = name.rpartition("/")
+    run = RunDirectory(base / sweep / _best_of(base / sweep, sweep) if sweep and last == "best" else base / name)
     if not run.exists():
         known = [other.name for other in list_runs(root)]
         listed = f" It holds {len(known)} run(s)." if known else " It holds no runs."
@@ -181,4 +194,23 @@ def list_runs(root: str | Path) -> Iterator[RunDirectory]:
     if not base.is_dir():
         return
     runs = [RunDirectory(path) for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    yield from sorted((run for run in runs if run.exists()), key=lambda run: (run.config.stat().st_mtime, run.name))
+    yield from sorted((run for run in runs if run.exists()), key=lambda run: (_begun(run), run.name))
+
+
+def _best_of(sweep: Path, name: str) -> str:
+    """Return the number of a sweep's best trial."""
+    try:
+        found = re.search(r"^number: (\d+)$", (sweep / "best.yaml").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is None:
+        what = "no trial of it has been completed" if (sweep / "study.journal").exists() else f'"{name}" is no sweep'
+        raise RunError(f"{name}/best: {what}. `launch runs` lists what there is.")
+    return found[1]
+
+
+def _begun(run: RunDirectory) -> float:
+    """When the run was started, or continued for the last time."""
+    with suppress(OSError):
+        return run.config.stat().st_mtime
+    return 0.0

@@ -19,6 +19,9 @@ DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
 STRATEGIES = ("ddp",)
 CLUSTERS = ("local", "none")
+SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
+PRUNERS = ("none", "asha", "hyperband", "median")
+KEEP = ("all", "best")
 # Sections that are as open as the class that they name; their keys are checked against its signature.
 OPEN_SECTIONS = ("model", "data", "optimizer", "scheduler", "vars")
 
@@ -70,7 +73,7 @@ class CheckpointConfig:
 class LoggingConfig:
     tensorboard: bool = True
     graph: bool = True
-    hparams: list[str] = field(default_factory=list)
+    hparams: Any = field(default_factory=list)  # a list of keys; a sweep hands its trials a mapping key -> value
 
 
 @dataclass
@@ -81,6 +84,21 @@ class StrategyConfig:
 @dataclass
 class ClusterConfig:
     kind: str = "local"
+
+
+@dataclass
+class SweepConfig:
+    sampler: str = "grid"
+    trials: int | None = None
+    seed: int = 0
+    metric: Any = None  # a tag, or a list of tags; None: checkpoint.monitor
+    direction: Any = None  # min or max, or a list of them; None: checkpoint.mode
+    pruner: str = "none"
+    min_evaluations: int = 1
+    reduction: int = 3
+    keep: str = "all"
+    fail_fast: bool = False
+    concurrency: int | None = None
 
 
 @dataclass
@@ -101,6 +119,7 @@ class Job:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     vars: dict[str, Any] = field(default_factory=dict)
     trust: list[str] = field(default_factory=list)
     verbose: bool = False
@@ -168,7 +187,7 @@ def check_run_name(name: str, key: str = "run.name") -> None:
 
 def check_values(job: Job) -> None:
     """Check every value that the schema's types alone cannot. Raises ConfigError with key, value and rule."""
-    _check_run(job.run)
+    check_run(job.run)
     _check_trainer(job.trainer)
     scaling, checkpoint = job.scaling, job.checkpoint
     workers = scaling.workers
@@ -183,6 +202,10 @@ def check_values(job: Job) -> None:
     _one_of("checkpoint.mode", checkpoint.mode, MODES)
     _one_of("strategy.name", job.strategy.name, STRATEGIES)
     _one_of("cluster.kind", job.cluster.kind, CLUSTERS)
+    keys = job.logging.hparams
+    if not isinstance(keys, (list, dict)) or not all(isinstance(key, str) for key in keys):
+        raise ConfigError(f"logging.hparams is {keys!r}, but must be a list of keys, such as [optimizer.lr].")
+    _check_sweep(job.sweep)
     for section in ("model", "data", "optimizer"):
         if "_target_" not in getattr(job, section):
             raise ConfigError(
@@ -193,7 +216,8 @@ def check_values(job: Job) -> None:
         raise ConfigError(f"optimizer.lr is {rate!r}, but must be a number of at least 0.")
 
 
-def _check_run(run: RunConfig) -> None:
+def check_run(run: RunConfig) -> None:
+    """Check the section `run`. Raises ConfigError with key, value and rule."""
     if run.name is not None:
         check_run_name(run.name)
     if not run.root.strip():
@@ -211,6 +235,21 @@ def _check_run(run: RunConfig) -> None:
         raise ConfigError(
             "run.resume continues a run, run.like starts a new one from another's configuration: give one of the two."
         )
+
+
+def _check_sweep(sweep: SweepConfig) -> None:
+    _one_of("sweep.sampler", sweep.sampler, SAMPLERS)
+    _one_of("sweep.pruner", sweep.pruner, PRUNERS)
+    _one_of("sweep.keep", sweep.keep, KEEP)
+    _at_least("sweep.min_evaluations", sweep.min_evaluations, 1)
+    _at_least("sweep.reduction", sweep.reduction, 2)
+    for name in ("trials", "concurrency"):
+        value = getattr(sweep, name)
+        if value is not None:
+            _at_least(f"sweep.{name}", value, 1)
+    for direction in sweep.direction if isinstance(sweep.direction, list) else [sweep.direction]:
+        if direction is not None:
+            _one_of("sweep.direction", direction, MODES)
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:
@@ -243,7 +282,7 @@ def _above_zero(key: str, value: float) -> None:
 
 
 # What other tools call them.
-_USUAL = {"gpu": "cuda", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_USUAL = {"minimize": "min", "maximize": "max", "gpu": "cuda", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
 def _one_of(key: str, value: str, known: Sequence[str]) -> None:

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from launcher.phrases import evaluated, facts, step_line
+
 _PHASES = {
+    "check": "looking at data and model",
     "ray": "starting Ray",
     "workers": "starting workers",
     "data": "reading data",
@@ -31,10 +34,10 @@ class Display:
 
     def __init__(self, workers: int = 1, stream: TextIO | None = None) -> None:
         self.workers = workers
-        self._stream = stream or sys.stderr
-        self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._logged_step = -1
+        self._task: TaskID | None = None
+        self._prompt = False  # the user's code waits for an answer: nothing may be drawn over it
 
     def __enter__(self) -> Display:
         if self._console.is_terminal:
@@ -45,6 +48,8 @@ class Display:
                 TextColumn("{task.fields[facts]}"),
                 console=self._console,
                 transient=True,
+                redirect_stdout=False,  # what is printed during a run comes as an event
+                redirect_stderr=False,
             )
             self._task = self._bar.add_task("starting", total=None, facts="")
             self._bar.start()
@@ -62,8 +67,8 @@ class Display:
             self._line(event)
         elif kind == "note":
             self.say(str(event["text"]))
-        elif kind == "phase" and self._bar is not None:
-            self._bar.update(self._task, description=_PHASES.get(event["name"], event["name"]))
+        elif kind == "phase":
+            self._update(description=_PHASES.get(event["name"], event["name"]))
 
     def say(self, text: str) -> None:
         """Print one line of our own."""
@@ -71,41 +76,21 @@ class Display:
 
     def _line(self, event: Mapping[str, Any]) -> None:
         mark = f"[rank {event['rank']}] " if self.workers > 1 else ""
+        whole = event.get("whole", True)
+        if not whole and self._bar is not None:
+            self._bar.stop()
+            self._prompt = True
         # A part of a line is a prompt (input, pdb): it must appear as it is, and at once.
-        self._console.print(Text(mark + event["text"]), end="\n" if event.get("whole", True) else "")
+        self._console.print(Text.from_ansi(mark + event["text"]), end="\n" if whole else "")
 
     def _progress(self, event: Mapping[str, Any]) -> None:
-        facts = describe(event)
-        if self._bar is not None:
-            self._bar.update(
-                self._task, description="training", completed=event["step"], total=event["total_steps"], facts=facts
-            )
-        if event["values"] and (self._bar is None or any(tag.startswith("val/") for tag in event["values"])):
-            self.say(f"step {event['step']}/{event['total_steps']}  {facts}{_validation(event['values'])}")
+        if self._bar is not None and self._prompt:
+            self._bar.start()
+            self._prompt = False
+        self._update(description="training", completed=event["step"], total=event["total_steps"], facts=facts(event))
+        if event["values"] and (self._bar is None or evaluated(event["values"])):
+            self.say(step_line(event))
 
-
-def describe(event: Mapping[str, Any]) -> str:
-    """Return the facts of a progress event in one line."""
-    parts = [f"epoch {event['epoch']:.2f}"]
-    if event.get("loss") is not None:
-        parts.append(f"loss {event['loss']:.4f}")
-    if event.get("samples_per_second"):
-        parts.append(f"{event['samples_per_second']:,.0f} samples/s")
-    if event.get("seconds_left") is not None:
-        parts.append(f"{duration(event['seconds_left'])} left")
-    return "  ".join(parts)
-
-
-def _validation(values: Mapping[str, float]) -> str:
-    found = [f"{tag} {value:.4f}" for tag, value in values.items() if tag.startswith("val/")]
-    return "  " + "  ".join(found) if found else ""
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as `12s`, `3m05s` or `2h07m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    def _update(self, **changes: Any) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, **changes)

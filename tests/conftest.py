@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command import here, place
+
+__all__ = ["here", "place"]  # fixtures for every test that runs `launch`
 
 # Set by a launcher around the tests (torchrun, Slurm) or by the developer: each would change what a test measures.
 FOREIGN = [

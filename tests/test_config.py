@@ -41,8 +41,8 @@ def test_the_default_job_is_mnist() -> None:
     assert isinstance(job, Job)
     assert job.data["_target_"] == "models.vision_data.Mnist"
     assert job.optimizer["_target_"] == "torch.optim.AdamW"
-    assert job.optimizer["lr"] == 1e-3
-    assert job.scheduler == {}
+    assert job.optimizer["lr"] == 5e-3
+    assert job.scheduler["_target_"] == "launcher.engine.optim.WarmupCosine"
     assert job.trust == []
     assert job.run.name is None
     assert job.cluster.kind == "local"
@@ -81,13 +81,13 @@ def test_the_files_that_show_the_keys_agree_with_the_schema(group: str) -> None:
         (["optimizer=sgd", "optimizer.lr=0.5"], "optimizer.lr", 0.5),
         (["optimizer.foreach=true"], "optimizer.foreach", True),
         (["+optimizer.foreach=true"], "optimizer.foreach", True),
-        (["~optimizer.eps"], "optimizer", {"betas": [0.9, 0.999], "weight_decay": 0.01, "lr": 1e-3, "groups": []}),
+        (["~optimizer.eps"], "optimizer", {"betas": [0.9, 0.999], "weight_decay": 0.05, "lr": 5e-3, "groups": []}),
         (
             ["optimizer.groups=[{match: 'features.*', lr: 1e-5}]"],
             "optimizer.groups",
             [{"match": "features.*", "lr": 1e-5}],
         ),
-        (["scheduler=cosine"], "scheduler.warmup_steps", 0),
+        (["scheduler=cosine"], "scheduler.min_ratio", 0.0),
         (["vars.where=/data", "data.root=${vars.where}/x"], "data.root", "/data/x"),
         (["data.root='a b, c=d'"], "data.root", "a b, c=d"),
         (["data.root=${hydra:runtime.cwd}/x"], "data.root", str(Path.cwd() / "x")),
@@ -508,7 +508,7 @@ def test_words_apply_over_what_is_stored(tmp_path: Path) -> None:
     assert job.data == {"_target_": "models.vision_data.Idx", "root": "/x"}  # nothing of the stored section is left
     assert job.optimizer == first.job.optimizer
     assert (job.trainer.epochs, job.trainer.log_every, job.model["width"]) == (8, 1, 5)
-    assert job.scheduler["warmup_steps"] == 0
+    assert job.scheduler["warmup_steps"] is None
     assert compose(["debug=fast"], stored=stored).job.trainer.steps == 5
 
 

@@ -1,11 +1,12 @@
-"""Ray on this machine, started for one command: quiet, reachable over loopback alone, and gone when the command is gone.
+"""Ray on this machine, started for one command: quiet, on loopback alone, and gone when the command is gone.
 
-    with EmbeddedRay(cpus=2, gpus=0) as cluster:
-        ...                                        # ray.is_initialized(), cluster.directory is private scratch space
+with EmbeddedRay(cpus=2, gpus=0) as cluster:
+    ...  # ray.is_initialized(), cluster.directory is private scratch space
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import logging
@@ -13,12 +14,13 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,7 @@ class EmbeddedRay:
         existing: this process had a Ray before; it is used as it is and left running.
         directory: private scratch space on this machine, removed at the end.
         available: CPUs and GPUs of this Ray.
+        one_machine: all of this Ray is on one machine, so that its workers can talk over loopback.
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class EmbeddedRay:
         self.existing = False
         self.directory = Path()
         self.available: tuple[float, float] = (0.0, 0.0)
+        self.one_machine = True
 
     def __enter__(self) -> EmbeddedRay:
         import ray
@@ -171,6 +175,7 @@ class EmbeddedRay:
             if self.existing:
                 total = ray.cluster_resources()
                 self.available = (total.get("CPU", 0.0), total.get("GPU", 0.0))
+                self.one_machine = sum(node["Alive"] for node in ray.nodes()) == 1
             else:
                 self._start()
         except BaseException:  # Ctrl-C while Ray starts leaves nothing either
@@ -180,6 +185,13 @@ class EmbeddedRay:
 
     def __exit__(self, *exception: object) -> None:
         self._stop()
+
+    def dead_process(self) -> str | None:
+        """Return the name of a process that our Ray cannot live without and that has ended; None while all live."""
+        from ray._private import worker
+
+        node = None if self.existing else worker._global_node
+        return next((name for name, _ in node.dead_processes()), None) if node is not None else None
 
     def _start(self) -> None:
         import ray
@@ -191,7 +203,7 @@ class EmbeddedRay:
         environment = _ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32), name: value}
         self._reaper = _start_reaper(self._marker, self.directory)
         # The variables are for Ray's processes, not for what else this process starts: so they are taken back below.
-        with _environment(environment), _adapted(lean=not self._verbose):
+        with _environment(environment), _signal_handlers_kept(), _adapted(lean=not self._verbose):
             _refresh_ray_settings()
             loading = _preload(self._preload)
             ray.init(
@@ -212,8 +224,15 @@ class EmbeddedRay:
         if not self.existing and "ray" in sys.modules:
             import ray
 
-            with contextlib.suppress(Exception):
-                ray.shutdown()
+            broken = self.dead_process() is not None
+            if broken:
+                reaper.end(self._marker, grace=0.0)
+            leaving = threading.Thread(target=_suppressed(ray.shutdown), name="launch-shutdown", daemon=True)
+            leaving.start()
+            # In order it takes a tenth of a second. Without its GCS it tries for a minute to tell it.
+            leaving.join(3.0 if broken else 30.0)
+            if leaving.is_alive():
+                atexit.unregister(ray.shutdown)
             reaper.end(self._marker, grace=0.3)
         shutil.rmtree(self.directory, ignore_errors=True)
         if self._reaper is not None:
@@ -222,6 +241,14 @@ class EmbeddedRay:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._reaper.wait(timeout=5)
             self._reaper = None
+
+
+def _suppressed(function: Callable[[], object]) -> Callable[[], None]:
+    def call() -> None:
+        with contextlib.suppress(Exception):
+            function()
+
+    return call
 
 
 def _private_directory() -> Path:
@@ -244,16 +271,27 @@ def _start_reaper(marker: str, directory: Path) -> subprocess.Popen[bytes]:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
+    """Set variables for the length of the block; what Ray sets meanwhile (PYTHONBREAKPOINT) is taken back as well."""
+    before = dict(os.environ)
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Give the signals back to who had them: Ray's native part takes SIGTERM, to print its stack and die."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _refresh_ray_settings() -> None:
@@ -269,9 +307,9 @@ def _adapted(lean: bool) -> Iterator[None]:
     """Have `ray.init` stay on loopback and out of our process group and, when `lean`, start only what one job needs.
 
     Ray's processes get a process group of their own: Ctrl-C and `timeout` signal the whole group of the command, and it
-    is ours to end the run in order. Lean leaves out the autoscaler's monitor, the log monitor (nothing is forwarded), the
-    dashboard's server (Ray starts one for its API even with `include_dashboard=False`) and what the node's agent does
-    for it: four Python processes and two to three seconds.
+    is ours to end the run in order. Lean leaves out the autoscaler's monitor, the log monitor (nothing is forwarded),
+    the dashboard's server (Ray starts one for its API even with `include_dashboard=False`) and what the node's agent
+    does for it: three Python processes, and two to three seconds.
     `ray.init` has no options for this. Ray's version is pinned, and a name that is not there is left as it is.
     """
     from ray._private import node, parameter, ray_constants, services, utils
@@ -287,6 +325,9 @@ def _adapted(lean: bool) -> Iterator[None]:
 
     class GroupLeader(services.ConsolePopen):
         def __init__(self, *args: Any, **options: Any) -> None:
+            # Without the terminal's input: reading it from another process group would halt a worker for ever.
+            if options.get("stdin") is None:
+                options["stdin"] = subprocess.DEVNULL
             super().__init__(*args, **{**options, "process_group": 0})
 
     replacements: list[tuple[Any, str, Any]] = [

@@ -64,7 +64,7 @@ def end(marker: str, grace: float = GRACE_SECONDS) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the command's name (which may hold spaces and brackets): state first."""
+    """Return the fields of /proc/PID/stat from the state on; the command's name before it may hold spaces."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

@@ -62,7 +62,7 @@ def build_model(job: Job, runtime: Runtime) -> nn.Module:
             raise ConfigError("trainer.sync_batchnorm=true needs GPUs (SyncBatchNorm refuses CPU tensors); leave it out.")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(runtime.device)
-    return model.to(memory_format=torch.channels_last) if has_convolutions(model) else model  # type: ignore[call-overload]
+    return model.to(memory_format=torch.channels_last) if has_convolutions(model) else model
 
 
 def has_convolutions(model: nn.Module) -> bool:
@@ -176,7 +176,7 @@ def caveats(model: nn.Module) -> list[str]:
             f"The network has {', '.join(normalised)}: its statistics are those of a worker's microbatch, so results depend "
             "on the number of workers (trainer.sync_batchnorm=true shares them on GPUs; group normalisation has none)."
         )
-    random_layers = sorted({type(m).__name__ for m in model.modules() if "Dropout" in type(m).__name__ and getattr(m, "p", 1)})
+    random_layers = sorted({type(m).__name__ for m in model.modules() if "Dropout" in type(m).__name__ and getattr(m, "p", True)})
     if random_layers:
         lines.append(
             f"The network has {', '.join(random_layers)}: random numbers are drawn by each worker, so results depend on the "

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -23,7 +24,8 @@ class Log:
 
     def line(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
-        os.write(self._file, f"{stamp} [rank {self._rank}] {text}\n".encode(errors="replace"))
+        with suppress(OSError):  # a full disk must not turn the user's print into an error
+            os.write(self._file, f"{stamp} [rank {self._rank}] {text}\n".encode(errors="replace"))
 
     def close(self) -> None:
         os.close(self._file)
@@ -56,6 +58,12 @@ class Captured(io.TextIOBase):
                 self._on_text(line.rsplit("\r", 1)[-1] if "\r" in line.rstrip("\r") else line.rstrip("\r"), True)
         return len(text)
 
+    def finish(self) -> None:
+        """Pass on what was begun as a line, at the end."""
+        with self._lock:
+            if self._buffer:
+                self.write("\n")
+
     def flush(self) -> None:
         with self._lock:
             if self._buffer and "\r" not in self._buffer:
@@ -78,7 +86,7 @@ class Console:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._captured.flush()
+        self._captured.finish()
         sys.stdout, sys.stderr = self._kept
         self._log.close()
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from launcher.runs import HEARTBEAT_SECONDS, RunDirectory
 
 STOP = "stop"
+PRUNE = "prune"  # stop, since others do better: nothing is saved for it
 CHECKPOINT = "checkpoint"
 
 
@@ -20,7 +21,7 @@ class Control(Protocol):
     """What a runner hands to the engine."""
 
     def requests(self) -> frozenset[str]:
-        """What is asked of the run now: a subset of {"stop", "checkpoint"}. Called every step: no I/O, no waiting."""
+        """What is asked of the run now: a subset of {"stop", "prune", "checkpoint"}. Called every step: no I/O, no waiting."""
         ...
 
     def emit(self, event: dict[str, Any]) -> None:

@@ -6,16 +6,17 @@ The order depends on the seed alone: global batch k of epoch e is the same set o
 from __future__ import annotations
 
 import random
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
+from launcher.engine.failures import traceback_of_user
 from launcher.errors import DataError, UserCodeError
 
 Span = tuple[int, int]  # [start, stop) of positions within a global batch or a data set
@@ -115,33 +116,33 @@ class Fetch:
         self._dataset = dataset
         self._collate = collate
         self._seed = seed
-        gather = getattr(dataset, "__getitems__", None)
-        self._gather_takes_seeds = gather is not None and "seeds" in signature(gather).parameters
+        self._gather = _gather_of(dataset)
+        self._gather_takes_seeds = self._gather is not None and "seeds" in signature(self._gather).parameters
 
     @property
     def in_memory(self) -> bool:
-        """Whether whole batches are gathered; worker processes would only copy them."""
-        return isinstance(self._dataset, TensorDataset) or hasattr(self._dataset, "__getitems__")
+        """Whether batches are gathered from tensors; worker processes would only copy them."""
+        return isinstance(self._dataset, TensorDataset)
 
     def __getitem__(self, key: tuple[int, torch.Tensor]) -> Any:
         epoch, indices = key
         try:
             return self._fetch(epoch, indices)
         except (ValueError, OSError) as error:
-            return Failure(True, str(error), traceback.format_exc())
+            return Failure(True, str(error), traceback_of_user(error))
         except Exception as error:
-            return Failure(False, f"{type(error).__name__}: {error}", traceback.format_exc())
+            return Failure(False, f"{type(error).__name__}: {error}", traceback_of_user(error))
 
     def _fetch(self, epoch: int, indices: torch.Tensor) -> Any:
         if isinstance(self._dataset, TensorDataset):
             batch: Any = tuple(tensor[indices] for tensor in self._dataset.tensors)
             return self._collate(batch) if self._collate else batch
         chosen = indices.tolist()
-        if hasattr(self._dataset, "__getitems__"):
+        if self._gather is not None:
             if self._gather_takes_seeds:
-                batch = self._dataset.__getitems__(chosen, seeds=[mix(self._seed, epoch, i) for i in chosen])
+                batch = self._gather(chosen, seeds=[mix(self._seed, epoch, i) for i in chosen])
             else:
-                batch = self._dataset.__getitems__(chosen)
+                batch = self._gather(chosen)
             if self._collate:
                 return self._collate(batch)
             return default_collate(batch) if isinstance(batch, list) else batch
@@ -155,6 +156,14 @@ class Fetch:
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         return self._dataset[index]
+
+
+def _gather_of(dataset: Any) -> Callable[..., Any] | None:
+    """Return the data set's `__getitems__`, where it is its own: a Subset has one that may only loop over samples."""
+    inner = dataset
+    while isinstance(inner, Subset):
+        inner = inner.dataset
+    return getattr(dataset, "__getitems__", None) if hasattr(inner, "__getitems__") else None
 
 
 class _own_randomness:
@@ -191,31 +200,41 @@ class Loader:
         self._num_workers = 0 if fetch.in_memory else num_workers
         self._convert = convert
 
-    def read(self, keys: Iterator[tuple[int, torch.Tensor]]) -> Iterator[Any]:
+    def read(self, keys: Iterator[tuple[int, torch.Tensor]]) -> Generator[Any]:
         """Yield the batch of each key, on the device.
 
         Raises:
             DataError: a sample is bad; the message is the data set's own.
             UserCodeError: the data set raised anything else.
         """
-        batches: Iterator[Any]
-        if self._num_workers:
-            batches = iter(
-                DataLoader(
-                    self._fetch,  # type: ignore[arg-type]
-                    batch_size=None,
-                    sampler=_Keys(keys),  # type: ignore[arg-type]
-                    num_workers=self._num_workers,
-                    collate_fn=_identity,
-                    pin_memory=self._device.type == "cuda",
-                    multiprocessing_context="fork" if self._device.type == "cpu" else "forkserver",
-                )
+        with closing(self._batches(keys)) as batches:
+            if self._device.type == "cuda":
+                yield from self._ahead(batches)
+            else:
+                for batch in batches:
+                    yield self._convert(self._checked(batch))
+
+    def _batches(self, keys: Iterator[tuple[int, torch.Tensor]]) -> Generator[Any]:
+        if not self._num_workers:
+            yield from (self._fetch[key] for key in keys)
+            return
+        batches = iter(
+            DataLoader(
+                self._fetch,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=_Keys(keys),
+                num_workers=self._num_workers,
+                collate_fn=_identity,
+                pin_memory=self._device.type == "cuda",
+                multiprocessing_context="fork" if self._device.type == "cpu" else "forkserver",
+                # It draws a seed for its processes, which must not come from the trainer's random numbers.
+                generator=torch.Generator(),
             )
-        else:
-            batches = (self._fetch[key] for key in keys)
-        if self._device.type == "cuda":
-            return self._ahead(batches)
-        return (self._convert(self._checked(batch)) for batch in batches)
+        )
+        try:
+            yield from batches
+        finally:
+            del batches  # ends the processes, even where a traceback keeps this frame
 
     def once(self, epoch: int, indices: torch.Tensor) -> Iterator[Any]:
         """Read one batch in this process, whatever `num_workers` says."""

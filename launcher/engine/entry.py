@@ -18,6 +18,7 @@ from launcher.engine.failures import translate
 from launcher.engine.runtime import Runtime
 from launcher.engine.trainer import Trainer
 from launcher.errors import ConfigError, RequestError
+from launcher.phrases import step_line
 from launcher.runs import RunDirectory
 
 
@@ -53,6 +54,7 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
     directory = RunDirectory(Path(task.directory))
     phase = _Phase(control)
     with Console(directory.log, runtime.rank, phase) as console:
+        phase.note = console.note
         try:
             for path in task.python_path:
                 targets.add_calling_directory(path)
@@ -70,17 +72,23 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
 
 
 class _Phase:
-    """The runner's control, which remembers whether training has begun."""
+    """The runner's control, which remembers whether training has begun and has log.txt keep what the user is shown."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
         self.training = False
+        self.note: Callable[[str], None] | None = None
 
     def requests(self) -> frozenset[str]:
         return self._control.requests()
 
     def emit(self, event: dict[str, Any]) -> None:
-        self.training = self.training or (event["kind"] == "phase" and event["name"] == "training")
+        kind = event["kind"]
+        self.training = self.training or (kind == "phase" and event["name"] == "training")
+        if self.note is not None and kind == "note":
+            self.note(event["text"])
+        elif self.note is not None and kind == "progress" and event["values"]:
+            self.note(step_line(event))
         self._control.emit(event)
 
 

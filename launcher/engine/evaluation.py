@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from launcher.engine.data import Fetch, Loader, Split, keys_of_evaluation
-from launcher.engine.metrics import Sums, check_answer, means, require_same_names
+from launcher.engine.metrics import Sums, check_answer, means
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy
-from launcher.errors import UserCodeError
+from launcher.errors import TrainingError, UserCodeError
 
 
 class Evaluator:
@@ -40,9 +40,10 @@ class Evaluator:
         self._tag = tag
 
     def run(self) -> dict[str, float]:
-        """Return the global metrics by tag, on every rank. The model is in training mode afterwards."""
+        """Return the global metrics by tag, on every rank. Every module is in the mode that it was in afterwards."""
         results: dict[str, float] = {}
         model = self._strategy.model
+        resting = [module for module in model.modules() if not module.training]
         model.eval()
         try:
             for name, (loader, length) in self._loaders.items():
@@ -51,6 +52,8 @@ class Evaluator:
                 results.update({prefix + metric: value for metric, value in found.items()})
         finally:
             model.train()
+            for module in resting:  # the user may keep a frozen part in evaluation mode
+                module.training = False
         return results
 
     def _one(self, loader: Loader, length: int) -> dict[str, float]:
@@ -66,12 +69,22 @@ class Evaluator:
         return {**means(totals), **summarize(model, totals)}
 
     def _agree(self, sums: Sums) -> None:
-        """Make every rank know every name: one whose share is empty has seen no answer."""
+        """Make every rank know every name: one whose share is empty has seen no answer.
+
+        Raises:
+            TrainingError: the ranks hold different names or shapes; the same on every rank.
+        """
         shapes = {name: tuple(value.shape) for name, value in sums.state_dict()["sums"].items()}
         everyone = [other for other in self._runtime.gather(shapes) if other]
+        for other in everyone[1:]:
+            odd = sorted({name for name, _ in other.items() ^ everyone[0].items()})
+            if odd:
+                raise TrainingError(
+                    "validation_step must return the same names, with sums of the same shapes, for every batch; the "
+                    f"workers differ in {', '.join(odd)}."
+                )
         if everyone and not shapes:
             sums.declare_shapes(everyone[0])
-        require_same_names(self._runtime, sums.names, "validation_step")
 
 
 def validation_answer(model: nn.Module, batch: Any) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from pathlib import Path
 
 import torch
 
-from launcher.errors import LaunchError, UserCodeError, WorkerLost
+from launcher.errors import LaunchError, TrainingError, UserCodeError, WorkerLost
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _TORCH = str(Path(torch.__file__).resolve().parent)
+_PYTHON = str(Path(traceback.__file__).resolve().parent)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 # What gloo and NCCL say when the other side is gone. A rank that reports this is a victim, not the culprit.
 _PEER_IS_GONE = (
     "connection closed by peer",
@@ -39,17 +42,29 @@ def translate(error: Exception) -> LaunchError:
             f"The connection to another worker was lost ({str(error).splitlines()[0][:200]}). "
             "Look for the first error of the other workers; continue from the newest checkpoint with run.resume=true."
         )
-    return UserCodeError(f"{type(error).__name__}: {error}", _traceback_of_user(error))
+    if isinstance(error, OSError) and error.errno in _DISK and _first_of_user(error) is None:
+        where = f" ({error.filename})" if error.filename else ""
+        return TrainingError(
+            f"The run's files cannot be written: {error.strerror}{where}. Make room or choose another run.root; the newest "
+            "checkpoint is kept, and run.resume=true continues from it."
+        )
+    return UserCodeError(f"{type(error).__name__}: {error}", traceback_of_user(error))
 
 
-def _traceback_of_user(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    first = next((i for i, frame in enumerate(frames) if not _is_foreign(frame.filename)), None)
+def traceback_of_user(error: Exception) -> str:
+    """Return the traceback from the user's first frame on, or the whole where there is none of the user's."""
+    first = _first_of_user(error)
     if first is None:
         return "".join(traceback.format_exception(error))
-    lines = traceback.format_list(frames[first:]) + traceback.format_exception_only(error)
+    lines = traceback.format_list(traceback.extract_tb(error.__traceback__)[first:]) + traceback.format_exception_only(error)
     return "Traceback (most recent call last):\n" + "".join(lines)
 
 
+def _first_of_user(error: Exception) -> int | None:
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((i for i, frame in enumerate(frames) if not _is_foreign(frame.filename)), None)
+
+
 def _is_foreign(filename: str) -> bool:
-    return filename.startswith((_OURS, _TORCH, "<frozen"))
+    of_python = filename.startswith(_PYTHON) and "-packages" not in filename.removeprefix(_PYTHON)
+    return of_python or filename.startswith((_OURS, _TORCH, "<frozen"))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -30,6 +34,18 @@ def configure(runtime: Runtime, cpus_per_worker: float, deterministic: bool) -> 
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     else:
         torch.set_num_threads(max(1, int(cpus_per_worker)))
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Give what a finished task has occupied back to the device and to the operating system."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # compiled networks are kept for ever otherwise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def allocated_gib(device: torch.device) -> float:

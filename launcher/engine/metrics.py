@@ -13,13 +13,16 @@ from typing import Any
 import torch
 
 from launcher.engine.runtime import Runtime
-from launcher.errors import TrainingError, UserCodeError, did_you_mean
+from launcher.errors import UserCodeError
 
 # Fixed point in two limbs: value = high * 2**-20 + low * 2**-60. The high limb holds sums up to 8.8e12; the low limb is
-# carried into the high one at every addition, and keeps 2**-60 (8.7e-19) of each addend.
+# carried into the high one at every addition, and keeps 2**-60 (8.7e-19) of each addend. A third number counts what
+# is no number or too large for this; where there is any, the sum reads as NaN.
 _HIGH = 2.0**20
 _LOW = 2.0**60
 _CARRY_BITS = 40
+_LARGEST = 2.0**42
+_LIMBS = 3
 
 Value = torch.Tensor | tuple[Any, Any]
 
@@ -44,7 +47,9 @@ def as_pair(name: str, value: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
         total = total if isinstance(total, torch.Tensor) else torch.tensor(float(total))
         return total, count if isinstance(count, torch.Tensor) else float(count)
     if isinstance(value, torch.Tensor) and value.ndim > 0:
-        return value.sum(), float(value.numel())
+        # 16-bit sums would keep three digits, and float16 ends at 65504.
+        narrow = value.dtype in (torch.bfloat16, torch.float16)
+        return value.sum(dtype=torch.float32 if narrow else None), float(value.numel())
     found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
     raise ContractError(
         f'training_step and validation_step return one value per sample under "{name}", or a pair (sum, count); found {found}. '
@@ -74,28 +79,34 @@ class Sums:
     def __init__(self, device: torch.device, exact: bool = False) -> None:
         self._device = device
         self._exact = exact
-        self._sums: dict[str, torch.Tensor] = {}  # float64 (…) or, exact, int64 (2, …): high and low limb
+        self._sums: dict[str, torch.Tensor] = {}  # float64 (…) or, exact, int64 (_LIMBS, …)
         self._counts: dict[str, torch.Tensor] = {}
 
     @property
     def names(self) -> list[str]:
         return sorted(self._sums)
 
-    def declare(self, other: Sums) -> None:
-        """Know `other`'s names and shapes, at zero: a rank whose share is empty still joins the reduction."""
-        for name in other.names:
-            self._sums.setdefault(name, torch.zeros_like(other._sums[name]))
-            self._counts.setdefault(name, torch.zeros_like(other._counts[name]))
-
     def declare_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Know names by the shapes of their stored sums, at zero; see `declare`."""
+        """Know names by the shapes of their stored sums, at zero: a rank whose share is empty still joins the reduction."""
         for name, shape in shapes.items():
             dtype = torch.int64 if self._exact else torch.float64
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-            self._counts[name] = torch.zeros((2,) if self._exact else (), dtype=dtype, device=self._device)
+            self._counts[name] = torch.zeros((_LIMBS,) if self._exact else (), dtype=dtype, device=self._device)
 
     @torch.no_grad()
     def add(self, answer: Mapping[str, Value]) -> None:
+        """Add what the model said of one microbatch.
+
+        Raises:
+            ContractError: its names or shapes are not those of the microbatches before. The ranks could not add them up.
+        """
+        if self._sums and answer.keys() != self._sums.keys():
+            odd = sorted(answer.keys() ^ self._sums.keys())
+            here = "in this one and not before" if odd[0] in answer else "before and not in this one"
+            raise ContractError(
+                f"The model must return the same names for every batch; {', '.join(odd)}: {here}. Return a count of 0 "
+                "where a batch has nothing to say: (0.0, 0)."
+            )
         for name, value in answer.items():
             if self._exact and isinstance(value, torch.Tensor) and value.ndim > 0:
                 # Each element is rounded by itself, so that the split into microbatches cannot matter.
@@ -125,16 +136,16 @@ class Sums:
 
     def _limbs(self, value: Any) -> torch.Tensor:
         number = torch.as_tensor(value, device=self._device).double()
+        fits = number.abs() < _LARGEST
+        number = torch.where(fits, number, 0.0)
         high = torch.round(number * _HIGH)
         low = torch.round((number - high / _HIGH) * _LOW)
-        # A NaN has no integer; the largest one stands in and the loss check names the step.
-        return torch.stack([high, low]).nan_to_num(nan=2.0**62, posinf=2.0**62, neginf=-(2.0**62)).long()
+        return torch.stack([high, low, (~fits).double()]).long()
 
     def reduce(self, runtime: Runtime) -> dict[str, tuple[torch.Tensor, float]]:
         """Return the global {name: (sum, count)} as float64 on the host. One collective; the running sums stay.
 
-        Raises:
-            TrainingError: the ranks do not hold the same names.
+        All ranks must know the same names and shapes.
         """
         names = self.names
         if not names:
@@ -149,9 +160,12 @@ class Sums:
     def _read(self, stored: torch.Tensor) -> torch.Tensor:
         if not self._exact:
             return stored
-        high, low = stored.reshape(2, -1).tolist()
+        limbs = stored.reshape(_LIMBS, -1).tolist()
         # Python integers, then one division: correctly rounded, whatever the limbs look like after a sum over ranks.
-        values = [((h << _CARRY_BITS) + lo) / (1 << 60) for h, lo in zip(high, low, strict=True)]
+        values = [
+            math.nan if unfit else ((high << _CARRY_BITS) + low) / (1 << 60)
+            for high, low, unfit in zip(*limbs, strict=True)
+        ]
         return torch.tensor(values, dtype=torch.float64).reshape(stored.shape[1:])
 
     def reset(self) -> None:
@@ -165,16 +179,19 @@ class Sums:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dicts(self, states: Iterable[Mapping[str, Any]]) -> None:
-        """Take the sum of `states`: one's own after a resume with as many workers, all of them on one rank else."""
+        """Take the sum of `states`: one's own after a resume with as many workers, all of them on one rank else.
+
+        What the model no longer returns is left out.
+        """
         self.reset()
         for state in states:
             for kind, into in (("sums", self._sums), ("counts", self._counts)):
-                for name, value in state[kind].items():
-                    self._accumulate(into, name, value)
+                for name in into.keys() & state[kind].keys():
+                    self._accumulate(into, name, state[kind][name])
 
 
 def _carry(limbs: torch.Tensor) -> torch.Tensor:
-    """Move whole high units out of the low limb, in place. The value is unchanged. limbs: int64 (2, …)."""
+    """Move whole high units out of the low limb, in place. The value is unchanged. limbs: int64 (_LIMBS, …)."""
     overflow = limbs[1] >> _CARRY_BITS
     limbs[0] += overflow
     limbs[1] -= overflow << _CARRY_BITS
@@ -186,15 +203,3 @@ def means(totals: Mapping[str, tuple[torch.Tensor, float]]) -> dict[str, float]:
     return {
         name: float(total) / count if count else math.nan for name, (total, count) in totals.items() if total.ndim == 0
     }
-
-
-def require_same_names(runtime: Runtime, names: list[str], where: str) -> None:
-    """Raise on every rank when the ranks' metric names differ, naming the difference."""
-    everyone = runtime.gather(names)
-    if any(other != everyone[0] for other in everyone):
-        union = sorted({name for other in everyone for name in other})
-        odd = [name for name in union if any(name not in other for other in everyone)]
-        raise TrainingError(
-            f"{where} must return the same names for every batch; not all workers returned {', '.join(odd)}."
-            + did_you_mean(odd[0], set(union) - {odd[0]})
-        )

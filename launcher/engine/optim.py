@@ -101,11 +101,23 @@ class WarmupCosine(LambdaLR):
 
     Args:
         total_steps: optimizer steps of the whole run.
-        warmup_steps: steps over which the rate rises from 1/warmup_steps to 1 times the learning rate.
+        warmup_ratio: part of the run, 0 to 1, in which the rate rises linearly to the learning rate.
+        warmup_steps: the same as a number of steps, which then counts instead.
         min_ratio: what is left of the learning rate at the end, 0 to 1.
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, min_ratio: float = 0.0) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup_ratio: float = 0.0,
+        warmup_steps: int | None = None,
+        min_ratio: float = 0.0,
+    ) -> None:
+        if not 0 <= warmup_ratio <= 1:
+            raise ConfigError(f"scheduler.warmup_ratio={warmup_ratio}: it is a part of the run, between 0 and 1.")
+        if warmup_steps is None:
+            warmup_steps = round(warmup_ratio * total_steps)
         if not 0 <= warmup_steps <= total_steps:
             raise ConfigError(
                 f"scheduler.warmup_steps={warmup_steps}: it must lie between 0 and the run's {total_steps} steps."

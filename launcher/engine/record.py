@@ -106,6 +106,7 @@ class Recorder:
         self._board: TensorBoard | None = None
         self._steps_done = StepFile(directory.path)
         self._shown = 0.0
+        self._ended_well = False
         self._loss: float | None = None
 
     def first_step(self) -> None:
@@ -123,7 +124,8 @@ class Recorder:
     def _hyperparameters(self, board: TensorBoard) -> None:
         chosen = self._job.logging.hparams
         if chosen:
-            board.hyperparameters({key: look_up(self._job, key) for key in chosen}, self._job.checkpoint.monitor or "train/loss")
+            # A sweep says the values itself: the name of a group's option, and one type for all trials.
+            board.hyperparameters(chosen if isinstance(chosen, dict) else {key: look_up(self._job, key) for key in chosen})
 
     def step(self, progress: Progress, throughput: Throughput) -> None:
         """Note a finished step; show it at most twice a second."""
@@ -194,6 +196,7 @@ class Recorder:
         }
         if checkpoint is not None:
             changes["checkpoint"] = str(checkpoint)
+        self._ended_well = status != "running"
         return self._directory.update_result(**changes)
 
 
@@ -201,7 +204,7 @@ class Recorder:
         self._lines.close()
         self._steps_done.close()
         if self._board is not None:
-            self._board.close()
+            self._board.close(self._ended_well)
 
 
 class StepFile:

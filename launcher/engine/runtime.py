@@ -65,6 +65,7 @@ class Runtime:
     group: Any = None
     host_group: Any = None
     owns_group: bool = False
+    _task_groups: list[Any] = field(default_factory=list)
 
     @property
     def is_first(self) -> bool:
@@ -163,7 +164,15 @@ class Runtime:
 
     def new_host_group(self) -> Any:
         """Return a gloo group of its own over all ranks, for work beside the training (saving), or None when alone."""
-        return None if self.alone else dist.new_group(backend="gloo")
+        if self.alone:
+            return None
+        self._task_groups.append(dist.new_group(backend="gloo"))
+        return self._task_groups[-1]
+
+    def end_task(self) -> None:
+        """Give back the groups that a task has made, so that the next one may begin in the same processes."""
+        while self._task_groups:
+            dist.destroy_process_group(self._task_groups.pop())
 
     def barrier(self) -> None:
         if not self.alone:

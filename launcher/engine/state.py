@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from launcher.engine.build import seed_everything
 from launcher.engine.checkpoint import restore_training, training_state
 from launcher.engine.data import mix
 from launcher.engine.metrics import Sums
@@ -60,8 +61,10 @@ class State:
         Raises:
             CheckpointError: it does not fit the model or the optimizer; names what differs.
         """
+        configured = [_initial_rate(group) for group in self._optimizer.param_groups]
         content = restore_training(path, self._model, self._optimizer, verified=True)
         self._scheduler.load_state_dict(content.state["scheduler"])
+        self._mend_rates(configured)
         self._strategy.load_state_dict(content.state["strategy"])
         restored = Progress.of(content.state["progress"])
         for item in fields(Progress):
@@ -72,17 +75,32 @@ class State:
             set_random_states(content.own[rank]["random"], self._runtime.device)
         else:
             self._sums.load_state_dicts([own["sums"] for own in content.own] if rank == 0 else [])
-            torch.manual_seed(mix(self._seed, self._progress.step, rank))
+            self.seed_rank()
+
+    def _mend_rates(self, configured: list[float]) -> None:
+        """Let a learning rate that the configuration now states otherwise take effect, at the schedule's present share."""
+        for index, (group, rate) in enumerate(zip(self._optimizer.param_groups, configured, strict=True)):
+            saved = _initial_rate(group)
+            if rate != saved:
+                group["lr"] = group["lr"] * rate / saved if saved else rate
+                group["initial_lr"] = self._scheduler.base_lrs[index] = rate
+
+    def seed_rank(self) -> None:
+        """Begin new random numbers, other ones on every rank: each has its own part of a batch to drop units from."""
+        seed_everything(mix(self._seed, self._progress.step, self._runtime.rank))
+
+
+def _initial_rate(group: dict[str, Any]) -> float:
+    return float(group.get("initial_lr", group["lr"]))
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
     """Return the states of all random generators of this rank, as tensors and plain values."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],  # type: ignore[union-attr]
+        "numpy": np.random.get_state(legacy=False),
     }
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -93,7 +111,6 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state(states["numpy"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import closing, suppress
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,7 @@ from launcher.config import Job, parse_interval
 from launcher.engine import hardware
 from launcher.engine.build import build_evaluator, build_split, build_strategy, converter, load_weights_into
 from launcher.engine.checkpoint import Checkpointer, Newest, newest_intact
-from launcher.engine.control import CHECKPOINT, STOP, Control, Watch
+from launcher.engine.control import CHECKPOINT, PRUNE, STOP, Control, Watch
 from launcher.engine.data import Data, Fetch, Loader, Order, keys_of_training
 from launcher.engine.metrics import Sums, as_pair, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
@@ -33,6 +33,7 @@ from launcher.errors import CheckpointError, NonFiniteLoss
 from launcher.runs import RunDirectory
 
 _NEVER = 2**62
+SETTLE_SECONDS = 60.0  # how long a run that fails waits for a save that goes on; other ranks may be gone
 
 
 class Trainer:
@@ -126,7 +127,7 @@ class Trainer:
         resumed_at = self._resume()
         watch = Watch(self.directory)
         if not self.runtime.is_first:
-            return self._loop(watch)
+            return self._loop_and_settle(watch)
         self._recorder = Recorder(
             self.directory,
             self.job,
@@ -139,20 +140,29 @@ class Trainer:
         )
         try:
             with watch:
-                return self._loop(watch)
+                return self._loop_and_settle(watch)
         finally:
             self._recorder.close()
 
     def _resume(self) -> int | None:
-        """Continue from the newest intact checkpoint, when there is one. Returns its step."""
+        """Continue from the newest intact checkpoint, when there is one.
+
+        Returns the step that rank 0's record continues from: 0 where a run was lost before its first checkpoint, None
+        for a new run.
+        """
         newest = self._newest()
         if newest.path is not None:
             self.state.load(newest.path)
             self._saved_step = self.progress.step
-            if self.runtime.is_first:
-                self._note_loss(newest.explain())
+        else:
+            self.state.seed_rank()
+        goes_on = self.runtime.is_first and self._note_restart(newest)
         self.progress.joined(self.runtime.world_size)
-        return self._saved_step
+        if not goes_on:
+            return self._saved_step
+        counters = ("restarts", "lost_steps", "world_sizes")
+        self.directory.update_result(**{name: getattr(self.progress, name) for name in counters})
+        return self.progress.step
 
     def _newest(self) -> Newest:
         """The newest intact checkpoint, looked for by rank 0 after a save that may still go on."""
@@ -163,64 +173,91 @@ class Trainer:
     def _newest_here(self) -> Newest:
         return newest_intact(self.directory.checkpoints)
 
-    def _note_loss(self, skipped: str) -> None:
+    def _note_restart(self, newest: Newest) -> bool:
+        """Count the steps that were lost, and tell. Returns whether the run has been here before."""
+        progress = self.progress
         done = StepFile(self.directory.path)
-        lost = max(0, done.read() - self.progress.step)
+        steps_done = done.read()
         done.close()
-        self.progress.restarts += 1
-        self.progress.lost_steps += lost
+        if newest.path is None and not newest.skipped and not steps_done:
+            return False
+        lost = max(0, steps_done - progress.step)
+        # What restarts after that checkpoint have counted stands in result.json alone.
+        earlier = self.directory.result()
+        progress.restarts = max(progress.restarts, earlier.get("restarts") or 0) + 1
+        progress.lost_steps = max(progress.lost_steps, earlier.get("lost_steps") or 0) + lost
+        progress.world_sizes = max(progress.world_sizes, list(earlier.get("world_sizes") or []), key=len)
         again = f"; {lost} step(s) done since are done again" if lost else ""
-        self.control.emit({"kind": "note", "text": f"Continuing from step {self.progress.step}{again}. {skipped}".strip()})
+        self.control.emit({"kind": "note", "text": f"Continuing from step {progress.step}{again}. {newest.explain()}".strip()})
+        return True
+
+    def _loop_and_settle(self, watch: Watch) -> dict[str, Any]:
+        try:
+            return self._loop(watch)
+        except Exception:
+            self.checkpointer.settle(SETTLE_SECONDS)  # what is being saved is the last good checkpoint
+            raise
 
     def _loop(self, watch: Watch) -> dict[str, Any]:
         self.control.emit({"kind": "phase", "name": "training"})
         self.throughput = Throughput()
-        batches: Iterator[Any] | None = None
+        batches: Generator[Any] | None = None
         ranks = None
         status = "completed"
-        while self.progress.step < self.total_steps:
-            facts = (self.runtime.rank, self.runtime.world_size)
-            if batches is None or facts != ranks:
-                batches, ranks = self._timed(self._read_from_here()), facts
-            size = self.order.batch_size(self.progress.batch)
-            share = self.split.share(size, *facts)
-            self._flags = self._wishes(watch)
-            vote = self.strategy.accumulate(islice(batches, len(share)), size, self._flags, self._record)
-            if vote.ballots["bad"]:
-                self._fail_non_finite()
-            self.strategy.apply(self.optimizer, size, vote)
-            self._rate = learning_rate(self.optimizer)
-            self.scheduler.step()
-            self.progress.advance(size, self.order.steps_per_epoch)
-            if self._after_step(size, vote) and self.progress.step < self.total_steps:
-                status = "stopped"
-                break
+        try:
+            while self.progress.step < self.total_steps:
+                facts = (self.runtime.rank, self.runtime.world_size)
+                if batches is None or facts != ranks:
+                    if batches is not None:
+                        batches.close()
+                    batches, ranks = self._timed(self._read_from_here()), facts
+                size = self.order.batch_size(self.progress.batch)
+                share = self.split.share(size, *facts)
+                self._flags = self._wishes(watch)
+                vote = self.strategy.accumulate(islice(batches, len(share)), size, self._flags, self._record)
+                if vote.ballots["bad"]:
+                    self._fail_non_finite()
+                self.strategy.apply(self.optimizer, size, vote)
+                self._rate = learning_rate(self.optimizer)
+                self.scheduler.step()
+                self.progress.advance(size, self.order.steps_per_epoch)
+                self._after_step(size, vote)
+                stop, prune = vote.ballots["stop"] > 0, vote.ballots["prune"] > 0
+                if (stop or prune) and self.progress.step < self.total_steps:
+                    status = "stopped" if stop else "pruned"
+                    self._reason = "signal" if vote.ballots["signal"] else "request"
+                    break
+        finally:
+            if batches is not None:
+                batches.close()  # here and not when the garbage is collected: loader processes end with it
         return self._finish(status)
 
-    def _read_from_here(self) -> Iterator[Any]:
+    def _read_from_here(self) -> Generator[Any]:
         p, r = self.progress, self.runtime
         keys = keys_of_training(
             self.order, self.split, r.rank, r.world_size, p.epoch, p.batch, last_step=self.total_steps, step=p.step
         )
         return self.loader.read(keys)
 
-    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            before = time.perf_counter()
-            batch = next(batches, None)
-            self.throughput.waited(time.perf_counter() - before)
-            if batch is None:
-                return
-            yield batch
+    def _timed(self, batches: Generator[Any]) -> Generator[Any]:
+        with closing(batches):
+            while True:
+                before = time.perf_counter()
+                batch = next(batches, None)
+                self.throughput.waited(time.perf_counter() - before)
+                if batch is None:
+                    return
+                yield batch
 
     def _wishes(self, watch: Watch) -> dict[str, bool]:
         """What this rank wants of all ranks after the step that begins."""
         requests = self.control.requests()
         first = self.runtime.is_first
-        self._reason = "signal" if STOP in requests else "request"
         return {
             "bad": False,  # raised by the strategy where this rank's loss is not finite
             "stop": STOP in requests or watch.stop_requested,
+            "signal": STOP in requests,
+            "prune": PRUNE in requests,
             "checkpoint": CHECKPOINT in requests or (first and self.save_every.time_is_up()),
             "log": first and self.log_every.time_is_up(),
             "evaluate": first and self.evaluate_every.time_is_up(),
@@ -234,8 +271,8 @@ class Trainer:
             here = torch.where(torch.isfinite(loss.detach()), _NEVER, self.progress.step + 1)
             self._bad_step = torch.minimum(self._bad_step, here)
 
-    def _after_step(self, size: int, vote: Vote) -> bool:
-        """Log, evaluate and save what is due. Returns whether to stop."""
+    def _after_step(self, size: int, vote: Vote) -> None:
+        """Log, evaluate and save what is due."""
         progress, recorder = self.progress, self._recorder
         self.throughput.step(size)
         if recorder is not None:
@@ -260,7 +297,6 @@ class Trainer:
         if stop or ended or improved or vote.ballots["checkpoint"] or self.save_every.due(progress):
             with self._pause():
                 self._save()
-        return stop
 
     def _log(self) -> dict[str, float]:
         """Reduce the open sums over all workers and return the tags of the interval."""
@@ -298,11 +334,21 @@ class Trainer:
         step = self.progress.step + 1 if self._flags["bad"] else int(self._bad_step.item())
         met = self.runtime.gather(step if step < _NEVER else None)
         where = ", ".join(f"step {step} on rank {rank}" for rank, step in enumerate(met) if step is not None)
+        self._give_up(f"The loss became NaN or infinite at {where or 'an unknown step'}")
+
+    def _require_finite_weights(self) -> None:
+        """A gradient may be infinite though the loss is not. The next loss tells, but this checkpoint would be the newest."""
+        if not self.strategy.is_finite():
+            self._give_up(
+                f"The weights became NaN or infinite by step {self.progress.step}: the loss was finite, and its gradient was not"
+            )
+
+    def _give_up(self, what: str) -> None:
         newest = self._newest()
         kept = f"the last good checkpoint is {newest.path}" if newest.path else "there is no checkpoint yet"
         raise NonFiniteLoss(
-            f"The loss became NaN or infinite at {where or 'an unknown step'}; {kept}. Lower optimizer.lr, set "
-            "trainer.clip_norm=1 or look for bad samples; then start anew, or continue with run.resume=true."
+            f"{what}; {kept}. Lower optimizer.lr, set trainer.clip_norm=1 or look for bad samples; then start anew, or "
+            "continue with run.resume=true."
         )
 
     # ---- the end ----------------------------------------------------------------------------------------------------
@@ -313,6 +359,7 @@ class Trainer:
             return
         if self.runtime.device.type == "cuda":
             self._finite_totals()  # what is saved must be good; on the CPU each step has been looked at
+        self._require_finite_weights()
         self.checkpointer.wait()  # `best` belongs to the next save, and the previous one still prunes by the old one
         self.checkpointer.best = self.progress.best_step
         self.checkpointer.save(self.progress.step, *self.state.collect())

@@ -44,9 +44,10 @@ class WorkerEnd:
     before `close` is in the store when `close` returns.
     """
 
-    def __init__(self, run: str, rank: int) -> None:
+    def __init__(self, run: str, rank: int, interval: float = INTERVAL) -> None:
         self._run = run
         self._rank = rank
+        self._interval = interval
         self._batches = 0
         self._events: list[dict[str, Any]] = []
         self._lock = threading.Lock()  # keeps the batches of one rank in the order of their numbers
@@ -80,7 +81,7 @@ class WorkerEnd:
             self._batches += 1
 
     def _talk(self) -> None:
-        while not self._ended.wait(INTERVAL):
+        while not self._ended.wait(self._interval):
             # The driver may be gone or busy: training goes on, and the next round tries again.
             with contextlib.suppress(Exception):
                 self.flush()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -13,12 +15,14 @@ from launcher.engine.runtime import Runtime
 from launcher.errors import Stopped
 from launcher.runners.signals import Interrupts
 
+_SAME_SIGNAL_SECONDS = 1.0
+
 
 def run(task: Task, runtime: Runtime, interrupts: DirectControl) -> dict[str, Any]:
     """Do the task here.
 
     Args:
-        interrupts: entered already. The first Ctrl-C or SIGTERM asks the run to save and stop, the second ends it at once.
+        interrupts: entered already. The first Ctrl-C or SIGTERM asks the run to save and stop, the second ends it.
 
     Raises:
         Stopped: a second signal came, or one before training began.
@@ -28,12 +32,19 @@ def run(task: Task, runtime: Runtime, interrupts: DirectControl) -> dict[str, An
 
 
 class DirectControl(Interrupts):
-    """The engine's control of a run in this process: a signal that has come is the request."""
+    """The engine's control of a run in this process: a signal that has come is the request.
 
-    def __init__(self, on_event: Callable[[dict[str, Any]], None]) -> None:
+    Args:
+        shared: this process is one of several ranks. A terminal signals all of them, and torchrun passes on what it was
+            sent itself, so that one Ctrl-C comes twice: what follows within a second is the same.
+    """
+
+    def __init__(self, on_event: Callable[[dict[str, Any]], None], shared: bool = False) -> None:
         super().__init__()
         self._on_event = on_event
+        self._shared = shared
         self._training = False
+        self._last = -math.inf
 
     def requests(self) -> frozenset[str]:
         return frozenset({STOP}) if self.count else frozenset()
@@ -43,6 +54,10 @@ class DirectControl(Interrupts):
         self._on_event(event)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        now, before = time.monotonic(), self._last
+        self._last = now
+        if self._shared and now - before < _SAME_SIGNAL_SECONDS:
+            return
         super()._take(number, frame)
         if self.count > 1 or not self._training:  # no patience to wait, or nothing to save
             raise Stopped(number)

@@ -25,7 +25,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import ray
 import ray.train
@@ -46,6 +47,7 @@ from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
 from launcher.runners.signals import Interrupts
 
 LOOK_SECONDS = 0.2
+ABORT_SECONDS = 10.0
 # How long a worker whose peer went away waits before it ends: the controller learns of the peer in this time, and the
 # user of the cause instead of the consequence.
 AFTERMATH_SECONDS = 3.0
@@ -98,24 +100,15 @@ def run(
         WorkerLost: a worker process died.
         Stopped: ended at once by a signal.
     """
-    job = cloudpickle.dumps((main, task))
-    name = f"launch-{uuid.uuid4().hex[:12]}"
-    order = Order(name, job, list(task.python_path), on_gpu=gpus_per_worker > 0, loopback=not cluster.existing)
-    share = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
-    trainer = _Trainer(
-        _entrance(order),
-        embedded=not cluster.existing,
-        backend_config=BackendConfig(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=share
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(cluster.directory),
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
-        ),
+    order = Order(
+        run=f"launch-{uuid.uuid4().hex[:12]}",
+        job=cloudpickle.dumps((main, task)),
+        python_path=list(task.python_path),
+        on_gpu=gpus_per_worker > 0,
+        loopback=cluster.one_machine,
     )
-    supervision = _Supervision(trainer, DriverEnd(name), on_event, interrupts)
+    trainer = make_trainer(order, __name__, workers, cpus_per_worker, gpus_per_worker, cluster)
+    supervision = _Supervision(trainer, DriverEnd(order.run), on_event, interrupts, cluster)
     try:
         return supervision.watch()
     finally:
@@ -125,12 +118,32 @@ def run(
 # ---- the driver's side ----------------------------------------------------------------------------------------------
 
 
-class _Trainer(DataParallelTrainer):
+def make_trainer(
+    order: Order, module: str, workers: int, cpus_per_worker: float, gpus_per_worker: float, cluster: EmbeddedRay
+) -> Trainer:
+    """Return a trainer whose workers each call `work(order)` of `module`."""
+    share = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
+    return Trainer(
+        _entrance(order, module),
+        embedded=not cluster.existing,
+        backend_config=BackendConfig(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=share
+        ),
+        run_config=ray.train.RunConfig(
+            name=order.run,
+            storage_path=str(cluster.directory),
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+        ),
+    )
+
+
+class Trainer(DataParallelTrainer):
     """Ray's data-parallel trainer (that TorchTrainer is as well) with fewer processes.
 
-    The process group is joined by the workers themselves: so the controller never imports torch. On a Ray of our own
-    there is no actor that watches over placement groups, which end with that Ray, and the controller takes its settings
-    from the environment it was born with: so it can use a process that waits ready.
+    The process group is joined by the workers themselves: so the controller never imports torch. No actor serves data
+    sets, which are not Ray's. On a Ray of our own none watches over placement groups, which end with that Ray, and none
+    asks an autoscaler; the controller takes its settings from the environment: it can use a process that waits ready.
     """
 
     def __init__(self, *args: Any, embedded: bool, **options: Any) -> None:
@@ -148,50 +161,46 @@ class _Trainer(DataParallelTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         options: dict[str, Any] = {"num_cpus": 0, "label_selector": here}
-        if not self._embedded:
+        if self._embedded:
+            arguments["scaling_policy"] = _fixed_workers(self.scaling_config)
+        else:
             options["runtime_env"] = {"env_vars": RAY_TRAIN_ENVIRONMENT}
-        if self._embedded and "P" in os.environ.get("X", ""):
-            arguments["scaling_policy"] = _fixed_number_of_workers(self.scaling_config, "S" in os.environ.get("X", ""))
         self._controller = ray.remote(**options)(TrainController).remote(**arguments)
         ray.get(self._controller.run.remote())
         return ray.get(self._controller.get_result.remote())
 
-    def end(self) -> None:
-        """End the run at once: without their controller the workers are ended by Ray."""
-        if self._controller is not None:
-            with contextlib.suppress(Exception):
-                ray.kill(self._controller)
+    def end(self, hurry: Callable[[], bool]) -> None:
+        """End the run now. Asked to abort, the controller gives back what it reserved; it may be busy starting workers.
+
+        Without its controller the workers are ended by Ray, but the reservation stays as long as the cluster: so it is
+        only killed when it does not answer, or when `hurry` says so.
+        """
+        if self._controller is None:
+            return
+        aborted = self._controller.abort.remote()
+        deadline = time.monotonic() + ABORT_SECONDS
+        while time.monotonic() < deadline and not hurry():
+            if ray.wait([aborted], timeout=LOOK_SECONDS)[0]:
+                return
+        with contextlib.suppress(Exception):
+            ray.kill(self._controller)
 
 
-def _fixed_number_of_workers(scaling, sync) -> Any:
+def _fixed_workers(scaling: ray.train.ScalingConfig) -> Any:
+    """Return a scaling policy that asks no autoscaler for what this machine has anyway: an actor less.
+
+    A class within a function travels to the controller by value, where this package may not be installed.
+    """
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
-    class FixedNumberOfWorkers(FixedScalingPolicy):
+    class FixedWorkers(FixedScalingPolicy):
         def after_controller_start(self, train_run_context: Any) -> None:
-            if sync:
-                from ray.train.v2._internal.execution.worker_group import worker_group, state
-
-                class Absent:
-                    @classmethod
-                    def options(cls, **_):
-                        return cls
-
-                    @classmethod
-                    def remote(cls, **_):
-                        return None
-
-                class NotNone(worker_group.WorkerGroupStateBuilder):
-                    def with_sync_actor(self, a):
-                        self.sync_actor = "absent"
-
-                worker_group.SynchronizationActor = Absent
-                worker_group.WorkerGroupStateBuilder = NotNone
-                state._shutdown_sync_actor = lambda a: None
+            pass
 
         def _maybe_send_resource_request(self) -> None:
             pass
 
-    return FixedNumberOfWorkers(scaling)
+    return FixedWorkers(scaling)
 
 
 class _Supervision:
@@ -199,12 +208,14 @@ class _Supervision:
 
     def __init__(
         self,
-        trainer: _Trainer,
+        trainer: Trainer,
         channel: DriverEnd,
         on_event: Callable[[Event], None],
         interrupts: Interrupts,
+        cluster: EmbeddedRay,
     ) -> None:
         self.channel = channel
+        self._cluster = cluster
         self._trainer = trainer
         self._on_event = on_event
         self._interrupts = interrupts
@@ -218,17 +229,26 @@ class _Supervision:
         self._thread.start()
         while self._thread.is_alive():
             self._thread.join(LOOK_SECONDS)
+            if dead := self._cluster.dead_process():  # Ray itself would try for a minute to reach it
+                raise WorkerLost(
+                    f"Ray's own process {dead} ended on this machine; it was killed, perhaps by the kernel for want of "
+                    "memory. Continue the run from its newest checkpoint with run.resume=true."
+                )
             self._look()
             if self._interrupts.count >= 2 or (self._interrupts.count and not self._training):
-                self._trainer.end()
-                self._thread.join(timeout=5)
-                raise Stopped(self._interrupts.signal_number or 0)
+                self._end()
             if self._interrupts.count:
                 self.channel.request("stop")
         self._look()
         if isinstance(self._outcome, BaseException):
-            raise self._failure(self._outcome) from None
+            raise explain(self._outcome, self._workers, self._errors) from None
         return self._outcome.return_value
+
+    def _end(self) -> NoReturn:
+        seen = self._interrupts.count
+        self._trainer.end(hurry=lambda: self._interrupts.count > seen)
+        self._thread.join(timeout=5)
+        raise Stopped(self._interrupts.signal_number or 0)
 
     def _fit(self) -> None:
         try:
@@ -252,65 +272,82 @@ class _Supervision:
                 self._training = self._training or kind == "progress" or event.get("name") == "training"
                 self._on_event(event)
 
-    def _failure(self, outcome: BaseException) -> BaseException:
-        """Return the error to tell: a genuine one before a lost worker, and that before what followed from either."""
-        genuine = [event for event in self._errors if not event["aftermath"]]
-        if genuine:
-            return _rebuild(min(genuine, key=lambda event: event["time"]))
-        if isinstance(outcome, WorkerGroupError):
-            lost = {
-                rank: error
-                for rank, error in outcome.worker_failures.items()
-                if isinstance(error, WorkerHealthCheckFailedError)
-            }
-            silent = self._workers.keys() - {event["rank"] for event in self._errors}
-            for rank in sorted(lost) or sorted(silent):
-                return self._lost(rank, str(lost.get(rank, "")))
-        if self._errors:
-            return _rebuild(min(self._errors, key=lambda event: event["time"]))
-        cause = outcome.controller_failure if isinstance(outcome, ControllerError) else outcome
-        if isinstance(cause, WorkerGroupStartupTimeoutError):
-            return ResourceError(
-                f"{cause.num_workers} workers were asked for, and Ray did not find room for them in a minute: other work "
-                "holds its CPUs or GPUs. Lower scaling.workers, or wait until the other work has ended."
-            )
-        last_line = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
-        return TrainingError(
-            f"The workers could not be started or supervised: {last_line.rstrip('.')}. Run again with verbose=true to "
-            "see Ray's own messages."
-        )
 
-    def _lost(self, rank: int, report: str) -> WorkerLost:
-        worker = self._workers.get(rank, {})
-        who = f"Worker {rank} of {len(self._workers)} (process {worker.get('pid', '?')} on {worker.get('host', '?')})"
-        if re.search(r"out.?of.?memory|running low on memory|\boom\b.*kill", report, re.IGNORECASE) and (
-            "OutOfMemoryError" in report or "low on memory" in report
-        ):
-            return WorkerLost(
-                f"{who} was ended because the memory of the machine was nearly used up. Lower trainer.microbatch_size, "
-                "data.num_workers or scaling.workers, and continue from the newest checkpoint with run.resume=true."
-            )
+def explain(outcome: BaseException, workers: dict[int, Event], errors: list[Event]) -> LaunchError:
+    """Return the error to tell: a genuine one before a lost worker, and that before what followed from either.
+
+    Args:
+        outcome: what `fit` raised.
+        workers: by rank, who and where it was.
+        errors: what the workers have said, see `describe`.
+    """
+    genuine = [event for event in errors if not event["aftermath"]]
+    if genuine:
+        return rebuild(min(genuine, key=lambda event: event["time"]))
+    if isinstance(outcome, WorkerGroupError):
+        failures = outcome.worker_failures.items()
+        lost = {rank: error for rank, error in failures if isinstance(error, WorkerHealthCheckFailedError)}
+        if lost:
+            return _lost(min(lost), str(lost[min(lost)]), workers)
+    if errors:
+        return rebuild(min(errors, key=lambda event: event["time"]))
+    cause = outcome.controller_failure if isinstance(outcome, ControllerError) else outcome
+    if isinstance(cause, WorkerGroupStartupTimeoutError):
+        return ResourceError(
+            f"{cause.num_workers} workers were asked for, and Ray did not find room for them in a minute: other work "
+            "holds its CPUs or GPUs. Lower scaling.workers, or wait until the other work has ended."
+        )
+    last_line = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
+    return TrainingError(
+        f"The workers could not be started or supervised: {last_line.rstrip('.')}. Run again with verbose=true to "
+        "see Ray's own messages."
+    )
+
+
+def _lost(rank: int, report: str, workers: dict[int, Event]) -> WorkerLost:
+    worker = workers.get(rank, {})
+    who = f"Worker {rank} of {len(workers)} (process {worker.get('pid', '?')} on {worker.get('host', '?')})"
+    if "OutOfMemoryError" in report or "low on memory" in report:
         return WorkerLost(
-            f"{who} died without a word: it was killed (kill -9, or the kernel for want of memory) or crashed in native "
-            "code. The run ends at its newest checkpoint; continue it with run.resume=true."
+            f"{who} was ended because the memory of the machine was nearly used up. Lower trainer.microbatch_size, "
+            "data.num_workers or scaling.workers, and continue from the newest checkpoint with run.resume=true."
         )
+    crash = _crash(worker.get("stderr", ""))
+    how = (
+        f"crashed in native code ({crash})"
+        if crash
+        else "died without a word: it was killed, by somebody or by the kernel for want of memory"
+    )
+    return WorkerLost(f"{who} {how}. Continue the run from its newest checkpoint with run.resume=true.")
 
 
-def _rebuild(event: Event) -> LaunchError:
+def _crash(stderr: str) -> str:
+    """Return the signal that Ray's crash handler has written to a worker's standard error, or nothing."""
+    try:
+        found = re.findall(r"\*\*\* (SIG[A-Z]+) received", Path(stderr).read_text(errors="replace"))
+    except OSError:  # the worker ran on another machine
+        return ""
+    return found[-1] if found else ""
+
+
+def rebuild(event: Event) -> LaunchError:
     """Return the error that a worker described."""
     kind = getattr(errors, event["type"], None)
     if not (isinstance(kind, type) and issubclass(kind, LaunchError)) or issubclass(kind, UserCodeError):
         return UserCodeError(event["message"], event.get("traceback", ""))
-    return kind(event["message"])
+    error = kind(event["message"])
+    # The engine turns a wrong request that shows only during training (a corrupt picture) from 2 to 1.
+    error.exit_status = event.get("exit_status", error.exit_status)
+    return error
 
 
 # ---- the workers' side ----------------------------------------------------------------------------------------------
 
 
-def _entrance(order: Order) -> Callable[[], dict[str, Any] | None]:
-    """Return the training function for Ray Train, which travels by value: it finds this package where it is not installed."""
+def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
+    """Return the training function for Ray Train, which travels by value: our package may not be installed there."""
     home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    pickled, module = pickle.dumps(order), __name__
+    pickled = pickle.dumps(order)
 
     def enter() -> dict[str, Any] | None:
         import importlib
@@ -329,15 +366,15 @@ def work(order: Order) -> dict[str, Any] | None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     with WorkerEnd(order.run, rank) as control:
-        control.emit({"kind": "worker", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
+        control.emit({"kind": "worker", "rank": rank, **_whereabouts()})
         control.flush()
         try:
             sys.path[:0] = [path for path in order.python_path if path not in sys.path]
             main, task = cloudpickle.loads(order.job)
-            with _runtime(order, context) as runtime:
-                result = _function(main)(task, runtime, control)
+            with joined(order, context) as runtime:
+                result = function_of(main)(task, runtime, control)
         except BaseException as error:
-            event = _describe(error, rank)
+            event = describe(error, rank)
             control.emit(event)
             control.flush()
             if event["aftermath"]:
@@ -347,14 +384,21 @@ def work(order: Order) -> dict[str, Any] | None:
     return result if rank == 0 else None
 
 
-def _function(main: Callable[..., Any] | str) -> Callable[..., Any]:
+def _whereabouts() -> Event:
+    facts = {"pid": os.getpid(), "host": socket.gethostname()}
+    with contextlib.suppress(OSError):
+        facts["stderr"] = os.readlink("/proc/self/fd/2")
+    return facts
+
+
+def function_of(main: Callable[..., Any] | str) -> Callable[..., Any]:
     if callable(main):
         return main
     module, _, name = main.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
-def _describe(error: BaseException, rank: int) -> Event:
+def describe(error: BaseException, rank: int) -> Event:
     text = str(error) or type(error).__name__
     event: Event = {"kind": "error", "rank": rank, "time": time.time(), "setup": False, "aftermath": False}
     if isinstance(error, LaunchError):
@@ -363,6 +407,7 @@ def _describe(error: BaseException, rank: int) -> Event:
             "message": text,
             "traceback": getattr(error, "traceback_text", ""),
             "setup": isinstance(error, errors.RequestError),
+            "exit_status": error.exit_status,
             "aftermath": isinstance(error, WorkerLost),
         }
     own = os.path.abspath(__file__)
@@ -378,7 +423,7 @@ def _describe(error: BaseException, rank: int) -> Event:
 
 
 @contextlib.contextmanager
-def _runtime(order: Order, context: Any) -> Iterator[Any]:
+def joined(order: Order, context: Any) -> Iterator[Any]:
     """Join the process group of all workers and yield this one's rank facts."""
     import torch.distributed as dist
 
@@ -398,7 +443,7 @@ def _runtime(order: Order, context: Any) -> Iterator[Any]:
 
 
 def _rendezvous(order: Order, rank: int, world_size: int, timeout: timedelta) -> Any:
-    """Return the store where the ranks meet. Rank 0 opens it on a port that the system picks, and says so to the others."""
+    """Return the store where the ranks meet. Rank 0 opens it on a port that the system picks, and tells the others."""
     from torch.distributed import TCPStore
 
     key = f"{order.run}/rendezvous"

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import vision
 from models.vision import MLP, Classifier, ConvNet, ResNet18
 from models.vision_data import Mnist
+
+CONF = Path(vision.__file__).parents[1] / "conf"
+FILES = [
+    *(CONF / "model" / f"{name}.yaml" for name in ("convnet", "mlp", "resnet18")),
+    *(CONF / "data" / f"{name}.yaml" for name in ("mnist", "idx", "folder")),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads wait for each other where tests share the cores with something else."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 NETWORKS: list[Callable[[], Classifier]] = [
     lambda: ConvNet(classes=4, channels=2, size=13, width=4),
@@ -122,3 +141,12 @@ def test_nothing_here_imports_the_launcher() -> None:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_configuration_has_the_parameters_and_defaults_of_its_class(file: Path) -> None:
+    section = yaml.safe_load(file.read_text())
+    module, _, name = section.pop("_target_").rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    defaults = {key: "???" if p.default is p.empty else p.default for key, p in parameters.items()}
+    assert section == defaults

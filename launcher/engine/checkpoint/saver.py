@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from launcher.engine.checkpoint import files
 from launcher.engine.checkpoint.nest import Encoder
@@ -82,7 +83,7 @@ class Checkpointer:
 
         It waits for the previous save, then copies, then returns: the tensors may change at once, and the writing goes
         on in a thread. With `asynchronous=False` it returns when the checkpoint is durable and makes no copy.
-        CheckpointError for the failure of this save or, of the previous one, at the next call of `save`, `wait` or
+        CheckpointError for its own failure; that of a save in the thread comes at the next call of `save`, `wait` or
         `close`.
         """
         if bad := [key for key in state if not isinstance(key, str) or key == "own" or key.startswith("$")]:
@@ -121,6 +122,11 @@ class Checkpointer:
             raise failure
         return self.last
 
+    def settle(self, seconds: float) -> None:
+        """Give a save that is going on so many seconds to end. That it failed is still told by the next call."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     @property
     def busy(self) -> bool:
         """Whether a save is going on, so that the next one would wait."""
@@ -134,7 +140,7 @@ class Checkpointer:
     def _writes(self, tensor: Tensor) -> bool:
         # Not spread over the ranks: replicas may differ in buffers (batch statistics), and rank 0's are the ones that
         # count.
-        return self._rank == 0 or hasattr(tensor, "device_mesh")
+        return self._rank == 0 or isinstance(tensor, DTensor)
 
     def _stage(self, parts: list[Part]) -> list[Part]:
         """Copy all sources to CPU memory that is kept for the next save."""

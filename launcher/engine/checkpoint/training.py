@@ -75,7 +75,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: Mapping[
     ]
     state = {number[name]: value for name, value in saved["state"].items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
-    # torch converts floating point state to the parameter's dtype: float32 state of bfloat16 parameters would be rounded.
+    # torch converts floating point state to the parameter's dtype, which rounds float32 state of bfloat16 parameters.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, value in state.items():
         optimizer.state[parameters[index]] = _unconverted(value, optimizer.state[parameters[index]])
@@ -156,7 +156,8 @@ def _compare_groups(here: list[list[str]], saved: list[list[str]]) -> None:
 
 def _empty(value: Any, parameter: Tensor) -> Any:
     if isinstance(value, TensorInfo):
-        if isinstance(parameter, DTensor) and value.shape == tuple(parameter.shape):
+        # In the parameter's own memory layout: fused kernels walk through both by address, whatever their strides say.
+        if value.shape == tuple(parameter.shape) and (value.shape or isinstance(parameter, DTensor)):
             return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
         # Counters (0-dimensional) belong on the CPU or the device by rules of torch's own, which load_state_dict
         # applies.

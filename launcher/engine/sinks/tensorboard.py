@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=30)
+        self._file: Any = self._writer.file_writer
+        self._has_hyperparameters = False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
@@ -34,13 +37,34 @@ class TensorBoard:
         """Show the configuration as text, indented so that Markdown keeps it as code."""
         self._writer.add_text("configuration", "\n".join(f"    {line}" for line in yaml.splitlines()), 0)
 
-    def hyperparameters(self, values: Mapping[str, Any], metric: str) -> None:
-        """Fill the HParams tab. The three summaries go into this file: `add_hparams` would open another run."""
-        from torch.utils.tensorboard.summary import hparams
+    def hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Fill the HParams tab, into this file: `add_hparams` would open another run.
 
-        plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in values.items()}
-        for summary in hparams(plain, {metric: 0.0}):
-            self._writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+        No summary says which keys the experiment has: TensorBoard would show those of whichever run it met first, and
+        hide the keys of every other sweep. Without one it takes all keys of all runs.
+        """
+        from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
+
+        start = SessionStartInfo(start_time_secs=time.time())
+        for key, value in values.items():
+            if isinstance(value, bool):
+                start.hparams[key].bool_value = value
+            elif isinstance(value, (int, float)):
+                start.hparams[key].number_value = value
+            else:  # None as well: it would hide the run
+                start.hparams[key].string_value = "null" if value is None else str(value)
+        self._has_hyperparameters = True
+        self._hparams("SESSION_START_INFO_TAG", session_start_info=start)
+
+    def _hparams(self, tag: str, **content: Any) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.plugins.hparams import metadata
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+        data = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content).SerializeToString()
+        plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data)
+        value = Summary.Value(tag=getattr(metadata, tag), metadata=SummaryMetadata(plugin_data=plugin))
+        self._file.add_summary(Summary(value=[value]))
 
     def graph(self, model: nn.Module, batch: Any) -> bool:
         """Draw the network when it can be traced; tell whether it could. Training goes on either way."""
@@ -49,19 +73,25 @@ class TensorBoard:
             try:
                 from torch.utils.tensorboard._pytorch_graph import graph
 
-                definition = graph(_Traceable(model), (batch,), use_strict_trace=False)
-                self._writer.file_writer.add_graph(definition)  # type: ignore[union-attr]
+                definition = graph(TrainingStep(model), (batch,), use_strict_trace=False)
+                self._file.add_graph(definition)
             # Tracing runs the user's code under a tracer: any failure there says only that the picture cannot be drawn.
             except Exception:
                 return False
         return True
 
-    def close(self) -> None:
+    def close(self, ended_well: bool = True) -> None:
+        if self._has_hyperparameters:
+            from tensorboard.plugins.hparams.api_pb2 import Status
+            from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo
+
+            status = Status.Value("STATUS_SUCCESS" if ended_well else "STATUS_FAILURE")
+            self._hparams("SESSION_END_INFO_TAG", session_end_info=SessionEndInfo(status=status, end_time_secs=time.time()))
         self._writer.close()
 
 
-class _Traceable(nn.Module):
-    """The model's training step as a `forward` that returns tensors."""
+class TrainingStep(nn.Module):
+    """The model's training step as a `forward` that returns a tensor. The drawing is named after this class."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from launcher.config import TrainerConfig
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.strategy import Record, Strategy, loss_of, mark_last
+from launcher.errors import UserCodeError
 
 
 class DataParallel(Strategy):
@@ -27,24 +29,32 @@ class DataParallel(Strategy):
     def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig) -> None:
         super().__init__(model, runtime, trainer)
         self._wrapped: nn.Module = self._steps
+        self._keeps_gradients = False
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         answer = self._warm_up(batch)
+        self._steps.used = [p for p in self.model.parameters() if p.grad is not None]
         if not self.runtime.alone:
             unused = any(p.requires_grad and p.grad is None for p in self.model.parameters())
+            self._keeps_gradients = not unused
             on_gpu = self.runtime.device.type == "cuda"
-            self._wrapped = DistributedDataParallel(
-                self._steps,
-                device_ids=[self.runtime.device] if on_gpu else None,
-                process_group=self.runtime.group,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,
-                find_unused_parameters=unused,
-            )
+            with warnings.catch_warnings():
+                # 2.13 has another name for broadcast_buffers, which the older versions that serve as well do not know.
+                warnings.simplefilter("ignore", FutureWarning)
+                self._wrapped = DistributedDataParallel(
+                    self._steps,
+                    device_ids=[self.runtime.device] if on_gpu else None,
+                    process_group=self.runtime.group,
+                    gradient_as_bucket_view=True,
+                    broadcast_buffers=False,
+                    find_unused_parameters=unused,
+                )
+            self._clear()
             # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in the
             # same order as one that was never stopped; with three workers or more the sums differ otherwise.
             self._warm_up(batch)
+        self._clear()
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
@@ -56,17 +66,22 @@ class DataParallel(Strategy):
             with self.cast():
                 answer = self._wrapped(batch)
             loss_of(answer)[0].backward()
-        self._keep_gradients_but_zero()
         return answer
 
-    def _keep_gradients_but_zero(self) -> None:
-        # With bucket views a gradient set to None is allocated again; zeros keep the view.
+    def _clear(self) -> None:
+        """Forget the gradients. Where every parameter has one each step, its memory, a view of DDP's buckets, is kept.
+
+        Elsewhere a parameter that a global batch does not use must have none: zeros would make the optimizer decay it.
+        """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if grads:
+        if grads and self._keeps_gradients:
             torch._foreach_zero_(grads)
+            return
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
-        self._keep_gradients_but_zero()
+        self._clear()
         device = self.runtime.device
         on_host = device.type == "cpu"
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -86,10 +101,26 @@ class DataParallel(Strategy):
                 if last:
                     pending = self.runtime.vote(total, flags)
                 self._scaler.scale(loss * weight).backward()
+            if last:
+                self._require_all_gradients()
             if batch is not None:
                 record(answer)
         assert pending is not None
         return pending.wait()
+
+    def _require_all_gradients(self) -> None:
+        """Raise where this rank leaves the others waiting for a gradient, before its next message is taken for it."""
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            return
+        try:
+            self._wrapped._check_reducer_finalized()
+        except RuntimeError as error:
+            raise UserCodeError(
+                "training_step used parameters in the first batch that it does not use in this one, so the workers cannot "
+                "add up their gradients. Let every parameter take part in every batch (add 0 * parameter.sum() to the "
+                "loss), or train with trainer.deterministic=true, which does not need it.",
+                "",
+            ) from error
 
     def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
         self._scaler.unscale_(optimizer)

@@ -7,7 +7,9 @@ integer addition is associative, so neither the grouping by worker nor the order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,7 +37,8 @@ class ExactDataParallel(Strategy):
         super().__init__(model, runtime, trainer)
         self._chunk = chunk
         self._parameters: list[nn.Parameter] = []
-        self._sum = torch.empty(0)
+        self._places: list[slice] = []
+        self._sum = self._uses = torch.empty(0)
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
@@ -43,11 +46,14 @@ class ExactDataParallel(Strategy):
         with torch.random.fork_rng(devices):
             answer = self._steps(batch)
             loss_of(answer)[0].backward()
-        self._parameters = [p for p in self.model.parameters() if p.grad is not None]
-        numel = sum(p.numel() for p in self._parameters)
-        self._sum = torch.zeros(numel, dtype=torch.int64, device=self.runtime.device)
-        for parameter in self._parameters:
-            parameter.grad = None
+        # Those without a gradient here too: another batch may take another way through the network.
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        ends = list(accumulate(p.numel() for p in self._parameters))
+        self._places = [slice(end - p.numel(), end) for p, end in zip(self._parameters, ends, strict=True)]
+        # Behind the gradients: in how many chunks each parameter had one.
+        self._sum = torch.zeros(ends[-1] + len(ends), dtype=torch.int64, device=self.runtime.device)
+        self._uses = self._sum[ends[-1] :]
+        self._clear()
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
@@ -65,7 +71,7 @@ class ExactDataParallel(Strategy):
         self._sum.zero_()
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         flags["overflow"] = False
-        limit = _LIMIT / _UNIT / -(-size // self._chunk)  # each chunk's part of the range
+        limit = _LIMIT / -(-size // self._chunk)  # each chunk's part of the range
         for batch in batches:
             answer = self._steps(batch)
             loss, count = loss_of(answer)
@@ -86,16 +92,18 @@ class ExactDataParallel(Strategy):
         return vote.wait()
 
     def _add(self, limit: float) -> bool:
-        """Add the chunk's gradients to the sum; tell whether they fit."""
-        at = 0
+        """Add the chunk's gradients to the sum; tell whether they fit (a NaN does not)."""
         grads = [p.grad for p in self._parameters]
-        for parameter, grad in zip(self._parameters, grads, strict=True):
+        there = [grad for grad in grads if grad is not None and grad.numel()]
+        if not there:
+            return True
+        largest = torch.stack([norm.double() for norm in torch._foreach_norm(there, math.inf)]).max()
+        if not bool(largest < limit):
+            return False
+        for place, grad in zip(self._places, grads, strict=True):
             if grad is not None:
-                scaled = torch.round(grad.double() / _UNIT)
-                if not bool((scaled.abs().max() if scaled.numel() else scaled.sum()) < limit):
-                    return False
-                self._sum[at : at + grad.numel()] += scaled.long().reshape(-1)
-            at += parameter.numel()
+                self._sum[place] += torch.round(grad.double() / _UNIT).long().reshape(-1)
+        self._uses += torch.tensor([grad is not None for grad in grads], device=self._uses.device)
         return True
 
     def _clear(self) -> None:
@@ -108,11 +116,11 @@ class ExactDataParallel(Strategy):
                 f"trainer.deterministic=true adds gradients in fixed point, and one of them passed ±{_LIMIT:.0f} (or is not a "
                 "number). Lower optimizer.lr or set trainer.clip_norm; or train with trainer.deterministic=false."
             )
-        at = 0
-        count = vote.count.item()
-        for parameter in self._parameters:
-            mean = self._sum[at : at + parameter.numel()].double() * _UNIT / count
-            # .grad keeps the parameter's own memory layout, which the optimizer's kernels expect.
-            parameter.grad = torch.empty_like(parameter).copy_(mean.view(parameter.shape))
-            at += parameter.numel()
+        # Without a single token in the global batch the sum is zero, and so is the mean.
+        count = max(vote.count.item(), 1e-30)
+        for parameter, place, uses in zip(self._parameters, self._places, self._uses.tolist(), strict=True):
+            if uses:
+                mean = self._sum[place].double() * _UNIT / count
+                # .grad keeps the parameter's own memory layout, which the optimizer's kernels expect.
+                parameter.grad = torch.empty_like(parameter).copy_(mean.view(parameter.shape))
         self._clip_and_step(optimizer, [p.grad for p in self._parameters if p.grad is not None])

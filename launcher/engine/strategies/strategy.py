@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from launcher.config import TrainerConfig
-from launcher.engine.metrics import as_pair, check_answer
+from launcher.engine.metrics import ContractError, as_pair, check_answer
 from launcher.engine.runtime import Runtime, Vote
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,15 +23,19 @@ Record = Callable[[Mapping[str, Any]], None]
 
 
 class Steps(nn.Module):
-    """Calls the model's steps through one `forward`, so that the hooks of whatever wraps it see them."""
+    """Calls the model's steps through one `forward`, so that the hooks of whatever wraps it see them.
+
+    `used`: the parameters that had a gradient in the first batch.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.used: list[nn.Parameter] = []
 
     def forward(self, batch: Any) -> Any:
-        if batch is None:  # a share without samples: no loss, but every gradient hook fires
-            return {"loss": (sum(p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad), 0.0)}
+        if batch is None:  # a share without samples: no loss, but the hook of every gradient that others have fires
+            return {"loss": (sum(p.sum() * 0.0 for p in self.used), 0.0)}
         return self.model.training_step(batch)  # type: ignore[operator]
 
 
@@ -50,7 +54,8 @@ class Strategy(ABC):
         self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "float16")
         self._steps = Steps(model)
         if trainer.compile:
-            self._steps.compile()
+            # Kernels for shapes in general are made once the second shape is met, which is another chunk on every rank.
+            self._steps.compile(dynamic=False if trainer.deterministic else None)
 
     def cast(self) -> AbstractContextManager[Any]:
         """The context in which the network computes in `trainer.precision`."""
@@ -87,6 +92,11 @@ class Strategy(ABC):
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
 
+    def is_finite(self) -> bool:
+        """Whether every weight is a finite number; the same on every rank."""
+        weights = [p.detach() for p in self.model.parameters() if p.is_floating_point() and p.numel()]
+        return bool(torch.stack([norm.double() for norm in torch._foreach_norm(weights)]).isfinite().all())
+
     _norm: torch.Tensor
 
     def _clip_and_step(self, optimizer: Optimizer, grads: list[torch.Tensor]) -> None:
@@ -108,8 +118,19 @@ def _owners(model: nn.Module) -> list[nn.Parameter]:
 
 
 def loss_of(answer: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """Return the differentiable sum of the loss and its count."""
-    return as_pair("loss", check_answer(answer)["loss"])
+    """Return the differentiable sum of the loss and its count.
+
+    Raises:
+        ContractError: it is not one number, or nothing that is trained has part in it.
+    """
+    total, count = as_pair("loss", check_answer(answer)["loss"])
+    if total.ndim or not total.requires_grad:
+        found = f"a sum of shape {tuple(total.shape)}" if total.ndim else "one without a gradient"
+        raise ContractError(
+            f'training_step must return under "loss" what depends on the trained parameters, as one value per sample or as '
+            f"a pair (sum, count) of two numbers; found {found}."
+        )
+    return total, count
 
 
 def mark_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

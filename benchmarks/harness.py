@@ -1,0 +1,275 @@
+"""What every benchmark shares: running systems in turn, medians and spread, the machine, the table and its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "ray", "hydra-core", "tensorboard", "accelerate", "lightning", "optuna")
+
+Figures = dict[str, Any]
+# Runs a system once, in an empty folder, and returns its figures.
+Measure = Callable[[Path], Figures]
+
+
+class Failed(Exception):
+    """A system that was to be measured did not do its work."""
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def run(
+    command: Sequence[str], folder: Path, timeout: float = 300, environment: Mapping[str, str] | None = None
+) -> None:
+    """Run a command from the repository's root; what it says goes to `folder`/output.txt.
+
+    Raises:
+        Failed: it ended with another status than 0 or took too long; the message ends with what it said last.
+    """
+    output = folder / "output.txt"
+    with output.open("a") as sink:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=surroundings() | dict(environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status: int | str = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            status = f"nothing after {timeout:.0f} s"
+        finally:
+            _end(process)
+    if status != 0:
+        tail = "\n".join(output.read_text(errors="replace").splitlines()[-60:])
+        raise Failed(f"{' '.join(command)}\nended with {status}:\n{tail}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command that still runs: first with a request, for torchrun's workers are in groups of their own."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of every system: one thread a worker, as torchrun has it; no news sent, no other Ray joined."""
+    ours = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RAY_ADDRESS", "LAUNCH_CONFIG_DIR"):
+        ours.pop(name, None)
+    return ours | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+
+
+def torchrun(workers: int, *words: str) -> list[str]:
+    """A command that starts `workers` processes here."""
+    # --standalone: the system picks the port, so that several may run at once.
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers), *words]
+
+
+def interleave(systems: Mapping[str, Measure], rounds: int, say: Callable[[str], None]) -> dict[str, list[Figures]]:
+    """Measure every system once a round, so that whatever else the machine does meets all of them.
+
+    Each round begins with another system: none is always the first after a pause, or always behind the same one.
+    """
+    names = list(systems)
+    found: dict[str, list[Figures]] = {name: [] for name in names}
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+                figures = systems[name](Path(folder))
+            found[name].append(figures)
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, int | float))
+            say(f"round {number + 1}/{rounds}  {name}: {shown}")
+    return found
+
+
+def available(*packages: str) -> bool:
+    return all(version(package) for package in packages)
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some values, the lowest and the highest."""
+
+    values: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def text(self, digits: int) -> str:
+        return f"{self.median:.{digits}f} ({min(self.values):.{digits}f} … {max(self.values):.{digits}f})"
+
+    def to_dict(self) -> Figures:
+        return {"median": self.median, "low": min(self.values), "high": max(self.values), "values": list(self.values)}
+
+
+def spread(runs: Sequence[Figures], key: str) -> Spread:
+    return Spread([float(one[key]) for one in runs])
+
+
+def ratio(above: Sequence[Figures], below: Sequence[Figures], key: str) -> Spread:
+    """The ratio of every round by itself, so that what disturbs a whole round cancels."""
+    return Spread([float(a[key]) / float(b[key]) for a, b in zip(above, below, strict=True)])
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the median of a ratio is to be: at least `least`, at most `most`."""
+
+    least: float | None = None
+    most: float | None = None
+
+    def met_by(self, value: float) -> bool:
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+    def text(self, value: float) -> str:
+        bounds = [f"≥ {self.least:g}"] if self.least is not None else []
+        bounds += [f"≤ {self.most:g}"] if self.most is not None else []
+        return f"{' and '.join(bounds)}: {'met' if self.met_by(value) else 'NOT met'}" if bounds else ""
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """One benchmark's result: a Markdown table for people, JSON for programs.
+
+    `rows` are those of the table, a mapping of heading to text; `content` is what the JSON holds beside them.
+    """
+
+    name: str
+    settings: Figures
+    environment: Figures = field(default_factory=lambda: environment())
+    rows: list[dict[str, str]] = field(default_factory=list)
+    content: Figures = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def print(self) -> None:
+        here = self.environment
+        print(f"\n## {self.name}, {here['date']}, commit {here['commit']}\n")
+        print(f"{here['machine']}; load {here['load']} at the start, {load()} at the end.")
+        print(", ".join(f"{name} {found}" for name, found in here["versions"].items()) + ".")
+        print(", ".join(f"{key} {value}" for key, value in self.settings.items()) + ".\n")
+        print(table(self.rows))
+        for remark in self.remarks:
+            print(f"\n{remark}")
+
+    def to_dict(self) -> Figures:
+        return {
+            "benchmark": self.name,
+            "environment": {**self.environment, "load_at_end": load()},
+            "settings": self.settings,
+            "rows": self.rows,
+            **self.content,
+            "remarks": self.remarks,
+        }
+
+    def finish(self, file: str | None) -> None:
+        """Print, and write the JSON where it is wanted."""
+        self.print()
+        if file:
+            Path(file).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table whose columns are aligned; every row has the keys of the first."""
+    heads = list(rows[0])
+    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
+    lines = [heads, ["-" * width for width in widths], *([row[head] for head in heads] for row in rows)]
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
+    )
+
+
+def environment() -> Figures:
+    """Machine, versions, commit and date: what a figure is worth nothing without."""
+    versions = {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "machine": machine(),
+        "load": load(),
+        "versions": {name: found for name, found in versions.items() if found},
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The commit, and whether what ran differs from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        found = git("rev-parse", "--short=10", "HEAD") or "unknown"
+        changed = git("status", "--porcelain", "--", "launcher", "models", "conf")
+        return f"{found} with uncommitted changes" if changed else found
+    except OSError:  # no git here
+        return "unknown"
+
+
+def machine() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    memory = ""
+    with suppress(OSError, ValueError):
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    return f"{cores} cores of {name}{memory}, {platform.system()} {platform.release()}"
+
+
+def load() -> str:
+    try:
+        return f"{os.getloadavg()[0]:.1f}"
+    except OSError:
+        return "unknown"
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds, help=f"how often each is measured (default {rounds})")
+    made.add_argument("--json", metavar="FILE", help="write the result here as well, for programs")
+    return made

@@ -1,0 +1,51 @@
+"""Numbers and positions as people read them: on the terminal, in log.txt and in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `0.4s`, `12s`, `3m05s` or `2h07m`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+
+
+def count(number: float, noun: str) -> str:
+    """Return `1 step`, `2 steps`, `1,037 samples`."""
+    return f"{number:,g} {noun}" if number == 1 else f"{number:,.10g} {noun}s"
+
+
+def number(value: float) -> str:
+    """Return a metric with four digits after the point, or in scientific form where those would say nothing."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3e}"
+
+
+def facts(event: Mapping[str, Any]) -> str:
+    """Return where a run stands: epoch, loss, speed and time left of a progress event, in one line."""
+    parts = [f"epoch {event['epoch']:.2f}"]
+    if event.get("loss") is not None:
+        parts.append(f"loss {number(event['loss'])}")
+    if event.get("samples_per_second"):
+        parts.append(f"{event['samples_per_second']:,.0f} samples/s")
+    if event.get("seconds_left") is not None and event["step"] < event["total_steps"]:
+        parts.append(f"{duration(event['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+def step_line(event: Mapping[str, Any]) -> str:
+    """Return one line for a step that was logged, with what was evaluated."""
+    return "  ".join([f"step {event['step']}/{event['total_steps']}", facts(event), *evaluated(event["values"])])
+
+
+def evaluated(values: Mapping[str, float | None]) -> list[str]:
+    """Return the metrics of the validation and test sets, one text each."""
+    tags = [tag for tag in values if tag.startswith(("val/", "test/"))]
+    return [f"{tag} {number(value)}" for tag in tags if (value := values[tag]) is not None]

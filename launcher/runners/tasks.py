@@ -1,0 +1,45 @@
+"""What the runners of sweeps have in common: what a task needs, whether that fits, and how it ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a task needs: so many workers, each with so much."""
+
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a task ended: with rank 0's result, or an error, or interrupted before it had begun to train."""
+
+    key: str
+    result: dict[str, Any] | None = None
+    error: LaunchError | None = None
+    interrupted: bool = False
+
+
+def fits(shapes: Sequence[Shape], cpus: float, gpus: float) -> bool:
+    """Whether groups of these shapes have room at the same time. A share of less than one GPU never spans two."""
+    if sum(shape.workers * shape.cpus_per_worker for shape in shapes) > cpus + 1e-6:
+        return False
+    free = [1.0] * math.floor(gpus + 1e-6)
+    wanted = [shape.gpus_per_worker for shape in shapes for _ in range(shape.workers) if shape.gpus_per_worker > 0]
+    for share in sorted(wanted, reverse=True):
+        whole = math.ceil(share - 1e-6) if share >= 1 else 1
+        places = [i for i, left in enumerate(free) if left >= min(share, 1.0) - 1e-6][:whole]
+        if len(places) < whole:
+            return False
+        for place in places:
+            free[place] -= min(share, 1.0)
+    return True

@@ -1,0 +1,69 @@
+"""What the user hears of a run from its beginning to its end, on the command line and in a notebook alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.jobs import Observer, Outcome, over_text
+from launcher.phrases import count, duration, evaluated
+from launcher.plan import Plan
+from launcher.prepare import Prepared
+from launcher.runs import RunDirectory
+from launcher.terminal import Display
+
+
+class Shown(Observer):
+    """Shows a run on a display.
+
+    Attributes:
+        directory: the run's, once it is known.
+        finished: the run was completed before, and nothing is done.
+    """
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self.directory: RunDirectory | None = None
+        self.finished = False
+
+    def prepared(self, prepared: Prepared, plan: Plan | None) -> None:
+        name = prepared.directory.name
+        self.directory = prepared.directory
+        if plan is None:
+            self.finished = True
+            self._display.say(f"{name} is completed; there is nothing to do. Train it further with trainer.epochs=N.")
+            return
+        self._display.workers = plan.machines.workers
+        self._display.say(f"{name}: {plan.headline()}")
+        if prepared.changes:
+            self._display.say(over_text(prepared.changes))
+
+    def event(self, event: dict[str, Any]) -> None:
+        self._display.show(event)
+
+
+def conclusion(outcome: Outcome, interactive: bool) -> list[str]:
+    """Return the lines that end a run: what came of it, and what to do next."""
+    result = outcome.result
+    facts = [f"{result['status']} after {count(result['steps'], 'step')} in {duration(result['seconds'] or 0)}"]
+    lines = ["  ".join(facts + evaluated(result.get("metrics") or {}))]
+    if result["status"] == "stopped":
+        lines.append(how_to_continue(outcome.directory))
+    elif interactive:
+        lines.append("Watch it in TensorBoard with: launch board")
+    return lines
+
+
+def how_to_continue(directory: RunDirectory) -> str:
+    """Return the words that continue a run: also from another root than the usual one."""
+    root = "" if directory.path.parent.name == "runs" else f" run.root={directory.path.parent}"
+    return f"Continue it with: launch run.name={directory.name}{root} run.resume=true"
+
+
+def after_failure(directory: RunDirectory, error: BaseException) -> list[str]:
+    """Return what to know of a run that failed after it had started, beside what the error says."""
+    checkpoint = directory.result().get("checkpoint")
+    if checkpoint is None:
+        return ["The run has no checkpoint yet."]
+    if "run.resume" in str(error):
+        return []
+    return [f"The last good checkpoint is {checkpoint}. {how_to_continue(directory)}"]

@@ -1,0 +1,461 @@
+"""The loop of a sweep: draw a trial, give it to a warm group, listen, prune, record, draw the next.
+
+Everything happens in one thread, so that Optuna, the files and the terminal see one event after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from launcher.engine.control import PRUNE, Watch
+from launcher.errors import LaunchError, RequestError, Stopped, UserCodeError, WorkerLost
+from launcher.jobs import Observer, Origin, Record
+from launcher.phrases import duration, number
+from launcher.plan import machines_of
+from launcher.prepare import Prepared
+from launcher.runners.signals import Interrupts
+from launcher.runners.tasks import Ended, Shape
+from launcher.runs import RunDirectory
+from launcher.sweeps import records
+from launcher.sweeps.planning import Planned, shape_of
+from launcher.sweeps.space import shown
+from launcher.sweeps.study import Study
+from launcher.sweeps.syntax import Value
+
+Event = dict[str, Any]
+LOOK_SECONDS = 0.05
+
+
+class Runner(Protocol):
+    """Where trials run: `runners.groups.Groups`, or `runners.sequential.Sequential`."""
+
+    @property
+    def running(self) -> set[str]: ...
+    def ready(self, shape: Shape) -> bool: ...
+    def submit(self, key: str, task: Any, shape: Shape) -> None: ...
+    def request(self, key: str, what: str) -> None: ...
+    def look(self) -> list[Ended]: ...
+    def release(self) -> None: ...
+    def interrupt(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class SweepObserver(Observer):
+    """What the caller wants to hear of a sweep."""
+
+    def event(self, event: Event) -> None:
+        """Before the first trial: what the user's code prints while it is tried out, and phases."""
+
+    def planned(self, planned: Planned, finished: bool) -> None:
+        """The sweep is known, and what it will do."""
+
+    def trial(self, number: int, event: Event) -> None:
+        """An event of a trial that runs."""
+
+    def changed(self, table: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
+        """A trial began or ended. `facts`: best (a number or None), seconds_left (None while unknown)."""
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How a sweep ended: its result.json, its trials (see `records.rows`), the best one's words, and the signal."""
+
+    result: dict[str, Any]
+    directory: RunDirectory
+    trials: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    signal_number: int | None = None
+
+
+@dataclass
+class Trial:
+    """One trial that was drawn: not placed yet, or running."""
+
+    number: int
+    values: dict[str, Value]
+    shape: Shape
+    record: Record
+    directory: RunDirectory
+    started: float = 0.0
+    heard: float | None = None  # when its workers were there
+    pruning: bool = False
+
+
+class Driver:
+    """Runs a planned sweep. `run` returns when nothing is left to do, or when somebody asked to stop."""
+
+    def __init__(self, planned: Planned, observer: SweepObserver) -> None:
+        self._planned = planned
+        self._observer = observer
+        self._directory = planned.directory
+        self._study: Study
+        self._log: records.Log
+        self._runner: Runner
+        self._origin = Origin.of(planned.request.calling)
+        self._trials: dict[int, Trial] = {}  # begun, not ended
+        self._held: Trial | None = None  # drawn, waits for a place
+        self._again: list[int] = []  # trials to be continued
+        self._durations: list[float] = []
+        self._failure: str | None = None  # with fail_fast: the error that stops the sweep
+        self._began = time.time()
+        self._seconds_before = 0.0
+
+    def run(self) -> SweepOutcome:
+        """Run the sweep.
+
+        Raises:
+            Stopped: it was ended at once by a signal.
+        """
+        self._open()
+        signal_number = None
+        try:
+            if self._left() == 0:
+                self._observer.planned(self._planned, finished=True)
+                return self._outcome(None)
+            self._observer.planned(self._planned, finished=False)
+            with Watch(self._directory) as watch, self._place_to_run() as (self._runner, interrupts):
+                self._loop(self._runner, interrupts, watch)
+                signal_number = interrupts.signal_number
+            self._conclude(signal_number, watch.stop_requested)
+        except Stopped:
+            self._write(status="stopped", reason="signal")
+            raise
+        except Exception as error:
+            self._write(status="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._log.close()
+        return self._outcome(signal_number)
+
+    # ---- before and after -------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        planned, directory = self._planned, self._directory
+        directory.create()
+        directory.clear_requests()
+        self._log = records.Log(directory.log)
+        self._study = Study(
+            directory.path,
+            planned.words,
+            planned.settings,
+            planned.objectives,
+            planned.total,
+            planned.evaluations,
+            None if planned.resumes else planned.recorded,
+        )
+        self._seconds_before = float(directory.result().get("seconds") or 0.0) if planned.resumes else 0.0
+        if planned.resumes:
+            self._settle()
+        if self._left():
+            self._write(status="running", **self._origin.facts)
+        self._log.line(f"{directory.name}: {planned.headline()}")
+
+    def _settle(self) -> None:
+        """Record what had ended when the driver went away, and note what had only begun."""
+        for trial in self._study.frozen():
+            if trial.state.is_finished() or trial.state.name == "WAITING":
+                continue
+            run = RunDirectory(self._directory.path / str(trial.number))
+            result = run.result()
+            self._study.again(trial.number)
+            if result.get("status") in ("completed", "pruned", "failed"):
+                self._finish(trial.number, run, result)
+            else:
+                self._again.append(trial.number)
+
+    def _left(self) -> int:
+        """How many trials have not ended."""
+        return self._planned.total - sum(trial.state.is_finished() for trial in self._study.frozen())
+
+    @contextmanager
+    def _place_to_run(self) -> Iterator[tuple[Runner, Interrupts]]:
+        planned = self._planned
+        if planned.plan.machines.cluster == "none":
+            from launcher.runners.sequential import Sequential
+
+            with Interrupts() as interrupts:
+                yield Sequential(interrupts, self._event), interrupts
+            return
+        from launcher.clusters.local import EmbeddedRay
+
+        self._observer.event({"kind": "phase", "name": "ray"})
+        with Interrupts() as interrupts, EmbeddedRay(preload=("launcher.runners.groups",)) as cluster:
+            from launcher.runners.groups import Groups
+
+            groups = Groups(cluster, self._event, planned.settings.concurrency)
+            try:
+                yield groups, interrupts
+            finally:
+                groups.close()
+
+    def _conclude(self, signal_number: int | None, asked: bool) -> None:
+        if self._failure is not None:
+            self._write(status="failed", error=self._failure)
+        elif self._left() and (signal_number or asked):
+            self._write(status="stopped", reason="signal" if signal_number else "request")
+        elif self._study.best() is None:
+            errors = [row["error"] for row in records.rows(self._study) if row["error"]]
+            self._write(status="failed", error=f"No trial was completed. {errors[0] if errors else ''}".strip())
+        else:
+            self._write(status="completed")
+        if self._study.best() is not None:
+            from launcher.sweeps.report import write_report
+
+            write_report(self._directory, self._study)
+
+    def _outcome(self, signal_number: int | None) -> SweepOutcome:
+        best = self._study.best()
+        found = None
+        if best is not None:
+            values = self._study.values(best)
+            found = {
+                "number": best.number,
+                "objective": records.objective(best),
+                "overrides": self._study.words.overrides(values),
+                "parameters": shown(values, self._study.words),
+            }
+        return SweepOutcome(self._directory.result(), self._directory, self._rows(), found, signal_number)
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def _loop(self, runner: Runner, interrupts: Interrupts, watch: Watch) -> None:
+        self._observer.event({"kind": "phase", "name": "workers"})
+        stopping = False
+        self._changed()
+        while True:
+            if interrupts.count > 1:
+                raise Stopped(interrupts.signal_number or 0)
+            if not stopping and (interrupts.count or watch.stop_requested or self._failure is not None):
+                stopping = True
+                runner.interrupt()
+                for key in runner.running if watch.stop_requested or self._failure else ():
+                    runner.request(key, "stop")
+            if not stopping:
+                self._place(runner)
+            for ended in runner.look():
+                self._ended(ended, stopping)
+            if not runner.running and (stopping or (self._held is None and self._left() == 0)):
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def _place(self, runner: Runner) -> None:
+        """Give trials to whoever is free."""
+        while True:
+            usual = shape_of(self._planned.plan.machines)
+            if self._held is None:
+                # A search draws when somebody is free, and not before: by then it knows more.
+                if self._planned.settings.sampler != "grid" and not self._again and not runner.ready(usual):
+                    return
+                self._held = self._next()
+            trial = self._held
+            if trial is None:
+                runner.release()
+                return
+            if not runner.ready(trial.shape):
+                return
+            self._held = None
+            self._begin(runner, trial)
+
+    def _next(self) -> Trial | None:
+        """Draw the next trial, or take one that is to be continued. One that cannot be composed is recorded as failed."""
+        while True:
+            if self._again:
+                drawn = self._study.again(self._again.pop(0))
+            else:
+                fresh = self._study.ask()
+                if fresh is None:
+                    return None
+                drawn = fresh
+            values = self._study.values(self._study.frozen()[drawn.number])
+            run = RunDirectory(self._directory.path / str(drawn.number))
+            try:
+                composition = self._planned.compose(values)
+                shape = shape_of(machines_of(composition.job))
+            except RequestError as error:
+                run.create()
+                run.write_result({"status": "failed", "error": f"{type(error).__name__}: {error}"})
+                self._finish(drawn.number, run, run.result())
+                continue
+            job = composition.job
+            job.run.name, job.run.root = str(drawn.number), str(self._directory.path)
+            job.logging.hparams = shown(values, self._planned.words)
+            resumes = run.config.is_file()
+            if resumes:
+                composition = replace(composition, words=[])  # overrides.yaml has them already
+            prepared = Prepared(composition, run, resumes=resumes)
+            record = Record(replace(self._planned.request, started=time.time()), prepared, self._origin)
+            return Trial(drawn.number, values, shape, record, run)
+
+    def _begin(self, runner: Runner, trial: Trial) -> None:
+        trial.started = time.time()
+        try:
+            task = trial.record.begin(None)
+        except RequestError as error:  # no weights to begin with, a full disk
+            trial.directory.create()
+            trial.directory.update_result(status="failed", error=f"{type(error).__name__}: {error}")
+            self._finish(trial.number, trial.directory, trial.directory.result())
+            return
+        task.started = trial.started
+        self._study.already_evaluated(trial.number, _evaluated_at(trial.directory, self._planned.objectives[0].tag))
+        self._trials[trial.number] = trial
+        words = " ".join(self._planned.words.overrides(trial.values))
+        self._log.line(f"trial {trial.number} begins: {words}")
+        self._changed()
+        runner.submit(str(trial.number), task, trial.shape)
+
+    def _event(self, key: str, event: Event) -> None:
+        """Take an event of a trial: an evaluation may be its last."""
+        trial = self._trials[int(key)]
+        trial.heard = trial.heard or time.time()
+        tag = self._planned.objectives[0].tag
+        value = event["values"].get(tag) if event["kind"] == "progress" else None
+        if value is not None and self._study.report(trial.number, event["step"], value) and not trial.pruning:
+            trial.pruning = True
+            self._runner.request(key, PRUNE)
+        self._observer.trial(trial.number, event)
+
+    # ---- how trials end ---------------------------------------------------------------------------------------------
+
+    def _ended(self, ended: Ended, stopping: bool) -> None:
+        trial = self._trials.pop(int(ended.key))
+        run = trial.directory
+        if ended.interrupted:
+            run.update_result(status="stopped", reason="signal")
+        elif ended.error is not None:
+            if self._retry(trial, ended.error, stopping):
+                return
+            trial.record.failed(ended.error, keep=True)
+            if isinstance(ended.error, UserCodeError) and ended.error.traceback_text:
+                self._log.line(ended.error.traceback_text.rstrip())
+        result = run.result()
+        if result.get("status") == "stopped" and stopping:
+            self._log.line(f"trial {trial.number} is interrupted at step {result.get('steps')}")
+            self._changed()
+            return
+        self._durations.append(time.time() - (trial.heard or trial.started))
+        self._finish(trial.number, run, result)
+
+    def _retry(self, trial: Trial, error: LaunchError, stopping: bool) -> bool:
+        """Continue a trial whose worker was lost from its checkpoint, once."""
+        attributes = self._study.frozen()[trial.number].user_attrs
+        if not isinstance(error, WorkerLost) or attributes.get("retries") or stopping:
+            return False
+        self._study.note(trial.number, "retries", 1)
+        self._again.append(trial.number)
+        self._say(f"trial {trial.number}: {error} It is continued once.")
+        return True
+
+    def _finish(self, trial: int, run: RunDirectory, result: Mapping[str, Any]) -> None:
+        """Tell the study how a trial has ended, and bring all files up to date."""
+        status, error = str(result.get("status")), result.get("error")
+        tags = [objective.tag for objective in self._planned.objectives]
+        found = [(result.get("metrics") or {}).get(tag) for tag in tags]
+        values = [value for value in found if value is not None and math.isfinite(value)]
+        if status == "completed" and len(values) < len(tags):
+            status, error = "failed", f"{tags[len(values)]} was not logged, or is not a number."
+        state = (
+            "pruned" if status == "stopped" else status
+        )  # somebody stopped this trial alone: it counts as far as it came
+        facts = {"seconds": result.get("seconds"), "steps": result.get("steps"), "error": error}
+        self._study.finish(trial, state, values, facts)
+        frozen = self._study.frozen()[trial]
+        parameters = shown(self._study.values(frozen), self._planned.words)
+        reached = records.objective(frozen)
+        about = {"number": trial, "parameters": parameters, "objective": reached}
+        run.update_result(trial=about, **({"status": "failed", "error": error} if state == "failed" else {}))
+        if state == "failed":
+            self._say(f"trial {trial} failed: {error}")
+            if self._planned.settings.fail_fast:
+                self._failure = f"Trial {trial} failed, and sweep.fail_fast=true: {error}"
+        else:
+            told = reached if isinstance(reached, list) else [] if reached is None else [reached]
+            values_text = "  ".join(f"{tag} {number(value)}" for tag, value in zip(tags, told, strict=False))
+            words = " ".join(self._planned.words.overrides(self._study.values(frozen)))
+            took = duration(float(result.get("seconds") or 0.0))
+            self._say(f"trial {trial} {state} after {result.get('steps')} steps in {took}  {values_text}  {words}")
+        if self._planned.settings.keep == "best":
+            ended = [other.number for other in self._study.frozen() if other.state.is_finished()]
+            records.give_up_checkpoints(self._directory, self._study, ended)
+        self._changed()
+
+    # ---- telling ----------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> list[dict[str, Any]]:
+        begun = {trial.number for trial in self._study.frozen() if trial.state.name == "RUNNING"}
+        held = {self._held.number} if self._held is not None else set()
+        rows = records.rows(self._study, frozenset(begun - self._trials.keys() - held))
+        for row in rows:
+            if row["number"] in held:
+                row["state"] = "waiting"
+        return rows
+
+    def _changed(self) -> None:
+        """Bring trials.csv, best.yaml and result.json up to date, and show it."""
+        rows = self._rows()
+        with suppress(OSError):  # a full disk must not end what still trains; the journal is what counts
+            records.write_csv(
+                self._directory.path / "trials.csv", rows, [axis.key for axis in self._planned.words.axes]
+            )
+            records.write_best(self._directory, self._study)
+            self._write(status="running")
+        best = self._study.best()
+        self._observer.changed(
+            rows, {"best": None if best is None else best.number, "seconds_left": self._seconds_left()}
+        )
+
+    def _seconds_left(self) -> float | None:
+        if not self._durations:
+            return None
+        each = sum(self._durations) / len(self._durations)
+        return each * self._left() / max(1, min(self._planned.concurrency, self._left()))
+
+    def _write(self, **changes: Any) -> None:
+        """Write the sweep's result.json."""
+        rows = self._rows()
+        best = self._study.best()
+        counts: dict[str, int] = {}
+        for row in rows:
+            counts[row["state"]] = counts.get(row["state"], 0) + 1
+        content: dict[str, Any] = {
+            "reason": None,
+            "error": None,
+            "steps": sum(trial.user_attrs.get("steps") or 0 for trial in self._study.frozen()),
+            "workers": self._planned.plan.machines.workers,
+            "seconds": round(self._seconds_before + time.time() - self._began, 3),
+            "trials": {"total": self._planned.total, **counts},
+            "metrics": {},
+            "best": None
+            if best is None
+            else {
+                "tag": self._planned.objectives[0].tag,
+                "value": best.values[0],
+                "step": best.user_attrs.get("steps"),
+                "trial": best.number,
+            },
+        }
+        self._directory.update_result(**content | changes)
+
+    def _say(self, text: str) -> None:
+        self._log.line(text)
+        self._observer.say(text)
+
+
+def _evaluated_at(run: RunDirectory, tag: str) -> list[int]:
+    """Return the steps at which a trial that is continued was evaluated before."""
+    steps = []
+    with suppress(OSError):
+        for line in run.metrics.read_text().splitlines():
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if tag in entry:
+                    steps.append(int(entry["step"]))
+    return steps

@@ -1,0 +1,178 @@
+"""What the user sees of a sweep: a live table on a terminal, a line per trial elsewhere. All on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from launcher.phrases import duration, number
+from launcher.sweeps.driver import SweepObserver, SweepOutcome
+from launcher.sweeps.planning import Planned
+from launcher.sweeps.syntax import plain_text
+from launcher.words import shown
+
+_ROWS = 12  # of the table: those that run, and the newest ended
+_PHASES = {"check": "looking at data and model", "ray": "starting Ray", "workers": "starting workers"}
+_STYLES = {"completed": "green", "failed": "red", "pruned": "yellow", "running": "cyan"}
+
+
+class SweepDisplay(SweepObserver):
+    """Shows a sweep.
+
+    Attributes:
+        planned: known once the sweep is.
+        finished: it had nothing left to do.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._table: list[dict[str, Any]] = []
+        self._facts: Mapping[str, Any] = {}
+        self._progress: dict[int, Mapping[str, Any]] = {}
+        self._keys: list[str] = []
+        self._drawn = 0.0
+        self._estimated = False
+        self._phase = "starting"
+        self.planned_sweep: Planned | None = None
+        self.finished = False
+
+    def __enter__(self) -> SweepDisplay:
+        if self._console.is_terminal:
+            self._live = Live(
+                console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # ---- the observer -----------------------------------------------------------------------------------------------
+
+    def event(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "phase":
+            self._phase = _PHASES.get(event["name"], event["name"])
+            self._draw()
+        elif event["kind"] in ("line", "note"):
+            self.say(event["text"])
+
+    def planned(self, planned: Planned, finished: bool) -> None:
+        self.planned_sweep, self.finished = planned, finished
+        self._keys = [axis.key for axis in planned.words.axes]
+        name = planned.directory.name
+        if finished:
+            self.say(f"{name} is finished: all of its {planned.total} trials have ended. There is nothing to do.")
+        else:
+            self.say(f"{name}: {planned.headline()}")
+
+    def trial(self, number: int, event: dict[str, Any]) -> None:
+        if event["kind"] == "progress":
+            self._progress[number] = event
+            self._draw()
+        elif event["kind"] == "line":
+            self._console.print(Text.from_ansi(f"[trial {number}] {event['text']}"))
+        elif event["kind"] == "note":
+            self.say(f"trial {number}: {event['text']}")
+
+    def changed(self, table: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
+        self._table, self._facts = table, facts
+        if facts["seconds_left"] and not self._estimated and self._live is None:
+            self._estimated = True
+            self.say(f"about {duration(facts['seconds_left'])} left")
+        self._draw(now=True)
+
+    def say(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    # ---- the table --------------------------------------------------------------------------------------------------
+
+    def _draw(self, now: bool = False) -> None:
+        if self._live is None or not (now or time.monotonic() - self._drawn > 0.25):
+            return
+        self._drawn = time.monotonic()
+        self._live.update(self.picture(), refresh=True)
+
+    def picture(self) -> RenderableType:
+        """Return the table with the sums below it."""
+        if not self._table:
+            return Text(self._phase)
+        table = Table(box=None, pad_edge=False)
+        for heading in ("trial", "state", "step", "objective", *self._keys):
+            table.add_column(heading, no_wrap=True)
+        for row in self._shown_rows():
+            state = row["state"]
+            best = " *" if row["number"] == self._facts.get("best") else ""
+            table.add_row(
+                f"{row['number']}{best}",
+                Text(state, style=_STYLES.get(state, "")),
+                self._step(row),
+                _objective(row["objective"]),
+                *(_short(row.get(key)) for key in self._keys),
+            )
+        return Group(table, Text(self.summary()))
+
+    def _shown_rows(self) -> list[dict[str, Any]]:
+        running = [row for row in self._table if row["state"] == "running"]
+        best = [row for row in self._table if row["number"] == self._facts.get("best")]
+        ended = [row for row in self._table if row["state"] not in ("running", "waiting") and row not in best]
+        chosen = [*best, *ended[-max(0, _ROWS - len(running) - len(best)) :], *running]
+        return sorted(chosen, key=lambda row: row["number"])
+
+    def _step(self, row: Mapping[str, Any]) -> str:
+        event = self._progress.get(row["number"])
+        return f"{event['step']}/{event['total_steps']}" if event else ""
+
+    def summary(self) -> str:
+        """Return `3 running, 8 completed, 1 pruned, 15 left; best …; about 3m left`."""
+        counts: dict[str, int] = {}
+        for row in self._table:
+            counts[row["state"]] = counts.get(row["state"], 0) + 1
+        total = self.planned_sweep.total if self.planned_sweep else len(self._table)
+        counts["waiting"] = total - sum(count for state, count in counts.items() if state != "waiting")
+        order = ("running", "completed", "pruned", "failed", "stopped", "waiting")
+        parts = [", ".join(f"{counts[state]} {state}" for state in order if counts.get(state))]
+        if self._facts.get("best") is not None:
+            row = next(row for row in self._table if row["number"] == self._facts["best"])
+            parts.append(f"best: trial {row['number']}, {_objective(row['objective'])}")
+        left = self._facts.get("seconds_left")
+        parts.append(f"about {duration(left)} left" if left else f"{self._phase}…" if not self._progress else "")
+        return "; ".join(part for part in parts if part)
+
+
+def conclusion(outcome: SweepOutcome) -> list[str]:
+    """Return the lines that end a sweep: what came of it, and what to do next."""
+    result, name = outcome.result, outcome.directory.name
+    counts = {state: count for state, count in result["trials"].items() if state != "total"}
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    lines = [
+        f"{result['status']} in {duration(result['seconds'] or 0)}: {summary} of {result['trials']['total']} trials"
+    ]
+    if outcome.best is not None:
+        words = " ".join(shown(word) for word in outcome.best["overrides"])
+        lines.append(f"best: trial {outcome.best['number']}, {_objective(outcome.best['objective'])}  {words}")
+    root = "" if outcome.directory.path.parent.name == "runs" else f" run.root={outcome.directory.path.parent}"
+    if result["status"] == "stopped":
+        lines.append(f"Continue it with: launch -m run.name={name}{root} run.resume=true")
+    elif outcome.best is not None:
+        lines.append(f"Train the best further with: launch run.like={name}/best{root}")
+    return lines
+
+
+def _objective(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(number(each) for each in value)
+    return "" if value is None else number(value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else plain_text(value)

@@ -1,0 +1,61 @@
+"""A driver that starts an embedded Ray, looks at it from the inside, and prints what it found as a dict."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ray
+
+from launcher.clusters import reaper
+from launcher.clusters.local import LOOPBACK, EmbeddedRay
+
+STRANGER = "import sys; from ray._raylet import GcsClient; GcsClient(sys.argv[1]).internal_kv_keys(b''); print('in')"
+
+
+def visit(address: str, token: str) -> str:
+    """Ask our Ray for its keys, as another process that has `token`; return "in" or what it was told."""
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    program = [sys.executable, "-c", STRANGER, address]
+    visitor = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=20)
+    return visitor.stdout.strip() or visitor.stderr.strip().splitlines()[-1]
+
+
+def listening(pids: set[int]) -> list[str]:
+    """Return the addresses on which one of the processes listens and that are not loopback."""
+    inodes = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                inodes.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
+            except OSError:
+                continue
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and row[9] in inodes and row[1].split(":")[0] not in loopback]
+
+
+def main() -> None:
+    before = dict(os.environ)
+    found: dict[str, object] = {}
+    with EmbeddedRay(2, 0) as cluster:
+        found["environment"] = sorted(set(os.environ.items()) ^ set(before.items()))
+        found["answer"] = ray.get(ray.remote(lambda: 42).remote())
+        ours = reaper.marked(cluster._marker)
+        found["processes"] = [Path(f"/proc/{pid}/cmdline").read_bytes()[:60] for pid in ours]
+        found["open_to_the_network"] = listening({*ours, os.getpid()})
+        found["longest_socket"] = max(len(str(path)) for path in cluster.directory.rglob("sockets/*"))
+        address = f"{LOOPBACK}:{ray.get_runtime_context().gcs_address.rpartition(':')[2]}"
+        token = ray.get(ray.remote(lambda: os.environ["RAY_AUTH_TOKEN"]).remote())
+        found["with_token"], found["without_token"] = visit(address, token), visit(address, "0" * 64)
+        begun = time.monotonic()
+    found["seconds_to_stop"] = time.monotonic() - begun
+    found["left"] = list(reaper.marked(cluster._marker))
+    found["directory_left"] = cluster.directory.exists()
+    print(found)
+
+
+main()

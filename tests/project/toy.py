@@ -1,0 +1,100 @@
+"""A model and data of somebody who knows nothing of launch, with every mishap that the tests need."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+class Points(Dataset):
+    """y = 3 x + 1 at points x between -1 and 1; row `bad` cannot be read."""
+
+    def __init__(self, samples: int, bad: int | None, speak: bool) -> None:
+        self.x = torch.linspace(-1, 1, samples).unsqueeze(1)
+        self.bad, self.speak = bad, speak
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.bad:
+            raise ValueError(f"numbers.csv, row {index}: not a number")
+        if self.speak:
+            print(f"row {index} is read")
+        return self.x[index], 3 * self.x[index] + 1
+
+
+class Numbers:
+    """The data of the tests."""
+
+    def __init__(
+        self, samples: int = 40, bad: int | None = None, speak: bool = False, num_workers: int = 0, seconds: float = 0.0
+    ) -> None:
+        time.sleep(seconds)
+        self.num_workers = num_workers
+        self.train, self.val = Points(samples, bad, speak), Points(10, None, False)
+
+
+class Line(nn.Module):
+    """A straight line.
+
+    Args:
+        width: more than one makes it another model.
+        delay: seconds that a training step takes.
+        mishap: what happens at training step `at`, counted without the start check: "raise", "nan", "die", "pdb",
+            "prompt", "raw" (what does not pass through sys.stdout).
+        rank: the mishap happens to this rank alone.
+        secret: for the record of a run.
+    """
+
+    def __init__(
+        self,
+        width: int = 1,
+        delay: float = 0.0,
+        mishap: str | None = None,
+        at: int = 1,
+        rank: int | None = None,
+        secret_key: str | None = None,
+        speak: bool = False,
+    ) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, width)
+        self.delay, self.mishap, self.at, self.rank, self.speak = delay, mishap, at, rank, speak
+        self.steps = -2  # the start check calls the model once, and the trainer before the first step
+        if speak:
+            print("a line is built")
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        x, y = batch
+        loss = F.mse_loss(self.net(x), y, reduction="none").mean(1)
+        if not self.training:
+            return {"loss": loss}
+        self.steps += 1
+        if self.steps > 0:
+            time.sleep(self.delay)
+        if self.speak:
+            print(f"step {self.steps} of the model")
+        own = self.rank is None or str(self.rank) == os.environ.get("RANK", "0")
+        if self.mishap is not None and self.steps == self.at and own:
+            if self.mishap == "nan":
+                loss = loss * float("nan")
+            else:
+                mishaps: dict[str, Callable[[], Any]] = {
+                    "raise": self.stumble,
+                    "die": lambda: os._exit(9),
+                    "pdb": breakpoint,
+                    "prompt": lambda: print("answer:", input("a question? ")),
+                    "raw": lambda: os.system("echo a child speaks") or os.write(1, b"raw bytes\n"),
+                }
+                mishaps[self.mishap]()
+        return {"loss": loss}
+
+    def stumble(self) -> None:
+        raise KeyError("the user's own mistake")

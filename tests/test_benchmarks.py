@@ -1,0 +1,251 @@
+"""The benchmarks in a tiny form: does each run, is what it writes well formed, is the same compared with the same?
+
+What they measure is not judged here: the machine that runs the tests has other things to do.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks import gpu, harness, throughput
+from benchmarks.harness import Demand, Failed, Spread
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_benchmark(name: str, words: Sequence[str], folder: Path, environment: dict[str, str] | None = None) -> Any:
+    """Run benchmarks/`name`.py as a user does and return what it wrote as JSON and printed as a table."""
+    file = folder / "result.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *words, "--json", str(file)]
+    # From another directory: the command must not depend on where it is given.
+    harness_environment = harness.surroundings() | (environment or {})
+    done = subprocess.run(
+        command, cwd=folder, env=harness_environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(file.read_text())
+    assert content["benchmark"] == name
+    check_environment(content["environment"], done.stdout)
+    check_table(done.stdout, content["rows"])
+    assert sorted(path.name for path in folder.iterdir()) == ["result.json"], "it wrote into the calling directory"
+    return content
+
+
+def check_environment(environment: dict[str, Any], printed: str) -> None:
+    for key in ("date", "commit", "machine", "load"):
+        assert environment[key], key
+        assert environment[key] in printed
+    assert environment["versions"]["torch"] == torch.__version__
+    assert f"torch {torch.__version__}" in printed
+
+
+def check_table(printed: str, rows: list[dict[str, str]]) -> None:
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1, "columns are not aligned"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == list(rows[0])
+    assert cells[2:] == [list(row.values()) for row in rows]
+
+
+def is_spread(value: dict[str, Any], rounds: int) -> bool:
+    return len(value["values"]) == rounds and 0 < value["low"] <= value["median"] <= value["high"]
+
+
+# ---- each of them, tiny ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_throughput_compares_the_same_with_the_same(tmp_path: Path) -> None:
+    peers = [name for name in ("accelerate", "lightning") if harness.available(name)]
+    words = ["--rounds", "1", "--first", "20", "--last", "50", "--batch", "16", "--only", "launch", "plain", *peers]
+    content = run_benchmark("throughput", words, tmp_path)
+    systems = content["systems"]
+    assert len(systems) == 2 + len(peers)
+    for name, found in systems.items():
+        assert is_spread(found["steps_per_second"], 1), name
+        facts = {fact: found["facts"][fact] for fact in throughput.LIKE_FOR_LIKE}
+        assert facts == {"batch": [8, 1, 28, 28], "dtype": "float32", "workers": 2, "threads": 1, "parameters": 29322}
+        assert 0 < found["last_loss"]["median"] < 2.3, f"{name} does not learn"
+    ours, plain = systems[throughput.LAUNCH]["steps_per_second"], systems["plain DDP"]["steps_per_second"]
+    assert content["ratios"]["plain DDP"]["median"] == pytest.approx(ours["median"] / plain["median"])
+
+
+@pytest.mark.timeout(300)
+def test_startup_of_one_process(tmp_path: Path) -> None:
+    content = run_benchmark("startup", ["--rounds", "1", "--only", "alone", "--experiment", "mnist_tiny"], tmp_path)
+    for name, found in content["systems"].items():
+        assert is_spread(found["first_step"], 1), name
+        assert found["first_step"]["median"] < found["whole"]["median"], name
+    ours = content["systems"]["launch cluster=none"]
+    # Two clocks of the same thing: the run's own starts a little after the process.
+    assert 0 < ours["first_step"]["median"] - ours["seconds_to_first_step"]["median"] < 2
+    assert [one["of"] for one in content["ratios"]] == ["launch cluster=none"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_startup_of_two_workers(tmp_path: Path) -> None:
+    content = run_benchmark("startup", ["--rounds", "1", "--only", "ray"], tmp_path)
+    assert is_spread(content["ratios"][0], 1)
+    assert (content["ratios"][0]["of"], content["ratios"][0]["asked"]) == ("launch, 2 workers", 1.1)
+
+
+@pytest.mark.timeout(300)
+def test_exactness(tmp_path: Path) -> None:
+    words = ["--rounds", "1", "--first", "5", "--last", "10", "--batch", "32", "--networks", "mlp"]
+    content = run_benchmark("exactness", words, tmp_path)
+    assert [one["workers"] for one in content["comparisons"]] == [1, 2]
+    for one in content["comparisons"]:
+        usual, exact = (one["steps_per_second"][key] for key in ("usual", "deterministic"))
+        assert is_spread(usual, 1)
+        assert is_spread(exact, 1)
+        assert one["slow_down"]["median"] == pytest.approx(usual["median"] / exact["median"])
+        assert one["threads"]["deterministic"] == 1
+
+
+def test_gpu_on_the_cpu_as_a_stand_in(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--rounds", "1", "--first", "2", "--last", "4", "--profiled", "3", "--batch", "8"]
+    content = run_benchmark("gpu", [*words, "--networks", "convnet", "--variants", "float32", "bfloat16"], tmp_path)
+    assert list(content["variants"]) == ["convnet, float32", "convnet, bfloat16"]
+    for found in content["variants"].values():
+        assert is_spread(found["samples_per_second"], 1)
+        assert found["waits"]["median"] == 0
+        assert found["reads"]["median"] > 0, "the engine looks at the loss on the CPU; the profiler saw nothing"
+
+
+def test_gpu_without_one_says_so_and_leaves_the_figures_empty(tmp_path: Path) -> None:
+    content = run_benchmark("gpu", [], tmp_path, {"CUDA_VISIBLE_DEVICES": ""})
+    assert any("There is no GPU" in remark for remark in content["remarks"])
+    assert len(content["variants"]) == len(gpu.NETWORKS) * len(gpu.VARIANTS)
+    assert all(value is None for found in content["variants"].values() for value in found.values())
+
+
+# ---- counting synchronisations --------------------------------------------------------------------------------------
+
+
+def event(name: str, start: float, end: float | None = None) -> SimpleNamespace:
+    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=start if end is None else end))
+
+
+def test_waits_are_counted_between_the_marks_only() -> None:
+    waits = "cudaStreamSynchronize"
+    events = [
+        event("cudaDeviceSynchronize", 1),  # the profiler's own, when it starts
+        event(gpu.BEGIN, 2, 3),
+        *(event(waits, at) for at in (4, 5)),
+        event("cudaEventSynchronize", 6),
+        event("cudaMemcpyAsync", 6),
+        event("aten::_local_scalar_dense", 7),
+        event(gpu.END, 8, 9),
+        event(waits, 10),
+    ]
+    counts = gpu.count(events)
+    assert counts == {waits: 2, "cudaEventSynchronize": 1, "aten::_local_scalar_dense": 1}
+    assert sum(counts[name] for name in gpu.WAITS) == 3
+
+
+def test_every_item_call_is_seen_by_the_profiler() -> None:
+    values = torch.arange(5.0)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        values[0].item()
+        with record_function(gpu.BEGIN):
+            pass
+        for value in values:
+            value.item()
+        bool(values.isfinite().all())
+        with record_function(gpu.END):
+            pass
+        values[1].item()
+    assert gpu.count(profiler.events()) == {"aten::_local_scalar_dense": 6}
+
+
+def test_lost_marks_are_no_zero() -> None:
+    with pytest.raises(Failed, match="marks"):
+        gpu.count([event("cudaStreamSynchronize", 1)])
+
+
+# ---- the harness ----------------------------------------------------------------------------------------------------
+
+
+def test_rounds_hold_every_system_once_and_begin_with_another(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def measure(name: str) -> harness.Measure:
+        def one(folder: Path) -> harness.Figures:
+            assert list(folder.iterdir()) == [], "a system finds what another has left"
+            (folder / "left").touch()
+            order.append(name)
+            return {"rate": float(len(order))}
+
+        return one
+
+    found = harness.interleave({name: measure(name) for name in "ABC"}, 3, lambda text: None)
+    assert order == list("ABCBCACAB")
+    assert [figures["rate"] for figures in found["A"]] == [1, 6, 8]
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    fast = [{"rate": 10.0}, {"rate": 1.0}, {"rate": 30.0}]  # the machine was busy in the second round
+    slow = [{"rate": 5.0}, {"rate": 0.5}, {"rate": 10.0}]
+    times = harness.ratio(fast, slow, "rate")
+    assert times.values == [2, 2, 3]
+    assert (times.median, times.text(1)) == (2, "2.0 (2.0 … 3.0)")
+
+
+@pytest.mark.parametrize(
+    ("demand", "value", "text"),
+    [
+        (Demand(least=1.2), 1.2, "≥ 1.2: met"),
+        (Demand(least=1.2), 1.19, "≥ 1.2: NOT met"),
+        (Demand(most=1.1), 1.0, "≤ 1.1: met"),
+        (Demand(most=1.1), 1.2, "≤ 1.1: NOT met"),
+        (Demand(), 1.0, ""),
+    ],
+)
+def test_what_was_asked_is_shown_beside_what_was_found(demand: Demand, value: float, text: str) -> None:
+    assert demand.text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("batch", [4, 1, 28, 28]), ("threads", 2), ("parameters", 7), ("workers", 1)]
+)
+def test_unequal_work_is_refused(fact: str, value: Any) -> None:
+    facts = {"batch": [8, 1, 28, 28], "dtype": "float32", "workers": 2, "threads": 1, "parameters": 29322}
+    same = {"facts": facts, "logged": 1}
+    throughput.check_like_for_like({"one": [same, same], "other": [same]})
+    with pytest.raises(Failed, match=f"other and one .*{fact}"):
+        throughput.check_like_for_like({"one": [same], "other": [same, {"facts": facts | {fact: value}, "logged": 1}]})
+
+
+def test_a_system_that_logs_less_is_refused() -> None:
+    facts = {"batch": [8, 1, 28, 28], "dtype": "float32", "workers": 2, "threads": 1, "parameters": 29322}
+    with pytest.raises(Failed, match="logged"):
+        throughput.check_like_for_like(
+            {"one": [{"facts": facts, "logged": 3}], "other": [{"facts": facts, "logged": 0}]}
+        )
+
+
+@pytest.mark.parametrize(
+    ("code", "timeout", "message"),
+    [
+        ("import sys; print('what went wrong'); sys.exit(3)", 60.0, "ended with 3:\nwhat went wrong"),
+        ("import time; time.sleep(60)", 0.3, "nothing after 0 s"),
+    ],
+)
+def test_a_system_that_fails_ends_the_benchmark(tmp_path: Path, code: str, timeout: float, message: str) -> None:
+    with pytest.raises(Failed, match=message):
+        harness.run([sys.executable, "-c", code], tmp_path, timeout=timeout)
+
+
+def test_the_spread_of_one_round() -> None:
+    assert Spread([2.0]).to_dict() == {"median": 2.0, "low": 2.0, "high": 2.0, "values": [2.0]}

@@ -1,0 +1,275 @@
+"""The command line: what is understood, what is refused and how it is told, and where things are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import LAUNCH, TOY, Place
+
+from launcher import cli
+from launcher.errors import ConfigError
+
+# ---- taking a command line apart ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "verb", "name", "overrides", "flags"),
+    [
+        ([], "train", None, [], {}),
+        (["experiment=mnist", "+x.y=1", "~debug"], "train", None, ["experiment=mnist", "+x.y=1", "~debug"], {}),
+        (["plan", "--json", "a=1"], "plan", None, ["a=1"], {"json": "yes"}),
+        (["evaluate", "a", "b=1"], "evaluate", "a", ["b=1"], {}),
+        (["evaluate", "b=1", "sweep/3"], "evaluate", "sweep/3", ["b=1"], {}),
+        (["logs", "stop"], "logs", "stop", [], {}),
+        (["--config-dir", "runs", "a=1"], "train", None, ["a=1"], {"config_dir": "runs"}),
+        (["--config-dir=own", "stop", "a"], "stop", "a", [], {"config_dir": "own"}),
+        (["-cd", "own", "a=1", "plan"], "plan", None, ["a=1"], {"config_dir": "own"}),
+        (["a=b=c", "x='--json'"], "train", None, ["a=b=c", "x='--json'"], {}),
+        (["board", "--port", "7000", "--host=0.0.0.0"], "board", None, [], {"port": "7000", "host": "0.0.0.0"}),
+        (["--info", "defaults", "a=1"], "train", None, ["a=1"], {"info": "defaults"}),
+        (["--info", "a=1"], "train", None, ["a=1"], {"info": "all"}),
+        (["-c", "job", "-p", "trainer"], "train", None, [], {"cfg": "job", "package": "trainer"}),
+    ],
+)
+def test_parse(
+    words: list[str], verb: str, name: str | None, overrides: list[str], flags: dict[str, str]
+) -> None:
+    line = cli.parse(words)
+    assert (line.verb, line.name, line.words, line.flags) == (verb, name, overrides, flags)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tran"], r'"tran" is neither a verb nor an override.*"train"'),
+        (["evalute", "a"], r'"evalute".*nearest verb is "evaluate"'),
+        (["Runs"], r'nearest verb is "runs"'),
+        (["xyzzy"], r'"xyzzy" is neither.*nearest verb is "\w+"'),
+        (["experiment"], r"experiment=mnist.*nearest verb"),
+        (["mnist_tiny"], r"Did you mean experiment=mnist_tiny\?"),
+        (["train", "plan"], r'"plan" is neither'),
+        (["--json"], r"--json belongs to launch plan and launch runs"),
+        (["--jsno"], r'"--jsno" is no flag.*"--json"'),
+        (["--port", "1"], r"--port belongs to launch board"),
+        (["runs", "--json=yes"], r"--json takes no value"),
+        (["--config-dir"], r"--config-dir needs a value"),
+        (["--config-dir", "--json"], r"--config-dir needs a value"),
+        (["stop"], r"launch stop NAME.*launch runs"),
+        (["logs", "a", "b"], r'"a" is one, and "b" another'),
+    ],
+)
+def test_parse_refuses(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cli.parse(words)
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_light(tmp_path: Path) -> None:
+    """Slower help, or one that needs a GPU's libraries, is the first thing that a newcomer meets."""
+    code = "import sys; from launcher import cli; cli.run(['--help']); print(sorted(sys.modules))"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    seconds = time.perf_counter() - started
+    assert not {"'torch'", "'ray'", "'hydra'"} & set(done.stdout.splitlines()[-1].strip("[]").split(", "))
+    verbs = ("train", "plan", "evaluate", "runs", "logs", "stop", "board")
+    assert all(f"\n  {verb} " in done.stdout for verb in verbs), "every verb that works has a line"
+    assert seconds < 1
+
+
+def test_help_of_a_verb_is_hydras(here: Place) -> None:
+    shown = here.here("train", "--help", "trainer.epochs=7", "trainer.log_every=${trainer.epochs}")
+    assert shown.status == 0
+    assert "== Configuration groups ==" in shown.out and "experiment: mnist, mnist_tiny" in shown.out
+    assert "epochs: 7" in shown.out and "log_every: ${trainer.epochs}" in shown.out
+    assert not here.runs.exists()
+
+
+def test_help_knows_the_groups_of_the_user(here: Place) -> None:
+    shown = here.here("train", *TOY, "--help")
+    options = next(line for line in shown.out.splitlines() if line.startswith("data: "))
+    assert {"mnist", "numbers"} <= set(options.removeprefix("data: ").split(", "))
+    assert "_target_: toy.Line" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--cfg", "job", "-p", "optimizer.lr", "optimizer.lr=0.25"], "0.25\n"),
+        (["--cfg", "job", "--resolve", "-p", "vars", "+vars.a=1", "+vars.b=${vars.a}"], "# @package vars\na: 1\nb: 1\n"),
+        (["train", *TOY, "--cfg", "job", "-p", "model"], "# @package model\n_target_: toy.Line\n"),
+        (["--cfg", "hydra"], "hydra:\n"),
+        (["--info", "defaults-tree"], "experiment: mnist"),
+        (["--info", "searchpath", *TOY], "/own"),
+        (["--hydra-help"], "== Flags =="),
+        (["--version"], "launch-train "),
+        (["runs", "--help"], "launch [VERB [NAME]]"),
+    ],
+)
+def test_what_hydras_flags_show(here: Place, words: list[str], expected: str) -> None:
+    shown = here.here(*words)
+    assert (shown.status, shown.err) == (0, "")
+    assert expected in shown.out
+
+
+def test_help_acts_on_nothing_that_a_file_says_under_hydra(here: Place, tmp_path: Path) -> None:
+    """Hydra's own `--help` configures logging from the files, and a handler's factory may be any function."""
+    (tmp_path / "local").mkdir()
+    handlers = "handlers:\n      x:\n        (): os.mkdir\n        path: planted\n"
+    (tmp_path / "local/default.yaml").write_text(
+        f"# @package _global_\nhydra:\n  hydra_logging:\n    version: 1\n    root:\n      handlers: [x]\n    {handlers}"
+    )
+    for flag in (["--help"], ["--cfg", "all"], ["--info", "all"], ["--hydra-help"]):
+        here.here("train", "--config-dir", str(tmp_path), *flag)
+        assert not Path("planted").exists()
+
+
+# ---- wrong requests: exit 2, one paragraph, nothing written -----------------------------------------------------------
+
+WRONG = [
+    ("foo=1", r'there is no key "foo"'),
+    ("trainer.epoch=1", r'Did you mean "trainer.epochs"'),
+    ("max_epochs=3", r"trainer.epochs"),
+    ("batch_size=3", r"trainer.global_batch_size"),
+    ("devices=2", r"scaling.workers"),
+    ("accumulate_grad_batches=2", r"trainer.microbatch_size"),
+    ("ckpt_path=x", r"run.resume=true"),
+    ("trainer.epochs=many", r"trainer.epochs must be a whole number"),
+    ("trainer.epochs=0", r"trainer.epochs is 0, but must be at least 1"),
+    ("trainer.steps=-3", r"trainer.steps is -3, but must be at least 1"),
+    ("trainer.global_batch_size=0", r"trainer.global_batch_size is 0"),
+    ("trainer.global_batch_size=41", r"trainer.global_batch_size=41 is larger than the training data.*40"),
+    ("trainer.microbatch_size=11", r"trainer.microbatch_size=11 is larger than a worker's share.*10"),
+    ("scaling.workers=0", r"scaling.workers is 0, but must be a whole number of at least 1"),
+    ("scaling.workers=2", r"cluster=none.*torchrun --nproc-per-node=2"),
+    ("scaling.device=cuda", r"cuda.*no usable GPU"),
+    ("checkpoint.monitor=val/acuracy", r"checkpoint.monitor=val/acuracy is no tag.*val/loss"),
+    ("trainer.log_every=never", r"trainer.log_every is 'never'"),
+    ("model=liine", r'there is no model called "liine".*"line"'),
+    ("model.widht=2", r'model.widht is not taken by toy.Line.*"width"'),
+    ("optimizer.learning_rate=2", r"optimizer.learning_rate is not taken.*lr"),
+    ("optimizer.groups=[{match: 'stem.*', lr: 1}]", r"stem"),
+    ("model._target_=os.system", r"os.system.*outside"),
+    ("model._target_=torch.nn.Linear", r"training_step|out_features|in_features"),
+    ("model._target_=toy.Numbers", r"wrong kind|outside|subclass of torch.nn.Module"),
+    ("+model.secret_key={_target_: subprocess.Popen, args: [touch, planted]}", r"subprocess.Popen.*outside"),
+    ("run.name=a/b", r"run.name is 'a/b'"),
+    ("run.name=..", r"run.name is '..'"),
+    ("run.name=.hidden", r"run.name is '.hidden'"),
+    ("run.name=", r"run.name"),
+    ("run.resume=true", r"run.name=NAME"),
+    ("run.root=s3://bucket/x", r"run.root=s3://bucket/x.*local directory"),
+    ("run.like=nobody", r'There is no run "nobody"'),
+    ("checkpoint.load=nobody", r"checkpoint.load=nobody: there is no such run"),
+    ("trainer.epochs=1,2", r"several values.*-m"),
+    ("data=idx", r"data.root has no value yet"),
+    ("data.bad=0", r"numbers.csv, row 0: not a number"),
+    ("trainer.deterministic=true trainer.precision=bfloat16", r"trainer.precision=float32"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG, ids=[words for words, _ in WRONG])
+def test_a_wrong_request(here: Place, words: str, message: str) -> None:
+    given = [words] if "{" in words else words.split(" ")
+    refused = here.here(*TOY, *given)
+    assert refused.status == 2
+    assert refused.out == ""
+    ours = [line for line in refused.err.splitlines() if line.startswith("launch: ")]
+    assert len(ours) == 1, refused.err
+    assert re.search(message, ours[0]), ours[0]
+    assert "Traceback" not in refused.err
+    assert here.files() == set() and not os.listdir(here.home)
+
+
+def test_too_many_workers_for_this_machine(here: Place) -> None:
+    """An endless wait for resources is what Ray does by itself."""
+    refused = here.here(*TOY, "cluster=local", "scaling.workers=4000")
+    assert refused.status == 2
+    assert "4000 workers" in refused.err and "scaling.workers=" in refused.err
+    assert here.files() == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("missing", None, r"nowhere"),
+        ("empty", b"", r"train-images"),
+        ("cut short", b"\x00\x00\x08\x03\x00\x00\x00\x05\x00\x00\x00\x1c\x00\x00\x00\x1cxx", r"train-images-idx3-ubyte"),
+    ],
+)
+def test_damaged_data_is_told_with_its_file(
+    here: Place, tmp_path: Path, kind: str, content: bytes | None, message: str
+) -> None:
+    root = tmp_path / ("nowhere" if content is None else "data")
+    if content is not None:
+        root.mkdir()
+        for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+            (root / name).write_bytes(content)
+    refused = here.here("experiment=mnist_tiny", "cluster=none", "data=idx", f"data.root={root}")
+    assert refused.status == 2
+    assert re.search(message, refused.err), refused.err
+    assert refused.err.startswith("launch: ") and len(refused.err.splitlines()) == 1
+    assert here.files() == set()
+
+
+def test_verbose_shows_the_traceback_of_an_error(here: Place) -> None:
+    refused = here.here(*TOY, "data.bad=0", "verbose=true")
+    assert refused.status == 2
+    assert "Traceback (most recent call last)" in refused.err and "row 0: not a number" in refused.err
+
+
+def test_a_bug_of_ours_is_told_as_one(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli._VERBS, "runs", lambda line: 1 // 0)
+    told = here.here("runs")
+    assert told.status == 1
+    assert "ZeroDivisionError" in told.err and "bug in launch" in told.err
+
+
+@pytest.mark.parametrize("words", ["runs foo=1", "board trainer.epochs=1", "stop a model=mlp"])
+def test_words_that_mean_nothing_to_a_verb(here: Place, words: str) -> None:
+    refused = here.here(*words.split())
+    assert refused.status == 2 and "means nothing to launch" in refused.err
+
+
+# ---- where things are written ---------------------------------------------------------------------------------------
+
+
+def test_standard_output_holds_the_directory_alone(place: Place) -> None:
+    """Scripts read it: what the user's code, its children and its C++ write must not come between."""
+    done = place.launch(*TOY, "run.name=a", "model.speak=true", "data.speak=true", "model.mishap=raw")
+    assert (done.status, done.out) == (0, f"{place.runs / 'a'}\n")
+    for text in ("a line is built", "row 3 is read", "a child speaks", "raw bytes"):
+        assert text in done.err
+    assert "Warning" not in done.err
+    log = (place.runs / "a/log.txt").read_text()
+    assert "[rank 0] row 3 is read" in log and "[rank 0] step 2/8  epoch 0.50" in log
+    assert place.files() == {"runs", "runs/a"}, "nothing is written outside the run's directory"
+    assert not os.listdir(place.home)
+
+
+def test_plan_prints_a_value_and_creates_nothing(here: Place) -> None:
+    told = here.here("plan", *TOY, "--json", "model.speak=true")
+    plan = json.loads(told.out)
+    assert told.status == 0 and "a line is built" in told.err
+    assert plan["machines"]["workers"] == 1 and plan["batches"]["steps"] == 8 and plan["parameters"] == 2
+    assert plan["tags"] == ["train/loss", "val/loss"]
+    shown = here.here("plan", *TOY)
+    assert "10 samples = 1 x 10" in shown.out and "8 steps = 2 epochs of 4" in shown.out
+    assert here.files() == set()
+
+
+def test_the_module_is_the_same_as_the_command(place: Place) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "plan", *TOY, "--json"], capture_output=True, cwd=place.directory, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parameters"] == 2
+    assert LAUNCH.exists(), "the package installs a command called launch"
