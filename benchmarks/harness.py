@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -89,16 +90,19 @@ def torchrun(workers: int, *words: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers), *words]
 
 
-def interleave(systems: Mapping[str, Measure], rounds: int, say: Callable[[str], None]) -> dict[str, list[Figures]]:
+def interleave(
+    systems: Mapping[str, Measure], rounds: int, say: Callable[[str], None], pause: float = 0.0
+) -> dict[str, list[Figures]]:
     """Measure every system once a round, so that whatever else the machine does meets all of them.
 
-    Each round begins with another system: none is always the first after a pause, or always behind the same one.
+    Each round begins with another system: none is always first, or last. pause: seconds of rest before each.
     """
     names = list(systems)
     found: dict[str, list[Figures]] = {name: [] for name in names}
     for number in range(rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
+            time.sleep(pause)
             with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
                 figures = systems[name](Path(folder))
             found[name].append(figures)

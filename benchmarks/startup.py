@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--experiment", choices=list(EXPERIMENTS), default="mnist")
     parser.add_argument("--only", choices=list(PAIRS), help="one of the two comparisons")
     options = parser.parse_args()
-    found = harness.interleave(systems(options), options.rounds, harness.progress)
+    pause = 0.0 if options.only == "alone" else SETTLE_SECONDS
+    found = harness.interleave(systems(options), options.rounds, harness.progress, pause)
     report(options, found).finish(options.json)
 
 
@@ -87,7 +88,6 @@ def by_hand(module: str, *words: str) -> Measure:
 
 def timed(command: list[str], folder: Path) -> Figures:
     """Run the command; return the seconds to its first step and to its end."""
-    time.sleep(SETTLE_SECONDS)
     home = folder / "home"  # Ray leaves a token and settings in it
     home.mkdir()
     began = time.time()

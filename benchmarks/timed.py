@@ -22,24 +22,24 @@ from models import vision
 class Stopwatch:
     """Notes when each pass began, and writes the file when `passes` of them have begun; on rank 0 only.
 
-    What the file holds: `passes`, seconds of an arbitrary clock; `first`, time.time() of the first; and the facts that
-    must be the same for a fair comparison (batch of this worker, workers, threads, parameters, dtype, memory layout).
+    What the file holds: `passes`, seconds of an arbitrary clock; `cpu`, seconds that this process has computed by then;
+    and the facts that must be the same for a fair comparison (batch of this worker, workers, threads, parameters,
+    dtype, memory layout).
     """
 
     def __init__(self, file: str, passes: int) -> None:
         self._file = Path(file)
         self._wanted = passes
         self._passes: list[float] = []
-        self._first = 0.0
+        self._cpu: list[float] = []
 
     def note(self, network: nn.Module, x: Tensor) -> None:
         if len(self._passes) == self._wanted:
             return
-        if not self._passes:
-            self._first = time.time()
         self._passes.append(time.perf_counter())
+        self._cpu.append(time.process_time())
         if len(self._passes) == self._wanted and rank() == 0:
-            write(self._file, {"passes": self._passes, "first": self._first, "facts": facts(network, x)})
+            write(self._file, {"passes": self._passes, "cpu": self._cpu, "facts": facts(network, x)})
 
 
 def facts(network: nn.Module, x: Tensor) -> dict[str, Any]:

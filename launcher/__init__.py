@@ -10,7 +10,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-__all__ = ["launch"]
+__all__ = ["launch", "sweep"]
 
 
 def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -52,3 +52,52 @@ def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bo
             return outcome.result
     except Stopped:
         raise KeyboardInterrupt from None
+
+
+def sweep(
+    *words: str, trials: int | None = None, config_dir: str | PathLike[str] | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Run a sweep as `launch -m WORDS…` does on the command line.
+
+        found = sweep("model=mlp", "optimizer.lr=tag(log,interval(1e-4,1e-1))", trials=20)
+        found["best"]["overrides"]          # ["optimizer.lr=0.0021"]
+
+    Args:
+        words: Hydra overrides, in Hydra's sweep syntax.
+        trials: how many trials a search has (`sweep.trials`); a grid needs none.
+        config_dir, quiet: as for `launch`.
+
+    Returns:
+        `trials`: one mapping a trial, with the columns of trials.csv; `best`: number, objective, overrides and parameters of
+        the best, or None; `result`: what the sweep's result.json holds; `directory`: where all of it is.
+
+    Raises:
+        launcher.errors.RequestError: what was asked is wrong or cannot be met; nothing was started.
+        KeyboardInterrupt: a second Ctrl-C, or one before the first trial began.
+    """
+    import os
+    from pathlib import Path
+
+    from launcher import sweeps
+    from launcher.errors import Stopped
+    from launcher.sweeps.driver import SweepObserver
+    from launcher.sweeps.show import SweepDisplay, conclusion
+
+    chosen = config_dir or os.environ.get("LAUNCH_CONFIG_DIR")
+    request = sweeps.as_request(words, trials, Path(chosen).expanduser().absolute() if chosen else None)
+    try:
+        if quiet:
+            outcome = sweeps.run(request, SweepObserver())
+        else:
+            with SweepDisplay() as display:
+                outcome = sweeps.run(request, display)
+                for text in [] if display.finished else conclusion(outcome):
+                    display.say(text)
+    except Stopped:
+        raise KeyboardInterrupt from None
+    return {
+        "trials": outcome.trials,
+        "best": outcome.best,
+        "result": outcome.result,
+        "directory": str(outcome.directory.path),
+    }

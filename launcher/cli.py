@@ -336,7 +336,7 @@ def _conclude_failure(
 
     if isinstance(error, Stopped):
         status = jobs.exit_status_of(error.signal_number)
-        _say("stopped at once")
+        _say("stopped at once" if directory.result().get("steps") else "stopped before the first step")
     else:
         status = _tell(error, verbose)
     for text in show.after_failure(directory, error):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.config import Composition, hydra_for
+from launcher.config import Composition, hydra_for, sources
 from launcher.errors import ConfigError, did_you_mean
 from launcher.prepare import Request
 
@@ -49,8 +49,15 @@ def text(asked: Asked, composition: Composition, request: Request) -> str:
     if asked.cfg == "job":
         return _yaml(composition.tree(asked.resolve), asked.package)
     with hydra_for(_words_of(composition, request), request.config_dir) as (hydra, primary, overrides):
-        if asked.help or asked.hydra_help:
-            return _help(hydra, primary, overrides, composition.tree(asked.resolve), asked.hydra_help)
+        if asked.hydra_help:
+            composed = _compose(hydra, None, [])
+            return _fill(hydra, composed.hydra.hydra_help, hydra.get_sanitized_hydra_cfg(composed))
+        if asked.help:
+            # Hydra lists the options of its first directory alone, and a user's own comes before ours.
+            groups = sources(request.config_dir).groups()
+            listing = "".join(f"{group}: {', '.join(options)}\n" for group, options in groups.items())
+            hydra.format_config_groups = lambda predicate, compact=True: listing
+            return _fill(hydra, _compose(hydra, primary, overrides).hydra.help, composition.tree(asked.resolve))
         return _by_hydra(asked, hydra, primary, overrides)
 
 
@@ -59,19 +66,21 @@ def _words_of(composition: Composition, request: Request) -> Sequence[str]:
     return request.words if list(composition.words) == list(request.words) else []
 
 
-def _help(hydra: Any, primary: str, overrides: list[str], tree: Any, about_hydra: bool) -> str:
-    from hydra._internal.utils import get_args_parser
+def _compose(hydra: Any, primary: str | None, overrides: list[str]) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+
+    composed = hydra.compose_config(primary, overrides, RunMode.RUN)
+    HydraConfig.instance().set_config(composed)
+    return composed
+
+
+def _fill(hydra: Any, template: Any, shown: Any) -> str:
+    from hydra._internal.utils import get_args_parser
     from omegaconf import OmegaConf
 
-    composed = hydra.compose_config(None if about_hydra else primary, [] if about_hydra else overrides, RunMode.RUN)
-    HydraConfig.instance().set_config(composed)
-    if about_hydra:
-        shown, template = hydra.get_sanitized_hydra_cfg(composed), composed.hydra.hydra_help
-    else:
-        shown, template = OmegaConf.create(tree), composed.hydra.help
-    return str(hydra.get_help(template, shown, get_args_parser(), resolve=False)).rstrip("\n") + "\n"
+    text = hydra.get_help(template, OmegaConf.create(shown), get_args_parser(), resolve=False)
+    return str(text).rstrip("\n") + "\n"
 
 
 def _by_hydra(asked: Asked, hydra: Any, primary: str, overrides: list[str]) -> str:

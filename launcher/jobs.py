@@ -209,19 +209,19 @@ class Record:
         prepared, directory = self._prepared, self._prepared.directory
         weights = None if prepared.resumes else _weights_of(prepared.job)
         self._made_root = not directory.path.parent.exists()
-        directory.create()
-        if plan is not None:
-            _check_room(directory, plan)
         try:
+            directory.create()
+            if plan is not None:
+                _check_room(directory, plan)
             self._write(prepared)
         except FileExistsError as error:
             raise RunError(
                 f'The run "{directory.name}" was started by somebody else at this moment. Choose another run.name.'
             ) from error
-        except OSError as error:
-            if self._begun and not prepared.resumes:
-                self._remove(directory)
-            self._begun = False
+        except (OSError, RunError) as error:
+            self._take_back(directory)
+            if isinstance(error, RunError):
+                raise
             raise RunError(
                 f"The run directory {directory.path} cannot be written: {error.strerror or error}. "
                 "Choose another place with run.root=DIRECTORY."
@@ -238,23 +238,31 @@ class Record:
     def _write(self, prepared: Prepared) -> None:
         directory, composition = prepared.directory, prepared.composition
         # The file claims the name: of two commands at the same moment one fails here.
-        with directory.config.open("w" if prepared.resumes else "x") as file:
-            self._begun = True
-            file.write(composition.to_yaml(directory.name))
+        if not prepared.resumes:
+            directory.config.touch(exist_ok=False)
+        self._begun = True
+        runs.write_text(directory.config, composition.to_yaml(directory.name))
         directory.clear_requests()
         _write_words(directory, composition.shown_words(), append=prepared.resumes)
         origin = self._origin or Origin.of(self._request.calling)
         (directory.path / "code.patch").write_text(origin.patch)
         facts = origin.facts
         if prepared.resumes:
-            earlier = directory.update_result(**{**facts, "status": "running", "reason": None, "error": None})
-            self._seconds_before = float(earlier.get("seconds") or 0.0)
+            earlier = {**_EMPTY_RESULT, **directory.result()}
+            self._seconds_before = float(earlier["seconds"] or 0.0)
+            directory.write_result({**earlier, **facts, "status": "running", "reason": None, "error": None})
         else:
             directory.write_result({**_EMPTY_RESULT, **facts})
         directory.beat()
 
-    def _remove(self, directory: RunDirectory) -> None:
-        shutil.rmtree(directory.path, ignore_errors=True)
+    def _take_back(self, directory: RunDirectory) -> None:
+        """Leave nothing of a run that could not begin; what was there before stays."""
+        assert self._prepared is not None
+        if self._begun and not self._prepared.resumes:
+            shutil.rmtree(directory.path, ignore_errors=True)
+        self._begun = False
+        with suppress(OSError):
+            directory.path.rmdir()
         if self._made_root:
             with suppress(OSError):
                 directory.path.parent.rmdir()
@@ -263,12 +271,14 @@ class Record:
         """Write how the run ended. keep: also what was refused before it began (a trial of a sweep) stays on disk."""
         assert self._prepared is not None
         directory = self._prepared.directory
-        if not keep and isinstance(error, RequestError) and error.exit_status == 2 and not self._prepared.resumes:
+        checkpoint = _newest_checkpoint(directory)
+        refused = isinstance(error, RequestError) and error.exit_status == 2 and checkpoint is None
+        if refused and not keep and not self._prepared.resumes:
             # Told before anything was trained: the name stays free for the next try.
-            self._remove(directory)
+            self._take_back(directory)
             return
         seconds = round(self._seconds_before + time.time() - self._request.started, 3)
-        changes: dict[str, Any] = {"seconds": seconds, "checkpoint": _newest_checkpoint(directory)}
+        changes: dict[str, Any] = {"seconds": seconds, "checkpoint": checkpoint}
         if isinstance(error, (Stopped, KeyboardInterrupt)):
             directory.update_result(status="stopped", reason="signal", error=None, **changes)
         else:
@@ -287,8 +297,6 @@ def _check_room(directory: RunDirectory, plan: Plan) -> None:
     needed = plan.memory["parameters"] + plan.memory["optimizer"]
     free = shutil.disk_usage(directory.path).free
     if free < needed:
-        with suppress(OSError):  # nothing is left behind; a directory with something in it stays
-            directory.path.rmdir()
         raise RunError(
             f"A checkpoint of this model takes {needed / 2**20:,.1f} MiB, and {directory.path.parent} has "
             f"{free / 2**20:,.1f} MiB free. Make room, or choose another place with run.root=DIRECTORY."

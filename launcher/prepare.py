@@ -69,7 +69,7 @@ def prepare(request: Request) -> Prepared:
     root = root_of(composition.job.run.root)
     name = composition.job.run.name
     if name is None:
-        choices = composition.choices if like is None else {"experiment": like.name}
+        choices = composition.choices if like is None else {"experiment": _spoken(like)}
         return Prepared(composition, _unused(RunDirectory(root / default_run_name(choices, datetime.now()))))
     directory = RunDirectory(root / name)
     if directory.exists():
@@ -119,7 +119,7 @@ def _meant(request: Request) -> tuple[Composition | None, RunDirectory | None, R
         if run.resume is True:
             runs.find(root_of(run.root), run.name)  # raises, and names the nearest
     if run.like is not None:
-        return None, None, like(run.root, run.like)
+        return None, None, run_like(run.root, run.like)
     if problem is not None:
         raise problem
     return new, None, None
@@ -229,7 +229,13 @@ def _identity(section: object) -> object:
 # ---- names and places -----------------------------------------------------------------------------------------------
 
 
-def like(root: str, name: str) -> RunDirectory:
+def _spoken(run: RunDirectory) -> str:
+    """Return a run's name as part of another's: a trial is called after its sweep."""
+    sweep = run.path.parent
+    return f"{sweep.name}-{run.name}" if (sweep / "study.journal").is_file() else run.name
+
+
+def run_like(root: str, name: str) -> RunDirectory:
     found = runs.find(root_of(root), name)
     if (found.path / "study.journal").is_file():
         raise RunError(f"run.like={name}: {name} is a sweep. Name one of its trials: {name}/best, or {name}/NUMBER.")

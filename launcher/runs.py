@@ -27,11 +27,15 @@ FINAL = ("completed", "stopped", "pruned", "failed")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that a reader sees the old or the new file, never a part.
+    """Write `content` as JSON; see `write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old or the new file, never a part.
 
     Where a full disk has no room for both, the old one is written over: that a run failed must still be said.
     """
-    text = json.dumps(content, indent=2) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text)
@@ -97,11 +101,13 @@ class RunDirectory:
         Raises:
             RunError: it cannot be created or written.
         """
+        probe = self.path / ".probe"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".probe"
-            probe.write_bytes(b"x")
-            probe.unlink()
+            try:
+                probe.write_bytes(b"x")
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(
                 f"The run directory {self.path} cannot be written: {error.strerror or error}. "

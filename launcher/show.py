@@ -53,17 +53,17 @@ def conclusion(outcome: Outcome, interactive: bool) -> list[str]:
     return lines
 
 
-def how_to_continue(directory: RunDirectory) -> str:
+def how_to_continue(directory: RunDirectory, begin: str = "Continue it") -> str:
     """Return the words that continue a run: also from another root than the usual one."""
     root = "" if directory.path.parent.name == "runs" else f" run.root={directory.path.parent}"
-    return f"Continue it with: launch run.name={directory.name}{root} run.resume=true"
+    return f"{begin} with: launch run.name={directory.name}{root} run.resume=true"
 
 
 def after_failure(directory: RunDirectory, error: BaseException) -> list[str]:
     """Return what to know of a run that failed after it had started, beside what the error says."""
     checkpoint = directory.result().get("checkpoint")
     if checkpoint is None:
-        return ["The run has no checkpoint yet."]
+        return [f"The run has no checkpoint yet. {how_to_continue(directory, 'Start it again')}"]
     if "run.resume" in str(error):
         return []
     return [f"The last good checkpoint is {checkpoint}. {how_to_continue(directory)}"]

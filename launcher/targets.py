@@ -32,7 +32,7 @@ ALLOWED = ("launcher.engine", "models", "torch.nn", "torch.optim")
 RESERVED: dict[str, frozenset[str]] = {"optimizer": frozenset({"groups"})}
 # Arguments that only the engine can give, and those that it gives to whoever asks for them.
 SUPPLIED: dict[str, frozenset[str]] = {"optimizer": frozenset({"params"}), "scheduler": frozenset({"optimizer"})}
-OFFERED: dict[str, frozenset[str]] = {"scheduler": frozenset({"total_steps"})}
+OFFERED: dict[str, frozenset[str]] = {"scheduler": frozenset({"total_steps", "T_max"})}
 # What an overlay such as `debug=pdb` wishes for whatever class the section names: taken where the class takes it.
 IF_TAKEN = "_if_taken_"
 HYDRA_WORDS = ("_partial_", "_args_", "_convert_", "_recursive_", "_mode_")

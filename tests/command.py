@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,6 +48,7 @@ class Running:
         if terminal:
             self._master, slave = pty.openpty()
             streams: dict[str, Any] = {"stdin": slave, "stderr": slave}
+            streams["preexec_fn"] = lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # so that Ctrl-C is one
         else:
             streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         self._out = (cwd / f".out-{time.monotonic_ns()}").open("w+")
@@ -58,6 +62,12 @@ class Running:
         else:
             assert self.process.stderr is not None
             self._from = self.process.stderr.fileno()
+
+    @property
+    def plain(self) -> str:
+        """What was shown, without colours, and without what the bar drew over."""
+        lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", lambda m: "\r" if m[0].endswith("K") else "", self.shown)
+        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines.split("\n"))
 
     def wait_for(self, text: str, seconds: float = 60) -> None:
         self._read_until(lambda: text in self.shown, seconds, f"{text!r} was not shown")
@@ -95,7 +105,7 @@ class Running:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"{complaint} within {seconds:g} s:\n{self.shown}")
+                raise AssertionError(f"{complaint} within {seconds:g} s:\n{self.plain[-3000:]}")
             if not select.select([self._from], [], [], 0.1)[0]:
                 continue
             try:
@@ -105,7 +115,7 @@ class Running:
             if not chunk:
                 if to_the_end or condition():
                     return
-                raise AssertionError(f"{complaint}, and the command has ended:\n{self.shown}")
+                raise AssertionError(f"{complaint}, and the command has ended:\n{self.plain[-3000:]}")
             self.shown += chunk.decode(errors="replace")
 
 

@@ -73,6 +73,7 @@ def test_throughput_compares_the_same_with_the_same(tmp_path: Path) -> None:
     assert len(systems) == 2 + len(peers)
     for name, found in systems.items():
         assert is_spread(found["steps_per_second"], 1), name
+        assert is_spread(found["cpu_milliseconds"], 1), name
         facts = {fact: found["facts"][fact] for fact in throughput.LIKE_FOR_LIKE}
         assert facts == {"batch": [8, 1, 28, 28], "dtype": "float32", "workers": 2, "threads": 1, "parameters": 29322}
         assert 0 < found["last_loss"]["median"] < 2.3, f"{name} does not learn"
@@ -222,9 +223,9 @@ def test_what_was_asked_is_shown_beside_what_was_found(demand: Demand, value: fl
 def test_unequal_work_is_refused(fact: str, value: Any) -> None:
     facts = {"batch": [8, 1, 28, 28], "dtype": "float32", "workers": 2, "threads": 1, "parameters": 29322}
     same = {"facts": facts, "logged": 1}
-    throughput.check_like_for_like({"one": [same, same], "other": [same]})
+    throughput.check_like_for_like({"one": [same, same], "other": [same, same]})
     with pytest.raises(Failed, match=f"other and one .*{fact}"):
-        throughput.check_like_for_like({"one": [same], "other": [same, {"facts": facts | {fact: value}, "logged": 1}]})
+        throughput.check_like_for_like({"one": [same], "other": [{"facts": facts | {fact: value}, "logged": 1}, same]})
 
 
 def test_a_system_that_logs_less_is_refused() -> None:

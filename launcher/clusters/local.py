@@ -221,26 +221,32 @@ class EmbeddedRay:
             loading.join()
 
     def _stop(self) -> None:
-        if not self.existing and "ray" in sys.modules:
-            import ray
-
-            broken = self.dead_process() is not None
-            if broken:
-                reaper.end(self._marker, grace=0.0)
-            leaving = threading.Thread(target=_suppressed(ray.shutdown), name="launch-shutdown", daemon=True)
-            leaving.start()
-            # In order it takes a tenth of a second. Without its GCS it tries for a minute to tell it.
-            leaving.join(3.0 if broken else 30.0)
-            if leaving.is_alive():
-                atexit.unregister(ray.shutdown)
-            reaper.end(self._marker, grace=0.3)
+        left = self.existing or "ray" not in sys.modules or self._leave()
         shutil.rmtree(self.directory, ignore_errors=True)
-        if self._reaper is not None:
+        # Where Ray's native part still waits for its GCS, it may write again: then the reaper waits for our end.
+        if self._reaper is not None and left:
             assert self._reaper.stdin is not None
             self._reaper.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._reaper.wait(timeout=5)
             self._reaper = None
+
+    def _leave(self) -> bool:
+        """End our Ray; return whether this process has let go of it."""
+        import ray
+
+        broken = self.dead_process() is not None
+        if broken:
+            sys.excepthook = sys.__excepthook__  # Ray's own tells its GCS of the exception, and waits
+            reaper.end(self._marker, grace=0.0)
+        leaving = threading.Thread(target=_suppressed(ray.shutdown), name="launch-shutdown", daemon=True)
+        leaving.start()
+        # In order it takes a tenth of a second. Without its GCS it tries for a minute to reach it.
+        leaving.join(3.0 if broken else 30.0)
+        if leaving.is_alive():
+            atexit.unregister(ray.shutdown)
+        reaper.end(self._marker, grace=0.3)
+        return not leaving.is_alive()
 
 
 def _suppressed(function: Callable[[], object]) -> Callable[[], None]:
@@ -312,7 +318,7 @@ def _adapted(lean: bool) -> Iterator[None]:
     does for it: three Python processes, and two to three seconds.
     `ray.init` has no options for this. Ray's version is pinned, and a name that is not there is left as it is.
     """
-    from ray._private import node, parameter, ray_constants, services, utils
+    from ray._private import node, parameter, ray_constants, services, utils, worker
 
     class LeanParameters(parameter.RayParams):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -339,6 +345,7 @@ def _adapted(lean: bool) -> Iterator[None]:
             (parameter, "RayParams", LeanParameters),
             (node.Node, "start_api_server", no_api_server),
             (utils, "get_dashboard_dependency_error", lambda: ImportError("left out")),
+            (worker, "listen_error_messages", lambda *_: None),  # prints what a lost worker means to Ray
         ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements if hasattr(owner, name)]
     try:

@@ -107,6 +107,8 @@ class Sums:
                 f"The model must return the same names for every batch; {', '.join(odd)}: {here}. Return a count of 0 "
                 "where a batch has nothing to say: (0.0, 0)."
             )
+        total: torch.Tensor
+        count: torch.Tensor | float
         for name, value in answer.items():
             if self._exact and isinstance(value, torch.Tensor) and value.ndim > 0:
                 # Each element is rounded by itself, so that the split into microbatches cannot matter.
@@ -117,20 +119,24 @@ class Sums:
                 if self._exact:
                     total, count = self._limbs(pair[0].detach()), self._limbs(pair[1])
                 else:
-                    total, count = pair[0].detach().double(), torch.as_tensor(pair[1], dtype=torch.float64)
+                    total, count = pair[0].detach(), pair[1]
             self._accumulate(self._sums, name, total)
             self._accumulate(self._counts, name, count)
 
-    def _accumulate(self, into: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    def _accumulate(self, into: dict[str, torch.Tensor], name: str, value: torch.Tensor | float) -> None:
+        shape: tuple[int, ...] = ()
+        if isinstance(value, torch.Tensor) and value.ndim:
+            shape, value = tuple(value.shape), value.to(self._device)
         if name not in into:
-            into[name] = value.to(self._device, copy=True)
-            return
-        if into[name].shape != value.shape:
+            dtype = torch.int64 if self._exact else torch.float64
+            into[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+        if into[name].shape != shape:
             raise ContractError(
-                f'The sum under "{name}" had shape {tuple(into[name].shape)} before and has {tuple(value.shape)} now; '
+                f'The sum under "{name}" had shape {tuple(into[name].shape)} before and has {shape} now; '
                 "a metric keeps its shape."
             )
-        into[name] += value.to(self._device)
+        # A number reaches the device as an argument of the addition; copying it would stop the device every step.
+        into[name] += value
         if self._exact:
             _carry(into[name])
 

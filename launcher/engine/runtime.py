@@ -117,7 +117,7 @@ class Runtime:
 
     # ---- collectives ------------------------------------------------------------------------------------------------
 
-    def vote(self, count: torch.Tensor, flags: dict[str, bool]) -> PendingVote:
+    def vote(self, count: torch.Tensor | float, flags: dict[str, bool]) -> PendingVote:
         """Start to add up `count` and the flags of all ranks; read the outcome with `wait`.
 
         On the CPU one tensor carries both; with a GPU the count stays on the device and the flags travel over gloo, so
@@ -126,13 +126,13 @@ class Runtime:
         names = tuple(flags)
         values = [float(value) for value in flags.values()]
         if self.device.type == "cpu":
-            both = torch.tensor([0.0, *values], dtype=torch.float64)
-            both[0] = count
+            both = torch.tensor([float(count), *values], dtype=torch.float64)
             pending = PendingVote(names, both[0], both[1:])
             if not self.alone:
                 pending.works = [dist.all_reduce(both, group=self.group, async_op=True)]
             return pending
-        pending = PendingVote(names, count.double(), torch.tensor(values, dtype=torch.float64))
+        on_device = torch.zeros((), dtype=torch.float64, device=self.device).add_(count)
+        pending = PendingVote(names, on_device, torch.tensor(values, dtype=torch.float64))
         if not self.alone:
             pending.works = [
                 dist.all_reduce(pending.count, group=self.group, async_op=True),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import gc
+import importlib
 import math
 import os
 import socket
@@ -278,6 +279,11 @@ def work(order: Order) -> None:
     context = ray.train.get_context()
     sys.path[:0] = [path for path in order.python_path if path not in sys.path]
     number, joined = 0, contextlib.ExitStack()
+    # Before the process group is there: PyTorch's functions take it as the default of an argument when they are defined,
+    # and what they hold would stay open when this rank leaves.
+    importlib.import_module("launcher.engine.entry")
+    # What was imported stays: to look through it for garbage after every task would take longer than a small task.
+    gc.freeze()
     runtime = joined.enter_context(ray_train.joined(order, context))
     while parcel := wait_for(f"{order.run}/parcel/{number}", math.inf):
         renew, job = cloudpickle.loads(base64.b64decode(parcel))
@@ -312,7 +318,6 @@ def _do(order: Order, number: int, job: bytes, runtime: Any) -> None:
         control.flush()
         if failed and not order.on_gpu:
             _leave(runtime)  # the others, who wait for this rank in a collective, are told that it has gone
-    gc.collect()
     give_back_memory(runtime.device)
 
 
@@ -321,6 +326,7 @@ def _leave(runtime: Any) -> None:
 
     with contextlib.suppress(Exception):
         runtime.end_task()
+    runtime.group = runtime.host_group = None  # the connections close with the last reference to them
     gc.collect()
     if dist.is_initialized():
         with contextlib.suppress(Exception):

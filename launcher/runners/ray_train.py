@@ -15,17 +15,14 @@ import contextlib
 import importlib
 import os
 import pickle
-import re
 import socket
 import sys
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
@@ -40,10 +37,10 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from launcher import errors
 from launcher.clusters.local import RAY_TRAIN_ENVIRONMENT, EmbeddedRay
-from launcher.errors import LaunchError, ResourceError, Stopped, TrainingError, UserCodeError, WorkerLost
+from launcher.errors import LaunchError, ResourceError, Stopped, TrainingError, WorkerLost
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
+from launcher.runners.reports import Event, crash_of, describe, rebuild
 from launcher.runners.signals import Interrupts
 
 LOOK_SECONDS = 0.2
@@ -51,14 +48,6 @@ ABORT_SECONDS = 10.0
 # How long a worker whose peer went away waits before it ends: the controller learns of the peer in this time, and the
 # user of the cause instead of the consequence.
 AFTERMATH_SECONDS = 3.0
-# What gloo, NCCL and the rendezvous store say when another rank has gone.
-_PEER_IS_GONE = re.compile(
-    r"connection (?:was )?(?:closed|reset|refused)|broken pipe|peer|socket (?:timeout|closed)|recvvalue failed"
-    r"|timed out (?:waiting|after)|wait timeout|nccl.*(?:remote|abort|unhandled system)",
-    re.IGNORECASE,
-)
-
-Event = dict[str, Any]
 
 
 @dataclass
@@ -112,7 +101,8 @@ def run(
     try:
         return supervision.watch()
     finally:
-        supervision.channel.close()
+        if cluster.dead_process() is None:
+            supervision.channel.close()
 
 
 # ---- the driver's side ----------------------------------------------------------------------------------------------
@@ -291,6 +281,11 @@ def explain(outcome: BaseException, workers: dict[int, Event], errors: list[Even
             return _lost(min(lost), str(lost[min(lost)]), workers)
     if errors:
         return rebuild(min(errors, key=lambda event: event["time"]))
+    if isinstance(outcome, ray.exceptions.RayActorError):
+        return WorkerLost(
+            "The process that supervises the workers (Ray Train's controller) died: it was killed, by somebody or by "
+            "the kernel for want of memory. Continue the run from its newest checkpoint with run.resume=true."
+        )
     cause = outcome.controller_failure if isinstance(outcome, ControllerError) else outcome
     if isinstance(cause, WorkerGroupStartupTimeoutError):
         return ResourceError(
@@ -312,33 +307,13 @@ def _lost(rank: int, report: str, workers: dict[int, Event]) -> WorkerLost:
             f"{who} was ended because the memory of the machine was nearly used up. Lower trainer.microbatch_size, "
             "data.num_workers or scaling.workers, and continue from the newest checkpoint with run.resume=true."
         )
-    crash = _crash(worker.get("stderr", ""))
+    crash = crash_of(worker.get("stderr", ""))
     how = (
         f"crashed in native code ({crash})"
         if crash
         else "died without a word: it was killed, by somebody or by the kernel for want of memory"
     )
     return WorkerLost(f"{who} {how}. Continue the run from its newest checkpoint with run.resume=true.")
-
-
-def _crash(stderr: str) -> str:
-    """Return the signal that Ray's crash handler has written to a worker's standard error, or nothing."""
-    try:
-        found = re.findall(r"\*\*\* (SIG[A-Z]+) received", Path(stderr).read_text(errors="replace"))
-    except OSError:  # the worker ran on another machine
-        return ""
-    return found[-1] if found else ""
-
-
-def rebuild(event: Event) -> LaunchError:
-    """Return the error that a worker described."""
-    kind = getattr(errors, event["type"], None)
-    if not (isinstance(kind, type) and issubclass(kind, LaunchError)) or issubclass(kind, UserCodeError):
-        return UserCodeError(event["message"], event.get("traceback", ""))
-    error = kind(event["message"])
-    # The engine turns a wrong request that shows only during training (a corrupt picture) from 2 to 1.
-    error.exit_status = event.get("exit_status", error.exit_status)
-    return error
 
 
 # ---- the workers' side ----------------------------------------------------------------------------------------------
@@ -396,30 +371,6 @@ def function_of(main: Callable[..., Any] | str) -> Callable[..., Any]:
         return main
     module, _, name = main.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def describe(error: BaseException, rank: int) -> Event:
-    text = str(error) or type(error).__name__
-    event: Event = {"kind": "error", "rank": rank, "time": time.time(), "setup": False, "aftermath": False}
-    if isinstance(error, LaunchError):
-        return event | {
-            "type": type(error).__name__,
-            "message": text,
-            "traceback": getattr(error, "traceback_text", ""),
-            "setup": isinstance(error, errors.RequestError),
-            "exit_status": error.exit_status,
-            "aftermath": isinstance(error, WorkerLost),
-        }
-    own = os.path.abspath(__file__)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if os.path.abspath(frame.filename) != own]
-    lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
-    lines += traceback.format_exception_only(type(error), error)
-    return event | {
-        "type": "UserCodeError",
-        "message": f"{type(error).__name__}: {text}",
-        "traceback": "".join(lines),
-        "aftermath": isinstance(error, RuntimeError) and bool(_PEER_IS_GONE.search(text)),
-    }
 
 
 @contextlib.contextmanager

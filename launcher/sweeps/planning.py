@@ -17,7 +17,7 @@ from launcher.config import Composition, SweepConfig, compose, default_run_name,
 from launcher.errors import ConfigError, RunError, did_you_mean
 from launcher.jobs import Observer, checked_plan
 from launcher.plan import Machines, Plan, machines_of
-from launcher.prepare import Request, key_of, like, root_of
+from launcher.prepare import Request, key_of, root_of, run_like
 from launcher.runners.tasks import Shape, fits
 from launcher.runs import RunDirectory
 from launcher.schema import check_run
@@ -181,7 +181,7 @@ def _plan(
 
 def _like(words: Sequence[str], root: Path) -> Path | None:
     name = next((word.partition("=")[2] for word in words if key_of(word) == "run.like"), None)
-    return None if name is None else like(str(root), name).config
+    return None if name is None else run_like(str(root), name).config
 
 
 def _of_trials(words: Sequence[str]) -> list[str]:

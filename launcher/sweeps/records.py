@@ -64,11 +64,11 @@ def write_csv(path: Path, found: Sequence[Mapping[str, Any]], keys: Sequence[str
     writer = csv.DictWriter(text, [*COLUMNS, *keys], restval="", lineterminator="\n")
     writer.writeheader()
     for row in found:
-        writer.writerow({key: _cell(value) for key, value in row.items()})
+        writer.writerow({key: cell(value) for key, value in row.items()})
     _replace(path, text.getvalue())
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if isinstance(value, list):
         return ";".join(str(each) for each in value)
     return "" if value is None else plain_text(value)

@@ -137,6 +137,11 @@ class Study:
         self._running: dict[int, optuna.Trial] = {}
         self._reported: dict[int, dict[int, int]] = {}  # trial -> optimizer step -> number of the evaluation
 
+    @property
+    def inner(self) -> optuna.Study:
+        """Optuna's own study, for its pictures."""
+        return self._study
+
     # ---- drawing ----------------------------------------------------------------------------------------------------
 
     def ask(self) -> optuna.Trial | None:

@@ -11,7 +11,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -183,11 +183,15 @@ def launch(
     weights: str | None = None,
     action: Any = "train",
     timeout: float = 60,
+    kill_when: Callable[[], bool] | None = None,
 ) -> list[Rank]:
     """Run the job's task as `workers` processes and return what they gave, by rank. One `Script` goes to all ranks.
 
-    The directory is used as it is: with checkpoints in it, the run is continued.
+    The directory is used as it is: with checkpoints in it, the run is continued. All ranks are killed at whatever
+    moment `kill_when` becomes true.
     """
+    while any(int(file.name.split(".")[3]) >= int(time.time()) for file in directory.glob("events.*")):
+        time.sleep(0.05)  # TensorBoard puts the files of one directory in order by the second in their names
     run_directory = RunDirectory(directory)
     run_directory.create()
     run_directory.clear_requests()
@@ -201,6 +205,11 @@ def launch(
         for process in processes:
             process.start()
         deadline = time.monotonic() + timeout
+        if kill_when is not None:
+            while not kill_when() and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            for process in processes:
+                process.kill()
         for process in processes:
             process.join(timeout=max(0.0, deadline - time.monotonic()))
         late = [rank for rank, process in enumerate(processes) if process.is_alive()]

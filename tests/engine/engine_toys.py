@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,9 +33,9 @@ def living_children() -> list[int]:
 
 def points(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return x (N, FEATURES), y (N,) that depends on x, and the number of each sample (N,)."""
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, FEATURES, generator=random)
-    y = (x[:, :CLASSES] + 0.3 * torch.randn(count, CLASSES, generator=random)).argmax(1)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, FEATURES, generator=generator)
+    y = (x[:, :CLASSES] + 0.3 * torch.randn(count, CLASSES, generator=generator)).argmax(1)
     return x, y, torch.arange(count)
 
 
@@ -55,11 +59,46 @@ class Pictures:
         self.train, self.val = self._some(train, 1), self._some(val, 2)
 
     def _some(self, count: int, seed: int) -> TensorDataset:
-        random = torch.Generator().manual_seed(seed)
-        y = torch.randint(10, (count,), generator=random)
-        x = torch.randn(count, 1, 28, 28, generator=random)
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.randint(10, (count,), generator=generator)
+        x = torch.randn(count, 1, 28, 28, generator=generator)
         x[torch.arange(count), 0, 2 * y] += 1.0  # a bright line whose height is the class
         return TensorDataset(x, y)
+
+
+class Samples:
+    """Read one by one. Every sample is changed at random by torch, random and NumPy.
+
+    Args:
+        bad: the sample that cannot be read: `raises` "value", "os" or "bug" there.
+        noise: whether samples are changed.
+    """
+
+    def __init__(self, count: int, bad: int | None = None, raises: str = "value", noise: bool = True) -> None:
+        self.x, self.y, _ = points(count, 1)
+        self.bad, self.raises, self.noise = bad, raises, noise
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        if index == self.bad:
+            if self.raises == "value":
+                raise ValueError(f"digits.csv, row {index}: expected 785 numbers, found 3.")
+            if self.raises == "os":
+                raise OSError(5, "Input/output error", f"picture-{index}.png")
+            missing: dict[str, int] = {}
+            return self.x[missing["label"]], self.y[0], 0
+        noise = torch.randn(FEATURES) + random.gauss(0, 1) + float(np.random.normal()) if self.noise else 0.0
+        return self.x[index] + 0.1 * noise, self.y[index], index
+
+
+class Augmented:
+    """`Samples` to train on and to validate with."""
+
+    def __init__(self, train: int = 1037, val: int = 203, num_workers: int = 0, **how: Any) -> None:
+        self.train, self.val = Samples(train, **how), Samples(val, noise=False)
+        self.num_workers = num_workers
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
@@ -215,3 +254,76 @@ class Talkative(Net):
 
     def summarize(self, totals: dict[str, Any]) -> Any:
         return "all went well"
+
+
+class Explosive(Net):
+    """Goes wrong where a certain sample is in the batch while it is trained.
+
+    Args:
+        kind: "nan" or "inf": the loss of that sample; "gradient": the loss is finite and its gradient is not; "raise":
+            an exception; "exit": the process dies.
+    """
+
+    def __init__(self, kind: str, sample: int = 900) -> None:
+        super().__init__()
+        self.kind, self.sample = kind, sample
+
+    def training_step(self, batch: Any) -> Any:
+        answer = super().training_step(batch)
+        here = batch[2] == self.sample
+        if not (self.training and torch.is_grad_enabled() and bool(here.any())):
+            return answer
+        loss = answer["loss"]
+        if self.kind == "raise":
+            return self.helper(loss)
+        if self.kind == "exit":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "gradient":
+            return {**answer, "loss": loss + here * (loss - loss.detach()).abs().sqrt()}  # the slope of the root at 0
+        return {**answer, "loss": torch.where(here, float(self.kind), loss)}
+
+    def helper(self, loss: Tensor) -> Any:
+        raise KeyError(f"no such thing among {len(loss)}")
+
+
+class Normed(Net):
+    """With batch normalisation and dropout, whose results depend on how a batch is split."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.1)
+        self.stem = nn.Sequential(nn.Linear(FEATURES, 16), nn.BatchNorm1d(16))  # type: ignore[assignment]
+
+
+class Other(Net):
+    """One layer more than `Net`, and one of another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tail = self.head
+        del self.head
+        self.extra = nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.extra(self.tail(torch.tanh(self.middle(torch.tanh(self.stem(x))))))
+
+
+class Noisy(Net):
+    """Notes the random numbers that a training step draws."""
+
+    def training_step(self, batch: Any) -> Any:
+        if torch.is_grad_enabled():
+            RECORD.append(("random", float(torch.rand(()))))
+        return super().training_step(batch)
+
+
+class Loud(Net):
+    """Prints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        print("built")
+
+    def training_step(self, batch: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            print("a step of", len(batch[2]))
+        return super().training_step(batch)

@@ -20,7 +20,7 @@ def by_hand(directory: Path, count: int, seed: int) -> tuple[float, float]:
     x, y, _ = toys.points(count, seed)
     with torch.no_grad():
         logits = model(x)
-    return float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
+    return float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).double().mean())
 
 
 def totals(ranks: list[Rank]) -> list[list[Any]]:

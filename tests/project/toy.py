@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -48,7 +49,7 @@ class Line(nn.Module):
     Args:
         width: more than one makes it another model.
         delay: seconds that a training step takes.
-        mishap: what happens at training step `at`, counted without the start check: "raise", "nan", "die", "pdb",
+        mishap: what happens at training step `at`, 0 being the one that tries the model out: "raise", "infinite", "die", "pdb",
             "prompt", "raw" (what does not pass through sys.stdout).
         rank: the mishap happens to this rank alone.
         secret: for the record of a run.
@@ -67,7 +68,7 @@ class Line(nn.Module):
         super().__init__()
         self.net = nn.Linear(1, width)
         self.delay, self.mishap, self.at, self.rank, self.speak = delay, mishap, at, rank, speak
-        self.steps = -2  # the start check calls the model once, and the trainer before the first step
+        self.steps = -1  # a model is tried out once before its first step
         if speak:
             print("a line is built")
 
@@ -81,10 +82,10 @@ class Line(nn.Module):
             time.sleep(self.delay)
         if self.speak:
             print(f"step {self.steps} of the model")
-        own = self.rank is None or str(self.rank) == os.environ.get("RANK", "0")
+        own = self.rank is None or self.rank == (dist.get_rank() if dist.is_initialized() else 0)
         if self.mishap is not None and self.steps == self.at and own:
-            if self.mishap == "nan":
-                loss = loss * float("nan")
+            if self.mishap == "infinite":
+                loss = loss * float("inf")
             else:
                 mishaps: dict[str, Callable[[], Any]] = {
                     "raise": self.stumble,

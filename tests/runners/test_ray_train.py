@@ -19,6 +19,7 @@ from ray_jobs import HERE, Task
 from launcher.clusters import reaper
 from launcher.clusters.local import EmbeddedRay
 from launcher.errors import DataError, LaunchError, NonFiniteLoss, Stopped, UserCodeError, WorkerLost
+from launcher.runners import reports
 from launcher.runners.signals import Interrupts
 
 CPUS = 2
@@ -113,9 +114,7 @@ def test_an_exception_on_one_rank_is_raised_as_what_it_was(cluster: EmbeddedRay)
     ],
 )
 def test_errors_of_ours_arrive_as_they_left(error: LaunchError) -> None:
-    from launcher.runners import ray_train
-
-    arrived = ray_train.rebuild(json.loads(json.dumps(ray_train.describe(error, rank=1))))
+    arrived = reports.rebuild(json.loads(json.dumps(reports.describe(error, rank=1))))
 
     assert type(arrived) is type(error)
     assert str(arrived) == str(error)
@@ -209,6 +208,31 @@ def test_sigkill_of_the_driver_leaves_nothing_and_touches_nobody_else(tmp_path: 
         assert foreign.wait(timeout=20) == 130
     decoy.kill()
     decoy.wait()
+
+
+@pytest.mark.parametrize(("process", "named"), [("gcs_server", "gcs_server"), ("ray::TrainController", "controller")])
+def test_a_run_whose_supervision_dies_ends_and_says_so(tmp_path: Path, process: str, named: str) -> None:
+    """Would be wrong: a command that hangs for ever (Ray itself waits a minute for its GCS, then kills the driver)."""
+    with start_driver("until_stopped", "deaf", tmp_path) as driver:
+        assert driver.stdout is not None
+        session = driver.stdout.readline().split()[1]
+        while "training" not in driver.stdout.readline():
+            pass
+        for pid in reaper.marked(marker_of_child(driver.pid)):
+            program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+            if Path(program).name.startswith(process):
+                os.kill(pid, signal.SIGKILL)
+        output = driver.communicate(timeout=30)[0]
+
+    last_line = output.strip().splitlines()[-1]
+    assert last_line.startswith("launcher.errors.WorkerLost: ")
+    assert named in last_line
+    assert "run.resume=true" in last_line
+    assert driver.returncode == 1
+    deadline = time.monotonic() + 10
+    while Path(session).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def reaper_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ class DataParallel(Strategy):
     def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig) -> None:
         super().__init__(model, runtime, trainer)
         self._wrapped: nn.Module = self._steps
+        self._parameters = list(model.parameters())  # walking the modules every step takes as long as the vote
         self._keeps_gradients = False
 
     def prepare(self, batch: Any) -> dict[str, Any]:
@@ -73,18 +75,17 @@ class DataParallel(Strategy):
 
         Elsewhere a parameter that a global batch does not use must have none: zeros would make the optimizer decay it.
         """
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self._parameters if p.grad is not None]
         if grads and self._keeps_gradients:
             torch._foreach_zero_(grads)
             return
-        for parameter in self.model.parameters():
+        for parameter in self._parameters:
             parameter.grad = None
 
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
         self._clear()
-        device = self.runtime.device
-        on_host = device.type == "cpu"
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        on_host = self.runtime.device.type == "cpu"
+        total: torch.Tensor | float = 0.0
         weight = self.runtime.world_size / size
         pending = None
         for batch, last in mark_last(batches):
@@ -94,9 +95,9 @@ class DataParallel(Strategy):
                 with self.cast():
                     answer = wrapped(batch)
                 loss, count = loss_of(answer)
-                total += count
+                total = total + (count.double() if isinstance(count, torch.Tensor) else count)
                 # On a GPU reading the loss would stop the device each step; there the sums are looked at when logged.
-                if on_host and not bool(torch.isfinite(loss)):
+                if on_host and not math.isfinite(loss.item()):
                     flags["bad"] = True
                 if last:
                     pending = self.runtime.vote(total, flags)
@@ -124,7 +125,7 @@ class DataParallel(Strategy):
 
     def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
         self._scaler.unscale_(optimizer)
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self._parameters if p.grad is not None]
         if vote.count.device.type == "cpu":
             count = vote.count.item()
             if count != size:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,8 +59,9 @@ class Strategy(ABC):
 
     def cast(self) -> AbstractContextManager[Any]:
         """The context in which the network computes in `trainer.precision`."""
-        enabled = self._precision is not torch.float32
-        return torch.autocast(self.runtime.device.type, dtype=self._precision if enabled else None, enabled=enabled)
+        if self._precision is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.runtime.device.type, dtype=self._precision)
 
     @abstractmethod
     def prepare(self, batch: Any) -> dict[str, Any]:

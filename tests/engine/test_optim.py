@@ -1,0 +1,143 @@
+"""Which parameter is trained by which settings, and what the learning rate is at which step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
+from launcher.errors import ConfigError
+from tests.engine.engine_ranks import final_weights, launch, make_job, succeed
+
+ADAM = {"_target_": "torch.optim.AdamW", "lr": 0.1}
+
+
+def network() -> nn.Module:
+    return nn.ModuleDict({"stem": nn.Linear(2, 2), "body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+
+
+def rates(groups: list[dict[str, Any]], **more: Any) -> dict[str, float | None]:
+    """Return name -> learning rate of every parameter, None where it is frozen."""
+    model = network()
+    optimizer = build_optimizer({**ADAM, "groups": groups, **more}, model)
+    known = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: known.get(id(p)) for name, p in model.named_parameters()}
+    assert all((found[name] is None) != p.requires_grad for name, p in model.named_parameters())
+    assert all(group["params"] for group in optimizer.param_groups)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ([], {"stem": (0.1, 0.1), "body": (0.1, 0.1), "head": (0.1, 0.1)}),
+        ([{"match": "head.*", "lr": 1.0}], {"stem": (0.1, 0.1), "body": (0.1, 0.1), "head": (1.0, 1.0)}),
+        # The first match wins.
+        (
+            [{"match": "*.bias", "lr": 2.0}, {"match": "head.*", "lr": 1.0}, {"match": "stem*", "freeze": True}],
+            {"stem": (None, 2.0), "body": (0.1, 2.0), "head": (1.0, 2.0)},
+        ),
+        ([{"match": "stem.*", "freeze": True}], {"stem": (None, None), "body": (0.1, 0.1), "head": (0.1, 0.1)}),
+        ([{"match": "*", "lr": 3.0}], {"stem": (3.0, 3.0), "body": (3.0, 3.0), "head": (3.0, 3.0)}),
+        ([{"match": "head.*", "freeze": False}], {"stem": (0.1, 0.1), "body": (0.1, 0.1), "head": (0.1, 0.1)}),
+    ],
+)
+def test_the_first_pattern_that_matches_decides(groups: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    wanted = {f"{layer}.{kind}": pair[i] for layer, pair in expected.items() for i, kind in enumerate(("weight", "bias"))}
+    assert rates(groups) == wanted
+
+
+def test_any_setting_of_the_optimizer_may_differ_by_group() -> None:
+    groups = [{"match": "*.bias", "weight_decay": 0.0}]
+    optimizer = build_optimizer({**ADAM, "weight_decay": 0.3, "groups": groups}, network())
+    assert [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups] == [(3, 0.3), (3, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([{"match": "haed.*", "lr": 1.0}], r'no parameter is left for the pattern "haed\.\*".*Did you mean "head'),
+        ([{"match": "head.*"}, {"match": "head.bias", "lr": 1.0}], r'no parameter is left for the pattern "head.bias"'),
+        ([{"lr": 1.0}], "needs `match`"),
+        ([{"match": "*", "freeze": True}], "Nothing is left to train"),
+    ],
+)
+def test_a_rule_that_does_nothing_is_an_error(groups: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parameter_groups(network(), groups)
+
+
+def test_frozen_parameters_stay_as_they_were_on_all_ranks(tmp_path: Path) -> None:
+    frozen = {**ADAM, "weight_decay": 0.5, "groups": [{"match": "stem.*", "freeze": True}]}
+    for steps in (1, 6):
+        succeed(make_job(optimizer=frozen, steps=steps), tmp_path / str(steps), 2)
+    first, last = (final_weights(tmp_path / str(steps)) for steps in (1, 6))
+    same = {name for name in first if torch.equal(first[name], last[name])}
+    assert same == {"stem.weight", "stem.bias"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fused"),
+    [
+        ({"_target_": "torch.optim.AdamW", "lr": 0.1}, True),
+        ({"_target_": "torch.optim.AdamW", "lr": 0.1, "fused": False}, False),
+        ({"_target_": "torch.optim.SGD", "lr": 0.1}, True),
+        ({"_target_": "torch.optim.Rprop", "lr": 0.1}, None),
+    ],
+)
+def test_one_kernel_serves_all_parameters_where_the_optimizer_has_it(optimizer: Any, fused: bool | None) -> None:
+    assert build_optimizer(optimizer, network()).param_groups[0].get("fused") == fused
+
+
+# ---- schedules ------------------------------------------------------------------------------------------------------
+
+
+def schedule(section: dict[str, Any], steps: int, **optimizer: Any) -> list[float]:
+    tuner = build_optimizer({**ADAM, **optimizer}, network())
+    scheduler = build_scheduler(section, tuner, steps)
+    found = []
+    for _ in range(steps):
+        found.append(learning_rate(tuner))
+        tuner.step()
+        scheduler.step()
+    return found
+
+
+OURS = "launcher.engine.optim.WarmupCosine"
+THEIRS = "torch.optim.lr_scheduler"
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({}, [0.1] * 6),
+        ({"_target_": OURS}, [0.1, 0.0933, 0.075, 0.05, 0.025, 0.0067]),
+        ({"_target_": OURS, "warmup_steps": 2, "min_ratio": 0.5}, [0.05, 0.1, 0.1, 0.0927, 0.075, 0.0573]),
+        ({"_target_": OURS, "warmup_steps": 6}, [0.1 * step / 6 for step in range(1, 7)]),
+        ({"_target_": f"{THEIRS}.CosineAnnealingLR"}, [0.1, 0.0933, 0.075, 0.05, 0.025, 0.0067]),  # is told T_max
+        ({"_target_": f"{THEIRS}.CosineAnnealingLR", "T_max": 3}, [0.1, 0.075, 0.025, 0.0, 0.025, 0.075]),
+        ({"_target_": f"{THEIRS}.OneCycleLR", "max_lr": 1.0, "anneal_strategy": "linear"}, None),
+        ({"_target_": f"{THEIRS}.StepLR", "step_size": 2}, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]),
+    ],
+)
+def test_the_learning_rate_follows_the_schedule(section: dict[str, Any], expected: list[float] | None) -> None:
+    found = schedule(section, 6)
+    if expected is None:
+        assert max(found) <= 1.0
+        assert found[0] == pytest.approx(1.0 / 25)
+    else:
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_warm_up_longer_than_the_run_is_an_error(tmp_path: Path) -> None:
+    job = make_job(steps=5, scheduler={"_target_": OURS, "warmup_steps": 6})
+    (rank,) = launch(job, tmp_path)
+    assert rank.error is not None
+    assert rank.error[:2] == (
+        "ConfigError",
+        "scheduler.warmup_steps=6: it must lie between 0 and the run's 5 steps.",
+    )

@@ -1,0 +1,163 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard's file, log.txt."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.engine.console import Captured, Console
+from launcher.engine.sinks.jsonl import JsonLines
+from launcher.engine.sinks.tensorboard import TensorBoard
+from tests.engine import engine_toys as toys
+from tests.engine.engine_ranks import board, logged, make_job, succeed
+
+# ---- metrics.jsonl --------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, steps: range, keep_until: int | None = None) -> None:
+    sink = JsonLines(path, keep_until)
+    for step in steps:
+        sink.log({"step": step, "train/loss": 1 / step})
+    sink.close()
+
+
+def test_what_lost_steps_had_written_is_removed_on_resume(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    write(file, range(1, 9))
+    file.write_text(file.read_text() + '[1]\n{"no step": 1}\nnull\n{"step": 9, "tr')
+    write(file, range(6, 8), keep_until=5)
+    assert [line["step"] for line in lines(file)] == [1, 2, 3, 4, 5, 6, 7]
+    write(file, range(1, 3))  # a new run of this name
+    assert [line["step"] for line in lines(file)] == [1, 2]
+    write(tmp_path / "none.jsonl", range(4, 5), keep_until=3)
+    assert [line["step"] for line in lines(tmp_path / "none.jsonl")] == [4]
+
+
+def test_every_line_is_on_the_disk_when_it_is_logged_and_is_json(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink.log({"step": 1, "train/loss": math.nan, "val/loss": math.inf, "epoch": 0.5})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": None, "val/loss": None, "epoch": 0.5}]
+    sink.close()
+
+
+# ---- TensorBoard ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_what_metrics_jsonl_holds(tmp_path: Path) -> None:
+    succeed(make_job(epochs=1, log_every=3, logging={"tensorboard": True, "graph": True}), tmp_path, 2)
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1  # one writer
+    entries, shown = logged(tmp_path), board(tmp_path)
+    for tag in ("train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm"):
+        assert dict(shown[tag]) == pytest.approx({step: entries[step][tag] for step in (3, 6, 9, 11)}, rel=1e-6)
+    assert dict(shown["val/loss"]) == pytest.approx({11: entries[11]["val/loss"]}, rel=1e-6)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    expected = {
+        *("throughput/samples_per_second", "throughput/data_wait_fraction", "memory/allocated_gib"),
+        *("cluster/workers", "cluster/restarts", "val/accuracy"),
+    }
+    assert expected <= set(accumulator.Tags()["scalars"])
+    assert accumulator.Tags()["graph"]
+    assert accumulator.Tags()["tensors"] == ["configuration/text_summary"]
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(toys.FEATURES, 1)
+
+    def training_step(self, batch: Any) -> Any:
+        return {"loss": self.layer(batch[0]).square().flatten()}
+
+
+class Untraceable(Plain):
+    def training_step(self, batch: Any) -> Any:
+        raise RuntimeError("not under a tracer")
+
+
+@pytest.mark.parametrize(("model", "drawn"), [(Plain(), True), (Untraceable(), False)])
+def test_a_network_that_cannot_be_traced_is_not_drawn_and_no_harm_done(
+    model: nn.Module, drawn: bool, tmp_path: Path
+) -> None:
+    state = torch.get_rng_state()
+    sink = TensorBoard(tmp_path)
+    assert sink.graph(model, (torch.ones(3, toys.FEATURES), torch.zeros(3))) is drawn
+    sink.log(1, {"train/loss": 0.5})
+    sink.close()
+    assert board(tmp_path) == {"train/loss": [(1, 0.5)]}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+# ---- prints ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("writes", "expected"),
+    [
+        (["a line\n"], [("a line", True)]),
+        (["half ", "and half\n"], [("half and half", True)]),
+        (["one\ntwo\nthr", "ee\n"], [("one", True), ("two", True), ("three", True)]),
+        (["10%\r", "20%\r", "30%\n"], [("30%", True)]),  # a bar that redraws itself
+        (["with carriage return\r\n"], [("with carriage return", True)]),
+        (["\n"], [("", True)]),
+    ],
+)
+def test_prints_become_lines(writes: list[str], expected: list[tuple[str, bool]]) -> None:
+    seen: list[tuple[str, bool]] = []
+    stream = Captured(lambda text, whole: seen.append((text, whole)))
+    for text in writes:
+        assert stream.write(text) == len(text)
+    assert seen == expected
+
+
+def test_a_prompt_is_shown_before_its_line_ends() -> None:
+    seen: list[tuple[str, bool]] = []
+    stream = Captured(lambda text, whole: seen.append((text, whole)))
+    stream.write("(Pdb) ")
+    stream.flush()
+    stream.flush()
+    assert seen == [("(Pdb) ", False)]
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def requests(self) -> frozenset[str]:
+        return frozenset()
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+
+def test_the_console_is_given_back_also_after_an_error(tmp_path: Path) -> None:
+    kept, control = (sys.stdout, sys.stderr), Collector()
+
+    def speak() -> None:
+        with Console(tmp_path / "log.txt", 3, control) as console:
+            print("to the output")
+            print("to the errors, without an end", end="", file=sys.stderr)
+            console.note("of the engine")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        speak()
+    assert (sys.stdout, sys.stderr) == kept
+    assert [event["text"] for event in control.events] == ["to the output", "to the errors, without an end"]
+    texts = [line.partition(" ")[2] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert texts == ["[rank 3] to the output", "[rank 3] of the engine", "[rank 3] to the errors, without an end"]

@@ -1,0 +1,384 @@
+"""The training loop: what it does when, in which precision, and what it says when something goes wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.engine.checkpoint import available, load_weights, newest_intact
+from tests.engine import engine_toys as toys
+from tests.engine.engine_ranks import (
+    Rank,
+    Script,
+    assert_same_run,
+    assert_same_weights,
+    column,
+    final_weights,
+    launch,
+    logged,
+    make_job,
+    result_of,
+    succeed,
+)
+
+EXPLOSIVE = {"_target_": "Explosive", "kind": "nan"}
+
+
+def only(ranks: list[Rank], name: str) -> tuple[str, str, str]:
+    """Return the error of this class; what other ranks have is no more than the loss of this one."""
+    errors = [rank.error for rank in ranks if rank.error is not None and rank.error[0] == name]
+    assert errors, [rank.error for rank in ranks]
+    assert {rank.error and rank.error[0] for rank in ranks} <= {name, "WorkerLost"}
+    return errors[0]
+
+
+# ---- numbers that are none ------------------------------------------------------------------------------------------
+
+
+def meeting(sample: int, workers: int) -> tuple[int, int]:
+    """Return the step and the rank that meet a sample, in batches of 100 of the 1,037 with seed 0."""
+    from launcher.engine.data import Order, Split
+
+    order = Order(1037, 100, 0)
+    at = order.epoch(0).tolist().index(sample)
+    batch, position = divmod(at, 100)
+    shares = [Split().share(order.batch_size(batch), rank, workers) for rank in range(workers)]
+    (rank,) = [r for r, spans in enumerate(shares) if any(start <= position < stop for start, stop in spans)]
+    return batch + 1, rank
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_loss_that_is_no_number_names_step_and_rank(kind: str, workers: int, tmp_path: Path) -> None:
+    job = make_job(model={**EXPLOSIVE, "kind": kind}, epochs=2, log_every=50, checkpoint={"every": 1, "keep": 100})
+    ranks = launch(job, tmp_path, workers)
+    step, culprit = meeting(900, workers)
+    assert 2 < step < 11
+    for rank in ranks:  # all of them know, and none waits for another
+        assert rank.error is not None
+        assert rank.error[0] == "NonFiniteLoss"
+        assert f"at step {step} on rank {culprit};" in rank.error[1]
+        assert f"the last good checkpoint is {tmp_path / 'checkpoints'}/step-{step - 1:08d}" in rank.error[1]
+    newest = newest_intact(tmp_path / "checkpoints").path
+    assert newest is not None
+    assert newest.name == f"step-{step - 1:08d}"
+    assert all(value.isfinite().all() for value in load_weights(newest).values())
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_weights_that_are_no_numbers_are_never_saved(clip: float | None, tmp_path: Path) -> None:
+    # A gradient can be infinite while the loss is not: the checkpoint of that step must not become the newest.
+    job = make_job(
+        model={**EXPLOSIVE, "kind": "gradient"}, epochs=2, clip_norm=clip, checkpoint={"every": 1, "keep": 100}
+    )
+    ranks = launch(job, tmp_path, 2)
+    step, _ = meeting(900, 2)
+    for rank in ranks:
+        assert rank.error is not None
+        assert rank.error[0] == "NonFiniteLoss"
+        assert f"The weights became NaN or infinite by step {step}" in rank.error[1]
+        assert f"step-{step - 1:08d}" in rank.error[1]
+    assert max(available(tmp_path / "checkpoints")) == step - 1
+
+
+def test_an_infinite_gradient_stops_the_deterministic_mode(tmp_path: Path) -> None:
+    job = make_job(
+        model={**EXPLOSIVE, "kind": "gradient"}, epochs=2, deterministic=True, checkpoint={"every": 1, "keep": 100}
+    )
+    ranks = launch(job, tmp_path, 2)
+    for rank in ranks:
+        assert rank.error is not None
+        assert rank.error[0] == "TrainingError"
+        assert "fixed point" in rank.error[1]
+    assert max(available(tmp_path / "checkpoints")) == meeting(900, 2)[0] - 1
+
+
+# ---- errors of the user's code --------------------------------------------------------------------------------------
+
+
+def test_an_exception_of_the_model_is_told_with_the_users_own_frames(tmp_path: Path) -> None:
+    ranks = launch(make_job(model={**EXPLOSIVE, "kind": "raise"}), tmp_path, 2, timeout=30)
+    _, message, traceback = only(ranks, "UserCodeError")
+    assert message.startswith("KeyError: 'no such thing among")
+    files = re.findall(r'File "([^"]+)", line \d+, in (\w+)', traceback)
+    assert [name for _, name in files] == ["training_step", "helper"]
+    assert all(file.endswith("engine_toys.py") for file, _ in files)
+    assert "UserCodeError: KeyError" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_killed_rank_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    ranks = launch(make_job(model={**EXPLOSIVE, "kind": "exit"}), tmp_path, 3, timeout=30)
+    assert sorted(str(rank.error and rank.error[0]) for rank in ranks) == ["None", "WorkerLost", "WorkerLost"]
+    assert all("run.resume=true" in rank.error[1] for rank in ranks if rank.error)
+
+
+def test_a_parameter_that_a_later_batch_leaves_out_is_told(tmp_path: Path) -> None:
+    model = {"_target_": "Branches", "residue": 30, "never": False}
+    ranks = launch(make_job(model=model), tmp_path, 2, timeout=30)
+    _, message, _ = only(ranks, "UserCodeError")
+    assert "used parameters in the first batch that it does not use in this one" in message
+
+
+def test_prints_are_kept_with_their_rank_and_shown(tmp_path: Path) -> None:
+    ranks = succeed(make_job(model="Loud", steps=2), tmp_path, 2)
+    for number, rank in enumerate(ranks):
+        lines = [event["text"] for event in rank.events if event["kind"] == "line"]
+        assert lines[0] == "built"
+        assert lines[-2:] == ["a step of 50", "a step of 50"]
+        assert (tmp_path / "log.txt").read_text().count(f"[rank {number}] a step of 50") >= 2
+
+
+def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path: Path) -> None:
+    job = make_job(deterministic=True, epochs=1, log_every=5, checkpoint={"every": 1})
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "metrics.jsonl").symlink_to("/dev/full")
+    ranks = launch(job, full, 2, timeout=30)
+    _, message, _ = only(ranks, "TrainingError")
+    assert "cannot be written: No space left on device" in message
+    assert "run.resume=true" in message
+    (full / "metrics.jsonl").unlink()
+    succeed(job, full, 2)
+    succeed(job, tmp_path / "whole")
+    assert_same_weights(final_weights(full), final_weights(tmp_path / "whole"))
+
+
+def test_a_print_that_finds_no_room_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    succeed(make_job(model="Loud", steps=2), tmp_path)
+
+
+# ---- precision and the cutting of batches ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_learns_about_the_same(precision: str, workers: int, tmp_path: Path) -> None:
+    succeed(make_job(epochs=2), tmp_path / "float32")
+    ranks = succeed(make_job(epochs=2, precision=precision), tmp_path / precision, workers)
+    full, low = (column(tmp_path / name, "train/loss") for name in ("float32", precision))
+    assert low != full
+    # The first steps of float16 may be skipped, until the loss scale fits.
+    assert low[-1] == pytest.approx(full[-1], abs=0.05)
+    assert all(value.dtype == torch.float32 for value in final_weights(tmp_path / precision).values())
+    printed = [event["text"] for rank in ranks for event in rank.events if event["kind"] == "line"]
+    assert not printed, "PyTorch's warnings would puzzle the user"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_microbatches_give_the_gradient_of_the_whole_batch(workers: int, tmp_path: Path) -> None:
+    for micro in (None, 7):
+        job = make_job(model="Tokens", steps=20, microbatch_size=micro, clip_norm=0.3)
+        succeed(job, tmp_path / str(micro), workers)
+    whole, parts = (column(tmp_path / str(micro), "train/loss") for micro in (None, 7))
+    assert parts == pytest.approx(whole, abs=1e-5)
+    norms = [column(tmp_path / str(micro), "train/grad_norm") for micro in (None, 7)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_ranks_draw_other_random_numbers(tmp_path: Path) -> None:
+    ranks = succeed(make_job(model="Noisy", steps=5), tmp_path, 2)
+    one, other = ([value for what, value in rank.record if what == "random"][-5:] for rank in ranks)
+    assert not set(one) & set(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_compiled_is_what_it_was_before(deterministic: bool, tmp_path: Path) -> None:
+    model = {"_target_": "models.vision.ConvNet", "width": 4}
+    how: dict[str, Any] = {"model": model, "data": "Pictures", "epochs": 2, "deterministic": deterministic}
+    succeed(make_job(**how), tmp_path / "plain", 2)
+    for workers in (1, 2, 3) if deterministic else (2,):
+        succeed(make_job(compile=True, **how), tmp_path / f"compiled{workers}", workers, timeout=300)
+    plain, compiled = (column(tmp_path / name, "train/loss") for name in ("plain", "compiled2"))
+    assert compiled == pytest.approx(plain, abs=1e-3)
+    if deterministic:
+        assert_same_run(tmp_path / "compiled1", tmp_path / "compiled2")
+        assert_same_run(tmp_path / "compiled1", tmp_path / "compiled3")
+    assert not any("_orig_mod" in name for name in final_weights(tmp_path / "compiled2"))
+
+
+# ---- what is said at the start --------------------------------------------------------------------------------------
+
+
+def test_layers_that_depend_on_the_split_are_named_once(tmp_path: Path) -> None:
+    ranks = succeed(make_job(model="Normed", steps=2), tmp_path, 2)
+    assert "BatchNorm1d: its statistics are those of a worker's microbatch" in ranks[0].notes
+    assert "Dropout: random numbers are drawn by each worker" in ranks[0].notes
+    assert ranks[1].notes == ""
+    assert succeed(make_job(steps=2), tmp_path / "plain")[0].notes == ""
+
+
+def test_trying_the_first_batch_leaves_no_trace_in_the_network(tmp_path: Path) -> None:
+    for name, logging in (("drawn", {"tensorboard": True, "graph": True}), ("not", {})):
+        succeed(make_job(model="Normed", steps=2, logging=logging), tmp_path / name)
+    weights = final_weights(tmp_path / "drawn")
+    assert weights["stem.1.num_batches_tracked"] == 2
+    assert_same_weights(weights, final_weights(tmp_path / "not"))
+
+
+# ---- when what is due -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "losses", "validations"),
+    [
+        ({"log_every": 4, "evaluate_every": 6}, [4, 8, 12, 16, 20, 22], [6, 12, 18, 22]),
+        ({"log_every": "1ep", "evaluate_every": "2ep"}, [11, 22], [22]),
+        ({"log_every": 100, "evaluate_every": "1ep"}, [22], [11, 22]),
+        ({"log_every": "1h", "evaluate_every": "1h"}, [22], [22]),
+        ({"log_every": "0.000001s", "evaluate_every": "5ep"}, list(range(1, 23)), [22]),
+    ],
+    ids=["steps", "epochs", "seldom", "hours", "microseconds"],
+)
+def test_logs_and_validations_come_when_they_are_due(
+    how: dict[str, Any], losses: list[int], validations: list[int], tmp_path: Path
+) -> None:
+    succeed(make_job(epochs=2, **how), tmp_path, 2)
+    entries = logged(tmp_path)
+    assert [step for step, values in entries.items() if "train/loss" in values] == losses
+    assert [step for step, values in entries.items() if "val/loss" in values] == validations
+    assert [values["samples"] for values in entries.values()][-1] == 2 * 1037
+    assert [values["epoch"] for values in entries.values()][-1] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kept"),
+    [
+        ({"every": 4, "keep": 2, "monitor": None}, [20, 22]),
+        ({"every": 4, "keep": 3, "monitor": None}, [16, 20, 22]),
+        ({"every": "1ep", "keep": 5, "monitor": None}, [11, 22]),
+        ({"every": "1h", "keep": 5, "monitor": None}, [22]),
+        # The accuracy is kept where it is highest, the newest beside it.
+        ({"every": 4, "keep": 1, "monitor": "val/accuracy", "mode": "max"}, "best"),
+        ({"every": 4, "keep": 1, "monitor": "val/loss", "mode": "max"}, "best"),
+    ],
+)
+def test_the_newest_and_the_best_checkpoints_are_kept(
+    checkpoint: dict[str, Any], kept: Any, tmp_path: Path
+) -> None:
+    sgd = {"_target_": "torch.optim.SGD", "lr": 1.5, "momentum": 0.9}  # up and down
+    succeed(make_job(epochs=2, evaluate_every=1, optimizer=sgd, checkpoint=checkpoint), tmp_path, 2)
+    found = sorted(available(tmp_path / "checkpoints"))
+    best = result_of(tmp_path)["best"]
+    if kept != "best":
+        assert found == kept
+        assert best is None
+        return
+    values = {step: values[checkpoint["monitor"]] for step, values in logged(tmp_path).items()}
+    top = max(values.values())
+    first = min(step for step, value in values.items() if value == top)
+    assert best == {"tag": checkpoint["monitor"], "value": top, "step": first}
+    assert found == sorted({first, 22})
+
+
+def test_overfitting_repeats_the_first_batches(tmp_path: Path) -> None:
+    job = make_job(model={"_target_": "Net", "note": True}, overfit_batches=2, epochs=3, global_batch_size=10)
+    (rank,) = succeed(job, tmp_path)
+    numbers = [content[0] for what, *content in rank.record if what == "losses"][-6:]
+    assert numbers == 3 * [list(range(10)), list(range(10, 20))]
+    assert rank.result["steps"] == 6
+
+
+def test_result_json_says_what_the_run_was(tmp_path: Path) -> None:
+    ranks = succeed(make_job(epochs=2, log_every=5), tmp_path, 2)
+    result = result_of(tmp_path)
+    assert ranks[0].result == result
+    assert ranks[1].result == {}
+    entries = logged(tmp_path)
+    assert result["metrics"]["train/loss"] == entries[22]["train/loss"]
+    assert result["metrics"]["val/accuracy"] == entries[22]["val/accuracy"]
+    assert result["metrics"]["cluster/workers"] == 2
+    expected = {"status": "completed", "steps": 22, "epochs": 2.0, "samples": 2074, "workers": 2, "world_sizes": [2]}
+    assert {key: result[key] for key in expected} == expected
+    assert result["best"]["value"] == min(values["val/loss"] for values in entries.values() if "val/loss" in values)
+    assert result["samples_per_second"] > 0
+
+
+# ---- beginning with weights -----------------------------------------------------------------------------------------
+
+
+def weights_file(tmp_path: Path) -> str:
+    torch.manual_seed(5)
+    path = tmp_path / "weights.pt"
+    torch.save(toys.Net().state_dict(), path)
+    return str(path)
+
+
+def test_training_begins_with_weights_that_are_given(tmp_path: Path) -> None:
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.0}
+    file = weights_file(tmp_path)
+    for workers in (1, 2):
+        ranks = succeed(make_job(steps=1, optimizer=sgd), tmp_path / str(workers), workers, weights=file)
+        for rank in ranks:
+            assert_same_weights(rank.weights, torch.load(file))
+    # A resume has weights of its own.
+    succeed(make_job(steps=2, optimizer={**sgd, "lr": 0.5}), tmp_path / "1")
+    before = final_weights(tmp_path / "1")
+    succeed(make_job(steps=2), tmp_path / "1", weights=file)
+    assert_same_weights(final_weights(tmp_path / "1"), before)
+
+
+def test_weights_that_do_not_fit_are_told_or_left_out(tmp_path: Path) -> None:
+    file = weights_file(tmp_path)
+    (rank,) = launch(make_job(model="Other", steps=1), tmp_path / "strict", weights=file)
+    assert rank.error is not None
+    assert rank.error[0] == "CheckpointError"
+    assert "missing: extra.bias, extra.weight, tail.bias, tail.weight; unexpected: head.bias, head.weight" in rank.error[1]
+    assert "checkpoint.load_strict=false" in rank.error[1]
+    lenient = make_job(model="Other", steps=1, checkpoint={"load_strict": False})
+    (rank,) = succeed(lenient, tmp_path / "lenient", weights=file)
+    assert "4 missing, 2 unused" in rank.notes
+    (rank,) = launch(
+        make_job(model={"_target_": "Net", "width": 8}, steps=1, checkpoint={"load_strict": False}),
+        tmp_path / "shape",
+        weights=file,
+    )
+    assert rank.error is not None
+    assert "another shape: head.weight (4, 16) instead of (4, 8)" in rank.error[1]
+
+
+# ---- the engine stands alone ----------------------------------------------------------------------------------------
+
+_WITHOUT = """
+import sys, time
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("ray", "hydra", "omegaconf"):
+            raise ImportError(f"{name} must not be imported here")
+sys.meta_path.insert(0, Blocker())
+from pathlib import Path
+from launcher.engine.entry import Task, run
+from launcher.engine.runtime import Runtime
+from launcher.runs import RunDirectory
+from launcher.schema import CheckpointConfig, Job, LoggingConfig, TrainerConfig
+
+class Silent:
+    def requests(self): return frozenset()
+    def emit(self, event): pass
+
+directory = RunDirectory(Path(sys.argv[1]))
+directory.create()
+job = Job(
+    model={"_target_": "tests.engine.engine_toys.Net"},
+    data={"_target_": "tests.engine.engine_toys.Points"},
+    optimizer={"_target_": "torch.optim.AdamW", "lr": 0.01},
+    trainer=TrainerConfig(steps=3, global_batch_size=100, log_every=1),
+    trust=["tests.engine.engine_toys"],
+)
+result = run(Task("train", job, sys.argv[1], [], time.time()), Runtime.single("cpu"), Silent())
+print(result["status"], [name for name in ("ray", "hydra", "omegaconf") if name in sys.modules])
+"""
+
+
+def test_the_engine_trains_without_ray_and_hydra(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "completed []", done.stderr

@@ -1,0 +1,90 @@
+"""What the workers of the warm groups' tests do: functions of (task, runtime, control), as the engine's `run` is one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = str(Path(__file__).resolve().parent)
+
+
+@dataclass
+class Task:
+    """`note` says what happens to the task."""
+
+    note: str = ""
+    python_path: list[str] = field(default_factory=lambda: [HERE])
+
+
+def main(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
+    return globals()[task.note.split()[0]](task, runtime, control)
+
+
+def facts(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
+    """Return the processes of the group, having talked to all of them."""
+    return {"pids": runtime.gather(os.getpid()), "world_size": runtime.world_size}
+
+
+def fail_on_rank_1(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
+    """Raise on one rank while the others wait for it in a collective."""
+    if runtime.rank == 1:
+        raise ZeroDivisionError("mine")
+    runtime.barrier()
+    return {}
+
+
+def hang_after_an_error(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
+    """Raise on one rank while the other is in the user's own endless loop."""
+    if runtime.rank == 1:
+        raise ZeroDivisionError("mine")
+    time.sleep(600)
+    return {}
+
+
+def die_on_rank_1(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
+    control.emit({"kind": "phase", "name": "training"})
+    if runtime.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    runtime.barrier()
+    return {}
+
+
+def train_a_little(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
+    """What each trial leaves behind in its process: groups of its own, a large network, reference cycles."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    runtime.new_host_group()
+    model = DistributedDataParallel(torch.nn.Linear(1000, 1000))  # 4 MB, 12 with gradient and bucket
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        model(torch.ones(64, 1000)).sum().backward()
+        optimizer.step()
+    model.cycle = [model]
+    return {
+        "threads": len(os.listdir("/proc/self/task")),
+        "files": len(os.listdir("/proc/self/fd")),
+        "mib": _resident(),
+    }
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def until_stopped(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
+    """Emit progress until all ranks have seen the request that the note names."""
+    control.emit({"kind": "phase", "name": "training"})
+    wanted = task.note.split()[1]
+    step = 0
+    while True:
+        step += 1
+        control.emit({"kind": "progress", "step": step, "rank": runtime.rank})
+        if all(runtime.gather(wanted in control.requests())):
+            return {"stopped": wanted}
+        time.sleep(0.02)

@@ -1,0 +1,206 @@
+"""What the documentation says is so: links lead somewhere, commands are understood, keys exist, examples run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import LAUNCH, Place
+
+from launcher import cli, config, keys, targets
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *(ROOT / "docs").glob("*.md")]
+README, EXTENDING = ROOT / "README.md", ROOT / "docs/extending.md"
+# Keys that are shown because they are wrong.
+WRONG_KEYS = {"trainer.max_epochs"}
+# A verb that is spoken of, and no command.
+NAMED_ALONE = [["evaluate"], ["logs"], ["stop"]]
+# Set by choosing an option of their group.
+BY_GROUP = {"strategy.name", "cluster.kind"}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Return (language, text) of every fenced block."""
+    return BLOCK.findall(page.read_text())
+
+
+def prose(page: Path) -> str:
+    return BLOCK.sub("", page.read_text())
+
+
+def write_files(page: Path, directory: Path) -> None:
+    """Write every block that says in its first lines which file it is (`# conf/model/softmax.yaml`)."""
+    for _, text in blocks(page):
+        named = [re.fullmatch(r"# ([\w/]+\.(?:py|yaml))", line) for line in text.splitlines()[:2]]
+        for match in filter(None, named):
+            file = directory / match[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield the words behind `launch` of every command on the page, in blocks and in the text."""
+    candidates = [line for language, text in blocks(page) if language in ("bash", "") for line in text.splitlines()]
+    candidates += re.findall(r"(?<!`)`(launch [^`]+)`(?!`)", prose(page))
+    candidates += re.findall(r"^    (launch [^\n]+)$", prose(page), re.MULTILINE)
+    for candidate in candidates:
+        for part in re.split(r";\s*(?:do )?", candidate):
+            if not part.startswith("launch ") or re.search(r"…|\.\.\.|\bVERB\b|\[VERB", part):
+                continue
+            words = shlex.split(part.replace("$n", "2"), comments=True)[1:]
+            if words not in NAMED_ALONE:
+                yield words
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def ids(pages: list[Path]) -> list[str]:
+    return [page.relative_to(ROOT).as_posix() for page in pages]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        if not other.exists() or (anchor and anchor not in slugs(other)):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for source in (README, EXTENDING, page):
+        write_files(source, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(targets, "_calling", [])
+    targets.add_calling_directory(tmp_path)
+    for words in commands(page):
+        line = cli.parse(words)
+        sweeps = "multirun" in line.flags
+        plain = [word for word in line.words if not (sweeps and is_axis(word))]
+        config.compose(plain, line.config_dir)  # raises, and the message names the word
+
+
+def is_axis(word: str) -> bool:
+    """Whether a word of a sweep names several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(word).is_sweep_override()
+
+
+def test_verbs_are_those_of_the_help() -> None:
+    shown = subprocess.run([LAUNCH, "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
+    in_help = re.findall(r"^  ([a-z]+) (?:NAME)? {2,}\S", shown, re.MULTILINE)
+    table = README.read_text().partition("## The commands")[2].partition("\n## ")[0]
+    in_readme = re.findall(r"^\| `([a-z]+)(?: NAME)?` \|", table, re.MULTILINE)
+    assert in_readme == [verb for verb in in_help if verb != "launch"]
+    assert "train" in in_readme
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_keys_exist(page: Path) -> None:
+    sections = {*keys.SECTIONS, *keys.OPEN_SECTIONS}
+    unknown = []
+    for text in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose(page)):
+        for section, rest in re.findall(r"(?<![\w./-])([a-z]+)\.([a-z_.]+)", text):
+            key = f"{section}.{rest}".rstrip(".")
+            is_file = re.search(r"\.(py|md|yaml|txt|json)$", key)
+            if section in sections and not is_file and key not in WRONG_KEYS and not keys.is_known(key):
+                unknown.append(key)
+    assert unknown == []
+
+
+def test_every_key_is_told() -> None:
+    told = "".join(page.read_text() for page in PAGES)
+    missing = [key for key in keys.LEAVES if key not in BY_GROUP and not re.search(rf"\b{re.escape(key)}\b", told)]
+    assert missing == []
+
+
+def test_pictures_are_small_and_leave_nothing_to_fetch() -> None:
+    for picture in (ROOT / "docs/images").iterdir():
+        assert picture.stat().st_size < 300 * 1024, picture.name
+        if picture.suffix == ".svg":
+            assert not re.search(r"(?:href|src|url)\s*[=(]\s*[\"']?https?:", picture.read_text()), picture.name
+
+
+def test_python_in_the_readme_is_of_this_package() -> None:
+    import launcher
+
+    for language, text in blocks(README):
+        if language == "python":
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ImportFrom) and node.module == "launcher":
+                    assert all(hasattr(launcher, alias.name) for alias in node.names)
+
+
+# ---- what a reader would copy ---------------------------------------------------------------------------------------
+
+
+def run_all(lines: list[list[str]], directory: Path) -> list[dict[str, object]]:
+    """Run commands one after the other in one process, and return what each run's result.json says."""
+    each = "[cli.run(words) and sys.exit(str(words)) for words in json.load(sys.stdin)]"
+    program = f"import json, sys; from launcher import cli; {each}"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=directory,
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = [Path(line) for line in done.stdout.splitlines() if line.startswith(os.sep)]
+    return [json.loads((path / "result.json").read_text()) for path in made]
+
+
+@pytest.mark.timeout(300)
+def test_the_first_example_runs_as_it_stands(tmp_path: Path) -> None:
+    write_files(EXTENDING, tmp_path)
+    sources = [text for language, text in blocks(EXTENDING)[:2] if language in ("python", "yaml")]
+    assert len([line for text in sources for line in text.splitlines() if line.strip()]) <= 30
+    done = Place(tmp_path, tmp_path / "home").launch(*next(commands(EXTENDING)), seconds=200)
+    assert done.status == 0, done.err
+    result = json.loads((Path(done.last) / "result.json").read_text())
+    assert (result["status"], result["workers"]) == ("completed", 2)
+    assert result["metrics"]["val/loss"] < 0.5  # the variance of y is above 1
+    assert {"train/absolute_error", "val/absolute_error"} <= result["metrics"].keys()
+
+
+@pytest.mark.timeout(200)
+def test_the_other_examples_run_as_they_stand(tmp_path: Path) -> None:
+    write_files(EXTENDING, tmp_path)
+    _, *rest = commands(EXTENDING)
+    trained = [words for words in rest if "--config-dir" in words and "cluster=none" in words]
+    assert len(trained) >= 8
+    results = run_all([*trained, ["plan", "--config-dir", "conf", "experiment=regression"]], tmp_path)
+    assert [result["status"] for result in results] == ["completed"] * len(trained)
+
+
+@pytest.mark.timeout(200)
+def test_the_model_of_the_readme_runs(tmp_path: Path) -> None:
+    write_files(README, tmp_path)
+    (words,) = [words for words in commands(README) if "--config-dir" in words]
+    (result,) = run_all([[*words, "cluster=none", "trainer.epochs=1"]], tmp_path)
+    metrics = result["metrics"]
+    assert isinstance(metrics, dict)
+    assert metrics["val/accuracy"] > 0.6
