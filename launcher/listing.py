@@ -17,12 +17,15 @@ def rows(root: Path) -> list[dict[str, Any]]:
     """Return one mapping a run under `root`, oldest first."""
     found = []
     for run in list_runs(root):
-        result = run.result()
+        try:
+            result, status = run.result(), run.status()
+        except RunError:  # one damaged file must not hide the other runs
+            result, status = {}, "unreadable"
         metrics = result.get("metrics") or {}
         found.append(
             {
                 "name": run.name,
-                "status": run.status(),
+                "status": status,
                 "reason": result.get("reason"),
                 "steps": result.get("steps"),
                 "loss": metrics.get("train/loss"),

@@ -28,11 +28,13 @@ def number(value: float) -> str:
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3e}"
 
 
-def facts(event: Mapping[str, Any]) -> str:
-    """Return where a run stands: epoch, loss, speed and time left of a progress event, in one line."""
+def facts(event: Mapping[str, Any], brief: bool = False) -> str:
+    """Return where a run stands: epoch, loss and, unless `brief`, speed and time left of a progress event, in one line."""
     parts = [f"epoch {event['epoch']:.2f}"]
     if event.get("loss") is not None:
         parts.append(f"loss {number(event['loss'])}")
+    if brief:
+        return "  ".join(parts)
     if event.get("samples_per_second"):
         parts.append(f"{event['samples_per_second']:,.0f} samples/s")
     if event.get("seconds_left") is not None and event["step"] < event["total_steps"]:
@@ -40,12 +42,14 @@ def facts(event: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def step_line(event: Mapping[str, Any]) -> str:
-    """Return one line for a step that was logged, with what was evaluated."""
-    return "  ".join([f"step {event['step']}/{event['total_steps']}", facts(event), *evaluated(event["values"])])
+def step_line(event: Mapping[str, Any], brief: bool = False) -> str:
+    """Return one line for a step that was logged, with what was evaluated. brief: without speed and time left."""
+    begin = f"step {event['step']}/{event['total_steps']}"
+    return "  ".join([begin, facts(event, brief), *evaluated(event["values"])])
 
 
 def evaluated(values: Mapping[str, float | None]) -> list[str]:
-    """Return the metrics of the validation and test sets, one text each."""
+    """Return the metrics of the validation and test sets, one text each, losses first."""
     tags = [tag for tag in values if tag.startswith(("val/", "test/"))]
+    tags.sort(key=lambda tag: not tag.endswith("/loss"))
     return [f"{tag} {number(value)}" for tag in tags if (value := values[tag]) is not None]

@@ -64,9 +64,14 @@ class Plan:
         m, b = self.machines, self.batches
         workers = count(m.workers, f"{'GPU' if m.device == 'cuda' else 'CPU'} worker")
         return (
-            f"{workers} ({m.description}), global batch {b.global_batch_size} = {m.workers} x {b.per_worker}, "
+            f"{workers} ({m.description}), global batch {b.global_batch_size} = {self._shares()}, "
             f"{count(b.steps, 'step')} ({count(b.epochs, 'epoch')} of {b.steps_per_epoch})"
         )
+
+    def _shares(self) -> str:
+        workers, most = self.machines.workers, self.batches.per_worker
+        even = workers * most == self.batches.global_batch_size
+        return f"{workers} x {'' if even else 'at most '}{most}"
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan as (what, value) for people."""
@@ -79,7 +84,7 @@ class Plan:
         return [
             ("where", m.description),
             ("workers", f"{m.workers} on {m.device}, {m.cpus_per_worker:g} CPU and {m.gpus_per_worker:g} GPU each"),
-            ("global batch", f"{b.global_batch_size} samples = {m.workers} x {b.per_worker}{accumulated}"),
+            ("global batch", f"{b.global_batch_size} samples = {self._shares()}{accumulated}"),
             ("length", f"{length} (the last batch has {b.last_batch_size})"),
             ("data", ", ".join(f"{name} {count:,}" for name, count in self.data.items())),
             ("network", f"{self.parameters:,} parameters"),
@@ -119,7 +124,8 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
         fit = int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker))
         workers = max(1, fit)
     local.check_feasible(workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
-    return Machines("local", "this machine", cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
+    where = "the Ray of this session" if local.connected() else "this machine"
+    return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
 
 
 def make_plan(job: Job, ranks: int | None = None) -> Plan:

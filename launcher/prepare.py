@@ -165,7 +165,13 @@ def over_the_run(request: Request, directory: RunDirectory) -> tuple[Composition
         )
     targets.add_calling_directory(request.calling)
     words = _new_words(request, directory)
-    return compose(words, request.config_dir, directory.config), tuple(shown(word) for word in words)
+    composition = compose(words, request.config_dir, directory.config)
+    alone = composition.job.cluster.kind == "none" and "cluster" in composition.given
+    if alone and "scaling.workers" not in composition.given and composition.job.scaling.workers != "auto":
+        # The number belongs to the cluster that the run had.
+        words.append("scaling.workers=auto")
+        composition = compose(words, request.config_dir, directory.config)
+    return composition, tuple(shown(word) for word in words)
 
 
 def _new_words(request: Request, directory: RunDirectory) -> list[str]:

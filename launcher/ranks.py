@@ -105,7 +105,7 @@ def _leave_word(store: Any, error: BaseException) -> None:
 
 def _word(store: Any, patiently: bool) -> LaunchError | None:
     end = time.monotonic() + (_LOOK_SECONDS if patiently else 0.0)
-    with suppress(Exception):
+    with suppress(Exception, Stopped):  # torchrun ends us meanwhile: then what we know ourselves is told
         while not store.check([_FAILURE]):
             if time.monotonic() > end:
                 return None

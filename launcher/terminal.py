@@ -89,7 +89,7 @@ class Display:
             self._prompt = False
         self._update(description="training", completed=event["step"], total=event["total_steps"], facts=facts(event))
         if event["values"] and (self._bar is None or evaluated(event["values"])):
-            self.say(step_line(event))
+            self.say(step_line(event, brief=self._bar is not None))  # the bar has the rest
 
     def _update(self, **changes: Any) -> None:
         if self._bar is not None and self._task is not None:

@@ -54,8 +54,20 @@ RAY_TRAIN_ENVIRONMENT = {
 # ---- what this machine has ------------------------------------------------------------------------------------------
 
 
+def connected() -> bool:
+    """Whether this process has a Ray already, which is then the one to use."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 def resources() -> tuple[int, int]:
-    """Return how many CPUs (at least 1) and GPUs this process may use. Starts nothing, imports no torch."""
+    """Return how many CPUs (at least 1) and GPUs this process may use, or the Ray has that it is connected to.
+
+    Starts nothing, imports no torch.
+    """
+    if connected():
+        total = sys.modules["ray"].cluster_resources()
+        return max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0))
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cpu_quota()
     return max(1, min(cpus, math.floor(quota + 1e-6)) if quota else cpus), _gpus()

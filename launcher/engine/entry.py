@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from launcher.engine import hardware
 from launcher.engine.build import build_data, build_evaluator, build_model, build_strategy, caveats, check_batch, load_weights_into
 from launcher.engine.checkpoint import load_weights
 from launcher.engine.console import Console
-from launcher.engine.control import Control
+from launcher.engine.control import Control, Watch
 from launcher.engine.failures import translate
 from launcher.engine.runtime import Runtime
 from launcher.engine.trainer import Trainer
@@ -93,6 +94,13 @@ class _Phase:
 
 
 def _train(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
+    # Compiling a large network may outlast the heartbeat's patience: it beats from here on.
+    with Watch(directory) if runtime.is_first else nullcontext():
+        trainer = _build_trainer(task, runtime, control, directory)
+    return trainer.fit()
+
+
+def _build_trainer(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> Trainer:
     job = task.job
     control.emit({"kind": "phase", "name": "data"})
     data = build_data(job)
@@ -105,7 +113,7 @@ def _train(task: Task, runtime: Runtime, control: Control, directory: RunDirecto
     trainer = Trainer(job, runtime, control, directory, data, model, task.started)
     if task.weights:
         trainer.begin_with(load_weights(task.weights), task.weights)
-    return trainer.fit()
+    return trainer
 
 
 def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:

@@ -66,7 +66,10 @@ class Evaluator:
                     sums.add(validation_answer(model, batch))
         self._agree(sums)
         totals = sums.reduce(runtime)
-        return {**means(totals), **summarize(model, totals)}
+        if getattr(model, "summarize", None) is None:
+            return means(totals)
+        # By one rank for all: whether a checkpoint is the best one must not depend on who computes it.
+        return runtime.broadcast({**means(totals), **summarize(model, totals)} if runtime.is_first else None)
 
     def _agree(self, sums: Sums) -> None:
         """Make every rank know every name: one whose share is empty has seen no answer.

@@ -22,7 +22,7 @@ _HIGH = 2.0**20
 _LOW = 2.0**60
 _CARRY_BITS = 40
 _LARGEST = 2.0**42
-_LIMBS = 3
+LIMBS = 3
 
 Value = torch.Tensor | tuple[Any, Any]
 
@@ -79,7 +79,7 @@ class Sums:
     def __init__(self, device: torch.device, exact: bool = False) -> None:
         self._device = device
         self._exact = exact
-        self._sums: dict[str, torch.Tensor] = {}  # float64 (…) or, exact, int64 (_LIMBS, …)
+        self._sums: dict[str, torch.Tensor] = {}  # float64 (…) or, exact, int64 (LIMBS, …)
         self._counts: dict[str, torch.Tensor] = {}
 
     @property
@@ -91,7 +91,7 @@ class Sums:
         for name, shape in shapes.items():
             dtype = torch.int64 if self._exact else torch.float64
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-            self._counts[name] = torch.zeros((_LIMBS,) if self._exact else (), dtype=dtype, device=self._device)
+            self._counts[name] = torch.zeros((LIMBS,) if self._exact else (), dtype=dtype, device=self._device)
 
     @torch.no_grad()
     def add(self, answer: Mapping[str, Value]) -> None:
@@ -112,12 +112,12 @@ class Sums:
         for name, value in answer.items():
             if self._exact and isinstance(value, torch.Tensor) and value.ndim > 0:
                 # Each element is rounded by itself, so that the split into microbatches cannot matter.
-                total, count = self._limbs(value.detach()).flatten(1).sum(1), self._limbs(float(value.numel()))
+                total, count = to_limbs(value).flatten(1).sum(1), to_limbs(float(value.numel()))
                 total = _carry(total)
             else:
                 pair = as_pair(name, value)
                 if self._exact:
-                    total, count = self._limbs(pair[0].detach()), self._limbs(pair[1])
+                    total, count = to_limbs(pair[0]), to_limbs(pair[1])
                 else:
                     total, count = pair[0].detach(), pair[1]
             self._accumulate(self._sums, name, total)
@@ -140,14 +140,6 @@ class Sums:
         if self._exact:
             _carry(into[name])
 
-    def _limbs(self, value: Any) -> torch.Tensor:
-        number = torch.as_tensor(value, device=self._device).double()
-        fits = number.abs() < _LARGEST
-        number = torch.where(fits, number, 0.0)
-        high = torch.round(number * _HIGH)
-        low = torch.round((number - high / _HIGH) * _LOW)
-        return torch.stack([high, low, (~fits).double()]).long()
-
     def reduce(self, runtime: Runtime) -> dict[str, tuple[torch.Tensor, float]]:
         """Return the global {name: (sum, count)} as float64 on the host. One collective; the running sums stay.
 
@@ -160,19 +152,9 @@ class Sums:
         flat = torch.cat([part.reshape(-1) for part in parts])
         reduced = runtime.add_up(flat).cpu()
         pieces = torch.split(reduced, [part.numel() for part in parts])
-        shaped = [self._read(piece.reshape(part.shape)) for piece, part in zip(pieces, parts, strict=True)]
+        stored = [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+        shaped = [from_limbs(piece) for piece in stored] if self._exact else stored
         return {name: (shaped[2 * i], float(shaped[2 * i + 1])) for i, name in enumerate(names)}
-
-    def _read(self, stored: torch.Tensor) -> torch.Tensor:
-        if not self._exact:
-            return stored
-        limbs = stored.reshape(_LIMBS, -1).tolist()
-        # Python integers, then one division: correctly rounded, whatever the limbs look like after a sum over ranks.
-        values = [
-            math.nan if unfit else ((high << _CARRY_BITS) + low) / (1 << 60)
-            for high, low, unfit in zip(*limbs, strict=True)
-        ]
-        return torch.tensor(values, dtype=torch.float64).reshape(stored.shape[1:])
 
     def reset(self) -> None:
         """Set everything to zero and keep the names."""
@@ -196,8 +178,28 @@ class Sums:
                     self._accumulate(into, name, state[kind][name])
 
 
+def to_limbs(value: torch.Tensor | float) -> torch.Tensor:
+    """Return numbers (…) in fixed point, int64 (LIMBS, …): sums of it are exact in any order."""
+    number = torch.as_tensor(value).detach().double()
+    fits = number.abs() < _LARGEST
+    number = torch.where(fits, number, 0.0)
+    high = torch.round(number * _HIGH)
+    low = torch.round((number - high / _HIGH) * _LOW)
+    return torch.stack([high, low, (~fits).double()]).long()
+
+
+def from_limbs(limbs: torch.Tensor) -> torch.Tensor:
+    """Return what a sum of `to_limbs` stands for, float64 (…) on the host: NaN where one of the numbers was none."""
+    # Python integers, then one division: correctly rounded, whatever the limbs look like after a sum over ranks.
+    values = [
+        math.nan if unfit else ((high << _CARRY_BITS) + low) / (1 << 60)
+        for high, low, unfit in zip(*limbs.reshape(LIMBS, -1).tolist(), strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float64).reshape(limbs.shape[1:])
+
+
 def _carry(limbs: torch.Tensor) -> torch.Tensor:
-    """Move whole high units out of the low limb, in place. The value is unchanged. limbs: int64 (_LIMBS, …)."""
+    """Move whole high units out of the low limb, in place. The value is unchanged. limbs: int64 (LIMBS, …)."""
     overflow = limbs[1] >> _CARRY_BITS
     limbs[0] += overflow
     limbs[1] -= overflow << _CARRY_BITS

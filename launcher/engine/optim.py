@@ -17,11 +17,16 @@ from launcher import targets
 from launcher.errors import ConfigError, did_you_mean
 
 
-def build_optimizer(section: Mapping[str, Any], model: nn.Module, trust: Sequence[str] = ()) -> Optimizer:
+def build_optimizer(
+    section: Mapping[str, Any], model: nn.Module, trust: Sequence[str] = (), may_fuse: bool = True
+) -> Optimizer:
     """Build the optimizer of the configuration over the model's parameters.
 
     `groups` is a list of `{match: PATTERN, …overrides}` or `{match: PATTERN, freeze: true}`; a pattern is a shell-style
     pattern over parameter names, the first that matches wins, and the rest take the optimizer's own settings.
+
+    Args:
+        may_fuse: false where a parameter may have its first gradient later than others: fused SGD with momentum fails.
 
     Raises:
         ConfigError: a pattern matches no parameter, or nothing is left to train.
@@ -31,7 +36,7 @@ def build_optimizer(section: Mapping[str, Any], model: nn.Module, trust: Sequenc
     parameters = inspect.signature(kind).parameters
     extra: dict[str, Any] = {}
     # One kernel for all parameters instead of one for each; on the CPU too.
-    if "fused" in parameters and "fused" not in section and _can_fuse(model):
+    if may_fuse and "fused" in parameters and "fused" not in section and _can_fuse(model):
         extra["fused"] = True
     return targets.build(section, "optimizer", trust, params=groups, **extra)
 

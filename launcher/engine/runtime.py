@@ -180,21 +180,21 @@ class Runtime:
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
-    """Return the device of a worker. `auto` is this worker's GPU where there is one.
+    """Return the device of a worker. `auto` is this worker's GPU where there is one; `cuda:1` is that very one.
 
     Raises:
-        ResourceError: `cuda` was asked for and there is none.
+        ResourceError: a GPU was asked for and there is none.
     """
     available = torch.cuda.is_available()
-    if device == "cuda" and not available:
+    if device.startswith("cuda") and not available:
         raise ResourceError(
-            "scaling.device=cuda was asked for, and PyTorch finds no usable GPU here. "
+            f"scaling.device={device} was asked for, and PyTorch finds no usable GPU here. "
             "Use scaling.device=auto or cpu, or check the driver with nvidia-smi."
         )
     if device == "cpu" or not available:
         return torch.device("cpu")
-    # Ray and torchrun --nproc with CUDA_VISIBLE_DEVICES each show a worker its own GPUs, perhaps just one.
-    chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
+    # CUDA_VISIBLE_DEVICES may show each process its own GPU alone, whatever its local rank.
+    chosen = torch.device(device if ":" in device else f"cuda:{local_rank % torch.cuda.device_count()}")
     torch.cuda.set_device(chosen)
     return chosen
 

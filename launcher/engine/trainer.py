@@ -75,7 +75,7 @@ class Trainer:
         self.sums = Sums(runtime.device, trainer.deterministic)
         self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
         self.sums.reset()
-        self.optimizer = build_optimizer(job.optimizer, model, job.trust)
+        self.optimizer = build_optimizer(job.optimizer, model, job.trust, self.strategy.uses_all)
         self.scheduler = build_scheduler(job.scheduler, self.optimizer, self.total_steps, job.trust)
         self.evaluator = build_evaluator(job, self.strategy, runtime, data, "val")
 
@@ -127,6 +127,7 @@ class Trainer:
         resumed_at = self._resume()
         watch = Watch(self.directory)
         if not self.runtime.is_first:
+            self.first_batch = None
             return self._loop_and_settle(watch)
         self._recorder = Recorder(
             self.directory,
@@ -279,6 +280,7 @@ class Trainer:
             if recorder.seconds_to_first_step is None:
                 with self._pause():
                     recorder.first_step()
+                self.first_batch = None  # its memory
             recorder.step(progress, self.throughput)
         ended = progress.step == self.total_steps
         stop = vote.ballots["stop"] > 0

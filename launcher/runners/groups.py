@@ -146,7 +146,7 @@ class _Group:
             job=b"",
             python_path=python_path,
             on_gpu=shape.gpus_per_worker > 0,
-            loopback=not cluster.existing,
+            loopback=cluster.one_machine,
         )
         self._trainer = ray_train.make_trainer(
             self._order, __name__, shape.workers, shape.cpus_per_worker, shape.gpus_per_worker, cluster

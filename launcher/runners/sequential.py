@@ -77,7 +77,7 @@ class Sequential:
         """Nothing is kept warm but this process."""
 
     def interrupt(self) -> None:
-        """The signal itself is the request."""
+        """Nothing runs between two calls of `submit`; a signal is seen by the task itself."""
 
     def close(self) -> None:
         """Nothing was started."""

@@ -230,17 +230,19 @@ class Driver:
     def _loop(self, runner: Runner, interrupts: Interrupts, watch: Watch) -> None:
         self._observer.event({"kind": "phase", "name": "workers"})
         stopping = False
+
+        def asked_to_stop() -> bool:
+            return bool(interrupts.count or watch.stop_requested or self._failure is not None)
+
         self._changed()
         while True:
             if interrupts.count > 1:
                 raise Stopped(interrupts.signal_number or 0)
-            if not stopping and (interrupts.count or watch.stop_requested or self._failure is not None):
+            if not stopping and not asked_to_stop():
+                self._place(runner)
+            if not stopping and asked_to_stop():
                 stopping = True
                 runner.interrupt()
-                for key in runner.running if watch.stop_requested or self._failure else ():
-                    runner.request(key, "stop")
-            if not stopping:
-                self._place(runner)
             for ended in runner.look():
                 self._ended(ended, stopping)
             if not runner.running and (stopping or (self._held is None and self._left() == 0)):

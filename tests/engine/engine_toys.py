@@ -327,3 +327,20 @@ class Loud(Net):
         if self.training and torch.is_grad_enabled():
             print("a step of", len(batch[2]))
         return super().training_step(batch)
+
+
+class Steep(Net):
+    """Its gradients are too large for float16 at the loss scale that training begins with."""
+
+    def training_step(self, batch: Any) -> Any:
+        answer = super().training_step(batch)
+        return {**answer, "loss": 1000 * answer["loss"]}
+
+
+class Weighted(Net):
+    """The loss is a weighted mean, whose weights are no multiples of anything."""
+
+    def training_step(self, batch: Any) -> Any:
+        x, y, number = batch
+        weights = 0.001 + (number % 17).float() / 700
+        return {"loss": ((weights * F.cross_entropy(self(x), y, reduction="none")).sum(), weights.sum())}

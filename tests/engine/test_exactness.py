@@ -28,7 +28,8 @@ GROUPS = {
 }
 COSINE = {"_target_": "launcher.engine.optim.WarmupCosine", "warmup_steps": 5}
 
-DECAY = {"_target_": "torch.optim.AdamW", "lr": 0.01, "weight_decay": 0.5}
+# Not Adam, which divides by the gradient's size and would hide a wrong factor.
+DECAY: dict[str, Any] = {"_target_": "torch.optim.SGD", "lr": 0.2, "momentum": 0.9, "weight_decay": 0.05}
 
 EXACT: dict[str, dict[str, Any]] = {
     "the issue's": {"model": {"_target_": "models.vision.ConvNet", "width": 4}, "data": "Pictures"},
@@ -46,6 +47,7 @@ EXACT: dict[str, dict[str, Any]] = {
         "global_batch_size": 3,
         "clip_norm": 1.0,
     },
+    "weights that are no whole numbers": {"model": "Weighted", "optimizer": SGD},
     "parameters that the first batch does not use": {"model": "Branches"},
     "parameters that later batches do not use": {"model": {"_target_": "Branches", "residue": 30, "never": False}},
 }
@@ -70,7 +72,7 @@ def plain_loop(steps: int, batch: int, loss_of: Any, network: Any) -> tuple[list
     """Train as anybody would, in one process: the mean loss of the whole batch, in the engine's order."""
     torch.manual_seed(0)
     model = network()
-    tuner = torch.optim.AdamW(model.parameters(), lr=DECAY["lr"], weight_decay=DECAY["weight_decay"])
+    tuner = torch.optim.SGD(model.parameters(), **{key: value for key, value in DECAY.items() if key != "_target_"})
     x, y, number = toys.points(1037, 1)
     order, losses = Order(1037, batch, 0), []
     for step in range(steps):
@@ -101,6 +103,7 @@ def mean_of_step(model: Any, batch: Any) -> torch.Tensor:
 REFERENCES: dict[str, tuple[Any, dict[str, Any]]] = {
     "samples": (mean_loss, {"model": "Net"}),
     "tokens": (mean_over_tokens, {"model": "Tokens"}),
+    "weights": (mean_over_tokens, {"model": "Weighted"}),
     "tokens in microbatches": (mean_over_tokens, {"model": "Tokens", "microbatch_size": 11}),
     # Weight decay moves a parameter whose gradient is zero, and leaves alone one that has none.
     "unused parameters": (mean_of_step, {"model": "Branches"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -61,13 +62,12 @@ def test_before_training_has_begun_one_signal_is_enough(cluster: EmbeddedRay) ->
 
 def test_a_second_signal_stops_at_once(cluster: EmbeddedRay) -> None:
     sent = _send_when_training(signal.SIGTERM, times=2)
-    begun = time.monotonic()
 
     with pytest.raises(Stopped) as caught:
         run(cluster, "until_stopped", "deaf", events=sent)
 
     assert caught.value.signal_number == signal.SIGTERM
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - sent.begun < 15
 
 
 def test_a_users_own_ray_runs_more_workers_than_cpus_in_the_users_directory(cluster: EmbeddedRay) -> None:
@@ -101,7 +101,7 @@ def test_an_exception_on_one_rank_is_raised_as_what_it_was(cluster: EmbeddedRay)
     assert "ZeroDivisionError: mine" in caught.value.traceback_text
     assert "ray/" not in caught.value.traceback_text
     assert "runners/ray_train.py" not in caught.value.traceback_text
-    assert time.monotonic() - begun < 20  # the others do not wait for the timeout of their collective
+    assert time.monotonic() - begun < 90  # the others do not wait for the timeout of their collective, 120 s
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,11 @@ class _Sender(list):
     def __init__(self, number: int, times: int) -> None:
         super().__init__()
         self._number, self._times = number, times
+        self.begun = math.inf
 
     def append(self, event: Any) -> None:
         if not self:
+            self.begun = time.monotonic()
             for i in range(self._times):
                 threading.Timer(0.1 + i, os.kill, (os.getpid(), self._number)).start()
         super().append(event)

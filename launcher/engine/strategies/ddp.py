@@ -37,9 +37,9 @@ class DataParallel(Strategy):
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         answer = self._warm_up(batch)
         self._steps.used = [p for p in self.model.parameters() if p.grad is not None]
+        self.uses_all = all(p.grad is not None for p in self.model.parameters() if p.requires_grad)
         if not self.runtime.alone:
-            unused = any(p.requires_grad and p.grad is None for p in self.model.parameters())
-            self._keeps_gradients = not unused
+            self._keeps_gradients = self.uses_all
             on_gpu = self.runtime.device.type == "cuda"
             with warnings.catch_warnings():
                 # 2.13 has another name for broadcast_buffers, which the older versions that serve as well do not know.
@@ -50,7 +50,7 @@ class DataParallel(Strategy):
                     process_group=self.runtime.group,
                     gradient_as_bucket_view=True,
                     broadcast_buffers=False,
-                    find_unused_parameters=unused,
+                    find_unused_parameters=not self.uses_all,
                 )
             self._clear()
             # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in the

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from launcher.config import TrainerConfig
+from launcher.engine.metrics import LIMBS, from_limbs, to_limbs
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.strategy import Record, Strategy, loss_of
 from launcher.errors import TrainingError
@@ -38,7 +39,7 @@ class ExactDataParallel(Strategy):
         self._chunk = chunk
         self._parameters: list[nn.Parameter] = []
         self._places: list[slice] = []
-        self._sum = self._uses = torch.empty(0)
+        self._sum = self._uses = self._count = torch.empty(0)
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
@@ -48,11 +49,13 @@ class ExactDataParallel(Strategy):
             loss_of(answer)[0].backward()
         # Those without a gradient here too: another batch may take another way through the network.
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.uses_all = all(p.grad is not None for p in self._parameters)
         ends = list(accumulate(p.numel() for p in self._parameters))
         self._places = [slice(end - p.numel(), end) for p, end in zip(self._parameters, ends, strict=True)]
-        # Behind the gradients: in how many chunks each parameter had one.
-        self._sum = torch.zeros(ends[-1] + len(ends), dtype=torch.int64, device=self.runtime.device)
-        self._uses = self._sum[ends[-1] :]
+        # Behind the gradients: in how many chunks each parameter had one, and the count behind the loss.
+        numel = ends[-1] + len(ends) + LIMBS
+        self._sum = torch.zeros(numel, dtype=torch.int64, device=self.runtime.device)
+        self._uses, self._count = self._sum[ends[-1] : -LIMBS], self._sum[-LIMBS:]
         self._clear()
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
@@ -76,6 +79,7 @@ class ExactDataParallel(Strategy):
             answer = self._steps(batch)
             loss, count = loss_of(answer)
             total += count
+            self._count += to_limbs(count).to(self._count.device)
             loss.backward()
             if not bool(torch.isfinite(loss)):
                 flags["bad"] = True
@@ -83,8 +87,7 @@ class ExactDataParallel(Strategy):
                 flags["overflow"] = True
             record(answer)
             self._clear()
-        # Counts are whole numbers or weights; multiples of 2**-20 add exactly in float64 up to 2**33.
-        vote = self.runtime.vote(torch.round(total * 2**20) / 2**20, flags)
+        vote = self.runtime.vote(total, flags)
         if not (flags["bad"] or flags["overflow"]):
             self.runtime.add_up(self._sum)
         else:
@@ -117,7 +120,7 @@ class ExactDataParallel(Strategy):
                 "number). Lower optimizer.lr or set trainer.clip_norm; or train with trainer.deterministic=false."
             )
         # Without a single token in the global batch the sum is zero, and so is the mean.
-        count = max(vote.count.item(), 1e-30)
+        count = max(from_limbs(self._count).item(), 1e-30)
         for parameter, place, uses in zip(self._parameters, self._places, self._uses.tolist(), strict=True):
             if uses:
                 mean = self._sum[place].double() * _UNIT / count

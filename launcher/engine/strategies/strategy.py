@@ -44,6 +44,7 @@ class Strategy(ABC):
 
     Attributes:
         model: the user's network, on the device, unwrapped; what is checkpointed and evaluated.
+        uses_all: whether the first batch gave every trained parameter a gradient; known after `prepare`.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig) -> None:
@@ -53,6 +54,7 @@ class Strategy(ABC):
         self._precision = DTYPES[trainer.precision]
         self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "float16")
         self._steps = Steps(model)
+        self.uses_all = True
         if trainer.compile:
             # Kernels for shapes in general are made once the second shape is met, which is another chunk on every rank.
             self._steps.compile(dynamic=False if trainer.deterministic else None)

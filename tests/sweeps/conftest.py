@@ -1,0 +1,3 @@
+from sweep_fixtures import sweep, words
+
+__all__ = ["sweep", "words"]

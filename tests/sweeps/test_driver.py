@@ -1,0 +1,249 @@
+"""Whole sweeps in this process (`cluster=none`): what they leave, how they go on, how they prune and fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sweep_fixtures import HERE, PROJECT, Sweep, result, table
+
+import launcher
+from launcher.errors import ConfigError, RequestError, RunError
+
+
+def test_numbers_parameters_and_objective_agree_everywhere(sweep: Sweep, words: list[str], tmp_path: Path) -> None:
+    """A trial is what its overrides give alone, and trials.csv, result.json and TensorBoard say the same of it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    found = sweep("run.name=s", "optimizer.lr=0.1,0.4", "model=line", "vars.a=1,x")
+
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 4
+    assert found["best"]["overrides"] == ["optimizer.lr=0.4", "vars.a=1"]
+    rows = table(found["directory"])
+    assert list(rows[0]) == ["number", "state", "objective", "seconds", "error", "optimizer.lr", "vars.a"]
+    for row in rows:
+        own = result(found["directory"], row["number"])
+        parameters = {"optimizer.lr": float(row["optimizer.lr"]), "vars.a": row["vars.a"]}
+        expected = {"number": int(row["number"]), "parameters": parameters, "objective": float(row["objective"])}
+        assert own["trial"] == expected
+        assert own["metrics"]["val/loss"] == float(row["objective"])
+        events = EventAccumulator(str(Path(found["directory"]) / row["number"])).Reload()
+        assert events.Scalars("val/loss")[-1].value == np.float32(row["objective"])
+        start = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        hparams = HParamsPluginData.FromString(start).session_start_info.hparams
+        assert {key: value.string_value or value.number_value for key, value in hparams.items()} == parameters
+    alone = launcher.launch(*words, "optimizer.lr=0.4", "run.name=alone", config_dir=PROJECT, quiet=True)
+    assert alone["metrics"]["val/loss"] == float(rows[2]["objective"])
+    assert alone["metrics"]["train/loss"] == result(found["directory"], 2)["metrics"]["train/loss"]
+
+    further = launcher.launch(
+        f"run.root={tmp_path}", "run.like=s/best", "trainer.epochs=6", "run.name=more", config_dir=PROJECT, quiet=True
+    )
+    assert further["steps"] == 6
+    assert further["metrics"]["val/loss"] < found["best"]["objective"]
+    assert (Path(found["directory"]) / "report.html").stat().st_size > 10_000
+
+
+def test_asha_finds_the_same_region_in_half_of_the_steps(sweep: Sweep) -> None:
+    rates = ",".join(f"{0.001 * 1000 ** (i / 26):.5g}" for i in range(27))
+    quick = ("logging.tensorboard=false", "checkpoint.every=9ep", "checkpoint.monitor=null", "sweep.metric=val/loss")
+    common = (f"optimizer.lr=shuffle({rates})", "trainer.epochs=9", *quick)
+
+    grid = sweep("run.name=grid", *common)
+    asha = sweep("run.name=asha", *common, "sweep.pruner=asha")
+
+    assert grid["result"]["steps"] == 27 * 9
+    assert asha["result"]["steps"] <= grid["result"]["steps"] / 2
+    assert asha["result"]["trials"]["pruned"] >= 10
+    best = [found["best"]["parameters"]["optimizer.lr"] for found in (grid, asha)]
+    assert 0.3 < best[0] < 0.8  # the minimum is known to be at 0.5
+    assert best[1] == pytest.approx(best[0], rel=0.35)
+    pruned = [trial for trial in asha["trials"] if trial["state"] == "pruned"]
+    assert all(result(asha["directory"], trial["number"])["status"] == "pruned" for trial in pruned)
+    assert all(trial["objective"] is not None for trial in pruned)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "cmaes", "nsga2"])
+def test_each_search_runs(sweep: Sweep, sampler: str) -> None:
+    found = sweep(
+        f"sweep={sampler}",
+        "optimizer.lr=tag(log,interval(1e-3,1))",
+        "model.start=range(1,4)",
+        "logging.tensorboard=false",
+        trials=5,
+    )
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 5
+    assert len({trial["optimizer.lr"] for trial in found["trials"]}) == 5
+    assert all(0.001 <= trial["optimizer.lr"] <= 1 and trial["model.start"] in (1, 2, 3) for trial in found["trials"])
+
+
+def test_a_search_is_meant_where_so_many_trials_of_something_endless_are_asked_for(sweep: Sweep) -> None:
+    found = sweep("optimizer.lr=interval(0,1)", "logging.tensorboard=false", trials=2)
+    assert len(found["trials"]) == 2
+    more = sweep(f"run.name={Path(found['directory']).name}", "run.resume=true", trials=4)
+    assert [trial["state"] for trial in more["trials"]] == ["completed"] * 4
+    assert len({trial["optimizer.lr"] for trial in more["trials"]}) == 4  # not the first two once more
+
+
+def test_several_objectives(sweep: Sweep) -> None:
+    found = sweep(
+        "sweep=nsga2",
+        "optimizer.lr=interval(0.01,1)",
+        "sweep.metric=[val/loss,val/size]",
+        "sweep.direction=[min,max]",
+        trials=4,
+    )
+    rows = table(found["directory"])
+    assert all(len(row["objective"].split(";")) == 2 for row in rows)
+    best = (Path(found["directory"]) / "best.yaml").read_text()
+    assert "front: [" in best
+    assert "val/size" in best
+
+
+def test_failed_trials_are_recorded_and_the_sweep_goes_on(sweep: Sweep, tmp_path: Path) -> None:
+    found = sweep("run.name=s", "data.trouble='',raise", "optimizer.lr=0.1,1e30", "sweep.keep=best")
+
+    assert [trial["state"] for trial in found["trials"]] == ["completed", "failed", "failed", "failed"]
+    errors = [trial["error"] or "" for trial in found["trials"]]
+    assert "NaN or infinite" in errors[1]
+    assert "points.csv, row 7" in errors[2]
+    assert [row["error"] for row in table(found["directory"])] == errors
+    for number, error in enumerate(errors):
+        own = result(found["directory"], number)
+        assert (own["error"] or "") == error
+        assert own["status"] == found["trials"][number]["state"]
+        assert (tmp_path / "s" / str(number) / "checkpoints").exists() is (number == 0)
+    assert found["result"]["status"] == "completed"
+
+
+def test_fail_fast_stops_at_the_first(sweep: Sweep) -> None:
+    found = sweep("data.trouble='',raise", "optimizer.lr=0.1,0.2", "sweep.fail_fast=true")
+    assert found["result"]["status"] == "failed"
+    assert [trial["state"] for trial in found["trials"]] == ["completed", "completed", "failed", "waiting"]
+    assert "row 7" in found["result"]["error"]
+
+
+def test_only_the_best_keeps_its_checkpoints(sweep: Sweep) -> None:
+    found = sweep("optimizer.lr=0.1,0.5,0.2", "sweep.keep=best")
+    kept = [(Path(found["directory"]) / str(number) / "checkpoints").exists() for number in range(3)]
+    assert kept == [False, True, False]
+    assert result(found["directory"], 0)["checkpoint"] is None
+    assert result(found["directory"], 1)["checkpoint"] is not None
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "message"),
+    [
+        (["optimizer.lr=interval(0,1)"], ConfigError, "no end of values"),
+        (["optimizer.lr=0.1,high"], ConfigError, "optimizer.lr is 'high'"),
+        (["model=line,lime"], ConfigError, 'no model called "lime"'),
+        (["model.nope=1,2"], ConfigError, "nope"),
+        (["sweep=tpe", "optimizer.lr=interval(0,1)"], ConfigError, "sweep.trials=20"),
+        (["sweep=tpe", "sweep.trials=3"], ConfigError, "nothing to search"),
+        (["optimizer.lr=1,2", "sweep.trials=3", "sweep=grid"], ConfigError, "as many trials as there are"),
+        (["optimizer.lr=1,2", "sweep.metric=val/los"], ConfigError, 'Did you mean "val/loss"'),
+        (["optimizer.lr=1,2", "sweep.metric=[val/loss,val/size]", "sweep.pruner=asha"], ConfigError, "one objective"),
+        (
+            ["optimizer.lr=1,2", "sweep.metric=[val/loss,val/size]", "sweep.direction=[min]"],
+            ConfigError,
+            "one for each",
+        ),
+        (["sweep.pruner=hyper"], ConfigError, "hyperband"),
+        (["scaling.workers=1,2"], ConfigError, "scaling.workers=2"),
+        (["cluster=local", "scaling.workers=1,99"], RequestError, "99 workers"),
+        (["run.name=nobody", "run.resume=true"], RunError, 'no run "nobody"'),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_starts(
+    sweep: Sweep, tmp_path: Path, more: list[str], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        sweep(*more)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_sweep_resumed_does_nothing_and_other_words_are_refused(sweep: Sweep) -> None:
+    first = sweep("run.name=s", "optimizer.lr=0.1,0.2")
+    before = {path: path.stat().st_mtime_ns for path in Path(first["directory"]).rglob("metrics.jsonl")}
+
+    again = sweep("run.name=s", "run.resume=true", "optimizer.lr=0.1,0.2")
+
+    assert again["trials"] == first["trials"]
+    assert {path: path.stat().st_mtime_ns for path in Path(first["directory"]).rglob("metrics.jsonl")} == before
+    with pytest.raises(RunError, match="no longer be comparable"):
+        sweep("run.name=s", "run.resume=true", "optimizer.lr=0.1,0.3")
+    with pytest.raises(RunError, match="exists already"):
+        sweep("run.name=s", "optimizer.lr=0.1,0.2")
+
+
+def command(tmp_path: Path, *more: str) -> list[str]:
+    fixed = ["experiment=line", "cluster=none", f"run.root={tmp_path}", "run.name=s"]
+    return [sys.executable, "-m", "launcher", "-m", "--config-dir", str(PROJECT), *fixed, *more]
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_driver_loses_no_finished_trial(sweep: Sweep, tmp_path: Path) -> None:
+    """12 trials, SIGKILL in the middle, resume: 12 finished, none run twice to the end, numbers unchanged."""
+    swept = ("optimizer.lr=range(0.05,0.65,0.05)", "model.nap=0.01", "checkpoint.every=1", "logging.tensorboard=false")
+    driver = subprocess.Popen(command(tmp_path, *swept), cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    journal = tmp_path / "s" / "study.journal"
+    wait_for(
+        lambda: (
+            (tmp_path / "s" / "5" / ".step").exists() and int((tmp_path / "s" / "5" / ".step").read_text() or 0) >= 1
+        )
+    )
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 5, "half')  # a line that the driver was writing
+    os.symlink(journal, f"{journal}.lock")
+    done = {n: result(tmp_path / "s", n) for n in range(5)}
+    assert all(own["status"] == "completed" for own in done.values())
+    ended = {path: path.stat().st_mtime_ns for n in range(5) for path in [tmp_path / "s" / str(n) / "metrics.jsonl"]}
+
+    found = sweep("run.name=s", "run.resume=true")
+
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 12
+    assert {path: path.stat().st_mtime_ns for path in ended} == ended
+    whole = sweep("run.name=whole", swept[0], "logging.tensorboard=false")
+    for one, other in zip(found["trials"], whole["trials"], strict=True):
+        assert (one["objective"], one["optimizer.lr"]) == (other["objective"], other["optimizer.lr"])
+
+
+def test_ctrl_c_stops_in_order_and_the_sweep_goes_on_from_the_checkpoint(sweep: Sweep, tmp_path: Path) -> None:
+    more = ("optimizer.lr=0.1,0.2,0.3", "model.nap=0.01", "trainer.epochs=10")
+    driver = subprocess.Popen(
+        command(tmp_path, *more), cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    wait_for(
+        lambda: (
+            (tmp_path / "s" / "1" / ".step").exists() and int((tmp_path / "s" / "1" / ".step").read_text() or 0) >= 2
+        )
+    )
+    driver.send_signal(signal.SIGINT)
+    out, err = driver.communicate(timeout=30)
+    assert driver.returncode == 130, err
+    assert out.strip() == str(tmp_path / "s")
+    assert "run.resume=true" in err
+    assert result(tmp_path / "s")["status"] == "stopped"
+    assert [row["state"] for row in table(tmp_path / "s")] == ["completed", "stopped", "waiting"]
+
+    found = sweep("run.name=s", "run.resume=true")
+
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 3
+    assert result(tmp_path / "s", 1)["restarts"] == 1
+    assert result(tmp_path / "s", 1)["lost_steps"] == 0

@@ -1,0 +1,115 @@
+"""Whole sweeps on Ray Train workers: warm groups, a worker that is killed, a driver that is killed, a cluster that grows."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweep_fixtures import HERE, PROJECT, result, table
+
+import launcher
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(HERE)
+    return ["experiment=line", f"run.root={tmp_path}", "run.name=s", "logging.tensorboard=false", "checkpoint.every=1"]
+
+
+def test_a_killed_worker_costs_its_trial_one_retry_from_its_checkpoint(words: list[str], tmp_path: Path) -> None:
+    """Would be wrong: a trial that is lost or begun anew, others that fail with it, numbers that differ afterwards."""
+    trouble = ["data.trouble='',kill,ok", "data.at=70", f"data.flag={tmp_path / 'killed'}"]
+
+    found = launcher.sweep(*words, *trouble, config_dir=PROJECT, quiet=True)
+
+    assert (tmp_path / "killed").exists()
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 3
+    assert len({trial["objective"] for trial in found["trials"]}) == 1
+    restarts = [result(found["directory"], number)["restarts"] for number in range(3)]
+    assert restarts == [0, 1, 0]
+    assert "continued once" in (tmp_path / "s" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_driver_and_its_ray_leave_a_sweep_that_goes_on(words: list[str], tmp_path: Path) -> None:
+    """12 trials, SIGKILL in the middle, resume: 12 finished, none run twice to the end, numbers unchanged."""
+    swept = ["optimizer.lr=range(0.05,0.65,0.05)", "model.nap=0.01"]
+    command = [sys.executable, "-m", "launcher", "-m", "--config-dir", str(PROJECT), *words, *swept]
+    driver = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "s" / "5" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    time.sleep(3)  # its Ray goes away with it
+    done = [n for n in range(6) if result(tmp_path / "s", n)["status"] == "completed"]
+    assert len(done) >= 5
+    ended = {n: (tmp_path / "s" / str(n) / "metrics.jsonl").stat().st_mtime_ns for n in done}
+
+    again = launcher.sweep(f"run.root={tmp_path}", "run.name=s", "run.resume=true", config_dir=PROJECT, quiet=True)
+
+    assert [row["state"] for row in table(tmp_path / "s")] == ["completed"] * 12
+    assert {n: (tmp_path / "s" / str(n) / "metrics.jsonl").stat().st_mtime_ns for n in done} == ended
+    alone = [w for w in words if not w.startswith("run.name")]
+    whole = launcher.sweep(*alone, "run.name=whole", swept[0], "cluster=none", config_dir=PROJECT, quiet=True)
+    # Two workers and one: deterministic mode is bit-identical for any number.
+    assert [t["objective"] for t in again["trials"]] == [t["objective"] for t in whole["trials"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_trials_of_other_sizes_and_a_cluster_that_grows(words: list[str], tmp_path: Path) -> None:
+    """Would be wrong: a trial of two workers that waits for ever behind those of one, or new CPUs that nobody uses."""
+    import threading
+
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        added = threading.Timer(20, lambda: cluster.add_node(num_cpus=2))
+        added.start()
+        found = launcher.sweep(
+            *words,
+            "optimizer.lr=range(0.1,0.9,0.1)",
+            "scaling.workers=1",
+            "model.nap=0.05",
+            "trainer.epochs=10",
+            config_dir=PROJECT,
+            quiet=True,
+        )
+        assert [trial["state"] for trial in found["trials"]] == ["completed"] * 8
+        assert _most_at_once((tmp_path / "s" / "log.txt").read_text()) == 3
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sizes_are_swept(words: list[str]) -> None:
+    found = launcher.sweep(*words, "optimizer.lr=0.1,0.2", "scaling.workers=1,2", config_dir=PROJECT, quiet=True)
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 4
+    sizes = [result(found["directory"], number)["workers"] for number in range(4)]
+    assert sizes == [1, 1, 2, 2]
+    objectives = {trial["optimizer.lr"]: trial["objective"] for trial in found["trials"]}
+    assert all(objectives[trial["optimizer.lr"]] == trial["objective"] for trial in found["trials"])
+
+
+def _most_at_once(log: str) -> int:
+    now, most = 0, 0
+    for line in log.splitlines():
+        found: Any = re.search(r"trial \d+ (begins|completed)", line)
+        if found:
+            now += 1 if found[1] == "begins" else -1
+            most = max(most, now)
+    return most

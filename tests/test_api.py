@@ -1,0 +1,86 @@
+"""`from launcher import launch`, as a notebook uses it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from command import Place
+
+from launcher import launch
+from launcher.errors import ConfigError, DataError, RunError, UserCodeError
+
+TOY = ("experiment=toy", "logging.tensorboard=false")
+
+
+def test_the_import_is_light() -> None:
+    code = "import sys, launcher; launcher.launch; print({'torch', 'ray', 'hydra', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_it_returns_what_result_json_holds(here: Place) -> None:
+    result = launch(*TOY, "run.name=a", config_dir="own")
+    assert result == here.result("a")
+    assert (result["status"], result["steps"]) == ("completed", 8)
+    shown = here.capture.readouterr()
+    assert shown.out == ""
+    assert "step 8/8" in shown.err
+    assert "completed after 8 steps" in shown.err
+    assert launch(*TOY, "run.name=a", "run.resume=true", config_dir="own") == result
+
+
+def test_quiet_and_again_in_one_process(here: Place) -> None:
+    losses = [launch(*TOY, config_dir=Path("own"), quiet=True)["metrics"]["train/loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert here.capture.readouterr() == ("", "")
+
+
+def test_errors_are_raised(here: Place) -> None:
+    with pytest.raises(ConfigError, match="foo"):
+        launch(*TOY, "foo=1", config_dir="own", quiet=True)
+    with pytest.raises(DataError, match="row 0"):
+        launch(*TOY, "data.bad=0", config_dir="own", quiet=True)
+    with pytest.raises(UserCodeError) as caught:
+        launch(*TOY, "model.mishap=raise", "model.at=3", "run.name=a", config_dir="own", quiet=True)
+    assert "in stumble" in caught.value.traceback_text
+    assert here.result("a")["status"] == "failed"
+    with pytest.raises(RunError, match="exists already"):
+        launch(*TOY, "run.name=a", config_dir="own", quiet=True)
+
+
+def test_outside_of_the_main_thread(here: Place) -> None:
+    """Python allows signal handlers in the main thread alone."""
+    results: list[dict] = []
+    thread = threading.Thread(target=lambda: results.append(launch(*TOY, config_dir="own", quiet=True)))
+    thread.start()
+    thread.join(60)
+    assert results[0]["status"] == "completed"
+
+
+NOTEBOOK = """
+import json, ray
+from launcher import launch
+ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=80_000_000)
+words = ["experiment=toy", "cluster=local", "logging.tensorboard=false"]
+facts = []
+for workers in (3, 2):
+    result = launch(*words, f"scaling.workers={workers}", config_dir="own")
+    facts.append([result["status"], result["workers"], ray.is_initialized(), ray.get(ray.remote(lambda: 7).remote())])
+print(json.dumps(facts))
+"""
+
+
+@pytest.mark.timeout(150)
+def test_a_ray_that_runs_already_is_used_and_left_running(place: Place) -> None:
+    """Three workers need the three CPUs of that Ray, whatever this machine has; the second run needs them back."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK], cwd=place.directory, capture_output=True, text=True, timeout=140
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [["completed", 3, True, 7], ["completed", 2, True, 7]]
+    assert "3 CPU workers (the Ray of this session), global batch 10 = 3 x at most 4" in done.stderr

@@ -1,0 +1,125 @@
+"""A project of one's own needs no change to this repository: its files, its modules, its names that we use as well."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from command import Place
+
+FILES = {
+    # Packages called like ours. Theirs win file by file, and ours stay reachable below them.
+    "models/__init__.py": "",
+    "models/parts.py": "from torch import nn\n\n\ndef layer(width):\n    return nn.Linear(4, width)\n",
+    "models/flowers.py": """\
+import torch
+import torch.nn.functional as F
+from models.parts import layer
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.out = layer(width)
+
+    def training_step(self, batch):
+        x, y = batch
+        scores = self.out(x)
+        return {"loss": F.cross_entropy(scores, y, reduction="none"), "accuracy": (scores.argmax(1) == y).float()}
+
+
+class Flowers:
+    def __init__(self, count: int = 60):
+        x = torch.linspace(-2, 2, count * 4).reshape(count, 4)
+        y = (x.sum(1) * 2).long() % 3
+        self.train = torch.utils.data.TensorDataset(x, y)
+        self.val = {"near": self.train, "far": torch.utils.data.TensorDataset(x[:7] * 3, y[:7])}
+""",
+    "conf/__init__.py": "raise ImportError('the user keeps settings of their own here')\n",
+    # Their configuration.
+    "settings/model/flowers.yaml": "_target_: models.flowers.Net\n",
+    "settings/data/flowers.yaml": "_target_: models.flowers.Flowers\n",
+    "settings/experiment/flowers.yaml": """\
+# @package _global_
+defaults:
+  - override /model: flowers
+  - override /data: flowers
+trainer: {epochs: 2, global_batch_size: 10}
+checkpoint: {monitor: val/near/loss}
+""",
+    # Called like one of ours: theirs wins.
+    "settings/experiment/mnist_tiny.yaml": "# @package _global_\nvars: {whose: mine}\n",
+    # This machine's own settings.
+    "settings/local/default.yaml": "# @package _global_\nrun:\n  root: ${vars.root}\nvars:\n  root: runs of this machine\n",
+}
+
+
+@pytest.fixture
+def project(place: Place) -> Place:
+    shutil.rmtree(place.directory)
+    for name, text in FILES.items():
+        file = place.directory / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return place
+
+
+def test_an_own_project(project: Place, tmp_path: Path) -> None:
+    root = project.directory / "runs of this machine"
+    done = project.launch("--config-dir", "settings", "experiment=flowers", "run.name=a", "cluster=none")
+    assert done.status == 0, done.err
+    assert done.out == f"{root / 'a'}\n"
+    assert "val/near/loss" in done.err
+    assert "val/far/accuracy" in done.err
+    assert {entry.name for entry in project.directory.iterdir()} == {"models", "conf", "settings", root.name}
+    assert not os.listdir(project.home)
+    assert list(tmp_path.rglob("planted")) == []
+
+
+def test_its_directory_by_the_environment(project: Place) -> None:
+    shown = project.launch("--cfg", "job", "experiment=mnist_tiny", LAUNCH_CONFIG_DIR="settings")
+    assert "whose: mine" in shown.out, "the file called like one of ours is the user's"
+    listed = project.launch("runs", "--json", LAUNCH_CONFIG_DIR="settings")
+    assert (listed.status, listed.out) == (0, "[]\n")
+    plan = project.launch("plan", "model=mlp", "data=mnist", "experiment=mnist_tiny", LAUNCH_CONFIG_DIR="settings")
+    assert plan.status == 0, plan.err
+    assert "parameters" in plan.out, "our models are still there"
+
+
+@pytest.mark.timeout(150)
+def test_an_own_project_on_ray(project: Place) -> None:
+    """Workers import the caller's modules, and know the names that the driver knows."""
+    done = project.launch("--config-dir", "settings", "experiment=flowers", "run.name=a", "scaling.workers=2", seconds=120)
+    assert done.status == 0, done.err
+    assert "2 CPU workers" in done.err
+    assert done.last == str(project.directory / "runs of this machine" / "a")
+    assert not os.listdir(project.home)
+    again = project.launch("evaluate", "a", "run.root='runs of this machine'", "cluster=none")
+    assert again.status == 0, again.err
+    assert '"val/far/loss"' in again.out
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("settings/model/flowers.yaml", "_target_: models.flowers.Nett\n", r'no "Nett".*"Net"'),
+        ("settings/model/flowers.yaml", "_target_: models.flower.Net\n", r"models\.flower\b"),
+        ("settings/model/flowers.yaml", "_target_: flowers.Net\n", r"flowers.Net"),
+        ("settings/model/flowers.yaml", "_target_: [1\n", r"flowers|YAML"),
+        ("settings/data/flowers.yaml", "_target_: models.flowers.Flowers\ncuont: 3\n", r'data.cuont.*"count"'),
+        ("models/parts.py", "import nowhere_to_be_found\n", r"nowhere_to_be_found.*not installed"),
+        ("models/flowers.py", "1 / 0\n", r"ZeroDivisionError.*flowers.py, line 1"),
+    ],
+)
+def test_mistakes_in_an_own_project(project: Place, file: str, text: str, message: str) -> None:
+    """In one process each, since a module is imported once."""
+    (project.directory / file).write_text(text)
+    refused = project.launch("--config-dir", "settings", "experiment=flowers", "cluster=none")
+    assert refused.status == 2, refused.err
+    assert refused.err.startswith("launch: ")
+    assert len(refused.err.splitlines()) == 1
+    assert re.search(message, refused.err), refused.err
