@@ -65,7 +65,13 @@ _FLAGS = {
     "--resolve": ("resolve", False),
 }
 # Flags of some verbs alone.
-_FLAGS_OF = {"multirun": ("train", "plan"), "json": ("plan", "runs"), "no_follow": ("logs",), "port": ("board",), "host": ("board",)}
+_FLAGS_OF = {
+    "multirun": ("train", "plan"),
+    "json": ("plan", "runs"),
+    "no_follow": ("logs",),
+    "port": ("board",),
+    "host": ("board",),
+}
 _OPTIONAL = {"--info": "all", "-i": "all"}  # what a flag means without its value
 
 

@@ -388,10 +388,8 @@ def _agree(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepar
             observer.prepared(prepared, plan)
             asked = prepared.job.scaling.workers
             if asked not in ("auto", runtime.world_size):
-                text = (
-                    f"scaling.workers={asked} is ignored: the {runtime.world_size} processes that were started are the workers."
-                )
-                observer.event({"kind": "note", "text": text})
+                why = f"the {runtime.world_size} processes that were started are the workers"
+                observer.event({"kind": "note", "text": f"scaling.workers={asked} is ignored: {why}."})
         except LaunchError as error:
             failure = error
     failure, task = runtime.broadcast((failure, task))

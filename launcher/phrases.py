@@ -29,7 +29,7 @@ def number(value: float) -> str:
 
 
 def facts(event: Mapping[str, Any], brief: bool = False) -> str:
-    """Return where a run stands: epoch, loss and, unless `brief`, speed and time left of a progress event, in one line."""
+    """Return where a run stands by a progress event: epoch, loss and, unless `brief`, speed and time left."""
     parts = [f"epoch {event['epoch']:.2f}"]
     if event.get("loss") is not None:
         parts.append(f"loss {number(event['loss'])}")

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from launcher import keys
+
 _PACKAGES = ("launch-train", "torch", "ray", "hydra-core", "tensorboard")
 # A diff longer than this is somebody's data, not code.
 _LARGEST_PATCH = 10 * 2**20
@@ -47,7 +49,14 @@ def git(directory: Path) -> dict[str, Any] | None:
 def patch(directory: Path) -> str:
     """Return the uncommitted changes of the repository around `directory`; empty when there is none, or no repository."""
     text = _git(directory, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
+    # With a key in it the patch no longer applies; but a run's directory is shared, and a key is not.
+    text = "".join(line[:1] + _masked(line[1:]) for line in text.splitlines(keepends=True))
     return text if len(text) <= _LARGEST_PATCH else text[:_LARGEST_PATCH] + "\n# cut here: longer than 10 MiB\n"
+
+
+def _masked(line: str) -> str:
+    masked = str(keys.mask(line))
+    return masked if masked == line else f"{masked}\n"
 
 
 def _git(directory: Path, *words: str) -> str | None:

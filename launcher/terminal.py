@@ -34,13 +34,15 @@ class Display:
 
     def __init__(self, workers: int = 1, stream: TextIO | None = None) -> None:
         self.workers = workers
-        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        # Never as a notebook's HTML: that would go to the cell's output instead of the stream.
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True, force_jupyter=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._prompt = False  # the user's code waits for an answer: nothing may be drawn over it
 
     def __enter__(self) -> Display:
-        if self._console.is_terminal:
+        # FORCE_COLOR makes rich take a file for a terminal; a bar in a file is a mess.
+        if self._console.file.isatty() and not self._console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=28),

@@ -1,4 +1,4 @@
-"""Running `launch` as a user does: as a process in a directory of its own, or within this process where that is enough."""
+"""Running `launch` as a user does, as a process in a directory of its own, or in this process where that is enough."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,15 +133,21 @@ class Place:
 
     def launch(self, *words: str, seconds: float = 90, **env: str) -> Result:
         """Run the command to its end."""
-        running = self.start(*words, **env)
+        running = self.start(*words, env=env)
         try:
             return running.finish(seconds)
         finally:
             running.close()
 
-    def start(self, *words: str, terminal: bool = False, before: tuple[str, ...] = (), **env: str) -> Running:
-        """Start the command. before: what stands before it, for torchrun."""
-        environment = {**os.environ, "HOME": str(self.home), "PYTHONUNBUFFERED": "1", **env}
+    def start(
+        self,
+        *words: str,
+        terminal: bool = False,
+        before: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> Running:
+        """Start the command. before: what stands in its place, for torchrun."""
+        environment = {**os.environ, "HOME": str(self.home), "PYTHONUNBUFFERED": "1", **(env or {})}
         arguments = [*before, *words] if before else [str(LAUNCH), *words]
         return Running(arguments, self.directory, environment, terminal)
 

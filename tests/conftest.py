@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import here, place
+
+from tests.command import here, place
 
 __all__ = ["here", "place"]  # fixtures for every test that runs `launch`
 

@@ -133,7 +133,7 @@ def test_time_series_shows_the_losses_of_training_and_validation(board: Board, r
         card = page.locator("card-view", has=page.locator(f'[title="{group}/loss"]'))
         card.scroll_into_view_if_needed()
         # The table under the chart: a row a run with its last value, as TensorBoard rounds it.
-        value = f"{_last(root, f'{group}/loss'):.4f}".rstrip("0")
+        value = f"{_last(root, f'{group}/loss'):.4f}".rstrip("0").rstrip(".")
         card.get_by_text(RUN, exact=True).first.wait_for()
         card.get_by_text(value, exact=True).first.wait_for()
         page.wait_for_timeout(1500)  # the line is drawn after the table, on a canvas that says nothing when it is done

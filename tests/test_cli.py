@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from command import LAUNCH, TOY, Place
 
 from launcher import cli
 from launcher.errors import ConfigError
+from tests.command import LAUNCH, TOY, Place
 
 # ---- taking a command line apart ------------------------------------------------------------------------------------
 
@@ -38,9 +38,7 @@ from launcher.errors import ConfigError
         (["-c", "job", "-p", "trainer"], "train", None, [], {"cfg": "job", "package": "trainer"}),
     ],
 )
-def test_parse(
-    words: list[str], verb: str, name: str | None, overrides: list[str], flags: dict[str, str]
-) -> None:
+def test_parse(words: list[str], verb: str, name: str | None, overrides: list[str], flags: dict[str, str]) -> None:
     line = cli.parse(words)
     assert (line.verb, line.name, line.words, line.flags) == (verb, name, overrides, flags)
 
@@ -88,8 +86,10 @@ def test_help_is_quick_and_light(tmp_path: Path) -> None:
 def test_help_of_a_verb_is_hydras(here: Place) -> None:
     shown = here.here("train", "--help", "trainer.epochs=7", "trainer.log_every=${trainer.epochs}")
     assert shown.status == 0
-    assert "== Configuration groups ==" in shown.out and "experiment: mnist, mnist_tiny" in shown.out
-    assert "epochs: 7" in shown.out and "log_every: ${trainer.epochs}" in shown.out
+    assert "== Configuration groups ==" in shown.out
+    assert "experiment: mnist, mnist_tiny" in shown.out
+    assert "epochs: 7" in shown.out
+    assert "log_every: ${trainer.epochs}" in shown.out
     assert not here.runs.exists()
 
 
@@ -104,7 +104,10 @@ def test_help_knows_the_groups_of_the_user(here: Place) -> None:
     ("words", "expected"),
     [
         (["--cfg", "job", "-p", "optimizer.lr", "optimizer.lr=0.25"], "0.25\n"),
-        (["--cfg", "job", "--resolve", "-p", "vars", "+vars.a=1", "+vars.b=${vars.a}"], "# @package vars\na: 1\nb: 1\n"),
+        (
+            ["--cfg", "job", "--resolve", "-p", "vars", "+vars.a=1", "+vars.b=${vars.a}"],
+            "# @package vars\na: 1\nb: 1\n",
+        ),
         (["train", *TOY, "--cfg", "job", "-p", "model"], "# @package model\n_target_: toy.Line\n"),
         (["--cfg", "hydra"], "hydra:\n"),
         (["--info", "defaults-tree"], "experiment: mnist"),
@@ -132,7 +135,7 @@ def test_help_acts_on_nothing_that_a_file_says_under_hydra(here: Place, tmp_path
         assert not Path("planted").exists()
 
 
-# ---- wrong requests: exit 2, one paragraph, nothing written -----------------------------------------------------------
+# ---- wrong requests: exit 2, one paragraph, nothing written ---------------------------------------------------------
 
 WRONG = [
     ("foo=1", r'there is no key "foo"'),
@@ -186,14 +189,16 @@ def test_a_wrong_request(here: Place, words: str, message: str) -> None:
     assert len(ours) == 1, refused.err
     assert re.search(message, ours[0]), ours[0]
     assert "Traceback" not in refused.err
-    assert here.files() == set() and not os.listdir(here.home)
+    assert here.files() == set()
+    assert not os.listdir(here.home)
 
 
 def test_too_many_workers_for_this_machine(here: Place) -> None:
     """An endless wait for resources is what Ray does by itself."""
     refused = here.here(*TOY, "cluster=local", "scaling.workers=4000")
     assert refused.status == 2
-    assert "4000 workers" in refused.err and "scaling.workers=" in refused.err
+    assert "4000 workers" in refused.err
+    assert "scaling.workers=" in refused.err
     assert here.files() == set()
 
 
@@ -202,7 +207,11 @@ def test_too_many_workers_for_this_machine(here: Place) -> None:
     [
         ("missing", None, r"nowhere"),
         ("empty", b"", r"train-images"),
-        ("cut short", b"\x00\x00\x08\x03\x00\x00\x00\x05\x00\x00\x00\x1c\x00\x00\x00\x1cxx", r"train-images-idx3-ubyte"),
+        (
+            "cut short",
+            b"\x00\x00\x08\x03\x00\x00\x00\x05\x00\x00\x00\x1c\x00\x00\x00\x1cxx",
+            r"train-images-idx3-ubyte",
+        ),
     ],
 )
 def test_damaged_data_is_told_with_its_file(
@@ -216,27 +225,31 @@ def test_damaged_data_is_told_with_its_file(
     refused = here.here("experiment=mnist_tiny", "cluster=none", "data=idx", f"data.root={root}")
     assert refused.status == 2
     assert re.search(message, refused.err), refused.err
-    assert refused.err.startswith("launch: ") and len(refused.err.splitlines()) == 1
+    assert refused.err.startswith("launch: ")
+    assert len(refused.err.splitlines()) == 1
     assert here.files() == set()
 
 
 def test_verbose_shows_the_traceback_of_an_error(here: Place) -> None:
     refused = here.here(*TOY, "data.bad=0", "verbose=true")
     assert refused.status == 2
-    assert "Traceback (most recent call last)" in refused.err and "row 0: not a number" in refused.err
+    assert "Traceback (most recent call last)" in refused.err
+    assert "row 0: not a number" in refused.err
 
 
 def test_a_bug_of_ours_is_told_as_one(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli._VERBS, "runs", lambda line: 1 // 0)
     told = here.here("runs")
     assert told.status == 1
-    assert "ZeroDivisionError" in told.err and "bug in launch" in told.err
+    assert "ZeroDivisionError" in told.err
+    assert "bug in launch" in told.err
 
 
 @pytest.mark.parametrize("words", ["runs foo=1", "board trainer.epochs=1", "stop a model=mlp"])
 def test_words_that_mean_nothing_to_a_verb(here: Place, words: str) -> None:
     refused = here.here(*words.split())
-    assert refused.status == 2 and "means nothing to launch" in refused.err
+    assert refused.status == 2
+    assert "means nothing to launch" in refused.err
 
 
 # ---- where things are written ---------------------------------------------------------------------------------------
@@ -250,7 +263,8 @@ def test_standard_output_holds_the_directory_alone(place: Place) -> None:
         assert text in done.err
     assert "Warning" not in done.err
     log = (place.runs / "a/log.txt").read_text()
-    assert "[rank 0] row 3 is read" in log and "[rank 0] step 2/8  epoch 0.50" in log
+    assert "[rank 0] row 3 is read" in log
+    assert "[rank 0] step 2/8  epoch 0.50" in log
     assert place.files() == {"runs", "runs/a"}, "nothing is written outside the run's directory"
     assert not os.listdir(place.home)
 
@@ -258,11 +272,15 @@ def test_standard_output_holds_the_directory_alone(place: Place) -> None:
 def test_plan_prints_a_value_and_creates_nothing(here: Place) -> None:
     told = here.here("plan", *TOY, "--json", "model.speak=true")
     plan = json.loads(told.out)
-    assert told.status == 0 and "a line is built" in told.err
-    assert plan["machines"]["workers"] == 1 and plan["batches"]["steps"] == 8 and plan["parameters"] == 2
+    assert told.status == 0
+    assert "a line is built" in told.err
+    assert plan["machines"]["workers"] == 1
+    assert plan["batches"]["steps"] == 8
+    assert plan["parameters"] == 2
     assert plan["tags"] == ["train/loss", "val/loss"]
     shown = here.here("plan", *TOY)
-    assert "10 samples = 1 x 10" in shown.out and "8 steps = 2 epochs of 4" in shown.out
+    assert "10 samples = 1 x 10" in shown.out
+    assert "8 steps = 2 epochs of 4" in shown.out
     assert here.files() == set()
 
 

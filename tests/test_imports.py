@@ -20,7 +20,7 @@ LEAVES = {"errors", "schema", "keys", "words", "config", "targets", "runs", "pro
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "runs": {"errors", "schema"},
-    "provenance": {"errors"},
+    "provenance": {"errors", "schema", "keys"},
     "phrases": set(),
     "terminal": {"phrases"},
     "targets": {"errors"},
@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": LEAVES,
     "clusters": LEAVES,
     "runners": {"engine", "clusters", "terminal"} | LEAVES,
-    "sweeps": {"runners", "engine", "clusters", "terminal"} | LEAVES,
+    "sweeps": {"jobs", "plan", "prepare", "ranks", "runners", "engine", "clusters", "terminal"} | LEAVES,
     "plan": {"engine", "clusters"} | LEAVES,
     "prepare": LEAVES,
     "ranks": {"engine"} | LEAVES,
@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "listing": {"terminal"} | LEAVES,
     "cli": {"jobs", "prepare", "ranks", "show", "help", "listing", "sweeps", "plan", "terminal"} | LEAVES,
     "__main__": {"cli"},
-    "__init__": {"jobs", "show", "terminal", "errors"},
+    "__init__": {"jobs", "sweeps", "show", "terminal", "errors"},
 }
 
 
@@ -65,7 +65,7 @@ RULES = (
     Rule(
         "launcher",
         ("hydra", "omegaconf"),
-        but=("launcher.config", "launcher.help", "launcher.plugins"),
+        but=("launcher.config", "launcher.help", "launcher.sweeps.syntax"),
         why="configuration is composed once, and plain data afterwards",
     ),
     Rule("launcher", ("models", "conf", "tests", "benchmarks"), why="only configuration names both"),

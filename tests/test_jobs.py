@@ -7,10 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from command import TOY, Place
+
+from tests.command import TOY, Place
 
 RESULT_KEYS = {
     *("status", "reason", "error", "steps", "epochs", "samples", "workers", "world_sizes", "restarts", "lost_steps"),
@@ -34,16 +38,23 @@ def test_a_run_and_its_record(here: Place) -> None:
     assert set(result) == RESULT_KEYS
     assert (result["status"], result["steps"], result["samples"], result["error"]) == ("completed", 8, 80, None)
     assert result["checkpoint"] == str(here.runs / "a/checkpoints/step-00000008")
-    assert result["best"]["tag"] == "val/loss" and result["workers"] == 1 and result["world_sizes"] == [1]
+    assert result["best"]["tag"] == "val/loss"
+    assert result["workers"] == 1
+    assert result["world_sizes"] == [1]
     files = {path.name.partition(".out")[0] for path in (here.runs / "a").iterdir() if not path.name.startswith(".")}
     expected = {"config.yaml", "overrides.yaml", "code.patch", "result.json", "metrics.jsonl", "checkpoints", "log.txt"}
     assert files - expected == {name for name in files if name.startswith("events.out") or name == "events"}
     assert expected <= files
     config = (here.runs / "a/config.yaml").read_text()
-    assert "hunter2" not in config and "secret_key: '***'" in config and "${oc.env:HOME}" in config
+    assert "hunter2" not in config
+    assert "secret_key: '***'" in config
+    assert "${oc.env:HOME}" in config
     words = (here.runs / "a/overrides.yaml").read_text()
-    assert "hunter2" not in words and '- "experiment=toy"' in words
-    assert all("hunter2" not in path.read_text(errors="replace") for path in (here.runs / "a").iterdir() if path.is_file())
+    assert "hunter2" not in words
+    assert '- "experiment=toy"' in words
+    assert all(
+        "hunter2" not in path.read_text(errors="replace") for path in (here.runs / "a").iterdir() if path.is_file()
+    )
 
 
 def test_code_patch_holds_what_was_not_committed(here: Place) -> None:
@@ -57,14 +68,16 @@ def test_code_patch_holds_what_was_not_committed(here: Place) -> None:
         notes.write_text("as committed\n")
         git("add", "notes.txt")
         git("commit", "-qm", "x")
-        notes.write_text("as committed\na change of mine\n")
+        notes.write_text("as committed\na change of mine\nconnect('AccountKey=hunter2==')\n")
         assert here.here(*TOY, "run.name=a", "trainer.steps=1").status == 0
     finally:
         shutil.rmtree(here.directory / ".git")
         notes.unlink()
-    assert "+a change of mine" in (here.runs / "a/code.patch").read_text()
+    assert (here.runs / "a/code.patch").read_text().endswith(" as committed\n+a change of mine\n+***\n")
     found = here.result("a")["git"]
-    assert found["branch"] == "trunk" and found["dirty"] is True and re.fullmatch("[0-9a-f]{40}", found["commit"])
+    assert found["branch"] == "trunk"
+    assert found["dirty"] is True
+    assert re.fullmatch("[0-9a-f]{40}", found["commit"])
 
 
 def test_default_names_never_meet(here: Place) -> None:
@@ -74,11 +87,20 @@ def test_default_names_never_meet(here: Place) -> None:
     assert all(re.match(r"toy-\d{8}-\d{6}", Path(out).name) for out in outs)
 
 
+def test_what_loader_processes_print(here: Place) -> None:
+    """They are forked from a process that may hold a lock, and nobody takes their events."""
+    done = here.here(*TOY, "run.name=a", "data.num_workers=1", "data.speak=true")
+    assert done.status == 0, done.err
+    assert "row 3 is read" in done.err
+    assert "[rank 0] row 3 is read" in (here.runs / "a/log.txt").read_text()
+
+
 def test_a_name_in_use(here: Place) -> None:
     assert here.here(*TOY, "run.name=a", "trainer.steps=1").status == 0
     before = (here.runs / "a/result.json").read_text()
     refused = here.here(*TOY, "run.name=a")
-    assert refused.status == 2 and "run.resume=true" in refused.err
+    assert refused.status == 2
+    assert "run.resume=true" in refused.err
     assert (here.runs / "a/result.json").read_text() == before
 
 
@@ -142,7 +164,8 @@ def test_resume(stopped: Place, words: tuple[str, ...]) -> None:
 def test_a_resume_that_would_break_the_saved_state(stopped: Place, words: str, message: str) -> None:
     before = {path: path.read_bytes() for path in (stopped.runs / "a").rglob("*") if path.is_file()}
     refused = stopped.here("--config-dir", "own", "run.name=a", "run.resume=true", words)
-    assert refused.status == 2 and re.search(message, refused.err), refused.err
+    assert refused.status == 2, refused.err
+    assert re.search(message, refused.err), refused.err
     assert {path: path.read_bytes() for path in (stopped.runs / "a").rglob("*") if path.is_file()} == before
 
 
@@ -151,14 +174,18 @@ def test_a_completed_run_has_nothing_left_to_do(here: Place) -> None:
     before = (here.runs / "a/result.json").read_text()
     done = here.here(*TOY, "run.name=a", "run.resume=true")
     assert (done.status, done.out) == (0, f"{here.runs / 'a'}\n")
-    assert "nothing to do" in done.err and (here.runs / "a/result.json").read_text() == before
+    assert "nothing to do" in done.err
+    assert (here.runs / "a/result.json").read_text() == before
     longer = here.here("run.name=a", "run.resume=true", "trainer.epochs=3")
-    assert longer.status == 0 and here.result("a")["steps"] == 12
+    assert longer.status == 0
+    assert here.result("a")["steps"] == 12
 
 
 def test_resume_of_nothing(here: Place) -> None:
     refused = here.here(*TOY, "run.name=a", "run.resume=true")
-    assert refused.status == 2 and 'no run "a"' in refused.err and not here.runs.exists()
+    assert refused.status == 2
+    assert 'no run "a"' in refused.err
+    assert not here.runs.exists()
     assert here.here(*TOY, "run.name=a", "run.resume=auto", "trainer.steps=1").status == 0
     refused = here.here(*TOY, "run.name=b", "run.resume=true")
     assert 'Did you mean "a"' in refused.err or "holds 1 run" in refused.err
@@ -179,7 +206,8 @@ def test_weights_of_another_run(here: Place) -> None:
     assert here.here(*TOY, "run.name=b", "checkpoint.load=a", "trainer.steps=2").status == 0
     assert here.result("b")["steps"] == 2
     refused = here.here(*TOY, "run.name=c", "checkpoint.load=a", "model.width=2")
-    assert refused.status in (1, 2) and "net.weight" in refused.err
+    assert refused.status in (1, 2)
+    assert "net.weight" in refused.err
 
 
 # ---- evaluating -----------------------------------------------------------------------------------------------------
@@ -191,7 +219,8 @@ def test_evaluate(here: Place) -> None:
     assert done.status == 0
     assert json.loads(done.out) == {"val/loss": pytest.approx(here.result("a")["best"]["value"], rel=1e-5)}
     over = here.here("evaluate", "a", "trainer.precision=bfloat16")
-    assert over.status == 0 and "Over the run's own configuration: trainer.precision=bfloat16" in over.err
+    assert over.status == 0
+    assert "Over the run's own configuration: trainer.precision=bfloat16" in over.err
 
 
 @pytest.mark.parametrize(
@@ -208,10 +237,11 @@ def test_evaluate(here: Place) -> None:
 def test_evaluate_refuses(here: Place, words: str, message: str) -> None:
     assert here.here(*TOY, "run.name=a", "trainer.steps=1").status == 0
     refused = here.here(*words.split())
-    assert refused.status == 2 and refused.out == "" and re.search(message, refused.err), refused.err
+    assert (refused.status, refused.out) == (2, "")
+    assert re.search(message, refused.err), refused.err
 
 
-# ---- configurations of strangers --------------------------------------------------------------------------------------
+# ---- configurations of strangers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,15 +257,15 @@ def test_evaluate_refuses(here: Place, words: str, message: str) -> None:
 )
 @pytest.mark.parametrize("words", ["run.like=a", "run.name=a run.resume=true", "evaluate a"])
 def test_a_strangers_run_executes_nothing(here: Place, planted: str, words: str) -> None:
-    import sys
-
     run = here.runs / "a"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(planted)
     (run / "result.json").write_text('{"status": "stopped"}')
     refused = here.here(*words.split(), "cluster=none")
-    assert refused.status == 2 and refused.err.startswith("launch: "), refused.err
-    assert not (here.directory / "planted").exists() and "antigravity" not in sys.modules
+    assert refused.status == 2, refused.err
+    assert refused.err.startswith("launch: ")
+    assert not (here.directory / "planted").exists()
+    assert "antigravity" not in sys.modules
 
 
 # ---- failing --------------------------------------------------------------------------------------------------------
@@ -243,30 +273,39 @@ def test_a_strangers_run_executes_nothing(here: Place, planted: str, words: str)
 
 def test_the_users_own_mistake(here: Place) -> None:
     failed = here.here(*TOY, "run.name=a", "model.mishap=raise", "model.at=6")
-    assert failed.status == 1 and failed.out == f"{here.runs / 'a'}\n"
-    assert failed.err.count("Traceback") == 1 and failed.err.count("the user's own mistake\"\n") == 1
+    assert failed.status == 1
+    assert failed.out == f"{here.runs / 'a'}\n"
+    assert failed.err.count("Traceback") == 1
+    assert failed.err.count("the user's own mistake\"\n") == 1
     trace = failed.err[failed.err.index("Traceback") :]
-    assert "in stumble" in trace and "launcher" not in trace.partition("KeyError")[0]
+    assert "in stumble" in trace
+    assert "launcher" not in trace.partition("KeyError")[0]
     result = here.result("a")
     assert set(result) == RESULT_KEYS
-    assert result["status"] == "failed" and "the user's own mistake" in result["error"]
-    assert result["checkpoint"].endswith("step-00000004") and checkpoints(here, "a") == ["step-00000004"]
+    assert result["status"] == "failed"
+    assert "the user's own mistake" in result["error"]
+    assert result["checkpoint"].endswith("step-00000004")
+    assert checkpoints(here, "a") == ["step-00000004"]
     assert "run.resume=true" in failed.err.splitlines()[-1]
 
 
 def test_a_mistake_that_the_start_check_finds(here: Place) -> None:
     failed = here.here(*TOY, "run.name=a", "model.mishap=raise", "model.at=0")
-    assert failed.status == 1 and "Traceback" in failed.err and "in stumble" in failed.err
+    assert failed.status == 1
+    assert "Traceback" in failed.err
+    assert "in stumble" in failed.err
     assert not here.runs.exists(), "nothing had begun"
 
 
 def test_a_loss_that_is_not_a_number(here: Place) -> None:
     failed = here.here(*TOY, "run.name=a", "model.mishap=infinite", "model.at=6")
-    assert failed.status == 1 and "Traceback" not in failed.err
+    assert failed.status == 1
+    assert "Traceback" not in failed.err
     assert "launch: The loss became NaN or infinite at step 6 on rank 0" in failed.err
     assert f"the last good checkpoint is {here.runs}/a/checkpoints/step-00000004" in failed.err
     result = here.result("a")
-    assert result["status"] == "failed" and result["error"].startswith("NonFiniteLoss: ")
+    assert result["status"] == "failed"
+    assert result["error"].startswith("NonFiniteLoss: ")
     assert checkpoints(here, "a") == ["step-00000004"]
 
 
@@ -274,7 +313,8 @@ def test_bad_data_that_the_start_check_does_not_find(here: Place) -> None:
     """Found while training: the run had started, so it is exit 1, in the data set's own words."""
     failed = here.here(*TOY, "run.name=a", "data.bad=35")
     assert failed.status == 1
-    assert "launch: numbers.csv, row 35: not a number" in failed.err and "Traceback" not in failed.err
+    assert "launch: numbers.csv, row 35: not a number" in failed.err
+    assert "Traceback" not in failed.err
     assert here.result("a")["error"] == "DataError: numbers.csv, row 35: not a number"
 
 
@@ -305,7 +345,8 @@ def test_a_corrupt_picture(here: Place, tmp_path: Path, position: int, status: i
     words += " data.val_limit=null model=mlp model.size=8 model.classes=2 trainer.global_batch_size=5"
     failed = here.here("experiment=mnist_tiny", "cluster=none", "logging.graph=false", "run.name=a", *words.split())
     assert failed.status == status, failed.err
-    assert str(broken) in failed.err and "Traceback" not in failed.err
+    assert str(broken) in failed.err
+    assert "Traceback" not in failed.err
     assert (here.runs / "a").exists() is (status == 1)
 
 
@@ -315,15 +356,18 @@ def test_a_corrupt_picture(here: Place, tmp_path: Path, position: int, status: i
 def test_a_root_that_cannot_be_written(here: Place, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     refused = here.here(*TOY, f"run.root={tmp_path}/file", "run.name=a")
-    assert refused.status == 2 and "cannot be written" in refused.err and "run.root=DIRECTORY" in refused.err
+    assert refused.status == 2
+    assert "cannot be written" in refused.err
+    assert "run.root=DIRECTORY" in refused.err
     (tmp_path / "root").mkdir()
     (tmp_path / "root/a").write_text("in the way")
     refused = here.here(*TOY, f"run.root={tmp_path}/root", "run.name=a")
-    assert refused.status == 2 and "cannot be written" in refused.err
+    assert refused.status == 2
+    assert "cannot be written" in refused.err
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, for root alone."""
     target = tmp_path / "disk"
     target.mkdir()
@@ -337,22 +381,25 @@ def small_disk(tmp_path: Path) -> Path:
 def test_a_read_only_disk(here: Place, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     refused = here.here(*TOY, f"run.root={small_disk}/runs", "run.name=a")
-    assert refused.status == 2 and "Read-only file system" in refused.err
+    assert refused.status == 2
+    assert "Read-only file system" in refused.err
 
 
 def test_a_disk_without_room_for_a_checkpoint(here: Place, small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(b"x" * 150_000)
     refused = here.here(*TOY, f"run.root={small_disk}/runs", "run.name=a", "model.width=20000")
-    assert refused.status == 2 and re.search(r"A checkpoint of this model takes .* MiB, and .* MiB free", refused.err)
+    assert refused.status == 2
+    assert re.search(r"A checkpoint of this model takes .* MiB, and .* MiB free", refused.err)
     assert os.listdir(small_disk) == ["ballast"]
 
 
 def test_a_disk_that_is_full_before_the_start(here: Place, small_disk: Path) -> None:
-    with pytest.raises(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+    with suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
     refused = here.here(*TOY, f"run.root={small_disk}/runs", "run.name=a")
-    assert refused.status == 2 and "run.root=DIRECTORY" in refused.err
+    assert refused.status == 2
+    assert "run.root=DIRECTORY" in refused.err
     assert os.listdir(small_disk) == ["ballast"]
 
 
@@ -360,11 +407,14 @@ def test_a_disk_that_fills_up(here: Place, small_disk: Path) -> None:
     """The last good checkpoint stays, and result.json still says that the run failed."""
     failed = here.here(*TOY, f"run.root={small_disk}/runs", "run.name=a", "trainer.steps=400", "checkpoint.keep=100")
     run = small_disk / "runs/a"
-    assert failed.status == 1 and failed.out == f"{run}\n", failed.err
+    assert (failed.status, failed.out) == (1, f"{run}\n"), failed.err
     ours = [line for line in failed.err.splitlines() if line.startswith("launch: ")]
-    assert len(ours) == 1 and "No space left" in ours[0] and "Traceback" not in failed.err, failed.err
+    assert len(ours) == 1, failed.err
+    assert "No space left" in ours[0]
+    assert "Traceback" not in failed.err
     result = json.loads((run / "result.json").read_text())
-    assert result["status"] == "failed" and "No space left" in result["error"]
+    assert result["status"] == "failed"
+    assert "No space left" in result["error"]
     assert Path(result["checkpoint"]).is_dir()
     (run / "metrics.jsonl").unlink()
     again = here.here("evaluate", "a", f"run.root={small_disk}/runs")

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import Place
+
+from tests.command import Place
 
 FILES = {
     # Packages called like ours. Theirs win file by file, and ours stay reachable below them.
@@ -54,7 +55,11 @@ checkpoint: {monitor: val/near/loss}
     # Called like one of ours: theirs wins.
     "settings/experiment/mnist_tiny.yaml": "# @package _global_\nvars: {whose: mine}\n",
     # This machine's own settings.
-    "settings/local/default.yaml": "# @package _global_\nrun:\n  root: ${vars.root}\nvars:\n  root: runs of this machine\n",
+    "settings/local/default.yaml": """\
+# @package _global_
+run: {root: "${vars.root}"}
+vars: {root: runs of this machine}
+""",
 }
 
 
@@ -93,7 +98,9 @@ def test_its_directory_by_the_environment(project: Place) -> None:
 @pytest.mark.timeout(150)
 def test_an_own_project_on_ray(project: Place) -> None:
     """Workers import the caller's modules, and know the names that the driver knows."""
-    done = project.launch("--config-dir", "settings", "experiment=flowers", "run.name=a", "scaling.workers=2", seconds=120)
+    done = project.launch(
+        "--config-dir", "settings", "experiment=flowers", "run.name=a", "scaling.workers=2", seconds=120
+    )
     assert done.status == 0, done.err
     assert "2 CPU workers" in done.err
     assert done.last == str(project.directory / "runs of this machine" / "a")

@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command import TOY, Place, Result, Running
+
+from tests.command import TOY, Place, Result, Running
 
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2", "-m", "launcher")
+Start = Callable[..., Running]
 RUN = (*TOY, "logging.tensorboard=false", "run.name=a")
 
 
 @pytest.fixture
-def start(place: Place, request: pytest.FixtureRequest):  # noqa: ANN201
-    def started(*words: str, terminal: bool = False) -> Running:
-        running = place.start(*words, terminal=terminal, before=TORCHRUN, OMP_NUM_THREADS="1")
-        request.addfinalizer(running.close)
+def start(place: Place) -> Iterator[Start]:
+    started: list[Running] = []
+
+    def one(*words: str, terminal: bool = False) -> Running:
+        running = place.start(*words, terminal=terminal, before=TORCHRUN, env={"OMP_NUM_THREADS": "1"})
+        started.append(running)
         return running
 
-    return started
+    yield one
+    for running in started:
+        running.close()
 
 
 def ours(result: Result) -> list[str]:
     """What was shown before torchrun begins to tell how its children ended."""
     lines = [line for line in result.err.splitlines() if "torch/distributed" not in line]
-    end = next((i for i, line in enumerate(lines) if line.endswith("bin/torchrun\", line 6, in <module>")), None)
+    end = next((i for i, line in enumerate(lines) if line.endswith('bin/torchrun", line 6, in <module>')), None)
     return lines if end is None else lines[: end - 1]
 
 
-def test_two_ranks_are_one_run(place: Place, start) -> None:  # noqa: ANN001
+def test_two_ranks_are_one_run(place: Place, start: Start) -> None:
     done = start(*RUN, "scaling.workers=4", "model.speak=true").finish()
     assert (done.status, done.out) == (0, f"{place.runs / 'a'}\n")
     assert os.listdir(place.runs) == ["a"]
@@ -45,7 +52,7 @@ def test_two_ranks_are_one_run(place: Place, start) -> None:  # noqa: ANN001
     assert not os.listdir(place.home)
 
 
-def test_a_mistake_on_one_rank_is_told_once(place: Place, start) -> None:  # noqa: ANN001
+def test_a_mistake_on_one_rank_is_told_once(place: Place, start: Start) -> None:
     """Rank 0 only sees that a connection closes."""
     done = start(*RUN, "model.mishap=raise", "model.at=7", "model.rank=1").finish()
     assert done.status == 1
@@ -55,17 +62,17 @@ def test_a_mistake_on_one_rank_is_told_once(place: Place, start) -> None:  # noq
     assert shown.count("in stumble") == 1
     result = place.result("a")
     assert result["status"] == "failed"
-    assert result["error"] == "UserCodeError: KeyError: \"the user's own mistake\""
+    assert result["error"] == 'UserCodeError: KeyError: "the user\'s own mistake"'
 
 
-def test_a_rank_that_dies_without_a_word(place: Place, start) -> None:  # noqa: ANN001
+def test_a_rank_that_dies_without_a_word(place: Place, start: Start) -> None:
     done = start(*RUN, "model.mishap=die", "model.at=7", "model.rank=1").finish()
     assert done.status == 1
     assert any(line.startswith("launch: The connection to another worker was lost") for line in ours(done)), done.err
     assert place.result("a")["error"].startswith("WorkerLost: ")
 
 
-def test_a_wrong_request_is_told_once(place: Place, start) -> None:  # noqa: ANN001
+def test_a_wrong_request_is_told_once(place: Place, start: Start) -> None:
     done = start(*RUN, "data.bad=0").finish()
     assert done.status == 1, "torchrun's own status"
     assert [line for line in ours(done) if line] == ["launch: numbers.csv, row 0: not a number"]
@@ -73,7 +80,7 @@ def test_a_wrong_request_is_told_once(place: Place, start) -> None:  # noqa: ANN
     assert place.files() == set()
 
 
-def test_ctrl_c_at_a_terminal(place: Place, start) -> None:  # noqa: ANN001
+def test_ctrl_c_at_a_terminal(place: Place, start: Start) -> None:
     """The terminal signals every rank, and torchrun passes on what it was sent itself: still it is one Ctrl-C."""
     running = start(*RUN, "trainer.epochs=1000", "model.delay=0.1", terminal=True)
     running.wait_until(lambda: (place.runs / "a/.step").exists() and int((place.runs / "a/.step").read_text() or 0) > 2)

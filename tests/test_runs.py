@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import TOY, Place
 
 from launcher import runs
 from launcher.errors import ConfigError, RunError
 from launcher.runs import RunDirectory
+from tests.command import TOY, Place
 
 
 def make(root: Path, name: str, **result: Any) -> RunDirectory:

@@ -6,10 +6,10 @@ import io
 from typing import Any
 
 import pytest
-from command import TOY, Place
 
 from launcher.phrases import count, duration, number, step_line
 from launcher.terminal import Display
+from tests.command import TOY, Place
 
 
 def progress(step: int, **values: float) -> dict[str, Any]:

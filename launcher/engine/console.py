@@ -16,19 +16,27 @@ from launcher.engine.control import Control
 
 
 class Log:
-    """log.txt, to which all ranks append whole lines (O_APPEND keeps them whole)."""
+    """log.txt, to which all ranks append whole lines (O_APPEND keeps them whole).
+
+    Where it cannot be written (somebody else's run is evaluated) nothing is.
+    """
 
     def __init__(self, path: Path, rank: int) -> None:
         self._rank = rank
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file: int | None = None
+        with suppress(OSError):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def line(self, text: str) -> None:
+        if self._file is None:
+            return
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
         with suppress(OSError):  # a full disk must not turn the user's print into an error
             os.write(self._file, f"{stamp} [rank {self._rank}] {text}\n".encode(errors="replace"))
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
 
 class Captured(io.TextIOBase):
@@ -45,6 +53,11 @@ class Captured(io.TextIOBase):
 
     def writable(self) -> bool:
         return True
+
+    @property
+    def buffer(self) -> io.RawIOBase:
+        """For code that writes bytes."""
+        return _Bytes(self)
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -71,6 +84,18 @@ class Captured(io.TextIOBase):
                 self._buffer = ""
 
 
+class _Bytes(io.RawIOBase):
+    def __init__(self, text: Captured) -> None:
+        self._text = text
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._text.write(bytes(data).decode(errors="replace"))
+        return len(data)
+
+
 class Console:
     """Captures `sys.stdout` and `sys.stderr` of this process for the time of a run."""
 
@@ -78,6 +103,7 @@ class Console:
         self._log = Log(path, rank)
         self._rank = rank
         self._control = control
+        self._process = os.getpid()
 
     def __enter__(self) -> Console:
         self._kept: tuple[TextIO, TextIO] = (sys.stdout, sys.stderr)
@@ -93,6 +119,10 @@ class Console:
     def _show(self, text: str, whole: bool) -> None:
         if text:
             self._log.line(text)
+        if os.getpid() != self._process:
+            # A loader process, forked from this one: nobody takes its events, and a lock may have been held meanwhile.
+            os.write(2, (text + ("\n" if whole else "")).encode(errors="replace"))
+            return
         self._control.emit({"kind": "line", "rank": self._rank, "text": text, "whole": whole})
 
     def note(self, text: str) -> None:

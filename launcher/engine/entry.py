@@ -19,7 +19,7 @@ from launcher.engine.failures import translate
 from launcher.engine.runtime import Runtime
 from launcher.engine.trainer import Trainer
 from launcher.errors import ConfigError, RequestError
-from launcher.phrases import step_line
+from launcher.phrases import count, step_line
 from launcher.runs import RunDirectory
 
 
@@ -61,7 +61,10 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
                 targets.add_calling_directory(path)
             hardware.configure(runtime, task.job.scaling.cpus_per_worker, task.job.trainer.deterministic)
             action: Callable[..., dict[str, Any]] = {"train": _train, "evaluate": _evaluate}[task.action]
-            return action(task, runtime, phase, directory)
+            result = action(task, runtime, phase, directory)
+            if "status" in result:
+                console.note(f"{result['status']} after {count(result['steps'], 'step')}")
+            return result
         except Exception as error:
             told = translate(error)
             if phase.training and isinstance(told, RequestError):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.engine.data import Fetch, Loader, Split, keys_of_evaluation
+from launcher.engine.data import Loader, Split, keys_of_evaluation
 from launcher.engine.metrics import Sums, check_answer, means
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy

@@ -87,7 +87,7 @@ class Sums:
         return sorted(self._sums)
 
     def declare_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Know names by the shapes of their stored sums, at zero: a rank whose share is empty still joins the reduction."""
+        """Know names by the shapes of their stored sums, at zero: a rank without samples still joins the reduction."""
         for name, shape in shapes.items():
             dtype = torch.int64 if self._exact else torch.float64
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=self._device)
@@ -98,7 +98,7 @@ class Sums:
         """Add what the model said of one microbatch.
 
         Raises:
-            ContractError: its names or shapes are not those of the microbatches before. The ranks could not add them up.
+            ContractError: its names or shapes are not those of the microbatches before; ranks could not add them up.
         """
         if self._sums and answer.keys() != self._sums.keys():
             odd = sorted(answer.keys() ^ self._sums.keys())

@@ -78,7 +78,7 @@ class State:
             self.seed_rank()
 
     def _mend_rates(self, configured: list[float]) -> None:
-        """Let a learning rate that the configuration now states otherwise take effect, at the schedule's present share."""
+        """Let a learning rate that is now configured otherwise take effect, at the schedule's present share of it."""
         for index, (group, rate) in enumerate(zip(self._optimizer.param_groups, configured, strict=True)):
             saved = _initial_rate(group)
             if rate != saved:

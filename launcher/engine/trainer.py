@@ -189,7 +189,8 @@ class Trainer:
         progress.lost_steps = max(progress.lost_steps, earlier.get("lost_steps") or 0) + lost
         progress.world_sizes = max(progress.world_sizes, list(earlier.get("world_sizes") or []), key=len)
         again = f"; {lost} step(s) done since are done again" if lost else ""
-        self.control.emit({"kind": "note", "text": f"Continuing from step {progress.step}{again}. {newest.explain()}".strip()})
+        text = f"Continuing from step {progress.step}{again}. {newest.explain()}".strip()
+        self.control.emit({"kind": "note", "text": text})
         return True
 
     def _loop_and_settle(self, watch: Watch) -> dict[str, Any]:
@@ -339,10 +340,11 @@ class Trainer:
         self._give_up(f"The loss became NaN or infinite at {where or 'an unknown step'}")
 
     def _require_finite_weights(self) -> None:
-        """A gradient may be infinite though the loss is not. The next loss tells, but this checkpoint would be the newest."""
+        """A gradient may be infinite though the loss is not. The next loss tells, but this checkpoint was the newest."""
         if not self.strategy.is_finite():
+            step = self.progress.step
             self._give_up(
-                f"The weights became NaN or infinite by step {self.progress.step}: the loss was finite, and its gradient was not"
+                f"The weights became NaN or infinite by step {step}: the loss was finite, and its gradient was not"
             )
 
     def _give_up(self, what: str) -> None:

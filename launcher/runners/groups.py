@@ -30,8 +30,8 @@ from launcher.clusters.local import EmbeddedRay
 from launcher.errors import LaunchError
 from launcher.runners import ray_train
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
-from launcher.runners.tasks import Ended, Shape, fits
 from launcher.runners.ray_train import Event, Order
+from launcher.runners.tasks import Ended, Shape, fits
 
 # Pruning is decided by the driver between two evaluations: what it takes to hear and to answer is trained for nothing.
 TALK_SECONDS = 0.1
@@ -276,11 +276,11 @@ class _Group:
 
 def work(order: Order) -> None:
     """Everything that one worker of a group does: task after task, until an empty parcel comes."""
-    context = ray.train.get_context()
+    context = ray_train.own_context()
     sys.path[:0] = [path for path in order.python_path if path not in sys.path]
     number, joined = 0, contextlib.ExitStack()
-    # Before the process group is there: PyTorch's functions take it as the default of an argument when they are defined,
-    # and what they hold would stay open when this rank leaves.
+    # Before the process group is there: functions of PyTorch take it as the default of an argument when they are
+    # defined, and what they hold would stay open when this rank leaves.
     importlib.import_module("launcher.engine.entry")
     # What was imported stays: to look through it for garbage after every task would take longer than a small task.
     gc.freeze()

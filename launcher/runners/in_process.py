@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -13,7 +14,7 @@ from launcher.engine.control import STOP
 from launcher.engine.entry import Task
 from launcher.engine.runtime import Runtime
 from launcher.errors import Stopped
-from launcher.runners.signals import Interrupts
+from launcher.runners.signals import STOPPING, Interrupts
 
 _SAME_SIGNAL_SECONDS = 1.0
 
@@ -61,3 +62,5 @@ class DirectControl(Interrupts):
         super()._take(number, frame)
         if self.count > 1 or not self._training:  # no patience to wait, or nothing to save
             raise Stopped(number)
+        # In a thread: here anything may be under way, such as a line that is being printed.
+        threading.Thread(target=self._on_event, args=(STOPPING,), daemon=True).start()

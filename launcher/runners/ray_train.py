@@ -41,7 +41,7 @@ from launcher.clusters.local import RAY_TRAIN_ENVIRONMENT, EmbeddedRay
 from launcher.errors import LaunchError, ResourceError, Stopped, TrainingError, WorkerLost
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
 from launcher.runners.reports import Event, crash_of, describe, rebuild
-from launcher.runners.signals import Interrupts
+from launcher.runners.signals import STOPPING, Interrupts
 
 LOOK_SECONDS = 0.2
 ABORT_SECONDS = 10.0
@@ -216,6 +216,7 @@ class _Supervision:
         self._thread = threading.Thread(target=self._fit, name="launch-fit", daemon=True)
 
     def watch(self) -> dict[str, Any]:
+        stopping = False
         self._thread.start()
         while self._thread.is_alive():
             self._thread.join(LOOK_SECONDS)
@@ -227,8 +228,10 @@ class _Supervision:
             self._look()
             if self._interrupts.count >= 2 or (self._interrupts.count and not self._training):
                 self._end()
-            if self._interrupts.count:
+            if self._interrupts.count and not stopping:
+                stopping = True
                 self.channel.request("stop")
+                self._on_event(STOPPING)
         self._look()
         if isinstance(self._outcome, BaseException):
             raise explain(self._outcome, self._workers, self._errors) from None
@@ -336,9 +339,14 @@ def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
     return enter
 
 
+def own_context() -> Any:
+    """Return what Ray Train tells this worker of itself: ranks and world size."""
+    return ray.train.get_context()
+
+
 def work(order: Order) -> dict[str, Any] | None:
     """Everything that one worker does."""
-    context = ray.train.get_context()
+    context = own_context()
     rank = context.get_world_rank()
     with WorkerEnd(order.run, rank) as control:
         control.emit({"kind": "worker", "rank": rank, **_whereabouts()})

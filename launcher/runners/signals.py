@@ -8,6 +8,8 @@ from types import FrameType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What the user is told after the first.
+STOPPING = {"kind": "note", "text": "Stopping: the run saves a checkpoint first. A second time stops it at once."}
 
 
 class Interrupts:

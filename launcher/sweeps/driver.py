@@ -268,7 +268,7 @@ class Driver:
             self._begin(runner, trial)
 
     def _next(self) -> Trial | None:
-        """Draw the next trial, or take one that is to be continued. One that cannot be composed is recorded as failed."""
+        """Draw the next trial, or take one that is to be continued. What cannot be composed is recorded as failed."""
         while True:
             if self._again:
                 drawn = self._study.again(self._again.pop(0))

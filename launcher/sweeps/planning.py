@@ -218,7 +218,7 @@ def _total(settings: SweepConfig, space: Words) -> int:
     if settings.sampler == "grid":
         if settings.trials is not None:
             raise ConfigError(
-                f"sweep.trials={settings.trials}: a grid has as many trials as there are combinations. Leave it out, or "
+                f"sweep.trials={settings.trials}: a grid has as many trials as combinations. Leave it out, or "
                 "search: sweep=random, tpe, gp or cmaes."
             )
         total = 1

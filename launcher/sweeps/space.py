@@ -116,7 +116,7 @@ def pruner(settings: SweepConfig, evaluations: int | None) -> BasePruner:
 def shown(values: Mapping[str, Value], words: Words) -> dict[str, Value]:
     """Return a trial's values as TensorBoard, result.json and trials.csv show them: one type for each key.
 
-    TensorBoard takes the type of a key from the first trial that it meets, so numbers and texts never mix under one key.
+    TensorBoard takes the type of a key from all of its values, so numbers and texts never mix under one key.
     """
     return {axis.key: _of_one_type(axis, values[axis.key]) for axis in words.axes if axis.key in values}
 

@@ -53,7 +53,7 @@ class Recorded:
 
 
 def quiet() -> None:
-    """Optuna tells each trial to standard error and warns of what is experimental in it; we say what there is to say."""
+    """Optuna tells of each trial on standard error, and of what is experimental in it; we say what there is to say."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("cmaes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="optuna")
@@ -197,7 +197,7 @@ class Study:
     # ---- what is best -----------------------------------------------------------------------------------------------
 
     def best(self) -> FrozenTrial | None:
-        """Return the best completed trial; of several objectives, the one of the Pareto front that is best in the first."""
+        """Return the best completed trial; of several objectives, the one of the front that is best in the first."""
         front = self.front()
         if not front:
             return None

@@ -153,8 +153,8 @@ def _parse(word: str) -> Any:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
         raise ConfigError(
-            f'"{shown(word)}" cannot be read as an override or a sweep ({str(error).splitlines()[0]}). Sweeps are written '
-            "KEY=A,B  KEY=range(1,5)  KEY=interval(0,1)  KEY=tag(log,interval(1e-4,1e-1))  GROUP=glob(*)."
+            f'"{shown(word)}" cannot be read as an override or a sweep ({str(error).splitlines()[0]}). Sweeps are '
+            "written KEY=A,B  KEY=range(1,5)  KEY=interval(0,1)  KEY=tag(log,interval(1e-4,1e-1))  GROUP=glob(*)."
         ) from None
 
 
@@ -247,8 +247,8 @@ def _choice(key: str, elements: Sequence[Any], word: str) -> Choice:
             isinstance(element, list) and any(isinstance(e, (dict, list)) for e in element)
         ):
             raise ConfigError(
-                f'"{shown(word)}": {text} cannot be searched. Sweep its keys one by one, or put each variant into a file of a '
-                "configuration group and sweep over the group."
+                f'"{shown(word)}": {text} cannot be searched. Sweep its keys one by one, or put each variant into a '
+                "file of a configuration group and sweep over the group."
             )
         value = text if isinstance(element, list) else element.text if isinstance(element, QuotedString) else element
         if any(_same(value, other) or value == other for other in values):

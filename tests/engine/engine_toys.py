@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 # Of this process: the networks that were built, and what they and the data sets noted.
 MODELS: list[nn.Module] = []
@@ -66,7 +66,7 @@ class Pictures:
         return TensorDataset(x, y)
 
 
-class Samples:
+class Samples(Dataset[Any]):
     """Read one by one. Every sample is changed at random by torch, random and NumPy.
 
     Args:
@@ -150,7 +150,7 @@ class Summary(Net):
 
 
 class Tokens(Net):
-    """Every sample has 1 to LONGEST tokens, and the loss is the mean over tokens: (sum, count) pairs of varying counts."""
+    """Every sample has 1 to LONGEST tokens. The loss is the mean over tokens: pairs (sum, count) of varying counts."""
 
     def training_step(self, batch: Any) -> dict[str, Any]:
         x, y, number = batch
@@ -168,8 +168,8 @@ class Branches(Net):
     """Some parameters are used by no batch, and those of `rare` by certain samples alone.
 
     Args:
-        residue: of the numbers of those samples, by 50. With seed 0 and 100 samples, 14 is in no microbatch of the first
-            global batch, and 30 is in the first one.
+        residue: of the numbers of those samples, by 50. With seed 0 and 100 samples a step, 14 is in no microbatch of
+            the first step, and 30 is in its first one.
     """
 
     def __init__(self, residue: int = 14, never: bool = True) -> None:

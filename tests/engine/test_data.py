@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from launcher.engine.data import (
     Data,
@@ -108,7 +108,7 @@ def test_evaluation_takes_every_sample_in_order() -> None:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-class Listed:
+class Listed(Dataset[Any]):
     """`__getitems__` that gives samples."""
 
     def __len__(self) -> int:
@@ -154,7 +154,7 @@ def test_every_kind_of_data_set_gives_its_batch() -> None:
     assert (tuple(x.shape), number.tolist()) == ((2, toys.FEATURES), [3, 1])
     x, _, number = read(Subset(toys.Samples(10, noise=False), [5, 6, 7]), [2, 0])
     assert number.tolist() == [7, 5]
-    assert read(Subset(Listed(), [5, 6, 7]), [2, 0])[1].tolist() == [7, 5]  # type: ignore[arg-type]
+    assert read(Subset(Listed(), [5, 6, 7]), [2, 0])[1].tolist() == [7, 5]
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone() -> None:
@@ -197,7 +197,9 @@ def test_loader_processes_give_what_this_process_gives(num_workers: int) -> None
 
     here, there = batches(0), batches(num_workers)
     assert len(here) == len(there) == 34
-    assert all(torch.equal(a, b) for one, other in zip(here, there, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(
+        torch.equal(a, b) for one, other in zip(here, there, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 class Elsewhere(Listed):
@@ -217,8 +219,9 @@ def test_only_tensors_are_gathered_here_whatever_num_workers_says() -> None:
 
 
 def loader_processes() -> list[int]:
-    """Return this process's children that are loader processes of PyTorch."""
-    return [pid for pid in toys.living_children() if b"forkserver" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """Return the processes that were forked from this one, as PyTorch's loader processes are."""
+    own = Path("/proc/self/cmdline").read_bytes()
+    return [pid for pid in toys.living_children() if Path(f"/proc/{pid}/cmdline").read_bytes() == own]
 
 
 # ---- bad samples ----------------------------------------------------------------------------------------------------

@@ -47,9 +47,7 @@ def noted_losses(ranks: list[Rank]) -> dict[int, tuple[list[int], list[float]]]:
 def test_logged_loss_is_the_sum_over_all_ranks_by_the_count(
     model: str, workers: int, how: dict[str, Any], tmp_path: Path
 ) -> None:
-    job = make_job(
-        model={"_target_": model, "note": True}, steps=13, log_every=4, **{"global_batch_size": 107, **how}
-    )
+    job = make_job(model={"_target_": model, "note": True}, steps=13, log_every=4, **{"global_batch_size": 107, **how})
     ranks = succeed(job, tmp_path, workers)
     steps = noted_losses(ranks)
     batch = job.trainer.global_batch_size

@@ -47,7 +47,9 @@ def rates(groups: list[dict[str, Any]], **more: Any) -> dict[str, float | None]:
     ],
 )
 def test_the_first_pattern_that_matches_decides(groups: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    wanted = {f"{layer}.{kind}": pair[i] for layer, pair in expected.items() for i, kind in enumerate(("weight", "bias"))}
+    wanted = {
+        f"{layer}.{kind}": pair[i] for layer, pair in expected.items() for i, kind in enumerate(("weight", "bias"))
+    }
     assert rates(groups) == wanted
 
 

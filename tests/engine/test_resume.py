@@ -102,6 +102,21 @@ def test_random_layers_and_augmentation_go_on_where_they_were(tmp_path: Path) ->
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["plain", "deterministic"])
+def test_convolutions_go_on_where_they_were(deterministic: bool, tmp_path: Path) -> None:
+    # Their weights lie in another order in memory, and the optimizer's state must lie as they do.
+    job = make_job(
+        model={"_target_": "models.vision.ConvNet", "width": 4},
+        data={"_target_": "Pictures", "train": 500},
+        deterministic=deterministic,
+        **{**EVERYTHING, "logging": {}},
+    )
+    succeed(job, tmp_path / "whole", 2)
+    kill(job, tmp_path / "killed", 2, after=5, once_saved=3)
+    succeed(job, tmp_path / "killed", 2)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_low_precision_goes_on_where_it_was(precision: str, tmp_path: Path) -> None:
     # The loss scale, which has been halved until it fitted, belongs to the state.

@@ -15,7 +15,6 @@ from launcher.engine.checkpoint import available, load_weights, newest_intact
 from tests.engine import engine_toys as toys
 from tests.engine.engine_ranks import (
     Rank,
-    Script,
     assert_same_run,
     assert_same_weights,
     column,
@@ -189,18 +188,18 @@ def test_ranks_draw_other_random_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_compiled_is_what_it_was_before(deterministic: bool, tmp_path: Path) -> None:
     model = {"_target_": "models.vision.ConvNet", "width": 4}
     how: dict[str, Any] = {"model": model, "data": "Pictures", "epochs": 2, "deterministic": deterministic}
     succeed(make_job(**how), tmp_path / "plain", 2)
-    for workers in (1, 2, 3) if deterministic else (2,):
+    for workers in (2, 3) if deterministic else (2,):
         succeed(make_job(compile=True, **how), tmp_path / f"compiled{workers}", workers, timeout=300)
     plain, compiled = (column(tmp_path / name, "train/loss") for name in ("plain", "compiled2"))
     assert compiled == pytest.approx(plain, abs=1e-3)
     if deterministic:
-        assert_same_run(tmp_path / "compiled1", tmp_path / "compiled2")
-        assert_same_run(tmp_path / "compiled1", tmp_path / "compiled3")
+        assert_same_run(tmp_path / "compiled2", tmp_path / "compiled3")
     assert not any("_orig_mod" in name for name in final_weights(tmp_path / "compiled2"))
 
 
@@ -260,9 +259,7 @@ def test_logs_and_validations_come_when_they_are_due(
         ({"every": 4, "keep": 1, "monitor": "val/loss", "mode": "max"}, "best"),
     ],
 )
-def test_the_newest_and_the_best_checkpoints_are_kept(
-    checkpoint: dict[str, Any], kept: Any, tmp_path: Path
-) -> None:
+def test_the_newest_and_the_best_checkpoints_are_kept(checkpoint: dict[str, Any], kept: Any, tmp_path: Path) -> None:
     sgd = {"_target_": "torch.optim.SGD", "lr": 1.5, "momentum": 0.9}  # up and down
     succeed(make_job(epochs=2, evaluate_every=1, optimizer=sgd, checkpoint=checkpoint), tmp_path, 2)
     found = sorted(available(tmp_path / "checkpoints"))
@@ -330,7 +327,9 @@ def test_weights_that_do_not_fit_are_told_or_left_out(tmp_path: Path) -> None:
     (rank,) = launch(make_job(model="Other", steps=1), tmp_path / "strict", weights=file)
     assert rank.error is not None
     assert rank.error[0] == "CheckpointError"
-    assert "missing: extra.bias, extra.weight, tail.bias, tail.weight; unexpected: head.bias, head.weight" in rank.error[1]
+    assert (
+        "missing: extra.bias, extra.weight, tail.bias, tail.weight; unexpected: head.bias, head.weight" in rank.error[1]
+    )
     assert "checkpoint.load_strict=false" in rank.error[1]
     lenient = make_job(model="Other", steps=1, checkpoint={"load_strict": False})
     (rank,) = succeed(lenient, tmp_path / "lenient", weights=file)

@@ -49,10 +49,10 @@ class Line(nn.Module):
     Args:
         width: more than one makes it another model.
         delay: seconds that a training step takes.
-        mishap: what happens at training step `at`, 0 being the one that tries the model out: "raise", "infinite", "die", "pdb",
-            "prompt", "raw" (what does not pass through sys.stdout).
+        mishap: what happens at training step `at`, 0 being the one that tries the model out: "raise", "infinite",
+            "die", "pdb", "prompt", "raw" (what does not pass through sys.stdout).
         rank: the mishap happens to this rank alone.
-        secret: for the record of a run.
+        secret_key: for the record of a run.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the workers of the warm groups' tests do: functions of (task, runtime, control), as the engine's `run` is one."""
+"""What the workers do in the tests of warm groups: functions of (task, runtime, control), like the engine's `run`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def train_a_little(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
     for _ in range(2):
         model(torch.ones(64, 1000)).sum().backward()
         optimizer.step()
-    model.cycle = [model]
+    vars(model)["cycle"] = [model]
     return {
         "threads": len(os.listdir("/proc/self/task")),
         "files": len(os.listdir("/proc/self/fd")),

@@ -52,21 +52,22 @@ def test_numbers_parameters_and_objective_agree_everywhere(sweep: Sweep, words: 
     assert (Path(found["directory"]) / "report.html").stat().st_size > 10_000
 
 
-def test_asha_finds_the_same_region_in_half_of_the_steps(sweep: Sweep) -> None:
-    rates = ",".join(f"{0.001 * 1000 ** (i / 26):.5g}" for i in range(27))
+@pytest.mark.parametrize("trials", [9, pytest.param(27, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+def test_asha_finds_the_same_region_in_half_of_the_steps(sweep: Sweep, trials: int) -> None:
+    rates = ",".join(f"{0.001 * 1000 ** (i / (trials - 1)):.5g}" for i in range(trials))
     quick = ("logging.tensorboard=false", "checkpoint.every=9ep", "checkpoint.monitor=null", "sweep.metric=val/loss")
     common = (f"optimizer.lr=shuffle({rates})", "trainer.epochs=9", *quick)
 
     grid = sweep("run.name=grid", *common)
     asha = sweep("run.name=asha", *common, "sweep.pruner=asha")
 
-    assert grid["result"]["steps"] == 27 * 9
+    assert grid["result"]["steps"] == trials * 9
     assert asha["result"]["steps"] <= grid["result"]["steps"] / 2
-    assert asha["result"]["trials"]["pruned"] >= 10
     best = [found["best"]["parameters"]["optimizer.lr"] for found in (grid, asha)]
     assert 0.3 < best[0] < 0.8  # the minimum is known to be at 0.5
     assert best[1] == pytest.approx(best[0], rel=0.35)
     pruned = [trial for trial in asha["trials"] if trial["state"] == "pruned"]
+    assert len(pruned) >= trials / 3
     assert all(result(asha["directory"], trial["number"])["status"] == "pruned" for trial in pruned)
     assert all(trial["objective"] is not None for trial in pruned)
 

@@ -1,4 +1,4 @@
-"""Whole sweeps on Ray Train workers: warm groups, a worker that is killed, a driver that is killed, a cluster that grows."""
+"""Whole sweeps on Ray Train workers: a worker that is killed, a driver that is killed, a cluster that grows."""
 
 from __future__ import annotations
 

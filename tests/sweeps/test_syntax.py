@@ -144,7 +144,7 @@ def test_a_trials_words_say_what_was_swept(word: str) -> None:
     """Would be wrong: a value that Hydra reads as another one than it was given."""
     words = read(word)
     key, expected = word.partition("=")[0], syntax._parse(word)
-    values = [value for value in space.grid(words)]
+    values = list(space.grid(words))
     from hydra.core.override_parser.types import Override
 
     for value, element in zip(values, expected.sweep_iterator(), strict=True):
@@ -163,7 +163,7 @@ def test_a_shuffle_is_the_same_each_time() -> None:
     words = [read("vars.a=shuffle(range(0,20))", "vars.b=shuffle(1,2,3,4)") for _ in range(2)]
     assert words[0] == words[1]
     assert words[0].axes[0].values != tuple(range(20))  # type: ignore[union-attr]
-    assert sorted(words[0].axes[0].values) == list(range(20))  # type: ignore[union-attr, type-var]
+    assert sorted(words[0].axes[0].values) == list(range(20))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

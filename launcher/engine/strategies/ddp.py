@@ -117,8 +117,8 @@ class DataParallel(Strategy):
             self._wrapped._check_reducer_finalized()
         except RuntimeError as error:
             raise UserCodeError(
-                "training_step used parameters in the first batch that it does not use in this one, so the workers cannot "
-                "add up their gradients. Let every parameter take part in every batch (add 0 * parameter.sum() to the "
+                "training_step used parameters in the first batch that it does not use in this one, so the workers "
+                "cannot add up their gradients. Let every parameter take part in every batch (add 0 * parameter.sum() to the "
                 "loss), or train with trainer.deterministic=true, which does not need it.",
                 "",
             ) from error

@@ -130,8 +130,8 @@ def loss_of(answer: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
     if total.ndim or not total.requires_grad:
         found = f"a sum of shape {tuple(total.shape)}" if total.ndim else "one without a gradient"
         raise ContractError(
-            f'training_step must return under "loss" what depends on the trained parameters, as one value per sample or as '
-            f"a pair (sum, count) of two numbers; found {found}."
+            'training_step must return under "loss" what depends on the trained parameters, as one value per sample or '
+            f"as a pair (sum, count) of two numbers; found {found}."
         )
     return total, count
 
