@@ -204,7 +204,8 @@ def report(options: argparse.Namespace, variants: list[tuple[str, str]], found: 
     elif options.device == "cpu":
         result.remarks.append("On the CPU this only shows that the benchmark works; nothing waits for a device there.")
     result.remarks.append(
-        f"Medians over the rounds (lowest … highest). Waits are {', '.join(WAITS)}, reads {', '.join(READS)}."
+        "Medians over the rounds (lower quartile … upper quartile). "
+        f"Waits are {', '.join(WAITS)}, reads {', '.join(READS)}."
     )
     return result
 

@@ -69,7 +69,7 @@ def launch(experiment: str, *words: str) -> Measure:
         command = [sys.executable, "-m", "launcher", f"experiment={experiment}", *words]
         command += [f"run.root={folder / 'runs'}", "run.name=run", f"trainer.steps={STEPS}", "trust=[benchmarks]"]
         command += ["scheduler=none"]  # a warm-up longer than these steps would be refused
-        command += ["optimizer._target_=benchmarks.timed.AdamW", f"+optimizer.stopwatch={folder / 'first.json'}"]
+        command += ["optimizer._target_=benchmarks.timed.AdamW", f"+optimizer.first_step={folder / 'first'}"]
         figures = timed(command, folder)
         result = json.loads((folder / "runs/run/result.json").read_text())
         # What the run itself says: its clock starts once Python and the command line's own imports are there.
@@ -80,7 +80,7 @@ def launch(experiment: str, *words: str) -> Measure:
 
 def by_hand(module: str, *words: str) -> Measure:
     def measure(folder: Path) -> Figures:
-        files = ["--directory", str(folder / "runs"), "--first-step", str(folder / "first.json")]
+        files = ["--directory", str(folder / "runs"), "--first-step", str(folder / "first")]
         return timed([sys.executable, "-m", f"benchmarks.peers.{module}", *words, *files], folder)
 
     return measure
@@ -93,7 +93,7 @@ def timed(command: list[str], folder: Path) -> Figures:
     began = time.time()
     harness.run(command, folder, environment={"HOME": str(home)})
     ended = time.time()
-    first = json.loads((folder / "first.json").read_text())["first_step"]
+    first = float((folder / "first").read_text())
     return {"first_step": first - began, "whole": ended - began}
 
 
@@ -129,8 +129,8 @@ def report(options: argparse.Namespace, found: dict[str, list[Figures]]) -> Repo
                 result.remarks.append(f"{ours} / {other}: {times.text(3)}  {demand.text(times.median)}".rstrip())
                 result.content["ratios"].append({"of": ours, "to": other, "asked": demand.most, **times.to_dict()})
     result.remarks.append(
-        "Medians over the rounds (lowest … highest). A ratio is taken within each round; its median is shown. "
-        "The files are in the page cache from the first round on."
+        "Medians over the rounds (lower quartile … upper quartile). A ratio is taken within each round; its median is "
+        "shown. The files are in the page cache from the first round on."
     )
     return result
 

@@ -62,7 +62,13 @@ def tune(trials: int, root: Path, nested: bool) -> None:
     import ray.train.torch
     import ray.tune
 
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(
+        address="local",  # whatever other Ray runs on this machine
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
 
     def trial(config: dict[str, Any]) -> None:
         if not nested:
@@ -71,7 +77,8 @@ def tune(trials: int, root: Path, nested: bool) -> None:
         ray.train.torch.TorchTrainer(
             _train_here_as_worker,
             train_loop_config={**config, "root": str(root)},
-            scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+            # On two cores the driver of a trial needs something left, and must not take a core from its own workers.
+            scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.99}),
             run_config=ray.train.RunConfig(storage_path=str(root), name=f"tune-{config['lr']}"),
         ).fit()
 
@@ -102,8 +109,7 @@ def tune(trials: int, root: Path, nested: bool) -> None:
         run(task, Runtime.adopt(rank, world_size, rank, world_size, "cpu"), Silent())
 
     ray.tune.Tuner(
-        # On two cores the driver of a trial must not take one from its own workers.
-        ray.tune.with_resources(trial, {"CPU": 0 if nested else 1}),
+        ray.tune.with_resources(trial, {"CPU": 0.01 if nested else 1}),
         param_space={"lr": ray.tune.grid_search([float(rate) for rate in rates(trials)])},
         tune_config=ray.tune.TuneConfig(max_concurrent_trials=max(1, (os.cpu_count() or 2) // 2) if nested else None),
         run_config=ray.tune.RunConfig(storage_path=str(root), name="tune", verbose=0),

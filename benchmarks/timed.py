@@ -1,16 +1,17 @@
 """The networks and the optimizer of the benchmarks: those of `models` and of PyTorch, with a stopwatch inside.
 
 Every system that is compared runs these very classes, so that each is timed in the same place and in the same way, by
-code that knows nothing of it. One stamp costs a microsecond.
+code that knows nothing of it. A step that is only counted costs less than a microsecond.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -20,29 +21,58 @@ from models import vision
 
 
 class Stopwatch:
-    """Notes when each pass began, and writes the file when `passes` of them have begun; on rank 0 only.
+    """Times some steps whenever it is this system's turn, and rests until then; on rank 0, for which the others wait.
 
-    What the file holds: `passes`, seconds of an arbitrary clock; `cpu`, seconds that this process has computed by then;
-    and the facts that must be the same for a fair comparison (batch of this worker, workers, threads, parameters,
-    dtype, memory layout).
+    The turns come from a benchmark that listens on 127.0.0.1 (benchmarks/harness.py, `Running`): so several systems can
+    be there at once and compute one after the other, every few seconds, and whatever disturbs one disturbs all of them.
+
+    Args:
+        port: where the benchmark listens.
+        warm_up: steps before the first turn.
+        skipped: steps of a turn before its time begins: caches are warm again, and the other ranks have caught up.
+        steps: steps of a turn that are timed.
     """
 
-    def __init__(self, file: str, passes: int) -> None:
-        self._file = Path(file)
-        self._wanted = passes
-        self._passes: list[float] = []
-        self._cpu: list[float] = []
+    def __init__(self, port: int, warm_up: int, skipped: int, steps: int) -> None:
+        self._port = port
+        self._skipped, self._steps = skipped, steps
+        self._count = 0
+        self._next = warm_up + 1
+        self._began: tuple[float, float] | None = None
+        self._link: TextIO | None = None
+        self._over = False
 
-    def note(self, network: nn.Module, x: Tensor) -> None:
-        if len(self._passes) == self._wanted:
+    def note(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """A step begins."""
+        self._count += 1
+        if self._over or self._count < self._next or rank() != 0:
             return
-        self._passes.append(time.perf_counter())
-        self._cpu.append(time.process_time())
-        if len(self._passes) == self._wanted and rank() == 0:
-            write(self._file, {"passes": self._passes, "cpu": self._cpu, "facts": facts(network, x)})
+        if self._began is None and self._link is not None:
+            self._began = _clocks()
+            self._next += self._steps
+            return
+        ended = _clocks()
+        if self._link is None:
+            self._link = socket.create_connection(("127.0.0.1", self._port)).makefile("rw")
+            report = facts()
+        else:
+            assert self._began is not None
+            seconds, computing = (end - begin for end, begin in zip(ended, self._began, strict=True))
+            report = {"seconds": seconds, "cpu": computing}
+        self._began = None
+        self._next += self._skipped
+        self._link.write(json.dumps(report) + "\n")
+        self._link.flush()
+        self._over = self._link.readline() != "go\n"
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds of an arbitrary clock, and seconds that this process has computed with all its threads."""
+    return time.perf_counter(), time.process_time()
 
 
 def facts(network: nn.Module, x: Tensor) -> dict[str, Any]:
+    """What must be the same for a fair comparison: this worker's batch, the number of workers, threads, …"""
     weights = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1]
     return {
         "batch": list(x.shape),
@@ -63,43 +93,30 @@ def workers() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def write(file: Path, content: dict[str, Any]) -> None:
-    """Write the file whole or not at all: somebody may be waiting for it."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, file)
+class ConvNet(vision.ConvNet):
+    """`models.vision.ConvNet`, with a stopwatch when `turns` says (port, warm_up, skipped, steps)."""
 
-
-class _Timed(nn.Module):
-    _stopwatch: Stopwatch | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Neither validation nor the tracing of the graph is a step.
-        if self._stopwatch is not None and self.training and torch.is_grad_enabled():
-            self._stopwatch.note(self, x)
-        return super().forward(x)
-
-
-class ConvNet(_Timed, vision.ConvNet):
     def __init__(
         self,
         classes: int = 10,
         channels: int = 1,
         size: int = 28,
         width: int = 16,
-        stopwatch: str | None = None,
-        passes: int = 0,
+        turns: Sequence[int] | None = None,
     ) -> None:
         super().__init__(classes, channels, size, width)
-        self._stopwatch = Stopwatch(stopwatch, passes) if stopwatch else None  # after the FLOPs were counted by a pass
+        self._stopwatch = Stopwatch(*turns) if turns else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Neither validation, nor the tracing of the graph, nor counting FLOPs in the constructor is a step.
+        stopwatch = self.__dict__.get("_stopwatch")
+        if stopwatch is not None and self.training and torch.is_grad_enabled():
+            stopwatch.note(lambda: facts(self, x))
+        return super().forward(x)
 
 
 class AdamW(torch.optim.AdamW):
-    """Writes the file when `steps` steps are done, on rank 0 only.
-
-    What the file holds: `first_step`, time.time() after the first of them; `steps`, seconds of an arbitrary clock after
-    each; and the number of workers and threads.
-    """
+    """PyTorch's, with a stopwatch when `turns` says, and a file for the time of day when the first step was done."""
 
     def __init__(
         self,
@@ -110,24 +127,19 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         *,
         fused: bool | None = None,
-        stopwatch: str | None = None,
-        steps: int = 1,
+        turns: Sequence[int] | None = None,
+        first_step: str | None = None,
     ) -> None:
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=fused)
-        self._stopwatch = Path(stopwatch) if stopwatch else None
-        self._wanted = steps
-        self._first = 0.0
-        self._steps: list[float] = []
+        self._stopwatch = Stopwatch(*turns) if turns else None
+        self._first_step = Path(first_step) if first_step else None
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
+        if self._first_step is not None:
+            if rank() == 0:
+                self._first_step.write_text(repr(time.time()))
+            self._first_step = None
         if self._stopwatch is not None:
-            if not self._steps:
-                self._first = time.time()
-            self._steps.append(time.perf_counter())
-            if len(self._steps) == self._wanted:
-                if rank() == 0:
-                    content = {"threads": torch.get_num_threads(), "workers": workers()}
-                    write(self._stopwatch, {"first_step": self._first, "steps": self._steps, "facts": content})
-                self._stopwatch = None
+            self._stopwatch.note(lambda: {"workers": workers(), "threads": torch.get_num_threads()})
         return loss

@@ -485,6 +485,7 @@ def _read_stored(file: Path) -> Mapping[str, Any]:
             raise ConfigError(f'{file}: there is no key "{key}" in a run\'s configuration.{keys.explain_unknown(key)}')
         if (key in keys.SECTIONS or key in OPEN_SECTIONS) and not isinstance(content[key], (dict, str)):
             raise ConfigError(f"{file}: {key} must be a mapping of keys to values, but is {content[key]!r}.")
+    content.pop("verbose", None)  # that was for the command, not for the run
     if isinstance(content.get("run"), dict):
         content["run"] = {k: v for k, v in content["run"].items() if k not in ("name", "resume", "like")}
     return content

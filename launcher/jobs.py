@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from launcher import provenance, ranks, runs
 from launcher.config import Job, compose, peek
@@ -71,26 +70,21 @@ def train(request: Request, observer: Observer) -> Outcome:
         plan = checked_plan(prepared.job, observer)
         task = record.begin(plan)
         observer.prepared(prepared, plan)
-        result, signal_number = run_task(task, plan.machines, observer.event)
+        with _alive(prepared.directory):
+            result, signal_number = run_task(task, plan.machines, observer.event)
         return Outcome(result, prepared.directory, signal_number)
 
 
 def checked_plan(job: Job, observer: Observer, ranks: int | None = None) -> Plan:
     """Make the plan; what the user's code prints while it is tried out is passed on as events."""
-    from launcher.engine.console import Captured
+    from launcher.engine.console import captured
 
     def show(text: str, whole: bool) -> None:
         observer.event({"kind": "line", "rank": 0, "text": text, "whole": whole})
 
     observer.event({"kind": "phase", "name": "check"})
-    kept = sys.stdout, sys.stderr
-    captured = Captured(show)
-    sys.stdout = sys.stderr = cast(Any, captured)
-    try:
+    with captured(show):
         return make_plan(job, ranks)
-    finally:
-        captured.finish()
-        sys.stdout, sys.stderr = kept
 
 
 def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) -> tuple[dict[str, Any], int | None]:
@@ -135,6 +129,13 @@ def ended_by_signals() -> Iterator[None]:
 
     with AtOnce():
         yield
+
+
+def _alive(directory: RunDirectory) -> AbstractContextManager[object]:
+    """Keep the run's heartbeat while workers start and read their data; they keep it themselves once they train."""
+    from launcher.engine.control import Watch
+
+    return Watch(directory)
 
 
 # ---- the run's directory --------------------------------------------------------------------------------------------
@@ -362,9 +363,13 @@ def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, rec
         if task is None:
             directory = prepared.directory if prepared is not None else RunDirectory(Path())
             return Outcome(directory.result(), directory)
-        with in_process.DirectControl(observer.event, shared=True) as control:
+        directory = RunDirectory(Path(task.directory))
+        with (
+            _alive(directory) if runtime.is_first else nullcontext(),
+            in_process.DirectControl(observer.event, shared=True) as control,
+        ):
             result = in_process.run(task, runtime, control)
-        return Outcome(result, RunDirectory(Path(task.directory)), control.signal_number)
+        return Outcome(result, directory, control.signal_number)
 
 
 def _device(request: Request) -> str:

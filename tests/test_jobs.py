@@ -379,10 +379,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_read_only_disk(here: Place, small_disk: Path) -> None:
+    """A run of somebody else can be used, but none can be written beside it."""
+    assert here.here(*TOY, f"run.root={small_disk}/runs", "run.name=theirs", "logging.tensorboard=false").status == 0
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     refused = here.here(*TOY, f"run.root={small_disk}/runs", "run.name=a")
     assert refused.status == 2
     assert "Read-only file system" in refused.err
+    assert here.here("evaluate", "theirs", f"run.root={small_disk}/runs").status == 0
 
 
 def test_a_disk_without_room_for_a_checkpoint(here: Place, small_disk: Path) -> None:

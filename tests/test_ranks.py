@@ -65,6 +65,7 @@ def test_a_mistake_on_one_rank_is_told_once(place: Place, start: Start) -> None:
     assert result["error"] == 'UserCodeError: KeyError: "the user\'s own mistake"'
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_without_a_word(place: Place, start: Start) -> None:
     done = start(*RUN, "model.mishap=die", "model.at=7", "model.rank=1").finish()
     assert done.status == 1

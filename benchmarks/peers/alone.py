@@ -27,7 +27,7 @@ def main() -> None:
     torch.manual_seed(0)
     loader = DataLoader(training_data(options.limit), batch_size=options.batch, shuffle=True)
     model = timed.ConvNet()
-    optimizer = timed.AdamW(model.parameters(), lr=1e-3, stopwatch=options.first_step)
+    optimizer = timed.AdamW(model.parameters(), lr=1e-3, first_step=options.first_step)
     step = 0
     while step < options.steps:
         for x, y in loader:

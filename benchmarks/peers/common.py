@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from torch.utils.data import TensorDataset
 
@@ -16,12 +17,12 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, required=True, help="samples in a step, over all workers")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--directory", required=True, help="where TensorBoard's file goes")
-    parser.add_argument("--stopwatch", help="file for the times of the passes, see benchmarks/timed.py")
+    parser.add_argument("--turns", type=json.loads, help="what the stopwatch is told, see benchmarks/timed.py")
     return parser
 
 
 def network(options: argparse.Namespace) -> timed.ConvNet:
-    return timed.ConvNet(stopwatch=options.stopwatch, passes=options.steps)
+    return timed.ConvNet(turns=options.turns)
 
 
 def training_data(limit: int | None = None) -> TensorDataset:

@@ -25,7 +25,7 @@ def train(config: dict[str, Any]) -> None:
     loader = DataLoader(training_data(config["limit"]), batch_size=config["batch"] // workers, shuffle=True)
     loader = ray.train.torch.prepare_data_loader(loader)
     model = ray.train.torch.prepare_model(timed.ConvNet())
-    optimizer = timed.AdamW(model.parameters(), lr=1e-3, stopwatch=config["first_step"])
+    optimizer = timed.AdamW(model.parameters(), lr=1e-3, first_step=config["first_step"])
     step = 0
     while step < config["steps"]:
         for x, y in loader:

@@ -7,10 +7,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 from launcher.engine.control import Control
 
@@ -84,6 +84,44 @@ class Captured(io.TextIOBase):
                 self._buffer = ""
 
 
+class _StandIn(Captured):
+    """The one object that stands in for both streams of this process, whoever captures them at the moment.
+
+    A logging handler keeps the stream that it was made with: made during the start check, it still writes to where the
+    run's output goes when the run has begun.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._pass_on)
+        self.takers: list[Callable[[str, bool], None]] = []
+
+    def _pass_on(self, text: str, whole: bool) -> None:
+        if self.takers:
+            self.takers[-1](text, whole)
+            return
+        stream = sys.__stderr__ if sys.stderr is cast(Any, self) else sys.stderr
+        if stream is not None:
+            stream.write(text + ("\n" if whole else ""))
+            stream.flush()
+
+
+_stand_in = _StandIn()
+
+
+@contextmanager
+def captured(on_text: Callable[[str, bool], None]) -> Iterator[None]:
+    """Have `on_text` take what is written to `sys.stdout` and `sys.stderr`; see `Captured`."""
+    kept = sys.stdout, sys.stderr
+    _stand_in.takers.append(on_text)
+    sys.stdout = sys.stderr = cast(Any, _stand_in)
+    try:
+        yield
+    finally:
+        _stand_in.finish()
+        _stand_in.takers.pop()
+        sys.stdout, sys.stderr = kept
+
+
 class _Bytes(io.RawIOBase):
     def __init__(self, text: Captured) -> None:
         self._text = text
@@ -106,14 +144,12 @@ class Console:
         self._process = os.getpid()
 
     def __enter__(self) -> Console:
-        self._kept: tuple[TextIO, TextIO] = (sys.stdout, sys.stderr)
-        self._captured = Captured(self._show)
-        sys.stdout = sys.stderr = cast(Any, self._captured)
+        self._capture = captured(self._show)
+        self._capture.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._captured.finish()
-        sys.stdout, sys.stderr = self._kept
+        self._capture.__exit__(None, None, None)
         self._log.close()
 
     def _show(self, text: str, whole: bool) -> None:

@@ -6,6 +6,7 @@ The order depends on the seed alone: global batch k of epoch e is the same set o
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -229,6 +230,7 @@ class Loader:
                 multiprocessing_context="fork" if self._device.type == "cpu" else "forkserver",
                 # It draws a seed for its processes, which must not come from the trainer's random numbers.
                 generator=torch.Generator(),
+                worker_init_fn=_leave_signals_to_the_trainer,
             )
         )
         try:
@@ -266,6 +268,12 @@ class Loader:
             following = next(batches, sentinel)
             ready = copy(following) if following is not sentinel else sentinel
             yield current
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the trainer stops after its step, for which it needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Keys:

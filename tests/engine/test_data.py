@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,27 @@ def test_a_bad_sample_ends_the_run_on_all_ranks(num_workers: int, tmp_path: Path
     (error,) = [rank.error for rank in ranks if rank.error and rank.error[0] == "DataError"]
     assert "digits.csv, row 900" in error[1]
     assert [rank.children for rank in ranks] == [[], []]
+
+
+def test_loader_processes_leave_ctrl_c_to_the_trainer() -> None:
+    seen: list[int] = []
+    kept = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        loader = Loader(Fetch(toys.Samples(10), None, 0), CPU, 1)
+        batches = loader.read((0, torch.tensor([i])) for i in range(10))
+        next(batches)
+        (pid,) = loader_processes()
+        for _ in range(3):
+            os.kill(pid, signal.SIGINT)
+        assert int(next(batches)[2]) == 1
+        # Python ends what is left with SIGTERM, and then waits for it.
+        masks = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert not any(int(masks[mask], 16) >> (signal.SIGTERM - 1) & 1 for mask in ("SigIgn", "SigCgt"))
+        assert len(list(batches)) == 8
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    assert not seen
 
 
 # ---- a whole run ----------------------------------------------------------------------------------------------------

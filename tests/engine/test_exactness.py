@@ -116,7 +116,8 @@ def test_losses_are_those_of_a_plain_loop(case: str, tmp_path: Path) -> None:
     loss_of, how = REFERENCES[case]
     # 107 samples: unequal shares of 2, 3 and 4 workers; 20 steps go beyond an epoch with its shorter last batch.
     expected, weights = plain_loop(20, 107, loss_of, getattr(toys, how["model"]))
-    for workers, deterministic in ((1, False), (2, False), (3, False), (4, False), (2, True)):
+    cases = ((1, False), (2, False), (3, False), (4, False), (2, True))
+    for workers, deterministic in cases if case == "samples" else cases[::2]:
         directory = tmp_path / f"{workers}{deterministic}"
         succeed(
             make_job(global_batch_size=107, steps=20, deterministic=deterministic, optimizer=DECAY, **how),

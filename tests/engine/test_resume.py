@@ -39,6 +39,24 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+Whole = Callable[[Job, int], Path]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Gives the directory of a run that was never stopped; each is run once."""
+    known: dict[str, Path] = {}
+
+    def run(job: Job, workers: int) -> Path:
+        key = f"{workers} {job}"
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp("whole")
+            succeed(job, known[key], workers)
+        return known[key]
+
+    return run
+
+
 def steps_done(directory: Path) -> int:
     file = StepFile(directory)
     done = file.read()
@@ -66,27 +84,28 @@ def killed_twice(job: Job, directory: Path, workers: Sequence[int]) -> None:
 
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["plain", "deterministic"])
-def test_killed_twice_and_resumed_is_never_stopped(workers: int, deterministic: bool, tmp_path: Path) -> None:
+def test_killed_twice_and_resumed_is_never_stopped(
+    workers: int, deterministic: bool, whole: Whole, tmp_path: Path
+) -> None:
     job = make_job(model="Tokens", deterministic=deterministic, **EVERYTHING)
-    succeed(job, tmp_path / "whole", workers)
-    killed_twice(job, tmp_path / "killed", [workers] * 3)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert_one_value_a_step(tmp_path / "killed", tmp_path / "whole")
-    result, whole = result_of(tmp_path / "killed"), result_of(tmp_path / "whole")
+    expected = whole(job, 1 if deterministic else workers)
+    killed_twice(job, tmp_path, [workers] * 3)
+    assert_same_run(expected, tmp_path)
+    assert_one_value_a_step(tmp_path, expected)
+    result, other = result_of(tmp_path), result_of(expected)
     assert (result["restarts"], result["lost_steps"], result["world_sizes"]) == (2, (5 - 3) + (10 - 9), [workers])
-    same = ("status", "steps", "epochs", "samples", "workers", "best")
-    assert {key: result[key] for key in same} == {key: whole[key] for key in same}
+    same = ("status", "steps", "epochs", "samples", "best")
+    assert {key: result[key] for key in same} == {key: other[key] for key in same}
     assert (result["steps"], result["epochs"], result["samples"]) == (22, 2.0, 2074)
     assert Path(result["checkpoint"]).name == "step-00000022"
 
 
-def test_deterministic_run_resumed_with_other_numbers_of_workers_is_never_stopped(tmp_path: Path) -> None:
+def test_deterministic_run_resumed_with_other_numbers_of_workers_is_never_stopped(whole: Whole, tmp_path: Path) -> None:
     job = make_job(model="Tokens", deterministic=True, **EVERYTHING)
-    succeed(job, tmp_path / "whole", 1)
-    killed_twice(job, tmp_path / "killed", [2, 3, 1])
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert_one_value_a_step(tmp_path / "killed", tmp_path / "whole")
-    assert result_of(tmp_path / "killed")["world_sizes"] == [2, 3, 1]
+    killed_twice(job, tmp_path, [2, 3, 1])
+    assert_same_run(whole(job, 1), tmp_path)
+    assert_one_value_a_step(tmp_path, whole(job, 1))
+    assert result_of(tmp_path)["world_sizes"] == [2, 3, 1]
 
 
 def test_random_layers_and_augmentation_go_on_where_they_were(tmp_path: Path) -> None:
@@ -130,15 +149,14 @@ def test_low_precision_goes_on_where_it_was(precision: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("moment", [4, 9, 13])
-def test_killed_at_any_moment_of_a_save(moment: int, tmp_path: Path) -> None:
+def test_killed_at_any_moment_of_a_save(moment: int, whole: Whole, tmp_path: Path) -> None:
     """A save begins with every step, so that the kill meets one somewhere between its first byte and its name."""
     job = make_job(deterministic=True, epochs=2, checkpoint={"every": 1})
     directory = tmp_path / "killed"
     launch(job, directory, 2, kill_when=lambda: directory.exists() and steps_done(directory) >= moment)
     ranks = succeed(job, directory, 2)
     assert "Skipped" not in ranks[0].notes  # half a checkpoint has no name, so there is nothing damaged to skip
-    succeed(job, tmp_path / "whole", 1)
-    assert_same_run(tmp_path / "whole", directory)
+    assert_same_run(whole(job, 1), directory)
     assert not [path.name for path in (directory / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
@@ -195,18 +213,17 @@ def test_a_run_that_is_complete_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [0, 2])
-def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_step(asked: int, tmp_path: Path) -> None:
+def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_step(asked: int, whole: Whole, tmp_path: Path) -> None:
     job = make_job(model="Tokens", **EVERYTHING)
-    ranks = succeed(job, tmp_path / "stopped", 3, scripts={asked: Script(stop_after=5)})
+    ranks = succeed(job, tmp_path, 3, scripts={asked: Script(stop_after=5)})
     assert [sum(entry[0] == "step" for entry in rank.record) for rank in ranks] == [5, 5, 5]
     result = ranks[0].result
     assert (result["status"], result["reason"], result["steps"]) == ("stopped", "signal", 5)
     assert Path(result["checkpoint"]).name == "step-00000005"
-    succeed(job, tmp_path / "stopped", 3)
-    succeed(job, tmp_path / "whole", 3)
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    assert_one_value_a_step(tmp_path / "stopped", tmp_path / "whole")
-    assert result_of(tmp_path / "stopped")["lost_steps"] == 0
+    succeed(job, tmp_path, 3)
+    assert_same_run(whole(job, 3), tmp_path)
+    assert_one_value_a_step(tmp_path, whole(job, 3))
+    assert result_of(tmp_path)["lost_steps"] == 0
 
 
 def test_a_request_to_stop_after_the_last_step_changes_nothing(tmp_path: Path) -> None:
@@ -234,32 +251,30 @@ def lose_the_metadata(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, flip_a_bit, lose_the_metadata])
-def test_a_damaged_checkpoint_is_told_and_an_older_one_used(damage: Callable[[Path], None], tmp_path: Path) -> None:
-    job = make_job(deterministic=True, **EVERYTHING)
-    directory = tmp_path / "damaged"
-    kill(job, directory, 2, after=8, once_saved=6)
-    damage(directory / "checkpoints" / "step-00000006")
-    ranks = succeed(job, directory, 2)
+def test_a_damaged_checkpoint_is_told_and_an_older_one_used(
+    damage: Callable[[Path], None], whole: Whole, tmp_path: Path
+) -> None:
+    job = make_job(model="Tokens", deterministic=True, **EVERYTHING)
+    kill(job, tmp_path, 2, after=8, once_saved=6)
+    damage(tmp_path / "checkpoints" / "step-00000006")
+    ranks = succeed(job, tmp_path, 2)
     assert "Continuing from step 3; 5 step(s) done since are done again. Skipped 1 damaged" in ranks[0].notes
     assert "step-00000006" in ranks[0].notes
-    succeed(job, tmp_path / "whole", 1)
-    assert_same_run(tmp_path / "whole", directory)
-    assert_one_value_a_step(directory, tmp_path / "whole")
-    assert result_of(directory)["lost_steps"] == 5
+    assert_same_run(whole(job, 1), tmp_path)
+    assert_one_value_a_step(tmp_path, whole(job, 1))
+    assert result_of(tmp_path)["lost_steps"] == 5
 
 
-def test_where_no_checkpoint_is_intact_the_run_begins_anew_and_says_so(tmp_path: Path) -> None:
-    job = make_job(deterministic=True, **EVERYTHING)
-    directory = tmp_path / "damaged"
-    kill(job, directory, 2, after=8, once_saved=6)
-    for path in available(directory / "checkpoints").values():
+def test_where_no_checkpoint_is_intact_the_run_begins_anew_and_says_so(whole: Whole, tmp_path: Path) -> None:
+    job = make_job(model="Tokens", deterministic=True, **EVERYTHING)
+    kill(job, tmp_path, 2, after=8, once_saved=6)
+    for path in available(tmp_path / "checkpoints").values():
         flip_a_bit(path)
-    ranks = succeed(job, directory, 2)
+    ranks = succeed(job, tmp_path, 2)
     assert "Continuing from step 0" in ranks[0].notes
     assert "no intact one is left" in ranks[0].notes
-    succeed(job, tmp_path / "whole", 1)
-    assert_same_run(tmp_path / "whole", directory)
-    assert_one_value_a_step(directory, tmp_path / "whole")
+    assert_same_run(whole(job, 1), tmp_path)
+    assert_one_value_a_step(tmp_path, whole(job, 1))
 
 
 def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:

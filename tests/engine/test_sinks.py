@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.engine.console import Captured, Console
+from launcher.engine.console import Captured, Console, captured
 from launcher.engine.sinks.jsonl import JsonLines
 from launcher.engine.sinks.tensorboard import TensorBoard
 from tests.engine import engine_toys as toys
@@ -132,6 +133,20 @@ def test_a_prompt_is_shown_before_its_line_ends() -> None:
     stream.flush()
     stream.flush()
     assert seen == [("(Pdb) ", False)]
+
+
+def test_a_logger_made_while_one_captures_writes_to_the_next(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model may set up logging when it is imported, which the start check does; the run begins afterwards."""
+    seen: list[str] = []
+    logger = logging.Logger("mine")
+    with captured(lambda text, whole: seen.append(f"check: {text}")):
+        logger.addHandler(logging.StreamHandler())
+        logger.warning("one")
+    with captured(lambda text, whole: seen.append(f"run: {text}")):
+        logger.warning("two")
+    logger.warning("three")
+    assert seen == ["check: one", "run: two"]
+    assert capsys.readouterr().err == "three\n"
 
 
 class Collector:

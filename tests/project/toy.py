@@ -66,7 +66,7 @@ class Line(nn.Module):
         speak: bool = False,
     ) -> None:
         super().__init__()
-        self.net = nn.Linear(1, width)
+        self.net = nn.Linear(1, 1) if width == 1 else nn.Sequential(nn.Linear(1, width), nn.Linear(width, 1))
         self.delay, self.mishap, self.at, self.rank, self.speak = delay, mishap, at, rank, speak
         self.steps = -1  # a model is tried out once before its first step
         if speak:

@@ -55,6 +55,7 @@ def board(running: Path) -> Iterator[str]:
     server.wait(timeout=20)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_hparams_tab_shows_every_trial_with_its_values(board: str, running: Path, chromium: str) -> None:
     """Would be wrong: a trial that is missing, a key that was not swept, a value under another key."""

@@ -79,10 +79,10 @@ def test_each_search_runs(sweep: Sweep, sampler: str) -> None:
         "optimizer.lr=tag(log,interval(1e-3,1))",
         "model.start=range(1,4)",
         "logging.tensorboard=false",
-        trials=5,
+        trials=3,
     )
-    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 5
-    assert len({trial["optimizer.lr"] for trial in found["trials"]}) == 5
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 3
+    assert len({trial["optimizer.lr"] for trial in found["trials"]}) == 3
     assert all(0.001 <= trial["optimizer.lr"] <= 1 and trial["model.start"] in (1, 2, 3) for trial in found["trials"])
 
 
@@ -199,7 +199,7 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
 
 def test_a_killed_driver_loses_no_finished_trial(sweep: Sweep, tmp_path: Path) -> None:
     """12 trials, SIGKILL in the middle, resume: 12 finished, none run twice to the end, numbers unchanged."""
-    swept = ("optimizer.lr=range(0.05,0.65,0.05)", "model.nap=0.01", "checkpoint.every=1", "logging.tensorboard=false")
+    swept = ("optimizer.lr=range(0.05,0.65,0.05)", "model.nap=0.005", "checkpoint.every=1", "logging.tensorboard=false")
     driver = subprocess.Popen(command(tmp_path, *swept), cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     journal = tmp_path / "s" / "study.journal"
     wait_for(

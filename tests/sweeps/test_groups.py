@@ -107,6 +107,7 @@ def test_a_killed_worker_costs_its_group_alone(driver: Driver) -> None:
     assert not set(before["pids"]) & set(after["pids"])
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_does_not_hold_up_the_sweep(driver: Driver) -> None:
     hung = driver.do("hang_after_an_error")
 
@@ -128,7 +129,6 @@ def test_groups_of_another_size_end_when_they_stand_in_the_way(driver: Driver) -
         driver.groups.request(key, "stop")
     ended = driver.until(lambda: not driver.groups.running, "did not stop")
     assert {end.key: end.result for end in ended} == {key: {"stopped": "stop"} for key in ("a", "b")}
-    assert driver.do("facts").result is not None
 
 
 @pytest.mark.parametrize(

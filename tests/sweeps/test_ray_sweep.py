@@ -73,11 +73,16 @@ def test_trials_of_other_sizes_and_a_cluster_that_grows(words: list[str], tmp_pa
     import ray
     from ray.cluster_utils import Cluster
 
+    over = threading.Event()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-        added = threading.Timer(20, lambda: cluster.add_node(num_cpus=2))
-        added.start()
+        def grow() -> None:
+            time.sleep(15)
+            cluster.add_node(num_cpus=2)
+            over.wait()  # a node goes with the thread that started it
+
+        threading.Thread(target=grow, daemon=True).start()
         found = launcher.sweep(
             *words,
             "optimizer.lr=range(0.1,0.9,0.1)",
@@ -90,6 +95,7 @@ def test_trials_of_other_sizes_and_a_cluster_that_grows(words: list[str], tmp_pa
         assert [trial["state"] for trial in found["trials"]] == ["completed"] * 8
         assert _most_at_once((tmp_path / "s" / "log.txt").read_text()) == 3
     finally:
+        over.set()
         ray.shutdown()
         cluster.shutdown()
 
