@@ -68,8 +68,8 @@ def sweep(
         config_dir, quiet: as for `launch`.
 
     Returns:
-        `trials`: one mapping a trial, with the columns of trials.csv; `best`: number, objective, overrides and parameters of
-        the best, or None; `result`: what the sweep's result.json holds; `directory`: where all of it is.
+        `trials`: one mapping a trial, with the columns of trials.csv; `best`: number, objective, overrides and
+        parameters of the best, or None; `result`: what the sweep's result.json holds; `directory`: where all of it is.
 
     Raises:
         launcher.errors.RequestError: what was asked is wrong or cannot be met; nothing was started.

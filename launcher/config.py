@@ -76,8 +76,8 @@ class Composition:
     """What `compose` returns.
 
     job: complete, typed, interpolations resolved. words: as given. choices: configuration group -> chosen option.
-    given: dotted keys and groups that the words name, without prefixes such as `+`. sweeper_params: what files say under
-    `hydra.sweeper.params`.
+    given: dotted keys and groups that the words name, without prefixes such as `+`. sweeper_params: what files say
+    under `hydra.sweeper.params`.
     """
 
     job: Job

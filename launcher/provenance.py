@@ -47,7 +47,7 @@ def git(directory: Path) -> dict[str, Any] | None:
 
 
 def patch(directory: Path) -> str:
-    """Return the uncommitted changes of the repository around `directory`; empty when there is none, or no repository."""
+    """Return the uncommitted changes of the repository around `directory`; empty without any, or without one."""
     text = _git(directory, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
     # With a key in it the patch no longer applies; but a run's directory is shared, and a key is not.
     text = "".join(line[:1] + _masked(line[1:]) for line in text.splitlines(keepends=True))
@@ -62,7 +62,12 @@ def _masked(line: str) -> str:
 def _git(directory: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(directory), *words], capture_output=True, text=True, errors="replace", timeout=20, check=False
+            ["git", "-C", str(directory), *words],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=20,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):  # no git here, or a repository on a dead network drive
         return None

@@ -282,7 +282,15 @@ def _above_zero(key: str, value: float) -> None:
 
 
 # What other tools call them.
-_USUAL = {"minimize": "min", "maximize": "max", "gpu": "cuda", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_USUAL = {
+    "minimize": "min",
+    "maximize": "max",
+    "gpu": "cuda",
+    "fp32": "float32",
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+}
 
 
 def _one_of(key: str, value: str, known: Sequence[str]) -> None:

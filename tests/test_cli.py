@@ -285,9 +285,10 @@ def test_plan_prints_a_value_and_creates_nothing(here: Place) -> None:
 
 
 def test_the_module_is_the_same_as_the_command(place: Place) -> None:
+    words = ("--cfg", "job", "-p", "trainer", *TOY)
     done = subprocess.run(
-        [sys.executable, "-m", "launcher", "plan", *TOY, "--json"], capture_output=True, cwd=place.directory, text=True
+        [sys.executable, "-m", "launcher", *words], capture_output=True, cwd=place.directory, text=True, check=True
     )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["parameters"] == 2
+    assert done.stdout == place.launch(*words).out
+    assert "global_batch_size: 10" in done.stdout
     assert LAUNCH.exists(), "the package installs a command called launch"

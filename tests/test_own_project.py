@@ -114,9 +114,6 @@ def test_an_own_project_on_ray(project: Place) -> None:
     ("file", "text", "message"),
     [
         ("settings/model/flowers.yaml", "_target_: models.flowers.Nett\n", r'no "Nett".*"Net"'),
-        ("settings/model/flowers.yaml", "_target_: models.flower.Net\n", r"models\.flower\b"),
-        ("settings/model/flowers.yaml", "_target_: flowers.Net\n", r"flowers.Net"),
-        ("settings/model/flowers.yaml", "_target_: [1\n", r"flowers|YAML"),
         ("settings/data/flowers.yaml", "_target_: models.flowers.Flowers\ncuont: 3\n", r'data.cuont.*"count"'),
         ("models/parts.py", "import nowhere_to_be_found\n", r"nowhere_to_be_found.*not installed"),
         ("models/flowers.py", "1 / 0\n", r"ZeroDivisionError.*flowers.py, line 1"),

@@ -59,7 +59,9 @@ def build_model(job: Job, runtime: Runtime) -> nn.Module:
         )
     if job.trainer.sync_batchnorm:
         if runtime.device.type != "cuda":
-            raise ConfigError("trainer.sync_batchnorm=true needs GPUs (SyncBatchNorm refuses CPU tensors); leave it out.")
+            raise ConfigError(
+                "trainer.sync_batchnorm=true needs GPUs (SyncBatchNorm refuses CPU tensors); leave it out."
+            )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(runtime.device)
     return model.to(memory_format=torch.channels_last) if has_convolutions(model) else model
@@ -95,8 +97,8 @@ def load_weights_into(model: nn.Module, weights: dict[str, torch.Tensor], source
             if names
         )
         raise CheckpointError(
-            f"The weights of {source} do not fit the model ({found}). Choose the model that they were saved from, or take "
-            "what fits with checkpoint.load_strict=false."
+            f"The weights of {source} do not fit the model ({found}). Choose the model that they were saved from, or "
+            "take what fits with checkpoint.load_strict=false."
         )
     model.load_state_dict(weights, strict=False)
     left = [f"{len(names)} {what}" for what, names in (("missing", missing), ("unused", unexpected)) if names]
@@ -118,11 +120,13 @@ def check_batch(job: Job, samples: int, workers: int) -> None:
     if trainer.microbatch_size is not None and trainer.microbatch_size > share:
         raise ConfigError(
             f"trainer.microbatch_size={trainer.microbatch_size} is larger than a worker's share of the global batch: "
-            f"{trainer.global_batch_size} samples over {workers} worker(s) are {share}. Leave it out, or make it smaller."
+            f"{trainer.global_batch_size} samples over {workers} worker(s) are {share}. Leave it out, or make it "
+            "smaller."
         )
     if trainer.global_batch_size > samples:
         raise ConfigError(
-            f"trainer.global_batch_size={trainer.global_batch_size} is larger than the training data, which has {samples} "
+            f"trainer.global_batch_size={trainer.global_batch_size} is larger than the training data, which has "
+            f"{samples} "
             "samples. Use at most that."
         )
 
@@ -138,8 +142,8 @@ def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
         return DataParallel(model, runtime, trainer)
     if trainer.precision != "float32":
         raise ConfigError(
-            f"trainer.deterministic=true was asked for with trainer.precision={trainer.precision}; its exact sums are made "
-            "for float32. Use trainer.precision=float32, or leave deterministic mode."
+            f"trainer.deterministic=true was asked for with trainer.precision={trainer.precision}; its exact sums are "
+            "made for float32. Use trainer.precision=float32, or leave deterministic mode."
         )
     chunk = build_split(job).chunk
     assert chunk is not None
@@ -173,13 +177,16 @@ def caveats(model: nn.Module) -> list[str]:
     normalised = sorted(name for name in names if "BatchNorm" in name)
     if normalised:
         lines.append(
-            f"The network has {', '.join(normalised)}: its statistics are those of a worker's microbatch, so results depend "
+            f"The network has {', '.join(normalised)}: its statistics are those of a worker's microbatch, so results "
+            "depend "
             "on the number of workers (trainer.sync_batchnorm=true shares them on GPUs; group normalisation has none)."
         )
-    random_layers = sorted({type(m).__name__ for m in model.modules() if "Dropout" in type(m).__name__ and getattr(m, "p", True)})
+    random_layers = sorted(
+        {type(m).__name__ for m in model.modules() if "Dropout" in type(m).__name__ and getattr(m, "p", True)}
+    )
     if random_layers:
         lines.append(
-            f"The network has {', '.join(random_layers)}: random numbers are drawn by each worker, so results depend on the "
-            "number of workers."
+            f"The network has {', '.join(random_layers)}: random numbers are drawn by each worker, so results depend "
+            "on the number of workers."
         )
     return lines

@@ -21,7 +21,9 @@ class Control(Protocol):
     """What a runner hands to the engine."""
 
     def requests(self) -> frozenset[str]:
-        """What is asked of the run now: a subset of {"stop", "prune", "checkpoint"}. Called every step: no I/O, no waiting."""
+        """What is asked of the run now: a subset of {"stop", "prune", "checkpoint"}. Called every
+        step: no I/O, no waiting.
+        """
         ...
 
     def emit(self, event: dict[str, Any]) -> None:

@@ -370,8 +370,8 @@ def _named(value: Any) -> dict[str, Any]:
 def _check(dataset: Any, name: str) -> None:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(
-            f"The data set {name} is a {type(dataset).__name__}; a map-style data set with __len__ and __getitem__ is needed, "
-            "so that every sample can be used exactly once."
+            f"The data set {name} is a {type(dataset).__name__}; a map-style data set with __len__ and __getitem__ is "
+            "needed, so that every sample can be used exactly once."
         )
     if len(dataset) == 0:
         raise DataError(f"The data set {name} is empty. Check the path and the split that its configuration names.")

@@ -11,7 +11,15 @@ from typing import Any, Literal
 from launcher import targets
 from launcher.config import Job
 from launcher.engine import hardware
-from launcher.engine.build import build_data, build_evaluator, build_model, build_strategy, caveats, check_batch, load_weights_into
+from launcher.engine.build import (
+    build_data,
+    build_evaluator,
+    build_model,
+    build_strategy,
+    caveats,
+    check_batch,
+    load_weights_into,
+)
 from launcher.engine.checkpoint import load_weights
 from launcher.engine.console import Console
 from launcher.engine.control import Control, Watch

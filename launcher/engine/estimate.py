@@ -1,7 +1,7 @@
 """What a job needs, found out by looking: its data, its network, and one small batch through both.
 
-This is the start check too: wrong data, a model that breaks the contract or a monitor that does not exist are told here,
-before any worker is started.
+This is the start check too: wrong data, a model that breaks the contract or a monitor that does not exist are told
+here, before any worker is started.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def _estimate(job: Job) -> Estimate:
     saved, train = _train_names(job, model, data, runtime)
     tags = [f"train/{name}" for name in train]
     for name in data.val:
-        tags += [f"val/{name}/{metric}" if name else f"val/{metric}" for metric in _val_names(job, model, data, name, runtime)]
+        tags += [
+            f"val/{name}/{metric}" if name else f"val/{metric}"
+            for metric in _val_names(job, model, data, name, runtime)
+        ]
     _check_monitor(job, tags, data)
     trained = [p for p in model.parameters() if p.requires_grad]
     flops = getattr(model, "flops_per_sample", None)

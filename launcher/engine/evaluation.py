@@ -109,5 +109,7 @@ def summarize(model: nn.Module, totals: Mapping[str, tuple[torch.Tensor, float]]
         return {}
     answer = function(dict(totals))
     if not isinstance(answer, Mapping):
-        raise UserCodeError(f"summarize must return a mapping of names to numbers; found a {type(answer).__name__}.", "")
+        raise UserCodeError(
+            f"summarize must return a mapping of names to numbers; found a {type(answer).__name__}.", ""
+        )
     return {str(name): float(value) for name, value in answer.items()}

@@ -45,8 +45,8 @@ def translate(error: Exception) -> LaunchError:
     if isinstance(error, OSError) and error.errno in _DISK and _first_of_user(error) is None:
         where = f" ({error.filename})" if error.filename else ""
         return TrainingError(
-            f"The run's files cannot be written: {error.strerror}{where}. Make room or choose another run.root; the newest "
-            "checkpoint is kept, and run.resume=true continues from it."
+            f"The run's files cannot be written: {error.strerror}{where}. Make room or choose another run.root; the "
+            "newest checkpoint is kept, and run.resume=true continues from it."
         )
     return UserCodeError(f"{type(error).__name__}: {error}", traceback_of_user(error))
 
@@ -56,7 +56,9 @@ def traceback_of_user(error: Exception) -> str:
     first = _first_of_user(error)
     if first is None:
         return "".join(traceback.format_exception(error))
-    lines = traceback.format_list(traceback.extract_tb(error.__traceback__)[first:]) + traceback.format_exception_only(error)
+    lines = traceback.format_list(traceback.extract_tb(error.__traceback__)[first:]) + traceback.format_exception_only(
+        error
+    )
     return "Traceback (most recent call last):\n" + "".join(lines)
 
 

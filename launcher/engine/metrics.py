@@ -50,9 +50,12 @@ def as_pair(name: str, value: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
         # 16-bit sums would keep three digits, and float16 ends at 65504.
         narrow = value.dtype in (torch.bfloat16, torch.float16)
         return value.sum(dtype=torch.float32 if narrow else None), float(value.numel())
-    found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    found = (
+        f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    )
     raise ContractError(
-        f'training_step and validation_step return one value per sample under "{name}", or a pair (sum, count); found {found}. '
+        f'training_step and validation_step return one value per sample under "{name}", or a pair (sum, count); found '
+        f"{found}. "
         'Compute the loss with reduction="none", so that the mean over all workers can be exact.'
     )
 

@@ -63,11 +63,14 @@ def parameter_groups(model: nn.Module, rules: Sequence[Mapping[str, Any]]) -> li
             members[index].append(parameter)
     for rule, hit in zip(rules, matched, strict=True):
         if "match" not in rule:
-            raise ConfigError(f"Each entry of optimizer.groups needs `match`, a pattern of parameter names; found {dict(rule)}.")
+            raise ConfigError(
+                f"Each entry of optimizer.groups needs `match`, a pattern of parameter names; found {dict(rule)}."
+            )
         if not hit:
             raise ConfigError(
                 f'optimizer.groups: no parameter is left for the pattern "{rule["match"]}". '
-                f"The model has {len(names)} parameters, such as {', '.join(names[:3])}.{did_you_mean(str(rule['match']), names)}"
+                f"The model has {len(names)} parameters, such as "
+                f"{', '.join(names[:3])}.{did_you_mean(str(rule['match']), names)}"
             )
     groups = [{"params": [p for p in rest if p.requires_grad]}]
     for rule, parameters in zip(rules, members, strict=True):
@@ -75,7 +78,9 @@ def parameter_groups(model: nn.Module, rules: Sequence[Mapping[str, Any]]) -> li
         groups.append({"params": [p for p in parameters if p.requires_grad], **overrides})
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ConfigError("Nothing is left to train: every parameter is frozen by optimizer.groups or by the model itself.")
+        raise ConfigError(
+            "Nothing is left to train: every parameter is frozen by optimizer.groups or by the model itself."
+        )
     return groups
 
 
@@ -90,9 +95,7 @@ def build_scheduler(
     if not section.get("_target_"):
         return LambdaLR(optimizer, _constant)
     parameters = inspect.signature(targets.resolve(section["_target_"], "scheduler", trust)).parameters
-    told = {
-        name: total_steps for name in ("total_steps", "T_max") if name in parameters and section.get(name) is None
-    }
+    told = {name: total_steps for name in ("total_steps", "T_max") if name in parameters and section.get(name) is None}
     stated = {key: value for key, value in section.items() if key not in told}
     return targets.build(stated, "scheduler", trust, optimizer=optimizer, **told)
 

@@ -125,7 +125,9 @@ class Recorder:
         chosen = self._job.logging.hparams
         if chosen:
             # A sweep says the values itself: the name of a group's option, and one type for all trials.
-            board.hyperparameters(chosen if isinstance(chosen, dict) else {key: look_up(self._job, key) for key in chosen})
+            board.hyperparameters(
+                chosen if isinstance(chosen, dict) else {key: look_up(self._job, key) for key in chosen}
+            )
 
     def step(self, progress: Progress, throughput: Throughput) -> None:
         """Note a finished step; show it at most twice a second."""
@@ -137,7 +139,12 @@ class Recorder:
 
     def log(self, progress: Progress, throughput: Throughput, values: Mapping[str, float]) -> None:
         """Write the tags of this step everywhere."""
-        entry = {"step": progress.step, "epoch": self._epochs(progress), "samples": progress.samples, "time": time.time()}
+        entry = {
+            "step": progress.step,
+            "epoch": self._epochs(progress),
+            "samples": progress.samples,
+            "time": time.time(),
+        }
         self._lines.log({**entry, **values})
         if self._board is not None:
             self._board.log(progress.step, values)
@@ -198,7 +205,6 @@ class Recorder:
             changes["checkpoint"] = str(checkpoint)
         self._ended_well = status != "running"
         return self._directory.update_result(**changes)
-
 
     def close(self) -> None:
         self._lines.close()

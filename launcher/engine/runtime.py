@@ -203,7 +203,7 @@ def ranks_in_environment(environment: dict[str, str] | None = None) -> tuple[int
     """Return (rank, world size, local rank, local world size) when torchrun or srun started this process, else None.
 
     torchrun: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables. srun: `man srun`, OUTPUT
-    ENVIRONMENT VARIABLES; only a job step sets SLURM_STEP_NUM_TASKS, so a shell within an allocation is not taken for one.
+    ENVIRONMENT VARIABLES; only a job step sets SLURM_STEP_NUM_TASKS, so a shell within an allocation is not one.
     """
     env = cast("dict[str, str]", os.environ) if environment is None else environment
     if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= env.keys():
@@ -214,11 +214,14 @@ def ranks_in_environment(environment: dict[str, str] | None = None) -> tuple[int
         defaults = ("0", "1", "0", "1")
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise ConfigError(
-                f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks, and MASTER_ADDR or MASTER_PORT is not set. Export both "
+                f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks, and MASTER_ADDR or MASTER_PORT is not set. Export "
+                "both "
                 "before srun: MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) MASTER_PORT=29500."
             )
     else:
         return None
-    rank, world, local_rank, local_world = (env.get(name, default) for name, default in zip(names, defaults, strict=True))
+    rank, world, local_rank, local_world = (
+        env.get(name, default) for name, default in zip(names, defaults, strict=True)
+    )
     # SLURM writes tasks per node as "4(x2),3"; the first number serves, since it only sizes this node's threads.
     return int(rank), int(world), int(local_rank), int(local_world.split("(")[0].split(",")[0])

@@ -25,9 +25,9 @@ from launcher.engine.strategies.strategy import Strategy
 class State:
     """Collects and restores the state of a training run.
 
-    Shared: model, optimizer, schedule, strategy (loss scaler), position and counters. Each rank's own: random states and
-    the sums of the log interval that is open. With another number of workers the sums go to rank 0, which changes no
-    total, and the random states begin anew from the seed.
+    Shared: model, optimizer, schedule, strategy (loss scaler), position and counters. Each rank's own: random states
+    and the sums of the log interval that is open. With another number of workers the sums go to rank 0, which changes
+    no total, and the random states begin anew from the seed.
     """
 
     def __init__(

@@ -268,7 +268,7 @@ class Trainer:
     def _record(self, answer: Any) -> None:
         self.sums.add(answer)
         if self.runtime.device.type == "cuda":
-            # Looking at the loss would stop the device; the first bad step is kept there and read when the loss is logged.
+            # Looking at the loss would stop the device; the first bad step is kept there and read at the next log.
             loss, _ = as_pair("loss", answer["loss"])
             here = torch.where(torch.isfinite(loss.detach()), _NEVER, self.progress.step + 1)
             self._bad_step = torch.minimum(self._bad_step, here)
@@ -340,7 +340,7 @@ class Trainer:
         self._give_up(f"The loss became NaN or infinite at {where or 'an unknown step'}")
 
     def _require_finite_weights(self) -> None:
-        """A gradient may be infinite though the loss is not. The next loss tells, but this checkpoint was the newest."""
+        """A gradient may be infinite though the loss is not. The next loss would tell, too late for this checkpoint."""
         if not self.strategy.is_finite():
             step = self.progress.step
             self._give_up(

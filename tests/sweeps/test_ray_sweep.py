@@ -66,43 +66,34 @@ def test_a_killed_driver_and_its_ray_leave_a_sweep_that_goes_on(words: list[str]
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_trials_of_other_sizes_and_a_cluster_that_grows(words: list[str], tmp_path: Path) -> None:
-    """Would be wrong: a trial of two workers that waits for ever behind those of one, or new CPUs that nobody uses."""
-    import threading
+def test_new_groups_start_on_a_cluster_that_grows(words: list[str], tmp_path: Path) -> None:
+    """Would be wrong: new CPUs that nobody uses."""
+    from concurrent.futures import ThreadPoolExecutor
 
     import ray
     from ray.cluster_utils import Cluster
 
-    over = threading.Event()
+    more = ["optimizer.lr=range(0.1,0.9,0.1)", "scaling.workers=1", "model.nap=0.05", "trainer.epochs=10"]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-        def grow() -> None:
-            time.sleep(15)
+        with ThreadPoolExecutor() as other:  # Ray starts nodes in the main thread alone
+            sweep = other.submit(lambda: launcher.sweep(*words, *more, config_dir=PROJECT, quiet=True))
+            while not (tmp_path / "s" / "1").exists():
+                time.sleep(0.1)
             cluster.add_node(num_cpus=2)
-            over.wait()  # a node goes with the thread that started it
-
-        threading.Thread(target=grow, daemon=True).start()
-        found = launcher.sweep(
-            *words,
-            "optimizer.lr=range(0.1,0.9,0.1)",
-            "scaling.workers=1",
-            "model.nap=0.05",
-            "trainer.epochs=10",
-            config_dir=PROJECT,
-            quiet=True,
-        )
-        assert [trial["state"] for trial in found["trials"]] == ["completed"] * 8
-        assert _most_at_once((tmp_path / "s" / "log.txt").read_text()) == 3
+            found = sweep.result()
     finally:
-        over.set()
         ray.shutdown()
         cluster.shutdown()
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 8
+    assert _most_at_once((tmp_path / "s" / "log.txt").read_text()) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sizes_are_swept(words: list[str]) -> None:
+    """Would be wrong: a trial of two workers that waits for ever behind those of one, or other numbers."""
     found = launcher.sweep(*words, "optimizer.lr=0.1,0.2", "scaling.workers=1,2", config_dir=PROJECT, quiet=True)
     assert [trial["state"] for trial in found["trials"]] == ["completed"] * 4
     sizes = [result(found["directory"], number)["workers"] for number in range(4)]

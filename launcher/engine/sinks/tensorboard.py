@@ -86,7 +86,9 @@ class TensorBoard:
             from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo
 
             status = Status.Value("STATUS_SUCCESS" if ended_well else "STATUS_FAILURE")
-            self._hparams("SESSION_END_INFO_TAG", session_end_info=SessionEndInfo(status=status, end_time_secs=time.time()))
+            self._hparams(
+                "SESSION_END_INFO_TAG", session_end_info=SessionEndInfo(status=status, end_time_secs=time.time())
+            )
         self._writer.close()
 
 

@@ -22,9 +22,9 @@ from launcher.errors import UserCodeError
 class DataParallel(Strategy):
     """All-reduce of gradient buckets while the backward pass runs.
 
-    DDP divides by the number of workers. Each worker's loss *sum* is multiplied by workers / samples of the global batch,
-    so that what DDP leaves is the sum over all samples divided by their number; where the loss counts other things than
-    samples (tokens, weights), one more factor follows once the global count is known.
+    DDP divides by the number of workers. Each worker's loss *sum* is multiplied by workers / samples of the global
+    batch, so that what DDP leaves is the sum over all samples divided by their number; where the loss counts
+    other things than samples (tokens, weights), one more factor follows once the global count is known.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig) -> None:
@@ -118,8 +118,8 @@ class DataParallel(Strategy):
         except RuntimeError as error:
             raise UserCodeError(
                 "training_step used parameters in the first batch that it does not use in this one, so the workers "
-                "cannot add up their gradients. Let every parameter take part in every batch (add 0 * parameter.sum() to the "
-                "loss), or train with trainer.deterministic=true, which does not need it.",
+                "cannot add up their gradients. Let every parameter take part in every batch (add 0 * parameter.sum() "
+                "to the loss), or train with trainer.deterministic=true, which does not need it.",
                 "",
             ) from error
 

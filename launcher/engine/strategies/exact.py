@@ -116,7 +116,8 @@ class ExactDataParallel(Strategy):
     def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
         if vote.ballots["overflow"]:
             raise TrainingError(
-                f"trainer.deterministic=true adds gradients in fixed point, and one of them passed ±{_LIMIT:.0f} (or is not a "
+                f"trainer.deterministic=true adds gradients in fixed point, and one of them passed ±{_LIMIT:.0f} (or "
+                "is not a "
                 "number). Lower optimizer.lr or set trainer.clip_norm; or train with trainer.deterministic=false."
             )
         # Without a single token in the global batch the sum is zero, and so is the mean.
