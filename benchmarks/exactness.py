@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     options = parser.parse_args()
-    turns = Turns(options.rounds, options.warm_up, SKIPPED, options.turn)
+    number = 2 * len(options.networks) * len(options.workers)
+    turns = Turns(options.rounds, options.warm_up, SKIPPED, options.turn, number)
     found, facts = harness.take_turns(systems(options, turns.total), turns, harness.progress, lambda folder: {})
     report(options, found, facts).finish(options.json)
 

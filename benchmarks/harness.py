@@ -89,15 +89,17 @@ class Running:
         self._say("go\n")
         return self._hear()
 
+    def release(self) -> None:
+        """Let the system go on to its end."""
+        self._say("end\n")
+
     def finish(self) -> None:
-        """Let the system go on to its end, and wait for it.
+        """Wait for the system's end.
 
         Raises:
             Failed: it ended with another status than 0 or took too long.
         """
         assert self._process is not None
-        if self._link is not None:
-            self._say("end\n")
         try:
             status = self._process.wait(self._timeout)
         except subprocess.TimeoutExpired:
@@ -200,6 +202,7 @@ class Turns:
     warm_up: int
     skipped: int
     steps: int
+    systems: int = 1
 
     def word(self, port: int) -> str:
         """The argument `turns` of benchmarks/timed.py, as Hydra reads it."""
@@ -207,8 +210,8 @@ class Turns:
 
     @property
     def total(self) -> int:
-        """Steps that a system must make: those of all turns, and a few for the end of the last one."""
-        return self.warm_up + self.rounds * (self.skipped + self.steps) + 5
+        """Steps that a system must make: those of all turns (`take_turns`), and a few for the end of the last one."""
+        return self.warm_up + (self.systems + self.rounds) * (self.skipped + self.steps) + 5
 
 
 # Gives the command of a system, told what its stopwatch is told and in which folder it may write.
@@ -240,7 +243,12 @@ def take_turns(
             system.start(command(turns.word(system.port), system.folder))
             facts[name] = system.ready()
             say(f"{name} is warm")
+            # The workers that wait for rank 0 must not take it for lost while the others start: a turn that is not kept.
+            for earlier in started.values():
+                earlier.turn()
         found = in_turn(list(systems), lambda name: started[name].turn(), turns.rounds, say)
+        for system in started.values():
+            system.release()
         for name, system in started.items():
             system.finish()
             facts[name] |= conclude(system.folder)

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--turn", type=int, default=50, help="steps in a turn that are timed (default 50)")
     parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="systems to measure")
     options = parser.parse_args()
-    turns = Turns(options.rounds, options.warm_up, SKIPPED, options.turn)
+    turns = Turns(options.rounds, options.warm_up, SKIPPED, options.turn, len(options.only))
     found, facts = harness.take_turns(systems(options, turns.total), turns, harness.progress, losses)
     check_like_for_like(facts)
     report(options, found, facts).finish(options.json)

@@ -299,8 +299,8 @@ def _check_room(directory: RunDirectory, plan: Plan) -> None:
     free = shutil.disk_usage(directory.path).free
     if free < needed:
         raise RunError(
-            f"A checkpoint of this model takes {needed / 2**20:,.1f} MiB, and {directory.path.parent} has "
-            f"{free / 2**20:,.1f} MiB free. Make room, or choose another place with run.root=DIRECTORY."
+            f"A checkpoint of this model takes {size(needed)}, and {directory.path.parent} has {size(free)} free. "
+            f" Make room, or choose another place with run.root=DIRECTORY."
         )
 
 

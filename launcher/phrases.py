@@ -23,6 +23,16 @@ def count(number: float, noun: str) -> str:
     return f"{number:,g} {noun}" if number == 1 else f"{number:,.10g} {noun}s"
 
 
+def size(number_of_bytes: float) -> str:
+    """Return `8 B`, `1.5 KiB`, `343.6 KiB`, `20.0 GiB`."""
+    left, units = float(number_of_bytes), ["KiB", "MiB", "GiB", "TiB"]
+    if left < 1024:
+        return f"{left:.0f} B"
+    while (left := left / 1024) >= 1024 and len(units) > 1:
+        units.pop(0)
+    return f"{left:,.1f} {units[0]}"
+
+
 def number(value: float) -> str:
     """Return a metric with four digits after the point, or in scientific form where those would say nothing."""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3e}"

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.clusters import local
 from launcher.config import Job
 from launcher.errors import ConfigError
-from launcher.phrases import count
+from launcher.phrases import count, size
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,9 @@ class Plan:
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan as (what, value) for people."""
         m, b = self.machines, self.batches
-        mib = 2**20
-        memory = ", ".join(f"{name} {size / mib:,.1f} MiB" for name, size in self.memory.items())
+        memory = ", ".join(f"{name} {size(part)}" for name, part in self.memory.items())
         length = f"{count(b.steps, 'step')} = {count(b.epochs, 'epoch')} of {b.steps_per_epoch}"
-        gradients = f"{self.gradient_bytes_per_step / mib:,.2f} MiB of gradients a step"
+        gradients = f"{size(self.gradient_bytes_per_step)} of gradients a step"
         accumulated = f" in {b.microbatches} microbatches of {b.microbatch_size}" if b.microbatches > 1 else ""
         return [
             ("where", m.description),

@@ -222,18 +222,17 @@ def test_what_was_asked_is_shown_beside_what_was_found(demand: Demand, value: fl
 )
 def test_unequal_work_is_refused(fact: str, value: Any) -> None:
     facts = {"batch": [8, 1, 28, 28], "dtype": "float32", "workers": 2, "threads": 1, "parameters": 29322}
-    same = {"facts": facts, "logged": 1}
+    same: dict[str, Any] = {"facts": facts, "logged": 1}
     throughput.check_like_for_like({"one": [same, same], "other": [same, same]})
     with pytest.raises(Failed, match=f"other and one .*{fact}"):
-        throughput.check_like_for_like({"one": [same], "other": [{"facts": facts | {fact: value}, "logged": 1}, same]})
+        throughput.check_like_for_like({"one": [same], "other": [same | {"facts": facts | {fact: value}}, same]})
 
 
 def test_a_system_that_logs_less_is_refused() -> None:
     facts = {"batch": [8, 1, 28, 28], "dtype": "float32", "workers": 2, "threads": 1, "parameters": 29322}
+    same: dict[str, Any] = {"facts": facts, "logged": 3}
     with pytest.raises(Failed, match="logged"):
-        throughput.check_like_for_like(
-            {"one": [{"facts": facts, "logged": 3}], "other": [{"facts": facts, "logged": 0}]}
-        )
+        throughput.check_like_for_like({"one": [same], "other": [same | {"logged": 0}]})
 
 
 @pytest.mark.parametrize(

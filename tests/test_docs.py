@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import LAUNCH, Place
+from tests.command import LAUNCH, Place
 
 from launcher import cli, config, keys, targets
 
