@@ -243,7 +243,7 @@ def take_turns(
             system.start(command(turns.word(system.port), system.folder))
             facts[name] = system.ready()
             say(f"{name} is warm")
-            # The workers that wait for rank 0 must not take it for lost while the others start: a turn that is not kept.
+            # A turn that is not kept: workers that wait for rank 0 must not take it for lost while the others start.
             for earlier in started.values():
                 earlier.turn()
         found = in_turn(list(systems), lambda name: started[name].turn(), turns.rounds, say)

@@ -80,7 +80,7 @@ def sweep(
 
     from launcher import sweeps
     from launcher.errors import Stopped
-    from launcher.sweeps.driver import SweepObserver
+    from launcher.sweeps.observer import SweepObserver
     from launcher.sweeps.show import SweepDisplay, conclusion
 
     chosen = config_dir or os.environ.get("LAUNCH_CONFIG_DIR")

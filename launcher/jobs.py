@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import provenance, ranks, runs
 from launcher.config import Job, compose, peek
 from launcher.errors import LaunchError, RequestError, RunError, Stopped, did_you_mean
+from launcher.phrases import size
 from launcher.plan import Machines, Plan, machines_of, make_plan
 from launcher.prepare import Prepared, Request, check_evaluation, over_the_run, prepare, root_of, run_section
 from launcher.runs import RunDirectory
@@ -300,7 +301,7 @@ def _check_room(directory: RunDirectory, plan: Plan) -> None:
     if free < needed:
         raise RunError(
             f"A checkpoint of this model takes {size(needed)}, and {directory.path.parent} has {size(free)} free. "
-            f" Make room, or choose another place with run.root=DIRECTORY."
+            "Make room, or choose another place with run.root=DIRECTORY."
         )
 
 

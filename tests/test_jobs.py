@@ -392,7 +392,7 @@ def test_a_disk_without_room_for_a_checkpoint(here: Place, small_disk: Path) -> 
     (small_disk / "ballast").write_bytes(b"x" * 150_000)
     refused = here.here(*TOY, f"run.root={small_disk}/runs", "run.name=a", "model.width=20000")
     assert refused.status == 2
-    assert re.search(r"A checkpoint of this model takes .* MiB, and .* MiB free", refused.err)
+    assert re.search(r"A checkpoint of this model takes .* KiB, and .* has .* KiB free", refused.err)
     assert os.listdir(small_disk) == ["ballast"]
 
 

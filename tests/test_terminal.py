@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.phrases import count, duration, number, step_line
+from launcher.phrases import count, duration, number, size, step_line
 from launcher.terminal import Display
 from tests.command import TOY, Place
 
@@ -29,6 +29,14 @@ def test_duration(seconds: float, text: str) -> None:
 )
 def test_number(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("number_of_bytes", "text"),
+    [(8, "8 B"), (1536, "1.5 KiB"), (351_864, "343.6 KiB"), (20 * 2**30, "20.0 GiB"), (2**50, "1,024.0 TiB")],
+)
+def test_size(number_of_bytes: int, text: str) -> None:
+    assert size(number_of_bytes) == text
 
 
 def test_count() -> None:

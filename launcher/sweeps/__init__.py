@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launcher.prepare import Request
-    from launcher.sweeps.driver import SweepObserver, SweepOutcome
+    from launcher.sweeps.observer import SweepObserver, SweepOutcome
     from launcher.sweeps.planning import Planned
 
 

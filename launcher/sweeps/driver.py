@@ -5,7 +5,6 @@ Everything happens in one thread, so that Optuna, the files and the terminal see
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 from launcher.engine.control import PRUNE, Watch
 from launcher.errors import LaunchError, RequestError, Stopped, UserCodeError, WorkerLost
-from launcher.jobs import Observer, Origin, Record
+from launcher.jobs import Origin, Record
 from launcher.phrases import duration, number
 from launcher.plan import machines_of
 from launcher.prepare import Prepared
@@ -23,6 +22,7 @@ from launcher.runners.signals import Interrupts
 from launcher.runners.tasks import Ended, Shape
 from launcher.runs import RunDirectory
 from launcher.sweeps import records
+from launcher.sweeps.observer import SweepObserver, SweepOutcome
 from launcher.sweeps.planning import Planned, shape_of
 from launcher.sweeps.space import shown
 from launcher.sweeps.study import Study
@@ -44,36 +44,6 @@ class Runner(Protocol):
     def release(self) -> None: ...
     def interrupt(self) -> None: ...
     def close(self) -> None: ...
-
-
-class SweepObserver(Observer):
-    """What the caller wants to hear of a sweep."""
-
-    def event(self, event: Event) -> None:
-        """Before the first trial: what the user's code prints while it is tried out, and phases."""
-
-    def planned(self, planned: Planned, finished: bool) -> None:
-        """The sweep is known, and what it will do."""
-
-    def trial(self, number: int, event: Event) -> None:
-        """An event of a trial that runs."""
-
-    def changed(self, table: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
-        """A trial began or ended. `facts`: best (a number or None), seconds_left (None while unknown)."""
-
-    def say(self, text: str) -> None:
-        """One line for the user."""
-
-
-@dataclass(frozen=True)
-class SweepOutcome:
-    """How a sweep ended: its result.json, its trials (see `records.rows`), the best one's words, and the signal."""
-
-    result: dict[str, Any]
-    directory: RunDirectory
-    trials: list[dict[str, Any]]
-    best: dict[str, Any] | None
-    signal_number: int | None = None
 
 
 @dataclass
@@ -188,7 +158,10 @@ class Driver:
         from launcher.clusters.local import EmbeddedRay
 
         self._observer.event({"kind": "phase", "name": "ray"})
-        with Interrupts() as interrupts, EmbeddedRay(preload=("launcher.runners.groups",)) as cluster:
+        with (
+            Interrupts() as interrupts,
+            EmbeddedRay(verbose="verbose=true" in planned.words.fixed, preload=("launcher.runners.groups",)) as cluster,
+        ):
             from launcher.runners.groups import Groups
 
             groups = Groups(cluster, self._event, planned.settings.concurrency)
@@ -307,7 +280,9 @@ class Driver:
             self._finish(trial.number, trial.directory, trial.directory.result())
             return
         task.started = trial.started
-        self._study.already_evaluated(trial.number, _evaluated_at(trial.directory, self._planned.objectives[0].tag))
+        self._study.already_evaluated(
+            trial.number, records.evaluated_at(trial.directory, self._planned.objectives[0].tag)
+        )
         self._trials[trial.number] = trial
         words = " ".join(self._planned.words.overrides(trial.values))
         self._log.line(f"trial {trial.number} begins: {words}")
@@ -449,15 +424,3 @@ class Driver:
     def _say(self, text: str) -> None:
         self._log.line(text)
         self._observer.say(text)
-
-
-def _evaluated_at(run: RunDirectory, tag: str) -> list[int]:
-    """Return the steps at which a trial that is continued was evaluated before."""
-    steps = []
-    with suppress(OSError):
-        for line in run.metrics.read_text().splitlines():
-            with suppress(ValueError):
-                entry = json.loads(line)
-                if tag in entry:
-                    steps.append(int(entry["step"]))
-    return steps

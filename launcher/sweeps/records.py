@@ -105,6 +105,18 @@ def give_up_checkpoints(directory: RunDirectory, study: Study, ended: Sequence[i
             run.update_result(checkpoint=None)
 
 
+def evaluated_at(run: RunDirectory, tag: str) -> list[int]:
+    """Return the steps at which a trial that is continued was evaluated before."""
+    steps = []
+    with suppress(OSError):
+        for line in run.metrics.read_text().splitlines():
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if tag in entry:
+                    steps.append(int(entry["step"]))
+    return steps
+
+
 class Log:
     """The sweep's log.txt: one line for whatever happens to a trial."""
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.phrases import duration, number
-from launcher.sweeps.driver import SweepObserver, SweepOutcome
+from launcher.sweeps.observer import SweepObserver, SweepOutcome
 from launcher.sweeps.planning import Planned
 from launcher.sweeps.syntax import plain_text
 from launcher.words import shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -248,3 +249,49 @@ def test_ctrl_c_stops_in_order_and_the_sweep_goes_on_from_the_checkpoint(sweep: 
     assert [trial["state"] for trial in found["trials"]] == ["completed"] * 3
     assert result(tmp_path / "s", 1)["restarts"] == 1
     assert result(tmp_path / "s", 1)["lost_steps"] == 0
+
+
+def test_the_plan_shows_the_grid_and_creates_nothing(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from launcher import cli
+
+    asked = ["plan", "-m", "--json", "--config-dir", str(PROJECT), *words, "optimizer.lr=0.1,0.2", "vars.a=x,y"]
+    assert cli.run(asked) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert (plan["trials"], plan["concurrency"], plan["objectives"]) == (4, 1, {"val/loss": "min"})
+    assert plan["grid"][1] == ["optimizer.lr=0.1", "vars.a=y"]
+    assert plan["plan"]["batches"]["steps"] == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweeper_parameters_of_a_file(words: list[str], tmp_path: Path) -> None:
+    """`hydra.sweeper.params` in a file names the axes; the command line wins over it."""
+    import shutil
+
+    from launcher import sweeps
+    from launcher.prepare import Request
+    from launcher.sweeps.observer import SweepObserver
+
+    project = tmp_path / "project"
+    shutil.copytree(PROJECT, project)
+    with (project / "experiment" / "line.yaml").open("a") as file:
+        file.write("\nhydra:\n  sweeper:\n    params:\n      optimizer.lr: 0.1,0.2\n      trainer.epochs: range(1,4)\n")
+    planned = sweeps.plan(Request([*words, "trainer.epochs=2,3"], project), SweepObserver())
+    assert planned.total == 4
+    assert [axis.key for axis in planned.words.axes] == ["optimizer.lr", "trainer.epochs"]
+
+
+def test_stop_from_elsewhere_and_what_listing_shows(sweep: Sweep, tmp_path: Path) -> None:
+    from launcher.listing import rows
+
+    more = ("optimizer.lr=0.1,0.2,0.3", "model.nap=0.01", "trainer.epochs=10")
+    with subprocess.Popen(
+        command(tmp_path, *more), cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as driver:
+        wait_for(lambda: (tmp_path / "s" / "0" / "metrics.jsonl").exists())
+        assert [row["status"] for row in rows(tmp_path)] == ["running"]
+        (tmp_path / "s" / ".stop").touch()
+        assert driver.wait(timeout=60) == 0
+    own = result(tmp_path / "s")
+    assert (own["status"], own["reason"]) == ("stopped", "request")
