@@ -176,7 +176,9 @@ def test_ctrl_c_in_a_terminal_reaches_ray_too_and_still_stops_in_order(tmp_path:
         assert driver.wait(timeout=20) == 130
 
     session, *rest = lines
-    assert rest == ["event training", "event training", "result {'seen': [True, True]}"]
+    assert rest[-1] == "result {'seen': [True, True]}"
+    # Both ranks trained, and the user was told once (a note, which has no name) that the run stops.
+    assert sorted(rest[:-1]) == ["event None", "event training", "event training"]
     assert not Path(session.split()[1]).exists()
     assert not list(tmp_path.iterdir())
 
