@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,8 @@ def start(place: Place) -> Iterator[Start]:
 def ours(result: Result) -> list[str]:
     """What was shown before torchrun begins to tell how its children ended."""
     lines = [line for line in result.err.splitlines() if "torch/distributed" not in line]
-    end = next((i for i, line in enumerate(lines) if line.endswith('bin/torchrun", line 6, in <module>')), None)
+    # Which line of that script depends on who installed it.
+    end = next((i for i, line in enumerate(lines) if re.search(r'bin/torchrun", line \d+, in <module>$', line)), None)
     return lines if end is None else lines[: end - 1]
 
 
