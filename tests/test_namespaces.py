@@ -1,0 +1,103 @@
+"""The laboratory of the communication benchmarks: its links have the speed that was asked for, and nothing stays."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.namespaces import NoNamespaces, RankFailed, bits, names, network, remove_stale, run, why_not
+
+
+def possible() -> bool:
+    if why_not():
+        return False
+    try:
+        with network(1):
+            return True
+    except NoNamespaces:
+        return False
+
+
+needs_namespaces = pytest.mark.skipif(not possible(), reason=why_not() or "the kernel makes no network namespaces here")
+
+# Rank 1 sends 4 MB to rank 0, which says how many seconds passed between the first and the last byte.
+_TRANSFER = """
+import os, socket, time
+rank, address = int(os.environ["RANK"]), os.environ["MASTER_ADDR"]
+if rank == 0:
+    with socket.create_server((address, 9000)) as server:
+        connection, _ = server.accept()
+    count = len(connection.recv(1 << 16))
+    began = time.perf_counter()
+    while part := connection.recv(1 << 16):
+        count += len(part)
+    print(count, time.perf_counter() - began)
+else:
+    for _ in range(200):
+        try:
+            connection = socket.create_connection((address, 9000))
+            break
+        except OSError:
+            time.sleep(0.02)
+    connection.sendall(bytes(4_000_000))
+"""
+
+
+def transfer(rate: str) -> float:
+    with network(2, rate) as hosts:
+        count, seconds = run(hosts, [sys.executable, "-c", _TRANSFER], timeout=30)[0].split()
+    assert int(count) == 4_000_000
+    return float(seconds)
+
+
+@needs_namespaces
+def test_a_link_has_the_speed_that_was_asked_for() -> None:
+    # The bucket lets 256 KiB through at once; the rest goes at the rate, headers included.
+    assert 0.9 * 0.30 < transfer("100mbit") < 1.3 * 0.33
+
+
+@needs_namespaces
+def test_two_laboratories_do_not_meet_and_leave_nothing_behind() -> None:
+    before = names()
+    with network(2) as one, network(2) as other:
+        assert not {host.name for host in one} & {host.name for host in other}
+        listed = subprocess.run(["ip", "-o", "addr"], capture_output=True, text=True, check=True).stdout
+        assert "10.77.0." not in listed, "an address of the laboratory is on this machine itself"
+        sleeper = subprocess.Popen(one[0].command(["sleep", "100"]))
+    assert sleeper.wait(5) != 0
+    assert names() == before
+
+
+@needs_namespaces
+def test_what_a_killed_process_left_is_removed() -> None:
+    code = "import benchmarks.namespaces as n, os\nwith n.network(1) as hosts: os.kill(os.getpid(), 9)"
+    killed = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent)
+    killed.wait(20)
+    left = [name for name in names() if name.startswith(f"launch-{killed.pid}-")]
+    assert len(left) == 2
+    remove_stale()
+    assert not set(left) & set(names())
+
+
+@needs_namespaces
+def test_a_rank_that_fails_is_told_and_the_others_are_ended() -> None:
+    code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no data here')\ntime.sleep(100)"
+    with network(2) as hosts, pytest.raises(RankFailed, match=r"rank 1 ended with 1:\nno data here"):
+        run(hosts, [sys.executable, "-c", code], timeout=30)
+
+
+def test_rates_are_read() -> None:
+    assert [bits(rate) for rate in ("100mbit", "1gbit", "2.5gbit")] == [1e8, 1e9, 2.5e9]
+    with pytest.raises(ValueError, match=re.escape("'fast' is no rate")):
+        bits("fast")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="as root it is possible")
+def test_without_root_it_says_so() -> None:
+    with pytest.raises(NoNamespaces, match="need root"), network(1):
+        pass
