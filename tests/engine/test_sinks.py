@@ -90,13 +90,30 @@ class Untraceable(Plain):
         raise RuntimeError("not under a tracer")
 
 
-@pytest.mark.parametrize(("model", "drawn"), [(Plain(), True), (Untraceable(), False)])
+class Labelled(Plain):
+    def training_step(self, batch: Any) -> Any:
+        assert (batch["rate"], batch["name"]) == (8000, "x"), "tracing knows tensors only"
+        return super().training_step(batch["pair"])
+
+
+PAIR = (torch.ones(3, toys.FEATURES), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "drawn"),
+    [
+        (Plain(), PAIR, True),
+        (Labelled(), {"pair": PAIR, "rate": 8000, "name": "x"}, True),
+        (Untraceable(), PAIR, False),
+    ],
+)
 def test_a_network_that_cannot_be_traced_is_not_drawn_and_no_harm_done(
-    model: nn.Module, drawn: bool, tmp_path: Path
+    model: nn.Module, batch: Any, drawn: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     state = torch.get_rng_state()
     sink = TensorBoard(tmp_path)
-    assert sink.graph(model, (torch.ones(3, toys.FEATURES), torch.zeros(3))) is drawn
+    assert sink.graph(model, batch) is drawn
+    assert capfd.readouterr() == ("", ""), "it spoke to the user"
     sink.log(1, {"train/loss": 0.5})
     sink.close()
     assert board(tmp_path) == {"train/loss": [(1, 0.5)]}

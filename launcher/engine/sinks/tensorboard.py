@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
 import warnings
 from collections.abc import Mapping
@@ -10,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from launcher.engine.data import tree_map
 
 
 class TensorBoard:
@@ -73,7 +77,9 @@ class TensorBoard:
             try:
                 from torch.utils.tensorboard._pytorch_graph import graph
 
-                definition = graph(TrainingStep(model), (batch,), use_strict_trace=False)
+                step = TrainingStep(model, batch)
+                with contextlib.redirect_stdout(io.StringIO()):  # it prints the batch when it fails
+                    definition = graph(step, step.tensors, use_strict_trace=False)
                 self._file.add_graph(definition)
             # Tracing runs the user's code under a tracer: any failure there says only that the picture cannot be drawn.
             except Exception:
@@ -93,12 +99,18 @@ class TensorBoard:
 
 
 class TrainingStep(nn.Module):
-    """The model's training step as a `forward` that returns a tensor. The drawing is named after this class."""
+    """The model's training step as a function of the batch's tensors, since tracing knows neither numbers nor text
+    beside them, that returns a tensor. The drawing is named after this class."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._batch = model, batch
+        found: list[torch.Tensor] = []
+        tree_map(found.append, batch)
+        self.tensors = tuple(found)
 
-    def forward(self, batch: Any) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        following = iter(tensors)
+        batch = tree_map(lambda _: next(following), self._batch)
         loss = self.model.training_step(batch)["loss"]  # type: ignore[operator]
         return loss[0] if isinstance(loss, tuple) else loss
