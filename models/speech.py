@@ -188,8 +188,8 @@ class Speech(nn.Module):
         features, _ = self.front(audio.to(lengths.device)[None], lengths)  # (1, T, M)
         figure = Figure(figsize=(8, 3), layout="constrained")
         axes = figure.subplots()
-        seconds = features.shape[1] * HOP_S
-        axes.imshow(features[0].T.cpu(), origin="lower", aspect="auto", extent=(0, seconds, 0, features.shape[2]))
+        extent = (0, features.shape[1] * HOP_S, 0, features.shape[2])
+        axes.imshow(features[0].T.cpu().numpy(), origin="lower", aspect="auto", extent=extent)
         axes.set(xlabel="seconds", ylabel="mel band")
         axes.set_title(title, loc="left", family="monospace", fontsize=9, wrap=True)
         return figure

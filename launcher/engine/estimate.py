@@ -7,6 +7,7 @@ here, before any worker is started.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from launcher.config import Job
 from launcher.engine.build import build_data, build_model, converter
 from launcher.engine.data import Data, Fetch, Loader
 from launcher.engine.evaluation import summarize, validation_answer
-from launcher.engine.failures import translate
+from launcher.engine.failures import is_foreign, translate
 from launcher.engine.metrics import Sums, check_answer
 from launcher.engine.optim import build_optimizer, parameter_groups
 from launcher.engine.runtime import Runtime
@@ -130,7 +131,7 @@ def _train_names(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tu
 
     batch = _batch(job, data, data.train, model, runtime)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answer = check_answer(model.training_step(batch))  # type: ignore[operator]
+        answer = check_answer(_said_in_words(model.training_step, batch))
     sums = Sums(runtime.device)
     sums.add(answer)
     return sum(kept.values()), sums.names
@@ -141,11 +142,26 @@ def _val_names(job: Job, model: nn.Module, data: Data, name: str, runtime: Runti
     model.eval()
     with torch.no_grad():
         sums = Sums(runtime.device)
-        sums.add(validation_answer(model, batch))
+        sums.add(_said_in_words(validation_answer, model, batch))
     model.train()
     totals = sums.reduce(runtime)
     scalars = [metric for metric, (total, _) in totals.items() if total.ndim == 0]
     return [*scalars, *summarize(model, totals)]
+
+
+def _said_in_words(step: Any, *arguments: Any) -> Any:
+    """Call `step`. A ValueError that the model raises itself, in a `raise` of its own, says why data does not fit it.
+
+    Raises:
+        ConfigError: with those words, and not as a bug with its traceback.
+    """
+    try:
+        return step(*arguments)
+    except ValueError as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if is_foreign(last.filename) or not (last.line or "").startswith("raise "):
+            raise
+        raise ConfigError(str(error)) from error
 
 
 def _check_monitor(job: Job, tags: list[str], data: Data) -> None:

@@ -64,9 +64,10 @@ def traceback_of_user(error: Exception) -> str:
 
 def _first_of_user(error: Exception) -> int | None:
     frames = traceback.extract_tb(error.__traceback__)
-    return next((i for i, frame in enumerate(frames) if not _is_foreign(frame.filename)), None)
+    return next((i for i, frame in enumerate(frames) if not is_foreign(frame.filename)), None)
 
 
-def _is_foreign(filename: str) -> bool:
+def is_foreign(filename: str) -> bool:
+    """Whether a source file is ours, PyTorch's or Python's, and not the user's."""
     of_python = filename.startswith(_PYTHON) and "-packages" not in filename.removeprefix(_PYTHON)
     return of_python or filename.startswith((_OURS, _TORCH, "<frozen"))
