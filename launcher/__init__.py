@@ -7,10 +7,14 @@
 
 from __future__ import annotations
 
+import sys
 from os import PathLike
 from typing import Any
 
 __all__ = ["launch", "sweep"]
+
+# Where Hydra finds `hydra_plugins.launch_sweeper`; a package of that name may not have an `__init__.py` of anybody's.
+sys.path.append(f"{__path__[0]}/plugins")
 
 
 def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bool = False) -> dict[str, Any]:

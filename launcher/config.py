@@ -1,9 +1,9 @@
 """Composition of a `Job` from `conf/`, a user's own directory and the words of the command line, with Hydra.
 
-Only this module and `cli` know Hydra and OmegaConf, and both import them on use: everything else that imports a
-dataclass from here stays light. Composition reads files and the environment; it instantiates nothing, writes nothing,
-and leaves a Hydra that the caller uses for something else as it was. Hydra's own logging configuration, callbacks,
-launchers and sweepers are never acted on, whatever a file says about them.
+Few modules know Hydra and OmegaConf (`tests/test_imports.py` lists them), and all import them on use: everything else
+that imports a dataclass from here stays light. Composition reads files and the environment; it instantiates nothing,
+writes nothing, and leaves a Hydra that the caller uses for something else as it was. Hydra's own logging configuration,
+callbacks and launchers are never acted on, whatever a file says about them, and its sweeper is always ours.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,9 @@ __all__ = [
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SCHEMA = "launch_schema"  # the name of the typed schema in a defaults list
 _PRIMARY = "launch_primary"
-# The `_target_`s of Hydra's own default configuration. Nothing builds them here.
+# The `_target_`s that a hydra section may name. Only the sweeper is ever built, for `-m` (`launcher.sweeps.plugin`).
 _HYDRA_TARGETS = frozenset(
-    f"hydra._internal.core_plugins.basic_{name}" for name in ("launcher.BasicLauncher", "sweeper.BasicSweeper")
+    ("hydra._internal.core_plugins.basic_launcher.BasicLauncher", "hydra_plugins.launch_sweeper.LaunchSweeper")
 )
 
 
@@ -76,8 +77,8 @@ class Composition:
     """What `compose` returns.
 
     job: complete, typed, interpolations resolved. words: as given. choices: configuration group -> chosen option.
-    given: dotted keys and groups that the words name, without prefixes such as `+`. sweeper_params: what files say
-    under `hydra.sweeper.params`.
+    given: dotted keys and groups that the words name, without prefixes such as `+`. sweeper: `hydra.sweeper`, judged;
+    its `params` are what files want to be swept.
     """
 
     job: Job
@@ -85,7 +86,7 @@ class Composition:
     choices: dict[str, Any]
     given: frozenset[str]
     unresolved: dict[str, Any] = field(repr=False)
-    sweeper_params: dict[str, Any] = field(default_factory=dict, repr=False)
+    sweeper: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_yaml(self, run_name: str | None = None) -> str:
         """Return the configuration as YAML for the run's directory, to be read again through `stored`.
@@ -188,7 +189,7 @@ def compose(words: Sequence[str], config_dir: Path | None = None, stored: Path |
         )
     job = _to_job(tree)
     check_values(job)
-    return Composition(job, list(words), choices, plan.given, unresolved, hydra_tree["sweeper"].get("params") or {})
+    return Composition(job, list(words), choices, plan.given, unresolved, hydra_tree["sweeper"])
 
 
 def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
@@ -271,7 +272,9 @@ def _own_hydra() -> Iterator[None]:
     from hydra.version import VersionBase
     from omegaconf import OmegaConf
 
-    Plugins.instance()  # scans once per process and may fill the ConfigStore: before ours is put in its place
+    # Scans once per process and fills the ConfigStore: before ours is put in its place.
+    plugins = Plugins.instance()
+    plugins.register(import_module("hydra_plugins.launch_sweeper").LaunchSweeper)  # had it scanned before us
     store = ConfigStore.instance()
     own = {name: store.repo[name] for name in ("hydra", "_dummy_empty_config_.yaml")}
     new: list[tuple[Any, str, Any]] = [
@@ -322,7 +325,8 @@ def _initialize_hydra(plan: Plan, where: Sources, primary: Mapping[str, Any] | N
     hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
     others = [directory.as_uri() for directory in where.directories[1:]]
     # A `pkg://` among the search paths would import that package: the list is ours alone.
-    return [*plan.overrides, f"hydra.searchpath={_quoted(others)}"] if others else list(plan.overrides)
+    ours = ["hydra/sweeper=launch", *([f"hydra.searchpath={_quoted(others)}"] if others else [])]
+    return [*plan.overrides, *ours]
 
 
 def _quoted(values: Sequence[str]) -> str:

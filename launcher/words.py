@@ -51,6 +51,8 @@ def read_words(
                 f'"{shown(word)}" names several values, which is a sweep: add -m for one run each, '
                 f"write {key}=[...] for a list, or quote the value for a text with a comma in it."
             )
+        if word == "hydra/sweeper=launch":
+            continue  # the one that there is
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             raise ConfigError(_about_hydra(word, key))
         if key == "trust":
@@ -85,6 +87,7 @@ def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
 
 def _about_hydra(word: str, key: str) -> str:
     hints = {
+        "hydra/sweeper": "launch -m has its own sweeper, and sweep=grid, random, tpe, gp, cmaes or nsga2 says how",
         "hydra.run.dir": "run.root and run.name say where a run is written",
         "hydra.sweep.dir": "run.root and run.name say where a run is written",
         "hydra.verbose": "verbose=true shows more",

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "clusters": LEAVES,
     "runners": {"engine", "clusters", "terminal"} | LEAVES,
     "sweeps": {"jobs", "plan", "prepare", "ranks", "runners", "engine", "clusters", "terminal"} | LEAVES,
+    "plugins": {"prepare", "sweeps"} | LEAVES,
     "plan": {"engine", "clusters"} | LEAVES,
     "prepare": LEAVES,
     "ranks": {"engine"} | LEAVES,
@@ -65,7 +66,13 @@ RULES = (
     Rule(
         "launcher",
         ("hydra", "omegaconf"),
-        but=("launcher.config", "launcher.help", "launcher.sweeps.syntax"),
+        but=(
+            "launcher.config",
+            "launcher.help",
+            "launcher.plugins",
+            "launcher.sweeps.plugin",
+            "launcher.sweeps.syntax",
+        ),
         why="configuration is composed once, and plain data afterwards",
     ),
     Rule("launcher", ("models", "conf", "tests", "benchmarks"), why="only configuration names both"),

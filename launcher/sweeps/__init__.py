@@ -2,7 +2,8 @@
 
     syntax      words -> axes                    space       axes -> Optuna's distributions, sampler, pruner
     planning    what a sweep will do             study       the journal: ask, report, tell
-    driver      the loop                         records     trials.csv, best.yaml, log.txt
+    plugin      Hydra makes the sweeper          driver      the loop
+    records     trials.csv, best.yaml, log.txt
     show        the terminal                     report      report.html
 
 Importing this package imports nothing else: the parts are looked up when they are used.
@@ -10,6 +11,7 @@ Importing this package imports nothing else: the parts are looked up when they a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +29,18 @@ def run(request: Request, observer: SweepObserver) -> SweepOutcome:
         Stopped: it was ended at once by a signal.
     """
     from launcher.jobs import ended_by_signals
-    from launcher.sweeps.driver import Driver
+    from launcher.sweeps.plugin import sweeper
 
     with ended_by_signals():
-        return Driver(plan(request, observer), observer).run()
+        outcome: SweepOutcome = sweeper(plan(request, observer), observer).sweep(list(request.words))
+        return outcome
+
+
+def drive(planned: Planned, observer: SweepObserver) -> SweepOutcome:
+    """Run a sweep that is planned; what Hydra's sweeper does when it is called. Raises as `run`."""
+    from launcher.sweeps.driver import Driver
+
+    return Driver(planned, observer).run()
 
 
 def plan(request: Request, observer: SweepObserver) -> Planned:
@@ -86,6 +96,13 @@ def lines(planned: Planned) -> list[tuple[str, str]]:
     if len(about.get("grid", ())) < planned.total and "grid" in about:
         rows.append(("", f"and {planned.total - len(about['grid'])} more"))
     return [*rows, ("the first trial", ""), *planned.plan.lines()]
+
+
+def as_words(params: Mapping[str, Any]) -> list[str]:
+    """Return `hydra.sweeper.params` as words of the command line."""
+    from launcher.sweeps.syntax import words_of
+
+    return words_of(params)
 
 
 def as_request(words: tuple[str, ...], trials: int | None, config_dir: Path | None) -> Request:

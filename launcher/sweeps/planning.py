@@ -35,6 +35,7 @@ class Planned:
     """A sweep that is ready to start, or one with nothing left to do.
 
     `plan` is that of the first trial. `total` counts all trials, `concurrency` those at a time on what is here now.
+    `sweeper` is the judged `hydra.sweeper`, which Hydra makes its sweeper from.
     """
 
     request: Request
@@ -48,6 +49,7 @@ class Planned:
     evaluations: int | None
     stored: Path | None
     recorded: Recorded
+    sweeper: dict[str, Any]
     resumes: bool = False
 
     def compose(self, values: dict[str, Value]) -> Composition:
@@ -143,8 +145,9 @@ def _plan(
     space = syntax.read(words, {}, groups)
     first = compose(_of_trials(space.first()), request.config_dir, stored)
     seed = first.job.sweep.seed
-    if first.sweeper_params or seed:
-        space = syntax.read(words, first.sweeper_params, groups, seed)
+    params = first.sweeper.get("params") or {}
+    if params or seed:
+        space = syntax.read(words, params, groups, seed)
         first = compose(_of_trials(space.first()), request.config_dir, stored)
     settings = _settings(first, space)
     objectives = _objectives(first, settings)
@@ -176,6 +179,7 @@ def _plan(
         recorded=Recorded(
             tuple(shown(word) for word in words), str(request.config_dir) if request.config_dir else None
         ),
+        sweeper=first.sweeper,
     )
 
 

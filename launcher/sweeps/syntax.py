@@ -114,7 +114,7 @@ def read(words: Sequence[str], params: Mapping[str, Any], groups: Mapping[str, l
         ConfigError: a word cannot be read, or cannot be swept.
     """
     given = plain_words(words)
-    from_params = [f"{key}={value}" for key, value in _flat(params).items()]
+    from_params = words_of(params)
     overrides: dict[str, tuple[str, Any]] = {}
     for word in [*from_params, *given]:
         override = _parse(word)
@@ -128,6 +128,11 @@ def read(words: Sequence[str], params: Mapping[str, Any], groups: Mapping[str, l
         else:
             fixed.append(word)
     return Words(tuple(fixed), tuple(axes))
+
+
+def words_of(params: Mapping[str, Any]) -> list[str]:
+    """Return `hydra.sweeper.params` as words of the command line."""
+    return [f"{key}={value}" for key, value in _flat(params).items()]
 
 
 def plain_words(words: Sequence[str]) -> list[str]:
