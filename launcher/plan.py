@@ -139,8 +139,8 @@ def make_plan(job: Job, ranks: int | None = None) -> Plan:
 
         choose_device(job.scaling.device, 0)
     from launcher.engine.build import build_split, check_batch
-    from launcher.engine.data import Order
     from launcher.engine.estimate import estimate
+    from launcher.engine.order import Order
 
     found = estimate(job)
     check_batch(job, found.train_samples, machines.workers)

@@ -330,7 +330,7 @@ def pictures(root: Path, count: int) -> None:
 @pytest.mark.parametrize(("position", "status"), [(0, 2), (30, 1)], ids=["in the first batch", "later"])
 def test_a_corrupt_picture(here: Place, tmp_path: Path, position: int, status: int) -> None:
     """Found by the start check where it lies among the pictures that it looks at, otherwise when its batch comes."""
-    from launcher.engine.data import Order
+    from launcher.engine.order import Order
     from models.vision_folder import CHECKED_AT_START, PictureFolder
 
     root = tmp_path / "pictures"

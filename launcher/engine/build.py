@@ -12,8 +12,9 @@ from torch import nn
 
 from launcher import targets
 from launcher.config import Job
-from launcher.engine.data import Data, Fetch, Loader, Split, channels_last
-from launcher.engine.evaluation import Evaluator
+from launcher.engine.data import Data, Fetch, Loader, channels_last, lengths_of
+from launcher.engine.evaluation import Evaluated, Evaluator
+from launcher.engine.order import Split, order_of_evaluation
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.ddp import DataParallel
 from launcher.engine.strategies.exact import ExactDataParallel
@@ -156,18 +157,19 @@ def build_evaluator(job: Job, strategy: Strategy, runtime: Runtime, data: Data, 
     if not sets:
         return None
     convert = converter(strategy.model)
-    loaders = {
-        name: (
-            Loader(Fetch(dataset, data.collate, job.trainer.seed), runtime.device, data.num_workers, convert),
-            len(dataset),
-        )
-        for name, dataset in sets.items()
-    }
     split = build_split(job)
     if split.chunk is None and split.microbatch is None:
         # As many samples at once as training takes: what fits there, fits here.
         split = Split(microbatch=max(1, -(-job.trainer.global_batch_size // runtime.world_size)))
-    return Evaluator(strategy, runtime, loaders, split, job.trainer.deterministic, tag)
+    evaluated = {}
+    for name, dataset in sets.items():
+        loader = Loader(Fetch(dataset, data.collate, job.trainer.seed), runtime.device, data.num_workers, convert)
+        lengths = lengths_of(dataset)
+        block = split.chunk or split.microbatch or 1
+        # Shares of whole blocks, so that the samples of similar length stay together.
+        own_split = split if lengths is None else Split(chunk=block)
+        evaluated[name] = Evaluated(loader, order_of_evaluation(len(dataset), lengths, block), own_split)
+    return Evaluator(strategy, runtime, evaluated, job.trainer.deterministic, tag)
 
 
 def caveats(model: nn.Module) -> list[str]:

@@ -1,13 +1,13 @@
-"""Which samples make up which global batch, who takes which part of it, and how the parts are read.
+"""How the samples of a job are read: a microbatch at a time, ahead of the trainer, onto the device.
 
-The order depends on the seed alone: global batch k of epoch e is the same set of samples for every number of workers.
+Which samples those are is said in `order.py`.
 """
 
 from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from inspect import signature
@@ -18,78 +18,8 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from launcher.engine.failures import traceback_of_user
+from launcher.engine.order import mix
 from launcher.errors import DataError, UserCodeError
-
-Span = tuple[int, int]  # [start, stop) of positions within a global batch or a data set
-
-
-@dataclass(frozen=True)
-class Order:
-    """The order of the samples of a training data set.
-
-    Args:
-        length: samples in the data set.
-        global_batch_size: samples in one optimizer step over all workers; the last batch of an epoch may be smaller.
-        seed: decides the order, together with the epoch.
-        only_batches: when positive, every epoch repeats the first so many batches of the unshuffled data.
-    """
-
-    length: int
-    global_batch_size: int
-    seed: int
-    only_batches: int = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        steps = -(-self.length // self.global_batch_size)
-        return min(steps, self.only_batches) if self.only_batches else steps
-
-    def epoch(self, epoch: int) -> torch.Tensor:
-        """Return the sample indices of one epoch in order, int64 (length,)."""
-        if self.only_batches:
-            return torch.arange(min(self.length, self.only_batches * self.global_batch_size))
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        return torch.randperm(self.length, generator=generator)
-
-    def batch_size(self, batch: int) -> int:
-        """Return how many samples global batch `batch` of an epoch has."""
-        return min(self.length - batch * self.global_batch_size, self.global_batch_size)
-
-
-@dataclass(frozen=True)
-class Split:
-    """How positions are divided among workers and into microbatches.
-
-    Args:
-        microbatch: most samples that go through the network at once, or None for the whole share.
-        chunk: when set (deterministic mode), microbatches are cut at multiples of it, by position and not by worker.
-    """
-
-    microbatch: int | None = None
-    chunk: int | None = None
-
-    def share(self, size: int, rank: int, world_size: int) -> list[Span]:
-        """Return the microbatches of `rank` in a batch of `size` samples; empty when the batch has no part for it.
-
-        The shares are contiguous and differ by at most one sample (one chunk in deterministic mode).
-        """
-        unit = self.chunk or 1
-        units = -(-size // unit)
-        # Rounded up, so that rank 0 is the last to go without a sample.
-        start, stop = (min(-(-units * r // world_size) * unit, size) for r in (rank, rank + 1))
-        step = self.chunk or self.microbatch or max(stop - start, 1)
-        return [(at, min(at + step, stop)) for at in range(start, stop, step)]
-
-
-def mix(*numbers: int) -> int:
-    """Hash integers into a 63-bit seed (SplitMix64, Steele et al. 2014, applied in turn)."""
-    state = 0
-    for number in numbers:
-        state = (state + (number & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
 
 
 @dataclass(frozen=True)
@@ -331,13 +261,17 @@ def _record(batch: Any, stream: torch.cuda.Stream) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """The data sets of a job, checked: `train`, validation sets by name ("" when there is just one), `test` alike."""
+    """The data sets of a job, checked: `train`, validation sets by name ("" when there is just one), `test` alike.
+
+    `source` is the object that the configuration's `data` names.
+    """
 
     train: Any
     val: dict[str, Any]
     test: dict[str, Any]
     collate: Callable[[Any], Any] | None
     num_workers: int
+    source: Any = None
 
     @classmethod
     def of(cls, source: Any) -> Data:
@@ -355,10 +289,33 @@ class Data:
             _named(getattr(source, "test", None)),
             getattr(source, "collate", None),
             int(getattr(source, "num_workers", 0) or 0),
+            source,
         )
         for where, dataset in (("train", data.train), *data.val.items(), *data.test.items()):
             _check(dataset, f"{name}.{where or 'val'}")
         return data
+
+
+def lengths_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
+    """Return the `lengths` of a data set as int64 (N,), or None where it has none.
+
+    Raises:
+        DataError: they are not one whole number for each sample.
+    """
+    lengths = getattr(dataset, "lengths", None)
+    if lengths is None:
+        return None
+    try:
+        numbers = torch.from_numpy(np.array(lengths))
+    except (TypeError, ValueError):
+        numbers = torch.empty(0, 0)
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.shape != (len(dataset),):
+        found = f"{str(numbers.dtype).removeprefix('torch.')} {tuple(numbers.shape)}" if numbers.ndim != 2 else "none"
+        raise DataError(
+            f"The data set {name} has `lengths` that are not one whole number for each of its {len(dataset)} samples; "
+            f"found {found}."
+        )
+    return numbers.long()
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -375,24 +332,4 @@ def _check(dataset: Any, name: str) -> None:
         )
     if len(dataset) == 0:
         raise DataError(f"The data set {name} is empty. Check the path and the split that its configuration names.")
-
-
-def keys_of_training(
-    order: Order, split: Split, rank: int, world_size: int, epoch: int, batch: int, last_step: int, step: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (epoch, indices) of this rank's microbatches from a position on, through the epochs, to the last step."""
-    while step < last_step:
-        indices = order.epoch(epoch)
-        while batch < order.steps_per_epoch and step < last_step:
-            first = batch * order.global_batch_size
-            for start, stop in split.share(order.batch_size(batch), rank, world_size):
-                yield epoch, indices[first + start : first + stop]
-            batch, step = batch + 1, step + 1
-        epoch, batch = epoch + 1, 0
-
-
-def keys_of_evaluation(length: int, spans: Sequence[Span]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the keys of consecutive samples; evaluation augments as in epoch 0, should a data set augment at all."""
-    everything = torch.arange(length)
-    for start, stop in spans:
-        yield 0, everything[start:stop]
+    lengths_of(dataset, name)

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from launcher.engine.data import Loader, Split, keys_of_evaluation
+from launcher.engine.data import Loader
 from launcher.engine.metrics import Sums, check_answer, means
+from launcher.engine.order import Split, keys_of_evaluation
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy
 from launcher.errors import TrainingError, UserCodeError
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A data set to evaluate on: its reader, the order of its samples (N,), and how that is cut."""
+
+    loader: Loader
+    order: torch.Tensor
+    split: Split
 
 
 class Evaluator:
     """Evaluates the model on one or several data sets.
 
     Args:
-        loaders: (loader, samples) by the data set's name; "" when there is just one.
+        sets: by name; "" when there is just one.
         tag: `val` or `test`. Results are `<tag>/<metric>`, or `<tag>/<name>/<metric>` with several sets.
     """
 
@@ -27,15 +38,13 @@ class Evaluator:
         self,
         strategy: Strategy,
         runtime: Runtime,
-        loaders: Mapping[str, tuple[Loader, int]],
-        split: Split,
+        sets: Mapping[str, Evaluated],
         exact: bool,
         tag: str = "val",
     ) -> None:
         self._strategy = strategy
         self._runtime = runtime
-        self._loaders = loaders
-        self._split = split
+        self._sets = sets
         self._exact = exact
         self._tag = tag
 
@@ -46,9 +55,9 @@ class Evaluator:
         resting = [module for module in model.modules() if not module.training]
         model.eval()
         try:
-            for name, (loader, length) in self._loaders.items():
+            for name, evaluated in self._sets.items():
                 prefix = f"{self._tag}/{name}/" if name else f"{self._tag}/"
-                found = self._one(loader, length)
+                found = self._one(evaluated)
                 results.update({prefix + metric: value for metric, value in found.items()})
         finally:
             model.train()
@@ -56,12 +65,13 @@ class Evaluator:
                 module.training = False
         return results
 
-    def _one(self, loader: Loader, length: int) -> dict[str, float]:
+    def _one(self, evaluated: Evaluated) -> dict[str, float]:
         model, runtime = self._strategy.model, self._runtime
         sums = Sums(runtime.device, self._exact)
-        spans = self._split.share(length, runtime.rank, runtime.world_size)
+        order = evaluated.order
+        spans = evaluated.split.share(len(order), runtime.rank, runtime.world_size)
         with torch.no_grad():
-            for batch in loader.read(keys_of_evaluation(length, spans)):
+            for batch in evaluated.loader.read(keys_of_evaluation(order, spans)):
                 with self._strategy.cast():
                     sums.add(validation_answer(model, batch))
         self._agree(sums)

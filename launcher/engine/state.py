@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from launcher.engine.build import seed_everything
 from launcher.engine.checkpoint import restore_training, training_state
-from launcher.engine.data import mix
 from launcher.engine.metrics import Sums
+from launcher.engine.order import mix
 from launcher.engine.progress import Progress
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy

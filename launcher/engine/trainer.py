@@ -22,9 +22,10 @@ from launcher.engine import hardware
 from launcher.engine.build import build_evaluator, build_split, build_strategy, converter, load_weights_into
 from launcher.engine.checkpoint import Checkpointer, Newest, newest_intact
 from launcher.engine.control import CHECKPOINT, PRUNE, STOP, Control, Watch
-from launcher.engine.data import Data, Fetch, Loader, Order, keys_of_training
+from launcher.engine.data import Data, Fetch, Loader, lengths_of
 from launcher.engine.metrics import Sums, as_pair, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
+from launcher.engine.order import Order, keys_of_training
 from launcher.engine.progress import Every, Progress
 from launcher.engine.record import Recorder, StepFile, Throughput
 from launcher.engine.runtime import Runtime, Vote
@@ -61,7 +62,13 @@ class Trainer:
     ) -> None:
         trainer = job.trainer
         self.job, self.runtime, self.control, self.directory = job, runtime, control, directory
-        self.order = Order(len(data.train), trainer.global_batch_size, trainer.seed, trainer.overfit_batches)
+        self.order = Order(
+            len(data.train),
+            trainer.global_batch_size,
+            trainer.seed,
+            trainer.overfit_batches,
+            lengths_of(data.train),
+        )
         self.split = build_split(job)
         self.total_steps = trainer.steps or trainer.epochs * self.order.steps_per_epoch
 

@@ -101,6 +101,38 @@ class Augmented:
         self.num_workers = num_workers
 
 
+class Sequences(Dataset[Any]):
+    """Of 1 to 23 tokens: (x (T, FEATURES), y, number). `lengths` says of how many, where `sort` is set."""
+
+    def __init__(self, count: int, seed: int, sort: bool) -> None:
+        self.x, self.y, self.number = points(count, seed)
+        self.counts = [1 + int(n) * 7 % 23 for n in self.number]
+        if sort:
+            self.lengths = self.counts
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        tokens = torch.arange(self.counts[index])[:, None]
+        return self.x[index] + 0.1 * tokens, self.y[index], index
+
+
+class Ragged:
+    """`Sequences`, padded to the longest of a microbatch: (x (B, T, FEATURES), y (B,), number (B,), mask (B, T))."""
+
+    def __init__(self, train: int = 1037, val: int = 203, sort: bool = True, num_workers: int = 0) -> None:
+        self.train, self.val = Sequences(train, 1, sort), Sequences(val, 2, sort)
+        self.num_workers = num_workers
+
+    @staticmethod
+    def collate(samples: list[Any]) -> Any:
+        x = nn.utils.rnn.pad_sequence([sample[0] for sample in samples], batch_first=True)
+        lengths = torch.tensor([len(sample[0]) for sample in samples])
+        mask = torch.arange(x.shape[1]) < lengths[:, None]
+        return x, torch.stack([sample[1] for sample in samples]), torch.tensor([s[2] for s in samples]), mask
+
+
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +194,21 @@ class Tokens(Net):
         if self.note and self.training:
             RECORD.append(("losses", number.tolist(), losses[kept].tolist()))
         return {"loss": ((losses * kept).sum(), kept.sum()), "length": lengths.float()}
+
+
+class Padded(Net):
+    """A network over `Ragged`. The loss is a mean over tokens, and what is padding counts for nothing.
+
+    Notes the numbers of the samples of a microbatch, and how many tokens of it were padding.
+    """
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        x, y, number, mask = batch
+        logits = self(x).transpose(1, 2)  # (B, CLASSES, T)
+        losses = F.cross_entropy(logits, y[:, None].expand(mask.shape), reduction="none")  # (B, T)
+        if self.training and torch.is_grad_enabled():
+            RECORD.append(("batch", number.tolist(), int((~mask).sum())))
+        return {"loss": ((losses * mask).sum(), mask.sum())}
 
 
 class Branches(Net):

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from launcher.engine.data import (
     Data,
     Fetch,
     Loader,
+    channels_last,
+    tree_map,
+)
+from launcher.engine.order import (
     Order,
     Split,
-    channels_last,
     keys_of_evaluation,
     keys_of_training,
     mix,
-    tree_map,
+    order_of_evaluation,
 )
 from launcher.errors import DataError, UserCodeError
 from tests.engine import engine_toys as toys
@@ -102,8 +106,117 @@ def test_mixed_numbers_differ_and_fit_into_a_seed() -> None:
 
 
 def test_evaluation_takes_every_sample_in_order() -> None:
-    keys = list(keys_of_evaluation(7, [(2, 5), (5, 7)]))
+    keys = list(keys_of_evaluation(torch.arange(7), [(2, 5), (5, 7)]))
     assert [(epoch, indices.tolist()) for epoch, indices in keys] == [(0, [2, 3, 4]), (0, [5, 6])]
+
+
+# ---- lengths --------------------------------------------------------------------------------------------------------
+
+
+def some_lengths(count: int, spread: int) -> torch.Tensor:
+    return torch.randint(1, 1 + spread, (count,), generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize(
+    ("count", "batch", "spread"),
+    [(1037, 10, 100), (1037, 100, 100), (1000, 100, 7), (100, 100, 50), (57, 9, 1), (30, 1, 30), (9000, 16, 500)],
+)
+def test_samples_of_similar_length_share_a_batch(count: int, batch: int, spread: int, epoch: int) -> None:
+    lengths = some_lengths(count, spread)
+    order = Order(count, batch, 5, lengths=lengths)
+    indices = order.epoch(epoch)
+    assert torch.equal(indices.sort().values, torch.arange(count))  # each once
+    assert torch.equal(indices, Order(count, batch, 5, lengths=lengths).epoch(epoch))
+    assert count < 3 * batch or not torch.equal(indices, order.epoch(epoch + 1))
+    batches = lengths[indices].split(batch)
+
+    def padded(parts: Sequence[torch.Tensor]) -> int:
+        return sum(int(part.max()) * len(part) for part in parts)
+
+    shuffled = padded(lengths[Order(count, batch, 5).epoch(epoch)].split(batch))
+    if count >= 100 * batch > 100:  # then a window has room to sort in
+        waste, before = padded(batches) - int(lengths.sum()), shuffled - int(lengths.sum())
+        assert waste < before / 4
+    longest = [int(part.max()) for part in batches[:-1]]
+    assert len(set(longest)) < 3 or longest != sorted(longest)  # the batches do not come by length
+
+
+def test_the_smaller_last_batch_is_a_random_part_of_the_data() -> None:
+    lengths = torch.arange(1004)
+    last = torch.cat([Order(1004, 100, 0, lengths=lengths).epoch(epoch)[-4:] for epoch in range(50)])
+    assert 400 < float(last.float().mean()) < 600
+
+
+def test_overfitting_takes_the_first_samples_whatever_their_lengths() -> None:
+    order = Order(100, 10, 0, only_batches=2, lengths=some_lengths(100, 9))
+    assert order.epoch(1).tolist() == list(range(20))
+
+
+@pytest.mark.parametrize(("count", "block"), [(203, 10), (200, 10), (9, 10), (10, 10), (1, 1)])
+def test_evaluation_by_length_takes_every_sample_once_in_blocks(count: int, block: int) -> None:
+    lengths = some_lengths(count, 50)
+    order = order_of_evaluation(count, lengths, block)
+    assert torch.equal(order.sort().values, torch.arange(count))
+    parts = lengths[order].split(block)
+    spans = sorted((int(part.min()), int(part.max())) for part in parts)
+    assert all(one[1] <= other[0] for one, other in pairwise(spans))
+    assert torch.equal(order_of_evaluation(count), torch.arange(count))
+
+
+@pytest.mark.parametrize("lengths", [[1, 2], [1.5, 2.0, 3.0], [[1], [2], [3]], ["a", "b", "c"], [[1], [2, 3], [4]], 7])
+def test_lengths_that_are_none_are_refused(lengths: Any) -> None:
+    class Three(list[int]):
+        pass
+
+    dataset = Three([1, 2, 3])
+    dataset.lengths = lengths  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"one whole number for each of its 3 samples"):
+        Data.of(Given(train=dataset))
+
+
+def seen(ranks: Sequence[Any]) -> tuple[list[int], int]:
+    """Return the samples that were trained with, and how much padding there was."""
+    noted = [entry for rank in ranks for entry in rank.record if entry[0] == "batch"]
+    return sorted(number for entry in noted for number in entry[1]), sum(entry[2] for entry in noted)
+
+
+@pytest.mark.parametrize(("workers", "loaders"), [(1, 0), (2, 2), (3, 0)])
+def test_every_sample_of_variable_length_is_trained_with_once(workers: int, loaders: int, tmp_path: Path) -> None:
+    padding = {}
+    for sort in (True, False):
+        data = {"_target_": "Ragged", "sort": sort, "num_workers": loaders}
+        ranks = succeed(
+            make_job(model="Padded", data=data, epochs=1, global_batch_size=50), tmp_path / f"{sort}", workers
+        )
+        numbers, padding[sort] = seen(ranks)
+        # The warm-up batches before step 0 are noted as well.
+        assert set(numbers) == set(range(1037))
+        assert len(numbers) - 1037 <= 2 * workers * 50
+    assert padding[True] < padding[False] / 2
+
+
+def test_a_run_over_variable_lengths_is_exact(tmp_path: Path) -> None:
+    job = make_job(
+        model="Padded", data="Ragged", epochs=2, deterministic=True, evaluate_every=4, checkpoint={"every": 3}
+    )
+    succeed(job, tmp_path / "whole", 1)
+    succeed(job, tmp_path / "resumed", 2, scripts=Script(stop_after=7))
+    succeed(job, tmp_path / "resumed", 3)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_validation_does_not_depend_on_the_order_by_length(tmp_path: Path) -> None:
+    weights, found = None, []
+    for sort, workers in ((True, 2), (True, 3), (False, 1)):
+        data = {"_target_": "Ragged", "sort": sort}
+        directory = tmp_path / f"{sort}{workers}"
+        if weights is None:
+            succeed(make_job(model="Padded", data=data, steps=3), directory, workers)
+            weights = str(directory / "checkpoints" / "step-00000003")
+        ranks = succeed(make_job(model="Padded", data=data), directory, workers, action="evaluate", weights=weights)
+        found.append(ranks[0].result["val/loss"])
+    assert found == pytest.approx([found[0]] * 3, abs=1e-6)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from launcher.engine.data import Order
+from launcher.engine.order import Order
 from tests.engine import engine_toys as toys
 from tests.engine.engine_ranks import (
     assert_same_log,

@@ -42,7 +42,7 @@ def only(ranks: list[Rank], name: str) -> tuple[str, str, str]:
 
 def meeting(sample: int, workers: int) -> tuple[int, int]:
     """Return the step and the rank that meet a sample, in batches of 100 of the 1,037 with seed 0."""
-    from launcher.engine.data import Order, Split
+    from launcher.engine.order import Order, Split
 
     order = Order(1037, 100, 0)
     at = order.epoch(0).tolist().index(sample)

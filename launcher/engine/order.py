@@ -1,0 +1,137 @@
+"""Which samples make up which global batch, and who takes which part of it.
+
+The order depends on the seed alone: global batch k of epoch e is the same set of samples for every number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+Span = tuple[int, int]  # [start, stop) of positions within a global batch or a data set
+# Samples are sorted by length within windows of so many global batches, and of a quarter of an epoch at most: in one
+# window over the whole of a small data set the same samples would meet in every epoch.
+WINDOW = 50
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of the samples of a training data set.
+
+    Args:
+        length: samples in the data set.
+        global_batch_size: samples in one optimizer step over all workers; the last batch of an epoch may be smaller.
+        seed: decides the order, together with the epoch.
+        only_batches: when positive, every epoch repeats the first so many batches of the unshuffled data.
+        lengths: int64 (length,), tokens or frames of each sample. Samples of similar length then share a batch, so that
+            little is padded: the shuffled samples are sorted within windows of several global batches, and the batches
+            shuffled again. The smaller last batch is a random part of the data like any other.
+    """
+
+    length: int
+    global_batch_size: int
+    seed: int
+    only_batches: int = 0
+    lengths: torch.Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        steps = -(-self.length // self.global_batch_size)
+        return min(steps, self.only_batches) if self.only_batches else steps
+
+    def epoch(self, epoch: int) -> torch.Tensor:
+        """Return the sample indices of one epoch in order, int64 (length,)."""
+        if self.only_batches:
+            return torch.arange(min(self.length, self.only_batches * self.global_batch_size))
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        shuffled = torch.randperm(self.length, generator=generator)
+        return shuffled if self.lengths is None else self._by_length(shuffled, self.lengths, generator)
+
+    def _by_length(self, shuffled: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        batches, rest = divmod(self.length, self.global_batch_size)
+        window = max(1, min(WINDOW, batches // 4)) * self.global_batch_size
+        whole, last = shuffled.split([self.length - rest, rest])
+        rows = torch.cat([_sorted(part, lengths) for part in whole.split(window)]).view(batches, -1)
+        return torch.cat([rows[torch.randperm(batches, generator=generator)].flatten(), _sorted(last, lengths)])
+
+    def batch_size(self, batch: int) -> int:
+        """Return how many samples global batch `batch` of an epoch has."""
+        return min(self.length - batch * self.global_batch_size, self.global_batch_size)
+
+
+def _sorted(indices: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return indices[lengths[indices].argsort(stable=True)]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How positions are divided among workers and into microbatches.
+
+    Args:
+        microbatch: most samples that go through the network at once, or None for the whole share.
+        chunk: when set (deterministic mode), microbatches are cut at multiples of it, by position and not by worker.
+    """
+
+    microbatch: int | None = None
+    chunk: int | None = None
+
+    def share(self, size: int, rank: int, world_size: int) -> list[Span]:
+        """Return the microbatches of `rank` in a batch of `size` samples; empty when the batch has no part for it.
+
+        The shares are contiguous and differ by at most one sample (one chunk in deterministic mode).
+        """
+        unit = self.chunk or 1
+        units = -(-size // unit)
+        # Rounded up, so that rank 0 is the last to go without a sample.
+        start, stop = (min(-(-units * r // world_size) * unit, size) for r in (rank, rank + 1))
+        step = self.chunk or self.microbatch or max(stop - start, 1)
+        return [(at, min(at + step, stop)) for at in range(start, stop, step)]
+
+
+def mix(*numbers: int) -> int:
+    """Hash integers into a 63-bit seed (SplitMix64, Steele et al. 2014, applied in turn)."""
+    state = 0
+    for number in numbers:
+        state = (state + (number & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def keys_of_training(
+    order: Order, split: Split, rank: int, world_size: int, epoch: int, batch: int, last_step: int, step: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (epoch, indices) of this rank's microbatches from a position on, through the epochs, to the last step."""
+    while step < last_step:
+        indices = order.epoch(epoch)
+        while batch < order.steps_per_epoch and step < last_step:
+            first = batch * order.global_batch_size
+            for start, stop in split.share(order.batch_size(batch), rank, world_size):
+                yield epoch, indices[first + start : first + stop]
+            batch, step = batch + 1, step + 1
+        epoch, batch = epoch + 1, 0
+
+
+def keys_of_evaluation(order: torch.Tensor, spans: Sequence[Span]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the keys of consecutive samples of `order`; evaluation augments as in epoch 0, should a data set augment
+    at all.
+    """
+    for start, stop in spans:
+        yield 0, order[start:stop]
+
+
+def order_of_evaluation(length: int, lengths: torch.Tensor | None = None, block: int = 1) -> torch.Tensor:
+    """Return the sample indices of a validation set in the order in which they are evaluated, int64 (length,).
+
+    With `lengths`, blocks (microbatches) hold samples of similar length; the blocks are in a random order, the same
+    each time, so that no worker has all the long ones. It depends on nothing else, the number of workers included.
+    """
+    if lengths is None:
+        return torch.arange(length)
+    blocks = lengths.argsort(stable=True).split(block)
+    # A smaller block stays the last one: the others begin at multiples of their size.
+    shuffled = torch.randperm(length // block, generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.cat([*(blocks[i] for i in shuffled), *blocks[length // block :]])
