@@ -23,7 +23,7 @@ SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
 KEEP = ("all", "best")
 # Sections that are as open as the class that they name; their keys are checked against its signature.
-OPEN_SECTIONS = ("model", "data", "optimizer", "scheduler", "vars")
+OPEN_SECTIONS = ("model", "data", "optimizer", "scheduler", "callbacks", "vars")
 
 
 @dataclass
@@ -105,7 +105,8 @@ class SweepConfig:
 class Job:
     """One training job, complete and plain: what travels to the workers.
 
-    `model`, `data`, `optimizer` and `scheduler` are open mappings with a `_target_`; `launcher.targets` builds them.
+    `model`, `data`, `optimizer` and `scheduler` are open mappings with a `_target_`, `callbacks` is one of names to
+    such; `launcher.targets` builds them.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -118,6 +119,7 @@ class Job:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     vars: dict[str, Any] = field(default_factory=dict)
@@ -210,6 +212,12 @@ def check_values(job: Job) -> None:
         if "_target_" not in getattr(job, section):
             raise ConfigError(
                 f"{section} names no class: choose one of the group, {section}=NAME, or give a mapping with `_target_`."
+            )
+    for name, section in job.callbacks.items():
+        if section is not None and not (isinstance(section, dict) and "_target_" in section):
+            raise ConfigError(
+                f"callbacks.{name} names no class: choose one of the group, callbacks=[ema], or give a mapping with "
+                "`_target_`."
             )
     rate = job.optimizer.get("lr")
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf):

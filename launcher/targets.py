@@ -25,7 +25,9 @@ from typing import Any
 
 from .errors import ConfigError, TrustError, did_you_mean
 
-KINDS = ("model", "data", "optimizer", "scheduler")
+KINDS = ("model", "data", "optimizer", "scheduler", "callback")
+# What a callback has at least one of.
+HOOKS = ("on_start", "on_step", "on_evaluate", "on_end")
 # Of our own package only the engine holds things to be configured: a `launcher.cli` in a configuration is an attack.
 ALLOWED = ("launcher.engine", "models", "torch.nn", "torch.optim")
 # Keys that the engine reads itself and that never reach the constructor.
@@ -261,6 +263,8 @@ def _is_of_kind(found: type, kind: str, nested: bool) -> bool:
         return issubclass(found, optim.Optimizer)
     if kind == "scheduler":
         return issubclass(found, optim.lr_scheduler.LRScheduler)
+    if kind == "callback":
+        return any(callable(getattr(found, hook, None)) for hook in HOOKS)
     raise ValueError(f"unknown kind {kind!r}; known: {KINDS}")
 
 
@@ -271,6 +275,8 @@ def _expected(kind: str, nested: bool) -> str:
         return "Here a subclass of torch.nn.Module is expected."
     if kind == "optimizer":
         return "Here a subclass of torch.optim.Optimizer is expected."
+    if kind == "callback":
+        return f"Here a class with one of the methods {', '.join(HOOKS)} is expected."
     return "Here a subclass of torch.optim.lr_scheduler.LRScheduler is expected."
 
 
@@ -316,6 +322,7 @@ def _example(kind: str) -> str:
         "model": "models.vision.ConvNet",
         "optimizer": "torch.optim.AdamW",
         "scheduler": "launcher.engine.optim.WarmupCosine",
+        "callback": "launcher.engine.callbacks.Ema",
     }
     return examples.get(kind, "a data class of your own module")
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from launcher import targets
 from launcher.config import Job
-from launcher.engine.data import Data, Fetch, Loader, channels_last, lengths_of
+from launcher.engine.data import Data, Fetch, Loader, channels_last, lengths_of, seed_everything
 from launcher.engine.evaluation import Evaluated, Evaluator
 from launcher.engine.order import Split, order_of_evaluation
 from launcher.engine.runtime import Runtime
@@ -24,13 +22,6 @@ from launcher.errors import CheckpointError, ConfigError, DataError
 # Chunks of a global batch in deterministic mode, when trainer.microbatch_size does not say otherwise: enough for eight
 # workers to share the work, few enough that each still fills the kernels.
 _CHUNKS = 8
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch, random and NumPy alike on every rank: the weights must begin the same."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
 
 
 def build_data(job: Job) -> Data:

@@ -77,7 +77,7 @@ class Fetch:
             if self._collate:
                 return self._collate(batch)
             return default_collate(batch) if isinstance(batch, list) else batch
-        with _own_randomness():
+        with own_randomness():
             samples = [self._sample(epoch, index) for index in chosen]
         return (self._collate or default_collate)(samples)
 
@@ -97,7 +97,14 @@ def _gather_of(dataset: Any) -> Callable[..., Any] | None:
     return getattr(dataset, "__getitems__", None) if hasattr(inner, "__getitems__") else None
 
 
-class _own_randomness:
+def seed_everything(seed: int) -> None:
+    """Seed torch, random and NumPy. For the weights alike on every rank: they must begin the same."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+class own_randomness:
     """Leave the random states of torch (CPU), random and NumPy as they were."""
 
     def __enter__(self) -> None:

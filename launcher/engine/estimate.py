@@ -18,6 +18,7 @@ from torch import nn
 from launcher import targets
 from launcher.config import Job
 from launcher.engine.build import build_data, build_model, converter
+from launcher.engine.callbacks import check_callbacks
 from launcher.engine.data import Data, Fetch, Loader
 from launcher.engine.evaluation import summarize, validation_answer
 from launcher.engine.failures import is_foreign, translate
@@ -85,6 +86,7 @@ def _estimate(job: Job) -> Estimate:
             for metric in _val_names(job, model, data, name, runtime)
         ]
     _check_monitor(job, tags, data)
+    check_callbacks(job, tags)
     trained = [p for p in model.parameters() if p.requires_grad]
     flops = getattr(model, "flops_per_sample", None)
     return Estimate(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from launcher.engine.data import Loader
+from launcher.engine.examples import Examples
 from launcher.engine.metrics import Sums, check_answer, means
 from launcher.engine.order import Split, keys_of_evaluation
 from launcher.engine.runtime import Runtime
@@ -32,6 +33,9 @@ class Evaluator:
     Args:
         sets: by name; "" when there is just one.
         tag: `val` or `test`. Results are `<tag>/<metric>`, or `<tag>/<name>/<metric>` with several sets.
+
+    Attributes:
+        examples: is shown this rank's first microbatch of every set, where it is set.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Evaluator:
         self._sets = sets
         self._exact = exact
         self._tag = tag
+        self.examples: Examples | None = None
 
     def run(self) -> dict[str, float]:
         """Return the global metrics by tag, on every rank. Every module is in the mode that it was in afterwards."""
@@ -57,7 +62,7 @@ class Evaluator:
         try:
             for name, evaluated in self._sets.items():
                 prefix = f"{self._tag}/{name}/" if name else f"{self._tag}/"
-                found = self._one(evaluated)
+                found = self._one(evaluated, prefix)
                 results.update({prefix + metric: value for metric, value in found.items()})
         finally:
             model.train()
@@ -65,15 +70,17 @@ class Evaluator:
                 module.training = False
         return results
 
-    def _one(self, evaluated: Evaluated) -> dict[str, float]:
+    def _one(self, evaluated: Evaluated, prefix: str) -> dict[str, float]:
         model, runtime = self._strategy.model, self._runtime
         sums = Sums(runtime.device, self._exact)
         order = evaluated.order
         spans = evaluated.split.share(len(order), runtime.rank, runtime.world_size)
         with torch.no_grad():
-            for batch in evaluated.loader.read(keys_of_evaluation(order, spans)):
+            for number, batch in enumerate(evaluated.loader.read(keys_of_evaluation(order, spans))):
                 with self._strategy.cast():
                     sums.add(validation_answer(model, batch))
+                    if number == 0 and self.examples is not None:
+                        self.examples.look(prefix, batch, sums.names)
         self._agree(sums)
         totals = sums.reduce(runtime)
         if getattr(model, "summarize", None) is None:

@@ -6,7 +6,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,14 @@ class Throughput:
     def step(self, samples: int) -> None:
         self._samples += samples
 
-    def paused(self, seconds: float) -> None:
-        self._paused += seconds
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Take what happens inside out of the clock."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
 
     def waited(self, seconds: float) -> None:
         """Note time in which the device had no batch to work on."""
@@ -151,6 +158,11 @@ class Recorder:
         self._loss = values.get("train/loss", self._loss)
         self._show(progress, throughput, values)
         self.result(progress, throughput, status="running")
+
+    def examples(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show examples in TensorBoard. ValueError where one of them is nothing that it can show."""
+        if self._board is not None:
+            self._board.examples(step, values)
 
     def _epochs(self, progress: Progress) -> float:
         return progress.epoch + progress.batch / self._steps_per_epoch

@@ -13,8 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from launcher.engine.build import seed_everything
+from launcher.engine.callbacks import Callbacks
 from launcher.engine.checkpoint import restore_training, training_state
+from launcher.engine.data import seed_everything
 from launcher.engine.metrics import Sums
 from launcher.engine.order import mix
 from launcher.engine.progress import Progress
@@ -25,9 +26,10 @@ from launcher.engine.strategies.strategy import Strategy
 class State:
     """Collects and restores the state of a training run.
 
-    Shared: model, optimizer, schedule, strategy (loss scaler), position and counters. Each rank's own: random states
-    and the sums of the log interval that is open. With another number of workers the sums go to rank 0, which changes
-    no total, and the random states begin anew from the seed.
+    Shared: model, optimizer, schedule, strategy (loss scaler), callbacks, position and counters, and the weights that
+    are evaluated where a callback averages them. Each rank's own: random states and the sums of the log interval that
+    is open. With another number of workers the sums go to rank 0, which changes no total, and the random states begin
+    anew from the seed.
     """
 
     def __init__(
@@ -36,13 +38,15 @@ class State:
         optimizer: Optimizer,
         scheduler: LRScheduler,
         strategy: Strategy,
+        callbacks: Callbacks,
         sums: Sums,
         progress: Progress,
         runtime: Runtime,
         seed: int,
     ) -> None:
         self._model, self._optimizer, self._scheduler, self._strategy = model, optimizer, scheduler, strategy
-        self._sums, self._progress, self._runtime, self._seed = sums, progress, runtime, seed
+        self._callbacks, self._sums, self._progress = callbacks, sums, progress
+        self._runtime, self._seed = runtime, seed
 
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (shared, own) for `Checkpointer.save`."""
@@ -51,7 +55,11 @@ class State:
             "scheduler": self._scheduler.state_dict(),
             "strategy": self._strategy.state_dict(),
             "progress": self._progress.state_dict(),
+            "callbacks": self._callbacks.state_dict(),
         }
+        averaged = self._callbacks.weights()
+        if averaged is not None:
+            shared["weights"] = averaged
         own = {"random": random_states(self._runtime.device), "sums": self._sums.state_dict()}
         return shared, own
 
@@ -66,6 +74,7 @@ class State:
         self._scheduler.load_state_dict(content.state["scheduler"])
         self._mend_rates(configured)
         self._strategy.load_state_dict(content.state["strategy"])
+        self._callbacks.load_state_dict(content.state.get("callbacks", {}))
         restored = Progress.of(content.state["progress"])
         for item in fields(Progress):
             setattr(self._progress, item.name, getattr(restored, item.name))

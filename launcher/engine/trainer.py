@@ -20,9 +20,11 @@ from torch import nn
 from launcher.config import Job, parse_interval
 from launcher.engine import hardware
 from launcher.engine.build import build_evaluator, build_split, build_strategy, converter, load_weights_into
+from launcher.engine.callbacks import Callbacks, Run, build_callbacks
 from launcher.engine.checkpoint import Checkpointer, Newest, newest_intact
 from launcher.engine.control import CHECKPOINT, PRUNE, STOP, Control, Watch
 from launcher.engine.data import Data, Fetch, Loader, lengths_of
+from launcher.engine.examples import Examples
 from launcher.engine.metrics import Sums, as_pair, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
 from launcher.engine.order import Order, keys_of_training
@@ -87,8 +89,18 @@ class Trainer:
         self.evaluator = build_evaluator(job, self.strategy, runtime, data, "val")
 
         self.progress = Progress()
+        run = Run(model, self.optimizer, self.progress, runtime, directory.path, self.total_steps)
+        self.callbacks = Callbacks(build_callbacks(job), run, runtime)
         self.state = State(
-            model, self.optimizer, self.scheduler, self.strategy, self.sums, self.progress, runtime, trainer.seed
+            model,
+            self.optimizer,
+            self.scheduler,
+            self.strategy,
+            self.callbacks,
+            self.sums,
+            self.progress,
+            runtime,
+            trainer.seed,
         )
         self.checkpointer = Checkpointer(
             directory.checkpoints, keep=job.checkpoint.keep, group=runtime.new_host_group()
@@ -106,7 +118,7 @@ class Trainer:
         self._recorder: Recorder | None = None
         self._saved_step: int | None = None
         self._flags: dict[str, bool] = {}
-        self._reason = ""
+        self._reason: str | None = None
         self._rate = learning_rate(self.optimizer)
         self._bad_step = torch.full((), _NEVER, device=runtime.device)
 
@@ -146,6 +158,13 @@ class Trainer:
             resumed_at=resumed_at,
             draw=lambda: (self.strategy.model, self.first_batch),
         )
+        if self.evaluator is not None and self.job.logging.tensorboard:
+            self.evaluator.examples = Examples(
+                self.strategy.model,
+                lambda values: self._recorder.examples(self.progress.step, values) if self._recorder else None,
+                lambda text: self.control.emit({"kind": "note", "text": text}),
+                self.job.trainer.seed,
+            )
         try:
             with watch:
                 return self._loop_and_settle(watch)
@@ -209,6 +228,7 @@ class Trainer:
 
     def _loop(self, watch: Watch) -> dict[str, Any]:
         self.control.emit({"kind": "phase", "name": "training"})
+        self.callbacks.call("on_start")
         self.throughput = Throughput()
         batches: Generator[Any] | None = None
         ranks = None
@@ -230,11 +250,13 @@ class Trainer:
                 self._rate = learning_rate(self.optimizer)
                 self.scheduler.step()
                 self.progress.advance(size, self.order.steps_per_epoch)
-                self._after_step(size, vote)
+                reason = self._after_step(size, vote)
                 stop, prune = vote.ballots["stop"] > 0, vote.ballots["prune"] > 0
-                if (stop or prune) and self.progress.step < self.total_steps:
-                    status = "stopped" if stop else "pruned"
-                    self._reason = "signal" if vote.ballots["signal"] else "request"
+                if (stop or prune or reason) and self.progress.step < self.total_steps:
+                    status = "stopped" if stop else "pruned" if prune else "completed"
+                    self._reason = reason
+                    if stop:
+                        self._reason = "signal" if vote.ballots["signal"] else "request"
                     break
         finally:
             if batches is not None:
@@ -268,6 +290,7 @@ class Trainer:
             "signal": STOP in requests,
             "prune": PRUNE in requests,
             "checkpoint": CHECKPOINT in requests or (first and self.save_every.time_is_up()),
+            "callback": self.callbacks.wants_to_stop,
             "log": first and self.log_every.time_is_up(),
             "evaluate": first and self.evaluate_every.time_is_up(),
         }
@@ -280,33 +303,41 @@ class Trainer:
             here = torch.where(torch.isfinite(loss.detach()), _NEVER, self.progress.step + 1)
             self._bad_step = torch.minimum(self._bad_step, here)
 
-    def _after_step(self, size: int, vote: Vote) -> None:
-        """Log, evaluate and save what is due."""
+    def _after_step(self, size: int, vote: Vote) -> str | None:
+        """Log, evaluate and save what is due. Returns the reason that a callback has to end the run, if one does."""
         progress, recorder = self.progress, self._recorder
         self.throughput.step(size)
         if recorder is not None:
             if recorder.seconds_to_first_step is None:
-                with self._pause():
+                with self.throughput.pause():
                     recorder.first_step()
                 self.first_batch = None  # its memory
             recorder.step(progress, self.throughput)
+        self.callbacks.call("on_step")
         ended = progress.step == self.total_steps
         stop = vote.ballots["stop"] > 0
         values: dict[str, float] = {}
         if ended or vote.ballots["log"] or self.log_every.due(progress):
             values.update(self._log())
-        improved = False
+        evaluated = False
         if self.evaluator is not None and (ended or vote.ballots["evaluate"] or self.evaluate_every.due(progress)):
-            with self._pause():
+            with self.throughput.pause(), self.callbacks.evaluated():
                 values.update(self.evaluator.run())
-        if values:
-            progress.metrics.update(values)
-            improved = self._improved(values)
-            if recorder is not None:
-                recorder.log(progress, self.throughput, values)
-        if stop or ended or improved or vote.ballots["checkpoint"] or self.save_every.due(progress):
-            with self._pause():
+            evaluated = True
+        progress.metrics.update(values)
+        if evaluated:
+            self.callbacks.call("on_evaluate")
+        reason = self.callbacks.agree_to_stop() if evaluated or vote.ballots["callback"] else None
+        improved = self._improved(values)
+        self._write({**self.callbacks.take_logged(), **values})
+        if stop or ended or reason or improved or vote.ballots["checkpoint"] or self.save_every.due(progress):
+            with self.throughput.pause():
                 self._save()
+        return reason
+
+    def _write(self, values: dict[str, float]) -> None:
+        if values and self._recorder is not None:
+            self._recorder.log(self.progress, self.throughput, values)
 
     def _log(self) -> dict[str, float]:
         """Reduce the open sums over all workers and return the tags of the interval."""
@@ -376,10 +407,9 @@ class Trainer:
         self.checkpointer.save(self.progress.step, *self.state.collect())
         self._saved_step = self.progress.step
 
-    def _pause(self) -> _Paused:
-        return _Paused(self.throughput)
-
     def _finish(self, status: str) -> dict[str, Any]:
+        self.callbacks.call("on_end")
+        self._write(self.callbacks.take_logged())
         saved = self.checkpointer.wait()
         self.checkpointer.close()
         if self._recorder is None:
@@ -388,19 +418,6 @@ class Trainer:
             self.progress,
             self.throughput,
             status=status,
-            reason=self._reason if status == "stopped" else None,
+            reason=self._reason,
             checkpoint=saved.path if saved else self._newest_here().path,
         )
-
-
-class _Paused:
-    """Take what happens inside out of the throughput's clock."""
-
-    def __init__(self, throughput: Throughput) -> None:
-        self._throughput = throughput
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self._throughput.paused(time.perf_counter() - self._began)

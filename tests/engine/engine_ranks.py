@@ -53,6 +53,7 @@ def make_job(
     scheduler: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
     logging: Mapping[str, Any] | None = None,
+    callbacks: Mapping[str, Any] | None = None,
     **trainer: Any,
 ) -> Job:
     """Return a job over the classes of `engine_toys`: a name, or a mapping that says more. The rest is `trainer`."""
@@ -70,6 +71,7 @@ def make_job(
         trainer=replace(TrainerConfig(global_batch_size=100, log_every=1), **trainer),
         scaling=ScalingConfig(device="cpu"),
         checkpoint=replace(CheckpointConfig(), **dict(checkpoint or {})),
+        callbacks={name: value and section(value) for name, value in (callbacks or {}).items()},
         logging=replace(LoggingConfig(tensorboard=False, graph=False), **dict(logging or {})),
         trust=[_TOYS],
     )

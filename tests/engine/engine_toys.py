@@ -211,6 +211,63 @@ class Padded(Net):
         return {"loss": ((losses * mask).sum(), mask.sum())}
 
 
+class Tied(Net):
+    """One weight under two names, one frozen, one in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tail = nn.Linear(16, 16, bias=False)
+        self.tail.weight = self.middle.weight
+        self.still = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        if self.training and torch.is_grad_enabled():
+            self.seen.fill_(1)
+        return super().training_step(batch)
+
+
+class Watching:
+    """A callback that notes what it is given. `mishap`: the method that fails; `stop_at`: the step after which `rank`
+    wants to stop.
+    """
+
+    def __init__(self, mishap: str = "", stop_at: int = 0, rank: int = 0) -> None:
+        self.mishap, self.stop_at, self.rank, self.calls = mishap, stop_at, rank, 0
+
+    def _note(self, what: str, run: Any) -> None:
+        RECORD.append((what, run.rank, run.step, run.epoch, run.samples, self.calls))
+        if what == self.mishap:
+            raise KeyError("a callback's own mistake")
+
+    def on_start(self, run: Any) -> None:
+        self._note("on_start", run)
+        assert run.total_steps == 22
+        assert run.device.type == "cpu"
+        assert (run.directory / "checkpoints").parent.is_dir()
+
+    def on_step(self, run: Any) -> None:
+        self.calls += 1
+        self._note("on_step", run)
+        if run.step == self.stop_at and run.rank == self.rank:
+            run.stop("enough")
+        if run.step % 2 == 0:
+            run.log({"own/calls": self.calls, "own/rank": run.rank})
+
+    def on_evaluate(self, run: Any) -> None:
+        self._note("on_evaluate", run)
+        RECORD.append(("metrics", run.metrics["val/loss"]))
+
+    def on_end(self, run: Any) -> None:
+        self._note("on_end", run)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
 class Branches(Net):
     """Some parameters are used by no batch, and those of `rare` by certain samples alone.
 
@@ -294,6 +351,32 @@ class Resting(Net):
         if torch.is_grad_enabled():
             RECORD.append(("modes", self.training, self.drop.training, self.head.training))
         return super().training_step(batch)
+
+
+class Showing(Net):
+    """Shows examples; `kind` says of what form. Notes what it was asked with."""
+
+    def __init__(self, kind: str = "good", dropout: float = 0.0) -> None:
+        super().__init__(dropout=dropout)
+        self.kind = kind
+
+    def examples(self, batch: Any) -> Any:
+        RECORD.append(("examples", len(batch[2]), self.training, torch.is_grad_enabled(), float(torch.rand(()))))
+        if self.kind == "raises":
+            raise KeyError("no picture")
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(3, 2))
+        figure.subplots().plot([1, 2, 3])
+        good = {
+            "picture": torch.rand(3, 8, 8),
+            "grid": torch.randint(0, 256, (11, 1, 5, 4), dtype=torch.uint8),
+            "sound": (torch.linspace(-2, 2, 800), 8000),
+            "words": "**one** two",
+            "figure": figure,
+        }
+        kinds = {"good": good, "number": {"odd": 5}, "shape": {"odd": torch.rand(5, 5)}, "metric": {"loss": "text"}}
+        return {**kinds, "list": [1]}[self.kind]
 
 
 class Talkative(Net):

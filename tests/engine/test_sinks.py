@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,66 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(tmp_path: Path) -> None:
     assert expected <= set(accumulator.Tags()["scalars"])
     assert accumulator.Tags()["graph"]
     assert accumulator.Tags()["tensors"] == ["configuration/text_summary"]
+
+
+def shown(directory: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(directory), size_guidance={"images": 0, "audio": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_examples_of_the_model_are_shown_at_every_evaluation(several: bool, tmp_path: Path) -> None:
+    data = {"_target_": "Points", "several": several}
+    monitor = "val/near/loss" if several else "val/loss"
+    job = make_job(model="Showing", data=data, epochs=1, evaluate_every=6, logging={"tensorboard": True})
+    job.checkpoint.monitor = monitor
+    ranks = succeed(job, tmp_path, 2)
+    # By rank 0 alone, with its first microbatch (of 50, and of the 2 of 3), as evaluation has the model.
+    asked = [[entry[1:4] for entry in rank.record if entry[0] == "examples"] for rank in ranks]
+    each = [(50, False, False), (2, False, False)] if several else [(50, False, False)]
+    assert asked == [each * 2, []]
+    assert len({entry[4] for entry in ranks[0].record if entry[0] == "examples"}) == 1  # the same random numbers
+    accumulator, tags = shown(tmp_path), shown(tmp_path).Tags()
+    for prefix in ("val/near/", "val/far/") if several else ("val/",):
+        assert {f"{prefix}{name}" for name in ("picture", "grid", "figure")} <= set(tags["images"])
+        assert f"{prefix}sound" in tags["audio"]
+        assert f"{prefix}words/text_summary" in tags["tensors"]
+        pictures = {name: accumulator.Images(f"{prefix}{name}") for name in ("picture", "grid", "figure")}
+        assert [event.step for event in pictures["grid"]] == [6, 11]
+        sizes = {name: (events[0].width, events[0].height) for name, events in pictures.items()}
+        # 11 pictures of 4 x 5 in rows of 8, two pixels apart; 3 x 2 inches of 100 dots.
+        assert sizes == {"picture": (8, 8), "grid": (8 * 6 - 2, 2 * 7 - 2), "figure": (300, 200)}
+        assert accumulator.Audio(f"{prefix}sound")[0].sample_rate == 8000
+
+
+def test_examples_change_nothing_in_training(tmp_path: Path) -> None:
+    for on in (True, False):
+        model = {"_target_": "Showing", "dropout": 0.5}
+        succeed(make_job(model=model, epochs=1, evaluate_every=2, logging={"tensorboard": on}), tmp_path / str(on))
+    assert logged(tmp_path / "True") == logged(tmp_path / "False")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("raises", r"KeyError: 'no picture' \(.*engine_toys.py, line \d+\)"),
+        ("number", r"val/odd is a int; an example is a picture"),
+        ("shape", r"val/odd is a tensor \(5, 5\) of float32; an example"),
+        ("metric", r"loss is the name of a metric"),
+        ("list", r"must return a mapping of names to examples; found a list"),
+    ],
+)
+def test_examples_that_fail_are_told_once_and_end_nothing(kind: str, words: str, tmp_path: Path) -> None:
+    model = {"_target_": "Showing", "kind": kind}
+    (rank,) = succeed(make_job(model=model, epochs=1, evaluate_every=2, logging={"tensorboard": True}), tmp_path)
+    told = [event["text"] for event in rank.events if event["kind"] == "note" and "examples" in event["text"]]
+    assert len(told) == 1
+    assert re.search(words, told[0])
+    assert "left out from now on" in told[0]
+    assert max(logged(tmp_path)) == 11
 
 
 class Plain(nn.Module):

@@ -67,10 +67,11 @@ def load(path: str | os.PathLike[str], into: Mapping[str, Any] | None = None, *,
     return Content(path, content.step, content.world_size, state, own)
 
 
-def load_weights(path: str | os.PathLike[str], section: str = "model") -> dict[str, Tensor]:
+def load_weights(path: str | os.PathLike[str], section: str | None = None) -> dict[str, Tensor]:
     """Return weights as name -> full tensor on the CPU.
 
-    `path`: a checkpoint directory (its `section`), a `.safetensors` file, or a file that torch.save wrote: a state
+    `path`: a checkpoint directory (its `section`; by default `weights`, which are evaluated, where training averages
+    them, else `model`), a `.safetensors` file, or a file that torch.save wrote: a state
     dict, or a dict that holds one as "state_dict" or "model". CheckpointError where it is none of these or holds
     anything but tensors and plain values.
     """
@@ -133,9 +134,10 @@ def _read(
         raise CheckpointError(f"The checkpoint {path} cannot be read: {type(cause).__name__}: {cause}") from error
 
 
-def _section(path: Path, section: str) -> dict[str, Any]:
+def _section(path: Path, section: str | None) -> dict[str, Any]:
     files.verify(path)
     content, entries, table = _open(path)
+    section = section or ("weights" if "weights" in content.state else "model")
     if not isinstance(content.state.get(section), dict):
         raise CheckpointError(
             f"The checkpoint {path} has no section {section!r}; it has {', '.join(content.state) or 'none'}."

@@ -10,10 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from launcher.engine.data import tree_map
+
+_FORMS = (
+    "an example is a picture (a tensor (C, H, W) or (N, C, H, W) of bytes or of floats from 0 to 1, with 1 or 3 "
+    "channels), audio (a pair of a float tensor (T,) and its sample rate), a text, or a matplotlib figure"
+)
+_GAP = 2  # pixels between the pictures of a grid
 
 
 class TensorBoard:
@@ -36,6 +43,40 @@ class TensorBoard:
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()
+
+    def examples(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show pictures, audio, text and figures, by their form.
+
+        A picture is a tensor (C, H, W), several are (N, C, H, W), with one or three channels: bytes, or floats of which
+        0 is black and 1 is full. Audio is a pair of a float tensor (T,) between -1 and 1 and its samples per second.
+        Text is Markdown. A figure is matplotlib's.
+
+        Raises:
+            ValueError: a value is none of these.
+        """
+        for tag, value in values.items():
+            if isinstance(value, str):
+                self._writer.add_text(tag, value, step)
+            elif isinstance(value, torch.Tensor):
+                self._writer.add_image(tag, _pixels(tag, value), step, dataformats="HWC")
+            elif isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], torch.Tensor):
+                self._writer.add_audio(tag, _sound(tag, *value), step, sample_rate=int(value[1]))
+            elif callable(getattr(value, "savefig", None)):
+                self._figure(tag, value, step)
+            else:
+                raise ValueError(f"{tag} is a {type(value).__name__}; {_FORMS}")
+        self._writer.flush()
+
+    def _figure(self, tag: str, figure: Any, step: int) -> None:
+        """The figure's own PNG: PyTorch's `add_figure` would import pyplot, with its global state and windows."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        png = file.getvalue()
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of the PNG's first chunk
+        picture = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        self._file.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
     def configuration(self, yaml: str) -> None:
         """Show the configuration as text, indented so that Markdown keeps it as code."""
@@ -96,6 +137,33 @@ class TensorBoard:
                 "SESSION_END_INFO_TAG", session_end_info=SessionEndInfo(status=status, end_time_secs=time.time())
             )
         self._writer.close()
+
+
+def _pixels(tag: str, value: torch.Tensor) -> np.ndarray:
+    """Return one picture or a grid of several as bytes (H, W, 3)."""
+    many = value.detach().cpu()
+    many = many[None] if many.ndim == 3 else many
+    bytes_ = many.dtype == torch.uint8
+    if many.ndim != 4 or many.shape[1] not in (1, 3) or not many.numel() or not (bytes_ or many.is_floating_point()):
+        found = f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{tag} is {found}; {_FORMS}")
+    if not bytes_:
+        many = (many.float().nan_to_num().clamp(0, 1) * 255).round().byte()
+    count, _, height, width = many.shape
+    columns = min(8, count)
+    rows = -(-count // columns)
+    grid = torch.zeros(3, rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, dtype=torch.uint8)
+    for number, picture in enumerate(many):
+        top, left = number // columns * (height + _GAP), number % columns * (width + _GAP)
+        grid[:, top : top + height, left : left + width] = picture
+    return grid.permute(1, 2, 0).numpy()
+
+
+def _sound(tag: str, wave: torch.Tensor, rate: Any) -> torch.Tensor:
+    """Return audio as float32 (1, T) on the host."""
+    if wave.ndim != 1 or not wave.numel() or not wave.is_floating_point() or not float(rate) >= 1:
+        raise ValueError(f"{tag} is audio {tuple(wave.shape)} of {wave.dtype} at {rate} samples a second; {_FORMS}")
+    return wave.detach().float().cpu().nan_to_num().clamp(-1, 1)[None]
 
 
 class TrainingStep(nn.Module):
