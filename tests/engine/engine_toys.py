@@ -219,6 +219,7 @@ class Tied(Net):
         self.tail = nn.Linear(16, 16, bias=False)
         self.tail.weight = self.middle.weight
         self.still = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.seen: Tensor
         self.register_buffer("seen", torch.zeros(()))
 
     def training_step(self, batch: Any) -> dict[str, Any]:
