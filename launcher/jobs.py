@@ -316,7 +316,7 @@ def _write_words(directory: RunDirectory, words: Sequence[str], append: bool) ->
 
 
 def _weights_of(job: Job) -> str | None:
-    """Return the path of the weights that `checkpoint.load` names: a run's best checkpoint, or a file."""
+    """Return the path of the weights that `checkpoint.load` names: the best of a run or a sweep, or a file."""
     source = job.checkpoint.load
     if source is None:
         return None
@@ -324,8 +324,11 @@ def _weights_of(job: Job) -> str | None:
     if path.is_file() or (path / "state.json").is_file():
         return str(path.absolute())
     root = root_of(job.run.root)
-    run = RunDirectory(root / source)
-    if run.exists():
+    try:
+        run = runs.find(root, source)
+    except RequestError:
+        pass
+    else:
         return str(best_checkpoint(run))
     known = [other.name for other in runs.list_runs(root)]
     raise RunError(

@@ -141,6 +141,16 @@ def test_only_the_best_keeps_its_checkpoints(sweep: Sweep) -> None:
     assert result(found["directory"], 1)["checkpoint"] is not None
 
 
+def test_another_run_begins_with_the_weights_of_the_best(sweep: Sweep, words: list[str]) -> None:
+    import launcher
+
+    found = sweep("optimizer.lr=0.1,0.5", "run.name=s")
+    begins = launcher.launch(
+        *words, "checkpoint.load=s/best", "optimizer.lr=0", "trainer.epochs=1", config_dir=PROJECT, quiet=True
+    )
+    assert begins["metrics"]["val/loss"] == found["best"]["objective"]
+
+
 @pytest.mark.parametrize(
     ("more", "kind", "message"),
     [
