@@ -20,10 +20,10 @@ from launcher.engine.build import (
     check_batch,
     load_weights_into,
 )
-from launcher.engine.checkpoint import load_weights
 from launcher.engine.console import Console
 from launcher.engine.control import Control, Watch
 from launcher.engine.failures import translate
+from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
 from launcher.engine.trainer import Trainer
 from launcher.errors import ConfigError, RequestError
@@ -67,6 +67,7 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
         try:
             for path in task.python_path:
                 targets.add_calling_directory(path)
+            without_compiler()
             hardware.configure(runtime, task.job.scaling.cpus_per_worker, task.job.trainer.deterministic)
             action: Callable[..., dict[str, Any]] = {"train": _train, "evaluate": _evaluate}[task.action]
             result = action(task, runtime, phase, directory)
@@ -123,11 +124,15 @@ def _build_trainer(task: Task, runtime: Runtime, control: Control, directory: Ru
             control.emit({"kind": "note", "text": line})
     trainer = Trainer(job, runtime, control, directory, data, model, task.started)
     if task.weights:
+        from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
+
         trainer.begin_with(load_weights(task.weights), task.weights)
     return trainer
 
 
 def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
+    from launcher.engine.checkpoint import load_weights
+
     job = task.job
     data = build_data(job)
     model = build_model(job, runtime)

@@ -24,6 +24,7 @@ from launcher.engine.evaluation import summarize, validation_answer
 from launcher.engine.failures import is_foreign, translate
 from launcher.engine.metrics import Sums, check_answer
 from launcher.engine.optim import build_optimizer, parameter_groups
+from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
 from launcher.errors import ConfigError, did_you_mean
 
@@ -69,6 +70,7 @@ def estimate(job: Job) -> Estimate:
 
 
 def _estimate(job: Job) -> Estimate:
+    without_compiler()
     for kind in ("optimizer", "scheduler"):
         section = getattr(job, kind)
         if section.get("_target_"):

@@ -6,11 +6,11 @@ import contextlib
 import ctypes
 import gc
 import os
-import sys
 from pathlib import Path
 
 import torch
 
+from launcher.engine.quick import compiler_loaded
 from launcher.engine.runtime import Runtime
 
 
@@ -39,7 +39,7 @@ def configure(runtime: Runtime, cpus_per_worker: float, deterministic: bool) -> 
 def give_back_memory(device: torch.device) -> None:
     """Give what a finished task has occupied back to the device and to the operating system."""
     gc.collect()
-    if "torch._dynamo" in sys.modules:
+    if compiler_loaded():
         torch._dynamo.reset()  # compiled networks are kept for ever otherwise
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from launcher.engine.callbacks import Callbacks
-from launcher.engine.checkpoint import restore_training, training_state
 from launcher.engine.data import seed_everything
 from launcher.engine.metrics import Sums
 from launcher.engine.order import mix
@@ -50,6 +49,8 @@ class State:
 
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (shared, own) for `Checkpointer.save`."""
+        from launcher.engine.checkpoint import training_state  # when it is needed: see `checkpoint.saver`
+
         shared = {
             **training_state(self._model, self._optimizer),
             "scheduler": self._scheduler.state_dict(),
@@ -69,6 +70,8 @@ class State:
         Raises:
             CheckpointError: it does not fit the model or the optimizer; names what differs.
         """
+        from launcher.engine.checkpoint import restore_training
+
         configured = [_initial_rate(group) for group in self._optimizer.param_groups]
         content = restore_training(path, self._model, self._optimizer, verified=True)
         self._scheduler.load_state_dict(content.state["scheduler"])

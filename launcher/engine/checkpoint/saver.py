@@ -8,19 +8,19 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from launcher.engine.checkpoint import files
-from launcher.engine.checkpoint.nest import Encoder
-from launcher.engine.checkpoint.writer import Part, Planner, Writer, part_of
 from launcher.errors import CheckpointError
+
+# DCP and what is built on it are imported by the first save: with SymPy behind DTensor they take half a second, which
+# the first step need not wait for.
+if TYPE_CHECKING:
+    from launcher.engine.checkpoint.writer import Part, Planner, Writer
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ class Checkpointer:
             raise ValueError(f"the sections of a checkpoint cannot be called {bad}")
         start = time.perf_counter()
         self.wait()
+        from launcher.engine.checkpoint.nest import Encoder
+        from launcher.engine.checkpoint.writer import Planner, Writer, part_of
+
         shared, private = Encoder(), Encoder()
         skeleton = {key: shared.encode(value, str(key)) for key, value in state.items()}
         own_skeleton = private.encode(own, f"own/{self._rank}")
@@ -138,6 +141,8 @@ class Checkpointer:
         self.wait()
 
     def _writes(self, tensor: Tensor) -> bool:
+        from torch.distributed.tensor import DTensor
+
         # Not spread over the ranks: replicas may differ in buffers (batch statistics), and rank 0's are the ones that
         # count.
         return self._rank == 0 or isinstance(tensor, DTensor)
@@ -155,6 +160,8 @@ class Checkpointer:
         return [replace(part, source=buffers[part.item.index.fqn]) for part in parts]
 
     def _write(self, step: int, writer: Writer, planner: Planner, start: float, blocked: float | None) -> None:
+        from torch.distributed import checkpoint as dcp
+
         try:
             # Ours always say which they are: a process without a group, or collectives over the group that was given.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -168,6 +175,8 @@ class Checkpointer:
             self._failure = self._explain(step, error)
 
     def _explain(self, step: int, error: BaseException) -> CheckpointError:
+        from torch.distributed.checkpoint.api import CheckpointException
+
         failures = error.failures if isinstance(error, CheckpointException) else {self._rank: (error, None)}
         rank, cause = next((rank, cause) for rank, (cause, _) in sorted(failures.items()))
         if not isinstance(cause, CheckpointError):
