@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import provenance, ranks, runs
 from launcher.config import Job, compose, peek
 from launcher.errors import LaunchError, RequestError, RunError, Stopped, did_you_mean
+from launcher.phases import Marks
 from launcher.phrases import size
 from launcher.plan import Machines, Plan, machines_of, make_plan
 from launcher.prepare import Prepared, Request, check_evaluation, over_the_run, prepare, root_of, run_section
@@ -68,7 +69,7 @@ def train(request: Request, observer: Observer) -> Outcome:
         if prepared.finished:
             observer.prepared(prepared, None)
             return Outcome(prepared.directory.result(), prepared.directory)
-        plan = checked_plan(prepared.job, observer)
+        plan = checked_plan(prepared.job, observer, marks=record.marks)
         task = record.begin(plan)
         observer.prepared(prepared, plan)
         with _alive(prepared.directory):
@@ -76,7 +77,7 @@ def train(request: Request, observer: Observer) -> Outcome:
         return Outcome(result, prepared.directory, signal_number)
 
 
-def checked_plan(job: Job, observer: Observer, ranks: int | None = None) -> Plan:
+def checked_plan(job: Job, observer: Observer, ranks: int | None = None, marks: Marks | None = None) -> Plan:
     """Make the plan; what the user's code prints while it is tried out is passed on as events."""
     from launcher.engine.console import captured
 
@@ -85,7 +86,7 @@ def checked_plan(job: Job, observer: Observer, ranks: int | None = None) -> Plan
 
     observer.event({"kind": "phase", "name": "check"})
     with captured(show):
-        return make_plan(job, ranks)
+        return make_plan(job, ranks, marks)
 
 
 def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) -> tuple[dict[str, Any], int | None]:
@@ -100,6 +101,7 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
     from launcher.runners.signals import Interrupts
 
     on_event({"kind": "phase", "name": "ray"})
+    task.marks.begin("ray")
     with (
         Interrupts() as interrupts,
         EmbeddedRay(verbose=task.job.verbose, preload=("launcher.runners.ray_train",)) as cluster,
@@ -107,6 +109,7 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
         from launcher.runners import ray_train
 
         on_event({"kind": "phase", "name": "workers"})
+        task.marks.begin("workers")
         result = ray_train.run(
             task,
             workers=machines.workers,
@@ -154,6 +157,7 @@ _EMPTY_RESULT: dict[str, Any] = {
     "lost_steps": 0,
     "seconds": 0.0,
     "seconds_to_first_step": None,
+    "phases": None,
     "samples_per_second": None,
     "cost_usd": None,
     "checkpoint": None,
@@ -183,6 +187,7 @@ class Record:
         self._prepared = prepared
         self._origin = origin
         self._begun = False
+        self.marks = Marks([("configuration", request.started)])
         self._made_root = False
         self._seconds_before = 0.0
 
@@ -235,6 +240,7 @@ class Record:
             python_path=[str(self._request.calling)],
             started=self._request.started,
             weights=weights,
+            marks=self.marks,
         )
 
     def _write(self, prepared: Prepared) -> None:
@@ -392,7 +398,7 @@ def _agree(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepar
         try:
             prepared, plan = record.prepare(), None
             if not prepared.finished:
-                plan = checked_plan(prepared.job, observer, runtime.world_size)
+                plan = checked_plan(prepared.job, observer, runtime.world_size, record.marks)
                 task = record.begin(plan)
             observer.prepared(prepared, plan)
             asked = prepared.job.scaling.workers

@@ -11,6 +11,7 @@ from typing import Any
 from launcher.clusters import local
 from launcher.config import Job
 from launcher.errors import ConfigError
+from launcher.phases import Marks
 from launcher.phrases import count, size
 
 
@@ -127,13 +128,15 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
     return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
 
 
-def make_plan(job: Job, ranks: int | None = None) -> Plan:
+def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) -> Plan:
     """Look at the job and at where it is to run, and work out everything that follows.
 
     Raises:
         RequestError: it cannot be done as asked; see `machines_of` and `engine.estimate`.
     """
     machines = machines_of(job, ranks)
+    marks = marks or Marks()
+    marks.begin("imports")
     if machines.cluster == "none":
         from launcher.engine.runtime import choose_device
 
@@ -142,6 +145,7 @@ def make_plan(job: Job, ranks: int | None = None) -> Plan:
     from launcher.engine.estimate import estimate
     from launcher.engine.order import Order
 
+    marks.begin("check")
     found = estimate(job)
     check_batch(job, found.train_samples, machines.workers)
     trainer = job.trainer

@@ -18,7 +18,7 @@ from tests.command import TOY, Place
 
 RESULT_KEYS = {
     *("status", "reason", "error", "steps", "epochs", "samples", "workers", "world_sizes", "restarts", "lost_steps"),
-    *("seconds", "seconds_to_first_step", "samples_per_second", "cost_usd", "checkpoint", "metrics", "best"),
+    *("seconds", "seconds_to_first_step", "phases", "samples_per_second", "cost_usd", "checkpoint", "metrics", "best"),
     *("user", "versions", "git"),
 }
 

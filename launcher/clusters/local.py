@@ -91,7 +91,7 @@ def _cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pr
     return min(quotas, default=None)
 
 
-# Where Linux shows NVIDIA's, AMD's and WSL's GPUs. Importing Ray to learn that there is none takes a quarter of a second.
+# Where Linux shows GPUs (NVIDIA's, AMD's, Intel's, WSL's). Importing Ray to learn that there is none takes 0.25 s.
 _DEVICE_FILES = ("nvidia*", "kfd", "dri", "dxg", "accel")
 
 

@@ -27,6 +27,7 @@ from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
 from launcher.engine.trainer import Trainer
 from launcher.errors import ConfigError, RequestError
+from launcher.phases import Marks
 from launcher.phrases import count, step_line
 from launcher.runs import RunDirectory
 
@@ -41,6 +42,7 @@ class Task:
         python_path: directories whose modules the configuration may name (the calling directory).
         started: wall-clock time of the user's command.
         weights: a checkpoint or weights file to begin with (`checkpoint.load`) or to evaluate.
+        marks: the phases of the start so far.
     """
 
     action: Literal["train", "evaluate"]
@@ -49,6 +51,7 @@ class Task:
     python_path: list[str] = field(default_factory=list)
     started: float = 0.0
     weights: str | None = None
+    marks: Marks = field(default_factory=Marks)
 
 
 def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
         LaunchError: whatever went wrong, translated; `exit_status` is 1 once training has begun.
     """
     directory = RunDirectory(Path(task.directory))
-    phase = _Phase(control)
+    phase = _Phase(control, task.marks)
     with Console(directory.log, runtime.rank, phase) as console:
         phase.note = console.note
         try:
@@ -87,8 +90,9 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
 class _Phase:
     """The runner's control, which remembers whether training has begun and has log.txt keep what the user is shown."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, marks: Marks) -> None:
         self._control = control
+        self._marks = marks
         self.training = False
         self.note: Callable[[str], None] | None = None
 
@@ -97,6 +101,8 @@ class _Phase:
 
     def emit(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
+        if kind == "phase":
+            self._marks.begin("first_step" if event["name"] == "training" else event["name"])
         self.training = self.training or (kind == "phase" and event["name"] == "training")
         if self.note is not None and kind == "note":
             self.note(event["text"])
@@ -122,7 +128,7 @@ def _build_trainer(task: Task, runtime: Runtime, control: Control, directory: Ru
     if runtime.is_first:
         for line in caveats(model):
             control.emit({"kind": "note", "text": line})
-    trainer = Trainer(job, runtime, control, directory, data, model, task.started)
+    trainer = Trainer(job, runtime, control, directory, data, model, task.started, task.marks)
     if task.weights:
         from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
 

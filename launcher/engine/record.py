@@ -18,6 +18,7 @@ from launcher.engine.control import Control
 from launcher.engine.progress import Progress
 from launcher.engine.sinks.jsonl import JsonLines
 from launcher.engine.sinks.tensorboard import TensorBoard
+from launcher.phases import Marks, told
 from launcher.runs import RunDirectory
 
 _PROGRESS_SECONDS = 0.5
@@ -82,6 +83,7 @@ class Recorder:
 
     Args:
         started: wall-clock time of the user's command.
+        marks: the phases since then.
         resumed_at: the step that the run continues from, or None for a new run.
         draw: gives (model, batch) for the graph, once.
     """
@@ -93,6 +95,7 @@ class Recorder:
         control: Control,
         *,
         started: float,
+        marks: Marks,
         total_steps: int,
         steps_per_epoch: int,
         resumed_at: int | None,
@@ -106,6 +109,8 @@ class Recorder:
         self._resumed_at = resumed_at
         self._draw = draw
         self._began = started
+        self._marks = marks
+        self._phases: dict[str, float] | None = None
         earlier = directory.result()
         self._seconds_before = float(earlier.get("seconds") or 0.0) if resumed_at is not None else 0.0
         self.seconds_to_first_step: float | None = None
@@ -118,7 +123,11 @@ class Recorder:
 
     def first_step(self) -> None:
         """Note that the first step is done. What can wait until then (TensorBoard's import) happens here."""
-        self.seconds_to_first_step = time.time() - self._began
+        now = time.time()
+        self.seconds_to_first_step = now - self._began
+        self._phases = self._marks.seconds(now)
+        if self._job.verbose:
+            self._control.emit({"kind": "note", "text": told(self._phases)})
         if self._job.logging.tensorboard:
             purge = None if self._resumed_at is None else self._resumed_at + 1
             self._board = TensorBoard(self._directory.path, purge)
@@ -206,6 +215,7 @@ class Recorder:
             "lost_steps": progress.lost_steps,
             "seconds": round(self._seconds_before + time.time() - self._began, 3),
             "seconds_to_first_step": self.seconds_to_first_step,
+            "phases": self._phases,
             "samples_per_second": throughput.median,
             "cost_usd": None,
             "metrics": {tag: value if math.isfinite(value) else None for tag, value in progress.metrics.items()},

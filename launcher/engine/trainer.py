@@ -33,6 +33,7 @@ from launcher.engine.record import Recorder, StepFile, Throughput
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.state import State
 from launcher.errors import CheckpointError, NonFiniteLoss
+from launcher.phases import Marks
 from launcher.runs import RunDirectory
 
 _NEVER = 2**62
@@ -50,6 +51,7 @@ class Trainer:
         data: the job's data sets.
         model: the network, initialised, on the device.
         started: wall-clock time of the user's command.
+        marks: the phases since then.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Trainer:
         data: Data,
         model: nn.Module,
         started: float,
+        marks: Marks | None = None,
     ) -> None:
         trainer = job.trainer
         self.job, self.runtime, self.control, self.directory = job, runtime, control, directory
@@ -114,7 +117,7 @@ class Trainer:
                 ("checkpoint.every", job.checkpoint.every),
             )
         )
-        self._started = started
+        self._started, self._marks = started, marks or Marks()
         self._recorder: Recorder | None = None
         self._saved_step: int | None = None
         self._flags: dict[str, bool] = {}
@@ -153,6 +156,7 @@ class Trainer:
             self.job,
             self.control,
             started=self._started,
+            marks=self._marks,
             total_steps=self.total_steps,
             steps_per_epoch=self.order.steps_per_epoch,
             resumed_at=resumed_at,

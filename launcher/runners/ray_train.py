@@ -346,6 +346,7 @@ def own_context() -> Any:
 
 def work(order: Order) -> dict[str, Any] | None:
     """Everything that one worker does."""
+    began = time.time()
     context = own_context()
     rank = context.get_world_rank()
     with WorkerEnd(order.run, rank) as control:
@@ -354,8 +355,12 @@ def work(order: Order) -> dict[str, Any] | None:
         try:
             sys.path[:0] = [path for path in order.python_path if path not in sys.path]
             main, task = cloudpickle.loads(order.job)
+            function = function_of(main)  # with what it imports
+            if hasattr(task, "marks"):
+                task.marks.begin("worker_imports", began)
+                task.marks.begin("process_group")
             with joined(order, context) as runtime:
-                result = function_of(main)(task, runtime, control)
+                result = function(task, runtime, control)
         except BaseException as error:
             event = describe(error, rank)
             control.emit(event)

@@ -1,0 +1,26 @@
+"""The phases of the start: what result.json says of the time before the first step."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.phases import Marks, told
+from tests.command import TOY, Place
+
+
+def test_phases_add_up_and_a_clock_that_lags_behind_takes_nothing_away() -> None:
+    marks = Marks()
+    for phase, at in (("configuration", 10.0), ("check", 11.5), ("workers", 12.0), ("data", 11.9), ("data", 14.0)):
+        marks.begin(phase, at)
+
+    assert marks.seconds(15.0) == {"configuration": 1.5, "check": 0.5, "workers": 0.0, "data": 3.1}
+
+
+def test_a_run_says_where_the_time_before_its_first_step_went(here: Place) -> None:
+    done = here.here(*TOY, "run.name=a", "cluster=none", "verbose=true")
+
+    result = here.result("a")
+    phases = result["phases"]
+    assert list(phases) == ["configuration", "imports", "check", "data", "model", "first_step"]
+    assert sum(phases.values()) == pytest.approx(result["seconds_to_first_step"], abs=0.02)
+    assert told(phases) in done.err
