@@ -42,6 +42,9 @@ class GPT(nn.Module):
         ValueError: sizes that do not fit one another.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(
         self,
         vocabulary: int = BYTES,
