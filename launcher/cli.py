@@ -32,6 +32,7 @@ launch [VERB [NAME]] [HYDRA OVERRIDES...] [HYDRA FLAGS]
   logs NAME        show what a run printed, and follow it while it goes on (--no-follow: do not)
   stop NAME        have a run save a checkpoint and stop
   board            serve TensorBoard over the run root; --port N
+  sizes            list Azure's NC sizes with GPUs, network, quota family and price; --region NAME, --offline, --json
 
   launch experiment=mnist                        train real digits on two workers of this machine
   launch experiment=mnist scaling.workers=4      the same experiment on four
@@ -51,6 +52,8 @@ _FLAGS = {
     "--multirun": ("multirun", False),
     "--json": ("json", False),
     "--no-follow": ("no_follow", False),
+    "--region": ("region", True),
+    "--offline": ("offline", False),
     "--help": ("help", False),
     "-h": ("help", False),
     "--version": ("version", False),
@@ -67,7 +70,9 @@ _FLAGS = {
 # Flags of some verbs alone.
 _FLAGS_OF = {
     "multirun": ("train", "plan"),
-    "json": ("plan", "runs"),
+    "json": ("plan", "runs", "sizes"),
+    "region": ("sizes",),
+    "offline": ("sizes",),
     "no_follow": ("logs",),
     "port": ("board",),
     "host": ("board",),
@@ -487,6 +492,25 @@ def _board(line: Line) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", *options])
 
 
+def _sizes(line: Line) -> int:
+    from launcher import sizes
+
+    if line.words:
+        raise ConfigError(
+            f'launch sizes takes no overrides, but found "{line.words[0]}". --region NAME chooses a region.'
+        )
+    region = line.flags.get("region", sizes.REGION)
+    if not region.isalnum():
+        raise ConfigError(f"--region {region}: the name of an Azure region is letters and digits, such as eastus.")
+    found, source = sizes.known(region.lower(), ask="offline" not in line.flags)
+    if "json" in line.flags:
+        _say(source)
+        print(json.dumps(sizes.rows(found, region.lower()), indent=2))
+    else:
+        sizes.table(found, region.lower(), source)
+    return 0
+
+
 _VERBS: dict[str, Callable[[Line], int]] = {
     "train": _train,
     "plan": _plan,
@@ -495,6 +519,7 @@ _VERBS: dict[str, Callable[[Line], int]] = {
     "logs": _logs,
     "stop": _stop,
     "board": _board,
+    "sizes": _sizes,
 }
 _NAMED = ("evaluate", "logs", "stop")
 _COMPOSING = ("train", "plan", "evaluate")

@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "show": {"jobs", "plan", "prepare", "terminal"} | LEAVES,
     "help": {"prepare"} | LEAVES,
     "listing": {"terminal"} | LEAVES,
-    "cli": {"jobs", "prepare", "ranks", "show", "help", "listing", "sweeps", "plan", "terminal"} | LEAVES,
+    "sizes": {"clusters", "errors"},
+    "cli": {"sizes", "jobs", "prepare", "ranks", "show", "help", "listing", "sweeps", "plan", "terminal"} | LEAVES,
     "__main__": {"cli"},
     "__init__": {"jobs", "sweeps", "show", "terminal", "errors"},
 }
