@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.speech_files import NAMES, Recordings, Sample, SpeechData, encode, read_asterisk, read_audio
+from models.speech_files import (
+    NAMES,
+    Recordings,
+    Sample,
+    SpeechData,
+    change_speed,
+    encode,
+    read_asterisk,
+    read_audio,
+)
 from models.vision_data import packaged
 
 RATE = 8000
@@ -122,8 +131,7 @@ def speak(string: str, clips: list[np.ndarray], random: np.random.RandomState) -
     for digit in string:
         clip = clips[int(digit)]
         pace = speed * random.uniform(0.945, 1.045)
-        places = np.arange(int(len(clip) / pace)) * pace
-        spoken = np.interp(places, np.arange(len(clip)), clip).astype(np.float32)
+        spoken = change_speed(clip, pace)
         pause = np.zeros(random.randint(0, 1200), np.float32)
         parts += [spoken * np.float32(10 ** random.uniform(-0.15, 0.15)), pause]
     parts.append(np.zeros(random.randint(400, 1600), np.float32))

@@ -62,10 +62,16 @@ class Recording:
 
 
 class Recordings:
-    """A data set of sound files, read when they are needed. `lengths` are in samples."""
+    """A data set of sound files, read when they are needed. `lengths` are in samples.
 
-    def __init__(self, recordings: Sequence[Recording], alphabet: str) -> None:
-        self.recordings, self.alphabet = recordings, alphabet
+    With `speed`, each is played at a speed between 1 - speed and 1 + speed, and so at another pitch (Ko et al. 2015,
+    doi:10.21437/Interspeech.2015-711), drawn from NumPy's generator, which the engine seeds for every sample.
+    """
+
+    def __init__(self, recordings: Sequence[Recording], alphabet: str, speed: float = 0.0) -> None:
+        if not 0 <= speed < 1:
+            raise ValueError(f"data.speed={speed}: must be at least 0 and below 1.")
+        self.recordings, self.alphabet, self.speed = recordings, alphabet, speed
         self.lengths = [one.samples for one in recordings]
         self.names = [one.name for one in recordings]
 
@@ -74,7 +80,12 @@ class Recordings:
 
     def __getitem__(self, index: int) -> Sample:
         one = self.recordings[index]
-        return torch.from_numpy(read_audio(one.path, one.rate)), encode(one.text or "", self.alphabet, str(one.path))
+        audio, text = read_audio(one.path, one.rate), one.text or ""
+        if self.speed:
+            faster = change_speed(audio, np.random.uniform(1 - self.speed, 1 + self.speed))
+            if outputs_needed(text) <= outputs_of(len(faster), one.rate):
+                audio = faster
+        return torch.from_numpy(audio), encode(text, self.alphabet, str(one.path))
 
 
 class Asterisk(SpeechData):
@@ -91,6 +102,7 @@ class Asterisk(SpeechData):
         root: str = "/usr/share/asterisk/sounds/en_US_f_Allison",
         texts: str = "/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz",
         folder: str | None = None,
+        speed: float = 0.1,
         val_fraction: float = 0.2,
         split_seed: int = 0,
     ) -> None:
@@ -102,7 +114,7 @@ class Asterisk(SpeechData):
                 f"data.val_fraction={val_fraction} of {len(found)} recordings leaves none to validate or to train."
             )
         order = np.random.RandomState(split_seed).permutation(len(found))  # its stream is frozen (NEP 19)
-        self.train = Recordings([found[i] for i in order[held_out:]], self.alphabet)
+        self.train = Recordings([found[i] for i in order[held_out:]], self.alphabet, speed)
         self.val = Recordings([found[i] for i in order[:held_out]], self.alphabet)
 
 
@@ -123,6 +135,7 @@ class LibriSpeech(SpeechData):
         rate: int = 16000,
         alphabet: str = LETTERS,
         max_seconds: float = 20.0,
+        speed: float = 0.0,
         limit: int | None = None,
         val_limit: int | None = None,
         num_workers: int = 2,
@@ -136,7 +149,7 @@ class LibriSpeech(SpeechData):
         short = [one for one in everything if one.samples <= max_seconds * rate]
         if not short:
             raise ValueError(f"data.max_seconds={max_seconds} leaves none of {len(everything)} recordings to train.")
-        self.train = Recordings(_limited(short, limit, "limit"), alphabet)
+        self.train = Recordings(_limited(short, limit, "limit"), alphabet, speed)
         self.val = Recordings(_limited(self._read(base, val, "val"), val_limit, "val_limit"), alphabet)
         self.test = Recordings(self._read(base, test, "test"), alphabet) if test else None
 
@@ -241,6 +254,12 @@ def encode(text: str, alphabet: str, where: str) -> Tensor:
             "Correct the transcript, or set data.alphabet and model.alphabet."
         )
     return torch.tensor([1 + alphabet.index(character) for character in text], dtype=torch.int64)
+
+
+def change_speed(audio: np.ndarray, speed: float) -> np.ndarray:
+    """Sound (n,) played faster (`speed` above 1) or slower, (n / speed,) float32, by linear interpolation."""
+    places = np.arange(int(len(audio) / speed)) * speed
+    return np.interp(places, np.arange(len(audio)), audio).astype(np.float32)
 
 
 def check_audio(path: Path, rate: int) -> int:

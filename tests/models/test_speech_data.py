@@ -17,7 +17,16 @@ import torch
 from models import speech_files
 from models.speech import LETTERS
 from models.speech_data import SpokenDigits, SpokenDigitsAsterisk, draw_strings
-from models.speech_files import NAMES, Asterisk, LibriSpeech, SpeechData, encode, read_asterisk, spoken_words
+from models.speech_files import (
+    NAMES,
+    Asterisk,
+    LibriSpeech,
+    SpeechData,
+    change_speed,
+    encode,
+    read_asterisk,
+    spoken_words,
+)
 from tests.command import Place
 
 REAL = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
@@ -245,6 +254,29 @@ def test_prompts_are_split_from_the_seed(prompts: tuple[str, str]) -> None:
     assert not set(data.train.names) & set(data.val.names)
     assert Asterisk(*prompts, val_fraction=0.4).val.names == data.val.names
     assert {*Asterisk(*prompts, folder="digits", val_fraction=0.5).train.names} <= {"digits/1", "digits/2"}
+
+
+def test_recordings_are_played_at_another_speed_in_training_only(prompts: tuple[str, str]) -> None:
+    data = Asterisk(*prompts, speed=0.2, val_fraction=0.4)
+    lengths = set()
+    for seed in range(20):
+        np.random.seed(seed)
+        audio, _ = data.train[0]
+        lengths.add(len(audio))
+        assert len(data.val[0][0]) == 8000
+        np.random.seed(seed)
+        assert torch.equal(data.train[0][0], audio)
+    assert len(lengths) > 10
+    assert 8000 / 1.2 - 1 <= min(lengths) < 7500 < 9000 < max(lengths) <= 8000 / 0.8
+    with pytest.raises(ValueError, match=r"data.speed=1.5"):
+        Asterisk(*prompts, speed=1.5, val_fraction=0.4)
+
+
+def test_speed_changes_the_pitch() -> None:
+    tone = np.sin(2 * np.pi * 500 * np.arange(8000) / 8000).astype(np.float32)
+    faster = change_speed(tone, 1.25)
+    assert (faster.shape, faster.dtype) == ((6400,), np.float32)
+    assert np.abs(np.fft.rfft(faster)).argmax() * 8000 / 6400 == 625
 
 
 def test_a_person_is_heard_beside_the_strings(prompts: tuple[str, str]) -> None:
