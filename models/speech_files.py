@@ -93,7 +93,8 @@ class Asterisk(SpeechData):
 
     `val_fraction` of the recordings validate, drawn from `split_seed` alone. `folder` takes only those in it, `digits`
     for example. Transcripts are lower case without punctuation; numerals are spelled out digit by digit, * is "star"
-    and # is "pound", as they are read aloud; what is no speech ("[ascending tones]") is left out.
+    and # is "pound", as they are read aloud; what is no speech ("[ascending tones]") is left out. So is, from training,
+    what is longer than `max_seconds`: the few of a minute would take most of the time. `speed`: see Recordings.
     Raises OSError where the packages are not installed, or without their documentation, which holds the transcripts.
     """
 
@@ -102,6 +103,7 @@ class Asterisk(SpeechData):
         root: str = "/usr/share/asterisk/sounds/en_US_f_Allison",
         texts: str = "/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz",
         folder: str | None = None,
+        max_seconds: float = 10.0,
         speed: float = 0.1,
         val_fraction: float = 0.2,
         split_seed: int = 0,
@@ -114,7 +116,7 @@ class Asterisk(SpeechData):
                 f"data.val_fraction={val_fraction} of {len(found)} recordings leaves none to validate or to train."
             )
         order = np.random.RandomState(split_seed).permutation(len(found))  # its stream is frozen (NEP 19)
-        self.train = Recordings([found[i] for i in order[held_out:]], self.alphabet, speed)
+        self.train = Recordings(_short([found[i] for i in order[held_out:]], max_seconds), self.alphabet, speed)
         self.val = Recordings([found[i] for i in order[:held_out]], self.alphabet)
 
 
@@ -145,10 +147,7 @@ class LibriSpeech(SpeechData):
         base = Path(root).expanduser()
         if not base.is_dir():
             raise FileNotFoundError(f"data.root={root} is no directory; it should be one of LibriSpeech's folders.")
-        everything = self._read(base, train, "train")
-        short = [one for one in everything if one.samples <= max_seconds * rate]
-        if not short:
-            raise ValueError(f"data.max_seconds={max_seconds} leaves none of {len(everything)} recordings to train.")
+        short = _short(self._read(base, train, "train"), max_seconds)
         self.train = Recordings(_limited(short, limit, "limit"), alphabet, speed)
         self.val = Recordings(_limited(self._read(base, val, "val"), val_limit, "val_limit"), alphabet)
         self.test = Recordings(self._read(base, test, "test"), alphabet) if test else None
@@ -305,6 +304,13 @@ def _sound_files(path: Path, rate: int) -> Iterator[Recording]:
         raise FileNotFoundError(f"{path} holds no .wav or .flac file.")
     for file in files:
         yield Recording(file, check_audio(file, rate), rate, name=str(file))
+
+
+def _short(found: list[Recording], max_seconds: float) -> list[Recording]:
+    short = [one for one in found if one.samples <= max_seconds * one.rate]
+    if not short:
+        raise ValueError(f"data.max_seconds={max_seconds} leaves none of {len(found)} recordings to train.")
+    return short
 
 
 def _limited(found: list[Recording], limit: int | None, key: str) -> list[Recording]:
