@@ -24,6 +24,7 @@ from launcher.engine.evaluation import summarize, validation_answer
 from launcher.engine.failures import is_foreign, translate
 from launcher.engine.metrics import Sums, check_answer
 from launcher.engine.optim import build_optimizer, parameter_groups
+from launcher.engine.peaks import flops_per_sample
 from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
 from launcher.errors import ConfigError, did_you_mean
@@ -90,7 +91,6 @@ def _estimate(job: Job) -> Estimate:
     _check_monitor(job, tags, data)
     check_callbacks(job, tags)
     trained = [p for p in model.parameters() if p.requires_grad]
-    flops = getattr(model, "flops_per_sample", None)
     return Estimate(
         train_samples=len(data.train),
         val_samples={name: len(dataset) for name, dataset in data.val.items()},
@@ -101,7 +101,7 @@ def _estimate(job: Job) -> Estimate:
         gradient_bytes=_bytes(trained),
         optimizer_bytes=optimizer_bytes,
         activation_bytes_per_sample=saved // _SAMPLES,
-        flops_per_sample=float(flops() if callable(flops) else flops) if flops is not None else None,
+        flops_per_sample=flops_per_sample(model),
         tags=tuple(tags),
     )
 

@@ -28,6 +28,7 @@ from launcher.engine.examples import Examples
 from launcher.engine.metrics import Sums, as_pair, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
 from launcher.engine.order import Order, keys_of_training
+from launcher.engine.peaks import share_of_a_sample
 from launcher.engine.progress import Every, Progress
 from launcher.engine.record import Recorder, StepFile, Throughput
 from launcher.engine.runtime import Runtime, Vote
@@ -109,6 +110,7 @@ class Trainer:
             directory.checkpoints, keep=job.checkpoint.keep, group=runtime.new_host_group()
         )
         self.throughput = Throughput()
+        self._share = share_of_a_sample(model, runtime.device, trainer.precision)
         self.log_every, self.evaluate_every, self.save_every = (
             Every(parse_interval(value, key))
             for key, value in (
@@ -351,6 +353,9 @@ class Trainer:
         values["train/learning_rate"] = self._rate
         values["train/grad_norm"] = float(self.strategy.grad_norm())
         values.update(self.throughput.interval())
+        if self._share is not None:
+            each = values["throughput/samples_per_second"] / self.runtime.world_size
+            values["throughput/mfu"] = each * self._share
         values["memory/allocated_gib"] = hardware.allocated_gib(self.runtime.device)
         values["cluster/workers"] = float(self.runtime.world_size)
         values["cluster/restarts"] = float(self.progress.restarts)

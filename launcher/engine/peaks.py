@@ -1,0 +1,77 @@
+"""What GPUs can compute at best, for `throughput/mfu`: the share of it that a network's own FLOPs make up.
+
+Model FLOP utilisation (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B) is what the network needs, by its
+`flops_per_sample`, over what the devices could have done in the same time. What is computed twice does not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense rates, TFLOP/s: NVIDIA prints those of Tensor cores with 2:4 sparsity since Ampere, twice as much.
+
+    Args:
+        name: how the device's name begins (`torch.cuda.get_device_name`), without "NVIDIA" or "Tesla".
+        bfloat16: None where Tensor cores have no bfloat16.
+        float32: of TF32 where there is that, which matrix products then use (hardware.py), else of plain float32.
+        source: the data sheet.
+    """
+
+    name: str
+    bfloat16: float | None
+    float16: float
+    float32: float
+    source: str
+
+
+# The longest name that fits wins: "H100" alone is the SXM form, whose device calls itself "NVIDIA H100 80GB HBM3".
+PEAKS = (
+    Peak("T4", None, 65.0, 8.1, "NVIDIA T4 data sheet (DS-09377, 2019)"),
+    Peak("V100", None, 112.0, 14.0, "NVIDIA V100 data sheet (2020), PCIe"),
+    Peak("V100-PCIE", None, 112.0, 14.0, "NVIDIA V100 data sheet (2020), PCIe"),
+    Peak("V100-SXM2", None, 125.0, 15.7, "NVIDIA V100 data sheet (2020), SXM2"),
+    Peak("V100S", None, 130.0, 16.4, "NVIDIA V100 data sheet (2020), V100S"),
+    Peak("A100", 312.0, 312.0, 156.0, "NVIDIA A100 data sheet (2022); PCIe and SXM alike"),
+    Peak("H100", 989.4, 989.4, 494.7, "NVIDIA H100 architecture white paper, SXM5"),
+    Peak("H100 PCIE", 756.0, 756.0, 378.0, "NVIDIA H100 architecture white paper, PCIe"),
+    Peak("H100 NVL", 835.5, 835.5, 417.5, "NVIDIA H100 data sheet (2024), NVL: half of 1,671 and 835"),
+    Peak("H200", 989.5, 989.5, 494.5, "NVIDIA H200 data sheet (2024), SXM: half of 1,979 and 989"),
+    Peak("H200 NVL", 835.5, 835.5, 417.5, "NVIDIA H200 data sheet (2024), NVL: half of 1,671 and 835"),
+    Peak("RTX PRO 6000 BLACKWELL", 503.8, 503.8, 251.9, "NVIDIA RTX Blackwell PRO white paper (2025), at 2.62 GHz"),
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Return the peak rate of a device, FLOP/s, in `trainer.precision`; None where it is not known."""
+    name = device_name.upper().replace("NVIDIA", "").replace("TESLA", "").strip()
+    fitting = [peak for peak in PEAKS if name.startswith(peak.name) and not name[len(peak.name) :][:1].isalnum()]
+    if not fitting:
+        return None
+    best = max(fitting, key=lambda peak: len(peak.name))
+    rate: float | None = getattr(best, precision)
+    return None if rate is None else rate * 1e12
+
+
+def flops_per_sample(model: nn.Module) -> float | None:
+    """Return what the model says of its cost: FLOPs of forward and backward for one sample, or None."""
+    flops = getattr(model, "flops_per_sample", None)
+    if flops is None:
+        return None
+    return float(flops() if callable(flops) else flops)
+
+
+def share_of_a_sample(model: nn.Module, device: torch.device, precision: str) -> float | None:
+    """Return the part of a second of `device` at its peak that one sample needs; None where that is not known.
+
+    On CPUs there is no peak worth the name: it depends on clock, instruction set and on who else computes.
+    """
+    if device.type != "cuda":
+        return None
+    flops, peak = flops_per_sample(model), peak_flops(torch.cuda.get_device_name(device), precision)
+    return None if flops is None or peak is None else flops / peak

@@ -1,0 +1,95 @@
+"""The host never waits for a GPU between two logs: steps are run on a device that holds no numbers at all.
+
+PyTorch's meta device stands in for the GPU: shapes and types are real, nothing is ever computed, and the engine takes
+it for what it is not a CPU. Whatever asks for a number (`.item()`, `if tensor:`, a copy to the host) would stop a GPU's
+queue, and is counted. On a GPU, benchmarks/gpu.py counts the waits themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from launcher.config import TrainerConfig
+from launcher.engine.metrics import Sums
+from launcher.engine.optim import build_optimizer
+from launcher.engine.runtime import PendingVote, Runtime, Vote
+from launcher.engine.strategies.ddp import DataParallel
+from models.language import GPT
+
+GPU = torch.device("meta")  # the stand-in
+ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for the device, and answers with a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        on_gpu = any(isinstance(one, torch.Tensor) and one.device == GPU for one in args)
+        to_host = torch.device((kwargs or {}).get("device") or GPU).type == "cpu"
+        if on_gpu and name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"):
+            self.seen[name] += 1
+            return 1.0
+        if on_gpu and name in ("_to_copy", "copy_") and to_host:
+            self.seen["copy to the host"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class OnGpu(Runtime):
+    """One rank on a GPU. Its ballots lie on the host and can be read there, which stand-ins cannot."""
+
+    def vote(self, count: torch.Tensor | float, flags: dict[str, bool]) -> PendingVote:
+        pending = super().vote(count, flags)
+        assert pending.flags.device.type == "cpu"
+        return Read(pending.names, pending.count, pending.flags)
+
+
+class Read(PendingVote):
+    def wait(self) -> Vote:
+        return Vote(self.count, dict.fromkeys(self.names, 0))
+
+
+class Watched(GPT):
+    """Looks at its loss in each step, as users' networks do: the count must see it."""
+
+    def training_step(self, batch: Any) -> Any:
+        answer = super().training_step(batch)
+        answer["loss"][0].item()
+        return answer
+
+
+def waits_of(steps: int, kind: type[nn.Module] = GPT, microbatches: int = 1, **trainer: Any) -> Counter[str]:
+    settings = TrainerConfig(global_batch_size=4, **trainer)
+    with Waits() as waits:
+        with GPU:
+            model = kind(vocabulary=64, context=16, width=16, layers=2, heads=2)
+        runtime = OnGpu(0, 1, 0, 1, GPU)
+        strategy = DataParallel(model, runtime, settings)
+        optimizer = build_optimizer(ADAMW, model)
+        sums = Sums(GPU)
+        rows = torch.zeros(4 // microbatches, 16, dtype=torch.long, device=GPU)
+        waits.seen.clear()  # building may wait
+        for _ in range(steps):
+            vote = strategy.accumulate([(rows, rows)] * microbatches, 4, {"stop": False}, sums.add)
+            strategy.apply(optimizer, 4, vote)
+        return waits.seen
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_steps_wait_for_nothing(clip_norm: float | None, microbatches: int) -> None:
+    assert not waits_of(3, microbatches=microbatches, clip_norm=clip_norm)
+
+
+def test_a_network_that_looks_at_its_loss_is_noticed() -> None:
+    assert waits_of(3, Watched) == {"_local_scalar_dense": 3}
