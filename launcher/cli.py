@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.errors import ConfigError, LaunchError, RunError, Stopped, UserCodeError, did_you_mean
 
@@ -27,7 +28,9 @@ launch [VERB [NAME]] [HYDRA OVERRIDES...] [HYDRA FLAGS]
 
   train            run one job (the default when no verb is given); with -m a sweep over several
   plan             print what train would do, and create nothing; --json for programs
-  evaluate NAME    evaluate a run's best checkpoint on validation and test data
+  evaluate NAME    evaluate a run's best checkpoint on validation and test data, or on other data: data=OTHER
+  predict NAME     print what a run's best checkpoint makes of each input, as JSON lines: input=PATH
+  export NAME      write a run's best weights and its network for others to use
   runs             list runs with state, step, loss, workers, time; --json for programs
   logs NAME        show what a run printed, and follow it while it goes on (--no-follow: do not)
   stop NAME        have a run save a checkpoint and stop
@@ -87,6 +90,7 @@ class Line:
     verb: str
     name: str | None
     words: list[str] = field(default_factory=list)
+    input: str | None = None  # of predict
     flags: dict[str, str] = field(default_factory=dict)
     explicit: bool = True  # the verb was written, not understood
     started: float = field(default_factory=time.time)
@@ -152,6 +156,8 @@ def parse(arguments: Sequence[str]) -> Line:
         elif word.startswith("-"):
             hint = did_you_mean(word, _FLAGS)
             raise ConfigError(f'"{word}" is no flag of launch.{hint} `launch --help` lists what there is.')
+        elif line.verb == "predict" and flag == "input" and value:
+            line.input = value
         elif "=" in word or word.startswith("~"):
             line.words.append(word)
         elif word == line.verb and not line.explicit:
@@ -421,18 +427,62 @@ def _plan(line: Line) -> int:
 
 
 def _evaluate(line: Line) -> int:
-    from launcher import jobs, ranks
+    from launcher import jobs, ranks, trained
     from launcher.show import Shown
     from launcher.terminal import Display
 
     assert line.name is not None
     with _results_alone() as result:
         if not ranks.speaks():
-            jobs.evaluate(line.name, line.request(), jobs.Observer())
+            trained.evaluate(line.name, line.request(), jobs.Observer())
             return 0
         with Display() as display:
-            metrics = jobs.evaluate(line.name, line.request(), Shown(display))
+            metrics = trained.evaluate(line.name, line.request(), Shown(display))
         result(json.dumps(metrics))
+    return 0
+
+
+def _predict(line: Line) -> int:
+    from launcher import ranks, trained
+    from launcher.show import Shown
+    from launcher.terminal import Display
+
+    assert line.name is not None
+    if line.input is None:
+        wanted = f"launch predict {line.name} input=PATH"
+        raise ConfigError(f"launch predict needs the inputs: {wanted}, a file or folder that the run's data can read.")
+    if not ranks.speaks():  # of several ranks one is enough
+        return 0
+    with _results_alone() as result, Display() as display:
+
+        def take(prediction: dict[str, Any]) -> None:
+            try:
+                result(json.dumps(prediction))
+            except BrokenPipeError:  # `launch predict … | head`: nobody listens any more
+                raise Stopped(signal.SIGPIPE) from None
+
+        trained.predict(line.name, line.request(), line.input, Shown(display), take)
+    return 0
+
+
+def _export(line: Line) -> int:
+    from launcher import ranks, trained
+    from launcher.errors import ExportError
+    from launcher.show import Shown
+    from launcher.terminal import Display
+
+    assert line.name is not None
+    if not ranks.speaks():
+        return 0
+    with _results_alone() as result:
+        folders: list[Path] = []
+        try:
+            with Display() as display:
+                trained.export(line.name, line.request(), Shown(display), folders.append)
+        except ExportError:
+            result(str(folders[-1]))  # the weights are there
+            raise
+        result(str(folders[-1]))
     return 0
 
 
@@ -515,11 +565,13 @@ _VERBS: dict[str, Callable[[Line], int]] = {
     "train": _train,
     "plan": _plan,
     "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
     "runs": _runs,
     "logs": _logs,
     "stop": _stop,
     "board": _board,
     "sizes": _sizes,
 }
-_NAMED = ("evaluate", "logs", "stop")
-_COMPOSING = ("train", "plan", "evaluate")
+_NAMED = ("evaluate", "predict", "export", "logs", "stop")
+_COMPOSING = ("train", "plan", "evaluate", "predict", "export")

@@ -10,6 +10,7 @@
     └── TrainingError     (exit 1) the run started and failed
         ├── NonFiniteLoss          the loss became NaN or infinite
         ├── CheckpointError        a checkpoint cannot be written or read
+        ├── ExportError            the network cannot be written as an exported program
         ├── WorkerLost             a worker process died or stopped answering
         └── UserCodeError          the user's own code raised; carries the user's traceback
 
@@ -62,6 +63,10 @@ class NonFiniteLoss(TrainingError):
 
 
 class CheckpointError(TrainingError):
+    pass
+
+
+class ExportError(TrainingError):
     pass
 
 

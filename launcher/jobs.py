@@ -1,6 +1,7 @@
 """From the words of a command to a finished run: prepare, plan, write the directory, run, record.
 
-The command line and the Python API are both thin shells around `train` and `evaluate`.
+The command line and the Python API are both thin shells around `train`. What is done with a run afterwards is in
+`trained.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import provenance, ranks, runs
-from launcher.config import Job, compose, peek
+from launcher.config import Job, peek
 from launcher.errors import LaunchError, RequestError, RunError, Stopped, did_you_mean
 from launcher.phases import Marks
 from launcher.phrases import size
-from launcher.plan import Machines, Plan, machines_of, make_plan
-from launcher.prepare import Prepared, Request, check_evaluation, over_the_run, prepare, root_of, run_section
+from launcher.plan import Machines, Plan, make_plan
+from launcher.prepare import Prepared, Request, prepare, root_of
 from launcher.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -368,7 +369,7 @@ def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, rec
     """Train as one of the ranks that torchrun or srun started. Rank 0 prepares the run for all, and talks."""
     from launcher.runners import in_process
 
-    with ranks.joined(facts, _device(request)) as runtime:
+    with ranks.joined(facts, device_of(request)) as runtime:
         prepared, task = _agree(observer, runtime, record)
         if task is None:
             directory = prepared.directory if prepared is not None else RunDirectory(Path())
@@ -382,7 +383,7 @@ def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, rec
         return Outcome(result, directory, control.signal_number)
 
 
-def _device(request: Request) -> str:
+def device_of(request: Request) -> str:
     """The device decides how the ranks talk to each other: known before rank 0 has prepared the run."""
     from launcher import targets
 
@@ -413,48 +414,7 @@ def _agree(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepar
     return prepared, task
 
 
-# ---- evaluating -----------------------------------------------------------------------------------------------------
-
-
-def evaluate(name: str, request: Request, observer: Observer) -> dict[str, float]:
-    """Evaluate a run's best checkpoint on its validation and test sets, each sample once. Returns metrics by tag.
-
-    Raises:
-        RunError: there is no such run, it has no checkpoint, or the words name another model or other data.
-        RequestError, TrainingError: as for `train`.
-        Stopped: it was ended by a signal.
-    """
-    facts = ranks.in_environment()
-    with ended_by_signals():
-        if facts is None:
-            task = _evaluation(name, request, observer)
-            return run_task(task, machines_of(task.job), observer.event)[0]
-        from launcher.runners import in_process
-
-        with ranks.joined(facts, _device(request)) as runtime:
-            task = _evaluation(name, request, observer if runtime.is_first else Observer())
-            with in_process.DirectControl(observer.event, shared=True) as control:
-                return in_process.run(task, runtime, control)
-
-
-def _evaluation(name: str, request: Request, observer: Observer) -> Task:
-    from launcher.engine.entry import Task
-
-    run = runs.find(root_of(run_section(request).root), name)
-    composition, changes = over_the_run(request, run)
-    if changes:
-        check_evaluation(compose([], request.config_dir, run.config).job, composition.job, name)
-        observer.event({"kind": "note", "text": over_text(changes)})
-    checkpoint = best_checkpoint(run)
-    observer.event({"kind": "note", "text": f"Evaluating {checkpoint}"})
-    return Task(
-        action="evaluate",
-        job=composition.job,
-        directory=str(run.path),
-        python_path=[str(request.calling)],
-        started=request.started,
-        weights=str(checkpoint),
-    )
+# ---- what the shells say and return ----------------------------------------------------------------------------------
 
 
 def over_text(changes: Sequence[str]) -> str:

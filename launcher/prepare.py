@@ -214,15 +214,18 @@ def check_continuation(old: Job, new: Job, name: str) -> None:
         )
 
 
-def check_evaluation(old: Job, new: Job, name: str) -> None:
-    """Raise RunError where the words name another model or other data than those of the run."""
-    pairs = {section: (getattr(old, section), getattr(new, section)) for section in ("model", "data")}
-    changed = [section for section, (one, other) in pairs.items() if _identity(one) != _identity(other)]
-    if changed:
+def check_same_model(old: Job, new: Job, name: str) -> None:
+    """Raise RunError where the words name another model than that of the run, whose weights would not be its."""
+    if not same_section(old.model, new.model):
         raise RunError(
-            f'The run "{name}" cannot be used with another {" or other ".join(changed)}: its checkpoints belong to '
-            f"what it was started with. Leave the word out, or start a new run with checkpoint.load={name}."
+            f'The run "{name}" cannot be used with another model: its checkpoints belong to what it was started with. '
+            f"Leave the word out, or start a new run with checkpoint.load={name}."
         )
+
+
+def same_section(one: object, other: object) -> bool:
+    """Whether two sections mean the same data, or the same model."""
+    return _identity(one) == _identity(other)
 
 
 def _identity(section: object) -> object:

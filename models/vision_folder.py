@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from models.vision_data import directory, limited, stratified_order, stratified_split
 
@@ -62,6 +63,37 @@ class PictureFolder:
         files = train + val
         for path, _ in files[:: max(1, len(files) // CHECKED_AT_START)]:
             decode(path, size, channels)
+        self._look = look
+
+    def inputs(self, path: str) -> PictureInputs:
+        """A picture, or all of a folder and the folders in it, in the order of their names."""
+        return PictureInputs(path, *self._look)
+
+
+class PictureInputs(Dataset[Tensor]):
+    """Pictures without labels: x (C, size, size) float32 each, scaled, cropped and normalised as in training.
+
+    `names` are the files. Raises FileNotFoundError where `path` is neither a picture nor a folder of some.
+    """
+
+    def __init__(self, path: str, size: int, channels: int, mean: Tensor, std: Tensor) -> None:
+        """`mean` and `std` (C, 1, 1) are of pixels in 0..1."""
+        place = Path(path).expanduser()
+        self.names = list(_pictures_below(str(place))) if place.is_dir() else [str(place)] * place.is_file()
+        if not self.names:
+            found = "holds no picture" if place.is_dir() else "does not exist"
+            raise FileNotFoundError(
+                f"input={path} {found} ({place.absolute()}); it should be a picture or a folder of pictures "
+                f"({' '.join(sorted(SUFFIXES))})."
+            )
+        self.size, self.channels, self.mean, self.std = size, channels, mean, std
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tensor:
+        pixels = decode(self.names[index], self.size, self.channels).float()
+        return pixels.div_(255).sub_(self.mean).div_(self.std).contiguous()
 
 
 class PictureFiles:

@@ -78,7 +78,7 @@ def test_help_is_quick_and_light(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     seconds = time.perf_counter() - started
     assert not {"'torch'", "'ray'", "'hydra'"} & set(done.stdout.splitlines()[-1].strip("[]").split(", "))
-    verbs = ("train", "plan", "evaluate", "runs", "logs", "stop", "board")
+    verbs = ("train", "plan", "evaluate", "predict", "export", "runs", "logs", "stop", "board")
     assert all(f"\n  {verb} " in done.stdout for verb in verbs), "every verb that works has a line"
     assert seconds < 1
 

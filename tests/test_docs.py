@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from launcher import cli, config, keys, targets
+from launcher import cli, config, jobs, keys, targets
+from launcher.engine.checkpoint import load_weights
+from launcher.runs import RunDirectory
 from tests.command import LAUNCH, Place
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +26,7 @@ README, EXTENDING = ROOT / "README.md", ROOT / "docs/extending.md"
 # Keys that are shown because they are wrong.
 WRONG_KEYS = {"trainer.max_epochs"}
 # A verb that is spoken of, and no command.
-NAMED_ALONE = [["evaluate"], ["logs"], ["stop"]]
+NAMED_ALONE = [["evaluate"], ["predict"], ["export"], ["logs"], ["stop"]]
 # Set by choosing an option of their group.
 BY_GROUP = {"strategy.name", "cluster.kind"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -169,8 +172,8 @@ def run_all(lines: list[list[str]], directory: Path) -> list[dict[str, object]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    made = [Path(line) for line in done.stdout.splitlines() if line.startswith(os.sep)]
-    return [json.loads((path / "result.json").read_text()) for path in made]
+    made = [Path(line) / "result.json" for line in done.stdout.splitlines() if line.startswith(os.sep)]
+    return [json.loads(file.read_text()) for file in made if file.exists()]
 
 
 @pytest.mark.timeout(300)
@@ -192,9 +195,20 @@ def test_the_other_examples_run(tmp_path: Path) -> None:
     _, *rest = commands(EXTENDING)
     # For as long as it takes to see each of their parts once.
     trained = [[*words, "trainer.epochs=1"] for words in rest if "--config-dir" in words and "cluster=none" in words]
-    assert len(trained) >= 8
-    results = run_all([*trained, ["plan", "--config-dir", "conf", "experiment=regression"]], tmp_path)
+    assert len(trained) >= 12
+    (tmp_path / "points.csv").write_text("0,1,2\n0.5,0,-1\n")
+    used = [words for words in rest if words[:2] in [["evaluate", "first"], ["predict", "first"], ["export", "first"]]]
+    assert len(used) == 4
+    results = run_all([*trained, ["plan", "--config-dir", "conf", "experiment=regression"], *used], tmp_path)
     assert [result["status"] for result in results] == ["completed"] * len(trained)
+    assert len((tmp_path / "runs/first/evaluations.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "runs/first/export/network.pt2").exists()
+    # The fine-tuned classifier.
+    both = [load_weights(jobs.best_checkpoint(RunDirectory(tmp_path / "runs" / name))) for name in ("digits", "parity")]
+    stems = [{name: value for name, value in weights.items() if name.startswith("stem")} for weights in both]
+    assert len(stems[0]) == 4
+    assert all(torch.equal(value, stems[1][name]) for name, value in stems[0].items())
+    assert {"parity.weight", "parity.bias"} <= both[1].keys()
 
 
 @pytest.mark.timeout(200)

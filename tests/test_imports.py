@@ -38,11 +38,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prepare": LEAVES,
     "ranks": {"engine"} | LEAVES,
     "jobs": {"runners", "engine", "clusters", "plan", "prepare", "ranks"} | LEAVES,
+    "trained": {"jobs", "plan", "prepare", "ranks", "runners", "engine", "clusters"} | LEAVES,
     "show": {"jobs", "plan", "prepare", "terminal"} | LEAVES,
     "help": {"prepare"} | LEAVES,
     "listing": {"terminal"} | LEAVES,
     "sizes": {"clusters", "errors"},
-    "cli": {"sizes", "jobs", "prepare", "ranks", "show", "help", "listing", "sweeps", "plan", "terminal"} | LEAVES,
+    "cli": {"sizes", "jobs", "trained", "prepare", "ranks", "show", "help", "listing", "sweeps", "plan", "terminal"} | LEAVES,
     "__main__": {"cli"},
     "__init__": {"jobs", "sweeps", "show", "terminal", "errors"},
 }

@@ -210,37 +210,6 @@ def test_weights_of_another_run(here: Place) -> None:
     assert "net.weight" in refused.err
 
 
-# ---- evaluating -----------------------------------------------------------------------------------------------------
-
-
-def test_evaluate(here: Place) -> None:
-    assert here.here(*TOY, "run.name=a").status == 0
-    done = here.here("evaluate", "a")
-    assert done.status == 0
-    assert json.loads(done.out) == {"val/loss": pytest.approx(here.result("a")["best"]["value"], rel=1e-5)}
-    over = here.here("evaluate", "a", "trainer.precision=bfloat16")
-    assert over.status == 0
-    assert "Over the run's own configuration: trainer.precision=bfloat16" in over.err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("evaluate b", r'no run "b".*'),
-        ("evaluate a model.width=2", r"another model"),
-        ("evaluate a model=mlp", r"another model"),
-        ("evaluate a data.samples=3", r"another data"),
-        ("evaluate a/../a", r"plain directory name"),
-        ("evaluate a foo=1", r'no key "foo"'),
-    ],
-)
-def test_evaluate_refuses(here: Place, words: str, message: str) -> None:
-    assert here.here(*TOY, "run.name=a", "trainer.steps=1").status == 0
-    refused = here.here(*words.split())
-    assert (refused.status, refused.out) == (2, "")
-    assert re.search(message, refused.err), refused.err
-
-
 # ---- configurations of strangers ------------------------------------------------------------------------------------
 
 

@@ -37,28 +37,30 @@ class Task:
     """What is to be done, complete and plain: it travels to the workers.
 
     Args:
-        action: `train`, or `evaluate` the weights of `weights`.
+        action: `train`, or what is done with `weights`.
         directory: the run's directory, absolute.
         python_path: directories whose modules the configuration may name (the calling directory).
         started: wall-clock time of the user's command.
-        weights: a checkpoint or weights file to begin with (`checkpoint.load`) or to evaluate.
         marks: the phases of the start so far.
+        weights: a checkpoint or weights file to begin with (`checkpoint.load`), to evaluate, predict with or export.
+        inputs: what `predict` reads.
     """
 
-    action: Literal["train", "evaluate"]
+    action: Literal["train", "evaluate", "predict", "export"]
     job: Job
     directory: str
     python_path: list[str] = field(default_factory=list)
     started: float = 0.0
     weights: str | None = None
     marks: Marks = field(default_factory=Marks)
+    inputs: str | None = None
 
 
 def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
     """Do the task as one of its ranks.
 
     Returns:
-        For `train` result.json's content, for `evaluate` the metrics by tag; empty but on rank 0.
+        For `train` result.json's content, for `evaluate` the metrics by tag, else nothing; empty but on rank 0.
 
     Raises:
         LaunchError: whatever went wrong, translated; `exit_status` is 1 once training has begun.
@@ -72,8 +74,8 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
                 targets.add_calling_directory(path)
             without_compiler()
             hardware.configure(runtime, task.job.scaling.cpus_per_worker, task.job.trainer.deterministic)
-            action: Callable[..., dict[str, Any]] = {"train": _train, "evaluate": _evaluate}[task.action]
-            result = action(task, runtime, phase, directory)
+            actions = {"train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export}
+            result = actions[task.action](task, runtime, phase, directory)
             if "status" in result:
                 console.note(f"{result['status']} after {count(result['steps'], 'step')}")
             return result
@@ -152,3 +154,20 @@ def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDire
         if evaluator is not None:
             metrics.update(evaluator.run())
     return metrics if runtime.is_first else {}
+
+
+def _predict(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
+    from launcher.engine import inference
+
+    assert task.weights is not None
+    assert task.inputs is not None
+    inference.predict(task.job, runtime, control, task.weights, task.inputs)
+    return {}
+
+
+def _export(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
+    from launcher.engine import inference
+
+    assert task.weights is not None
+    inference.export(task.job, runtime, control, task.weights, directory.path / "export")
+    return {}

@@ -27,9 +27,10 @@ from launcher.engine.optim import build_optimizer, parameter_groups
 from launcher.engine.peaks import flops_per_sample
 from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
-from launcher.errors import ConfigError, did_you_mean
+from launcher.errors import ConfigError, RequestError, UserCodeError, did_you_mean
 
 _SAMPLES = 2  # some layers refuse a batch of one
+_TRIED = 64  # samples of other data than those of the run: labels that it does not know may come late
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ def _bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _batch(job: Job, data: Data, dataset: Any, model: nn.Module, runtime: Runtime) -> Any:
+def _batch(job: Job, data: Data, dataset: Any, model: nn.Module, runtime: Runtime, samples: int = _SAMPLES) -> Any:
     fetch = Fetch(dataset, data.collate, job.trainer.seed)
     loader = Loader(fetch, runtime.device, 0, converter(model))
-    return next(loader.once(0, torch.arange(min(_SAMPLES, len(dataset)))))
+    return next(loader.once(0, torch.arange(min(samples, len(dataset)))))
 
 
 def _train_names(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tuple[int, list[str]]:
@@ -135,7 +136,7 @@ def _train_names(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tu
 
     batch = _batch(job, data, data.train, model, runtime)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answer = check_answer(_said_in_words(model.training_step, batch))
+        answer = check_answer(said_in_words(model.training_step, batch))
     sums = Sums(runtime.device)
     sums.add(answer)
     return sum(kept.values()), sums.names
@@ -146,14 +147,14 @@ def _val_names(job: Job, model: nn.Module, data: Data, name: str, runtime: Runti
     model.eval()
     with torch.no_grad():
         sums = Sums(runtime.device)
-        sums.add(_said_in_words(validation_answer, model, batch))
+        sums.add(said_in_words(validation_answer, model, batch))
     model.train()
     totals = sums.reduce(runtime)
     scalars = [metric for metric, (total, _) in totals.items() if total.ndim == 0]
     return [*scalars, *summarize(model, totals)]
 
 
-def _said_in_words(step: Any, *arguments: Any) -> Any:
+def said_in_words(step: Any, *arguments: Any) -> Any:
     """Call `step`. A ValueError that the model raises itself, in a `raise` of its own, says why data does not fit it.
 
     Raises:
@@ -166,6 +167,26 @@ def _said_in_words(step: Any, *arguments: Any) -> Any:
         if is_foreign(last.filename) or not (last.line or "").startswith("raise "):
             raise
         raise ConfigError(str(error)) from error
+
+
+def check_fit(job: Job, name: str) -> None:
+    """Raise ConfigError where the network of the run `name` does not take a small batch of each of the job's sets."""
+    data = build_data(job)
+    runtime = Runtime.single("cpu")
+    model = build_model(_without_sync_batchnorm(job), runtime).eval()
+    for dataset in (*data.val.values(), *data.test.values()):
+        try:
+            with torch.no_grad():
+                batch = _batch(job, data, dataset, model, runtime, _TRIED)
+                validation_answer(model, batch)
+        except RequestError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: " if not isinstance(error, (ValueError, UserCodeError)) else ""
+            raise ConfigError(
+                f'The network of the run "{name}" does not fit data._target_={job.data["_target_"]}: {what}{error} '
+                "Choose data of the same kind as those that it was trained on."
+            ) from error
 
 
 def _check_monitor(job: Job, tags: list[str], data: Data) -> None:

@@ -183,3 +183,28 @@ def test_a_root_that_is_no_directory_is_named(tmp_path: Path, data: Callable[[st
 def test_an_empty_directory_is_named(tmp_path: Path, data: Callable[[str], Any]) -> None:
     with pytest.raises((ValueError, OSError), match=f"{tmp_path} .*holds (nothing|no folder)"):
         data(str(tmp_path))
+
+
+def test_pictures_to_predict_look_like_those_of_training(tmp_path: Path) -> None:
+    from models.vision_data import Mnist
+
+    mnist = Mnist(limit=10)
+    folder = tmp_path / "given" / "deeper"
+    folder.mkdir(parents=True)
+    for number in (0, 1):
+        Image.fromarray(mnist.train.pixels[number, 0].numpy()).save(folder / f"{number}.png")
+    inputs: Any = mnist.inputs(str(tmp_path / "given"))
+    assert inputs.names == [str(folder / "0.png"), str(folder / "1.png")]
+    for number in (0, 1):
+        torch.testing.assert_close(inputs[number], mnist.train[number][0], atol=1e-5, rtol=0)
+    one: Any = mnist.inputs(str(folder / "1.png"))
+    assert (len(one), one[0].shape) == (1, (1, 28, 28))
+
+
+@pytest.mark.parametrize(("path", "words"), [("nowhere", "does not exist"), ("empty", "holds no picture")])
+def test_inputs_that_are_not_there_are_told(path: str, words: str, tmp_path: Path) -> None:
+    from models.vision_data import Mnist
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"input=.*{path} {words}.*a picture or a folder of pictures"):
+        Mnist(limit=10).inputs(str(tmp_path / path))

@@ -32,6 +32,41 @@ class Points(Dataset):
         return self.x[index], 3 * self.x[index] + 1
 
 
+class Pairs(Dataset):
+    """Points with two coordinates, which a line does not take; label 10 of them is odd."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.ones(2), torch.ones(1)
+
+
+class TwoNumbers:
+    """Data of another kind."""
+
+    def __init__(self) -> None:
+        self.train = self.val = Pairs()
+
+
+class Given(Dataset):
+    """Numbers to be put into the line, called by their rows."""
+
+    def __init__(self, path: str, rows: list[str]) -> None:
+        self.path, self.rows = path, rows
+        self.names = [f"row {number}" for number in range(1, len(rows) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return torch.tensor([float(self.rows[index])])
+        except ValueError:
+            message = f"{self.path}, row {index + 1}: expected a number, found {self.rows[index]!r}"
+            raise ValueError(message) from None
+
+
 class Numbers:
     """The data of the tests."""
 
@@ -41,6 +76,10 @@ class Numbers:
         time.sleep(seconds)
         self.num_workers = num_workers
         self.train, self.val = Points(samples, bad, speak), Points(10, None, False)
+
+    def inputs(self, path: str) -> Given:
+        with open(path) as file:
+            return Given(path, file.read().splitlines())
 
 
 class Line(nn.Module):
@@ -53,6 +92,8 @@ class Line(nn.Module):
             "die", "pdb", "prompt", "raw" (what does not pass through sys.stdout).
         rank: the mishap happens to this rank alone.
         secret_key: for the record of a run.
+        predicts: what `predict_step` gives for an input: "number", "mapping", "few", "object"; "raise", "unfit".
+        traceable: whether `forward` can be exported.
     """
 
     def __init__(
@@ -64,13 +105,34 @@ class Line(nn.Module):
         rank: int | None = None,
         secret_key: str | None = None,
         speak: bool = False,
+        predicts: str = "number",
+        traceable: bool = True,
     ) -> None:
         super().__init__()
+        self.predicts, self.traceable = predicts, traceable
         self.net = nn.Linear(1, 1) if width == 1 else nn.Sequential(nn.Linear(1, width), nn.Linear(width, 1))
         self.delay, self.mishap, self.at, self.rank, self.speak = delay, mishap, at, rank, speak
         self.steps = -1  # a model is tried out once before its first step
         if speak:
             print("a line is built")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.traceable and float(x.sum()) > 0:
+            return x
+        return self.net(x)
+
+    def predict_step(self, x: Tensor) -> list[Any]:
+        y = self(x)[:, 0]
+        if self.predicts == "unfit":
+            raise ValueError(f"a line takes one number, not {len(x)} of them")
+        kinds: dict[str, Callable[[], list[Any]]] = {
+            "number": lambda: list(y),
+            "mapping": lambda: [{"y": one, "sure": float("nan"), "more": (1, "a", None)} for one in y],
+            "few": lambda: [1.0],
+            "object": lambda: [object() for _ in y],
+            "raise": lambda: [{}["label"] for _ in y],
+        }
+        return kinds[self.predicts]()
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
         x, y = batch

@@ -1,0 +1,233 @@
+"""Using trained weights in one process: predictions of inputs, and the network written for others to use."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from launcher.config import Job
+from launcher.engine.build import build_data, build_model, converter, load_weights_into
+from launcher.engine.checkpoint import load_weights
+from launcher.engine.control import Control
+from launcher.engine.data import Data, Fetch, Loader
+from launcher.engine.estimate import said_in_words
+from launcher.engine.runtime import Runtime
+from launcher.engine.strategies.strategy import DTYPES
+from launcher.errors import ConfigError, DataError, ExportError, UserCodeError
+
+_AT_ONCE = 64  # inputs, at most: nobody waits for throughput here
+_SAMPLES = 3  # for an exported program that takes batches of any size: 0 and 1 would be taken for special
+
+
+def _trained(job: Job, runtime: Runtime, weights: str) -> tuple[Data, nn.Module]:
+    """Return the data and the network with its weights, in evaluation mode."""
+    data = build_data(job)
+    model = build_model(job, runtime)
+    load_weights_into(model, load_weights(weights), weights)
+    return data, model.eval()
+
+
+def _cast(job: Job, runtime: Runtime) -> AbstractContextManager[Any]:
+    dtype = DTYPES[job.trainer.precision]
+    return nullcontext() if dtype is torch.float32 else torch.autocast(runtime.device.type, dtype=dtype)
+
+
+# ---- predicting -----------------------------------------------------------------------------------------------------
+
+
+def predict(job: Job, runtime: Runtime, control: Control, weights: str, path: str) -> None:
+    """Emit an event `prediction` for every input that the job's data finds at `path`, in their order.
+
+    Raises:
+        ConfigError: the data cannot read inputs, the model cannot predict, or an input does not fit it.
+        DataError: there is no such input, or it is damaged, in the words of the data.
+        UserCodeError: `predict_step` returns something else than one JSON value an input, or raised.
+    """
+    data, model = _trained(job, runtime, weights)
+    if not callable(getattr(model, "predict_step", None)):
+        raise ConfigError(
+            f"model._target_={job.model['_target_']} has no predict_step(batch); a model says there what it makes of "
+            "its inputs, one JSON value each (see docs/extending.md)."
+        )
+    dataset, collate = inputs_of(job, data, path)
+    names = [str(name) for name in getattr(dataset, "names", None) or range(len(dataset))]
+    step = min(job.trainer.microbatch_size or job.trainer.global_batch_size, _AT_ONCE)
+    spans = [(start, min(start + step, len(dataset))) for start in range(0, len(dataset), step)]
+    loader = Loader(Fetch(dataset, collate, job.trainer.seed), runtime.device, data.num_workers, converter(model))
+    with torch.no_grad():
+        for (start, stop), batch in zip(spans, loader.read(_keys(spans)), strict=True):
+            with _cast(job, runtime):
+                answer = said_in_words(model.predict_step, batch)
+            if not isinstance(answer, Sequence) or isinstance(answer, str) or len(answer) != stop - start:
+                found = f"{len(answer)}" if isinstance(answer, Sequence) else f"a {type(answer).__name__}"
+                raise UserCodeError(
+                    f"predict_step must return a list of one value for each of its {stop - start} inputs; found "
+                    f"{found}.",
+                    "",
+                )
+            for name, value in zip(names[start:stop], answer, strict=True):
+                told = plain(value)
+                told = told if isinstance(told, dict) else {"prediction": told}
+                control.emit({"kind": "prediction", "value": {"input": name, **told}})
+
+
+def _keys(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
+    for start, stop in spans:
+        yield 0, torch.arange(start, stop)
+
+
+def inputs_of(job: Job, data: Data, path: str) -> tuple[Any, Any]:
+    """Return the inputs at `path` as a data set, and what makes batches of them."""
+    read = getattr(data.source, "inputs", None)
+    if not callable(read):
+        raise ConfigError(
+            f"data._target_={job.data['_target_']} cannot read inputs: its class has no method inputs(path), which "
+            "gives a data set of what is found there (see docs/extending.md). Add it, or choose data that have it."
+        )
+    try:
+        dataset = read(path)
+        count = len(dataset)
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from error
+    if not count:
+        raise DataError(f"input={path}: nothing was found there that data={type(data.source).__name__} can read.")
+    return dataset, getattr(data.source, "collate_inputs", None) or data.collate
+
+
+def plain(value: Any) -> Any:
+    """Return a value of JSON: tensors and arrays as lists of numbers, what is no finite number as null.
+
+    Raises:
+        UserCodeError: JSON knows nothing like it.
+    """
+    if hasattr(value, "tolist"):  # a tensor, an array, a number of NumPy
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    raise UserCodeError(
+        f"predict_step returned a {type(value).__name__}, for which JSON has no form; numbers, texts, lists, mappings "
+        "and tensors can be printed.",
+        "",
+    )
+
+
+# ---- exporting ------------------------------------------------------------------------------------------------------
+
+
+def export(job: Job, runtime: Runtime, control: Control, weights: str, folder: Path) -> None:
+    """Write `weights.safetensors` and the network as an exported program, `network.pt2`, into `folder`.
+
+    Raises:
+        ConfigError: the package safetensors is missing.
+        ExportError: the network cannot be exported; the weights are written.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ConfigError("Writing weights needs the package safetensors: pip install 'launch[examples]'.") from error
+    data, model = _trained(job, runtime, weights)
+    model = model.to(memory_format=torch.contiguous_format)  # whoever uses it has ordinary tensors
+    folder.mkdir(parents=True, exist_ok=True)
+    # Copies: the format holds no two names for the same memory, and tied weights have that.
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    with _whole(folder / "weights.safetensors") as file:
+        save_file(tensors, file, metadata={"format": "pt", "checkpoint": Path(weights).name})
+    control.emit({"kind": "note", "text": f"{folder / 'weights.safetensors'}: {len(tensors)} tensors"})
+    network = folder / "network.pt2"
+    with suppress(FileNotFoundError):
+        network.unlink()  # of an earlier export, which this one may not replace
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            sizes = _export_network(model, _example(job, data, model, runtime), network)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ExportError(
+            f"The network cannot be exported: {type(error).__name__}: {reason}. Its weights are in {folder}. What "
+            "`forward` does must be traceable by torch.export, with the arguments that export_inputs(batch) gives (see "
+            "docs/extending.md)."
+        ) from error
+    control.emit({"kind": "note", "text": f"{network}: {sizes}; its answers are those of the network"})
+
+
+def _example(job: Job, data: Data, model: nn.Module, runtime: Runtime) -> tuple[Any, ...]:
+    """Return arguments of `forward`, made of a few samples."""
+    dataset = next(iter(data.val.values()), data.train)
+    loader = Loader(Fetch(dataset, data.collate, job.trainer.seed), runtime.device)
+    batch = next(loader.once(0, torch.arange(min(_SAMPLES, len(dataset)))))
+    choose = getattr(model, "export_inputs", None)
+    if choose is not None:
+        return tuple(choose(batch))
+    if isinstance(batch, Mapping):
+        return (next(iter(batch.values())),)
+    return (batch[0],) if isinstance(batch, (list, tuple)) else (batch,)
+
+
+def _export_network(model: nn.Module, arguments: tuple[Any, ...], file: Path) -> str:
+    """Write the program, read it again and compare its answers with the network's. Returns which batches it takes."""
+    count = next((value.shape[0] for value in arguments if isinstance(value, Tensor) and value.ndim), 1)
+    failure: Exception | None = None
+    for dynamic in (True, False) if count > 1 else (False,):
+        try:
+            shapes = tuple(_dynamic(value, count) for value in arguments) if dynamic else None
+            program = torch.export.export(model, arguments, dynamic_shapes=shapes)
+        except Exception as error:
+            failure = error
+            continue
+        with _whole(file) as name:
+            torch.export.save(program, name)
+            loaded = torch.export.load(name).module()
+            for size in (count, 1, count - 1) if dynamic else (count,):
+                some = tuple(_first(value, count, size) for value in arguments)
+                _compare(loaded(*some), model(*some))
+        return "for batches of any size" if dynamic else f"for batches of {count} alone"
+    assert failure is not None
+    raise failure
+
+
+def _dynamic(value: Any, count: int) -> Any:
+    batch = torch.export.Dim("batch", min=1)
+    return {0: batch} if isinstance(value, Tensor) and value.ndim and value.shape[0] == count else None
+
+
+def _first(value: Any, count: int, size: int) -> Any:
+    return value[:size] if isinstance(value, Tensor) and value.ndim and value.shape[0] == count else value
+
+
+def _compare(found: Any, expected: Any) -> None:
+    leaves, others = _pytree.tree_leaves(found), _pytree.tree_leaves(expected)
+    if len(leaves) != len(others):
+        raise ValueError(f"the program gives {len(leaves)} values and the network {len(others)}")
+    for one, other in zip(leaves, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+class _whole:
+    """A name to write to; the file has its own name once it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_name(f"partial-{os.getpid()}-{path.name}")
+
+    def __enter__(self) -> str:
+        return str(self._partial)
+
+    def __exit__(self, kind: Any, *rest: object) -> None:
+        if kind is None:
+            os.replace(self._partial, self._path)
+        else:
+            self._partial.unlink(missing_ok=True)
