@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "help": {"prepare"} | LEAVES,
     "listing": {"terminal"} | LEAVES,
     "sizes": {"clusters", "errors"},
-    "cli": {"sizes", "jobs", "trained", "prepare", "ranks", "show", "help", "listing", "sweeps", "plan", "terminal"} | LEAVES,
+    "cli": {"jobs", "plan", "prepare", "ranks", "show", "help", "listing", "sizes", "sweeps", "terminal", "trained"}
+    | LEAVES,
     "__main__": {"cli"},
     "__init__": {"jobs", "sweeps", "show", "terminal", "errors"},
 }

@@ -141,7 +141,8 @@ def export(job: Job, runtime: Runtime, control: Control, weights: str, folder: P
     except ImportError as error:
         raise ConfigError("Writing weights needs the package safetensors: pip install 'launch[examples]'.") from error
     data, model = _trained(job, runtime, weights)
-    model = model.to(memory_format=torch.contiguous_format)  # whoever uses it has ordinary tensors
+    for tensor in (*model.parameters(), *model.buffers()):  # whoever uses it has ordinary tensors
+        tensor.data = tensor.data.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     # Copies: the format holds no two names for the same memory, and tied weights have that.
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}

@@ -130,7 +130,7 @@ class Line(nn.Module):
             "mapping": lambda: [{"y": one, "sure": float("nan"), "more": (1, "a", None)} for one in y],
             "few": lambda: [1.0],
             "object": lambda: [object() for _ in y],
-            "raise": lambda: [{}["label"] for _ in y],
+            "raise": lambda: [kinds["label"]() for _ in y],
         }
         return kinds[self.predicts]()
 
