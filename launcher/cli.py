@@ -36,6 +36,8 @@ launch [VERB [NAME]] [HYDRA OVERRIDES...] [HYDRA FLAGS]
   stop NAME        have a run save a checkpoint and stop
   board            serve TensorBoard over the run root; --port N
   sizes            list Azure's NC sizes with GPUs, network, quota family and price; --region NAME, --offline, --json
+  status           show the Ray that cluster.keep_minutes keeps on this machine; --json for programs
+  down             end it now
 
   launch experiment=mnist                        train real digits on two workers of this machine
   launch experiment=mnist scaling.workers=4      the same experiment on four
@@ -73,7 +75,7 @@ _FLAGS = {
 # Flags of some verbs alone.
 _FLAGS_OF = {
     "multirun": ("train", "plan"),
-    "json": ("plan", "runs", "sizes"),
+    "json": ("plan", "runs", "sizes", "status"),
     "region": ("sizes",),
     "offline": ("sizes",),
     "no_follow": ("logs",),
@@ -561,6 +563,31 @@ def _sizes(line: Line) -> int:
     return 0
 
 
+def _status_of_clusters(line: Line) -> int:
+    from launcher import machines
+
+    _no_words(line)
+    clusters = machines.status()
+    print(json.dumps(clusters, indent=2) if "json" in line.flags else machines.told(clusters))
+    return 0
+
+
+def _down(line: Line) -> int:
+    from launcher import machines
+
+    _no_words(line)
+    gone, text = machines.down()
+    _say(text if gone else f"launch: {text}")
+    return 0 if gone else 1
+
+
+def _no_words(line: Line) -> None:
+    from launcher.words import shown
+
+    if line.words:
+        raise ConfigError(f'"{shown(line.words[0])}" means nothing to launch {line.verb}. Leave it out.')
+
+
 _VERBS: dict[str, Callable[[Line], int]] = {
     "train": _train,
     "plan": _plan,
@@ -572,6 +599,8 @@ _VERBS: dict[str, Callable[[Line], int]] = {
     "stop": _stop,
     "board": _board,
     "sizes": _sizes,
+    "status": _status_of_clusters,
+    "down": _down,
 }
 _NAMED = ("evaluate", "predict", "export", "logs", "stop")
 _COMPOSING = ("train", "plan", "evaluate", "predict", "export")

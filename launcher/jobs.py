@@ -105,7 +105,11 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
     task.marks.begin("ray")
     with (
         Interrupts() as interrupts,
-        EmbeddedRay(verbose=task.job.verbose, preload=("launcher.runners.ray_train",)) as cluster,
+        EmbeddedRay(
+            verbose=task.job.verbose,
+            preload=("launcher.runners.ray_train",),
+            keep_minutes=task.job.cluster.keep_minutes,
+        ) as cluster,
     ):
         from launcher.runners import ray_train
 

@@ -84,6 +84,7 @@ class StrategyConfig:
 @dataclass
 class ClusterConfig:
     kind: str = "local"
+    keep_minutes: float = 0.0  # how long the embedded Ray stays for the next command
 
 
 @dataclass
@@ -204,6 +205,7 @@ def check_values(job: Job) -> None:
     _one_of("checkpoint.mode", checkpoint.mode, MODES)
     _one_of("strategy.name", job.strategy.name, STRATEGIES)
     _one_of("cluster.kind", job.cluster.kind, CLUSTERS)
+    _at_least("cluster.keep_minutes", job.cluster.keep_minutes, 0)
     keys = job.logging.hparams
     if not isinstance(keys, (list, dict)) or not all(isinstance(key, str) for key in keys):
         raise ConfigError(f"logging.hparams is {keys!r}, but must be a list of keys, such as [optimizer.lr].")

@@ -43,7 +43,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "help": {"prepare"} | LEAVES,
     "listing": {"terminal"} | LEAVES,
     "sizes": {"clusters", "errors"},
-    "cli": {"jobs", "plan", "prepare", "ranks", "show", "help", "listing", "sizes", "sweeps", "terminal", "trained"}
+    "machines": {"clusters"} | LEAVES,
+    "cli": {
+        "jobs",
+        "plan",
+        "prepare",
+        "ranks",
+        "show",
+        "help",
+        "listing",
+        "machines",
+        "sizes",
+        "sweeps",
+        "terminal",
+        "trained",
+    }
     | LEAVES,
     "__main__": {"cli"},
     "__init__": {"jobs", "sweeps", "show", "terminal", "errors"},

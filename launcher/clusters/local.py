@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import reaper
+from launcher.clusters import keep, reaper
 from launcher.errors import ResourceError
 
 MARKER = "LAUNCH_SESSION"
@@ -165,6 +165,13 @@ class EmbeddedRay:
         directory: private scratch space on this machine, removed at the end.
         available: CPUs and GPUs of this Ray.
         one_machine: all of this Ray is on one machine, so that its workers can talk over loopback.
+        address, token, marker: of a Ray that was started here; see `keep.Kept`.
+
+    Args:
+        cpus, gpus: what the Ray has, default: what this machine has.
+        verbose: with Ray's dashboard and messages; such a Ray is not kept.
+        preload: modules that are imported while Ray starts.
+        keep_minutes: above 0 the Ray of an earlier command is used, or this one is kept so long for the next.
     """
 
     def __init__(
@@ -173,11 +180,17 @@ class EmbeddedRay:
         gpus: int | None = None,
         verbose: bool = False,
         preload: Sequence[str] = (),
+        keep_minutes: float = 0.0,
     ) -> None:
         self._asked = (cpus, gpus)
         self._preload = preload
         self._verbose = verbose
-        self._marker = f"{MARKER}={uuid.uuid4().hex}"
+        self._keep_minutes = 0.0 if verbose else keep_minutes
+        self._holding = contextlib.ExitStack()  # the lease of a Ray that is kept
+        self._kept: keep.Kept | None = None
+        self.marker = f"{MARKER}={uuid.uuid4().hex}"
+        self.token = secrets.token_hex(32)
+        self.address = ""
         self._reaper: subprocess.Popen[bytes] | None = None
         self.existing = False
         self.directory = Path()
@@ -195,7 +208,10 @@ class EmbeddedRay:
                 self.available = (total.get("CPU", 0.0), total.get("GPU", 0.0))
                 self.one_machine = sum(node["Alive"] for node in ray.nodes()) == 1
             else:
-                self._start()
+                if self._keep_minutes > 0:
+                    self._kept = self._holding.enter_context(keep.lease(self._keep_minutes))
+                if self._kept is None or not self._connect(self._kept):
+                    self._start()
         except BaseException:  # Ctrl-C while Ray starts leaves nothing either
             self._stop()
             raise
@@ -208,6 +224,8 @@ class EmbeddedRay:
         """Return the name of a process that our Ray cannot live without and that has ended; None while all live."""
         from ray._private import worker
 
+        if self._kept is not None:
+            return None if self._kept.alive() else "(the keeper of cluster.keep_minutes)"
         node = None if self.existing else worker._global_node
         return next((name for name, _ in node.dead_processes()), None) if node is not None else None
 
@@ -217,14 +235,14 @@ class EmbeddedRay:
         here = resources()
         cpus, gpus = (have if asked is None else asked for asked, have in zip(self._asked, here, strict=True))
         self.available = (float(cpus), float(gpus))
-        name, _, value = self._marker.partition("=")
-        environment = _ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32), name: value}
-        self._reaper = _start_reaper(self._marker, self.directory)
+        name, _, value = self.marker.partition("=")
+        environment = _ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": self.token, name: value}
+        self._reaper = _start_reaper(self.marker, self.directory)
         # The variables are for Ray's processes, not for what else this process starts: so they are taken back below.
         with _environment(environment), _signal_handlers_kept(), _adapted(lean=not self._verbose):
             _refresh_ray_settings()
             loading = _preload(self._preload)
-            ray.init(
+            found = ray.init(
                 address="local",  # a stale address file of another Ray is not looked at
                 num_cpus=cpus,
                 num_gpus=gpus,
@@ -237,9 +255,35 @@ class EmbeddedRay:
                 _temp_dir=str(self.directory),
             )
             loading.join()
+        self.address = found.address_info["gcs_address"]
+
+    def _connect(self, kept: keep.Kept) -> bool:
+        """Become a driver of a Ray that is kept; where it does not answer, end it and return False."""
+        import ray
+
+        environment = _ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": kept.token}
+        with _environment(environment), _signal_handlers_kept(), _adapted(lean=True):
+            _refresh_ray_settings()
+            loading = _preload(self._preload)
+            try:
+                ray.init(
+                    address=kept.address, log_to_driver=False, logging_level=logging.ERROR, _node_ip_address=LOOPBACK
+                )
+            except (OSError, RuntimeError):
+                ray.shutdown()
+                self._kept = None
+                self._holding.close()
+                keep.end(kept)
+                return False
+            finally:
+                loading.join()
+        self.available = (kept.cpus, kept.gpus)
+        self.address, self.token, self.marker = kept.address, kept.token, kept.marker
+        return True
 
     def _stop(self) -> None:
         left = self.existing or "ray" not in sys.modules or self._leave()
+        self._holding.close()
         shutil.rmtree(self.directory, ignore_errors=True)
         # Where Ray's native part still waits for its GCS, it may write again: then the reaper waits for our end.
         if self._reaper is not None and left:
@@ -256,14 +300,15 @@ class EmbeddedRay:
         broken = self.dead_process() is not None
         if broken:
             sys.excepthook = sys.__excepthook__  # Ray's own tells its GCS of the exception, and waits
-            reaper.end(self._marker, grace=0.0)
+            reaper.end(self.marker, grace=0.0)
         leaving = threading.Thread(target=_suppressed(ray.shutdown), name="launch-shutdown", daemon=True)
         leaving.start()
         # In order it takes a tenth of a second. Without its GCS it tries for a minute to reach it.
         leaving.join(3.0 if broken else 30.0)
         if leaving.is_alive():
             atexit.unregister(ray.shutdown)
-        reaper.end(self._marker, grace=0.3)
+        if self._kept is None:
+            reaper.end(self.marker, grace=0.3)
         return not leaving.is_alive()
 
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from launcher import targets
@@ -300,6 +299,8 @@ class Ema:
 
 def _copy_into(target: Tensor, value: Tensor) -> None:
     """Copy a full tensor into one that may be sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # with SymPy behind it: half a second
+
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)

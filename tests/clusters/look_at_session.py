@@ -44,7 +44,7 @@ def main() -> None:
     with EmbeddedRay(2, 0) as cluster:
         found["environment"] = sorted(set(os.environ.items()) ^ set(before.items()))
         found["answer"] = ray.get(ray.remote(lambda: 42).remote())
-        ours = reaper.marked(cluster._marker)
+        ours = reaper.marked(cluster.marker)
         found["processes"] = [Path(f"/proc/{pid}/cmdline").read_bytes()[:60] for pid in ours]
         found["open_to_the_network"] = listening({*ours, os.getpid()})
         found["longest_socket"] = max(len(str(path)) for path in cluster.directory.rglob("sockets/*"))
@@ -53,7 +53,7 @@ def main() -> None:
         found["with_token"], found["without_token"] = visit(address, token), visit(address, "0" * 64)
         begun = time.monotonic()
     found["seconds_to_stop"] = time.monotonic() - begun
-    found["left"] = list(reaper.marked(cluster._marker))
+    found["left"] = list(reaper.marked(cluster.marker))
     found["directory_left"] = cluster.directory.exists()
     print(found)
 

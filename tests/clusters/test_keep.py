@@ -1,0 +1,137 @@
+"""A Ray that is kept for the next command: used again, private, and gone when it was promised to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.clusters import keep, reaper
+from launcher.errors import ConfigError
+from launcher.schema import ClusterConfig, Job, check_values
+
+USE = """
+import sys, time
+from launcher.clusters.local import EmbeddedRay
+with EmbeddedRay(keep_minutes=float(sys.argv[1])) as cluster:
+    import ray
+    answer = ray.get(ray.remote(lambda: 42).remote())
+    print(cluster.address, answer, cluster.dead_process(), flush=True)
+    if len(sys.argv) > 2:
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)
+    yield tmp_path / "launch"
+    if (kept := keep.current()) is not None:
+        keep.end(kept)
+
+
+def use(minutes: float, *more: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
+    command = [sys.executable, "-c", USE, str(minutes), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def address(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    where, answer, dead = process.stdout.readline().split()
+    assert (answer, dead) == ("42", "None")
+    return where
+
+
+def wait_until(true: object, seconds: float = 20) -> None:
+    latest = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < latest
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(170)
+def test_the_next_command_uses_it_and_then_it_goes(private: Path) -> None:
+    """Would be wrong: a token that others can read, a second command that starts or breaks something, a Ray that stays
+    behind a command or a keeper that was killed, or one that serves another environment."""
+    first = use(0.5)
+    where = address(first)
+    assert first.wait(20) == 0
+    kept = keep.current()
+    assert kept is not None
+    assert (private.stat().st_mode & 0o777, (private / "session.json").stat().st_mode & 0o777) == (0o700, 0o600)
+    processes = reaper.marked(kept.marker)
+    assert kept.token not in str([Path(f"/proc/{pid}/cmdline").read_bytes() for pid in [kept.keeper, *processes]])
+    assert not keep.in_use()
+
+    second = use(0.5, "wait")  # the same Ray again, by a command that is killed while it uses it
+    assert address(second) == where
+    assert keep.in_use()
+    third = use(0.5)  # meanwhile others have one of their own
+    assert address(third) != where
+    assert third.wait(20) == 0
+    second.kill()
+    second.wait()
+    wait_until(lambda: not keep.in_use())
+    assert keep.current() == kept
+
+    other = use(0.01, SOMETHING="else")  # another environment: the workers would have the old one
+    assert address(other) != where
+    assert other.wait(20) == 0
+    assert not reaper.marked(kept.marker)
+    newer = keep.current()
+    assert newer is None or newer.keeper != kept.keeper
+    wait_until(lambda: keep.current() is None)  # 0.6 s without use
+    wait_until(lambda: newer is None or not reaper.marked(newer.marker))
+
+
+@pytest.mark.timeout(100)
+def test_status_names_it_and_down_ends_it_also_after_its_keeper_was_killed(private: Path) -> None:
+    def launch(*words: str) -> str:
+        command = [sys.executable, "-m", "launcher", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
+
+    assert json.loads(launch("status", "--json")) == []
+    assert use(5).wait(40) == 0
+    (found,) = json.loads(launch("status", "--json"))
+    assert (found["state"], found["keep_minutes"]) == ("idle", 5)
+    kept = keep.current()
+    assert kept is not None
+    launch("down")
+    assert keep.current() is None
+    assert not reaper.marked(kept.marker)
+
+    assert use(5).wait(40) == 0
+    kept = keep.current()
+    assert kept is not None
+    os.kill(kept.keeper, 9)
+    wait_until(lambda: not reaper.marked(kept.marker))
+    assert (
+        "nothing"
+        in subprocess.run(
+            [sys.executable, "-m", "launcher", "down"], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        ).stderr
+    )
+
+
+def test_a_directory_that_others_can_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "launch").mkdir(mode=0o755)
+
+    assert keep.runtime_directory() is None
+    with keep.lease(5) as kept:
+        assert kept is None
+    assert not any((tmp_path / "launch").iterdir())
+
+
+def test_negative_minutes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="keep_minutes"):
+        check_values(Job(cluster=ClusterConfig(keep_minutes=-1)))
