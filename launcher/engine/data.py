@@ -41,9 +41,20 @@ class Fetch:
 
     In-memory data is gathered in one indexing operation; otherwise samples are read one by one, each behind the seed of
     (seed, epoch, index), so that random augmentation does not depend on who reads the sample.
+
+    Args:
+        augment: `augment(batch, seeds)`, which the loader calls on the device; then `fetch[…]` is (batch, seeds), with
+            one number per sample, int64 (B,).
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[Any], Any] | None,
+        seed: int,
+        augment: Callable[[Any, torch.Tensor], Any] | None = None,
+    ) -> None:
+        self.augment = augment
         self._dataset = dataset
         self._collate = collate
         self._seed = seed
@@ -58,7 +69,10 @@ class Fetch:
     def __getitem__(self, key: tuple[int, torch.Tensor]) -> Any:
         epoch, indices = key
         try:
-            return self._fetch(epoch, indices)
+            batch = self._fetch(epoch, indices)
+            if self.augment is None:
+                return batch
+            return batch, torch.tensor([mix(self._seed, epoch, index) for index in indices.tolist()])
         except (ValueError, OSError) as error:
             return Failure(True, str(error), traceback_of_user(error))
         except Exception as error:
@@ -150,7 +164,7 @@ class Loader:
                 yield from self._ahead(batches)
             else:
                 for batch in batches:
-                    yield self._convert(self._checked(batch))
+                    yield self._finish(self._checked(batch))
 
     def _batches(self, keys: Iterator[tuple[int, torch.Tensor]]) -> Generator[Any]:
         if not self._num_workers:
@@ -178,7 +192,17 @@ class Loader:
     def once(self, epoch: int, indices: torch.Tensor) -> Iterator[Any]:
         """Read one batch in this process, whatever `num_workers` says."""
         batch = self._checked(self._fetch[epoch, indices])
-        yield self._convert(move(batch, self._device))
+        yield self._finish(move(batch, self._device))
+
+    def _finish(self, batch: Any) -> Any:
+        """What is done on the device: the data's own augmentation, and what the model asks of every batch."""
+        if self._fetch.augment is not None:
+            try:
+                with torch.no_grad():
+                    batch = self._fetch.augment(*batch)
+            except Exception as error:
+                raise UserCodeError(f"{type(error).__name__}: {error}", traceback_of_user(error)) from error
+        return self._convert(batch)
 
     @staticmethod
     def _checked(batch: Any) -> Any:
@@ -192,7 +216,7 @@ class Loader:
 
         def copy(batch: Any) -> Any:
             with torch.cuda.stream(stream):
-                return self._convert(move(self._checked(batch), self._device))
+                return self._finish(move(self._checked(batch), self._device))
 
         sentinel = object()
         following = next(batches, sentinel)
@@ -279,6 +303,7 @@ class Data:
     collate: Callable[[Any], Any] | None
     num_workers: int
     source: Any = None
+    augment: Callable[[Any, torch.Tensor], Any] | None = None  # of training batches, on the device
 
     @classmethod
     def of(cls, source: Any) -> Data:
@@ -297,7 +322,12 @@ class Data:
             getattr(source, "collate", None),
             int(getattr(source, "num_workers", 0) or 0),
             source,
+            getattr(source, "augment", None),
         )
+        if data.augment is not None and not callable(data.augment):
+            raise DataError(
+                f"{name}.augment is {data.augment!r}; it must be a method or module: (batch, seeds) -> batch."
+            )
         for where, dataset in (("train", data.train), *data.val.items(), *data.test.items()):
             _check(dataset, f"{name}.{where or 'val'}")
         return data

@@ -118,7 +118,8 @@ def _bytes(tensors: Any) -> int:
 
 
 def _batch(job: Job, data: Data, dataset: Any, model: nn.Module, runtime: Runtime, samples: int = _SAMPLES) -> Any:
-    fetch = Fetch(dataset, data.collate, job.trainer.seed)
+    augment = data.augment if dataset is data.train else None
+    fetch = Fetch(dataset, data.collate, job.trainer.seed, augment)
     loader = Loader(fetch, runtime.device, 0, converter(model))
     return next(loader.once(0, torch.arange(min(samples, len(dataset)))))
 

@@ -79,7 +79,10 @@ class Trainer:
         self.total_steps = trainer.steps or trainer.epochs * self.order.steps_per_epoch
 
         self.loader = Loader(
-            Fetch(data.train, data.collate, trainer.seed), runtime.device, data.num_workers, converter(model)
+            Fetch(data.train, data.collate, trainer.seed, data.augment),
+            runtime.device,
+            data.num_workers,
+            converter(model),
         )
         self.first_batch = self._first_batch()
 

@@ -484,3 +484,18 @@ def test_batches_of_any_nest_keep_their_shape() -> None:
     picture, label = channels_last((torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.long)))
     assert picture.is_contiguous(memory_format=torch.channels_last)
     assert label.is_contiguous()
+
+
+def test_augmentation_on_the_device_depends_on_seed_epoch_and_sample_alone() -> None:
+    """Would be wrong: another number of workers, or of loader processes, trains on other pictures."""
+    fetch = Fetch(TensorDataset(torch.arange(40)), None, 3, lambda batch, seeds: (batch[0] * 0, seeds))
+    reader = Fetch(toys.Samples(40), None, 3, lambda batch, seeds: (batch[0] * 0, seeds))
+
+    def seeds(fetch: Fetch, workers: int, epoch: int, *parts: list[int]) -> list[int]:
+        keys = [(epoch, torch.tensor(part)) for part in parts]
+        return [int(seed) for batch in Loader(fetch, CPU, workers).read(iter(keys)) for seed in batch[1]]
+
+    whole = seeds(fetch, 0, 0, [5, 6, 7, 8])
+    assert whole == seeds(reader, 0, 0, [5], [6, 7, 8]) == seeds(reader, 2, 0, [5, 6], [7, 8])
+    assert len(set(whole)) == 4
+    assert not set(whole) & set(seeds(fetch, 0, 1, [5, 6, 7, 8]))
