@@ -16,7 +16,7 @@ from launcher import runs, targets
 from launcher.config import Composition, Job, RunConfig, compose, default_run_name, peek
 from launcher.errors import ConfigError, RequestError, RunError
 from launcher.runs import RunDirectory
-from launcher.schema import check_run
+from launcher.schema import StrategyConfig, check_run
 from launcher.words import shown
 
 
@@ -229,7 +229,14 @@ def same_section(one: object, other: object) -> bool:
 
 
 def _identity(section: object) -> object:
-    """What must stay: not the number of loader processes, nor the learning rate, which may be mended on the way."""
+    """What must stay: not the number of loader processes, nor the learning rate, which may be mended on the way.
+
+    Of a strategy, what a checkpoint holds: `ddp` and `fsdp` save the same, wherever it lies.
+    """
+    if isinstance(section, StrategyConfig):
+        alike = "ddp" if section.name == "fsdp" else section.name
+        options = ("powersgd_rank", "inner_steps", "overlap_steps", "outer_lr", "outer_momentum")
+        return alike, section.compression, [getattr(section, key) for key in options]
     if not isinstance(section, dict):
         return section
     return {key: value for key, value in section.items() if key not in ("num_workers", "lr")}

@@ -17,7 +17,8 @@ from .errors import ConfigError, did_you_mean
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
-STRATEGIES = ("ddp",)
+STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco")
+COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
 CLUSTERS = ("local", "none")
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
@@ -78,7 +79,43 @@ class LoggingConfig:
 
 @dataclass
 class StrategyConfig:
+    """`None` stands for the strategy's own default, see `STRATEGY_OPTIONS`."""
+
     name: str = "ddp"
+    compression: str = "none"
+    activation_checkpointing: bool = False
+    blocks: list[str] = field(default_factory=list)
+    static_graph: bool | None = None
+    bucket_mb: float | None = None
+    powersgd_rank: int | None = None
+    powersgd_after: int | None = None
+    cpu_offload: bool | None = None
+    hybrid: bool | None = None
+    inner_steps: int | None = None
+    overlap_steps: int | None = None
+    outer_lr: float | None = None
+    outer_momentum: float | None = None
+
+    def option(self, key: str) -> Any:
+        """Return an option's value: what is set, or this strategy's default. KeyError where it has no such option."""
+        default = STRATEGY_OPTIONS[key][self.name]
+        value = getattr(self, key)
+        return default if value is None else value
+
+
+# Option -> the strategies that have it, with their defaults. The outer optimizer's are those of Douillard et al. 2023.
+STRATEGY_OPTIONS: dict[str, dict[str, Any]] = {
+    "static_graph": {"ddp": False},
+    "bucket_mb": {"ddp": 25.0},
+    "powersgd_rank": {"ddp": 4},
+    "powersgd_after": {"ddp": 10},
+    "cpu_offload": {"fsdp": False},
+    "hybrid": {"fsdp": False},
+    "inner_steps": {"local_sgd": 8, "diloco": 20},
+    "overlap_steps": {"local_sgd": 0, "diloco": 0},
+    "outer_lr": {"diloco": 0.7},
+    "outer_momentum": {"diloco": 0.9},
+}
 
 
 @dataclass
@@ -203,7 +240,7 @@ def check_values(job: Job) -> None:
     parse_interval(checkpoint.every, "checkpoint.every")
     _at_least("checkpoint.keep", checkpoint.keep, 1)
     _one_of("checkpoint.mode", checkpoint.mode, MODES)
-    _one_of("strategy.name", job.strategy.name, STRATEGIES)
+    _check_strategy(job.strategy, job.trainer)
     _one_of("cluster.kind", job.cluster.kind, CLUSTERS)
     _at_least("cluster.keep_minutes", job.cluster.keep_minutes, 0)
     keys = job.logging.hparams
@@ -260,6 +297,46 @@ def _check_sweep(sweep: SweepConfig) -> None:
     for direction in sweep.direction if isinstance(sweep.direction, list) else [sweep.direction]:
         if direction is not None:
             _one_of("sweep.direction", direction, MODES)
+
+
+def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
+    name = strategy.name
+    _one_of("strategy.name", name, STRATEGIES)
+    _one_of("strategy.compression", strategy.compression, COMPRESSIONS)
+    for key, homes in STRATEGY_OPTIONS.items():
+        if getattr(strategy, key) is not None and name not in homes:
+            raise ConfigError(
+                f"strategy.{key} is an option of strategy={' and '.join(homes)}, but the strategy is {name}. "
+                "Leave it out, or choose that strategy."
+            )
+    if strategy.compression == "powersgd" and name != "ddp":
+        raise ConfigError(
+            f"strategy.compression=powersgd compresses the gradients of strategy=ddp, but the strategy is {name}. Use "
+            f"strategy.compression=bf16 with {name}, or strategy=ddp."
+        )
+    if strategy.compression != "powersgd":
+        for key in ("powersgd_rank", "powersgd_after"):
+            if getattr(strategy, key) is not None:
+                raise ConfigError(f"strategy.{key} needs strategy.compression=powersgd; add it, or leave {key} out.")
+    if trainer.deterministic and (name != "ddp" or strategy.compression != "none"):
+        raise ConfigError(
+            "trainer.deterministic=true needs strategy=ddp and strategy.compression=none, whose sums do not depend on "
+            f"the number of workers; found strategy={name} with compression {strategy.compression}. Choose those, or "
+            "trainer.deterministic=false."
+        )
+    for key, least in (("powersgd_rank", 1), ("powersgd_after", 0), ("inner_steps", 1), ("overlap_steps", 0)):
+        if (value := getattr(strategy, key)) is not None:
+            _at_least(f"strategy.{key}", value, least)
+    for key in ("bucket_mb", "outer_lr"):
+        if (value := getattr(strategy, key)) is not None:
+            _above_zero(f"strategy.{key}", value)
+    if strategy.outer_momentum is not None and not 0 <= strategy.outer_momentum < 1:
+        raise ConfigError(f"strategy.outer_momentum is {strategy.outer_momentum}, but must be at least 0 and below 1.")
+    if name in ("local_sgd", "diloco") and strategy.option("overlap_steps") >= strategy.option("inner_steps"):
+        raise ConfigError(
+            f"strategy.overlap_steps is {strategy.overlap_steps}, but must be below strategy.inner_steps="
+            f"{strategy.option('inner_steps')}: what travels has to arrive before the workers meet again."
+        )
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

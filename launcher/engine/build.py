@@ -14,6 +14,7 @@ from launcher.engine.data import Data, Fetch, Loader, channels_last, lengths_of,
 from launcher.engine.evaluation import Evaluated, Evaluator
 from launcher.engine.order import Split, order_of_evaluation
 from launcher.engine.runtime import Runtime
+from launcher.engine.strategies.blocks import recompute
 from launcher.engine.strategies.ddp import DataParallel
 from launcher.engine.strategies.exact import ExactDataParallel
 from launcher.engine.strategies.strategy import Strategy
@@ -92,6 +93,10 @@ def load_weights_into(model: nn.Module, weights: dict[str, torch.Tensor], source
             f"The weights of {source} do not fit the model ({found}). Choose the model that they were saved from, or "
             "take what fits with checkpoint.load_strict=false."
         )
+    if any(hasattr(value, "device_mesh") for value in own.values()):
+        from launcher.engine.checkpoint.training import sharded_like
+
+        weights = {name: sharded_like(own.get(name), value) for name, value in weights.items()}
     model.load_state_dict(weights, strict=False)
     left = [f"{len(names)} {what}" for what, names in (("missing", missing), ("unused", unexpected)) if names]
     return ", ".join(left)
@@ -127,11 +132,26 @@ def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
     """Build the strategy that the configuration names.
 
     Raises:
-        ConfigError: deterministic mode with what it does not cover.
+        ConfigError: deterministic mode with what it does not cover, or options that this place or model cannot have.
     """
-    trainer = job.trainer
+    trainer, config = job.trainer, job.strategy
+    if config.activation_checkpointing:
+        recompute(model, config.blocks)
     if not trainer.deterministic:
-        return DataParallel(model, runtime, trainer)
+        # Imported where they are wanted: the default strategy need not wait for what it does not use.
+        if config.name == "fsdp" and not runtime.alone:
+            from launcher.engine.strategies.fsdp import FullySharded
+
+            return FullySharded(model, runtime, trainer, config, build_split(job))
+        if config.name in ("local_sgd", "diloco"):
+            from launcher.engine.strategies.replicas import Replicas
+
+            return Replicas(model, runtime, trainer, config)
+        if config.compression == "powersgd":
+            from launcher.engine.strategies.powersgd import PowerSGDParallel
+
+            return PowerSGDParallel(model, runtime, trainer, config)
+        return DataParallel(model, runtime, trainer, config if config.name == "ddp" else None)
     if trainer.precision != "float32":
         raise ConfigError(
             f"trainer.deterministic=true was asked for with trainer.precision={trainer.precision}; its exact sums are "

@@ -75,12 +75,17 @@ class Evaluator:
         sums = Sums(runtime.device, self._exact)
         order = evaluated.order
         spans = evaluated.split.share(len(order), runtime.rank, runtime.world_size)
+        idle = [(0, 1)] * self._strategy.idle_rounds(evaluated.split, len(order))
         with torch.no_grad():
-            for number, batch in enumerate(evaluated.loader.read(keys_of_evaluation(order, spans))):
+            for number, batch in enumerate(evaluated.loader.read(keys_of_evaluation(order, [*spans, *idle]))):
                 with self._strategy.cast():
-                    sums.add(validation_answer(model, batch))
-                    if number == 0 and self.examples is not None:
-                        self.examples.look(prefix, batch, sums.names)
+                    answer = self._strategy.call(validation_answer, batch)
+                    if number < len(spans):
+                        sums.add(answer)
+                    if number == 0 and getattr(model, "examples", None) is not None:
+                        with self._strategy.whole():
+                            if self.examples is not None:
+                                self.examples.look(prefix, batch, sums.names)
         self._agree(sums)
         totals = sums.reduce(runtime)
         if getattr(model, "summarize", None) is None:

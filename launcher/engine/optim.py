@@ -36,12 +36,14 @@ def build_optimizer(
     parameters = inspect.signature(kind).parameters
     extra: dict[str, Any] = {}
     # One kernel for all parameters instead of one for each; on the CPU too.
-    if may_fuse and "fused" in parameters and "fused" not in section and _can_fuse(model):
+    if may_fuse and "fused" in parameters and "fused" not in section and _can_fuse(model, kind):
         extra["fused"] = True
     return targets.build(section, "optimizer", trust, params=groups, **extra)
 
 
-def _can_fuse(model: nn.Module) -> bool:
+def _can_fuse(model: nn.Module, kind: Any) -> bool:
+    if any(hasattr(p, "device_mesh") for p in model.parameters()) and kind.__name__ not in ("Adam", "AdamW"):
+        return False  # of the fused kernels these alone take parameters that are divided among the workers (torch 2.13)
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in model.parameters())
 
 

@@ -85,7 +85,7 @@ class Recorder:
         started: wall-clock time of the user's command.
         marks: the phases since then.
         resumed_at: the step that the run continues from, or None for a new run.
-        draw: gives (model, batch) for the graph, once.
+        draw: gives (model, batch) for the graph, once; no model where it cannot be drawn.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Recorder:
         total_steps: int,
         steps_per_epoch: int,
         resumed_at: int | None,
-        draw: Callable[[], tuple[nn.Module, Any]],
+        draw: Callable[[], tuple[nn.Module | None, Any]],
     ) -> None:
         self._directory = directory
         self._job = job
@@ -134,7 +134,9 @@ class Recorder:
             if self._resumed_at is None:
                 self._board.configuration(self._directory.config.read_text() if self._directory.config.exists() else "")
                 if self._job.logging.graph:
-                    self._board.graph(*self._draw())
+                    model, batch = self._draw()
+                    if model is not None:
+                        self._board.graph(model, batch)
             self._hyperparameters(self._board)
 
     def _hyperparameters(self, board: TensorBoard) -> None:

@@ -26,9 +26,9 @@ class State:
     """Collects and restores the state of a training run.
 
     Shared: model, optimizer, schedule, strategy (loss scaler), callbacks, position and counters, and the weights that
-    are evaluated where a callback averages them. Each rank's own: random states and the sums of the log interval that
-    is open. With another number of workers the sums go to rank 0, which changes no total, and the random states begin
-    anew from the seed.
+    are evaluated where a callback averages them. Each rank's own: random states, the sums of the log interval that is
+    open, and what the strategy keeps of its own. With another number of workers the sums go to rank 0, which changes
+    no total, and the random states begin anew from the seed.
     """
 
     def __init__(
@@ -51,8 +51,10 @@ class State:
         """Return (shared, own) for `Checkpointer.save`."""
         from launcher.engine.checkpoint import training_state  # when it is needed: see `checkpoint.saver`
 
+        with self._strategy.resting():
+            trained = training_state(self._model, self._optimizer)
         shared = {
-            **training_state(self._model, self._optimizer),
+            **trained,
             "scheduler": self._scheduler.state_dict(),
             "strategy": self._strategy.state_dict(),
             "progress": self._progress.state_dict(),
@@ -61,7 +63,11 @@ class State:
         averaged = self._callbacks.weights()
         if averaged is not None:
             shared["weights"] = averaged
-        own = {"random": random_states(self._runtime.device), "sums": self._sums.state_dict()}
+        own = {
+            "random": random_states(self._runtime.device),
+            "sums": self._sums.state_dict(),
+            "strategy": self._strategy.own_state_dict(),
+        }
         return shared, own
 
     def load(self, path: Path) -> None:
@@ -73,7 +79,8 @@ class State:
         from launcher.engine.checkpoint import restore_training
 
         configured = [_initial_rate(group) for group in self._optimizer.param_groups]
-        content = restore_training(path, self._model, self._optimizer, verified=True)
+        rank, world_size = self._runtime.rank, self._runtime.world_size
+        content = restore_training(path, self._model, self._optimizer, verified=True, rank=(rank, world_size))
         self._scheduler.load_state_dict(content.state["scheduler"])
         self._mend_rates(configured)
         self._strategy.load_state_dict(content.state["strategy"])
@@ -81,8 +88,11 @@ class State:
         restored = Progress.of(content.state["progress"])
         for item in fields(Progress):
             setattr(self._progress, item.name, getattr(restored, item.name))
-        rank, world_size = self._runtime.rank, self._runtime.world_size
-        if content.world_size == world_size:
+        resized = content.world_size != world_size
+        self._strategy.load_own_state_dicts(
+            [own["strategy"] for own in (content.own if resized else content.own[rank : rank + 1])], resized
+        )
+        if not resized:
             self._sums.load_state_dicts([content.own[rank]["sums"]])
             set_random_states(content.own[rank]["random"], self._runtime.device)
         else:

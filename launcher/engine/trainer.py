@@ -92,6 +92,7 @@ class Trainer:
         self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
         self.sums.reset()
         self.optimizer = build_optimizer(job.optimizer, model, job.trust, self.strategy.uses_all)
+        self.strategy.attach(self.optimizer, self.total_steps)
         self.scheduler = build_scheduler(job.scheduler, self.optimizer, self.total_steps, job.trust)
         self.evaluator = build_evaluator(job, self.strategy, runtime, data, "val")
 
@@ -165,7 +166,7 @@ class Trainer:
             total_steps=self.total_steps,
             steps_per_epoch=self.order.steps_per_epoch,
             resumed_at=resumed_at,
-            draw=lambda: (self.strategy.model, self.first_batch),
+            draw=lambda: (self.strategy.drawable(), self.first_batch),
         )
         if self.evaluator is not None and self.job.logging.tensorboard:
             self.evaluator.examples = Examples(
@@ -330,7 +331,7 @@ class Trainer:
             values.update(self._log())
         evaluated = False
         if self.evaluator is not None and (ended or vote.ballots["evaluate"] or self.evaluate_every.due(progress)):
-            with self.throughput.pause(), self.callbacks.evaluated():
+            with self.throughput.pause(), self.callbacks.evaluated(), self.strategy.resting():
                 values.update(self.evaluator.run())
             evaluated = True
         progress.metrics.update(values)

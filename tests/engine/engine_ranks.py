@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.config import CheckpointConfig, Job, LoggingConfig, ScalingConfig, TrainerConfig
+from launcher.config import CheckpointConfig, Job, LoggingConfig, ScalingConfig, StrategyConfig, TrainerConfig
 from launcher.engine import entry
 from launcher.engine.checkpoint import available, load_weights, newest_intact
 from launcher.engine.runtime import Runtime
@@ -54,6 +54,7 @@ def make_job(
     checkpoint: Mapping[str, Any] | None = None,
     logging: Mapping[str, Any] | None = None,
     callbacks: Mapping[str, Any] | None = None,
+    strategy: Mapping[str, Any] | None = None,
     **trainer: Any,
 ) -> Job:
     """Return a job over the classes of `engine_toys`: a name, or a mapping that says more. The rest is `trainer`."""
@@ -72,6 +73,7 @@ def make_job(
         scaling=ScalingConfig(device="cpu"),
         checkpoint=replace(CheckpointConfig(), **dict(checkpoint or {})),
         callbacks={name: value and section(value) for name, value in (callbacks or {}).items()},
+        strategy=StrategyConfig(**dict(strategy or {})),
         logging=replace(LoggingConfig(tensorboard=False, graph=False), **dict(logging or {})),
         trust=[_TOYS],
     )
@@ -178,6 +180,46 @@ def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, sc
     # Into a file: tensors in a queue would go as handles of this process, which is about to end.
     Path(f"{answer}.part").write_bytes(pickle.dumps(given))
     os.replace(f"{answer}.part", answer)
+
+
+def _call(rank: int, workers: int, store: str, answer: str, function: Callable[..., Any], arguments: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=timedelta(seconds=30)
+    )
+    try:
+        given = function(Runtime.adopt(rank, workers, rank, workers, "cpu"), *arguments)
+    except Exception:
+        given = traceback.format_exc()
+    finally:
+        dist.destroy_process_group()
+    torch.save(given, f"{answer}.part")
+    os.replace(f"{answer}.part", answer)
+
+
+def on_ranks(function: Callable[..., Any], workers: int, *arguments: Any, timeout: float = 60) -> list[Any]:
+    """Call `function(runtime, *arguments)`, a module's own, as `workers` processes; return what each gave, by rank."""
+    with tempfile.TemporaryDirectory() as scratch:
+        processes = [
+            _SERVER.Process(
+                target=_call, args=(rank, workers, f"{scratch}/store", f"{scratch}/{rank}", function, arguments)
+            )
+            for rank in range(workers)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+        late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        assert not late, f"ranks {late} of {workers} had not ended after {timeout} s"
+        given = [torch.load(Path(scratch, str(rank)), weights_only=False) for rank in range(workers)]
+    for rank, answer in enumerate(given):
+        assert not (isinstance(answer, str) and answer.startswith("Traceback")), f"rank {rank}: {answer}"
+    return given
 
 
 def launch(

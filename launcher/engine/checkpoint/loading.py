@@ -44,15 +44,23 @@ def inspect(path: str | os.PathLike[str]) -> Content:
     return _open(Path(path))[0]
 
 
-def load(path: str | os.PathLike[str], into: Mapping[str, Any] | None = None, *, verified: bool = False) -> Content:
+def load(
+    path: str | os.PathLike[str],
+    into: Mapping[str, Any] | None = None,
+    *,
+    verified: bool = False,
+    rank: tuple[int, int] | None = None,
+) -> Content:
     """Read the checkpoint at `path`. No collectives: each rank reads what it needs, whatever the number of ranks that
     saved.
 
     `into` is a nest like the one that was saved: its tensors (DTensors too) are filled in place and returned. A
     callable in it gets its part of what `inspect` gives and returns the nest to fill. Sections that it leaves out come
     as new CPU tensors; in those that it has, `Mismatch` (a CheckpointError) tells every missing, unexpected and
-    differing tensor, before anything is read. Numpy arrays come back as such. `verified=True` where `newest_intact` or
-    `verify` has just read this very path. CheckpointError names the file that is missing, damaged or forged.
+    differing tensor, before anything is read. With `rank`, (this rank, number of ranks), where as many ranks saved, the
+    tensors in the other ranks' `own` are left as `TensorInfo`. Numpy arrays come back as such. `verified=True` where
+    `newest_intact` or `verify` has just read this very path. CheckpointError names the file that is missing, damaged
+    or forged.
     """
     path = Path(path)
     if not verified:
@@ -60,7 +68,11 @@ def load(path: str | os.PathLike[str], into: Mapping[str, Any] | None = None, *,
     content, entries, table = _open(path)
     binder = nest.Binder()
     state = binder.bind(content.state, into)
-    own = binder.bind(content.own, None, "own")
+    mine = rank[0] if rank is not None and rank[1] == content.world_size else None
+    own = [
+        saved if mine is not None and number != mine else binder.bind(saved, None, f"own/{number}")
+        for number, saved in enumerate(content.own)
+    ]
     if binder.missing or binder.unexpected or binder.differing:
         raise nest.Mismatch(str(path), binder.missing, binder.unexpected, binder.differing)
     _read(path, entries, table, binder.reads)

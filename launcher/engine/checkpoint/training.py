@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -107,19 +107,32 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def restore_training(
-    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *, verified: bool = False
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    verified: bool = False,
+    rank: tuple[int, int] | None = None,
 ) -> Content:
     """Load the sections `model` and `optimizer` of the checkpoint at `path` into both, in place; return its whole
-    content.
+    content. `rank`: see `load`.
     """
     into = {"model": model_state(model), "optimizer": lambda saved: optimizer_template(model, optimizer, saved)}
-    content = load(path, into, verified=verified)
+    content = load(path, into, verified=verified, rank=rank)
     for section in into:
         if section not in content.state:
             raise CheckpointError(f"The checkpoint {path} has no section {section!r}; it was not saved by training.")
     load_model_state(model, content.state["model"])
     load_optimizer_state(model, optimizer, content.state["optimizer"])
     return content
+
+
+def sharded_like(own: Any, value: Tensor) -> Tensor:
+    """Return `value`, or this worker's part of it where `own`, the tensor that it goes into, is divided."""
+    if not isinstance(own, DTensor) or isinstance(value, DTensor):
+        return value
+    value = value.to(own.device, own.dtype)
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def _plain(name: str) -> str:

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from launcher.config import TrainerConfig
+from launcher.config import StrategyConfig, TrainerConfig
 from launcher.engine.runtime import Runtime, Vote
-from launcher.engine.strategies.strategy import Record, Strategy, loss_of, mark_last
+from launcher.engine.strategies.compression import WIRE, cast_hook
+from launcher.engine.strategies.strategy import Record, Strategy, loss_of, mark_last, scale_by_count
 from launcher.errors import UserCodeError
 
 
@@ -27,40 +28,59 @@ class DataParallel(Strategy):
     other things than samples (tokens, weights), one more factor follows once the global count is known.
     """
 
-    def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig) -> None:
+    # Whether DDP reduces the gradients; subclasses that combine them otherwise say no.
+    wraps = True
+
+    def __init__(
+        self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig, config: StrategyConfig | None = None
+    ) -> None:
         super().__init__(model, runtime, trainer)
+        self._config = config or StrategyConfig()
+        self._seed = trainer.seed
         self._wrapped: nn.Module = self._steps
         self._parameters = list(model.parameters())  # walking the modules every step takes as long as the vote
         self._keeps_gradients = False
+        self._idle = False  # whether this rank had no sample of the last batch
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         answer = self._warm_up(batch)
         self._steps.used = [p for p in self.model.parameters() if p.grad is not None]
         self.uses_all = all(p.grad is not None for p in self.model.parameters() if p.requires_grad)
-        if not self.runtime.alone:
+        if self.wraps and not self.runtime.alone:
             self._keeps_gradients = self.uses_all
-            on_gpu = self.runtime.device.type == "cuda"
-            with warnings.catch_warnings():
-                # 2.13 has another name for broadcast_buffers, which the older versions that serve as well do not know.
-                warnings.simplefilter("ignore", FutureWarning)
-                self._wrapped = DistributedDataParallel(
-                    self._steps,
-                    device_ids=[self.runtime.device] if on_gpu else None,
-                    process_group=self.runtime.group,
-                    gradient_as_bucket_view=True,
-                    broadcast_buffers=False,
-                    find_unused_parameters=not self.uses_all,
-                )
+            self._wrapped = self._in_ddp()
             self._clear()
             # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in the
             # same order as one that was never stopped; with three workers or more the sums differ otherwise.
             self._warm_up(batch)
+        elif not self.wraps:
+            self._broadcast()
         self._clear()
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
         return answer
+
+    def _in_ddp(self) -> DistributedDataParallel:
+        on_gpu = self.runtime.device.type == "cuda"
+        static = bool(self._config.option("static_graph"))
+        with warnings.catch_warnings():
+            # 2.13 has another name for broadcast_buffers, which the older versions that serve as well do not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = DistributedDataParallel(
+                self._steps,
+                device_ids=[self.runtime.device] if on_gpu else None,
+                process_group=self.runtime.group,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+                bucket_cap_mb=self._config.option("bucket_mb"),
+                find_unused_parameters=not self.uses_all and not static,
+                static_graph=static,
+            )
+        if self._config.compression in WIRE:
+            wrapped.register_comm_hook(self.runtime, cast_hook(WIRE[self._config.compression]))
+        return wrapped
 
     def _warm_up(self, batch: Any) -> dict[str, Any]:
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
@@ -89,6 +109,7 @@ class DataParallel(Strategy):
         weight = self.runtime.world_size / size
         pending = None
         for batch, last in mark_last(batches):
+            self._idle = batch is None
             wrapped = self._wrapped
             quiet = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
             with quiet:
@@ -125,11 +146,9 @@ class DataParallel(Strategy):
 
     def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
         self._scaler.unscale_(optimizer)
-        grads = [p.grad for p in self._parameters if p.grad is not None]
-        if vote.count.device.type == "cpu":
-            count = vote.count.item()
-            if count != size:
-                torch._foreach_mul_(grads, size / max(count, 1e-30))
-        else:
-            torch._foreach_mul_(grads, (size / vote.count.clamp(min=1e-30)).float())
-        self._clip_and_step(optimizer, grads)
+        scale_by_count([p.grad for p in self._parameters if p.grad is not None], size, vote.count)
+        self._combine(optimizer)
+        self._clip_and_step(optimizer, [p.grad for p in self._parameters if p.grad is not None])
+
+    def _combine(self, optimizer: Optimizer) -> None:
+        """Average the gradients over the ranks where the backward pass has not done it."""

@@ -63,12 +63,6 @@ class ExactDataParallel(Strategy):
         self._broadcast()
         return answer
 
-    def _broadcast(self) -> None:
-        if self.runtime.alone:
-            return
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            torch.distributed.broadcast(tensor.detach(), src=0, group=self.runtime.group)
-
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
         self._clear()  # what `apply` left for `grad_norm`
         self._sum.zero_()

@@ -6,8 +6,8 @@ The loop hands over this rank's microbatches and learns what all ranks agreed on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from launcher.config import TrainerConfig
+from launcher.engine.data import Split
 from launcher.engine.metrics import ContractError, as_pair, check_answer
 from launcher.engine.runtime import Runtime, Vote
 
@@ -33,7 +34,9 @@ class Steps(nn.Module):
         self.model = model
         self.used: list[nn.Parameter] = []
 
-    def forward(self, batch: Any) -> Any:
+    def forward(self, batch: Any, method: Callable[[nn.Module, Any], Any] | None = None) -> Any:
+        if method is not None:
+            return method(self.model, batch)
         if batch is None:  # a share without samples: no loss, but the hook of every gradient that others have fires
             return {"loss": (sum(p.sum() * 0.0 for p in self.used), 0.0)}
         return self.model.training_step(batch)  # type: ignore[operator]
@@ -64,6 +67,31 @@ class Strategy(ABC):
         if self._precision is torch.float32:
             return nullcontext()
         return torch.autocast(self.runtime.device.type, dtype=self._precision)
+
+    def call(self, method: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        """Return `method(model, batch)`, with every weight in its place."""
+        return method(self.model, batch)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside, the model holds the weights that are evaluated, saved and exported. Every rank enters it."""
+        yield
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, any rank may call the model's own methods, by itself and without gradients. Every rank enters it."""
+        yield
+
+    def idle_rounds(self, split: Split, length: int) -> int:
+        """Return how many microbatches of `length` samples this rank takes part in without having one itself."""
+        return 0
+
+    def drawable(self) -> nn.Module | None:
+        """Return the network where rank 0 alone may call it, else None."""
+        return self.model
+
+    def attach(self, optimizer: Optimizer, total_steps: int) -> None:  # noqa: B027 (most need not know)
+        """Learn of the optimizer and of the run's length, once both are known."""
 
     @abstractmethod
     def prepare(self, batch: Any) -> dict[str, Any]:
@@ -97,8 +125,7 @@ class Strategy(ABC):
 
     def is_finite(self) -> bool:
         """Whether every weight is a finite number; the same on every rank."""
-        weights = [p.detach() for p in self.model.parameters() if p.is_floating_point() and p.numel()]
-        return bool(torch.stack([norm.double() for norm in torch._foreach_norm(weights)]).isfinite().all())
+        return all_finite(p.detach() for p in self.model.parameters())
 
     _norm: torch.Tensor
 
@@ -109,11 +136,52 @@ class Strategy(ABC):
         self._scaler.step(optimizer)
         self._scaler.update()
 
+    def _agree_on_overflow(self, optimizer: Optimizer) -> bool:
+        """Make all ranks skip the step where one of them found a gradient that is not finite; tell whether one did.
+
+        For strategies whose ranks hold different gradients when the loss scaler looks at them. Like
+        `torch.distributed.fsdp.sharded_grad_scaler`, it goes through the scaler's own record.
+        """
+        if not self._scaler.is_enabled():
+            return False
+        found = self._scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+        together = [self.runtime.add_up(value).clamp_(max=1.0) for value in found]  # fused kernels ask whether it is 1
+        return any(bool(value.item()) for value in together)
+
+    def _broadcast(self) -> None:
+        """Give all ranks the parameters and buffers of rank 0."""
+        if self.runtime.alone:
+            return
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            torch.distributed.broadcast(tensor.detach(), src=0, group=self.runtime.group)
+
     def state_dict(self) -> dict[str, Any]:
+        """Return what all ranks share."""
         return {"scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._scaler.load_state_dict(dict(state["scaler"]))
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """Return what this rank has of its own."""
+        return {}
+
+    def load_own_state_dicts(  # noqa: B027 (most have nothing of their own)
+        self, states: Sequence[Mapping[str, Any]], resized: bool
+    ) -> None:
+        """Go on from what the ranks had of their own, after `load_state_dict`.
+
+        Args:
+            states: this rank's own state, or, where the number of ranks has changed (`resized`), that of every rank
+                that there was.
+        """
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    present = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    if not present:
+        return True
+    return bool(torch.stack([norm.double() for norm in torch._foreach_norm(present)]).isfinite().all())
 
 
 def _owners(model: nn.Module) -> list[nn.Parameter]:
@@ -134,6 +202,16 @@ def loss_of(answer: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
             f"as a pair (sum, count) of two numbers; found {found}."
         )
     return total, count
+
+
+def scale_by_count(grads: list[torch.Tensor], size: int, count: torch.Tensor) -> None:
+    """Make means over `size` samples into means over `count` samples, tokens or weights, in place."""
+    if count.device.type == "cpu":
+        number = count.item()
+        if number != size:
+            torch._foreach_mul_(grads, size / max(number, 1e-30))
+    else:
+        torch._foreach_mul_(grads, (size / count.clamp(min=1e-30)).float())
 
 
 def mark_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

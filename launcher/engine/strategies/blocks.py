@@ -1,0 +1,67 @@
+"""The blocks of a network: the parts that repeat, such as the layers of a Transformer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from launcher.errors import ConfigError, did_you_mean
+
+
+def blocks_of(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
+    """Return the network's blocks, outermost ones, in order.
+
+    Args:
+        names: names of their classes. Without them: the members of every ModuleList and Sequential that have parameters
+            and whose class occurs there twice or more.
+
+    Raises:
+        ConfigError: no module is of such a class.
+    """
+    if names:
+        classes = {type(module).__name__ for module in model.modules()}
+        for name in names:
+            if name not in classes:
+                raise ConfigError(
+                    f"strategy.blocks names {name}, and no module of the network is of that class; there are "
+                    f"{', '.join(sorted(classes))}.{did_you_mean(name, sorted(classes))}"
+                )
+        return _outermost(model, [module for module in model.modules() if type(module).__name__ in names])
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            members = [member for member in module if any(True for _ in member.parameters())]
+            kinds = Counter(type(member) for member in members)
+            found += [member for member in members if kinds[type(member)] > 1]
+    return _outermost(model, found)
+
+
+def _outermost(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
+    wanted, inner = {id(module) for module in chosen}, set()
+    ordered = [module for module in model.modules() if id(module) in wanted and module is not model]
+    for module in ordered:
+        inner |= {id(below) for below in module.modules() if below is not module}
+    return [module for module in ordered if id(module) not in inner]
+
+
+def recompute(model: nn.Module, names: Sequence[str] = ()) -> None:
+    """Make the blocks compute their activations again in the backward pass instead of keeping them.
+
+    Random layers draw the same numbers the second time. Names of parameters stay as they are.
+
+    Raises:
+        ConfigError: the network has no blocks that could be found.
+    """
+    blocks = blocks_of(model, names)
+    if not blocks:
+        raise ConfigError(
+            "strategy.activation_checkpointing=true recomputes the network's blocks, and none were found: modules of "
+            "one class in an nn.ModuleList or nn.Sequential. Name their classes in strategy.blocks=[NAME], or leave "
+            "it out."
+        )
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,201 @@
+"""Fully sharded data parallel with PyTorch's `fully_shard` (FSDP2): for networks that one worker cannot hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from launcher.config import StrategyConfig, TrainerConfig
+from launcher.engine.data import Split
+from launcher.engine.runtime import Runtime, Vote
+from launcher.engine.strategies.blocks import blocks_of
+from launcher.engine.strategies.compression import WIRE
+from launcher.engine.strategies.strategy import Record, Strategy, all_finite, loss_of, scale_by_count
+from launcher.errors import ConfigError
+
+
+class FullySharded(Strategy):
+    """Parameters, gradients and optimizer state divided among the workers, along the first dimension of each tensor.
+
+    Every block of the network is put together where it computes, and the rest of the network around the whole step.
+    Gradients are summed and divided as soon as a block has them, in every microbatch: what is accumulated is a part.
+
+    With `trainer.precision` of 16 bits the weights travel in it and are kept in float32; gradients travel in float32,
+    or in `strategy.compression`. With `hybrid` the parts are divided inside a machine and repeated on each: the weights
+    never leave it, and of the gradients each worker sends the others its part alone.
+
+    Every forward pass is a matter of all workers, so each runs as many as the one with the most microbatches.
+    """
+
+    def __init__(
+        self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig, config: StrategyConfig, split: Split
+    ) -> None:
+        super().__init__(model, runtime, trainer)
+        self._config, self._split = config, split
+        self._parameters: list[nn.Parameter] = []
+        self._spare: Any = None  # a batch for the rounds in which this rank has none
+        self._parts: list[FSDPModule] = []
+        if config.option("cpu_offload") and runtime.device.type == "cpu":
+            raise ConfigError(
+                "strategy.cpu_offload=true moves parameters from GPUs to the host's memory, and the workers compute on "
+                "CPUs. Leave it out."
+            )
+
+    def prepare(self, batch: Any) -> dict[str, Any]:
+        self._broadcast()
+        self._shard()
+        self._parameters = list(self.model.parameters())
+        self._spare = batch
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            with self.cast():
+                answer = self._steps(batch)
+            loss_of(answer)[0].backward()
+        self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)
+        self._clear()
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+        return answer
+
+    def _shard(self) -> None:
+        runtime, config = self.runtime, self._config
+        mesh = self._mesh()
+        computes = None if self._precision is torch.float32 else self._precision
+        reduces = WIRE.get(config.compression, torch.float32)
+        how: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=reduces, cast_forward_inputs=False),
+            "offload_policy": CPUOffloadPolicy() if config.option("cpu_offload") else OffloadPolicy(),
+        }
+        blocks = blocks_of(self.model, config.blocks)
+        for block in blocks:
+            fully_shard(block, **how)
+        # What is left is needed at both ends of the network: it stays whole from the forward to the backward pass.
+        fully_shard(self._steps, reshard_after_forward=False, **how)
+        self._parts = [module for module in self._steps.modules() if isinstance(module, FSDPModule)]
+        for part in self._parts:
+            # Sums: what they are divided by is the count of the global batch. gloo knows no other reduction.
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+        self._norm_group = runtime.group if mesh.ndim == 1 else mesh["shard"].get_group()
+        if config.option("cpu_offload"):
+            self._norm_group = runtime.host_group
+
+    def _mesh(self) -> DeviceMesh:
+        runtime = self.runtime
+        if not self._config.option("hybrid"):
+            return DeviceMesh.from_group(runtime.group, runtime.device.type)
+        here, everywhere = runtime.local_world_size, runtime.world_size
+        if here < 2 or everywhere == here or everywhere % here:
+            raise ConfigError(
+                f"strategy.hybrid=true divides the network inside each machine and repeats it on every machine, and "
+                f"{everywhere} workers with {here} on this machine leave nothing for that. Use several machines with "
+                "the same number of workers, two or more, on each; or leave it out."
+            )
+        if self._config.option("cpu_offload"):
+            raise ConfigError("strategy.hybrid=true and strategy.cpu_offload=true do not go together: choose one.")
+        shape = (everywhere // here, here)
+        mesh = dist.init_device_mesh(runtime.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return mesh
+
+    def call(self, method: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        return self._steps(batch, method)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.reshard()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        for part in self._parts:
+            part.unshard()
+            part.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.set_reshard_after_forward(part is not self._steps, recurse=False)
+                part.reshard()
+
+    def idle_rounds(self, split: Split, length: int) -> int:
+        if not self._parts:
+            return 0
+        world_size = self.runtime.world_size
+        rounds = [len(split.share(length, rank, world_size)) for rank in range(world_size)]
+        return max(rounds) - rounds[self.runtime.rank]
+
+    def drawable(self) -> nn.Module | None:
+        return None
+
+    def _clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
+        self._clear()
+        on_host = self.runtime.device.type == "cpu"
+        total: torch.Tensor | float = 0.0
+        for batch in batches:
+            with self.cast():
+                answer = self._steps(batch)
+            loss, count = loss_of(answer)
+            total = total + (count.double() if isinstance(count, torch.Tensor) else count)
+            if on_host and not math.isfinite(loss.item()):
+                flags["bad"] = True
+            self._scaler.scale(loss / size).backward()
+            record(answer)
+        for _ in range(self.idle_rounds(self._split, size)):
+            with self.cast():
+                loss, _ = loss_of(self._steps(self._spare))
+            (loss * 0.0).backward()
+        return self.runtime.vote(total, flags).wait()
+
+    def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
+        self._scaler.unscale_(optimizer)
+        self._agree_on_overflow(optimizer)
+        grads = self._grads()
+        scale_by_count(grads, size, vote.count)
+        if self.clip_norm is not None:
+            self._norm = self._total_norm(grads)
+            torch._foreach_mul_(grads, (self.clip_norm / (self._norm + 1e-6)).clamp(max=1.0).float())
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    def _grads(self) -> list[torch.Tensor]:
+        """Return this worker's parts of the gradients."""
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+
+    def _total_norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
+        present = [grad for grad in grads if grad.numel()]
+        device = grads[0].device if grads else self.runtime.device
+        squares = torch.zeros(1, dtype=torch.float64, device=device)
+        if present:
+            squares += torch.stack(torch._foreach_norm(present)).double().square().sum()
+        dist.all_reduce(squares, group=self._norm_group)
+        return squares.sqrt().squeeze(0)
+
+    def grad_norm(self) -> torch.Tensor:
+        return self._norm if self.clip_norm is not None else self._total_norm(self._grads())
+
+    def is_finite(self) -> bool:
+        parts = [p.detach() for p in self._parameters]
+        fine = all_finite(part.to_local() if isinstance(part, DTensor) else part for part in parts)
+        bad = torch.tensor([0.0 if fine else 1.0], device=self.runtime.device)
+        return not bool(self.runtime.add_up(bad).item())

@@ -1,0 +1,44 @@
+"""Data parallel whose gradients are compressed by PowerSGD, after the backward pass instead of while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from launcher.engine.strategies.compression import PowerSGD
+from launcher.engine.strategies.ddp import DataParallel
+
+
+class PowerSGDParallel(DataParallel):
+    """All gradients in two small messages a step; see `compression.PowerSGD`.
+
+    What a worker has left out of its gradients is its own part of a checkpoint.
+    """
+
+    wraps = False
+    _power: PowerSGD
+
+    def attach(self, optimizer: Optimizer, total_steps: int) -> None:
+        trained = [p for p in self._parameters if p.requires_grad]
+        rank, after = self._config.option("powersgd_rank"), self._config.option("powersgd_after")
+        self._power = PowerSGD(trained, self.runtime, rank, after, self._seed)
+
+    def _combine(self, optimizer: Optimizer) -> None:
+        # Where a gradient overflowed, the step is skipped, and what is owed to the weights must stay a number.
+        if not self._agree_on_overflow(optimizer):
+            self._power.reduce()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "powersgd": self._power.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._power.load_state_dict(state["powersgd"])
+
+    def own_state_dict(self) -> dict[str, Any]:
+        return {"errors": dict(self._power.errors)}
+
+    def load_own_state_dicts(self, states: Sequence[Mapping[str, Any]], resized: bool) -> None:
+        self._power.load_errors([state["errors"] for state in states])

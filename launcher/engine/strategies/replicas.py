@@ -1,0 +1,116 @@
+"""Workers that train apart and meet every few steps: local SGD and DiLoCo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from launcher.engine.checkpoint.training import load_optimizer_state, optimizer_state
+from launcher.engine.runtime import Vote
+from launcher.engine.strategies.compression import WIRE
+from launcher.engine.strategies.ddp import DataParallel
+from launcher.engine.strategies.outer import OuterOptimizer
+from launcher.engine.strategies.strategy import Record, all_finite
+
+
+class Replicas(DataParallel):
+    """Each worker applies the gradient of its own part of the global batch; an `OuterOptimizer` brings them together.
+
+    A worker's gradient is the sum over its samples times workers / samples of the global batch, so that the mean over
+    the workers is the gradient of the global batch: meeting after each step with plain SGD is `ddp`. Clipping looks at
+    the worker's own gradient. A worker without samples in a batch takes no step.
+
+    The weights that are evaluated, saved and exported are those that the workers agree on, not one worker's. A
+    checkpoint holds beside them every worker's own weights and inner optimizer. With another number of workers the run
+    goes on from a meeting of those replicas, and with rank 0's inner optimizer for all.
+    """
+
+    wraps = False
+    _outer: OuterOptimizer
+    _optimizer: Optimizer
+
+    def attach(self, optimizer: Optimizer, total_steps: int) -> None:
+        config = self._config
+        has_momentum = config.name == "diloco"
+        self._trained = [p for p in self._parameters if p.requires_grad]
+        self._optimizer = optimizer
+        self._outer = OuterOptimizer(
+            self._trained,
+            self.runtime,
+            every=config.option("inner_steps"),
+            lr=config.option("outer_lr") if has_momentum else 1.0,
+            momentum=config.option("outer_momentum") if has_momentum else 0.0,
+            delay=config.option("overlap_steps"),
+            wire=WIRE.get(config.compression, torch.float32),
+            total_steps=total_steps,
+        )
+
+    def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
+        if not self._outer.steps:
+            self._outer.begin()  # weights may have been loaded since
+        return super().accumulate(batches, size, flags, record)
+
+    def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
+        super().apply(optimizer, size, vote)
+        self._outer.step()
+
+    def _clip_and_step(self, optimizer: Optimizer, grads: list[torch.Tensor]) -> None:
+        if not self._idle:
+            super()._clip_and_step(optimizer, grads)
+            return
+        self._norm = torch.zeros((), device=self.runtime.device)
+        self._scaler.update()
+
+    def _combine(self, optimizer: Optimizer) -> None:
+        self._agree_on_overflow(optimizer)  # one loss scale for all
+
+    def grad_norm(self) -> torch.Tensor:
+        """Return the root of the mean over the workers of the squared norms of their gradients."""
+        norm = super().grad_norm().double().reshape(1)
+        return (self.runtime.add_up(norm.square()) / self.runtime.world_size).sqrt().squeeze(0)
+
+    def is_finite(self) -> bool:
+        fine = super().is_finite() and all_finite(self._outer.weights)
+        bad = torch.tensor([0.0 if fine else 1.0], device=self.runtime.device)
+        return not bool(self.runtime.add_up(bad).item())
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        with self._outer.shown(self._trained):
+            yield
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "outer": self._outer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._outer.load_state_dict(state["outer"])
+
+    def own_state_dict(self) -> dict[str, Any]:
+        inner = optimizer_state(self.model, self._optimizer)["state"]
+        return {"outer": self._outer.own_state_dict(), "optimizer": inner}
+
+    def load_own_state_dicts(self, states: Sequence[Mapping[str, Any]], resized: bool) -> None:
+        self._outer.load_own_state_dicts([state["outer"] for state in states], resized)
+        if not resized:
+            self._load_inner(states[0]["optimizer"])
+
+    def _load_inner(self, saved: Mapping[str, Any]) -> None:
+        shapes = dict(self.model.named_parameters())
+
+        def laid_out(name: str, value: Any) -> Any:
+            """In the memory layout of its parameter, which fused kernels expect."""
+            parameter = shapes.get(name)
+            if not isinstance(value, torch.Tensor) or parameter is None or value.shape != parameter.shape:
+                return value
+            return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+        state = {name: {key: laid_out(name, value) for key, value in values.items()} for name, values in saved.items()}
+        whole = optimizer_state(self.model, self._optimizer)
+        load_optimizer_state(self.model, self._optimizer, {**whole, "state": state})

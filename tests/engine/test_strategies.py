@@ -1,0 +1,208 @@
+"""Every strategy among real gloo ranks: what it computes, and that a run of it is stopped, resumed and resized."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.schema import Job, StrategyConfig
+from tests.engine.engine_ranks import (
+    Script,
+    assert_same_run,
+    assert_same_weights,
+    column,
+    final_weights,
+    kill,
+    launch,
+    make_job,
+    result_of,
+    succeed,
+)
+
+SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
+DILOCO = {"name": "diloco", "inner_steps": 4}
+LOCAL = {"name": "local_sgd", "inner_steps": 4}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "static": {"static_graph": True, "bucket_mb": 0.001},
+    "bf16": {"compression": "bf16"},
+    "fp16": {"compression": "fp16"},
+    "powersgd": {"compression": "powersgd", "powersgd_rank": 1, "powersgd_after": 2},
+    "fsdp": {"name": "fsdp", "blocks": ["Linear"]},
+    "fsdp-bf16": {"name": "fsdp", "compression": "bf16"},
+    "local_sgd": LOCAL,
+    "diloco": DILOCO,
+    "diloco-overlapped": {**DILOCO, "compression": "bf16", "overlap_steps": 2},
+}
+# Unequal shares, several microbatches each, a mean over tokens, a norm that cuts most gradients.
+HARD: dict[str, Any] = {
+    "model": {"_target_": "Tokens", "width": 40},
+    "epochs": 1,
+    "microbatch_size": 20,
+    "clip_norm": 0.5,
+    "checkpoint": {"every": 3, "keep": 9},
+    "scheduler": {"_target_": "launcher.engine.optim.WarmupCosine", "warmup_steps": 5},
+}
+
+
+def job_of(name: str, **more: Any) -> Job:
+    return make_job(strategy=STRATEGIES[name], **{**HARD, **more})
+
+
+# ---- against ddp ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance", "workers"),
+    [("static", 1e-6, 2), ("fsdp", 1e-6, 2), ("fsdp", 1e-6, 3), ("bf16", 3e-2, 2), ("fp16", 3e-3, 3)],
+)
+def test_the_gradient_is_that_of_one_worker(name: str, tolerance: float, workers: int, tmp_path: Path) -> None:
+    succeed(job_of("ddp"), tmp_path / "one", 1)
+    succeed(job_of(name), tmp_path / "many", workers)
+    for tag in ("train/loss", "train/grad_norm", "val/loss"):
+        one, many = column(tmp_path / "one", tag), column(tmp_path / "many", tag)
+        assert many == pytest.approx(one, rel=tolerance, abs=tolerance), tag
+    weights = final_weights(tmp_path / "many")
+    for key, value in final_weights(tmp_path / "one").items():
+        assert torch.allclose(weights[key], value, atol=10 * tolerance), key
+
+
+def test_meeting_after_every_step_with_plain_sgd_is_ddp(tmp_path: Path) -> None:
+    job = make_job(epochs=1, optimizer=SGD, global_batch_size=101, microbatch_size=20)
+    succeed(job, tmp_path / "ddp", 2)
+    strategy = StrategyConfig("local_sgd", inner_steps=1)
+    succeed(replace(job, strategy=strategy), tmp_path / "local", 2)
+    for tag in ("train/loss", "val/loss"):
+        assert column(tmp_path / "local", tag) == pytest.approx(column(tmp_path / "ddp", tag), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["powersgd", "diloco", "diloco-overlapped"])
+def test_it_learns(name: str, tmp_path: Path) -> None:
+    job = replace(make_job(epochs=6, evaluate_every="1ep"), strategy=StrategyConfig(**STRATEGIES[name]))
+    ranks = succeed(job, tmp_path, 2)
+    losses = column(tmp_path, "train/loss")
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), losses
+    # Where the run ends the workers hold the weights that are exported.
+    for rank in ranks:
+        assert_same_weights(rank.weights, final_weights(tmp_path))
+
+
+def test_a_worker_without_samples_takes_part(tmp_path: Path) -> None:
+    # 103 samples in batches of 20: the last has three, for four workers, and the validation set two.
+    for name in ("powersgd", "fsdp", "diloco"):
+        job = job_of(name, data={"_target_": "Points", "train": 103, "val": 2}, global_batch_size=20, microbatch_size=3)
+        succeed(job, tmp_path / name, 4)
+        assert result_of(tmp_path / name)["samples"] == 103
+    one = job_of("ddp", data={"_target_": "Points", "train": 103, "val": 2}, global_batch_size=20, microbatch_size=3)
+    succeed(one, tmp_path / "one", 1)
+    assert column(tmp_path / "fsdp", "val/loss") == pytest.approx(column(tmp_path / "one", "val/loss"), abs=1e-6)
+
+
+# ---- stopped and resumed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("bf16", "float32"),
+        ("fsdp", "float32"),
+        ("local_sgd", "float32"),
+        ("diloco-overlapped", "float32"),
+        *((name, "float16") for name in ("powersgd", "fsdp-bf16", "diloco")),
+    ],
+)
+def test_killed_and_resumed_is_never_stopped(name: str, precision: str, tmp_path: Path) -> None:
+    """Killed after step 6, between two meetings and, where they overlap, before the first has arrived."""
+    model = {"_target_": "Steep"} if precision == "float16" else {"_target_": "Tokens", "width": 40}
+    job = job_of(name, precision=precision, model=model)
+    succeed(job, tmp_path / "whole", 2)
+    kill(job, tmp_path / "killed", 2, after=7, once_saved=6)
+    succeed(job, tmp_path / "killed", 2)
+    assert result_of(tmp_path / "killed")["restarts"] == 1
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("name", ["powersgd", "fsdp", "local_sgd", "diloco-overlapped"])
+def test_resumed_with_other_numbers_of_workers_goes_on_well(name: str, tmp_path: Path) -> None:
+    job = job_of(name, epochs=2, checkpoint={"every": 3, "keep": 9})
+    succeed(job, tmp_path / "whole", 2)
+    succeed(job, tmp_path / "resized", 2, scripts=Script(stop_after=6))
+    succeed(job, tmp_path / "resized", 3, scripts=Script(stop_after=13))
+    succeed(job, tmp_path / "resized", 1)
+    result = result_of(tmp_path / "resized")
+    assert (result["status"], result["world_sizes"], result["samples"]) == ("completed", [2, 3, 1], 2074)
+    # Those that train apart meet once more for each change, which their outer momentum feels for a while.
+    tolerance = 1e-5 if name == "fsdp" else 0.2 if "diloco" in name else 0.05
+    assert column(tmp_path / "resized", "val/loss")[-1] == pytest.approx(
+        column(tmp_path / "whole", "val/loss")[-1], rel=tolerance
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), [("fsdp", "ddp"), ("ddp", "fsdp")])
+def test_ddp_and_fsdp_continue_one_another(first: str, second: str, tmp_path: Path) -> None:
+    succeed(job_of("ddp"), tmp_path / "whole", 2)
+    succeed(job_of(first), tmp_path / "changed", 2, scripts=Script(stop_after=6))
+    succeed(job_of(second), tmp_path / "changed", 3)
+    for tag in ("train/loss", "train/grad_norm"):
+        assert column(tmp_path / "changed", tag) == pytest.approx(column(tmp_path / "whole", tag), abs=1e-5)
+
+
+def test_what_is_saved_and_evaluated_are_the_weights_that_the_workers_agree_on(tmp_path: Path) -> None:
+    # Step 6 lies between the meetings of steps 4 and 8: what is exported is what was agreed on after step 4.
+    job = job_of("diloco", evaluate_every=2, checkpoint={"every": 2, "keep": 9})
+    ranks = succeed(job, tmp_path, 2, scripts=Script(stop_after=6))
+    from launcher.engine.checkpoint import load_weights
+
+    saved = {step: load_weights(tmp_path / f"checkpoints/step-{step:08d}") for step in (4, 6)}
+    assert_same_weights(saved[4], saved[6])
+    losses = dict(zip((2, 4, 6), column(tmp_path, "val/loss"), strict=True))
+    assert losses[4] == losses[6] != losses[2]
+    assert not torch.equal(ranks[0].weights["head.weight"], ranks[1].weights["head.weight"])
+    (evaluated, _) = succeed(job, tmp_path, 2, action="evaluate", weights=str(tmp_path / "checkpoints/step-00000006"))
+    assert evaluated.result["val/loss"] == losses[6]
+
+
+def test_weights_to_begin_with_reach_every_strategy(tmp_path: Path) -> None:
+    # With a learning rate of zero what comes out is what went in.
+    succeed(job_of("ddp"), tmp_path / "source", 1)
+    weights = final_weights(tmp_path / "source")
+    torch.save(weights, tmp_path / "weights.pt")
+    still = {"_target_": "torch.optim.SGD", "lr": 0.0}
+    for name in ("fsdp", "powersgd", "diloco"):
+        succeed(job_of(name, optimizer=still), tmp_path / name, 2, weights=str(tmp_path / "weights.pt"))
+        assert_same_weights(final_weights(tmp_path / name), weights)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_activation_checkpointing_changes_no_number(tmp_path: Path) -> None:
+    succeed(job_of("ddp"), tmp_path / "kept", 2)
+    job = job_of("ddp")
+    again = replace(job, strategy=StrategyConfig(activation_checkpointing=True, blocks=["Linear"]))
+    succeed(again, tmp_path / "again", 2)
+    assert_same_run(tmp_path / "kept", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({"activation_checkpointing": True}, "none were found"),
+        ({"activation_checkpointing": True, "blocks": ["Linaer"]}, 'Linaer.*"Linear"'),
+        ({"name": "fsdp", "hybrid": True}, "Use several machines"),
+        ({"name": "fsdp", "cpu_offload": True}, "on CPUs"),
+    ],
+)
+def test_what_cannot_be_is_told_before_training(strategy: dict[str, Any], message: str, tmp_path: Path) -> None:
+    import re
+
+    ranks = launch(make_job(epochs=1, strategy=strategy), tmp_path, 2)
+    for rank in ranks:
+        assert rank.error is not None
+        assert rank.error[0] == "ConfigError"
+        assert re.search(message, rank.error[1])
+        assert not any(event.get("name") == "training" for event in rank.events)
