@@ -302,7 +302,7 @@ def _check_sweep(sweep: SweepConfig) -> None:
 def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
     name = strategy.name
     _one_of("strategy.name", name, STRATEGIES)
-    _one_of("strategy.compression", strategy.compression, COMPRESSIONS)
+    _one_of("strategy.compression", strategy.compression, COMPRESSIONS, _SHORT)
     for key, homes in STRATEGY_OPTIONS.items():
         if getattr(strategy, key) is not None and name not in homes:
             raise ConfigError(
@@ -380,7 +380,10 @@ _USUAL = {
 }
 
 
-def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "powerSGD": "powersgd", "off": "none"}
+
+
+def _one_of(key: str, value: str, known: Sequence[str], usual: Mapping[str, str] = _USUAL) -> None:
     if value not in known:
-        hint = did_you_mean(_USUAL.get(value, value), known)
+        hint = did_you_mean(usual.get(value, value), known)
         raise ConfigError(f"{key} is {value!r}, but must be one of {', '.join(known)}.{hint}")

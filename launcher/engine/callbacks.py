@@ -230,6 +230,12 @@ def build_callbacks(job: Job) -> dict[str, Any]:
     averages = [name for name, member in members.items() if hasattr(member, "weights")]
     if len(averages) > 1:
         raise ConfigError(f"callbacks: {' and '.join(averages)} both say which weights are evaluated. Choose one.")
+    if averages and job.strategy.name in ("local_sgd", "diloco"):
+        raise ConfigError(
+            f"callbacks.{averages[0]} averages the weights, and with strategy={job.strategy.name} every worker has "
+            "weights of its own, whose own average is evaluated already. Leave the callback out "
+            f"(~callbacks.{averages[0]}), or use strategy=ddp."
+        )
     return members
 
 

@@ -107,8 +107,9 @@ def test_what_powersgd_leaves_out_is_not_lost() -> None:
     steps = 30
     ranks = on_ranks(reduced_by_powersgd, 2, steps, 1, 0)
     for index in ranks[0]["errors"]:
-        true = sum((gradient(0, step, SHAPES[index]) + gradient(1, step, SHAPES[index])) / 2 for step in range(steps))
-        applied = sum(mean[index] for mean in ranks[0]["means"])
+        both = [gradient(rank, step, SHAPES[index]) for step in range(steps) for rank in range(2)]
+        true = torch.stack(both).sum(0) / 2
+        applied = torch.stack([mean[index] for mean in ranks[0]["means"]]).sum(0)
         owed = (ranks[0]["errors"][index] + ranks[1]["errors"][index]).view(SHAPES[index]) / 2
         assert torch.allclose(applied + owed, true, atol=1e-3)
 
@@ -194,7 +195,8 @@ def test_diloco_is_a_loop_written_by_hand(delay: int) -> None:
                 replica.data.copy_(theta.detach()).add_(more)
             sent = None
         if step % every == 0 or last:
-            theta.grad = sum((theta.detach() - replica.detach()) / workers for replica in replicas)
+            first, second = ((theta.detach() - replica.detach()) / workers for replica in replicas)
+            theta.grad = first + second
             sent = [replica.detach().clone() for replica in replicas]
             if not delay or last:
                 outer.step()

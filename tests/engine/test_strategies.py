@@ -206,3 +206,21 @@ def test_what_cannot_be_is_told_before_training(strategy: dict[str, Any], messag
         assert rank.error[0] == "ConfigError"
         assert re.search(message, rank.error[1])
         assert not any(event.get("name") == "training" for event in rank.events)
+
+
+# ---- beside the rest ------------------------------------------------------------------------------------------------
+
+
+def test_an_average_of_weights_that_are_divided_is_that_of_whole_ones(tmp_path: Path) -> None:
+    ema = {"ema": {"_target_": "launcher.engine.callbacks.Ema", "decay": 0.9}}
+    for name in ("ddp", "fsdp"):
+        succeed(job_of(name, callbacks=ema, evaluate_every=4), tmp_path / name, 2)
+    one, other = (column(tmp_path / name, "val/loss") for name in ("ddp", "fsdp"))
+    assert other == pytest.approx(one, abs=1e-5)
+
+
+def test_an_average_of_weights_that_differ_between_workers_is_refused(tmp_path: Path) -> None:
+    ema = {"ema": {"_target_": "launcher.engine.callbacks.Ema"}}
+    (rank, _) = launch(job_of("diloco", callbacks=ema), tmp_path, 2)
+    assert rank.error is not None
+    assert "every worker has weights of its own" in rank.error[1]

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from launcher.config import StrategyConfig, TrainerConfig
-from launcher.engine.data import Split
+from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.blocks import blocks_of
 from launcher.engine.strategies.compression import WIRE

@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from launcher.config import TrainerConfig
-from launcher.engine.data import Split
 from launcher.engine.metrics import ContractError, as_pair, check_answer
+from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
