@@ -184,7 +184,7 @@ def read_librispeech(folder: Path, rate: int, alphabet: str) -> list[Recording]:
                 raise FileNotFoundError(f"{where}: there is no {name}.flac or {name}.wav beside it.")
             sounds.discard(path)
             encode(text, alphabet, where)
-            samples = check_audio(path, rate)
+            samples = check_audio(path, rate, "; or set data.rate and model.rate, if all are so")
             if outputs_needed(text) > outputs_of(samples, rate):
                 raise ValueError(
                     f"{where}: {len(text)} characters cannot be said in the {samples / rate:.2f} s of {path.name}: CTC "
@@ -261,13 +261,16 @@ def change_speed(audio: np.ndarray, speed: float) -> np.ndarray:
     return np.interp(places, np.arange(len(audio)), audio).astype(np.float32)
 
 
-def check_audio(path: Path, rate: int) -> int:
-    """How many samples a sound file has by its header. Raises ValueError when it cannot be used."""
+def check_audio(path: Path, rate: int, otherwise: str = "") -> int:
+    """How many samples a sound file has by its header. Raises ValueError when it cannot be used.
+
+    `otherwise`: what else to do about another rate than to convert the file.
+    """
     try:
         found = _soundfile().info(str(path))
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read as sound ({error}). Expected a WAV or FLAC file.") from error
-    return _check(path, found.frames, found.channels, found.samplerate, rate)
+    return _check(path, found.frames, found.channels, found.samplerate, rate, otherwise)
 
 
 def read_audio(path: Path, rate: int) -> np.ndarray:
@@ -281,12 +284,11 @@ def read_audio(path: Path, rate: int) -> np.ndarray:
     return audio[:, 0]
 
 
-def _check(path: Path, samples: int, channels: int, found: int, rate: int) -> int:
+def _check(path: Path, samples: int, channels: int, found: int, rate: int, otherwise: str = "") -> int:
     if found != rate or channels != 1:
         raise ValueError(
             f"{path} has {channels} channel(s) of {found} samples per second; expected one of {rate}. Convert it, with "
-            f"`ffmpeg -i IN -ac 1 -ar {rate} OUT` for example"
-            + (f"; or set data.rate={found} and model.rate={found}, if all are so." if found != rate else ".")
+            f"`ffmpeg -i IN -ac 1 -ar {rate} OUT` for example{otherwise if found != rate else ''}."
         )
     if samples < WINDOW_S * rate:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -178,7 +179,7 @@ def sound(name: str, seconds: float, rate: int = 16000, channels: int = 1) -> Ch
 BAD: list[tuple[Change, str]] = [
     (sound("19-198-0001.wav", 0), r"0001.wav is empty; expected at least 25 ms"),
     (sound("19-198-0001.wav", 0.01), r"0001.wav is 10.0 ms long; expected at least 25 ms"),
-    (sound("19-198-0002.flac", 1, 8000), r"0002.flac has 1 channel.* of 8000 .*one of 16000.*ffmpeg.*data.rate=8000"),
+    (sound("19-198-0002.flac", 1, 8000), r"0002.flac has 1 channel.* of 8000 .*one of 16000.*ffmpeg.*; or set d"),
     (sound("19-198-0002.flac", 1, channels=2), r"0002.flac has 2 channel.*ffmpeg .*-ac 1"),
     (sound("19-198-0003.flac", 1), r"0003.flac has no line in a .trans.txt"),
     (lambda root: (root / FOLDER / "19-198-0001.wav").unlink(), r"trans.txt, line 2: there is no 19-198-0001.flac"),
@@ -370,12 +371,21 @@ QUICK = ("experiment=transcribe", "cluster=none", "data.size=6", "data.val_size=
 TINY = (*QUICK, "trainer.epochs=1", "model.channels=4", "model.hidden=8", "logging.graph=false")
 
 
-def test_experiment_runs_to_its_end(here: Place) -> None:
+def test_experiment_runs_to_its_end_and_transcribes(here: Place, tmp_path: Path) -> None:
     done = here.here(*TINY, "run.name=a")
     assert done.status == 0, done.err
     metrics = here.result("a")["metrics"]
     assert {"val/loss", "val/character_error_rate", "val/word_error_rate", "val/text_accuracy"} <= set(metrics)
     assert here.result("a")["steps"] == 2
+    write(tmp_path / "noise.wav", 0.5, 8000)
+    said = here.here("predict", "a", f"input={tmp_path}")
+    assert said.status == 0, said.err
+    [line] = said.out.splitlines()
+    assert set(json.loads(line)) == {"input", "transcription"}
+    write(tmp_path / "fast.wav", 0.5, 16000)
+    refused = here.here("predict", "a", f"input={tmp_path}")
+    assert refused.status == 2
+    assert "fast.wav has 1 channel(s) of 16000" in refused.err
 
 
 @pytest.mark.parametrize(("change", "message"), [BAD[2], BAD[8]])
