@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                                        all variants, three rounds
     python benchmarks/gpu.py --networks resnet18 --variants bfloat16 bfloat16,compile --batch 512
+    python benchmarks/gpu.py --language                             GPT-2 beside a plain loop, see gpu_language.py
 
 Each variant trains the digits in this process through `launcher.engine`, as `launch cluster=none` does, with
 TensorBoard on. Time is taken over steps in the middle, logging included. Then some steps between two logs are profiled:
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import harness
+from benchmarks import gpu_language, harness
 from benchmarks.harness import Failed, Figures, Measure, Report, spread
 
 NETWORKS = {"convnet": [], "resnet18": ["model.channels=1", "model.size=28"]}
@@ -43,17 +44,30 @@ def main() -> None:
     parser = harness.parser(__doc__, rounds=3)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--batch", type=int, default=256, help="samples in a step (default 256)")
-    parser.add_argument("--first", type=int, default=100, help="the step at which the time begins (default 100)")
-    parser.add_argument("--last", type=int, default=400, help="the step at which it ends (default 400)")
+    parser.add_argument("--batch", type=int, help="samples at a time (default 256; with --language 16)")
+    parser.add_argument("--first", type=int, help="the step at which the time begins (default 100; 20)")
+    parser.add_argument("--last", type=int, help="the step at which it ends (default 400; 120)")
     parser.add_argument("--profiled", type=int, default=20, help="steps that are profiled after it (default 20)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the benchmark itself")
+    parser.add_argument("--language", action="store_true", help="compare GPT-2 with a plain loop instead")
+    parser.add_argument("--accumulate", type=int, default=4, help="--language: microbatches in a step (default 4)")
+    parser.add_argument("--tiny", action="store_true", help="--language: a network of a few thousand weights")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="--language: as it stands")
     options = parser.parse_args()
+    usual = {"batch": 16, "first": 20, "last": 120} if options.language else {"batch": 256, "first": 100, "last": 400}
+    for name, value in usual.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if not 0 < options.first < options.last or not 0 < options.profiled < LOG_EVERY - 2:
         parser.error(f"--first must lie above 0 and below --last, --profiled above 0 and below {LOG_EVERY - 2}")
+    usable = options.device == "cpu" or torch.cuda.is_available()
+    if options.language:
+        device = torch.device("cpu" if options.device == "cpu" else "cuda:0") if usable else None
+        gpu_language.compare(options, device).finish(options.json)
+        return
     variants = list(itertools.product(options.networks, options.variants))
     found: dict[str, list[Figures]] = {}
-    if options.device == "cpu" or torch.cuda.is_available():
+    if usable:
         systems = {label(*variant): engine(options, *variant) for variant in variants}
         found = harness.interleave(systems, options.rounds, harness.progress)
     report(options, variants, found).finish(options.json)

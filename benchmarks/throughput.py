@@ -2,9 +2,11 @@
 
     python benchmarks/throughput.py                       forty rounds of everything, about six minutes
     python benchmarks/throughput.py --only launch plain   some of the systems
+    python benchmarks/throughput.py --network gpt         a small GPT, where computing takes nearly all the time
 
 The convolutional network and the digits of `experiment=mnist`, AdamW, TensorBoard written every 50 steps by each of
-them. All systems are started, and then compute in turn for some steps each; the time is taken inside the network
+them; with `--network gpt` the GPT, text and precision of `experiment=language` and a plain DDP script over them,
+TensorBoard every 10 steps. All systems are started, and then compute in turn for some steps each; the time is taken inside the network
 (benchmarks/timed.py), from the pass that begins one step to the pass that begins another.
 """
 
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
 from benchmarks.harness import Command, Demand, Failed, Figures, Report, Spread, Turns, ratio, torchrun
+from benchmarks.peers import plain_gpt
 
 LOG_EVERY = 50
 SKIPPED = 10  # steps of a turn before its time begins
@@ -40,6 +43,13 @@ SYSTEMS = {  # by the word that --only takes
     "channels-last": "plain DDP, channels-last",
     "tuned": "plain DDP, channels-last, fused",
 }
+GPT_DEMANDS = {"plain DDP": Demand(least=0.99), "plain DDP, fused": Demand()}
+GPT_SYSTEMS = {"launch": LAUNCH, "ray": BY_RAY, "plain": "plain DDP", "tuned": "plain DDP, fused"}
+# What is measured when nothing else is said: rounds, global batch, steps before the first turn, skipped, and of a turn.
+USUAL = {
+    "convnet": {"rounds": 40, "batch": 100, "warm_up": 100, "skipped": SKIPPED, "turn": 50, "log_every": LOG_EVERY},
+    "gpt": {"rounds": 12, "batch": 32, "warm_up": 4, "skipped": 1, "turn": 5, "log_every": plain_gpt.LOG_EVERY},
+}
 # What must be the same for all: what benchmarks/timed.py says of a system, and how often it wrote for TensorBoard. The
 # memory layout is each system's own affair.
 LIKE_FOR_LIKE = ("batch", "dtype", "workers", "threads", "parameters", "logged")
@@ -47,20 +57,34 @@ LIKE_FOR_LIKE = ("batch", "dtype", "workers", "threads", "parameters", "logged")
 
 def main() -> None:
     parser = harness.parser(__doc__, rounds=40)
-    parser.add_argument("--batch", type=int, default=100, help="samples in a step, over all workers (default 100)")
+    parser.set_defaults(rounds=None)
+    parser.add_argument("--network", choices=list(USUAL), default="convnet")
+    parser.add_argument("--batch", type=int, help="samples in a step, over all workers (default 100; of the GPT 32)")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--warm-up", type=int, default=100, help="steps before the first turn (default 100)")
-    parser.add_argument("--turn", type=int, default=50, help="steps in a turn that are timed (default 50)")
-    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="systems to measure")
+    parser.add_argument("--warm-up", type=int, help="steps before the first turn (default 100; 4)")
+    parser.add_argument("--turn", type=int, help="steps in a turn that are timed (default 50; 5)")
+    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), help="systems to measure")
     options = parser.parse_args()
-    turns = Turns(options.rounds, options.warm_up, SKIPPED, options.turn, len(options.only))
-    found, facts = harness.take_turns(systems(options, turns.total), turns, harness.progress, losses)
+    for name, value in USUAL[options.network].items():
+        if getattr(options, name, None) is None:
+            setattr(options, name, value)
+    known = SYSTEMS if options.network == "convnet" else GPT_SYSTEMS
+    options.only = options.only or list(known)
+    if not set(options.only) <= set(known):
+        parser.error(f"with --network {options.network} there are {', '.join(known)}")
+    turns = Turns(options.rounds, options.warm_up, options.skipped, options.turn, len(options.only))
+    started = systems(options, turns.total)
+    found, facts = harness.take_turns(
+        started, turns, harness.progress, lambda folder: losses(folder, options.log_every)
+    )
     check_like_for_like(facts)
     report(options, found, facts).finish(options.json)
 
 
 def systems(options: argparse.Namespace, steps: int) -> dict[str, Command]:
     """The systems to be measured, by name. A peer that is not installed is left out, and that is said."""
+    if options.network == "gpt":
+        return gpt_systems(options, steps)
     chosen = [SYSTEMS[word] for word in options.only]
     for package, name in (("accelerate", "Accelerate"), ("lightning", "Lightning")):
         if name in chosen and not harness.available(package):
@@ -78,13 +102,26 @@ def systems(options: argparse.Namespace, steps: int) -> dict[str, Command]:
     return {name: commands[name] for name in chosen}
 
 
+def gpt_systems(options: argparse.Namespace, steps: int) -> dict[str, Command]:
+    commands = {
+        LAUNCH: launch(options, steps, by_ray=False),
+        BY_RAY: launch(options, steps, by_ray=True),
+        "plain DDP": peer(options, steps, "plain_gpt"),
+        "plain DDP, fused": peer(options, steps, "plain_gpt", "--tuned"),
+    }
+    return {GPT_SYSTEMS[word]: commands[GPT_SYSTEMS[word]] for word in options.only}
+
+
 def launch(options: argparse.Namespace, steps: int, by_ray: bool) -> Command:
+    experiment, network = {"convnet": ("mnist", "ConvNet"), "gpt": ("language", "GPT")}[options.network]
+
     def command(turns: str, folder: Path) -> list[str]:
-        words = ["-m", "launcher", "experiment=mnist", f"run.root={folder}", "run.name=run", f"trainer.steps={steps}"]
-        words += ["trust=[benchmarks]", "model._target_=benchmarks.timed.ConvNet", f"+model.turns={turns}"]
+        words = ["-m", "launcher", f"experiment={experiment}", f"run.root={folder}", "run.name=run"]
+        words += [f"trainer.steps={steps}", f"trainer.log_every={options.log_every}"]
+        words += ["trust=[benchmarks]", f"model._target_=benchmarks.timed.{network}", f"+model.turns={turns}"]
         # The optimizer of the peers: PyTorch's defaults at a constant rate.
         words += [f"trainer.global_batch_size={options.batch}", "scheduler=none"]
-        words += ["optimizer.lr=1e-3", "optimizer.weight_decay=1e-2", f"trainer.log_every={LOG_EVERY}"]
+        words += ["optimizer.lr=1e-3", "optimizer.weight_decay=1e-2", "optimizer.groups=[]"]
         # Validation and checkpoints come after the steps that are timed; the peers have neither.
         words += [f"trainer.evaluate_every={10 * steps}", f"checkpoint.every={10 * steps}"]
         by_hand = [sys.executable, *words, f"scaling.workers={options.workers}"]
@@ -102,12 +139,12 @@ def peer(options: argparse.Namespace, steps: int, module: str, *words: str) -> C
     return command
 
 
-def losses(folder: Path) -> Figures:
-    logged = logged_losses(folder)
+def losses(folder: Path, log_every: int = LOG_EVERY) -> Figures:
+    logged = logged_losses(folder, log_every)
     return {"logged": len(logged), "last_loss": logged[-1]}
 
 
-def logged_losses(folder: Path) -> list[float]:
+def logged_losses(folder: Path, log_every: int) -> list[float]:
     """What the system wrote under train/loss, as TensorBoard reads it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -115,8 +152,8 @@ def logged_losses(folder: Path) -> list[float]:
         events = EventAccumulator(str(file)).Reload()
         if "train/loss" in events.Tags()["scalars"]:
             # Lightning counts steps from 0. What `launch` logs at its end, after the steps that are timed, is left out.
-            steps = (0, LOG_EVERY - 1)
-            return [event.value for event in events.Scalars("train/loss") if event.step % LOG_EVERY in steps]
+            steps = (0, log_every - 1)
+            return [event.value for event in events.Scalars("train/loss") if event.step % log_every in steps]
     raise Failed(f"nothing was written under train/loss for TensorBoard below {folder}")
 
 
@@ -132,24 +169,29 @@ def check_like_for_like(facts: dict[str, Figures]) -> None:
 def report(options: argparse.Namespace, found: dict[str, list[Figures]], facts: dict[str, Figures]) -> Report:
     known = next(iter(facts.values()))
     settings = {
-        "network": f"ConvNet of {known['parameters']} parameters",
+        "network": f"{'ConvNet' if options.network == 'convnet' else 'GPT'} of {known['parameters']} parameters",
         "workers": options.workers,
         "threads per worker": known["threads"],
         "global batch": options.batch,
         "a turn": f"{options.turn} steps",
         "rounds": options.rounds,
-        "TensorBoard": f"every {LOG_EVERY} steps",
+        "TensorBoard": f"every {options.log_every} steps",
     }
     result = Report("throughput", settings)
     result.content = {"systems": {}, "ratios": {}}
+    demands = DEMANDS if options.network == "convnet" else GPT_DEMANDS
     for name, turns in found.items():
         rate = Spread([options.turn / turn["seconds"] for turn in turns])
         busy = Spread([1000 * turn["cpu"] / options.turn for turn in turns])
-        row = {"system": name, "steps/s": rate.text(1), "CPU ms a step": busy.text(1)}
+        row = {
+            "system": name,
+            "steps/s": rate.text(1 if options.network == "convnet" else 2),
+            "CPU ms a step": busy.text(1),
+        }
         row |= {"launch is faster by": "", "asked": ""}
-        if LAUNCH in found and name in DEMANDS:
+        if LAUNCH in found and name in demands:
             times = ratio(turns, found[LAUNCH], "seconds")
-            demand = DEMANDS[name]
+            demand = demands[name]
             row |= {"launch is faster by": f"{times.text(2)} times", "asked": demand.text(times.median)}
             result.content["ratios"][name] = times.to_dict() | {"asked": demand.least}
         result.rows.append(row)

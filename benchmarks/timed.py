@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models import vision
+from models import language, vision
 
 
 class Stopwatch:
@@ -113,6 +113,31 @@ class ConvNet(vision.ConvNet):
         if stopwatch is not None and self.training and torch.is_grad_enabled():
             stopwatch.note(lambda: facts(self, x))
         return super().forward(x)
+
+
+class GPT(language.GPT):
+    """`models.language.GPT`, with a stopwatch when `turns` says (port, warm_up, skipped, steps)."""
+
+    def __init__(
+        self,
+        vocabulary: int = 256,
+        context: int = 256,
+        width: int = 192,
+        layers: int = 4,
+        heads: int = 3,
+        tied: bool = False,
+        generate: int = 200,
+        temperature: float = 0.8,
+        top_k: int = 50,
+        turns: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(vocabulary, context, width, layers, heads, tied, generate, temperature, top_k)
+        self._stopwatch = Stopwatch(*turns) if turns else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self._stopwatch is not None and self.training and torch.is_grad_enabled():
+            self._stopwatch.note(lambda: facts(self, tokens))
+        return super().forward(tokens)
 
 
 class AdamW(torch.optim.AdamW):

@@ -37,16 +37,16 @@ class Windows:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.context
 
-    def __getitems__(self, indices: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int], seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         last = len(self.tokens) - self.context - 1  # the last place at which a window may begin
         starts = np.asarray(indices, np.int64) * self.context
-        if self.shifted:
+        if self.shifted and seeds is not None:
             starts = np.minimum(starts + np.asarray(seeds, np.uint64) % np.uint64(self.context), last).astype(np.int64)
         rows = torch.from_numpy(np.stack([self.tokens[at : at + self.context + 1] for at in starts]).astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        x, y = self.__getitems__([range(len(self))[index]], [0])
+        x, y = self.__getitems__([range(len(self))[index]])
         return x[0], y[0]
 
 

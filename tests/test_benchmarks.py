@@ -85,6 +85,16 @@ def test_throughput_compares_the_same_with_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_throughput_of_a_gpt(tmp_path: Path) -> None:
+    words = ["--network", "gpt", "--rounds", "1", "--warm-up", "2", "--turn", "8", "--batch", "2"]
+    content = run_benchmark("throughput", [*words, "--only", "launch", "plain"], tmp_path)
+    for name, found in content["systems"].items():
+        assert found["facts"]["batch"] == [1, 256], name
+        assert 0 < found["facts"]["last_loss"] < 6, f"{name} does not train"
+    assert content["ratios"]["plain DDP"]["asked"] == 0.99
+
+
+@pytest.mark.timeout(300)
 def test_startup_of_one_process(tmp_path: Path) -> None:
     content = run_benchmark("startup", ["--rounds", "1", "--only", "alone", "--experiment", "mnist_tiny"], tmp_path)
     for name, found in content["systems"].items():
@@ -133,6 +143,25 @@ def test_gpu_without_one_says_so_and_leaves_the_figures_empty(tmp_path: Path) ->
     assert any("There is no GPU" in remark for remark in content["remarks"])
     assert len(content["variants"]) == len(gpu.NETWORKS) * len(gpu.VARIANTS)
     assert all(value is None for found in content["variants"].values() for value in found.values())
+
+
+@pytest.mark.timeout(300)
+def test_gpu_language_on_the_cpu_as_a_stand_in(tmp_path: Path) -> None:
+    words = ["--language", "--tiny", "--no-compile", "--device", "cpu", "--rounds", "1"]
+    content = run_benchmark("gpu", [*words, "--batch", "2", "--first", "2", "--last", "12"], tmp_path)
+    assert list(content["systems"]) == ["launch", "plain loop"]
+    for name, found in content["systems"].items():
+        assert is_spread(found["tokens_per_second"], 1), name
+        assert found["mfu"] is None, "a CPU has no peak"
+        assert 0 < found["last_loss"] < 7, f"{name} does not train"
+    assert is_spread(content["ratio"], 1)
+
+
+def test_gpu_language_without_one_says_so_and_leaves_the_figures_empty(tmp_path: Path) -> None:
+    content = run_benchmark("gpu", ["--language"], tmp_path, {"CUDA_VISIBLE_DEVICES": ""})
+    assert any("There is no GPU" in remark for remark in content["remarks"])
+    assert content["ratio"] is None
+    assert all(value is None for found in content["systems"].values() for value in found.values())
 
 
 # ---- counting synchronisations --------------------------------------------------------------------------------------
