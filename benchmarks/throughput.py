@@ -6,8 +6,8 @@
 
 The convolutional network and the digits of `experiment=mnist`, AdamW, TensorBoard written every 50 steps by each of
 them; with `--network gpt` the GPT, text and precision of `experiment=language` and a plain DDP script over them,
-TensorBoard every 10 steps. All systems are started, and then compute in turn for some steps each; the time is taken inside the network
-(benchmarks/timed.py), from the pass that begins one step to the pass that begins another.
+TensorBoard every 10 steps. All systems are started, and then compute in turn for some steps each; the time is taken
+inside the network (benchmarks/timed.py), from the pass that begins one step to the pass that begins another.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ class TrainerConfig:
     precision: str = "float32"
     deterministic: bool = False
     compile: bool = False
+    compile_blocks: bool = False
     clip_norm: float | None = None
     seed: int = 0
     sync_batchnorm: bool = False

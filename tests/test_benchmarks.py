@@ -84,6 +84,7 @@ def test_throughput_compares_the_same_with_the_same(tmp_path: Path) -> None:
     assert content["ratios"]["plain DDP"]["values"] == pytest.approx(ratios)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_throughput_of_a_gpt(tmp_path: Path) -> None:
     words = ["--network", "gpt", "--rounds", "1", "--warm-up", "2", "--turn", "8", "--batch", "2"]

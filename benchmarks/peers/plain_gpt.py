@@ -29,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     data = KingJames().train
     sampler: DistributedSampler = DistributedSampler(data, shuffle=True)  # type: ignore[arg-type]
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         data,  # type: ignore[arg-type]
         batch_size=options.batch // world_size,
         sampler=sampler,

@@ -18,6 +18,7 @@ from launcher.config import TrainerConfig
 from launcher.engine.metrics import ContractError, as_pair, check_answer
 from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
+from launcher.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Record = Callable[[Mapping[str, Any]], None]
@@ -60,7 +61,9 @@ class Strategy(ABC):
         self.uses_all = True
         if trainer.compile:
             # Kernels for shapes in general are made once the second shape is met, which is another chunk on every rank.
-            self._steps.compile(dynamic=False if trainer.deterministic else None)
+            dynamic = False if trainer.deterministic else None
+            for part in repeated_blocks(model) if trainer.compile_blocks else [self._steps]:
+                part.compile(dynamic=dynamic)
 
     def cast(self) -> AbstractContextManager[Any]:
         """The context in which the network computes in `trainer.precision`."""
@@ -182,6 +185,32 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     if not present:
         return True
     return bool(torch.stack([norm.double() for norm in torch._foreach_norm(present)]).isfinite().all())
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that the network repeats: the modules of every nn.ModuleList of two or more of one class.
+
+    Compiled by themselves they share one graph, so that compiling takes no longer for twelve blocks than for one
+    (regional compilation, docs.pytorch.org/tutorials/recipes/regional_compilation.html). Lists within a block do not
+    count.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    blocks: list[nn.Module] = []
+    within: set[int] = set()
+    for module in model.modules():
+        if id(module) in within or not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        if len({type(block) for block in module}) == 1:
+            blocks += module
+            within.update(id(inner) for block in module for inner in block.modules())
+    if not blocks:
+        raise ConfigError(
+            f"trainer.compile_blocks=true was asked for, and {type(model).__name__} has no nn.ModuleList of blocks of "
+            "one class. Leave it out; trainer.compile=true then compiles the whole network."
+        )
+    return blocks
 
 
 def _owners(model: nn.Module) -> list[nn.Parameter]:
