@@ -3,6 +3,7 @@
 The order of layers follows Deep Speech 2 (Amodei et al. 2015, arXiv:1512.02595), small enough for a CPU. What a
 recording contributes does not depend on its neighbours in the batch: there is no batch normalisation and no dropout,
 every layer puts zeros where a recording has ended, and the backward GRU starts at the last frame of each recording.
+On CUDA PyTorch adds the gradients of CTC atomically, so that it refuses this network in the deterministic mode there.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Speech(nn.Module):
         }
 
     def export_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What `forward` takes."""
+        """What `forward` takes. An exported network keeps the length N of this batch; shorter recordings are padded."""
         return batch["audio"], batch["lengths"]
 
     def _outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
