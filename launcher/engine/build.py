@@ -10,14 +10,15 @@ from torch import nn
 
 from launcher import targets
 from launcher.config import Job
-from launcher.engine.data import Data, Fetch, Loader, channels_last, lengths_of, seed_everything
+from launcher.engine.data import Data, Fetch, Loader, blocks_of, channels_last, lengths_of, seed_everything
 from launcher.engine.evaluation import Evaluated, Evaluator
-from launcher.engine.order import Split, order_of_evaluation
+from launcher.engine.order import Order, Split, order_of_evaluation
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.blocks import recompute
 from launcher.engine.strategies.ddp import DataParallel
 from launcher.engine.strategies.exact import ExactDataParallel
 from launcher.engine.strategies.strategy import Strategy
+from launcher.engine.stream import StreamLoader
 from launcher.errors import CheckpointError, ConfigError, DataError
 
 # Chunks of a global batch in deterministic mode, when trainer.microbatch_size does not say otherwise: enough for eight
@@ -126,6 +127,26 @@ def check_batch(job: Job, samples: int, workers: int) -> None:
             f"{samples} "
             "samples. Use at most that."
         )
+
+
+def build_loader(job: Job, data: Data, runtime: Runtime, model: nn.Module) -> Loader:
+    """Build the reader of the training data."""
+    fetch = Fetch(data.train, data.collate, job.trainer.seed, data.augment)
+    if callable(getattr(data.train, "stream", None)) and not job.trainer.overfit_batches:
+        if job.trainer.deterministic:
+            raise ConfigError(
+                "trainer.deterministic=true was asked for with training data that are read as a stream, whose order "
+                "depends on the workers. Read them sample by sample (data.stream=false), or leave deterministic mode."
+            )
+        return StreamLoader(data.train, runtime, job.trainer.seed, fetch=fetch, convert=converter(model))
+    return Loader(fetch, runtime.device, data.num_workers, converter(model))
+
+
+def build_order(job: Job, train: Any) -> Order:
+    """Build the order of the training samples."""
+    trainer = job.trainer
+    batch, seed, only = trainer.global_batch_size, trainer.seed, trainer.overfit_batches
+    return Order(len(train), batch, seed, only, lengths_of(train), blocks_of(train))
 
 
 def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:

@@ -152,8 +152,8 @@ class Loader:
         self._num_workers = 0 if fetch.in_memory else num_workers
         self._convert = convert
 
-    def read(self, keys: Iterator[tuple[int, torch.Tensor]]) -> Generator[Any]:
-        """Yield the batch of each key, on the device.
+    def read(self, keys: Iterator[tuple[int, torch.Tensor]], at: int = 0) -> Generator[Any]:
+        """Yield the batch of each key, on the device. `at`: the step that the first one is for.
 
         Raises:
             DataError: a sample is bad; the message is the data set's own.
@@ -355,6 +355,24 @@ def lengths_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
     return numbers.long()
 
 
+def blocks_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
+    """Return the `blocks` of a data set as int64, or None where it has none.
+
+    Raises:
+        DataError: they are not whole numbers that add up to the data set's length.
+    """
+    blocks = getattr(dataset, "blocks", None)
+    if blocks is None:
+        return None
+    numbers = torch.as_tensor(blocks)
+    if numbers.is_floating_point() or numbers.ndim != 1 or int(numbers.sum()) != len(dataset) or (numbers < 0).any():
+        raise DataError(
+            f"The data set {name} has `blocks` that are not the sizes of its parts: {int(numbers.sum())} samples "
+            f"in all instead of {len(dataset)}."
+        )
+    return numbers.long()
+
+
 def _named(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
@@ -370,3 +388,4 @@ def _check(dataset: Any, name: str) -> None:
     if len(dataset) == 0:
         raise DataError(f"The data set {name} is empty. Check the path and the split that its configuration names.")
     lengths_of(dataset, name)
+    blocks_of(dataset, name)

@@ -14,6 +14,8 @@ Span = tuple[int, int]  # [start, stop) of positions within a global batch or a 
 # Samples are sorted by length within windows of so many global batches, and of a quarter of an epoch at most: in one
 # window over the whole of a small data set the same samples would meet in every epoch.
 WINDOW = 50
+# Samples are shuffled within so many blocks, which a reader then keeps in memory together.
+BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Order:
         lengths: int64 (length,), tokens or frames of each sample. Samples of similar length then share a batch, so that
             little is padded: the shuffled samples are sorted within windows of several global batches, and the batches
             shuffled again. The smaller last batch is a random part of the data like any other.
+        blocks: sizes of the parts that are read as a whole, one behind the other. They come in a random order, and the
+            samples of a few neighbours in it are shuffled together, so that little is read twice.
     """
 
     length: int
@@ -35,6 +39,7 @@ class Order:
     seed: int
     only_batches: int = 0
     lengths: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    blocks: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,8 +51,17 @@ class Order:
         if self.only_batches:
             return torch.arange(min(self.length, self.only_batches * self.global_batch_size))
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        shuffled = torch.randperm(self.length, generator=generator)
+        if self.blocks is None:
+            shuffled = torch.randperm(self.length, generator=generator)
+        else:
+            shuffled = self._by_block(self.blocks, generator)
         return shuffled if self.lengths is None else self._by_length(shuffled, self.lengths, generator)
+
+    def _by_block(self, blocks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        parts = torch.arange(self.length).split(blocks.tolist())
+        order = torch.randperm(len(parts), generator=generator).tolist()
+        mixed = [torch.cat([parts[i] for i in order[at : at + BLOCKS]]) for at in range(0, len(order), BLOCKS)]
+        return torch.cat([some[torch.randperm(len(some), generator=generator)] for some in mixed])
 
     def _by_length(self, shuffled: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         batches, rest = divmod(self.length, self.global_batch_size)

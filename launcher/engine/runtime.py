@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -65,6 +66,7 @@ class Runtime:
     group: Any = None
     host_group: Any = None
     owns_group: bool = False
+    tables: Callable[[int], Iterator[Any]] | None = None  # who reads a stream of data elsewhere gives it here
     _task_groups: list[Any] = field(default_factory=list)
 
     @property

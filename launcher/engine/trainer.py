@@ -19,15 +19,22 @@ from torch import nn
 
 from launcher.config import Job, parse_interval
 from launcher.engine import hardware
-from launcher.engine.build import build_evaluator, build_split, build_strategy, converter, load_weights_into
+from launcher.engine.build import (
+    build_evaluator,
+    build_loader,
+    build_order,
+    build_split,
+    build_strategy,
+    load_weights_into,
+)
 from launcher.engine.callbacks import Callbacks, Run, build_callbacks
 from launcher.engine.checkpoint import Checkpointer, Newest, newest_intact
 from launcher.engine.control import CHECKPOINT, PRUNE, STOP, Control, Watch
-from launcher.engine.data import Data, Fetch, Loader, lengths_of
+from launcher.engine.data import Data
 from launcher.engine.examples import Examples
 from launcher.engine.metrics import Sums, as_pair, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
-from launcher.engine.order import Order, keys_of_training
+from launcher.engine.order import keys_of_training
 from launcher.engine.peaks import share_of_a_sample
 from launcher.engine.progress import Every, Progress
 from launcher.engine.record import Recorder, StepFile, Throughput
@@ -68,22 +75,11 @@ class Trainer:
     ) -> None:
         trainer = job.trainer
         self.job, self.runtime, self.control, self.directory = job, runtime, control, directory
-        self.order = Order(
-            len(data.train),
-            trainer.global_batch_size,
-            trainer.seed,
-            trainer.overfit_batches,
-            lengths_of(data.train),
-        )
+        self.order = build_order(job, data.train)
         self.split = build_split(job)
         self.total_steps = trainer.steps or trainer.epochs * self.order.steps_per_epoch
 
-        self.loader = Loader(
-            Fetch(data.train, data.collate, trainer.seed, data.augment),
-            runtime.device,
-            data.num_workers,
-            converter(model),
-        )
+        self.loader = build_loader(job, data, runtime, model)
         self.first_batch = self._first_batch()
 
         parameter_groups(model, job.optimizer.get("groups") or [])  # freezes, which wrapping must know
@@ -278,7 +274,7 @@ class Trainer:
         keys = keys_of_training(
             self.order, self.split, r.rank, r.world_size, p.epoch, p.batch, last_step=self.total_steps, step=p.step
         )
-        return self.loader.read(keys)
+        return self.loader.read(keys, at=p.step)
 
     def _timed(self, batches: Generator[Any]) -> Generator[Any]:
         with closing(batches):

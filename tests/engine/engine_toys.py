@@ -133,6 +133,30 @@ class Ragged:
         return x, torch.stack([sample[1] for sample in samples]), torch.tensor([s[2] for s in samples]), mask
 
 
+class Flow(TensorDataset):
+    """`Points` as a stream: pieces of 50 samples, dealt out to the ranks."""
+
+    def __init__(self, count: int, raises: str) -> None:
+        super().__init__(*points(count, 1))
+        self.raises = raises
+
+    def stream(self, rank: int, world_size: int, seed: int, tables: Any = None) -> Any:
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).split(50)
+        for number, piece in enumerate(order[rank::world_size] if self.raises != "empty" else []):
+            if self.raises == "value" and number == 2:
+                raise ValueError("shard-3.parquet, row 7: expected a number.")
+            if self.raises == "bug" and number == 2:
+                raise KeyError("label")
+            yield tuple(tensor[piece] for tensor in self.tensors)
+
+
+class Flowing:
+    """`Flow` to train on."""
+
+    def __init__(self, train: int = 600, raises: str = "") -> None:
+        self.train, self.val = Flow(train, raises), TensorDataset(*points(50, 2))
+
+
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 

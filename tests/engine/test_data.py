@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from launcher.engine.data import (
     tree_map,
 )
 from launcher.engine.order import (
+    BLOCKS,
     Order,
     Split,
     keys_of_evaluation,
@@ -146,6 +148,82 @@ def test_the_smaller_last_batch_is_a_random_part_of_the_data() -> None:
     lengths = torch.arange(1004)
     last = torch.cat([Order(1004, 100, 0, lengths=lengths).epoch(epoch)[-4:] for epoch in range(50)])
     assert 400 < float(last.float().mean()) < 600
+
+
+@pytest.mark.parametrize("sizes", [[10] * 20, [1, 200, 3], [7], [5, 0, 5]])
+def test_neighbours_in_a_random_order_of_blocks_are_shuffled_together(sizes: list[int]) -> None:
+    total = sum(sizes)
+    order = Order(total, 4, 1, blocks=torch.tensor(sizes))
+    indices = order.epoch(2)
+    assert torch.equal(indices.sort().values, torch.arange(total))
+    assert torch.equal(indices, Order(total, 9, 1, blocks=torch.tensor(sizes)).epoch(2))
+    assert total < 9 or not torch.equal(indices, order.epoch(3))
+    if len(sizes) == 20:
+        blocks = (indices // 10).split(10 * BLOCKS)
+        assert all(len(part.unique()) <= BLOCKS for part in blocks)
+        assert indices.tolist() != sorted(indices.tolist())
+
+
+@pytest.mark.parametrize("blocks", [[1, 1], [4, -1], [1.5, 1.5]])
+def test_blocks_that_are_none_are_refused(blocks: Any) -> None:
+    class Three(list[int]):
+        pass
+
+    dataset = Three([1, 2, 3])
+    dataset.blocks = blocks  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"not the sizes of its parts"):
+        Data.of(Given(train=dataset))
+
+
+# ---- streams --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_stream_is_trained_with_in_whole_batches(workers: int, tmp_path: Path) -> None:
+    data = {"_target_": "Flowing", "train": 600}
+    job = make_job(model={"_target_": "Net", "note": True}, data=data, epochs=2, microbatch_size=30)
+    ranks = succeed(job, tmp_path, workers)
+    noted = [[number for entry in rank.record if entry[0] == "losses" for number in entry[1]] for rank in ranks]
+    # Behind the batches before step 0, which are the same for all.
+    before = 30 * (1 if workers == 1 else 2)
+    seen = [numbers[before:] for numbers in noted]
+    assert sum(map(len, seen)) == 1200
+    # Every rank has its own part. Where ranks have equal shares of a batch, each sample comes once in a pass; where
+    # they have not, a few are repeated and left out.
+    found = sorted(number for numbers in seen for number in numbers)
+    assert len(set(found)) > 590
+    assert workers == 3 or found == sorted(list(range(600)) * 2)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["steps"], result["samples"], result["epochs"]) == (12, 1200, 2.0)
+
+
+def test_a_stream_that_is_resumed_goes_on_with_another_pass(tmp_path: Path) -> None:
+    job = make_job(data={"_target_": "Flowing"}, epochs=1)
+    succeed(job, tmp_path, 2, scripts=Script(stop_after=5))
+    succeed(job, tmp_path, 3)
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("raises", "kind", "words"),
+    [
+        ("value", "DataError", "shard-3.parquet, row 7"),
+        ("bug", "UserCodeError", "KeyError"),
+        ("empty", "DataError", "nothing"),
+    ],
+)
+def test_a_stream_that_fails_is_told(raises: str, kind: str, words: str, tmp_path: Path) -> None:
+    (rank,) = launch(make_job(data={"_target_": "Flowing", "raises": raises}), tmp_path)
+    assert rank.error is not None
+    assert rank.error[0] == kind
+    assert words in rank.error[1]
+
+
+def test_a_stream_is_refused_where_runs_must_agree_to_the_bit(tmp_path: Path) -> None:
+    (rank,) = launch(make_job(data="Flowing", deterministic=True), tmp_path)
+    assert rank.error is not None
+    assert rank.error[0] == "ConfigError"
+    assert "data.stream=false" in rank.error[1]
 
 
 def test_overfitting_takes_the_first_samples_whatever_their_lengths() -> None:

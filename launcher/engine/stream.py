@@ -1,0 +1,75 @@
+"""Training data that are read as a stream, instead of sample by sample in the engine's order.
+
+A data set with a method `stream` still has a length and can be indexed, so that batch arithmetic, the start check and
+validation are those of every other. What is weaker is told in docs/exactness.md: which samples make up a batch depends
+on the number of workers and on restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from launcher.engine.data import Fetch, Loader, move
+from launcher.engine.failures import traceback_of_user
+from launcher.engine.order import mix
+from launcher.engine.runtime import Runtime
+from launcher.errors import DataError, UserCodeError
+
+
+class StreamLoader(Loader):
+    """Reads microbatches of the sizes that are asked for from `dataset.stream(rank, world_size, seed, tables)`.
+
+    That yields pieces: batches of any size, whose tensors have one row a sample. One stream is one pass over this
+    rank's part; another follows when it ends, so that a rank whose part is small repeats some of it.
+    """
+
+    def __init__(
+        self, dataset: Any, runtime: Runtime, seed: int, *, fetch: Fetch, convert: Callable[[Any], Any]
+    ) -> None:
+        super().__init__(fetch, runtime.device, 0, convert)
+        self._dataset, self._runtime, self._base = dataset, runtime, seed
+
+    def read(self, keys: Iterator[tuple[int, torch.Tensor]], at: int = 0) -> Generator[Any]:
+        # Where the run stands decides the pass, so that a resumed run does not read the same beginning again.
+        with closing(self._pieces(mix(self._base, at))) as pieces:
+            rest: Any = None
+            for _, indices in keys:
+                batch, rest = self._cut(rest, pieces, len(indices))
+                yield self._convert(move(batch, self._device))
+
+    def _cut(self, rest: Any, pieces: Iterator[Any], size: int) -> tuple[Any, Any]:
+        """Return a batch of `size` samples, and what is left of the last piece."""
+        parts, count = ([rest], _rows(rest)) if rest is not None else ([], 0)
+        while count < size:
+            piece = next(pieces)
+            parts.append(piece)
+            count += _rows(piece)
+        whole = parts[0] if len(parts) == 1 else _pytree.tree_map(lambda *some: torch.cat(some), *parts)
+        left = _pytree.tree_map(lambda tensor: tensor[size:], whole) if count > size else None
+        return _pytree.tree_map(lambda tensor: tensor[:size], whole), left
+
+    def _pieces(self, start: int) -> Generator[Any]:
+        rank, world_size, tables = self._runtime.rank, self._runtime.world_size, self._runtime.tables
+        number = 0
+        while True:
+            empty = True
+            try:
+                for piece in self._dataset.stream(rank, world_size, mix(start, number), tables):
+                    empty = empty and not _rows(piece)
+                    yield piece
+            except (ValueError, OSError) as error:
+                raise DataError(str(error)) from error
+            except Exception as error:
+                raise UserCodeError(f"{type(error).__name__}: {error}", traceback_of_user(error)) from error
+            if empty:
+                raise DataError(f"The stream of {type(self._dataset).__name__} has nothing for rank {rank}.")
+            number += 1
+
+
+def _rows(piece: Any) -> int:
+    return len(_pytree.tree_leaves(piece)[0])
