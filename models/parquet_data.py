@@ -32,7 +32,7 @@ class Parquet:
     Args:
         features: columns of numbers; null: all but the target.
         stream: read training data as a stream of row groups instead of row by row in the engine's order, see
-            `Rows.stream`. Quicker where row groups are many and far away, and a weaker promise.
+            `Stream.stream`: each row group is read by one worker, once, with a weaker promise.
         num_workers: loader processes that read and decode.
     """
 

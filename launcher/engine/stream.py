@@ -38,9 +38,12 @@ class StreamLoader(Loader):
         # Where the run stands decides the pass, so that a resumed run does not read the same beginning again.
         with closing(self._pieces(mix(self._base, at))) as pieces:
             rest: Any = None
-            for _, indices in keys:
+            for number, (_, indices) in enumerate(keys):
                 batch, rest = self._cut(rest, pieces, len(indices))
-                yield self._convert(move(batch, self._device))
+                if self._fetch.augment is not None:
+                    place = (self._base, at, self._runtime.rank, number)
+                    batch = batch, torch.tensor([mix(*place, sample) for sample in range(len(indices))])
+                yield self._finish(move(batch, self._device))
 
     def _cut(self, rest: Any, pieces: Iterator[Any], size: int) -> tuple[Any, Any]:
         """Return a batch of `size` samples, and what is left of the last piece."""

@@ -58,7 +58,13 @@ def test_few_row_groups_are_in_memory(root: Path, monkeypatch: pytest.MonkeyPatc
 
     data = Parquet(str(root), target="y")
     read: list[int] = []
-    monkeypatch.setattr(Rows, "_read", lambda self, n, inner=Rows._read: read.append(n) or inner(self, n))
+    inner = Rows._read
+
+    def noting(self: Rows, number: int) -> Any:
+        read.append(number)
+        return inner(self, number)
+
+    monkeypatch.setattr(Rows, "_read", noting)
     order = Order(280, 16, 0, blocks=torch.tensor(data.train.blocks)).epoch(1)
     for indices in order.split(16):
         data.train.__getitems__(indices.tolist())
