@@ -152,6 +152,9 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) ->
     order = Order(found.train_samples, trainer.global_batch_size, trainer.seed, trainer.overfit_batches)
     share = build_split(job).share(trainer.global_batch_size, 0, machines.workers)
     steps = trainer.steps or trainer.epochs * order.steps_per_epoch
+    profile = job.logging.profile
+    if profile is not None and profile[1] > steps:
+        raise ConfigError(f"logging.profile={profile}: the run has {steps} steps. Choose earlier ones.")
     microbatch = max(stop - start for start, stop in share)
     memory = {
         "parameters": found.parameter_bytes,

@@ -23,6 +23,7 @@ CLUSTERS = ("local", "none")
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
 KEEP = ("all", "best")
+MOST_TRACED = 100  # steps; some MB each
 # Sections that are as open as the class that they name; their keys are checked against its signature.
 OPEN_SECTIONS = ("model", "data", "optimizer", "scheduler", "callbacks", "vars")
 
@@ -76,6 +77,7 @@ class LoggingConfig:
     tensorboard: bool = True
     graph: bool = True
     hparams: Any = field(default_factory=list)  # a list of keys; a sweep hands its trials a mapping key -> value
+    profile: list[int] | None = None  # [first step, last step] of a trace
 
 
 @dataclass
@@ -247,6 +249,7 @@ def check_values(job: Job) -> None:
     keys = job.logging.hparams
     if not isinstance(keys, (list, dict)) or not all(isinstance(key, str) for key in keys):
         raise ConfigError(f"logging.hparams is {keys!r}, but must be a list of keys, such as [optimizer.lr].")
+    _check_profile(job.logging.profile)
     _check_sweep(job.sweep)
     for section in ("model", "data", "optimizer"):
         if "_target_" not in getattr(job, section):
@@ -337,6 +340,16 @@ def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
         raise ConfigError(
             f"strategy.overlap_steps is {strategy.overlap_steps}, but must be below strategy.inner_steps="
             f"{strategy.option('inner_steps')}: what travels has to arrive before the workers meet again."
+        )
+
+
+def _check_profile(steps: list[int] | None) -> None:
+    if steps is None:
+        return
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1] or steps[1] - steps[0] >= MOST_TRACED:
+        raise ConfigError(
+            f"logging.profile is {steps}, but must be the first and the last step of the trace, such as [10,15]: steps "
+            f"count from 1, and a trace of more than {MOST_TRACED} is too large for any viewer."
         )
 
 

@@ -188,6 +188,10 @@ WRONG: list[tuple[str, str]] = [
     ("trainer.compile=perhaps", r"trainer.compile must be true or false"),
     ("trainer=3", r"no trainer called"),
     ("logging.hparams=lr", r"logging.hparams"),
+    ("logging.profile=[15,10]", r"first and the last step"),
+    ("logging.profile=[0,3]", r"first and the last step"),
+    ("logging.profile=[1,101]", r"more than 100"),
+    ("logging.profile=[3]", r"first and the last step"),
     ("optimizer.lr=fast", r"optimizer.lr"),
     ("optimizer.lr=-1", r"at least 0"),
     # values

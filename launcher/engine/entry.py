@@ -74,6 +74,8 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
                 targets.add_calling_directory(path)
             without_compiler()
             hardware.configure(runtime, task.job.scaling.cpus_per_worker, task.job.trainer.deterministic)
+            if task.job.trainer.compile:
+                hardware.keep_compiled(directory.path.parent)
             actions = {"train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export}
             result = actions[task.action](task, runtime, phase, directory)
             if "status" in result:

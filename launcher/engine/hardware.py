@@ -36,6 +36,19 @@ def configure(runtime: Runtime, cpus_per_worker: float, deterministic: bool) -> 
         torch.set_num_threads(max(1, int(cpus_per_worker)))
 
 
+def keep_compiled(run_root: Path) -> None:
+    """Have `torch.compile` keep what it compiles below the run root, where the next run finds it.
+
+    PyTorch's own place is in the temporary folder, which a new machine or container does not have. Another one that
+    the user has set with TORCHINDUCTOR_CACHE_DIR is kept.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Importing the compiler sets the variable to that default.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(run_root / ".cache" / "torchinductor")
+
+
 def give_back_memory(device: torch.device) -> None:
     """Give what a finished task has occupied back to the device and to the operating system."""
     gc.collect()

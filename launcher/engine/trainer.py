@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing, suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from launcher.engine.metrics import Sums, as_pair, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
 from launcher.engine.order import keys_of_training
 from launcher.engine.peaks import share_of_a_sample
+from launcher.engine.profile import StepTrace
 from launcher.engine.progress import Every, Progress
 from launcher.engine.record import Recorder, StepFile, Throughput
 from launcher.engine.runtime import Runtime, Vote
@@ -111,6 +113,7 @@ class Trainer:
         )
         self.throughput = Throughput()
         self._share = share_of_a_sample(model, runtime.device, trainer.precision)
+        self._trace = StepTrace(job.logging.profile, directory.path, runtime)
         self.log_every, self.evaluate_every, self.save_every = (
             Every(parse_interval(value, key))
             for key, value in (
@@ -248,6 +251,7 @@ class Trainer:
                     batches, ranks = self._timed(self._read_from_here()), facts
                 size = self.order.batch_size(self.progress.batch)
                 share = self.split.share(size, *facts)
+                self._tell_of_trace(self._trace.before(self.progress.step + 1))
                 self._flags = self._wishes(watch)
                 vote = self.strategy.accumulate(islice(batches, len(share)), size, self._flags, self._record)
                 if vote.ballots["bad"]:
@@ -267,7 +271,13 @@ class Trainer:
         finally:
             if batches is not None:
                 batches.close()  # here and not when the garbage is collected: loader processes end with it
+            self._tell_of_trace(self._trace.close())
         return self._finish(status)
+
+    def _tell_of_trace(self, path: Path | None) -> None:
+        if path is not None and self.runtime.is_first:
+            text = f"The trace of the chosen steps is in {path.parent}: open a file of it in https://ui.perfetto.dev."
+            self.control.emit({"kind": "note", "text": text})
 
     def _read_from_here(self) -> Generator[Any]:
         p, r = self.progress, self.runtime

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from launcher.engine.checkpoint import available, load_weights, newest_intact
 from tests.engine import engine_toys as toys
 from tests.engine.engine_ranks import (
     Rank,
+    Script,
     assert_same_run,
     assert_same_weights,
     column,
@@ -201,6 +204,42 @@ def test_compiled_is_what_it_was_before(deterministic: bool, tmp_path: Path) -> 
     if deterministic:
         assert_same_run(tmp_path / "compiled2", tmp_path / "compiled3")
     assert not any("_orig_mod" in name for name in final_weights(tmp_path / "compiled2"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_was_compiled_is_found_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    cache = tmp_path / ".cache" / "torchinductor"
+
+    def compiled() -> set[Path]:
+        return {path for path in cache.rglob("*.so") if path.is_file()}
+
+    job = make_job(model={"_target_": "models.vision.ConvNet", "width": 4}, data="Pictures", steps=2, compile=True)
+    succeed(job, tmp_path / "first", timeout=300)
+    before = compiled()
+    assert before
+    succeed(job, tmp_path / "second", timeout=300)
+    assert compiled() == before
+
+
+# ---- the trace of chosen steps --------------------------------------------------------------------------------------
+
+
+def test_chosen_steps_are_traced_by_every_rank(tmp_path: Path) -> None:
+    ranks = succeed(make_job(steps=6, logging={"profile": [3, 4]}), tmp_path, 2)
+    assert "perfetto" in ranks[0].notes
+    for rank in range(2):
+        with gzip.open(tmp_path / "profile" / f"rank{rank}.pt.trace.json.gz", "rt") as file:
+            names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+        assert [name for name in names if name.startswith("ProfilerStep")] == ["ProfilerStep#3", "ProfilerStep#4"]
+        assert any("allreduce" in name or "all_reduce" in name for name in names)
+        assert any("Optimizer.step" in name for name in names)
+
+
+def test_a_run_that_ends_within_the_trace_still_writes_it(tmp_path: Path) -> None:
+    succeed(make_job(steps=20, logging={"profile": [2, 9]}), tmp_path, scripts=Script(stop_after=4))
+    assert (tmp_path / "profile" / "rank0.pt.trace.json.gz").exists()
 
 
 # ---- what is said at the start --------------------------------------------------------------------------------------
