@@ -83,14 +83,13 @@ class SpokenDigitsAsterisk(SpokenDigits):
 class DigitStrings:
     """A data set of strings that are spoken when they are asked for.
 
-    `lengths` are what they would be without any variation, in samples: good enough to put like beside like.
+    It has no `lengths`: with batches of strings alike in length the network took 130 steps more to begin to learn.
     """
 
     def __init__(self, clips: list[np.ndarray], strings: list[str], alphabet: str, seed: int | None) -> None:
         """`seed`: draw the variations from it and the index, and not from the seeds that `__getitems__` is given."""
         self.clips, self.strings, self.seed = clips, strings, seed
         self.texts = [encode(" ".join(NAMES[int(digit)] for digit in string), alphabet, string) for string in strings]
-        self.lengths = [sum(len(clips[int(digit)]) for digit in string) for string in strings]
 
     def __len__(self) -> int:
         return len(self.strings)

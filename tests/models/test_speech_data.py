@@ -105,9 +105,6 @@ def test_sound_is_sound(digits: SpokenDigits) -> None:
         assert (audio.dtype, audio.ndim) == (torch.float32, 1)
         assert 0.08 < audio.abs().max() <= 0.901
         assert 0.6 < len(audio) / 8000 < 4
-    lengths = torch.tensor([len(audio) for audio, _ in digits.val.__getitems__(range(100), range(100))])
-    told = torch.tensor(digits.val.lengths)
-    assert torch.corrcoef(torch.stack([lengths, told]).float())[0, 1] > 0.9, "lengths do not tell which are long"
 
 
 def test_a_batch_is_padded_with_silence(digits: SpokenDigits) -> None:
