@@ -52,6 +52,8 @@ class Plan:
     data: dict[str, int]
     parameters: int
     memory: dict[str, int]
+    strategy: str
+    communication: str
     gradient_bytes_per_step: int
     flops_per_sample: float | None
     tags: tuple[str, ...]
@@ -79,7 +81,6 @@ class Plan:
         m, b = self.machines, self.batches
         memory = ", ".join(f"{name} {size(part)}" for name, part in self.memory.items())
         length = f"{count(b.steps, 'step')} = {count(b.epochs, 'epoch')} of {b.steps_per_epoch}"
-        gradients = f"{size(self.gradient_bytes_per_step)} of gradients a step"
         accumulated = f" in {b.microbatches} microbatches of {b.microbatch_size}" if b.microbatches > 1 else ""
         return [
             ("where", m.description),
@@ -89,7 +90,8 @@ class Plan:
             ("data", ", ".join(f"{name} {count:,}" for name, count in self.data.items())),
             ("network", f"{self.parameters:,} parameters"),
             ("memory a worker", memory),
-            ("communication", gradients if m.workers > 1 else "none (one worker)"),
+            ("strategy", self.strategy),
+            ("communication", self.communication if m.workers > 1 else "none (one worker)"),
             ("tags", ", ".join(self.tags)),
             ("cost", f"{self.usd_per_hour:.2f} USD/h"),
         ]
@@ -144,6 +146,7 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) ->
     from launcher.engine.build import build_split, check_batch
     from launcher.engine.estimate import estimate
     from launcher.engine.order import Order
+    from launcher.engine.strategies import costs
 
     marks.begin("check")
     found = estimate(job)
@@ -156,12 +159,17 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) ->
     if profile is not None and profile[1] > steps:
         raise ConfigError(f"logging.profile={profile}: the run has {steps} steps. Choose earlier ones.")
     microbatch = max(stop - start for start, stop in share)
-    memory = {
+    kept = {
         "parameters": found.parameter_bytes,
         "gradients": found.gradient_bytes,
         "optimizer": found.optimizer_bytes,
-        "activations": found.activation_bytes_per_sample * microbatch,
     }
+    memory = costs.memory(job.strategy, machines.workers, kept)
+    memory["activations"] = found.activation_bytes_per_sample * microbatch
+    travels, communication = costs.traffic(
+        job.strategy, trainer, found.parameter_bytes, found.gradient_bytes, len(share)
+    )
+    compression = job.strategy.compression
     return Plan(
         machines=machines,
         batches=Batches(
@@ -177,7 +185,9 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) ->
         data=_sizes(found.train_samples, found.val_samples, found.test_samples),
         parameters=found.parameters,
         memory={**memory, "total": sum(memory.values())},
-        gradient_bytes_per_step=found.gradient_bytes,
+        strategy=job.strategy.name + (f" with compression {compression}" if compression != "none" else ""),
+        communication=communication,
+        gradient_bytes_per_step=travels,
         flops_per_sample=found.flops_per_sample,
         tags=found.tags,
         usd_per_hour=0.0,
