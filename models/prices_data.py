@@ -1,0 +1,341 @@
+"""Prices by date: two American stock indices that a package ships, or any CSV or Parquet file.
+
+Each class is a whole data section. A sample is a window: what was known at the close of one row (the origin), and the
+log-returns from there to the closes of the next `horizons` rows. Rows are trading days where the file has one row a
+trading day. The split is by date and leaks nothing: targets of training end before `split`, targets of validation
+begin at `split` or later, and everything that is fitted (the quantiles of the two baselines) is fitted to training
+windows. What a window is scaled by is computed from the rows up to its origin.
+
+Two baselines come with every window, so that a model is judged on the same values: `constant`, the quantiles of the
+returns of training, and `base`, the same of returns divided by an exponentially weighted volatility (RiskMetrics
+Technical Document, J.P. Morgan/Reuters 1996, section 5.2), times the volatility at the origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.prices_table import Series, read_table
+from models.vision_data import packaged
+
+SPANS = (5, 22, 66)  # rows over which volatility is measured: a week, a month, a quarter
+LOOKBACK = max(SPANS)
+CHANNELS = 2 + len(SPANS) + len(SPANS[1:])  # of a window; see `Windows`
+FLOOR = 1e-5  # smallest volatility of a row: a price that rests is not divided by zero
+CLIP = 6.0  # a return counts for at most so many volatilities in what the model sees; targets are as they are
+
+# Columns of `Rows`; then follow the logarithms of volatilities over SPANS, then the parts of negative returns.
+RETURN, VOLATILITY, LOG_VOLATILITY, SPANNED = 0, 1, 2, 3
+Origin = tuple[int, int]  # number of the series, and the row from which a window forecasts
+
+
+class Windows:
+    """A data set in memory of windows, given as whole batches: a mapping of
+
+    - `x` (B, context, CHANNELS) float32: by row, oldest first, what is known at its close, relative to the volatility s
+      at the origin: the return / s and its absolute value; the logarithm of the volatility over the last 5, 22 and 66
+      rows / s; the part of negative returns in the variance of the last 22 and 66 rows (the leverage effect).
+    - `base` (B, H, Q) float32: quantiles of the log-return from the origin to 1..H rows later, by the scaled baseline.
+    - `past` (B, context) float32: logarithm of each row's price relative to the one at the origin.
+    - `close` (B,) float64 and `time` (B,) int64: price at the origin, and its date in seconds since 1970 (UTC).
+    - with targets: `y` (B, H) float32, the log-returns, and `constant` (B, H, Q) float32, the other baseline.
+    """
+
+    def __init__(
+        self,
+        series: Sequence[Rows],
+        origins: Sequence[Origin],
+        context: int,
+        scaled: np.ndarray,
+        constant: np.ndarray | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """scaled (H, Q): quantiles of scaled returns. constant (S, H, Q)."""
+        lengths = np.cumsum([0] + [len(one.series) for one in series])
+        self.context = context
+        self.series = torch.tensor([number for number, _ in origins])
+        self.rows = torch.tensor([int(lengths[number]) + row for number, row in origins])  # in the joined columns
+        self.columns = torch.from_numpy(np.concatenate([one.columns for one in series]))  # (N, 3 + 5)
+        self.prices = torch.from_numpy(np.concatenate([one.series.prices for one in series]))  # (N,)
+        self.logs = torch.from_numpy(np.concatenate([one.logs for one in series]))  # (N,)
+        self.times = torch.from_numpy(np.concatenate([one.series.times for one in series]))  # (N,)
+        self.scaled = torch.from_numpy(scaled)
+        self.constant = None if constant is None else torch.from_numpy(constant).float()
+        if names is not None:
+            self.names = list(names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        i = torch.as_tensor(indices)
+        rows = self.rows[i]  # (B,)
+        horizons = len(self.scaled)
+        history = rows[:, None] + torch.arange(1 - self.context, 1)  # (B, context)
+        columns = self.columns[history]  # (B, context, 3 + 5), float64
+        volatility = self.columns[rows, VOLATILITY]  # (B,)
+        log = self.logs[rows][:, None]  # (B, 1)
+        batch = {
+            "x": _relative(columns).float(),
+            "base": (self.scaled * volatility[:, None, None] * _root(horizons)[:, None]).float(),
+            "past": (self.logs[history] - log).float(),
+            "close": self.prices[rows],
+            "time": self.times[rows],
+        }
+        if self.constant is not None:
+            ahead = rows[:, None] + torch.arange(1, horizons + 1)  # (B, H)
+            batch["y"] = (self.logs[ahead] - log).float()
+            batch["constant"] = self.constant[self.series[i]]
+        return batch
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {key: value[0] for key, value in self.__getitems__([range(len(self))[index]]).items()}
+
+
+class Rows:
+    """A series with what can be computed of each row once: columns (N, 3 + 3 + 2) float64, from the rows up to it."""
+
+    def __init__(self, series: Series, decay: float) -> None:
+        self.series = series
+        self.logs = np.log(series.prices)
+        returns = np.diff(self.logs, prepend=self.logs[0])  # the first is 0, and never used
+        squares, falls = returns**2, np.minimum(returns, 0) ** 2
+        volatility = ewma_volatility(returns, decay)
+        columns = [returns, volatility, np.log(volatility)]
+        columns += [np.log(np.maximum(np.sqrt(_trailing_mean(squares, span)), FLOOR)) for span in SPANS]
+        columns += [
+            _trailing_mean(falls, span) / np.maximum(_trailing_mean(squares, span), FLOOR**2) for span in SPANS[1:]
+        ]
+        self.columns = np.stack(columns, 1)
+
+    def targets(self, origins: np.ndarray, horizons: int) -> np.ndarray:
+        """Log-returns from each origin to 1..horizons rows later, (n, H)."""
+        return self.logs[origins[:, None] + np.arange(1, horizons + 1)] - self.logs[origins][:, None]
+
+
+class Prices:
+    """What both sections below share: the split, the baselines and the windows of some series."""
+
+    num_workers = 0
+
+    def __init__(
+        self,
+        series: Sequence[Series],
+        columns: tuple[str, Sequence[str], str | None],
+        split: str,
+        end: str | None,
+        context: int,
+        horizons: int,
+        quantiles: Sequence[float],
+        decay: float,
+        limit: int | None,
+        val_limit: int | None,
+    ) -> None:
+        """`columns` of a file to forecast from: that of dates, those of prices, and how dates are written."""
+        self.columns, self.context, self.horizons, self.decay = columns, context, horizons, decay
+        self.quantiles = [float(q) for q in quantiles]
+        self._check_options()
+        first, last = _seconds(split, "split"), None if end is None else _seconds(end, "end")
+        rows = [Rows(one, decay) for one in series]
+        train: list[Origin] = []
+        val: list[Origin] = []
+        for number, one in enumerate(series):
+            learn, hold = self._origins(one, first, last)
+            train += [(number, row) for row in learn.tolist()]
+            val += [(number, row) for row in hold.tolist()]
+        self.scaled, constant = self._baselines(rows, train)
+        train, val = _spaced(train, limit, "limit"), _spaced(val, val_limit, "val_limit")
+        self.train = Windows(rows, train, context, self.scaled, constant)
+        self.val = Windows(rows, val, context, self.scaled, constant)
+
+    def _check_options(self) -> None:
+        q = self.quantiles
+        if not q or any(not 0 < one < 1 for one in q) or any(a >= b for a, b in pairwise(q)):
+            raise ValueError(f"data.quantiles={q}: must rise and lie between 0 and 1.")
+        if self.context < 1 or self.horizons < 1 or not 0 < self.decay < 1:
+            raise ValueError(
+                f"data.context={self.context}, horizons={self.horizons}, decay={self.decay}: context and horizons are "
+                "at least 1, decay lies between 0 and 1."
+            )
+
+    def _origins(self, series: Series, split: int, end: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows from which training and validation windows forecast.
+
+        A training window's last target lies before the split, a validation window's first target at it or after it.
+        Its history may reach back before the split: at its origin that is the past.
+        """
+        times, h = series.times, self.horizons
+        used = len(times) if end is None else int(np.searchsorted(times, end))
+        cut = int(np.searchsorted(times, split))
+        train = np.arange(self._first(), cut - h)
+        val = np.arange(max(self._first(), cut - 1), used - h)
+        for found, what, has in ((train, "training", cut), (val, "validation", used - cut)):
+            if not len(found):
+                need = self._first() + h + 1 if what == "training" else h
+                raise ValueError(
+                    f"{series.source}: {has} rows for {what} (data.split is {_iso(split)}, the file goes from "
+                    f"{_iso(times[0])} to {_iso(times[-1])}), and at least {need} are needed: "
+                    + (
+                        f"data.context={self.context} and {LOOKBACK} before it, and data.horizons={h}."
+                        if what == "training"
+                        else f"data.horizons={h}."
+                    )
+                )
+        return train, val
+
+    def _first(self) -> int:
+        """The first row with enough history: `context` rows, and before the oldest the longest span."""
+        return LOOKBACK + self.context - 1
+
+    def _baselines(self, rows: Sequence[Rows], train: Sequence[Origin]) -> tuple[np.ndarray, np.ndarray]:
+        """Quantiles by horizon of training's scaled returns, all series together (H, Q), and of its returns (S, H, Q).
+
+        Scaled returns of different series are alike, and together they make the stronger baseline; returns are not.
+        """
+        numbers, origins = np.array(train).T
+        scaled, constant = [], []
+        for number, one in enumerate(rows):
+            mine = origins[numbers == number]
+            y = one.targets(mine, self.horizons)  # (n, H)
+            scaled.append(y / (one.columns[mine, VOLATILITY, None] * np.sqrt(np.arange(1, self.horizons + 1))))
+            constant.append(np.quantile(y, self.quantiles, axis=0).T)
+        return np.quantile(np.concatenate(scaled), self.quantiles, axis=0).T, np.stack(constant)
+
+    def inputs(self, path: str) -> Windows:
+        """The newest window of each series in a file of the same columns, to forecast from its last date."""
+        series = read_table(path, *self.columns)
+        need = self._first() + 1
+        for one in series:
+            if len(one) < need:
+                raise ValueError(
+                    f"{one.source}: {len(one)} rows, and a forecast needs at least {need}: data.context="
+                    f"{self.context} and {LOOKBACK} before it."
+                )
+        rows = [Rows(one, self.decay) for one in series]
+        names = [path] if len(series) == 1 else [f"{path}:{one.name}" for one in series]
+        origins = [(number, len(one) - 1) for number, one in enumerate(series)]
+        return Windows(rows, origins, self.context, self.scaled, names=names)
+
+
+class Table(Prices):
+    """Prices of one or several series in a CSV (also .gz) or Parquet file, one row a date, a column a series.
+
+    Args:
+        path: the file.
+        date: its column of dates, ISO 8601 unless `date_format` says otherwise (`%m/%d/%Y`).
+        values: its columns of prices, each a series of its own; all above zero.
+        split: the first date of validation. end: the first date that is not used any more, so that choices can be made
+            on earlier years: split=2013-01-01 end=2016-01-01.
+        context: rows that a model sees. horizons: rows ahead that it forecasts, from 1 on.
+        quantiles: those that it forecasts, rising.
+        decay: of the exponentially weighted variance; 0.94 is RiskMetrics' for daily prices.
+        limit, val_limit: use so many windows, evenly spaced. Baselines are fitted to all the same.
+
+    Raises:
+        OSError, ValueError: naming file and row, see `models.prices_table`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str,
+        values: Sequence[str],
+        date: str = "date",
+        date_format: str | None = None,
+        end: str | None = None,
+        context: int = 128,
+        horizons: int = 20,
+        quantiles: Sequence[float] = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95),
+        decay: float = 0.94,
+        limit: int | None = None,
+        val_limit: int | None = None,
+    ) -> None:
+        columns = date, list(values), date_format
+        super().__init__(
+            read_table(path, *columns), columns, split, end, context, horizons, quantiles, decay, limit, val_limit
+        )
+
+
+class Indices(Prices):
+    """Daily closes of the S&P 500 and the Nasdaq Composite, 1999 to 2018, from package arch; 2016 to 2018 held out.
+
+    The package is not imported: its files are read. For `inputs`, a file has the columns Date and Close.
+    """
+
+    def __init__(
+        self,
+        split: str = "2016-01-01",
+        end: str | None = None,
+        context: int = 128,
+        horizons: int = 20,
+        quantiles: Sequence[float] = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95),
+        decay: float = 0.94,
+        limit: int | None = None,
+        val_limit: int | None = None,
+    ) -> None:
+        columns: tuple[str, list[str], str] = "Date", ["Close"], "%m/%d/%Y"
+        paths = [packaged("arch", f"data/{name}/{name}.csv.gz") for name in ("sp500", "nasdaq")]
+        series = [one for path in paths for one in read_table(str(path), *columns)]
+        super().__init__(
+            series, ("Date", ["Close"], None), split, end, context, horizons, quantiles, decay, limit, val_limit
+        )
+
+
+def ewma_volatility(returns: np.ndarray, decay: float) -> np.ndarray:
+    """s_t of s_t² = decay s_{t-1}² + (1 - decay) r_t², that is from returns up to t. returns (N,) -> (N,).
+
+    It begins with the mean square of the first 22 returns, which lie before any window's origin. returns[0] is left
+    out, for the first row has no return.
+    """
+    variance = np.empty(len(returns))
+    variance[0] = (returns[1:23] ** 2).mean() if len(returns) > 1 else 0.0
+    for t in range(1, len(returns)):
+        variance[t] = decay * variance[t - 1] + (1 - decay) * returns[t] ** 2
+    return np.maximum(np.sqrt(variance), FLOOR)
+
+
+def _trailing_mean(values: np.ndarray, span: int) -> np.ndarray:
+    """Mean of each row and the span - 1 before it, of as many as there are at the beginning. (N,) -> (N,)"""
+    rows = np.arange(len(values))
+    # A difference of running sums would leave rounding where prices rest; a view of windows does not.
+    padded = np.concatenate([np.zeros(span - 1), values])
+    sums = np.lib.stride_tricks.sliding_window_view(padded, span).sum(1)
+    return np.asarray(sums / np.minimum(rows + 1, span))
+
+
+def _relative(columns: Tensor) -> Tensor:
+    """What the model sees of columns (B, T, 3 + 5), in units of the volatility of the last row."""
+    z = columns[..., :1] / columns[:, -1:, VOLATILITY, None]
+    levels = (columns[..., SPANNED : SPANNED + len(SPANS)] - columns[:, -1:, LOG_VOLATILITY, None]).clamp(-3, 3) * 2
+    falls = columns[..., SPANNED + len(SPANS) :] * 4 - 2
+    # About zero, and of deviation about one, by fixed numbers: nothing here is fitted to data.
+    return torch.cat([z.clamp(-CLIP, CLIP), z.abs().clamp(max=CLIP) - 0.8, levels, falls], 2)
+
+
+def _root(horizons: int) -> Tensor:
+    return torch.arange(1, horizons + 1, dtype=torch.float64).sqrt()
+
+
+def _spaced(origins: list[Origin], limit: int | None, key: str) -> list[Origin]:
+    if limit is None:
+        return origins
+    if not isinstance(limit, int) or not 1 <= limit <= len(origins):
+        raise ValueError(f"data.{key}={limit}: must be a whole number from 1 to {len(origins)}, the windows there are.")
+    return [origins[i] for i in np.linspace(0, len(origins) - 1, limit).round().astype(int)]
+
+
+def _seconds(text: str, key: str) -> int:
+    try:
+        return int(np.datetime64(str(text), "s").astype(np.int64))
+    except ValueError as error:
+        raise ValueError(f"data.{key}={text}: must be a date such as 2016-01-01.") from error
+
+
+def _iso(seconds: Any) -> str:
+    return str(np.datetime64(int(seconds), "s")).removesuffix("T00:00:00")
