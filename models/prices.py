@@ -47,12 +47,12 @@ class PatchTransformer(nn.Module):
         quantiles: Sequence[float] = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95),
         horizons: int = 20,
         context: int = 128,
-        channels: int = 7,
+        channels: int = 10,
         patch: int = 8,
         width: int = 16,
         depth: int = 1,
         heads: int = 2,
-        dropout: float = 0.4,
+        dropout: float = 0.6,
     ) -> None:
         """context, channels: T and C of `x`. patch: rows in a token; divides the context. width: of a token."""
         super().__init__()

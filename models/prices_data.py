@@ -24,14 +24,16 @@ from torch import Tensor
 from models.prices_table import Series, read_table
 from models.vision_data import packaged
 
-SPANS = (5, 22, 66)  # rows over which volatility is measured: a week, a month, a quarter
+SPANS = (5, 22, 66, 256)  # rows over which volatility is measured: a week, a month, a quarter, a year
 LOOKBACK = max(SPANS)
-CHANNELS = 2 + len(SPANS) + len(SPANS[1:])  # of a window; see `Windows`
+DRIFTS = (0.8, 0.94, 0.97)  # decays of the weighted means of returns
+CHANNELS = 2 + len(SPANS) + 1 + len(DRIFTS)  # of a window; see `Windows`
 FLOOR = 1e-5  # smallest volatility of a row: a price that rests is not divided by zero
 CLIP = 6.0  # a return counts for at most so many volatilities in what the model sees; targets are as they are
 
-# Columns of `Rows`; then follow the logarithms of volatilities over SPANS, then the parts of negative returns.
+# Columns of `Rows`; then follow the logarithms of volatilities over SPANS and over all rows, then drifts.
 RETURN, VOLATILITY, LOG_VOLATILITY, SPANNED = 0, 1, 2, 3
+DRIFT = SPANNED + len(SPANS) + 1
 Origin = tuple[int, int]  # number of the series, and the row from which a window forecasts
 
 
@@ -39,8 +41,9 @@ class Windows:
     """A data set in memory of windows, given as whole batches: a mapping of
 
     - `x` (B, context, CHANNELS) float32: by row, oldest first, what is known at its close, relative to the volatility s
-      at the origin: the return / s and its absolute value; the logarithm of the volatility over the last 5, 22 and 66
-      rows / s; the part of negative returns in the variance of the last 22 and 66 rows (the leverage effect).
+      at the origin: the return / s and its absolute value; the logarithm of the volatility over the last 5, 22, 66 and
+      256 rows and over all rows so far, / s; three exponentially weighted means of returns / s (falls are followed by
+      more volatility than rises: the leverage effect).
     - `base` (B, H, Q) float32: quantiles of the log-return from the origin to 1..H rows later, by the scaled baseline.
     - `past` (B, context) float32: logarithm of each row's price relative to the one at the origin.
     - `close` (B,) float64 and `time` (B,) int64: price at the origin, and its date in seconds since 1970 (UTC).
@@ -61,7 +64,7 @@ class Windows:
         self.context = context
         self.series = torch.tensor([number for number, _ in origins])
         self.rows = torch.tensor([int(lengths[number]) + row for number, row in origins])  # in the joined columns
-        self.columns = torch.from_numpy(np.concatenate([one.columns for one in series]))  # (N, 3 + 5)
+        self.columns = torch.from_numpy(np.concatenate([one.columns for one in series]))  # (N, CHANNELS + 1)
         self.prices = torch.from_numpy(np.concatenate([one.series.prices for one in series]))  # (N,)
         self.logs = torch.from_numpy(np.concatenate([one.logs for one in series]))  # (N,)
         self.times = torch.from_numpy(np.concatenate([one.series.times for one in series]))  # (N,)
@@ -78,7 +81,7 @@ class Windows:
         rows = self.rows[i]  # (B,)
         horizons = len(self.scaled)
         history = rows[:, None] + torch.arange(1 - self.context, 1)  # (B, context)
-        columns = self.columns[history]  # (B, context, 3 + 5), float64
+        columns = self.columns[history]  # (B, context, CHANNELS + 1), float64
         volatility = self.columns[rows, VOLATILITY]  # (B,)
         log = self.logs[rows][:, None]  # (B, 1)
         batch = {
@@ -99,19 +102,19 @@ class Windows:
 
 
 class Rows:
-    """A series with what can be computed of each row once: columns (N, 3 + 3 + 2) float64, from the rows up to it."""
+    """A series with what can be computed of each row once: columns (N, CHANNELS + 1) of the rows up to it."""
 
     def __init__(self, series: Series, decay: float) -> None:
         self.series = series
         self.logs = np.log(series.prices)
-        returns = np.diff(self.logs, prepend=self.logs[0])  # the first is 0, and never used
-        squares, falls = returns**2, np.minimum(returns, 0) ** 2
+        returns = np.diff(self.logs, prepend=self.logs[0])  # the first is 0, and left out below where it counts
+        squares = returns**2
         volatility = ewma_volatility(returns, decay)
+        variances = [_trailing_mean(squares, span) for span in SPANS]
+        variances.append(np.cumsum(squares) / np.maximum(np.arange(len(squares)), 1))
         columns = [returns, volatility, np.log(volatility)]
-        columns += [np.log(np.maximum(np.sqrt(_trailing_mean(squares, span)), FLOOR)) for span in SPANS]
-        columns += [
-            _trailing_mean(falls, span) / np.maximum(_trailing_mean(squares, span), FLOOR**2) for span in SPANS[1:]
-        ]
+        columns += [np.log(np.maximum(np.sqrt(variance), FLOOR)) for variance in variances]
+        columns += [_weighted_mean(returns, drift) for drift in DRIFTS]
         self.columns = np.stack(columns, 1)
 
     def targets(self, origins: np.ndarray, horizons: int) -> np.ndarray:
@@ -293,11 +296,17 @@ def ewma_volatility(returns: np.ndarray, decay: float) -> np.ndarray:
     It begins with the mean square of the first 22 returns, which lie before any window's origin. returns[0] is left
     out, for the first row has no return.
     """
-    variance = np.empty(len(returns))
-    variance[0] = (returns[1:23] ** 2).mean() if len(returns) > 1 else 0.0
-    for t in range(1, len(returns)):
-        variance[t] = decay * variance[t - 1] + (1 - decay) * returns[t] ** 2
-    return np.maximum(np.sqrt(variance), FLOOR)
+    first = float((returns[1:23] ** 2).mean()) if len(returns) > 1 else 0.0
+    return np.maximum(np.sqrt(_weighted_mean(returns**2, decay, first)), FLOOR)
+
+
+def _weighted_mean(values: np.ndarray, decay: float, first: float = 0.0) -> np.ndarray:
+    """m_0 = first, m_t = decay m_{t-1} + (1 - decay) v_t. (N,) -> (N,)"""
+    means = np.empty(len(values))
+    means[0] = first
+    for t in range(1, len(values)):
+        means[t] = decay * means[t - 1] + (1 - decay) * values[t]
+    return means
 
 
 def _trailing_mean(values: np.ndarray, span: int) -> np.ndarray:
@@ -310,12 +319,18 @@ def _trailing_mean(values: np.ndarray, span: int) -> np.ndarray:
 
 
 def _relative(columns: Tensor) -> Tensor:
-    """What the model sees of columns (B, T, 3 + 5), in units of the volatility of the last row."""
-    z = columns[..., :1] / columns[:, -1:, VOLATILITY, None]
-    levels = (columns[..., SPANNED : SPANNED + len(SPANS)] - columns[:, -1:, LOG_VOLATILITY, None]).clamp(-3, 3) * 2
-    falls = columns[..., SPANNED + len(SPANS) :] * 4 - 2
+    """What the model sees of columns (B, T, CHANNELS + 1), in units of the volatility of the last row."""
+    s = columns[:, -1:, VOLATILITY, None]  # (B, 1, 1)
+    z = columns[..., :1] / s
+    levels = (columns[..., SPANNED:DRIFT] - columns[:, -1:, LOG_VOLATILITY, None]).clamp(-3, 3) * 2
+    drifts = (columns[..., DRIFT:] / s * _drift_scale()).clamp(-CLIP, CLIP)
     # About zero, and of deviation about one, by fixed numbers: nothing here is fitted to data.
-    return torch.cat([z.clamp(-CLIP, CLIP), z.abs().clamp(max=CLIP) - 0.8, levels, falls], 2)
+    return torch.cat([z.clamp(-CLIP, CLIP), z.abs().clamp(max=CLIP) - 0.8, levels, drifts], 2)
+
+
+def _drift_scale() -> Tensor:
+    """One by the deviation of the weighted means, were returns independent with deviation one."""
+    return torch.tensor([((1 + drift) / (1 - drift)) ** 0.5 for drift in DRIFTS], dtype=torch.float64)
 
 
 def _root(horizons: int) -> Tensor:
