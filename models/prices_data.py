@@ -137,8 +137,6 @@ class Prices:
         horizons: int,
         quantiles: Sequence[float],
         decay: float,
-        limit: int | None,
-        val_limit: int | None,
     ) -> None:
         """`columns` of a file to forecast from: that of dates, those of prices, and how dates are written."""
         self.columns, self.context, self.horizons, self.decay = columns, context, horizons, decay
@@ -153,7 +151,6 @@ class Prices:
             train += [(number, row) for row in learn.tolist()]
             val += [(number, row) for row in hold.tolist()]
         self.scaled, constant = self._baselines(rows, train)
-        train, val = _spaced(train, limit, "limit"), _spaced(val, val_limit, "val_limit")
         self.train = Windows(rows, train, context, self.scaled, constant)
         self.val = Windows(rows, val, context, self.scaled, constant)
 
@@ -238,7 +235,6 @@ class Table(Prices):
         context: rows that a model sees. horizons: rows ahead that it forecasts, from 1 on.
         quantiles: those that it forecasts, rising.
         decay: of the exponentially weighted variance; 0.94 is RiskMetrics' for daily prices.
-        limit, val_limit: use so many windows, evenly spaced. Baselines are fitted to all the same.
 
     Raises:
         OSError, ValueError: naming file and row, see `models.prices_table`.
@@ -256,13 +252,9 @@ class Table(Prices):
         horizons: int = 20,
         quantiles: Sequence[float] = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95),
         decay: float = 0.94,
-        limit: int | None = None,
-        val_limit: int | None = None,
     ) -> None:
         columns = date, list(values), date_format
-        super().__init__(
-            read_table(path, *columns), columns, split, end, context, horizons, quantiles, decay, limit, val_limit
-        )
+        super().__init__(read_table(path, *columns), columns, split, end, context, horizons, quantiles, decay)
 
 
 class Indices(Prices):
@@ -279,15 +271,11 @@ class Indices(Prices):
         horizons: int = 20,
         quantiles: Sequence[float] = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95),
         decay: float = 0.94,
-        limit: int | None = None,
-        val_limit: int | None = None,
     ) -> None:
         columns: tuple[str, list[str], str] = "Date", ["Close"], "%m/%d/%Y"
         paths = [packaged("arch", f"data/{name}/{name}.csv.gz") for name in ("sp500", "nasdaq")]
         series = [one for path in paths for one in read_table(str(path), *columns)]
-        super().__init__(
-            series, ("Date", ["Close"], None), split, end, context, horizons, quantiles, decay, limit, val_limit
-        )
+        super().__init__(series, ("Date", ["Close"], None), split, end, context, horizons, quantiles, decay)
 
 
 def ewma_volatility(returns: np.ndarray, decay: float) -> np.ndarray:
@@ -335,14 +323,6 @@ def _drift_scale() -> Tensor:
 
 def _root(horizons: int) -> Tensor:
     return torch.arange(1, horizons + 1, dtype=torch.float64).sqrt()
-
-
-def _spaced(origins: list[Origin], limit: int | None, key: str) -> list[Origin]:
-    if limit is None:
-        return origins
-    if not isinstance(limit, int) or not 1 <= limit <= len(origins):
-        raise ValueError(f"data.{key}={limit}: must be a whole number from 1 to {len(origins)}, the windows there are.")
-    return [origins[i] for i in np.linspace(0, len(origins) - 1, limit).round().astype(int)]
 
 
 def _seconds(text: str, key: str) -> int:

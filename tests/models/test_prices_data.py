@@ -188,13 +188,6 @@ def test_parquet_gives_the_same_windows(tmp_path: Path) -> None:
     assert torch.equal(a["time"], b["time"])
 
 
-def test_limits_take_windows_from_all_years_and_leave_the_baselines(indices: Indices) -> None:
-    small = Indices(limit=10, val_limit=3)
-    assert (len(small.train), len(small.val)) == (10, 3)
-    assert np.array_equal(small.scaled, indices.scaled)
-    assert torch.equal(small.train[9]["x"], indices.train[7747]["x"])
-
-
 def test_inputs_are_the_newest_windows_of_a_file(tmp_path: Path) -> None:
     prices = {"a": walk(400), "b": walk(400, seed=1)}
     data = table(tmp_path, {name: walk(700, seed=2) for name in prices})
@@ -229,7 +222,6 @@ def test_inputs_are_the_newest_windows_of_a_file(tmp_path: Path) -> None:
         ({"horizons": 0}, "horizons=0"),
         ({"decay": 1.0}, "decay=1.0"),
         ({"values": []}, "data.values"),
-        ({"limit": 0}, "data.limit=0: .*1 to"),
     ],
 )
 def test_a_bad_option_is_told_with_its_value(tmp_path: Path, options: dict[str, Any], message: str) -> None:
