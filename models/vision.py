@@ -159,26 +159,31 @@ class Residual(nn.Module):
 
 
 def training_flops(network: nn.Module, channels: int, size: int) -> int:
-    """Floating-point operations of forward and backward for one picture (channels, size, size).
+    """`counted_flops` of one blank picture (channels, size, size)."""
+    return counted_flops(network, torch.zeros(1, channels, size, size))
+
+
+def counted_flops(network: nn.Module, *inputs: Tensor) -> int:
+    """Floating-point operations of forward and backward of the convolutions and linear layers, for these inputs.
 
     A convolution or linear layer makes P products for each of its outputs, P being its weights per output channel.
     Forward costs 2 P per output, the gradient of the weights as much again, and so does the gradient of its input,
-    which the layer that reads the pictures does not need. Everything else (bias, activation, normalisation, pooling,
-    optimizer) is left out, as is usual. One blank picture is sent through to learn the shapes.
+    which a layer that reads the inputs does not need. Everything else (bias, activation, normalisation, pooling,
+    attention's own products, optimizer) is left out, as is usual. The inputs are sent through to learn the shapes.
     """
     total = 0
 
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        passes = 3 if inputs[0].requires_grad else 2
+        passes = 3 if given[0].requires_grad else 2
         total += passes * 2 * weight[0].numel() * output.numel()
 
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(count) for layer in layers]
     with torch.enable_grad():
-        network(torch.zeros(1, channels, size, size))
+        network(*inputs)
     for handle in handles:
         handle.remove()
     return total
