@@ -75,7 +75,7 @@ class Captioner(nn.Module):
 
     def forward(self, pictures: Tensor, tokens: Tensor) -> Tensor:
         """Logits (B, L, V) of the token that follows each of tokens (B, L), which begin with START."""
-        return self._decode(tokens, self._look(self._fitting(pictures)))[0]
+        return self._decode(self._known(tokens), self._look(self._fitting(pictures)))[0]
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
         """The cross-entropy of every token of the captions; PAD is none of them."""
@@ -89,7 +89,7 @@ class Captioner(nn.Module):
         pictures, tokens = batch
         memory = self._look(self._fitting(pictures))
         wanted = tokens[:, 1:]  # (B, L - 1)
-        loss, _, count = self._judged(self._decode(tokens[:, :-1], memory)[0], wanted)
+        loss, _, count = self._judged(self._decode(self._known(tokens)[:, :-1], memory)[0], wanted)
         written = self._greedy(memory, len(pictures))[0]  # (B, max_words + 1)
         length = max(wanted.shape[1], written.shape[1])
         wanted, written = (F.pad(some, (0, length - some.shape[1]), value=PAD) for some in (wanted, written))
@@ -170,9 +170,8 @@ class Captioner(nn.Module):
     def _choices(logits: Tensor) -> Tensor:
         """Log-probabilities (B, V) of what may follow, from the logits (B, 1, V) of the last token."""
         logits = logits[:, -1].float()
-        never = torch.zeros_like(logits[0], dtype=torch.bool)
-        never[[PAD, START]] = True
-        return logits.masked_fill(never, -math.inf).log_softmax(1)
+        tokens = torch.arange(logits.shape[1], device=logits.device)
+        return logits.masked_fill((tokens == PAD) | (tokens == START), -math.inf).log_softmax(1)
 
     def predict_step(self, batch: Any) -> list[dict[str, str | float]]:
         """The caption of each picture by beam search, and its probability; captions in the batch are not looked at."""
@@ -197,7 +196,7 @@ class Captioner(nn.Module):
         for axes, picture, found, true in zip(figure.axes, pictures, written, wanted, strict=False):
             low, high = picture.amin(), picture.amax()
             shown = ((picture - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).float().cpu()  # (H, W, C)
-            axes.imshow(shown.expand(-1, -1, 3) if shown.shape[2] == 1 else shown)
+            axes.imshow(shown.expand(-1, -1, 3).numpy())
             colour = "black" if found == true else "crimson"
             axes.set_title(f"{found or '(nothing)'}\ntrue: {true}", color=colour, fontsize=9, wrap=True)
         return {"captions": figure}
@@ -219,15 +218,14 @@ class Captioner(nn.Module):
         features = self.encoder(pictures)  # (B, P, D)
         return [block.look.keys_values(features) for block in self.blocks]  # type: ignore[union-attr, operator]
 
-    def _decode(
-        self, tokens: Tensor, memory: Cache, past: Cache | None = None, at: int = 0
-    ) -> tuple[Tensor, Cache]:
+    def _decode(self, tokens: Tensor, memory: Cache, past: Cache | None = None, at: int = 0) -> tuple[Tensor, Cache]:
         """Logits (B, L, V) of tokens (B, L) that stand at `at` and behind, and the cache for what comes next.
 
         Without `past`, tokens see those before them; with it, L is 1 and the token sees all of the past and itself.
         """
         places = torch.arange(at, at + tokens.shape[1], device=tokens.device)
-        x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim) + waves(places, self.embedding.embedding_dim)
+        dim = self.embedding.embedding_dim
+        x = self.embedding(tokens) * math.sqrt(dim) + waves(places, dim)  # (B, L, D)
         present: Cache = []
         for i, block in enumerate(self.blocks):
             x, seen = block(x, memory[i], past[i] if past else None)  # (B, L, D)
@@ -243,6 +241,18 @@ class Captioner(nn.Module):
             )
         return pictures
 
+    def _known(self, tokens: Tensor) -> Tensor:
+        """`tokens` itself, or an error in words; on a GPU nobody waits for the answer."""
+        known, found = self.embedding.num_embeddings, 0
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            found = int(tokens.max())
+        if found >= known:
+            raise ValueError(
+                f"A caption has token {found}, and Captioner is built for {known} tokens (4 and its words). "
+                "Give model.words and data.words the same words."
+            )
+        return tokens
+
     def _training_flops(self, size: Sequence[int]) -> int:
         """Floating-point operations of forward and backward for one picture of `size` with a caption of `max_words`."""
         from models.vision import counted_flops
@@ -252,7 +262,7 @@ class Captioner(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Three convolutions, the first of which strides, over pictures (B, C, H, W): features (B, P, dim), P = H W / 64."""
+    """Three convolutions, the first of which strides: pictures (B, C, H, W) to features (B, P, dim), P = H W / 64."""
 
     def __init__(self, channels: int, width: int, dim: int) -> None:
         super().__init__()
@@ -268,8 +278,8 @@ class Encoder(nn.Module):
         )
         for layer in self.features:
             if isinstance(layer, nn.Conv2d):
-                # PyTorch's default lets a picture fade from layer to layer. Beside the waves below it was then too faint
-                # to be looked at: after 500 steps the loss was 1.77, and with this 1.00 (docs/log.md).
+                # With PyTorch's default a picture fades from layer to layer, and the network learned to say anything
+                # about it much later: loss 1.77 instead of 1.00 after 500 steps (docs/log.md).
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         self.project = nn.Linear(4 * width, dim)
         self.norm = nn.LayerNorm(dim)

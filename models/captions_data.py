@@ -77,8 +77,7 @@ class Vocabulary:
         if path.suffix != ".json":
             return cls(line.strip() for line in read_text(path).splitlines() if line.strip())
         counts = Counter(chain.from_iterable(words_of(caption) for _, caption in read_captions(str(path))[1]))
-        kept = [word for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-        kept = [word for word in kept if counts[word] >= min_count]
+        kept = [word for word, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n >= min_count]
         if not kept:
             raise ValueError(
                 f"{path}: no word stands in its captions min_count={min_count} times; the most frequent is there "
@@ -93,7 +92,9 @@ def words_of(caption: str) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises ValueError where it is none."""
+    """The text of a UTF-8 file. Raises FileNotFoundError where there is none, ValueError where it is something else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; expected captions in COCO's layout (.json), or a word a line.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -139,6 +140,8 @@ def _entries(path: Path, content: Any, key: str, fields: tuple[str, str]) -> Ite
         for field in fields:
             if not isinstance(entry, dict) or field not in entry:
                 raise ValueError(f'{path}: {key}[{i}] has no "{field}"; expected {" and ".join(fields)}.')
+        if not isinstance(entry[fields[0]], int | str):
+            raise ValueError(f"{path}: {key}[{i}].{fields[0]} is {entry[fields[0]]!r}; expected a number or a text.")
         yield entry[fields[0]], entry[fields[1]]
 
 

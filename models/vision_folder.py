@@ -133,24 +133,28 @@ class PictureFiles:
         return x.contiguous(), label
 
 
-def decode(path: str, size: int, channels: int) -> Tensor:
-    """A picture file as (channels, size, size) uint8: its centre, scaled. Raises ValueError naming the file."""
+def decode(path: str, size: int | tuple[int, int], channels: int) -> Tensor:
+    """A picture file as (channels, H, W) uint8: its centre, scaled. Raises ValueError naming the file.
+
+    `size` is height and width, or one number for both.
+    """
     mode = "RGB" if channels == 3 else "L"
+    height, width = (size, size) if isinstance(size, int) else size
     try:
         with Image.open(path) as opened:
-            opened.draft(mode, (size, size))  # JPEG alone: decode at a fraction of the size
+            opened.draft(mode, (width, height))  # JPEG alone: decode at a fraction of the size
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             if picture.mode == "F":
                 raise ValueError("its pixels are floating-point numbers")
-            picture = ImageOps.fit(picture.convert(mode), (size, size), Image.Resampling.BILINEAR)
+            picture = ImageOps.fit(picture.convert(mode), (width, height), Image.Resampling.BILINEAR)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         what = str(error).replace(repr(path), "it")
         raise ValueError(f"{path} cannot be read as a picture: {what}. Repair or remove it.") from error
-    return torch.from_numpy(np.array(picture)).reshape(size, size, channels).permute(2, 0, 1)
+    return torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1)
 
 
 def _scan(folder: Path, val_fraction: float, seed: int) -> tuple[list[str], list[Any], list[Any], list[Any]]:
