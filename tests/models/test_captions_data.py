@@ -23,6 +23,7 @@ from models.captions_data import (
     START,
     UNKNOWN,
     DigitRows,
+    RedrawnRows,
     Rows,
     Vocabulary,
     uniform,
@@ -80,6 +81,7 @@ def test_a_picture_depends_on_seed_and_index_alone(rows: DigitRows) -> None:
 
 
 def test_training_pictures_are_others_in_each_epoch(rows: DigitRows) -> None:
+    assert isinstance(rows.train, RedrawnRows)
     pictures, tokens = rows.train.__getitems__([7, 3], seeds=[70, 2**62 + 30])
     again, tokens_again = rows.train.__getitems__([3], seeds=[2**62 + 30])
     assert same((again[0], tokens_again[0]), (pictures[1], tokens[1])), "neighbours in the batch changed it"
