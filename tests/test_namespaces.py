@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -101,3 +102,19 @@ def test_rates_are_read() -> None:
 def test_without_root_it_says_so() -> None:
     with pytest.raises(NoNamespaces, match="need root"), network(1):
         pass
+
+
+@needs_namespaces
+@pytest.mark.timeout(120)
+def test_the_cost_model_is_fitted_and_predicts() -> None:
+    """The whole of benchmarks/scaling.py on a small scale; how near its predictions lie is for a quiet machine to say."""
+    from benchmarks import scaling
+
+    options = argparse.Namespace(rates=["1gbit"], workers=[1, 2], steps=2)
+    points, overlap = scaling.predictions(scaling.measured(options), cores=2)
+
+    assert 0 <= overlap <= 1
+    assert [point["workers"] for point in points] == [1, 2]
+    assert points[0]["predicted"] == points[0]["step"]
+    assert 20e6 < points[1]["bandwidth"] < 150e6  # 125 MB/s at most, were it not for what passes in a burst
+    assert points[1]["communication"] > 0
