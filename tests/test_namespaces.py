@@ -107,7 +107,7 @@ def test_without_root_it_says_so() -> None:
 @needs_namespaces
 @pytest.mark.timeout(120)
 def test_the_cost_model_is_fitted_and_predicts() -> None:
-    """The whole of benchmarks/scaling.py on a small scale; how near its predictions lie is for a quiet machine to say."""
+    """All of benchmarks/scaling.py on a small scale; how near its predictions lie is for a quiet machine to say."""
     from benchmarks import scaling
 
     options = argparse.Namespace(rates=["1gbit"], workers=[1, 2], steps=2)

@@ -20,6 +20,7 @@ from torch import nn
 
 from launcher.config import Job, parse_interval
 from launcher.engine import hardware
+from launcher.engine.advice import advise
 from launcher.engine.build import (
     build_evaluator,
     build_loader,
@@ -86,6 +87,8 @@ class Trainer:
 
         parameter_groups(model, job.optimizer.get("groups") or [])  # freezes, which wrapping must know
         self.strategy = build_strategy(job, model, runtime)
+        passes = len(self.split.share(self.order.batch_size(0), runtime.rank, runtime.world_size))
+        self.advice = advise(job, model, self.first_batch, passes, runtime, self.strategy.cast)
         self.sums = Sums(runtime.device, trainer.deterministic)
         self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
         self.sums.reset()
@@ -152,6 +155,8 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         resumed_at = self._resume()
+        if self.advice is not None and self.runtime.is_first and (line := self.advice.line()):
+            self.control.emit({"kind": "note", "text": line})
         watch = Watch(self.directory)
         if not self.runtime.is_first:
             self.first_batch = None
@@ -363,6 +368,9 @@ class Trainer:
         values["train/learning_rate"] = self._rate
         values["train/grad_norm"] = float(self.strategy.grad_norm())
         values.update(self.throughput.interval())
+        if self.advice is not None:
+            taken = self.job.trainer.global_batch_size / max(values["throughput/samples_per_second"], 1e-9)
+            values["throughput/predicted_ratio"] = self.advice.step.seconds / taken
         if self._share is not None:
             each = values["throughput/samples_per_second"] / self.runtime.world_size
             values["throughput/mfu"] = each * self._share

@@ -1,0 +1,126 @@
+"""Measured advice at the start of a run: what a step will take, how much of that waits for the network, and what of the
+other strategies would take less. After the run `throughput/predicted_ratio` says how good the prediction was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.config import Job
+from launcher.cost import Link, Step, predict, predict_rare
+from launcher.engine import probe
+from launcher.engine.data import own_randomness
+from launcher.engine.runtime import Runtime
+from launcher.engine.strategies.strategy import loss_of
+from launcher.phrases import number
+from launcher.schema import STRATEGY_OPTIONS
+
+_WORTH_TELLING = 0.05  # of the step waits for the network
+_TIMED = 2  # passes, after one that warms up
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Predictions by strategy, for the network and batch of this job on this link.
+
+    Attributes:
+        chosen: the strategy of this run, one of `steps`.
+    """
+
+    link: Link
+    steps: dict[str, Step]
+    chosen: str
+
+    @property
+    def step(self) -> Step:
+        return self.steps[self.chosen]
+
+    def line(self) -> str | None:
+        """Return what to tell the user, or None where the network hardly matters."""
+        if self.step.share < _WORTH_TELLING:
+            return None
+        best = min(self.steps, key=lambda name: self.steps[name].seconds)
+        mbit = self.link.bandwidth * 8 / 1e6
+        told = (
+            f"Between the workers: {self.link.latency * 1e3:.2f} ms, {mbit:,.0f} Mbit/s. Predicted with "
+            f"strategy={self.chosen}: {number(self.step.seconds)} s a step, {self.step.share:.0%} of it waiting for "
+            "the network."
+        )
+        if best == self.chosen or self.steps[best].seconds > 0.95 * self.step.seconds:
+            return told
+        others = ", ".join(
+            f"{name} {number(step.seconds)} s" for name, step in self.steps.items() if name != self.chosen
+        )
+        return f"{told} The quickest a step: {best} ({others}); docs/exactness.md says what each changes."
+
+
+def advise(
+    job: Job,
+    model: nn.Module,
+    batch: Any,
+    passes: int,
+    runtime: Runtime,
+    cast: Callable[[], AbstractContextManager[Any]],
+) -> Advice | None:
+    """Measure and predict; every rank calls it, before the model is wrapped. None where a prediction means nothing.
+
+    Args:
+        batch: a microbatch on the device. Weights, buffers, gradients and random states are as before afterwards.
+        passes: microbatches in a worker's step.
+        cast: the context in which the network computes.
+    """
+    strategy, trainer = job.strategy, job.trainer
+    # One worker waits for nobody; a compiled or divided network computes otherwise than this one; exact sums do so too.
+    if runtime.alone or trainer.compile or trainer.deterministic or strategy.name == "fsdp":
+        return None
+    if strategy.compression == "powersgd":  # its bytes depend on the shapes of the weights
+        return None
+    link = probe.measure(runtime.group, runtime.device)
+    runtime.barrier()
+    seconds = max(runtime.gather(_seconds(model, batch, runtime.device, cast))) * passes
+    nbytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    n = runtime.world_size
+    rare = dict(STRATEGY_OPTIONS["inner_steps"])
+    if strategy.name in rare:
+        rare[strategy.name] = strategy.option("inner_steps")
+    steps = {
+        "ddp": predict(seconds, nbytes, n, link),
+        "ddp, compression=bf16": predict(seconds, nbytes / 2, n, link),
+        **{name: predict_rare(seconds, nbytes, n, link, every) for name, every in rare.items()},
+    }
+    chosen = strategy.name
+    if chosen == "ddp" and strategy.compression != "none":
+        chosen = f"ddp, compression={strategy.compression}"
+        steps.setdefault(chosen, steps["ddp, compression=bf16"])
+    return Advice(link, steps, chosen)
+
+
+def _seconds(
+    model: nn.Module, batch: Any, device: torch.device, cast: Callable[[], AbstractContextManager[Any]]
+) -> float:
+    """Return the seconds of one forward and backward pass, the quickest of some."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = [device] if device.type == "cuda" else []
+    times = []
+    with own_randomness(), torch.random.fork_rng(devices):
+        for _ in range(1 + _TIMED):
+            began = time.perf_counter()
+            with cast():
+                answer = model.training_step(batch)  # type: ignore[operator]
+            loss_of(answer)[0].backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+    for parameter in model.parameters():
+        parameter.grad = None
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return min(times[1:])

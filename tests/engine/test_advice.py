@@ -1,0 +1,41 @@
+"""The prediction that a run of several workers makes of its own steps."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.namespaces import network, run, why_not
+from launcher.cost import Link, predict, predict_rare
+from launcher.engine.advice import Advice
+from launcher.runs import RunDirectory
+
+
+def test_what_is_told() -> None:
+    slow, fast = Link(1e-3, 12.5e6), Link(1e-5, 10e9)
+    steps = {"ddp": predict(0.01, 22e6, 2, slow), "diloco": predict_rare(0.01, 22e6, 2, slow, every=20)}
+    told = Advice(slow, steps, "ddp").line()
+    assert told is not None
+    assert "100 Mbit/s" in told
+    assert "strategy=ddp: 1.7670 s a step, 99% of it" in told
+    assert "The quickest a step: diloco (diloco 0.0981 s)" in told
+
+    assert Advice(fast, {"ddp": predict(0.01, 1e6, 2, fast)}, "ddp").line() is None
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
+@pytest.mark.timeout(120)
+def test_two_workers_over_a_slow_link_are_advised_and_the_prediction_is_judged(tmp_path: Path) -> None:
+    """Would be wrong: advice that belongs to another link, or leaves gradients, buffers or random numbers behind."""
+    words = ["model=mlp", "model.width=1000", "trainer.steps=6", "trainer.log_every=3", "scheduler=none"]
+    command = [sys.executable, "-m", "launcher", "experiment=mnist", *words, f"run.root={tmp_path}", "run.name=a"]
+    with network(2, "100mbit") as hosts:
+        printed = run(hosts, command, environment={"PYTHONPATH": os.getcwd()}, folder=Path.cwd())[0]
+    values = RunDirectory(tmp_path / "a").result()["metrics"]
+
+    assert "Mbit/s. Predicted with strategy=ddp" in printed
+    assert "The quickest a step: diloco" in printed
+    assert 0.4 < values["throughput/predicted_ratio"] < 2.5  # other work shares the cores of a test
