@@ -190,7 +190,7 @@ class Captioner(nn.Module):
         written = [vocabulary.text(caption) for caption in self.greedy(pictures)[0].tolist()]
         wanted = [vocabulary.text(caption) for caption in tokens.tolist()]
         rows = -(-len(pictures) // 3)
-        figure = Figure(figsize=(12, rows * (0.9 + 4 * pictures.shape[2] / pictures.shape[3])), layout="constrained")
+        figure = Figure(figsize=(12, rows * (0.55 + 4 * pictures.shape[2] / pictures.shape[3])), layout="constrained")
         for axes in figure.subplots(rows, 3, squeeze=False).flat:
             axes.axis("off")
         for axes, picture, found, true in zip(figure.axes, pictures, written, wanted, strict=False):

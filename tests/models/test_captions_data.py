@@ -325,11 +325,24 @@ SMALL = ("model.width=4", "model.dim=16", "model.heads=2", "logging.graph=false"
 QUICK = ("experiment=captions", "cluster=none", "trainer.log_every=2", *SMALL)
 
 
-def test_experiment_runs_to_its_end(here: Place) -> None:
+def test_experiment_runs_to_its_end_and_predicts(here: Place, rows: DigitRows, tmp_path: Path) -> None:
     done = here.here(*QUICK, "debug=fast", "run.name=a")
     assert done.status == 0, done.err
     assert {"val/loss", "val/exact", "val/token_accuracy"} <= set(here.result("a")["metrics"])
     assert here.result("a")["best"]["tag"] == "val/exact"
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(2):
+        Image.fromarray((rows.val[i][0][0] > 0).numpy()).save(folder / f"{i}.png")
+    said = here.here("predict", "a", f"input={folder}")
+    assert said.status == 0, said.err
+    lines = [json.loads(line) for line in said.out.splitlines()]
+    assert [line["input"] for line in lines] == ["0.png", "1.png"]
+    assert all({*line["caption"].split()} <= {*DIGITS, "<unknown>"} and 0 < line["probability"] <= 1 for line in lines)
+    (folder / "1.png").write_text("no picture")
+    refused = here.here("predict", "a", f"input={folder}")
+    assert refused.status == 2
+    assert "1.png cannot be read as a picture" in refused.err.replace("\n", " ")
 
 
 PHOTOGRAPHS = ("data=coco", "model.channels=3", "data.min_count=1", "data.height=16", "data.width=24")
