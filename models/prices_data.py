@@ -4,7 +4,7 @@ Each class is a whole data section. A sample is a window: what was known at the 
 log-returns from there to the closes of the next `horizons` rows. Rows are trading days where the file has one row a
 trading day. The split is by date and leaks nothing: targets of training end before `split`, targets of validation
 begin at `split` or later, and everything that is fitted (the quantiles of the two baselines) is fitted to training
-windows. What a window is scaled by is computed from the rows up to its origin.
+rows. What a window is scaled by is computed from the rows up to its origin.
 
 Two baselines come with every window, so that a model is judged on the same values: `constant`, the quantiles of the
 returns of training, and `base`, the same of returns divided by an exponentially weighted volatility (RiskMetrics
@@ -28,6 +28,7 @@ SPANS = (5, 22, 66, 256)  # rows over which volatility is measured: a week, a mo
 LOOKBACK = max(SPANS)
 DRIFTS = (0.8, 0.94, 0.97)  # decays of the weighted means of returns
 CHANNELS = 2 + len(SPANS) + 1 + len(DRIFTS)  # of a window; see `Windows`
+WARM_UP = 22  # returns that the exponentially weighted variance begins with
 FLOOR = 1e-5  # smallest volatility of a row: a price that rests is not divided by zero
 CLIP = 6.0  # a return counts for at most so many volatilities in what the model sees; targets are as they are
 
@@ -196,12 +197,13 @@ class Prices:
     def _baselines(self, rows: Sequence[Rows], train: Sequence[Origin]) -> tuple[np.ndarray, np.ndarray]:
         """Quantiles by horizon of training's scaled returns, all series together (H, Q), and of its returns (S, H, Q).
 
-        Scaled returns of different series are alike, and together they make the stronger baseline; returns are not.
+        They need no history as a model does, and so are fitted to the first years too: the scaled ones are stronger for
+        it. Scaled returns of different series are alike, and together make the stronger baseline; returns are not.
         """
         numbers, origins = np.array(train).T
         scaled, constant = [], []
         for number, one in enumerate(rows):
-            mine = origins[numbers == number]
+            mine = np.arange(WARM_UP, origins[numbers == number].max() + 1)
             y = one.targets(mine, self.horizons)  # (n, H)
             scaled.append(y / (one.columns[mine, VOLATILITY, None] * np.sqrt(np.arange(1, self.horizons + 1))))
             constant.append(np.quantile(y, self.quantiles, axis=0).T)
@@ -281,10 +283,10 @@ class Indices(Prices):
 def ewma_volatility(returns: np.ndarray, decay: float) -> np.ndarray:
     """s_t of s_t² = decay s_{t-1}² + (1 - decay) r_t², that is from returns up to t. returns (N,) -> (N,).
 
-    It begins with the mean square of the first 22 returns, which lie before any window's origin. returns[0] is left
+    It begins with the mean square of the first WARM_UP returns, which lie before any window's origin. returns[0] is left
     out, for the first row has no return.
     """
-    first = float((returns[1:23] ** 2).mean()) if len(returns) > 1 else 0.0
+    first = float((returns[1 : WARM_UP + 1] ** 2).mean()) if len(returns) > 1 else 0.0
     return np.maximum(np.sqrt(_weighted_mean(returns**2, decay, first)), FLOOR)
 
 

@@ -115,7 +115,7 @@ def test_volatility_by_hand() -> None:
 
 
 def test_baselines_by_hand(tmp_path: Path) -> None:
-    """Quantiles of scaled returns of all series together, per horizon, of training windows; times s and sqrt(h)."""
+    """Quantiles of scaled returns of all series together, per horizon, of all training rows; times s and sqrt(h)."""
     prices = {"a": walk(700), "b": walk(700, seed=1) ** 2}
     data = table(tmp_path, prices, decay=0.9)
     cut = 486  # 2001-05-01
@@ -127,7 +127,7 @@ def test_baselines_by_hand(tmp_path: Path) -> None:
         for value in r[1:]:
             variance.append(0.9 * variance[-1] + 0.1 * value**2)
         volatility[name] = np.sqrt(variance)
-        origins = range(LOOKBACK + 8 - 1, cut - 5)
+        origins = range(22, cut - 5)  # from the first row with enough returns behind it
         returns[name] = [np.log(price[o + 3] / price[o]) for o in origins]
         scaled += [y / volatility[name][o] / 3**0.5 for y, o in zip(returns[name], origins, strict=True)]
     z = np.quantile(scaled, [0.1, 0.5, 0.9])
