@@ -126,6 +126,17 @@ def test_killed_and_resumed_is_never_stopped(name: str, precision: str, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize("name", ["powersgd", "fsdp", "diloco-overlapped"])
+def test_convolutions_go_on_where_they_were(name: str, tmp_path: Path) -> None:
+    # Their weights lie in another order in memory, and FSDP takes only those that lie in the usual one.
+    model = {"_target_": "models.vision.ConvNet", "width": 4}
+    job = job_of(name, model=model, data={"_target_": "Pictures", "train": 500}, epochs=2)
+    succeed(job, tmp_path / "whole", 2)
+    kill(job, tmp_path / "killed", 2, after=7, once_saved=6)
+    succeed(job, tmp_path / "killed", 2)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.parametrize("name", ["powersgd", "fsdp", "local_sgd", "diloco-overlapped"])
 def test_resumed_with_other_numbers_of_workers_goes_on_well(name: str, tmp_path: Path) -> None:
     job = job_of(name, epochs=2, checkpoint={"every": 3, "keep": 9})

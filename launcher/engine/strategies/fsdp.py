@@ -79,6 +79,8 @@ class FullySharded(Strategy):
             "mp_policy": MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=reduces, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if config.option("cpu_offload") else OffloadPolicy(),
         }
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP2 refuses channels-last weights
         blocks = blocks_of(self.model, config.blocks)
         for block in blocks:
             fully_shard(block, **how)
