@@ -283,8 +283,8 @@ class Indices(Prices):
 def ewma_volatility(returns: np.ndarray, decay: float) -> np.ndarray:
     """s_t of s_t² = decay s_{t-1}² + (1 - decay) r_t², that is from returns up to t. returns (N,) -> (N,).
 
-    It begins with the mean square of the first WARM_UP returns, which lie before any window's origin. returns[0] is left
-    out, for the first row has no return.
+    It begins with the mean square of the first WARM_UP returns, which lie before any window's origin. returns[0] is
+    left out, for the first row has no return.
     """
     first = float((returns[1 : WARM_UP + 1] ** 2).mean()) if len(returns) > 1 else 0.0
     return np.maximum(np.sqrt(_weighted_mean(returns**2, decay, first)), FLOOR)
