@@ -144,15 +144,33 @@ def test_a_parameter_that_one_worker_does_not_use_has_half_and_one_that_none_use
         assert torch.allclose(one, both / 2, atol=1e-5)
 
 
-@pytest.mark.parametrize(("steps", "after"), [(66, 5), pytest.param(1000, 10, marks=pytest.mark.slow)])
-def test_powersgd_reaches_the_loss_of_plain_ddp(steps: int, after: int, tmp_path: Path) -> None:
-    """On the toy data: it never hangs, and what it leaves out is made good."""
-    how: dict[str, Any] = {"steps": steps, "model": {"_target_": "Net", "width": 40}, "log_every": 20}
-    succeed(make_job(**how), tmp_path / "plain", 2, timeout=110)
-    strategy = {"compression": "powersgd", "powersgd_rank": 2, "powersgd_after": after}
-    succeed(make_job(strategy=strategy, **how), tmp_path / "powersgd", 2, timeout=110)
+def test_powersgd_goes_on_to_learn(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"steps": 66, "model": {"_target_": "Net", "width": 40}, "log_every": 20}
+    succeed(make_job(**how), tmp_path / "plain", 2)
+    strategy = {"compression": "powersgd", "powersgd_rank": 2, "powersgd_after": 5}
+    succeed(make_job(strategy=strategy, **how), tmp_path / "powersgd", 2)
     plain, found = (column(tmp_path / name, "train/loss")[-1] for name in ("plain", "powersgd"))
     assert found < 1.05 * plain
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_powersgd_reaches_the_loss_of_plain_ddp_on_mnist(tmp_path: Path) -> None:
+    """1,000 steps on gloo, without hanging, to within 1 % of the loss."""
+    how: dict[str, Any] = {
+        "steps": 1000,
+        "model": {"_target_": "models.vision.MLP", "width": 128},
+        "data": {"_target_": "models.vision_data.Mnist"},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.05},
+        "log_every": 250,
+        "evaluate_every": 1000,
+    }
+    losses = {}
+    for name, strategy in (("plain", {}), ("powersgd", {"compression": "powersgd"})):
+        succeed(make_job(strategy=strategy, **how), tmp_path / name, 2, timeout=280)
+        losses[name] = column(tmp_path / name, "val/loss")[-1]
+    print(losses)
+    assert losses["powersgd"] <= 1.01 * losses["plain"]
 
 
 # ---- DiLoCo ---------------------------------------------------------------------------------------------------------
