@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.errors import RunError
+from launcher.prepare import check_continuation
 from launcher.schema import Job, StrategyConfig
 from tests.engine.engine_ranks import (
     Script,
@@ -160,6 +163,20 @@ def test_ddp_and_fsdp_continue_one_another(first: str, second: str, tmp_path: Pa
     succeed(job_of(second), tmp_path / "changed", 3)
     for tag in ("train/loss", "train/grad_norm"):
         assert column(tmp_path / "changed", tag) == pytest.approx(column(tmp_path / "whole", tag), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "continues"),
+    [
+        (StrategyConfig("fsdp", hybrid=True), True),
+        (StrategyConfig(static_graph=True), True),
+        (StrategyConfig("diloco"), False),
+        (StrategyConfig(compression="powersgd"), False),
+    ],
+)
+def test_a_run_is_continued_only_by_what_reads_its_checkpoint(strategy: StrategyConfig, continues: bool) -> None:
+    with nullcontext() if continues else pytest.raises(RunError, match="another strategy"):
+        check_continuation(Job(), Job(strategy=strategy), "x")
 
 
 def test_what_is_saved_and_evaluated_are_the_weights_that_the_workers_agree_on(tmp_path: Path) -> None:
