@@ -50,7 +50,7 @@ def test_parse(words: list[str], verb: str, name: str | None, overrides: list[st
         (["evalute", "a"], r'"evalute".*nearest verb is "evaluate"'),
         (["Runs"], r'nearest verb is "runs"'),
         (["xyzzy"], r'"xyzzy" is neither.*nearest verb is "\w+"'),
-        (["experiment"], r"experiment=mnist.*nearest verb"),
+        (["experiment"], r"For example: experiment=\w+\. The nearest verb"),
         (["mnist_tiny"], r"Did you mean experiment=mnist_tiny\?"),
         (["train", "plan"], r'"plan" is neither'),
         (["--json"], r"--json belongs to launch plan and launch runs"),

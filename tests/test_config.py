@@ -158,7 +158,7 @@ WRONG: list[tuple[str, str]] = [
     ("gradient_clip_val=1", r"trainer.clip_norm"),
     ("seed=1", r"trainer.seed"),
     # groups
-    ("model=resnt18", r'"resnet18".*There are: convnet'),
+    ("model=resnt18", r'"resnet18".*There are: captioner, convnet'),
     ("experiment=[mnist,nope]", r'no experiment called "nope".*mnist'),
     ("optimizer=3", r'no optimizer called "3"'),
     ("modle=convnet", r'"model"'),
