@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from launcher.config import Job, ScalingConfig, TrainerConfig
 from launcher.engine.build import build_model, build_strategy
+from launcher.engine.metrics import as_pair
 from launcher.engine.optim import build_optimizer
 from launcher.engine.runtime import Runtime
 from launcher.schema import StrategyConfig
@@ -59,8 +60,8 @@ def trained(runtime: Runtime, strategy: dict[str, Any], size: dict[str, Any], st
     losses: list[float] = []
 
     def record(answer: Any) -> None:
-        total, count = answer["loss"] if isinstance(answer["loss"], tuple) else (answer["loss"].sum(), 0)
-        both = torch.tensor([float(total), float(count) or float(answer["loss"].numel())], dtype=torch.float64)
+        total, count = as_pair("loss", answer["loss"])
+        both = torch.tensor([float(total.detach()), float(count)], dtype=torch.float64)
         losses.append(float(runtime.add_up(both)[0] / both[1]))
 
     for step in range(steps):
