@@ -89,6 +89,33 @@ def predict_rare(compute: float, nbytes: float, workers: int, link: Link, every:
     return Step(compute, communication, communication)
 
 
+def predict_sharded(
+    compute: float,
+    gathered: float,
+    reduced: float,
+    workers: int,
+    link: Link,
+    *,
+    messages: int,
+    overlap: float = OVERLAP,
+) -> Step:
+    """Predict a step of FSDP: weights are gathered for either pass, gradients are scattered.
+
+    Each of the three goes once around the ring, an all-reduce goes twice. As much computing is taken to hide it as with
+    `predict`: nothing was fitted for it.
+
+    Args:
+        gathered: bytes of weights, as they travel, over the microbatches of a step.
+        reduced: bytes of gradients, likewise.
+        messages: how many times a block is gathered for a forward pass in a step.
+    """
+    communication = 0.0
+    if workers > 1:
+        around = (2 * gathered + reduced) / link.bandwidth / workers
+        communication = (workers - 1) * (3 * messages * link.latency + around)
+    return Step(compute, communication, communication - min(communication, overlap * compute))
+
+
 def fit_overlap(points: list[tuple[float, float, float]]) -> float:
     """Return the overlap in 0 … 1 that explains points of (compute, communication, measured step) best.
 

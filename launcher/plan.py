@@ -14,6 +14,8 @@ from launcher.errors import ConfigError
 from launcher.phases import Marks
 from launcher.phrases import count, size
 
+_AUTO = " (at the start: ddp, or fsdp where a worker cannot hold the network; the figures here are those of ddp)"
+
 
 @dataclass(frozen=True)
 class Machines:
@@ -90,7 +92,7 @@ class Plan:
             ("data", ", ".join(f"{name} {count:,}" for name, count in self.data.items())),
             ("network", f"{self.parameters:,} parameters"),
             ("memory a worker", memory),
-            ("strategy", self.strategy),
+            ("strategy", self.strategy + (_AUTO if self.strategy == "auto" else "")),
             ("communication", self.communication if m.workers > 1 else "none (one worker)"),
             ("tags", ", ".join(self.tags)),
             ("cost", f"{self.usd_per_hour:.2f} USD/h"),

@@ -231,10 +231,10 @@ def same_section(one: object, other: object) -> bool:
 def _identity(section: object) -> object:
     """What must stay: not the number of loader processes, nor the learning rate, which may be mended on the way.
 
-    Of a strategy, what a checkpoint holds: `ddp` and `fsdp` save the same, wherever it lies.
+    Of a strategy, what a checkpoint holds: `ddp`, `fsdp` and what `auto` takes save the same, wherever it lies.
     """
     if isinstance(section, StrategyConfig):
-        alike = "ddp" if section.name == "fsdp" else section.name
+        alike = "ddp" if section.name in ("fsdp", "auto") else section.name
         options = ("powersgd_rank", "inner_steps", "overlap_steps", "outer_lr", "outer_momentum")
         return alike, section.compression, [getattr(section, key) for key in options]
     if not isinstance(section, dict):

@@ -17,7 +17,7 @@ from .errors import ConfigError, did_you_mean
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
-STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco")
+STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco", "auto")
 COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
 CLUSTERS = ("local", "none")
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
@@ -314,6 +314,11 @@ def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
                 f"strategy.{key} is an option of strategy={' and '.join(homes)}, but the strategy is {name}. "
                 "Leave it out, or choose that strategy."
             )
+    if name == "auto" and strategy.compression != "none":
+        raise ConfigError(
+            f"strategy=auto chooses among strategies with the losses of ddp, and strategy.compression="
+            f"{strategy.compression} changes them. Name the strategy, or leave the compression out."
+        )
     if strategy.compression == "powersgd" and name != "ddp":
         raise ConfigError(
             f"strategy.compression=powersgd compresses the gradients of strategy=ddp, but the strategy is {name}. Use "
@@ -323,7 +328,7 @@ def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
         for key in ("powersgd_rank", "powersgd_after"):
             if getattr(strategy, key) is not None:
                 raise ConfigError(f"strategy.{key} needs strategy.compression=powersgd; add it, or leave {key} out.")
-    if trainer.deterministic and (name != "ddp" or strategy.compression != "none"):
+    if trainer.deterministic and (name not in ("ddp", "auto") or strategy.compression != "none"):
         raise ConfigError(
             "trainer.deterministic=true needs strategy=ddp and strategy.compression=none, whose sums do not depend on "
             f"the number of workers; found strategy={name} with compression {strategy.compression}. Choose those, or "

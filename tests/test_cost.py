@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.cost import Link, fit_overlap, predict, predict_rare, shared
+from launcher.cost import Link, fit_overlap, predict, predict_rare, predict_sharded, shared
 
 GIGABIT = Link(latency=1e-3, bandwidth=125e6)
 
@@ -32,6 +32,13 @@ def test_computing_hides_communication_only_as_far_as_it_lasts() -> None:
     assert partly.share == pytest.approx(0.502 / 1.502)
     rare = predict_rare(compute=1.0, nbytes=125e6, workers=2, link=GIGABIT, every=100)
     assert rare.seconds == pytest.approx(1.01002)
+
+
+def test_sharding_goes_three_times_around_where_an_all_reduce_goes_twice() -> None:
+    step = predict_sharded(1.0, gathered=125e6, reduced=125e6, workers=2, link=GIGABIT, messages=10, overlap=0.5)
+    assert step.communication == pytest.approx(1.5 + 0.03)
+    assert step.seconds == pytest.approx(1.0 + 1.53 - 0.5)
+    assert predict_sharded(1.0, 1e9, 1e9, 1, GIGABIT, messages=1).seconds == 1.0
 
 
 def test_workers_share_cores() -> None:

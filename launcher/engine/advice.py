@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,34 @@ class Advice:
         return f"{told} The quickest a step: {best} ({others}); docs/exactness.md says what each changes."
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The link, the seconds that a worker computes in a step, and the bytes that a microbatch keeps for its gradients.
+
+    The seconds are those of the slowest worker, the bytes those of the one that keeps most.
+    """
+
+    link: Link
+    seconds: float
+    activations: int
+
+
+def measure(
+    model: nn.Module, batch: Any, passes: int, runtime: Runtime, cast: Callable[[], AbstractContextManager[Any]]
+) -> Measured | None:
+    """Measure; every rank calls it, see `advise`. None, on every rank, where one has no memory for a pass."""
+    link = probe.measure(runtime.group, runtime.device)
+    runtime.barrier()
+    try:
+        own: tuple[float, int] | None = _pass(model, batch, runtime.device, cast)
+    except torch.OutOfMemoryError:
+        own = None
+    found = runtime.gather(own)
+    if None in found:
+        return None
+    return Measured(link, max(seconds for seconds, _ in found) * passes, max(kept for _, kept in found))
+
+
 def advise(
     job: Job,
     model: nn.Module,
@@ -68,6 +96,7 @@ def advise(
     passes: int,
     runtime: Runtime,
     cast: Callable[[], AbstractContextManager[Any]],
+    measured: Measured | None = None,
 ) -> Advice | None:
     """Measure and predict; every rank calls it, before the model is wrapped. None where a prediction means nothing.
 
@@ -75,6 +104,7 @@ def advise(
         batch: a microbatch on the device. Weights, buffers, gradients and random states are as before afterwards.
         passes: microbatches in a worker's step.
         cast: the context in which the network computes.
+        measured: by `measure`, where that was done already.
     """
     strategy, trainer = job.strategy, job.trainer
     # One worker waits for nobody; a compiled or divided network computes otherwise than this one; exact sums do so too.
@@ -82,9 +112,10 @@ def advise(
         return None
     if strategy.compression == "powersgd":  # its bytes depend on the shapes of the weights
         return None
-    link = probe.measure(runtime.group, runtime.device)
-    runtime.barrier()
-    seconds = max(runtime.gather(_seconds(model, batch, runtime.device, cast))) * passes
+    measured = measured or measure(model, batch, passes, runtime, cast)
+    if measured is None:
+        return None
+    link, seconds = measured.link, measured.seconds
     nbytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     n = runtime.world_size
     rare = dict(STRATEGY_OPTIONS["inner_steps"])
@@ -102,25 +133,37 @@ def advise(
     return Advice(link, steps, chosen)
 
 
-def _seconds(
+def _pass(
     model: nn.Module, batch: Any, device: torch.device, cast: Callable[[], AbstractContextManager[Any]]
-) -> float:
-    """Return the seconds of one forward and backward pass, the quickest of some."""
+) -> tuple[float, int]:
+    """Return the seconds of one forward and backward pass, the quickest of some, and the bytes kept between the two."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = [device] if device.type == "cuda" else []
     times = []
-    with own_randomness(), torch.random.fork_rng(devices):
-        for _ in range(1 + _TIMED):
-            began = time.perf_counter()
-            with cast():
-                answer = model.training_step(batch)  # type: ignore[operator]
-            loss_of(answer)[0].backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - began)
-    for parameter in model.parameters():
-        parameter.grad = None
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    return min(times[1:])
+    try:
+        with own_randomness(), torch.random.fork_rng(devices):
+            for again in range(1 + _TIMED):
+                first = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+                began = time.perf_counter()
+                with cast(), nullcontext() if again else first:
+                    answer = model.training_step(batch)  # type: ignore[operator]
+                loss_of(answer)[0].backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter() - began)
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+    return min(times[1:]), sum(kept.values())

@@ -81,7 +81,7 @@ def _estimate(job: Job) -> Estimate:
     runtime = Runtime.single("cpu")
     cpu_job = job if not job.trainer.sync_batchnorm else _without_sync_batchnorm(job)
     model = build_model(cpu_job, runtime)
-    optimizer_bytes = _optimizer_bytes(job, model)
+    of_optimizer = optimizer_bytes(job, model)
     saved, train = _train_names(job, model, data, runtime)
     tags = [f"train/{name}" for name in train]
     for name in data.val:
@@ -100,7 +100,7 @@ def _estimate(job: Job) -> Estimate:
         trained_parameters=sum(p.numel() for p in trained),
         parameter_bytes=_bytes(model.parameters()),
         gradient_bytes=_bytes(trained),
-        optimizer_bytes=optimizer_bytes,
+        optimizer_bytes=of_optimizer,
         activation_bytes_per_sample=saved // _SAMPLES,
         flops_per_sample=flops_per_sample(model),
         tags=tuple(tags),
@@ -199,7 +199,7 @@ def _check_monitor(job: Job, tags: list[str], data: Data) -> None:
     )
 
 
-def _optimizer_bytes(job: Job, model: nn.Module) -> int:
+def optimizer_bytes(job: Job, model: nn.Module) -> int:
     """Return the optimizer's state for the whole model, from what it keeps for a small parameter of its own."""
     parameter_groups(model, job.optimizer.get("groups") or [])
     section: Mapping[str, Any] = {key: value for key, value in job.optimizer.items() if key != "groups"}

@@ -61,6 +61,20 @@ def give_back_memory(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def memory_of_a_worker(runtime: Runtime, gpus_per_worker: float | None) -> float:
+    """Return the bytes that this rank may fill: of its GPU, or its part of the machine's (the container's) memory."""
+    if runtime.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(runtime.device)
+        total = torch.cuda.get_device_properties(runtime.device).total_memory
+        share = min(1.0, gpus_per_worker or 1.0)
+        return min(total * share, free + torch.cuda.memory_reserved(runtime.device))
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max": there is none
+            whole = min(whole, int(Path(limit).read_text()))
+    return whole / runtime.local_world_size
+
+
 def allocated_gib(device: torch.device) -> float:
     """Return the memory of this rank, GiB: the peak that PyTorch allocated on the GPU, or what the process occupies."""
     if device.type == "cuda":

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 from launcher.config import Job, parse_interval
 from launcher.engine import hardware
 from launcher.engine.advice import advise
+from launcher.engine.auto import settle
 from launcher.engine.build import (
     build_evaluator,
     build_loader,
@@ -43,6 +45,7 @@ from launcher.engine.progress import Every, Progress
 from launcher.engine.record import Recorder, StepFile, Throughput
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.state import State
+from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.errors import CheckpointError, NonFiniteLoss
 from launcher.phases import Marks
 from launcher.runs import RunDirectory
@@ -77,7 +80,7 @@ class Trainer:
         marks: Marks | None = None,
     ) -> None:
         trainer = job.trainer
-        self.job, self.runtime, self.control, self.directory = job, runtime, control, directory
+        self.runtime, self.control, self.directory = runtime, control, directory
         self.order = build_order(job, data.train)
         self.split = build_split(job)
         self.total_steps = trainer.steps or trainer.epochs * self.order.steps_per_epoch
@@ -86,9 +89,12 @@ class Trainer:
         self.first_batch = self._first_batch()
 
         parameter_groups(model, job.optimizer.get("groups") or [])  # freezes, which wrapping must know
-        self.strategy = build_strategy(job, model, runtime)
         passes = len(self.split.share(self.order.batch_size(0), runtime.rank, runtime.world_size))
-        self.advice = advise(job, model, self.first_batch, passes, runtime, self.strategy.cast)
+        cast = partial(casting, runtime.device, DTYPES[trainer.precision])
+        job, measured = settle(job, model, self.first_batch, passes, runtime, directory, control, cast)
+        self.job = job
+        self.strategy = build_strategy(job, model, runtime)
+        self.advice = advise(job, model, self.first_batch, passes, runtime, cast, measured)
         self.sums = Sums(runtime.device, trainer.deterministic)
         self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
         self.sums.reset()

@@ -169,6 +169,7 @@ def test_ddp_and_fsdp_continue_one_another(first: str, second: str, tmp_path: Pa
     ("strategy", "continues"),
     [
         (StrategyConfig("fsdp", hybrid=True), True),
+        (StrategyConfig("auto"), True),
         (StrategyConfig(static_graph=True), True),
         (StrategyConfig("diloco"), False),
         (StrategyConfig(compression="powersgd"), False),

@@ -67,9 +67,7 @@ class Strategy(ABC):
 
     def cast(self) -> AbstractContextManager[Any]:
         """The context in which the network computes in `trainer.precision`."""
-        if self._precision is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.runtime.device.type, dtype=self._precision)
+        return casting(self.runtime.device, self._precision)
 
     def call(self, method: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         """Return `method(model, batch)`, with every weight in its place."""
@@ -178,6 +176,13 @@ class Strategy(ABC):
             states: this rank's own state, or, where the number of ranks has changed (`resized`), that of every rank
                 that there was.
         """
+
+
+def casting(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Return the context in which a network computes in that precision."""
+    if precision is torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=precision)
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

@@ -1,0 +1,136 @@
+"""`strategy=auto`: what a run takes of the strategies that give the same losses, decided once, at its start.
+
+The exact ones are `ddp` and `fsdp` (docs/exactness.md). Among those that a worker's memory holds, the one with the
+shortest predicted step is taken; where none is held, the one that needs the least. The decision is kept in result.json:
+a run that is continued keeps it, whatever the link is like that day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.config import Job, StrategyConfig
+from launcher.cost import predict, predict_sharded
+from launcher.engine import hardware
+from launcher.engine.advice import Measured, measure
+from launcher.engine.control import Control
+from launcher.engine.data import own_randomness
+from launcher.engine.runtime import Runtime
+from launcher.engine.strategies import costs
+from launcher.engine.strategies.blocks import blocks_of, recompute
+from launcher.phrases import number, size
+from launcher.runs import RunDirectory
+
+EXACT = ("ddp", "fsdp")
+KEPT = "strategy"  # the key of result.json
+_ROOM = 0.9  # of the memory: the rest is the framework's, and what lies between the pieces
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An exact strategy. needs: bytes of a worker. seconds: of a step, as predicted; None where nothing was timed."""
+
+    name: str
+    needs: float
+    seconds: float | None = None
+
+
+def choose(candidates: list[Candidate], room: float) -> Candidate:
+    """Return the quickest of the candidates that `room` bytes hold, the first where none is quicker than another.
+
+    Where none is held: the one that needs the least.
+    """
+    held = [candidate for candidate in candidates if candidate.needs <= room]
+    if not held:
+        return min(candidates, key=lambda candidate: candidate.needs)
+    return min(held, key=lambda candidate: candidate.seconds or 0.0)
+
+
+def settle(
+    job: Job,
+    model: nn.Module,
+    batch: Any,
+    passes: int,
+    runtime: Runtime,
+    directory: RunDirectory,
+    control: Control,
+    cast: Callable[[], AbstractContextManager[Any]],
+) -> tuple[Job, Measured | None]:
+    """Return the job with the strategy that `auto` stands for, and what was measured; other jobs as they are.
+
+    Every rank calls it, before the model is wrapped; rank 0 decides. See `advice.advise` for the arguments.
+    """
+    if job.strategy.name != "auto":
+        return job, None
+    measured = None
+    if job.trainer.deterministic:
+        name, why = "ddp", "trainer.deterministic=true needs it"
+    elif kept := runtime.broadcast(directory.result().get(KEPT) if runtime.is_first else None):
+        name, why = kept, "as this run began"
+    elif runtime.alone:
+        name, why = "ddp", "there is one worker"
+    else:
+        if job.strategy.activation_checkpointing:
+            recompute(model, job.strategy.blocks)
+        name, why, measured = _decide(job, model, batch, passes, runtime, cast)
+    if runtime.is_first:
+        directory.update_result(**{KEPT: name})
+        control.emit({"kind": "note", "text": f"strategy=auto takes {name}: {why}."})
+    return replace(job, strategy=replace(job.strategy, name=name)), measured
+
+
+def _decide(
+    job: Job,
+    model: nn.Module,
+    batch: Any,
+    passes: int,
+    runtime: Runtime,
+    cast: Callable[[], AbstractContextManager[Any]],
+) -> tuple[str, str, Measured | None]:
+    """Return the name, the reason in words, and what was measured, the first two the same on every rank."""
+    from launcher.engine.estimate import optimizer_bytes
+
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    with own_randomness(), torch.random.fork_rng([]):
+        optimizer = optimizer_bytes(job, model)
+    whole = {"parameters": weights, "gradients": trained, "optimizer": optimizer}
+    rooms = runtime.gather(hardware.memory_of_a_worker(runtime, job.scaling.gpus_per_worker))
+    room = _ROOM * min(rooms)
+    # A pass needs the weights, their gradients and the activations: it is not even tried where it cannot succeed.
+    measured = measure(model, batch, passes, runtime, cast) if weights + trained <= room else None
+    n, precision = runtime.world_size, job.trainer.precision
+    candidates = []
+    for name in EXACT:
+        config = StrategyConfig(name)
+        needs = float(sum(costs.memory(config, n, whole).values()))
+        if measured is None:
+            # ddp has been ruled out: by its weights and gradients, or by the pass.
+            candidates.append(Candidate(name, max(needs, room + 1) if name == "ddp" else needs))
+            continue
+        if name == "ddp":
+            step = predict(measured.seconds, trained, n, measured.link)
+        else:
+            gathered = weights if precision == "float32" else weights / 2
+            messages = passes * (len(blocks_of(model, job.strategy.blocks)) + 1)
+            step = predict_sharded(
+                measured.seconds, passes * gathered, passes * trained, n, measured.link, messages=messages
+            )
+        candidates.append(Candidate(name, needs + measured.activations, step.seconds))
+    chosen = choose(candidates, room)
+    return (*runtime.broadcast((chosen.name, _reason(chosen, candidates, min(rooms)))), measured)
+
+
+def _reason(chosen: Candidate, candidates: list[Candidate], memory: float) -> str:
+    held = ", ".join(f"{size(other.needs)} of memory with {other.name}" for other in candidates)
+    text = f"a worker needs {held}, and has {size(memory)}"
+    if chosen.seconds is None:
+        return f"{text}; nothing was timed, since ddp does not fit"
+    steps = ", ".join(f"{number(other.seconds)} s with {other.name}" for other in candidates if other.seconds)
+    return f"{text}; predicted are {steps} a step"
