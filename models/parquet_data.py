@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -148,33 +149,26 @@ class Stream(Rows):
     """`Rows` that the engine reads as a stream when it trains."""
 
     def stream(
-        self, rank: int, world_size: int, seed: int, tables: Callable[[int], Iterator[Any]] | None = None
+        self, rank: int, world_size: int, seed: int, apply: Callable[..., Iterator[Any]] = map
     ) -> Iterator[Piece]:
         """Yield the rows of one pass, in pieces: row groups in a random order, each shuffled, dealt out to the ranks.
 
         Args:
-            tables: where something else reads (Ray Data): gives this rank's part as pyarrow Tables, by the seed.
+            apply: gives a function's results for some items in their order, as `map` does; it may read elsewhere.
         """
         generator = torch.Generator().manual_seed(seed)
-        if tables is not None:
-            for table in tables(seed):
-                yield self.tensors(table, "the stream")
-            return
         order = torch.randperm(len(self.groups), generator=generator).tolist()
         whole = len(order) >= world_size  # with fewer groups than ranks each takes some rows of every group
-        for number in order[rank::world_size] if whole else order:
-            piece = self._read(number)
+        mine = [self.groups[number] for number in (order[rank::world_size] if whole else order)]
+        groups = [(os.path.abspath(file), group, count) for file, group, count in mine]
+        for piece in apply(partial(_read_group, self.features, self.target), groups):
             rows = torch.randperm(len(piece[0]), generator=generator)
             rows = rows if whole else rows[rank::world_size]
             yield tuple(part[rows] for part in piece)
 
-    @property
-    def shards(self) -> dict[str, list[str]]:
-        """What another reader needs to know."""
-        return {
-            "paths": list(dict.fromkeys(path for path, _, _ in self.groups)),
-            "columns": [*self.features, str(self.target)],
-        }
+
+def _read_group(features: Sequence[str], target: str | None, group: tuple[str, int, int]) -> Piece:
+    return Rows([group], features, target)._read(0)
 
 
 def _groups(root: str, key: str) -> list[tuple[str, int, int]]:

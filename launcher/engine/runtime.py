@@ -66,7 +66,7 @@ class Runtime:
     group: Any = None
     host_group: Any = None
     owns_group: bool = False
-    tables: Callable[[int], Iterator[Any]] | None = None  # who reads a stream of data elsewhere gives it here
+    apply: Callable[..., Iterator[Any]] = map  # what reads the parts of a stream, here or elsewhere, in their order
     _task_groups: list[Any] = field(default_factory=list)
 
     @property

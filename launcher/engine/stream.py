@@ -22,7 +22,7 @@ from launcher.errors import DataError, UserCodeError
 
 
 class StreamLoader(Loader):
-    """Reads microbatches of the sizes that are asked for from `dataset.stream(rank, world_size, seed, tables)`.
+    """Reads microbatches of the sizes that are asked for from `dataset.stream(rank, world_size, seed, apply)`.
 
     That yields pieces: batches of any size, whose tensors have one row a sample. One stream is one pass over this
     rank's part; another follows when it ends, so that a rank whose part is small repeats some of it.
@@ -57,12 +57,12 @@ class StreamLoader(Loader):
         return _pytree.tree_map(lambda tensor: tensor[:size], whole), left
 
     def _pieces(self, start: int) -> Generator[Any]:
-        rank, world_size, tables = self._runtime.rank, self._runtime.world_size, self._runtime.tables
+        rank, world_size, apply = self._runtime.rank, self._runtime.world_size, self._runtime.apply
         number = 0
         while True:
             empty = True
             try:
-                for piece in self._dataset.stream(rank, world_size, mix(start, number), tables):
+                for piece in self._dataset.stream(rank, world_size, mix(start, number), apply):
                     empty = empty and not _rows(piece)
                     yield piece
             except (ValueError, OSError) as error:

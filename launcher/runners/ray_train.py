@@ -39,6 +39,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from launcher.clusters.local import RAY_TRAIN_ENVIRONMENT, EmbeddedRay
 from launcher.errors import LaunchError, ResourceError, Stopped, TrainingError, WorkerLost
+from launcher.runners import ray_data
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
 from launcher.runners.reports import Event, crash_of, describe, rebuild
 from launcher.runners.signals import STOPPING, Interrupts
@@ -324,7 +325,7 @@ def _lost(rank: int, report: str, workers: dict[int, Event]) -> WorkerLost:
 
 def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
     """Return the training function for Ray Train, which travels by value: our package may not be installed there."""
-    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    home = _home()
     pickled = pickle.dumps(order)
 
     def enter() -> dict[str, Any] | None:
@@ -337,6 +338,10 @@ def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
         return importlib.import_module(module).work(pickle.loads(pickled))
 
     return enter
+
+
+def _home() -> str:
+    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def own_context() -> Any:
@@ -401,7 +406,9 @@ def joined(order: Order, context: Any) -> Iterator[Any]:
         store = _rendezvous(order, rank, world_size, COLLECTIVE_TIMEOUT)
         backend = "nccl" if order.on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
-    yield Runtime.adopt(rank, world_size, context.get_local_rank(), context.get_local_world_size(), _device(order))
+    runtime = Runtime.adopt(rank, world_size, context.get_local_rank(), context.get_local_world_size(), _device(order))
+    runtime.apply = ray_data.reader(_home(), order.python_path, world_size)
+    yield runtime
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from models.parquet_data import GROUPS_KEPT, Parquet, Rows, Stream
+from tests.command import Place
 
 
 def write(file: Path, rows: int = 100, group: int = 10, first: int = 0, **columns: Any) -> Path:
@@ -82,10 +83,37 @@ def test_a_stream_gives_every_row_to_one_rank(root: Path, world_size: int) -> No
     assert seen.sort().values.tolist() == list(range(280))
     again = torch.cat([x[:, 0] for x, _ in stream.stream(0, world_size, seed=4)])
     assert not torch.equal(again, torch.cat(parts[0]))
-    table = pq.read_table(root / "part-0.parquet")
-    handed = list(stream.stream(0, world_size, 0, tables=lambda seed: iter([table])))
-    assert len(handed) == 1
-    assert handed[0][0].shape == (100, 3)
+
+
+NET = """\
+import torch.nn.functional as F
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(3, 5)
+
+    def training_step(self, batch):
+        x, y = batch
+        return {"loss": F.cross_entropy(self.out(x / 300), y, reduction="none")}
+"""
+
+
+@pytest.mark.parametrize(
+    "how", [["cluster=none"], ["cluster=local", "scaling.workers=2", "data.stream=true"]], ids=["none", "local"]
+)
+def test_launch_trains_with_shards(how: list[str], root: Path, place: Place) -> None:
+    root.rename(place.directory / "shards")  # relative paths hold where the files are read, too
+    (place.directory / "five.py").write_text(NET)
+    (place.directory / "own/model/five.yaml").write_text("_target_: five.Net\n")
+    words = ["--config-dir", "own", "data=parquet", "data.root=shards", "data.target=y", "model=five"]
+    settings = ["trainer.epochs=2", "trainer.global_batch_size=40", "logging.tensorboard=false", "run.name=shards"]
+    ended = place.launch(*words, *settings, *how)
+    assert ended.status == 0, ended.err
+    result = place.result("shards")
+    assert (result["status"], result["steps"], result["samples"]) == ("completed", 14, 560)
 
 
 def test_inputs_need_no_target(root: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ As a program it is a driver of its own, for the tests that end it: ray_jobs.py J
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -67,6 +68,36 @@ def until_stopped(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
             break
         time.sleep(0.05)
     return {"seen": seen}
+
+
+def read_stream(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
+    """Read one pass of the Parquet files in the folder that the note names, here and as the runner offers it."""
+    import torch
+
+    from launcher.engine.data import Fetch
+    from launcher.engine.stream import StreamLoader
+    from launcher.errors import DataError
+    from models.parquet_data import Parquet
+
+    data = Parquet(task.note, target="y", stream=True).train
+    parts = {
+        "here": [x[:, 0].tolist() for x, _ in data.stream(runtime.rank, runtime.world_size, 3)],
+        "there": [x[:, 0].tolist() for x, _ in data.stream(runtime.rank, runtime.world_size, 3, runtime.apply)],
+    }
+    # A second look through the engine's loader, for longer than one pass: the parts of the ranks are unequal.
+    loader = StreamLoader(data, runtime, 0, fetch=Fetch(data, None, 0), convert=lambda batch: batch)
+    more = 0
+    with contextlib.closing(loader.read(iter([(1, torch.arange(7))] * 30))) as batches:
+        for x, _ in batches:
+            runtime.barrier()
+            more += len(x)
+    runtime.barrier()
+    Path(task.note, "part-1.parquet").unlink(missing_ok=True)
+    try:
+        next(loader.read(iter([(1, torch.arange(200))])))
+    except DataError as error:
+        return {"workers": runtime.gather({**parts, "more": more, "failed": str(error)})}
+    return {}
 
 
 def main() -> None:

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ray_jobs import HERE, Task
 
@@ -119,6 +122,24 @@ def test_errors_of_ours_arrive_as_they_left(error: LaunchError) -> None:
     assert type(arrived) is type(error)
     assert str(arrived) == str(error)
     assert getattr(arrived, "traceback_text", "") == getattr(error, "traceback_text", "")
+
+
+def test_ray_data_reads_a_stream_though_the_workers_have_every_cpu(cluster: EmbeddedRay, tmp_path: Path) -> None:
+    """Would be wrong: rows lost or doubled, another order than without Ray, tasks that wait for a CPU which never comes
+    or for the other worker, a file that is gone told as Ray's trouble."""
+    for shard in range(3):
+        number = np.arange(100.0 * shard, 100.0 * (shard + 1))
+        table = pa.table({"a": number, "y": number})
+        pq.write_table(table, tmp_path / f"part-{shard}.parquet", row_group_size=(10, 10, 40)[shard])
+
+    workers = run(cluster, "read_stream", str(tmp_path))["workers"]
+
+    seen = [row for worker in workers for piece in worker["there"] for row in piece]
+    assert sorted(seen) == list(range(280))  # the last row group is for validation
+    for worker in workers:
+        assert worker["there"] == worker["here"]
+        assert worker["more"] == 210
+        assert str(tmp_path / "part-1.parquet") in worker["failed"]
 
 
 @pytest.mark.parametrize(("number", "how"), [("SIGKILL", "died without a word"), ("SIGSEGV", r"crashed.*\(SIGSEGV\)")])
