@@ -140,7 +140,7 @@ class Flow(TensorDataset):
         super().__init__(*points(count, 1))
         self.raises = raises
 
-    def stream(self, rank: int, world_size: int, seed: int, tables: Any = None) -> Any:
+    def stream(self, rank: int, world_size: int, seed: int, apply: Any = map) -> Any:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).split(50)
         for number, piece in enumerate(order[rank::world_size] if self.raises != "empty" else []):
             if self.raises == "value" and number == 2:

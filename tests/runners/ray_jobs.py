@@ -77,9 +77,10 @@ def read_stream(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
     from launcher.engine.data import Fetch
     from launcher.engine.stream import StreamLoader
     from launcher.errors import DataError
-    from models.parquet_data import Parquet
+    from models.parquet_data import Parquet, Stream
 
     data = Parquet(task.note, target="y", stream=True).train
+    assert isinstance(data, Stream)
     parts = {
         "here": [x[:, 0].tolist() for x, _ in data.stream(runtime.rank, runtime.world_size, 3)],
         "there": [x[:, 0].tolist() for x, _ in data.stream(runtime.rank, runtime.world_size, 3, runtime.apply)],
