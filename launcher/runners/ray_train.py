@@ -403,6 +403,10 @@ def joined(order: Order, context: Any) -> Iterator[Any]:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo0" if sys.platform == "darwin" else "lo")
     if world_size > 1:
+        # Imported while a group exists, it would keep that group for ever as the default of its arguments: the peers of
+        # a worker that fails would wait for it until they time out.
+        importlib.import_module("torch.distributed.nn.functional")
+
         store = _rendezvous(order, rank, world_size, COLLECTIVE_TIMEOUT)
         backend = "nccl" if order.on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
