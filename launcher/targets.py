@@ -153,6 +153,8 @@ def _is_of_calling_directory(name: str) -> bool:
     and neither does a virtual environment that happens to lie in the calling directory.
     """
     top, _, rest = name.partition(".")
+    if top == __package__:  # called in our own source tree: the launcher's insides are no more trusted than elsewhere
+        return False
     try:
         spec = importlib.util.find_spec(top)  # a top-level name: the import system only looks
     except (ImportError, ValueError):

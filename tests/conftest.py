@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher import targets
 from tests.command import here, place
 
 __all__ = ["here", "place"]  # fixtures for every test that runs `launch`
@@ -33,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FOREIGN:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_calling_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that composes a configuration in this process trusts its directory; the next test must not."""
+    monkeypatch.setattr(targets, "_calling", [])
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ def calling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """A calling directory: the fixture writes files into it, makes it known, and forgets all of it afterwards."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.setattr(targets, "_calling", [])
     modules = dict(sys.modules)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("models", "conf")]:
         del sys.modules[name]
@@ -118,6 +117,14 @@ def test_refused_names(name: str) -> None:
         with pytest.raises(TrustError, match="_target_"):
             targets.check(tree)
     assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize("name", ["launcher.cli.main", "launcher.config.compose", "launcher.errors.LaunchError"])
+def test_called_in_our_own_source_tree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever tries the project in its own clone trusts `models`, not what `launcher` is made of."""
+    monkeypatch.setattr(targets, "_calling", [HOME])
+    with pytest.raises(TrustError, match="outside"):
+        targets.check({"model": {"_target_": name}})
 
 
 @pytest.mark.parametrize("name", [None, 3, ["models.vision.ConvNet"], {"a": 1}, True, b"models.vision.ConvNet"])
