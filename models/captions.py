@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.captions_data import END, PAD, START, UNKNOWN, Vocabulary
+from models.vision import counted_flops, three_convolutions
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, both (B, heads, P or L, D / heads)
 
@@ -255,8 +256,6 @@ class Captioner(nn.Module):
 
     def _training_flops(self, size: Sequence[int]) -> int:
         """Floating-point operations of forward and backward for one picture of `size` with a caption of `max_words`."""
-        from models.vision import counted_flops
-
         picture, tokens = torch.zeros(1, self.channels, *size), torch.full((1, self.max_words + 1), START)
         return counted_flops(self, picture, tokens)
 
@@ -266,16 +265,7 @@ class Encoder(nn.Module):
 
     def __init__(self, channels: int, width: int, dim: int) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, width, 5, stride=2, padding=2),  # (B, width, H/2, W/2)
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, padding=1),  # (B, 2 width, H/2, W/2)
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # (B, 2 width, H/4, W/4)
-            nn.Conv2d(2 * width, 4 * width, 3, padding=1),  # (B, 4 width, H/4, W/4)
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # (B, 4 width, H/8, W/8)
-        )
+        self.features = three_convolutions(channels, width)
         for layer in self.features:
             if isinstance(layer, nn.Conv2d):
                 # With PyTorch's default a picture fades from layer to layer, and the network learned to say anything

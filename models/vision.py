@@ -58,6 +58,20 @@ class Classifier(nn.Module):
         return x
 
 
+def three_convolutions(channels: int, width: int) -> nn.Sequential:
+    """Return layers from pictures (B, channels, H, W) to features (B, 4 width, H/8, W/8); the first one strides."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 5, stride=2, padding=2),  # (B, width, H/2, W/2)
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, padding=1),  # (B, 2 width, H/2, W/2)
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # (B, 2 width, H/4, W/4)
+        nn.Conv2d(2 * width, 4 * width, 3, padding=1),  # (B, 4 width, H/4, W/4)
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # (B, 4 width, H/8, W/8)
+    )
+
+
 class ConvNet(Classifier):
     """Three convolutions and one linear layer, after LeNet-5 (LeCun et al. 1998, doi:10.1109/5.726791).
 
@@ -69,16 +83,7 @@ class ConvNet(Classifier):
         if size < 7:
             raise ValueError(f"size={size}: ConvNet halves its pictures three times and needs at least 7 pixels.")
         side = (size + 1) // 2 // 2 // 2
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, width, 5, stride=2, padding=2),  # (B, width, H/2, W/2)
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, padding=1),  # (B, 2 width, H/2, W/2)
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # (B, 2 width, H/4, W/4)
-            nn.Conv2d(2 * width, 4 * width, 3, padding=1),  # (B, 4 width, H/4, W/4)
-            nn.ReLU(),
-            nn.MaxPool2d(2),  # (B, 4 width, H/8, W/8)
-        )
+        self.features = three_convolutions(channels, width)
         self.head = nn.Linear(4 * width * side * side, classes)
         self.flops_per_sample = training_flops(self, channels, size)
 

@@ -17,6 +17,7 @@ from launcher.config import Job
 from launcher.cost import Link, Step, predict, predict_rare
 from launcher.engine import probe
 from launcher.engine.data import own_randomness
+from launcher.engine.kept import KeptBytes
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import loss_of
 from launcher.phrases import number
@@ -137,24 +138,15 @@ def _pass(
     model: nn.Module, batch: Any, device: torch.device, cast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[float, int]:
     """Return the seconds of one forward and backward pass, the quickest of some, and the bytes kept between the two."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    kept = KeptBytes(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = [device] if device.type == "cuda" else []
     times = []
     try:
         with own_randomness(), torch.random.fork_rng(devices):
             for again in range(1 + _TIMED):
-                first = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
                 began = time.perf_counter()
-                with cast(), nullcontext() if again else first:
+                with cast(), nullcontext() if again else kept.counted():
                     answer = model.training_step(batch)  # type: ignore[operator]
                 loss_of(answer)[0].backward()
                 if device.type == "cuda":
@@ -166,4 +158,4 @@ def _pass(
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-    return min(times[1:]), sum(kept.values())
+    return min(times[1:]), kept.total

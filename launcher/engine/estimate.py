@@ -22,6 +22,7 @@ from launcher.engine.callbacks import check_callbacks
 from launcher.engine.data import Data, Fetch, Loader
 from launcher.engine.evaluation import summarize, validation_answer
 from launcher.engine.failures import is_foreign, translate
+from launcher.engine.kept import KeptBytes
 from launcher.engine.metrics import Sums, check_answer
 from launcher.engine.optim import build_optimizer, parameter_groups
 from launcher.engine.peaks import flops_per_sample
@@ -126,21 +127,13 @@ def _batch(job: Job, data: Data, dataset: Any, model: nn.Module, runtime: Runtim
 
 def _train_names(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tuple[int, list[str]]:
     """Return the bytes that autograd keeps for the small batch, and the names that `training_step` returns."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    kept = KeptBytes(model)
     batch = _batch(job, data, data.train, model, runtime)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept.counted():
         answer = check_answer(said_in_words(model.training_step, batch))
     sums = Sums(runtime.device)
     sums.add(answer)
-    return sum(kept.values()), sums.names
+    return kept.total, sums.names
 
 
 def _val_names(job: Job, model: nn.Module, data: Data, name: str, runtime: Runtime) -> list[str]:

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from models import captions
 from models.captions import Captioner
 from models.captions_data import DIGITS, END, PAD, START, UNKNOWN, DigitRows
-from tests.engine.engine_ranks import column, make_job, succeed
+from tests.engine.engine_ranks import make_job
+from tests.networks import check_configuration, check_two_workers_equal_one, losses_while_training
 
 CONF = Path(captions.__file__).parents[1] / "conf"
 FILES = [CONF / "model/captioner.yaml", CONF / "data/digit_rows.yaml", CONF / "data/coco.yaml"]
 SMALL: dict[str, Any] = {"width": 4, "dim": 16, "heads": 2, "max_words": 4}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -235,39 +224,20 @@ def test_two_workers_have_the_loss_of_one(exact: bool, tmp_path: Path) -> None:
         global_batch_size=9,
         deterministic=exact,
     )
-    found = {}
-    for workers in (1, 2):
-        directory = tmp_path / str(workers)
-        succeed(job, directory, workers)
-        tags = ("train/loss", "train/next_token", "val/loss", "val/exact", "val/token_accuracy", "train/grad_norm")
-        found[workers] = [column(directory, tag) for tag in tags]
-    for one, two in zip(found[1], found[2], strict=True):
-        assert two == (one if exact else pytest.approx(one, rel=1e-5))
+    tags = ("train/loss", "train/next_token", "val/loss", "val/exact", "val/token_accuracy", "train/grad_norm")
+    check_two_workers_equal_one(job, tmp_path, tags)
 
 
 def test_training_lowers_the_loss(network: Captioner) -> None:
     network = Captioner(DIGITS, **SMALL)
     batch = DigitRows(limit=8, val_limit=1, least=1, most=1).train.__getitems__(range(8))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(15):
-        total, count = network.training_step(batch)["loss"]
-        losses.append((total / count).item())
-        optimizer.zero_grad()
-        (total / count).backward()
-        optimizer.step()
+    losses = losses_while_training(network, batch, steps=15)
     assert losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_configuration_has_the_parameters_and_defaults_of_its_class(file: Path) -> None:
-    section = yaml.safe_load(file.read_text())
-    module, _, name = section.pop("_target_").rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    defaults = {key: "???" if p.default is p.empty else p.default for key, p in parameters.items()}
-    told = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
-    # What follows from another section is written as such.
-    assert section == {key: section[key] if str(section[key]).startswith("${") else told[key] for key in told}
+    check_configuration(file)
 
 
 def test_default_size() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ from tests.command import Place
 
 CONF = Path(language.__file__).parents[1] / "conf"
 SIZES = {"gpt_1m": 1.0e6, "gpt_2m": 1.9e6, "gpt_10m": 10.8e6, "gpt_50m": 49.5e6, "gpt2_124m": 124e6}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(vocabulary: int = 256, context: int = 16, tied: bool = False) -> GPT:

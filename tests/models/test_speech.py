@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from models import speech
@@ -29,7 +25,8 @@ from models.speech import (
 )
 from models.speech_data import SpokenDigits
 from models.speech_files import SpeechData, encode
-from tests.engine.engine_ranks import column, make_job, succeed
+from tests.engine.engine_ranks import make_job
+from tests.networks import check_configuration, check_two_workers_equal_one, losses_while_training
 
 CONF = Path(speech.__file__).parents[1] / "conf"
 FILES = [
@@ -37,14 +34,6 @@ FILES = [
     *(CONF / "data" / f"{n}.yaml" for n in ("spoken_digits", "spoken_digits_asterisk", "asterisk", "librispeech")),
 ]
 SMALL = {"channels": 4, "hidden": 8, "mels": 20}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -290,40 +279,22 @@ def test_two_workers_have_the_loss_of_one(exact: bool, tmp_path: Path) -> None:
         global_batch_size=9,
         deterministic=exact,
     )
-    found = {}
-    for workers in (1, 2):
-        directory = tmp_path / str(workers)
-        succeed(job, directory, workers)
-        found[workers] = [
-            column(directory, tag) for tag in ("train/loss", "val/loss", "val/character_error_rate", "train/grad_norm")
-        ]
-    for one, two in zip(found[1], found[2], strict=True):
-        assert two == (one if exact else pytest.approx(one, rel=1e-5))
+    tags = ("train/loss", "val/loss", "val/character_error_rate", "train/grad_norm")
+    check_two_workers_equal_one(job, tmp_path, tags)
 
 
 def test_training_lowers_the_loss() -> None:
     data = SpokenDigits(size=8, val_size=1, fewest=1, most=1)
     torch.manual_seed(0)
     network = Speech(**SMALL)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     batch = data.collate(data.train.__getitems__(range(8), range(8)))
-    losses = []
-    for _ in range(8):
-        total, count = network.training_step(batch)["loss"]
-        losses.append((total / count).item())
-        optimizer.zero_grad()
-        (total / count).backward()
-        optimizer.step()
+    losses = losses_while_training(network, batch, steps=8)
     assert losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_configuration_has_the_parameters_and_defaults_of_its_class(file: Path) -> None:
-    section = yaml.safe_load(file.read_text())
-    module, _, name = section.pop("_target_").rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    defaults = {key: "???" if p.default is p.empty else p.default for key, p in parameters.items()}
-    assert section == {key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items()}
+    check_configuration(file)
 
 
 def test_default_size() -> None:

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import vision
 from models.vision import MLP, Classifier, ConvNet, ResNet18
 from models.vision_data import Mnist
+from tests.networks import check_configuration
 
 CONF = Path(vision.__file__).parents[1] / "conf"
 FILES = [
     *(CONF / "model" / f"{name}.yaml" for name in ("convnet", "mlp", "resnet18")),
     *(CONF / "data" / f"{name}.yaml" for name in ("mnist", "idx", "folder")),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads wait for each other where tests share the cores with something else."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 NETWORKS: list[Callable[[], Classifier]] = [
@@ -145,8 +134,4 @@ def test_nothing_here_imports_the_launcher() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_configuration_has_the_parameters_and_defaults_of_its_class(file: Path) -> None:
-    section = yaml.safe_load(file.read_text())
-    module, _, name = section.pop("_target_").rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    defaults = {key: "???" if p.default is p.empty else p.default for key, p in parameters.items()}
-    assert section == defaults
+    check_configuration(file)
