@@ -180,12 +180,11 @@ def trained_apart(runtime: Runtime, steps: int, options: dict[str, Any]) -> list
     """Inner optimizer: Adam on a loss of this worker's own. Returns θ and the replica after each step."""
     weight = nn.Parameter(torch.ones(6, 3))
     inner = torch.optim.Adam([weight], lr=0.05)
-    outer = OuterOptimizer([weight], runtime, total_steps=steps, **options)
+    outer = OuterOptimizer(inner, [weight], runtime, total_steps=steps, **options)
     seen = []
     for step in range(steps):
         weight.grad = gradient(runtime.rank, step, (6, 3)) + weight.detach()
         inner.step()
-        outer.step()
         seen += [outer.weights[0].clone(), weight.detach().clone()]
     return seen
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from launcher.engine.runtime import Runtime
 
 
 class OuterOptimizer:
-    """Local SGD (Stich 2018) and DiLoCo (Douillard et al. 2023, algorithm 1), behind any inner optimizer.
+    """Local SGD (Stich 2018) and DiLoCo (Douillard et al. 2023, algorithm 1), as hooks of any inner optimizer.
 
     Every `every` steps, with θ what the workers agree on and θᵢ the weights of worker i:
 
@@ -26,7 +27,11 @@ class OuterOptimizer:
     With `delay`, the workers train on while Δ travels, so many steps, and what they have moved since is added:
     θᵢ ← θ + (θᵢ now - θᵢ then). After the last step of the run nothing is left on its way and all hold θ.
 
+    It counts and meets behind every `step` of the inner optimizer, so each worker has to call that as often as the
+    others: one that has nothing to apply calls it without gradients.
+
     Args:
+        inner: what is hooked; nothing else of it is used.
         replica: this worker's weights, which the inner optimizer changes in place.
         delay: steps, less than `every`.
 
@@ -38,6 +43,7 @@ class OuterOptimizer:
 
     def __init__(
         self,
+        inner: Optimizer,
         replica: Sequence[Tensor],
         runtime: Runtime,
         *,
@@ -57,15 +63,16 @@ class OuterOptimizer:
         self._sent: list[Tensor] = []  # the replica as it was when Δ was sent
         self._delta: Tensor | None = None  # on its way, or arrived and not yet used
         self._work: Any = None
+        inner.register_step_pre_hook(self._before)
+        inner.register_step_post_hook(self._after)
 
-    def begin(self) -> None:
-        """Begin with the replica's weights, which are the same on every worker."""
-        torch._foreach_copy_(self.weights, self._replica)
+    def _before(self, inner: Optimizer, args: Any, kwargs: Any) -> None:
+        """Begin with the replica's weights, the same on every worker: they may have been loaded since it was made."""
+        if not self.steps:
+            torch._foreach_copy_(self.weights, self._replica)
 
-    def step(self) -> None:
-        """Count an inner step, and meet where it is time. Every worker calls it after every step, whether its inner
-        optimizer took that step or not.
-        """
+    def _after(self, inner: Optimizer, args: Any, kwargs: Any) -> None:
+        """Count an inner step, and meet where it is time."""
         self.steps += 1
         last = self.steps == self._total
         due = self.steps % self._every == 0

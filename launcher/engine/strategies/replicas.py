@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,10 @@ import torch
 from torch.optim import Optimizer
 
 from launcher.engine.checkpoint.training import load_optimizer_state, optimizer_state
-from launcher.engine.runtime import Vote
 from launcher.engine.strategies.compression import WIRE
 from launcher.engine.strategies.ddp import DataParallel
 from launcher.engine.strategies.outer import OuterOptimizer
-from launcher.engine.strategies.strategy import Record, all_finite
+from launcher.engine.strategies.strategy import all_finite
 
 
 class Replicas(DataParallel):
@@ -22,7 +21,8 @@ class Replicas(DataParallel):
 
     A worker's gradient is the sum over its samples times workers / samples of the global batch, so that the mean over
     the workers is the gradient of the global batch: meeting after each step with plain SGD is `ddp`. Clipping looks at
-    the worker's own gradient. A worker without samples in a batch takes no step.
+    the worker's own gradient. A worker without samples in a batch takes no step, and none does where one of them met an
+    overflow of float16: their inner optimizers are called without gradients then, so that the hooks keep pace.
 
     The weights that are evaluated, saved and exported are those that the workers agree on, not one worker's. A
     checkpoint holds beside them every worker's own weights and inner optimizer. With another number of workers the run
@@ -39,6 +39,7 @@ class Replicas(DataParallel):
         self._trained = [p for p in self._parameters if p.requires_grad]
         self._optimizer = optimizer
         self._outer = OuterOptimizer(
+            optimizer,
             self._trained,
             self.runtime,
             every=config.option("inner_steps"),
@@ -49,24 +50,17 @@ class Replicas(DataParallel):
             total_steps=total_steps,
         )
 
-    def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
-        if not self._outer.steps:
-            self._outer.begin()  # weights may have been loaded since
-        return super().accumulate(batches, size, flags, record)
-
-    def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
-        super().apply(optimizer, size, vote)
-        self._outer.step()
-
     def _clip_and_step(self, optimizer: Optimizer, grads: list[torch.Tensor]) -> None:
-        if not self._idle:
+        if not (self._idle or self._overflowed):
             super()._clip_and_step(optimizer, grads)
             return
         self._norm = torch.zeros((), device=self.runtime.device)
+        self._clear()
+        optimizer.step()
         self._scaler.update()
 
     def _combine(self, optimizer: Optimizer) -> None:
-        self._agree_on_overflow(optimizer)  # one loss scale for all
+        self._overflowed = self._agree_on_overflow(optimizer)  # one loss scale for all
 
     def grad_norm(self) -> torch.Tensor:
         """Return the root of the mean over the workers of the squared norms of their gradients."""
