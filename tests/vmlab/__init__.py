@@ -1,0 +1,1 @@
+"""Machines for the tests, made of namespaces: see `lab.py`."""

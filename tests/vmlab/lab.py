@@ -1,0 +1,259 @@
+"""Machines on this machine: each with an address, a host name, a mount namespace and a node of Ray of its own.
+
+    with Lab(3) as lab:                     # three hosts, nothing runs on them yet
+        lab.head.start_ray()
+        lab.hosts[1].start_ray()
+        lab.wait_for_nodes(2)
+        lab.head.run(["launch", "cluster=existing", …])
+        lab.hosts[1].cut()                  # its link; mend() brings it back
+        lab.hosts[1].kill()                 # the machine is gone, without a word
+
+The links are those of `benchmarks.namespaces`. Files are shared by all hosts, as on a network file system, except Ray's
+own (`Lab.scratch`), which lie in a tmpfs of each host. Needs root, iproute2 and util-linux; nothing is left at the end,
+also of what a test forgot to end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import namespaces
+
+ROOT = Path(__file__).resolve().parents[2]
+PORT = 6379
+OBJECT_STORE_BYTES = 80_000_000
+# Ray on a host: no reports, no memory monitor (which sees the whole machine).
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "OMP_NUM_THREADS": "1",
+}
+DRAIN = """
+import sys, time
+from ray._raylet import GcsClient
+client = GcsClient(address=sys.argv[1])
+for node, info in client.get_all_node_info().items():
+    if info.node_manager_address == sys.argv[2] and info.state == 0:
+        print(client.drain_node(node.hex(), 2, "spot eviction", int((time.time() + float(sys.argv[3])) * 1000)))
+"""
+
+
+def why_not() -> str:
+    """Return why there can be no such machines here, for the user; empty where they can be made."""
+    if problem := namespaces.why_not():
+        return problem
+    missing = [program for program in ("unshare", "nsenter", "mount") if shutil.which(program) is None]
+    if missing:
+        return f"{' and '.join(missing)} not found; install util-linux and mount"
+    try:
+        with namespaces.network(1):
+            return ""
+    except namespaces.NoNamespaces as problem:
+        return str(problem)
+
+
+class Host:
+    """One machine of a laboratory."""
+
+    def __init__(self, lab: Lab, number: int, link: namespaces.Host) -> None:
+        self.name = f"vm{number}"
+        self.address = link.address
+        self.ray: subprocess.Popen[bytes] | None = None
+        self._lab = lab
+        self._link = link
+        self._home = lab.directory / self.name
+        self._home.mkdir()
+        (self._home / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} {self.name}\n")
+        # The process that keeps the namespaces: all others enter those of this one.
+        script = (
+            f"hostname {self.name} && mount --bind {self._home}/hosts /etc/hosts "
+            f"&& mount -t tmpfs -o size=1g tmpfs {lab.scratch} && echo ready && exec sleep infinity"
+        )
+        self._keeper = subprocess.Popen(
+            link.command(["unshare", "--mount", "--uts", "sh", "-c", script]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._keeper.stdout is not None
+        assert self._keeper.stdout.readline() == b"ready\n", f"{self.name} did not start"
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """Return the command that runs `words` on this host."""
+        return ["nsenter", "-t", str(self._keeper.pid), "--net", "--mount", "--uts", "--wdns=.", *words]
+
+    def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return the environment of a process on this host."""
+        own = {
+            "HOME": str(self._home),
+            "RAY_AUTH_TOKEN": self._lab.token,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return {**os.environ, **RAY_ENVIRONMENT, **own, **(more or {})}
+
+    def start(
+        self, words: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None, log: str = "log"
+    ) -> subprocess.Popen[bytes]:
+        """Start a process on this host; what it prints goes to a file of its home directory."""
+        with (self._home / log).open("ab") as sink:
+            process = subprocess.Popen(
+                self.command(words),
+                cwd=cwd or self._home,
+                env=self.environment(env),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+        self._lab.started.append(process)
+        return process
+
+    def run(
+        self, words: Sequence[str], cwd: Path | None = None, seconds: float = 60, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on this host to its end."""
+        return subprocess.run(
+            self.command(words),
+            cwd=cwd or self._home,
+            env=self.environment(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+
+    def log(self, name: str = "log") -> str:
+        path = self._home / name
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def start_ray(self, cpus: float = 1, env: Mapping[str, str] | None = None) -> None:
+        """Start this host's node of Ray: the first host's is the head, the others join it."""
+        place = (
+            ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={self._lab.scratch}"]
+            if self is self._lab.head
+            else [f"--address={self._lab.address}"]
+        )
+        ray = Path(sys.executable).with_name("ray")
+        words = [str(ray), "start", *place, f"--node-ip-address={self.address}", f"--num-cpus={cpus:g}", "--block"]
+        words += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+        self.ray = self.start(words, env=env, log="ray.log")
+
+    def processes(self) -> dict[int, str]:
+        """Return title or command line of every process on this host by its process id (as this machine numbers it)."""
+        listed = subprocess.run(
+            ["ip", "netns", "pids", self._link.name], capture_output=True, text=True, check=False
+        ).stdout
+        found = {}
+        for pid in map(int, listed.split()):
+            with contextlib.suppress(OSError):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return {pid: words for pid, words in found.items() if pid != self._keeper.pid}
+
+    def find(self, text: str) -> list[int]:
+        """Return the processes whose title or command line contains `text`."""
+        return [pid for pid, words in self.processes().items() if text in words]
+
+    def cut(self) -> None:
+        """Take the link down: nothing comes or goes, and nobody is told."""
+        subprocess.run(self._link.command(["ip", "link", "set", "eth0", "down"]), check=True)
+
+    def mend(self) -> None:
+        subprocess.run(self._link.command(["ip", "link", "set", "eth0", "up"]), check=True)
+
+    def rate(self, rate: str, delay_ms: float = 0.0) -> None:
+        """Give what this host sends another speed, such as `100mbit`."""
+        self._link.limit(rate, delay_ms)
+
+    def drain(self, seconds: float) -> None:
+        """Tell Ray that this machine will be taken away in so many seconds."""
+        words = [sys.executable, "-c", DRAIN, self._lab.address, self.address, str(seconds)]
+        done = self._lab.head.run(words)
+        assert "True" in done.stdout, done.stdout + done.stderr[-2000:]
+
+    def kill(self) -> None:
+        """End every process at once, as a machine that loses its power. `start_ray` brings it back."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.ray is not None:
+            self.ray.wait(10)
+            self.ray = None
+
+    def close(self) -> None:
+        self.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._keeper.pid, signal.SIGKILL)
+        self._keeper.wait(10)
+        assert self._keeper.stdout is not None
+        self._keeper.stdout.close()
+
+
+class Lab:
+    """Some hosts on one network. `hosts[0]` is the head of their Ray."""
+
+    def __init__(self, hosts: int, rate: str | None = None) -> None:
+        self._count, self._rate = hosts, rate
+        self._cleanup = contextlib.ExitStack()
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.token = secrets.token_hex(32)
+        self.hosts: list[Host] = []
+
+    def __enter__(self) -> Lab:
+        with contextlib.ExitStack() as cleanup:
+            self.directory = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))  # short: Ray's sockets lie below
+            cleanup.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            self.scratch = self.directory / "r"
+            self.scratch.mkdir()
+            for number, link in enumerate(cleanup.enter_context(namespaces.network(self._count, self._rate)), start=1):
+                host = Host(self, number, link)
+                cleanup.callback(host.close)
+                self.hosts.append(host)
+            cleanup.callback(self._reap)
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._cleanup.close()
+
+    @property
+    def head(self) -> Host:
+        return self.hosts[0]
+
+    @property
+    def address(self) -> str:
+        return f"{self.head.address}:{PORT}"
+
+    def nodes(self) -> list[str]:
+        """Return the addresses of the nodes that the head believes alive."""
+        code = "import sys; from ray._raylet import GcsClient\n"
+        code += "found = GcsClient(address=sys.argv[1]).get_all_node_info().values()\n"
+        code += "print(*sorted(one.node_manager_address for one in found if one.state == 0))"
+        done = self.head.run([sys.executable, "-c", code, self.address])
+        return done.stdout.split()
+
+    def wait_for_nodes(self, count: int, seconds: float = 60) -> None:
+        latest = time.monotonic() + seconds
+        while len(found := self.nodes()) != count:
+            if time.monotonic() > latest:
+                logs = "\n".join(f"{host.name}: {host.log('ray.log')[-1500:]}" for host in self.hosts)
+                raise AssertionError(f"{count} nodes were expected, there are {found}\n{logs}")
+            time.sleep(0.3)
+
+    def _reap(self) -> None:
+        for host in self.hosts:
+            host.kill()
+        for process in self.started:
+            process.wait(10)
