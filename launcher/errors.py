@@ -4,6 +4,7 @@
     ├── RequestError      (exit 2) what was asked is wrong or cannot be met; nothing was started
     │   ├── ConfigError            a key, a value or a word on the command line
     │   ├── DataError              a data set: missing, empty, cut short, corrupt
+    │   ├── ClusterError           a cluster that cannot be reached, or whose nodes differ from this process
     │   ├── ResourceError          more workers, GPUs or memory than there can ever be
     │   ├── TrustError             a `_target_` outside the allow-list or of the wrong kind
     │   └── RunError               a run that does not exist, exists already, or cannot be continued
@@ -39,6 +40,10 @@ class ConfigError(RequestError):
 
 
 class DataError(RequestError):
+    pass
+
+
+class ClusterError(RequestError):
     pass
 
 

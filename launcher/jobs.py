@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import provenance, ranks, runs
-from launcher.config import Job, peek
+from launcher.config import ClusterConfig, Job, peek
 from launcher.errors import LaunchError, RequestError, RunError, Stopped, did_you_mean
 from launcher.phases import Marks
 from launcher.phrases import size
@@ -26,6 +26,8 @@ from launcher.prepare import Prepared, Request, prepare, root_of
 from launcher.runs import RunDirectory
 
 if TYPE_CHECKING:
+    from launcher.clusters.existing import ExistingRay
+    from launcher.clusters.local import EmbeddedRay
     from launcher.engine.entry import Task
     from launcher.engine.runtime import Runtime
 
@@ -98,19 +100,14 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
 
         with in_process.DirectControl(on_event) as control:
             return in_process.run(task, Runtime.single(task.job.scaling.device), control), control.signal_number
-    from launcher.clusters.local import EmbeddedRay
     from launcher.runners.signals import Interrupts
 
     on_event({"kind": "phase", "name": "ray"})
     task.marks.begin("ray")
-    with (
-        Interrupts() as interrupts,
-        EmbeddedRay(
-            verbose=task.job.verbose,
-            preload=("launcher.runners.ray_train",),
-            keep_minutes=task.job.cluster.keep_minutes,
-        ) as cluster,
-    ):
+    place = cluster_of(
+        task.job.cluster, task.python_path, task.directory, task.job.verbose, "launcher.runners.ray_train"
+    )
+    with Interrupts() as interrupts, place as cluster:
         from launcher.runners import ray_train
 
         on_event({"kind": "phase", "name": "workers"})
@@ -125,6 +122,19 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
             interrupts=interrupts,
         )
         return result, interrupts.signal_number
+
+
+def cluster_of(
+    cluster: ClusterConfig, python_path: Sequence[str], directory: str, verbose: bool, preload: str
+) -> EmbeddedRay | ExistingRay:
+    """Return the Ray that the configuration names, to be entered. preload: a module to import while it starts."""
+    if cluster.kind == "existing":
+        from launcher.clusters.existing import ExistingRay, address_of
+
+        return ExistingRay(address_of(cluster.address), python_path, directory, verbose)
+    from launcher.clusters.local import EmbeddedRay
+
+    return EmbeddedRay(verbose=verbose, preload=(preload,), keep_minutes=cluster.keep_minutes)
 
 
 @contextmanager

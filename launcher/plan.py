@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.clusters import local
+from launcher.clusters import existing, local
 from launcher.config import Job
 from launcher.errors import ConfigError
 from launcher.phases import Marks
@@ -109,7 +109,12 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
         ResourceError: the machine can never hold what was asked for.
         ConfigError: several workers without anything that starts them.
     """
-    cpus, gpus = local.resources()
+    nodes = []
+    if job.cluster.kind == "existing" and ranks is None:
+        nodes = existing.look(existing.address_of(job.cluster.address))
+        cpus, gpus = int(sum(node.cpus for node in nodes)), int(sum(node.gpus for node in nodes))
+    else:
+        cpus, gpus = local.resources()
     scaling = job.scaling
     use_gpu = scaling.device == "cuda" or (scaling.device == "auto" and gpus > 0)
     device = "cuda" if use_gpu else "cpu"
@@ -126,7 +131,14 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
     if workers == "auto":
         # On CPUs two workers show what there is to show; more would only share the same cores.
         fit = int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker))
+        if nodes:
+            most = int(existing.room(nodes, scaling.cpus_per_worker, gpus_per_worker))
+            fit = most if use_gpu else min(2, most)
         workers = max(1, fit)
+    if nodes:
+        existing.check_feasible(workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
+        where = f"the existing cluster of {count(len(nodes), 'node')}: {existing.described(nodes)}"
+        return Machines("existing", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
     local.check_feasible(workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
     where = "the Ray of this session" if local.connected() else "this machine"
     return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)

@@ -19,7 +19,7 @@ DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
 STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco", "auto")
 COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
-CLUSTERS = ("local", "none")
+CLUSTERS = ("local", "none", "existing")
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
 KEEP = ("all", "best")
@@ -126,6 +126,7 @@ STRATEGY_OPTIONS: dict[str, dict[str, Any]] = {
 class ClusterConfig:
     kind: str = "local"
     keep_minutes: float = 0.0  # how long the embedded Ray stays for the next command
+    address: str | None = None  # HOST:PORT of an existing cluster; default: RAY_ADDRESS
 
 
 @dataclass

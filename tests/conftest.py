@@ -14,6 +14,8 @@ import pytest
 
 from launcher import targets
 from tests.command import here, place
+from tests.vmlab import lab
+from tests.vmlab.lab import Lab
 
 __all__ = ["here", "place"]  # fixtures for every test that runs `launch`
 
@@ -53,6 +55,24 @@ def chromium() -> str:
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def machines() -> Iterator[Lab]:
+    """Three machines, see tests/vmlab. Where they cannot be made the test is skipped, but fails where CI is set."""
+    if problem := lab.why_not():
+        if os.environ.get("CI"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    with lab.Lab(3) as made:
+        yield made
+
+
+@pytest.fixture
+def cluster(machines: Lab) -> Lab:
+    """The machines, Ray on two of them with a CPU each."""
+    machines.restore()
+    return machines
 
 
 @pytest.hookimpl(wrapper=True)

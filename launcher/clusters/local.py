@@ -109,7 +109,11 @@ def _gpus() -> int:
 
 
 def check_feasible(
-    workers: int, cpus_per_worker: float, gpus_per_worker: float, available: tuple[float, float]
+    workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    available: tuple[float, float],
+    where: str = "here",
 ) -> None:
     """Refuse a request that can never be met, before anything is started.
 
@@ -118,6 +122,7 @@ def check_feasible(
         cpus_per_worker: CPUs that each reserves; fractions are allowed.
         gpus_per_worker: GPUs that each reserves; fractions below 1 are allowed.
         available: CPUs and GPUs that there are at most, as `resources` returns them.
+        where: the words for the place that has them.
 
     Raises:
         ResourceError: the workers do not fit; names both numbers and what to set.
@@ -126,7 +131,7 @@ def check_feasible(
         ("CPU", "cpus_per_worker", cpus_per_worker, available[0]),
         ("GPU", "gpus_per_worker", gpus_per_worker, available[1]),
     ):
-        most = _most_workers(each, have, whole=unit == "GPU")
+        most = most_workers(each, have, whole=unit == "GPU")
         if workers <= most:
             continue
         asked = f"{workers} worker{'s' if workers > 1 else ''} with {each:g} {unit} each ({workers * each:g} in all)"
@@ -138,12 +143,12 @@ def check_feasible(
         if unit == "GPU" and not most:
             cures.append("scaling.device=cpu" if have < 1 else f"scaling.{key}={have:g}")
         raise ResourceError(
-            f"{asked} were asked for, and there are {have:g} {unit}s here. Set {' or '.join(cures)}, "
+            f"{asked} were asked for, and there are {have:g} {unit}s {where}. Set {' or '.join(cures)}, "
             "or use a larger machine or a cluster."
         )
 
 
-def _most_workers(each: float, have: float, whole: bool) -> float:
+def most_workers(each: float, have: float, whole: bool) -> float:
     """Return how many shares of `each` fit into `have` units; a share of less than one unit never spans two GPUs."""
     if each <= 0:
         return math.inf
@@ -200,7 +205,7 @@ class EmbeddedRay:
     def __enter__(self) -> EmbeddedRay:
         import ray
 
-        self.directory = _private_directory()
+        self.directory = private_directory()
         try:
             self.existing = ray.is_initialized()
             if self.existing:
@@ -239,8 +244,8 @@ class EmbeddedRay:
         environment = _ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": self.token, name: value}
         self._reaper = _start_reaper(self.marker, self.directory)
         # The variables are for Ray's processes, not for what else this process starts: so they are taken back below.
-        with _environment(environment), _signal_handlers_kept(), _adapted(lean=not self._verbose):
-            _refresh_ray_settings()
+        with environment_set(environment), signal_handlers_kept(), _adapted(lean=not self._verbose):
+            refresh_ray_settings()
             loading = _preload(self._preload)
             found = ray.init(
                 address="local",  # a stale address file of another Ray is not looked at
@@ -262,8 +267,8 @@ class EmbeddedRay:
         import ray
 
         environment = _ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": kept.token}
-        with _environment(environment), _signal_handlers_kept(), _adapted(lean=True):
-            _refresh_ray_settings()
+        with environment_set(environment), signal_handlers_kept(), _adapted(lean=True):
+            refresh_ray_settings()
             loading = _preload(self._preload)
             try:
                 ray.init(
@@ -320,7 +325,7 @@ def _suppressed(function: Callable[[], object]) -> Callable[[], None]:
     return call
 
 
-def _private_directory() -> Path:
+def private_directory() -> Path:
     """Make a directory whose name is short: the path of a Unix socket holds 107 characters, and Ray adds about 75."""
     root = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="launch-", dir=root if len(root) <= 16 else "/tmp"))
@@ -339,7 +344,7 @@ def _start_reaper(marker: str, directory: Path) -> subprocess.Popen[bytes]:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment_set(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables for the length of the block; what Ray sets meanwhile (PYTHONBREAKPOINT) is taken back as well."""
     before = dict(os.environ)
     os.environ.update(values)
@@ -352,7 +357,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
+def signal_handlers_kept() -> Iterator[None]:
     """Give the signals back to who had them: Ray's native part takes SIGTERM, to print its stack and die."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -363,7 +368,7 @@ def _signal_handlers_kept() -> Iterator[None]:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _refresh_ray_settings() -> None:
+def refresh_ray_settings() -> None:
     """Have Ray's native part read its environment again: it did so once, when ray was imported."""
     from ray._raylet import AuthenticationTokenLoader, Config
 

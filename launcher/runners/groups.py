@@ -26,6 +26,7 @@ from typing import Any
 import ray
 from ray import cloudpickle
 
+from launcher.clusters.existing import ExistingRay
 from launcher.clusters.local import EmbeddedRay
 from launcher.errors import LaunchError
 from launcher.runners import ray_train
@@ -51,7 +52,7 @@ class Groups:
 
     def __init__(
         self,
-        cluster: EmbeddedRay,
+        cluster: EmbeddedRay | ExistingRay,
         on_event: Callable[[str, Event], None],
         most: int | None = None,
         main: Callable[..., dict[str, Any]] | str = "launcher.engine.entry:run",
@@ -138,7 +139,7 @@ class Groups:
 class _Group:
     """One `fit()`, seen from the driver."""
 
-    def __init__(self, shape: Shape, python_path: list[str], cluster: EmbeddedRay) -> None:
+    def __init__(self, shape: Shape, python_path: list[str], cluster: EmbeddedRay | ExistingRay) -> None:
         self.shape = shape
         self.key: str | None = None
         self._order = Order(

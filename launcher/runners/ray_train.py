@@ -37,6 +37,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from launcher.clusters.existing import ExistingRay, interface_of
 from launcher.clusters.local import RAY_TRAIN_ENVIRONMENT, EmbeddedRay
 from launcher.errors import LaunchError, ResourceError, Stopped, TrainingError, WorkerLost
 from launcher.runners import ray_data
@@ -68,7 +69,7 @@ def run(
     workers: int,
     cpus_per_worker: float,
     gpus_per_worker: float,
-    cluster: EmbeddedRay,
+    cluster: EmbeddedRay | ExistingRay,
     on_event: Callable[[Event], None],
     interrupts: Interrupts,
     main: Callable[..., dict[str, Any]] | str = "launcher.engine.entry:run",
@@ -110,7 +111,12 @@ def run(
 
 
 def make_trainer(
-    order: Order, module: str, workers: int, cpus_per_worker: float, gpus_per_worker: float, cluster: EmbeddedRay
+    order: Order,
+    module: str,
+    workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    cluster: EmbeddedRay | ExistingRay,
 ) -> Trainer:
     """Return a trainer whose workers each call `work(order)` of `module`."""
     share = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
@@ -203,7 +209,7 @@ class _Supervision:
         channel: DriverEnd,
         on_event: Callable[[Event], None],
         interrupts: Interrupts,
-        cluster: EmbeddedRay,
+        cluster: EmbeddedRay | ExistingRay,
     ) -> None:
         self.channel = channel
         self._cluster = cluster
@@ -400,8 +406,12 @@ def joined(order: Order, context: Any) -> Iterator[Any]:
 
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if order.loopback:  # one machine: nothing leaves it, and it works without a network or a name that resolves
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, "lo0" if sys.platform == "darwin" else "lo")
+        interface: str | None = "lo0" if sys.platform == "darwin" else "lo"
+    else:  # both would take the host's name, which may stand for loopback, or another network
+        interface = interface_of(ray.util.get_node_ip_address())
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface is not None:
+            os.environ.setdefault(variable, interface)
     if world_size > 1:
         # Imported while a group exists, it would keep that group for ever as the default of its arguments: the peers of
         # a worker that fails would wait for it until they time out.

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from launcher.engine.control import PRUNE, Watch
 from launcher.errors import LaunchError, RequestError, Stopped, UserCodeError, WorkerLost
-from launcher.jobs import Origin, Record
+from launcher.jobs import Origin, Record, cluster_of
 from launcher.phrases import duration, number
 from launcher.plan import machines_of
 from launcher.prepare import Prepared
@@ -155,13 +155,10 @@ class Driver:
             with Interrupts() as interrupts:
                 yield Sequential(interrupts, self._event), interrupts
             return
-        from launcher.clusters.local import EmbeddedRay
-
         self._observer.event({"kind": "phase", "name": "ray"})
-        with (
-            Interrupts() as interrupts,
-            EmbeddedRay(verbose="verbose=true" in planned.words.fixed, preload=("launcher.runners.groups",)) as cluster,
-        ):
+        calling, verbose = [str(planned.request.calling)], "verbose=true" in planned.words.fixed
+        place = cluster_of(planned.cluster, calling, str(self._directory.path), verbose, "launcher.runners.groups")
+        with Interrupts() as interrupts, place as cluster:
             from launcher.runners.groups import Groups
 
             groups = Groups(cluster, self._event, planned.settings.concurrency)

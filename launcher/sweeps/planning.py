@@ -20,7 +20,7 @@ from launcher.plan import Machines, Plan, machines_of
 from launcher.prepare import Request, key_of, root_of, run_like
 from launcher.runners.tasks import Shape, fits
 from launcher.runs import RunDirectory
-from launcher.schema import check_run
+from launcher.schema import ClusterConfig, check_run
 from launcher.sweeps import syntax
 from launcher.sweeps.space import SIZES, distributions, grid, sampler
 from launcher.sweeps.study import JOURNAL, Objective, Recorded, mend, recorded
@@ -50,6 +50,7 @@ class Planned:
     stored: Path | None
     recorded: Recorded
     sweeper: dict[str, Any]
+    cluster: ClusterConfig  # of the sweep as a whole; the Ray of a sweep is not kept
     resumes: bool = False
 
     def compose(self, values: dict[str, Value]) -> Composition:
@@ -180,6 +181,7 @@ def _plan(
             tuple(shown(word) for word in words), str(request.config_dir) if request.config_dir else None
         ),
         sweeper=first.sweeper,
+        cluster=replace(first.job.cluster, keep_minutes=0.0),
     )
 
 

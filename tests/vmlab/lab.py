@@ -89,9 +89,10 @@ class Host:
         assert self._keeper.stdout is not None
         assert self._keeper.stdout.readline() == b"ready\n", f"{self.name} did not start"
 
-    def command(self, words: Sequence[str]) -> list[str]:
-        """Return the command that runs `words` on this host."""
-        return ["nsenter", "-t", str(self._keeper.pid), "--net", "--mount", "--uts", "--wdns=.", *words]
+    def command(self, words: Sequence[str], cwd: Path | None = None) -> list[str]:
+        """Return the command that runs `words` on this host, by default in its home directory."""
+        place = ["nsenter", "-t", str(self._keeper.pid), "--net", "--mount", "--uts", f"--wdns={cwd or self._home}"]
+        return [*place, *words]
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the environment of a process on this host."""
@@ -109,8 +110,7 @@ class Host:
         """Start a process on this host; what it prints goes to a file of its home directory."""
         with (self._home / log).open("ab") as sink:
             process = subprocess.Popen(
-                self.command(words),
-                cwd=cwd or self._home,
+                self.command(words, cwd),
                 env=self.environment(env),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
@@ -125,8 +125,7 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on this host to its end."""
         return subprocess.run(
-            self.command(words),
-            cwd=cwd or self._home,
+            self.command(words, cwd),
             env=self.environment(env),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -251,6 +250,22 @@ class Lab:
                 logs = "\n".join(f"{host.name}: {host.log('ray.log')[-1500:]}" for host in self.hosts)
                 raise AssertionError(f"{count} nodes were expected, there are {found}\n{logs}")
             time.sleep(0.3)
+
+    def restore(self, nodes: int = 2) -> None:
+        """Mend every link, and have Ray run on the first `nodes` hosts and nowhere else."""
+        for number, host in enumerate(self.hosts):
+            host.mend()
+            lives = host.ray is not None and host.ray.poll() is None
+            if (number >= nodes or not lives) and host.processes():
+                host.kill()
+                lives = False
+            if number < nodes and not lives:
+                if host is self.head:
+                    for other in self.hosts[1:]:
+                        other.kill()
+                host.start_ray()
+                self.wait_for_nodes(1 if host is self.head else len({*self.nodes(), host.address}))
+        self.wait_for_nodes(nodes)
 
     def _reap(self) -> None:
         for host in self.hosts:

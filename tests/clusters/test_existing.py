@@ -1,0 +1,161 @@
+"""A Ray cluster that runs already: told apart from what cannot be used, used over real links, and left as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.clusters.existing import Node, _facts, address_of, check_feasible, interface_of, room
+from launcher.errors import ClusterError, ResourceError
+from tests.command import LAUNCH, PROJECT, Place, Result
+from tests.engine.engine_ranks import assert_same_weights, final_weights
+from tests.vmlab.lab import Lab
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("experiment=mnist_tiny", "logging.graph=false", "trainer.deterministic=true")
+
+
+def nodes(*shapes: tuple[float, float]) -> list[Node]:
+    return [Node(f"{n}", f"vm{n}", f"10.0.0.{n}", cpus, gpus) for n, (cpus, gpus) in enumerate(shapes, 1)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "found"),
+    [("10.0.0.4:6379", None, "10.0.0.4:6379"), (None, "head:6379", "head:6379"), ("a:1", "b:2", "a:1")],
+)
+def test_the_address_is_the_key_or_rays_variable(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, variable: str | None, found: str
+) -> None:
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert address_of(asked) == found
+
+
+@pytest.mark.parametrize(("asked", "says"), [(None, "none was given"), ("head", "'head'"), ("ray://head:10001", "ray")])
+def test_without_an_address_it_says_what_to_write(asked: str | None, says: str) -> None:
+    with pytest.raises(ClusterError, match=says) as caught:
+        address_of(asked)
+    assert "cluster.address=HOST:PORT" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "each", "fit"),
+    [
+        ([(1, 0), (1, 0)], (1.0, 0.0), 2),
+        ([(3, 0), (3, 0)], (2.0, 0.0), 2),  # the CPUs that are left lie on two machines
+        ([(24, 1), (24, 2)], (1.0, 1.0), 3),
+        ([(2, 4), (24, 1)], (1.0, 1.0), 3),  # GPUs without a CPU
+    ],
+)
+def test_a_worker_sits_on_one_node(shapes: list[tuple[float, float]], each: tuple[float, float], fit: int) -> None:
+    assert room(nodes(*shapes), *each) == fit
+    check_feasible(fit, *each, nodes(*shapes))
+    with pytest.raises(ResourceError, match=f"{fit + 1} workers"):
+        check_feasible(fit + 1, *each, nodes(*shapes))
+
+
+def test_the_interface_is_the_one_that_carries_the_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.9") is None
+
+
+def test_a_digest_of_the_project_tells_another_version_of_it(tmp_path: Path) -> None:
+    own = _facts()(str(ROOT), [str(tmp_path)], [])
+    assert re.fullmatch("[0-9a-f]{12}", own["project"])
+    assert own["no_modules"] == []
+    assert _facts()(str(ROOT), [], [str(tmp_path / "absent")])["no_run"] == [str(tmp_path / "absent")]
+
+
+def test_an_address_where_nobody_listens_is_told(here: Place) -> None:
+    refused = here.here(*TINY, "cluster=existing", "cluster.address=127.0.0.1:9")
+    assert refused.status == 2
+    assert "127.0.0.1:9" in refused.err
+    assert not here.runs.exists()
+
+
+# ---- over real links ------------------------------------------------------------------------------------------------
+
+
+def launch(lab: Lab, directory: Path, *words: str, on: int = 0, env: dict[str, str] | None = None) -> Result:
+    address = [] if "cluster=none" in words else ["cluster=existing", f"cluster.address={lab.address}"]
+    done = lab.hosts[on].run([str(LAUNCH), *address, *words], cwd=directory, seconds=100, env=env)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """The calling directory, on what the machines share."""
+    return Path(shutil.copytree(PROJECT, tmp_path / "calling", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.mark.timeout(240)
+def test_two_machines_train_as_one_process_does_and_the_cluster_stays(cluster: Lab, directory: Path) -> None:
+    plan = launch(cluster, directory, "plan", *TINY, "--json")
+    assert plan.status == 0, plan.err
+    machines = json.loads(plan.out)["machines"]
+    assert (machines["cluster"], machines["workers"], machines["cpus"]) == ("existing", 2, 2)
+    assert all(f"{host.name} {host.address}" in machines["description"] for host in cluster.hosts[:2])
+
+    # From the machine that is not the head, by the variable.
+    words, variable = [str(LAUNCH), *TINY, "cluster=existing", "run.name=two"], {"RAY_ADDRESS": cluster.address}
+    done = cluster.hosts[1].run(words, cwd=directory, seconds=100, env=variable)
+    assert done.returncode == 0, done.stderr
+    assert launch(cluster, directory, *TINY, "cluster=none", "run.name=one").status == 0
+    one, two = (json.loads((directory / "runs" / name / "result.json").read_text()) for name in ("one", "two"))
+    assert (one["workers"], two["workers"]) == (1, 2)
+    assert one["metrics"]["train/loss"] == two["metrics"]["train/loss"]
+    assert_same_weights(final_weights(directory / "runs" / "one"), final_weights(directory / "runs" / "two"))
+    assert len(cluster.nodes()) == 2
+    left = [words for host in cluster.hosts[:2] for words in host.processes().values() if "TrainController" in words]
+    assert left == []
+
+
+@pytest.mark.timeout(240)
+def test_what_differs_on_a_node_is_told_before_training(cluster: Lab, directory: Path, tmp_path: Path) -> None:
+    """Would be wrong: workers of another version, which fail later in ways that nobody understands."""
+    for name in ("launcher", "models", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / "other" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "other/launcher/phrases.py").open("a") as file:
+        file.write("# another version\n")
+    (tmp_path / "other/torch-9.9.dist-info").mkdir()
+    (tmp_path / "other/torch-9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
+
+    words = [sys.executable, "-m", "launcher", *TINY, "cluster=existing", f"cluster.address={cluster.address}"]
+    env = {"PYTHONPATH": str(tmp_path / "other")}
+    refused = cluster.head.run([*words, "run.name=refused"], cwd=directory, seconds=100, env=env)
+
+    assert refused.returncode == 2, refused.stderr
+    assert "and 9.9 here" in refused.stderr
+    for host in cluster.hosts[:2]:
+        assert re.search(rf"this project \(.*?\) is \w+ on {host.name} \({host.address}\)", refused.stderr)
+    assert not (directory / "runs" / "refused").exists()
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("words", "env", "says"),
+    [
+        (("scaling.workers=3",), {}, r"3 workers .*2 CPUs in the cluster.*scaling.workers=2"),
+        ((), {"RAY_AUTH_TOKEN": "0" * 64}, r"RAY_AUTH_TOKEN"),
+        ((), {"RAY_AUTH_TOKEN": ""}, r"there is none in RAY_AUTH_TOKEN"),
+    ],
+)
+def test_what_cannot_be_done_there_is_refused(
+    cluster: Lab, directory: Path, words: tuple[str, ...], env: dict[str, str], says: str
+) -> None:
+    refused = launch(cluster, directory, *TINY, *words, env=env)
+    assert refused.status == 2, refused.err
+    assert re.search(says, refused.err), refused.err
+    assert not (directory / "runs").exists()
+
+
+def test_a_driver_has_to_be_on_a_node(cluster: Lab, directory: Path) -> None:
+    refused = launch(cluster, directory, *TINY, on=2)
+    assert refused.status == 2, refused.err
+    assert "(vm3) is no node" in refused.err
+    assert not (directory / "runs").exists()
