@@ -132,7 +132,12 @@ def _build_trainer(task: Task, runtime: Runtime, control: Control, directory: Ru
     if runtime.is_first:
         for line in caveats(model):
             control.emit({"kind": "note", "text": line})
-    trainer = Trainer(job, runtime, control, directory, data, model, task.started, task.marks)
+    kind = Trainer
+    if runtime.membership is not None:
+        from launcher.engine.healing import HealingTrainer
+
+        kind = HealingTrainer
+    trainer = kind(job, runtime, control, directory, data, model, task.started, task.marks)
     if task.weights:
         from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
 

@@ -50,6 +50,23 @@ class Progress:
         return cls(**{key: value for key, value in state.items() if key in known})
 
 
+@dataclass
+class Done:
+    """A step that is done, and how far what follows it has come: evaluation, the decision to stop, saving.
+
+    `size`: its samples. `ballots`: see `Runtime.vote`. `parts`: of what follows, those that are done. `values`: the
+    tags to write. `reason`: why a callback ends the run.
+    """
+
+    size: int
+    ballots: dict[str, int]
+    parts: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+    evaluated: bool = False
+    improved: bool = False
+    reason: str | None = None
+
+
 class Every:
     """Tells when something that happens every so often is due.
 

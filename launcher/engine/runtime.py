@@ -67,6 +67,7 @@ class Runtime:
     host_group: Any = None
     owns_group: bool = False
     apply: Callable[..., Iterator[Any]] = map  # what reads the parts of a stream, here or elsewhere, in their order
+    membership: Any = None  # of a run that heals itself: see `engine.membership`
     _task_groups: list[Any] = field(default_factory=list)
 
     @property
@@ -112,10 +113,38 @@ class Runtime:
         runtime.owns_group = owns
         return runtime
 
+    @classmethod
+    def healing(cls, membership: Any, local_rank: int, local_world_size: int, device: str = "auto") -> Runtime:
+        """Be one of a run that heals itself: of those who begin, or, where others have begun, who will be let in.
+
+        Args:
+            membership: an `engine.membership.Membership`.
+        """
+        # Until it is let in a worker is not the first of several: it writes nothing.
+        runtime = cls(1, 2, local_rank, local_world_size, choose_device(device, local_rank), membership=membership)
+        membership.enter(runtime)
+        return runtime
+
     def close(self) -> None:
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
             self.group = self.host_group = None
+
+    def leave_groups(self) -> None:
+        """Drop every process group, whatever is under way in it: whoever waits for this rank fails at once."""
+        self.group = self.host_group = None
+        self._task_groups.clear()
+        if dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()
+
+    def enter_groups(self, rank: int, world_size: int, store: dist.Store | None, wait: timedelta) -> None:
+        """Be `rank` of so many from here on. `wait`: how long to wait for the others; `store` is where they meet."""
+        self.rank, self.world_size = rank, world_size
+        self.owns_group = world_size > 1
+        if self.owns_group:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=wait)
+            self.group = self.host_group = dist.group.WORLD
+            dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, self.group)
 
     # ---- collectives ------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ from launcher.engine.optim import build_optimizer, build_scheduler, learning_rat
 from launcher.engine.order import keys_of_training
 from launcher.engine.peaks import share_of_a_sample
 from launcher.engine.profile import StepTrace
-from launcher.engine.progress import Every, Progress
+from launcher.engine.progress import Done, Every, Progress
 from launcher.engine.record import Recorder, StepFile, Throughput
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.state import State
@@ -95,7 +95,7 @@ class Trainer:
         self.job = job
         self.strategy = build_strategy(job, model, runtime)
         self.advice = advise(job, model, self.first_batch, passes, runtime, cast, measured)
-        self.sums = Sums(runtime.device, trainer.deterministic)
+        self.sums = self._make_sums()
         self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
         self.sums.reset()
         self.optimizer = build_optimizer(job.optimizer, model, job.trust, self.strategy.uses_all)
@@ -117,9 +117,7 @@ class Trainer:
             runtime,
             trainer.seed,
         )
-        self.checkpointer = Checkpointer(
-            directory.checkpoints, keep=job.checkpoint.keep, group=runtime.new_host_group()
-        )
+        self._open_checkpoints()
         self.throughput = Throughput()
         self._share = share_of_a_sample(model, runtime.device, trainer.precision)
         self._trace = StepTrace(job.logging.profile, directory.path, runtime)
@@ -137,12 +135,22 @@ class Trainer:
         self._flags: dict[str, bool] = {}
         self._reason: str | None = None
         self._rate = learning_rate(self.optimizer)
+        self._batches: Generator[Any] | None = None
+        self._ranks = (runtime.rank, runtime.world_size)
         self._bad_step = torch.full((), _NEVER, device=runtime.device)
 
     def _first_batch(self) -> Any:
         """Return rank 0's first microbatch of the first global batch, on every rank."""
         (start, stop), *_ = self.split.share(self.order.batch_size(0), 0, self.runtime.world_size)
         return next(self.loader.once(0, self.order.epoch(0)[start:stop]))
+
+    def _make_sums(self) -> Sums:
+        return Sums(self.runtime.device, self.job.trainer.deterministic)
+
+    def _open_checkpoints(self) -> None:
+        self.checkpointer = Checkpointer(
+            self.directory.checkpoints, keep=self.job.checkpoint.keep, group=self.runtime.new_host_group()
+        )
 
     def begin_with(self, weights: dict[str, torch.Tensor], source: str) -> None:
         """Begin with the weights of `source` (`checkpoint.load`); a run that is resumed has its own instead."""
@@ -167,17 +175,29 @@ class Trainer:
         if not self.runtime.is_first:
             self.first_batch = None
             return self._loop_and_settle(watch)
+        self._record_from(resumed_at, self._started)
+        try:
+            with watch:
+                return self._loop_and_settle(watch)
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
+
+    def _record_from(self, step: int | None, started: float, taken_over: bool = False) -> None:
+        """Keep the run's record from here on; see `Recorder`. taken_over: from a rank 0 that was lost."""
         self._recorder = Recorder(
             self.directory,
             self.job,
             self.control,
-            started=self._started,
+            started=started,
             marks=self._marks,
             total_steps=self.total_steps,
             steps_per_epoch=self.order.steps_per_epoch,
-            resumed_at=resumed_at,
+            resumed_at=step,
             draw=lambda: (self.strategy.drawable(), self.first_batch),
         )
+        if taken_over:
+            self._recorder.take_over()
         if self.evaluator is not None and self.job.logging.tensorboard:
             self.evaluator.examples = Examples(
                 self.strategy.model,
@@ -185,11 +205,6 @@ class Trainer:
                 lambda text: self.control.emit({"kind": "note", "text": text}),
                 self.job.trainer.seed,
             )
-        try:
-            with watch:
-                return self._loop_and_settle(watch)
-        finally:
-            self._recorder.close()
 
     def _resume(self) -> int | None:
         """Continue from the newest intact checkpoint, when there is one.
@@ -250,40 +265,49 @@ class Trainer:
         self.control.emit({"kind": "phase", "name": "training"})
         self.callbacks.call("on_start")
         self.throughput = Throughput()
-        batches: Generator[Any] | None = None
-        ranks = None
         status = "completed"
         try:
             while self.progress.step < self.total_steps:
-                facts = (self.runtime.rank, self.runtime.world_size)
-                if batches is None or facts != ranks:
-                    if batches is not None:
-                        batches.close()
-                    batches, ranks = self._timed(self._read_from_here()), facts
-                size = self.order.batch_size(self.progress.batch)
-                share = self.split.share(size, *facts)
-                self._tell_of_trace(self._trace.before(self.progress.step + 1))
-                self._flags = self._wishes(watch)
-                vote = self.strategy.accumulate(islice(batches, len(share)), size, self._flags, self._record)
-                if vote.ballots["bad"]:
-                    self._fail_non_finite()
-                self.strategy.apply(self.optimizer, size, vote)
-                self._rate = learning_rate(self.optimizer)
-                self.scheduler.step()
-                self.progress.advance(size, self.order.steps_per_epoch)
-                reason = self._after_step(size, vote)
-                stop, prune = vote.ballots["stop"] > 0, vote.ballots["prune"] > 0
-                if (stop or prune or reason) and self.progress.step < self.total_steps:
+                done = self._step(watch)
+                self._after_step(done)
+                stop, prune = done.ballots["stop"] > 0, done.ballots["prune"] > 0
+                if (stop or prune or done.reason) and self.progress.step < self.total_steps:
                     status = "stopped" if stop else "pruned" if prune else "completed"
-                    self._reason = reason
+                    self._reason = done.reason
                     if stop:
-                        self._reason = "signal" if vote.ballots["signal"] else "request"
+                        self._reason = "signal" if done.ballots["signal"] else "request"
                     break
         finally:
-            if batches is not None:
-                batches.close()  # here and not when the garbage is collected: loader processes end with it
+            self._close_batches()  # here and not when the garbage is collected: loader processes end with it
             self._tell_of_trace(self._trace.close())
         return self._finish(status)
+
+    def _step(self, watch: Watch) -> Done:
+        """Do one optimizer step over the next global batch."""
+        facts = (self.runtime.rank, self.runtime.world_size)
+        if self._batches is None or facts != self._ranks:
+            self._close_batches()
+            self._batches, self._ranks = self._timed(self._read_from_here()), facts
+        size = self.order.batch_size(self.progress.batch)
+        share = self.split.share(size, *facts)
+        self._tell_of_trace(self._trace.before(self.progress.step + 1))
+        self._flags = self._wishes(watch)
+        vote = self.strategy.accumulate(islice(self._batches, len(share)), size, self._flags, self._record)
+        if vote.ballots["bad"]:
+            self._fail_non_finite()
+        return self._commit(size, vote)
+
+    def _commit(self, size: int, vote: Vote) -> Done:
+        self.strategy.apply(self.optimizer, size, vote)
+        self._rate = learning_rate(self.optimizer)
+        self.scheduler.step()
+        self.progress.advance(size, self.order.steps_per_epoch)
+        return Done(size, vote.ballots)
+
+    def _close_batches(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     def _tell_of_trace(self, path: Path | None) -> None:
         if path is not None and self.runtime.is_first:
@@ -330,37 +354,55 @@ class Trainer:
             here = torch.where(torch.isfinite(loss.detach()), _NEVER, self.progress.step + 1)
             self._bad_step = torch.minimum(self._bad_step, here)
 
-    def _after_step(self, size: int, vote: Vote) -> str | None:
-        """Log, evaluate and save what is due. Returns the reason that a callback has to end the run, if one does."""
-        progress, recorder = self.progress, self._recorder
-        self.throughput.step(size)
+    def _after_step(self, done: Done) -> None:
+        """Log, evaluate and save what is due.
+
+        In parts, each of which is done as a whole or not at all: where a worker is lost, healing goes on with the
+        first that is not done.
+        """
+        for part in (self._note_step, self._evaluate, self._agree, self._write_step, self._save_step)[done.parts :]:
+            part(done)
+            done.parts += 1
+
+    def _note_step(self, done: Done) -> None:
+        recorder = self._recorder
+        self.throughput.step(done.size)
         if recorder is not None:
             if recorder.seconds_to_first_step is None:
                 with self.throughput.pause():
                     recorder.first_step()
                 self.first_batch = None  # its memory
-            recorder.step(progress, self.throughput)
+            recorder.step(self.progress, self.throughput)
         self.callbacks.call("on_step")
-        ended = progress.step == self.total_steps
-        stop = vote.ballots["stop"] > 0
-        values: dict[str, float] = {}
-        if ended or vote.ballots["log"] or self.log_every.due(progress):
-            values.update(self._log())
-        evaluated = False
-        if self.evaluator is not None and (ended or vote.ballots["evaluate"] or self.evaluate_every.due(progress)):
+        if self._ended or done.ballots["log"] or self.log_every.due(self.progress):
+            done.values.update(self._log())
+
+    @property
+    def _ended(self) -> bool:
+        return self.progress.step == self.total_steps
+
+    def _evaluate(self, done: Done) -> None:
+        due = self._ended or done.ballots["evaluate"] or self.evaluate_every.due(self.progress)
+        if self.evaluator is not None and due:
             with self.throughput.pause(), self.callbacks.evaluated(), self.strategy.resting():
-                values.update(self.evaluator.run())
-            evaluated = True
-        progress.metrics.update(values)
-        if evaluated:
+                done.values.update(self.evaluator.run())
+            done.evaluated = True
+        self.progress.metrics.update(done.values)
+        if done.evaluated:
             self.callbacks.call("on_evaluate")
-        reason = self.callbacks.agree_to_stop() if evaluated or vote.ballots["callback"] else None
-        improved = self._improved(values)
-        self._write({**self.callbacks.take_logged(), **values})
-        if stop or ended or reason or improved or vote.ballots["checkpoint"] or self.save_every.due(progress):
+
+    def _agree(self, done: Done) -> None:
+        done.reason = self.callbacks.agree_to_stop() if done.evaluated or done.ballots["callback"] else None
+
+    def _write_step(self, done: Done) -> None:
+        done.improved = self._improved(done.values)
+        self._write({**self.callbacks.take_logged(), **done.values})
+
+    def _save_step(self, done: Done) -> None:
+        asked = done.ballots["stop"] > 0 or done.ballots["checkpoint"] > 0
+        if asked or self._ended or done.reason or done.improved or self.save_every.due(self.progress):
             with self.throughput.pause():
                 self._save()
-        return reason
 
     def _write(self, values: dict[str, float]) -> None:
         if values and self._recorder is not None:

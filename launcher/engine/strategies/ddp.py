@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Iterable
@@ -62,7 +63,16 @@ class DataParallel(Strategy):
                 buffer.copy_(buffers[name])
         return answer
 
-    def _in_ddp(self) -> DistributedDataParallel:
+    def regroup(self) -> None:
+        self._wrapped = self._steps
+        for parameter in self._parameters:
+            parameter.grad = None  # a view of the buckets of the wrapper that goes
+        gc.collect()  # and its hooks with it: it is part of cycles
+        self._keeps_gradients = self.wraps and self.uses_all and not self.runtime.alone
+        if self.wraps and not self.runtime.alone:
+            self._wrapped = self._in_ddp(synchronise=False)
+
+    def _in_ddp(self, synchronise: bool = True) -> DistributedDataParallel:
         on_gpu = self.runtime.device.type == "cuda"
         static = bool(self._config.option("static_graph"))
         with warnings.catch_warnings():
@@ -72,6 +82,7 @@ class DataParallel(Strategy):
                 self._steps,
                 device_ids=[self.runtime.device] if on_gpu else None,
                 process_group=self.runtime.group,
+                init_sync=synchronise,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
                 bucket_cap_mb=self._config.option("bucket_mb"),
