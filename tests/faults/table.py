@@ -1,0 +1,216 @@
+"""The table: what is done to a run, and what is asked of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.engine.checkpoint import available
+from tests.faults.harness import EVERY, SAVING, Outcome, Trial, failed_in_order, judge
+from tests.vmlab.lab import Lab
+
+UNANNOUNCED = EVERY + SAVING - 1  # lost_steps < checkpoint.every + the steps of one save
+DAMAGED = UNANNOUNCED + EVERY  # the newest checkpoint is worth nothing, the one before it is used
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault. `place`: none (in this process), local (two workers here), machines (two, with a node of Ray each)."""
+
+    fault: str
+    place: str
+    play: Callable[[Trial], tuple[int, str]]
+    most_lost: int = UNANNOUNCED
+    words: tuple[str, ...] = ()
+    core: bool = False
+    nodes: int = 2
+
+    @property
+    def id(self) -> str:
+        return self.fault.replace(" ", "-").replace(",", "")
+
+
+def play(row: Row, directory: Path, lab: Lab | None, reference: Trial) -> Outcome:
+    """Play a row and return what came of it; AssertionError where it is not what is asked."""
+    words = [*row.words, *(("cluster=none", "model.seconds=0.05") if row.place == "none" else ())]
+    if row.place == "local":
+        words += ["cluster=local", "scaling.workers=2"]
+    if lab is not None:
+        lab.restore(row.nodes)
+    trial = Trial(directory, lab if row.place == "machines" else None, *words)
+    try:
+        status, how = row.play(trial)
+        return judge(trial, row.fault, status, reference, row.most_lost, how)
+    finally:
+        trial.close()
+
+
+# ---- on one machine -------------------------------------------------------------------------------------------------
+
+
+def worker_killed(rank: int) -> Callable[[Trial], tuple[int, str]]:
+    def fault(trial: Trial) -> tuple[int, str]:
+        trial.start()
+        trial.wait_for_step(10)
+        trial.strike(trial.worker(rank))
+        return trial.finish(), "completed"
+
+    return fault
+
+
+def worker_halted(trial: Trial) -> tuple[int, str]:
+    trial.start()
+    trial.wait_for_step(10)
+    trial.strike(trial.worker(1), signal.SIGSTOP)
+    return trial.finish(), "completed"
+
+
+def killed_twice(trial: Trial) -> tuple[int, str]:
+    trial.start()
+    trial.wait_for_step(6)
+    trial.strike(trial.worker(1))
+    trial.wait_for_step(12, attempt=2)
+    trial.strike(trial.worker(0))
+    return trial.finish(), "completed"
+
+
+def controller_killed(trial: Trial) -> tuple[int, str]:
+    trial.start()
+    trial.wait_for_step(10)
+    assert trial.process is not None
+    trial.strike(below(trial.process.pid, "TrainController"))
+    status = trial.finish()
+    if status == 0:
+        return status, "completed"
+    failed_in_order(trial, status, "controller")
+    return resumed(trial), "failed with a reason, completed by run.resume=true"
+
+
+def driver_killed(trial: Trial) -> tuple[int, str]:
+    kill_driver(trial)
+    return resumed(trial), "completed by run.resume=true"
+
+
+def damaged(damage: Callable[[Path], None]) -> Callable[[Trial], tuple[int, str]]:
+    """The driver is killed, and its newest checkpoint is not what it was."""
+
+    def fault(trial: Trial) -> tuple[int, str]:
+        kill_driver(trial)
+        found = available(trial.checkpoints)
+        damage(found[max(found)])
+        return resumed(trial), "completed by run.resume=true from the checkpoint before"
+
+    return fault
+
+
+def truncate(checkpoint: Path) -> None:
+    path = largest(checkpoint)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(checkpoint: Path) -> None:
+    path = largest(checkpoint)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def without_metadata(checkpoint: Path) -> None:
+    (checkpoint / "metadata.json").unlink()
+
+
+def disk_full(trial: Trial) -> tuple[int, str]:
+    with small_disk(trial.root) as fill:
+        trial.start()
+        trial.wait_for_checkpoint(8)
+        trial.struck = time.time()
+        ballast = fill()
+        status = trial.finish()
+        how = "completed"
+        if status != 0:
+            failed_in_order(trial, status, "space")
+            ballast.unlink()
+            status, how = resumed(trial), "failed with a reason, completed by run.resume=true"
+        shutil.copytree(trial.root, trial.directory / "kept")  # it is judged when this disk has gone
+        trial.root = trial.directory / "kept"
+        return status, how
+
+
+def kill_driver(trial: Trial) -> None:
+    trial.start()
+    trial.wait_for_checkpoint(8)
+    trial.wait_for_step(10)
+    assert trial.process is not None
+    trial.strike(trial.process.pid)
+    trial.process.wait(10)
+    workers = trial.attempts()[-1].workers.values()
+    latest = time.monotonic() + 30
+    while any(Path(f"/proc/{worker['pid']}").exists() for worker in workers):
+        assert time.monotonic() < latest, "workers outlive their driver"
+        time.sleep(0.1)
+
+
+def resumed(trial: Trial) -> int:
+    trial.start("run.resume=true")
+    return trial.finish()
+
+
+def largest(checkpoint: Path) -> Path:
+    return max(checkpoint.glob("*.bin"), key=lambda path: path.stat().st_size)
+
+
+def below(pid: int, title: str) -> int:
+    """Return the process with this title that belongs to the Ray of a driver: they carry its mark."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if title.encode() in (path / "cmdline").read_bytes() and ancestor(int(path.name), pid):
+                return int(path.name)
+    raise AssertionError(f"no process {title}")
+
+
+def ancestor(pid: int, wanted: int) -> bool:
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        if pid == wanted:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, megabytes: int = 16) -> Iterator[Callable[[], Path]]:
+    """A disk of its own at a directory; yields what fills it."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)], check=True)
+
+    def fill() -> Path:
+        ballast = place / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(65536))
+        return ballast
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+ROWS = (
+    Row("newest checkpoint truncated", "none", damaged(truncate), DAMAGED, core=True),
+    Row("newest checkpoint with one byte flipped", "none", damaged(flip), DAMAGED, core=True),
+    Row("newest checkpoint without its metadata", "none", damaged(without_metadata), DAMAGED, core=True),
+    Row("disk full while saving", "none", disk_full),
+    Row("driver killed", "local", driver_killed),
+    Row("worker killed", "local", worker_killed(1), core=True),
+    Row("rank 0 killed", "local", worker_killed(0), core=True),
+    Row("worker halted (SIGSTOP)", "local", worker_halted, words=("scaling.timeout=6",)),
+    Row("two faults in a row", "local", killed_twice),
+    Row("controller killed", "local", controller_killed),
+)

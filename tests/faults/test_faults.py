@@ -1,0 +1,29 @@
+"""Every fault of the table: the run completes, or says why and can be continued; nothing is lost that could be kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Trial
+from tests.faults.table import ROWS, Row, play
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """The undisturbed run."""
+    trial = Trial(tmp_path_factory.mktemp("reference"), None, "cluster=none", "model.seconds=0")
+    trial.start()
+    assert trial.finish() == 0, trial.said()
+    return trial
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.id, marks=[] if row.core else pytest.mark.slow) for row in ROWS]
+)
+def test_fault(row: Row, reference: Trial, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    machines = request.getfixturevalue("machines") if row.place == "machines" else None
+    print("\n| " + " | ".join(play(row, tmp_path, machines, reference).cells()) + " |")
