@@ -208,9 +208,4 @@ ROWS = (
     Row("newest checkpoint without its metadata", "none", damaged(without_metadata), DAMAGED, core=True),
     Row("disk full while saving", "none", disk_full),
     Row("driver killed", "local", driver_killed),
-    Row("worker killed", "local", worker_killed(1), core=True),
-    Row("rank 0 killed", "local", worker_killed(0), core=True),
-    Row("worker halted (SIGSTOP)", "local", worker_halted, words=("scaling.timeout=6",)),
-    Row("two faults in a row", "local", killed_twice),
-    Row("controller killed", "local", controller_killed),
 )
