@@ -43,7 +43,7 @@ EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"
 NAME_PATH = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
 FIRST_ANSWER_SECONDS = 150.0  # the first question switches the service on, which takes up to two minutes
 ANSWER_SECONDS = 5.0
-DRAIN_SECONDS = 5.0
+DRAIN_SECONDS = 2.0
 TERM_SECONDS = 15.0
 ENDS_THE_VM = frozenset({"preempt", "terminate", "reboot", "redeploy"})
 PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION of ray/core/generated/autoscaler.proto: it cannot be rejected

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from scheduled_events import ScheduledEvents, body, event, reset
 
 from launcher.clusters.eviction import Agent, Metadata, Notice, Poll, notice_in
+from tests.clusters.scheduled_events import ScheduledEvents, body, event, reset
 
 NOW = 1_795_000_000.0
 
