@@ -126,6 +126,11 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
             )
         where = "this process" if ranks is None else f"{ranks} processes started by torchrun or srun"
         return Machines("none", where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
+    if scaling.heal and use_gpu:
+        raise ConfigError(
+            "scaling.heal=true was asked for where the workers compute on GPUs; healing in place is made for CPUs so "
+            "far. Add scaling.device=cpu, or leave scaling.heal out."
+        )
     gpus_per_worker = (1.0 if scaling.gpus_per_worker is None else scaling.gpus_per_worker) if use_gpu else 0.0
     workers = scaling.workers
     if workers == "auto":

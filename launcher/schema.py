@@ -60,6 +60,7 @@ class ScalingConfig:
     device: str = "auto"
     cpus_per_worker: float = 1.0
     gpus_per_worker: float | None = None
+    heal: bool = False
 
 
 @dataclass
@@ -246,6 +247,8 @@ def check_values(job: Job) -> None:
     _at_least("checkpoint.keep", checkpoint.keep, 1)
     _one_of("checkpoint.mode", checkpoint.mode, MODES)
     _check_strategy(job.strategy, job.trainer)
+    if scaling.heal:
+        _check_healing(job)
     _one_of("cluster.kind", job.cluster.kind, CLUSTERS)
     _at_least("cluster.keep_minutes", job.cluster.keep_minutes, 0)
     keys = job.logging.hparams
@@ -303,6 +306,28 @@ def _check_sweep(sweep: SweepConfig) -> None:
     for direction in sweep.direction if isinstance(sweep.direction, list) else [sweep.direction]:
         if direction is not None:
             _one_of("sweep.direction", direction, MODES)
+
+
+def _check_healing(job: Job) -> None:
+    """Raise ConfigError where a run cannot go on with the workers that are left."""
+    name, compression = job.strategy.name, job.strategy.compression
+    if name != "ddp" or compression == "powersgd":
+        found = f"strategy={name}" if name != "ddp" else "strategy.compression=powersgd"
+        raise ConfigError(
+            f"scaling.heal=true was asked for with {found}, whose workers each hold what the others lack; a lost one "
+            "would take it away. Use strategy=ddp without powersgd, or leave scaling.heal out: a lost worker then "
+            "costs a restart from the newest checkpoint."
+        )
+    if job.cluster.kind == "none":
+        raise ConfigError(
+            "scaling.heal=true was asked for with cluster=none, where nobody starts a worker anew. Use cluster=local, "
+            "or leave it out."
+        )
+    if job.scaling.device == "cuda":
+        raise ConfigError(
+            "scaling.heal=true was asked for with scaling.device=cuda; healing in place is made for workers on CPUs so "
+            "far. Leave scaling.heal out: a lost worker then costs a restart from the newest checkpoint."
+        )
 
 
 def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:

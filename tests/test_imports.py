@@ -79,7 +79,12 @@ class Rule:
 RULES = (
     Rule("launcher.engine", ("ray", "hydra", "omegaconf"), why="the engine runs without Ray, and on plain data"),
     Rule("launcher", ("ray",), but=("launcher.runners", "launcher.clusters"), why="Ray stays behind two packages"),
-    Rule("launcher", ("ray.train",), but=("launcher.runners.ray_train",), why="one module speaks to Ray Train"),
+    Rule(
+        "launcher",
+        ("ray.train",),
+        but=("launcher.runners.ray_train", "launcher.runners.healing"),
+        why="runners speak to Ray Train",
+    ),
     Rule("launcher.clusters", ("torch",), why="a cluster is planned on machines without PyTorch"),
     Rule("launcher.runs", ("torch",), why="`launch runs` lists without PyTorch"),
     Rule(

@@ -405,13 +405,7 @@ def joined(order: Order, context: Any) -> Iterator[Any]:
     from launcher.engine.runtime import COLLECTIVE_TIMEOUT, Runtime
 
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    if order.loopback:  # one machine: nothing leaves it, and it works without a network or a name that resolves
-        interface: str | None = "lo0" if sys.platform == "darwin" else "lo"
-    else:  # both would take the host's name, which may stand for loopback, or another network
-        interface = interface_of(ray.util.get_node_ip_address())
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if interface is not None:
-            os.environ.setdefault(variable, interface)
+    choose_interface(order)
     if world_size > 1:
         # Imported while a group exists, it would keep that group for ever as the default of its arguments: the peers of
         # a worker that fails would wait for it until they time out.
@@ -425,6 +419,17 @@ def joined(order: Order, context: Any) -> Iterator[Any]:
     yield runtime
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def choose_interface(order: Order) -> None:
+    """Have gloo and NCCL talk over the interface of this node's address."""
+    if order.loopback:  # one machine: nothing leaves it, and it works without a network or a name that resolves
+        interface: str | None = "lo0" if sys.platform == "darwin" else "lo"
+    else:  # both would take the host's name, which may stand for loopback, or another network
+        interface = interface_of(ray.util.get_node_ip_address())
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface is not None:
+            os.environ.setdefault(variable, interface)
 
 
 def _rendezvous(order: Order, rank: int, world_size: int, timeout: timedelta) -> Any:
