@@ -112,7 +112,7 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
 
         on_event({"kind": "phase", "name": "workers"})
         task.marks.begin("workers")
-        if task.job.scaling.heal:
+        if task.job.scaling.heal and task.action == "train":
             result = healing.run(
                 task,
                 workers=machines.workers,

@@ -251,6 +251,19 @@ WRONG: list[tuple[str, str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("strategy=fsdp", r"scaling.heal=true.*strategy=fsdp.*Use strategy=ddp"),
+        ("cluster=none", r"cluster=none, where nobody starts a worker"),
+        ("scaling.device=cuda", r"made for workers on CPUs"),
+    ],
+)
+def test_what_cannot_heal_is_told(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose(["scaling.heal=true", word])
+
+
 @pytest.mark.parametrize(("word", "message"), WRONG, ids=[word for word, _ in WRONG])
 def test_what_is_wrong_is_told(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

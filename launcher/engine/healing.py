@@ -25,9 +25,9 @@ from launcher.engine.membership import Generation
 from launcher.engine.metrics import SharedSums
 from launcher.engine.progress import Done
 from launcher.engine.runtime import Runtime, Vote
-from launcher.engine.strategies.strategy import Strategy
+from launcher.engine.stream import StreamLoader
 from launcher.engine.trainer import SETTLE_SECONDS, Trainer
-from launcher.errors import CheckpointError, WorkerLost
+from launcher.errors import CheckpointError, ConfigError, WorkerLost
 
 PARTS = 5  # of what follows a step, see `Trainer._after_step`
 WRITTEN = 4  # so many of them are done once the step's values are written
@@ -49,6 +49,12 @@ class HealingTrainer(Trainer):
         self._norm: tuple[int, float] | None = None
         self._resave = False
         super().__init__(*args, **options)
+        if isinstance(self.loader, StreamLoader):
+            raise ConfigError(
+                "scaling.heal=true was asked for with training data that are read as a stream, where nobody can "
+                "read again what a lost worker had. Read them sample by sample (data.stream=false), or leave "
+                "scaling.heal out."
+            )
 
     def _make_sums(self) -> SharedSums:
         self.shared = SharedSums(self.runtime, self.job.trainer.deterministic)
@@ -322,11 +328,3 @@ def _received(infos: dict[str, Any], source: int, group: dist.ProcessGroup) -> I
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's bytes, uint8 (N,): a view where it is contiguous on the host."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def can_heal(strategy: Strategy) -> bool:
-    """Whether every worker holds all weights, so that one of them is enough to go on."""
-    from launcher.engine.strategies.ddp import DataParallel
-    from launcher.engine.strategies.exact import ExactDataParallel
-
-    return type(strategy) in (DataParallel, ExactDataParallel)

@@ -245,6 +245,8 @@ def work(order: Order) -> None:
             event = describe(error, slot)
             control.emit(event)
             control.flush()
+            if not event["aftermath"]:
+                time.sleep(ray_train.ABORT_SECONDS)  # the driver ends the run, which Ray would heal
             # Plain, since the controller unpickles it and knows nothing of user code. The event carries the rest.
             raise RuntimeError(f"{event['type']}: {event['message']}") from None
 

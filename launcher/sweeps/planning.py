@@ -159,6 +159,11 @@ def _plan(
     shapes = [shape_of(machines_of(first.job))]
     for others in _samples(space):
         shapes.append(shape_of(machines_of(compose(_of_trials(others), request.config_dir, stored).job)))
+    if first.job.scaling.heal:
+        raise ConfigError(
+            "scaling.heal=true was asked for with a sweep, whose trials share their workers. Leave it out: a trial "
+            "that loses a worker fails by itself and the others go on."
+        )
     plan = checked_plan(first.job, observer)
     for objective in objectives:
         if objective.tag not in plan.tags:
