@@ -68,7 +68,7 @@ def measure(kills: int, every: float, workers: int = 3) -> Outcome:
     Raises:
         RuntimeError: a run failed, or it was over before the last kill.
     """
-    steps = int((kills + 1) * every / PACE)
+    steps = int((kills + 1) * every / (PACE + 0.1))  # a step takes longer than its pause
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         times = _disturbed(root, kills, every, steps, workers)
