@@ -40,7 +40,9 @@ class Paced:
 
     def on_step(self, run: Any) -> None:
         if run.rank == 0:
-            (run.directory / "first").write_text(str(os.getpid()))
+            own = run.directory / f"first.{os.getpid()}"
+            own.write_text(str(os.getpid()))
+            own.replace(run.directory / "first")
         time.sleep(self.seconds)
 
 
