@@ -12,12 +12,22 @@ less what waits for the last bucket. Where workers share cores, computing takes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 OVERLAP = 0.5  # of a step's computing, where nothing was fitted: about the backward pass without its last bucket
 # What TCP over Ethernet leaves of a line's rate, headers and acknowledgements taken off.
 ETHERNET_EFFICIENCY = 0.94
 ETHERNET_LATENCY = 50e-6  # seconds from one VM to another: an assumption, measured nowhere here
+# Cards that may not read each other's memory pass everything through the host's, which takes the slot twice. Likewise
+# assumed: where NVLink joins two cards, it is quicker.
+PCIE_EFFICIENCY = 0.5
+PCIE_LATENCY = 20e-6
+# Bytes per second each way of a slot with 16 lanes: 8, 16, 32 GT/s a lane, 128 bits of 130 (PCI Express base
+# specifications 3.0, 4.0, 5.0).
+PCIE = {3: 15.75e9, 4: 31.5e9, 5: 63.0e9}
+# The share of a GPU's peak that training reaches where nothing was measured: large matrix products, well fed.
+MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,21 @@ class Link:
     def ethernet(cls, gbit: float, latency: float = ETHERNET_LATENCY) -> Link:
         """A line of so many Gbit/s."""
         return cls(latency, gbit * 1e9 / 8 * ETHERNET_EFFICIENCY)
+
+    @classmethod
+    def pcie(cls, generation: int) -> Link:
+        """From one card to another of the same machine."""
+        return cls(PCIE_LATENCY, PCIE[generation] * PCIE_EFFICIENCY)
+
+    @classmethod
+    def around(cls, hops: Sequence[tuple[int, Link]]) -> Link:
+        """Return what a ring through several kinds of links, (how many, which), amounts to.
+
+        Every link of a ring carries the same messages: the ring is as wide as its narrowest link, and waits for all.
+        """
+        used = [(times, link) for times, link in hops if times > 0]
+        latency = sum(times * link.latency for times, link in used) / sum(times for times, _ in used)
+        return cls(latency, min(link.bandwidth for _, link in used))
 
     @classmethod
     def fitted(cls, workers: int, nothing: float, less: tuple[float, float], more: tuple[float, float]) -> Link:

@@ -128,6 +128,12 @@ class ClusterConfig:
     kind: str = "local"
     keep_minutes: float = 0.0  # how long the embedded Ray stays for the next command
     address: str | None = None  # HOST:PORT of an existing cluster; default: RAY_ADDRESS
+    size: str | None = None  # of the GPU VMs, one of `launch sizes`
+    nodes: int = 1  # GPU VMs
+    head_size: str = "Standard_D4s_v5"  # of the small VM beside them
+    region: str = "eastus"
+    spot: Any = False  # true, false or "prefer"
+    budget_usd: float | None = None
 
 
 @dataclass
@@ -250,7 +256,7 @@ def check_values(job: Job) -> None:
     if scaling.heal:
         _check_healing(job)
     _one_of("cluster.kind", job.cluster.kind, CLUSTERS)
-    _at_least("cluster.keep_minutes", job.cluster.keep_minutes, 0)
+    _check_cluster(job.cluster)
     keys = job.logging.hparams
     if not isinstance(keys, (list, dict)) or not all(isinstance(key, str) for key in keys):
         raise ConfigError(f"logging.hparams is {keys!r}, but must be a list of keys, such as [optimizer.lr].")
@@ -373,6 +379,29 @@ def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
             f"strategy.overlap_steps is {strategy.overlap_steps}, but must be below strategy.inner_steps="
             f"{strategy.option('inner_steps')}: what travels has to arrive before the workers meet again."
         )
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    _at_least("cluster.keep_minutes", cluster.keep_minutes, 0)
+    _at_least("cluster.nodes", cluster.nodes, 1)
+    if not (isinstance(cluster.spot, bool) or cluster.spot == "prefer"):
+        raise ConfigError(f"cluster.spot is {cluster.spot!r}, but must be true, false or prefer.")
+    if not re.fullmatch(r"[a-z]+[a-z0-9]*", cluster.region):
+        raise ConfigError(
+            f"cluster.region is {cluster.region!r}, but must be the name of an Azure region, small letters and digits, "
+            "such as eastus."
+        )
+    if cluster.budget_usd is not None:
+        _above_zero("cluster.budget_usd", cluster.budget_usd)
+    # cluster.region and cluster.head_size may stand in a configuration of one's own, for the day when they count.
+    if cluster.size is None:
+        for key, default in (("nodes", 1), ("spot", False), ("budget_usd", None)):
+            if (value := getattr(cluster, key)) != default:
+                shown = str(value).lower() if isinstance(value, bool) else value
+                raise ConfigError(
+                    f"cluster.{key}={shown} needs cluster.size=SIZE, the size of the VMs (`launch sizes` lists them): "
+                    "add it, or leave the key out."
+                )
 
 
 def _check_profile(steps: list[int] | None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launcher.errors import ConfigError, did_you_mean
 
@@ -28,36 +28,14 @@ class Price:
     date: str
 
 
-@dataclass(frozen=True)
-class Size:
-    """One VM size.
-
-    Attributes:
-        gpus, gpu, gpu_memory_gib: how many, which model, GiB each.
-        vcpus, memory_gib: of the VM.
-        network_gbit: Gbit/s between VMs, or None where nothing is known. None of these sizes has InfiniBand.
-        accelerated_networking: whether it can be switched on; Azure's default is off.
-        local_disk: temporary disks, as Azure describes them.
-        quota_family: what cores are counted by, a region at a time; spot has a pool of its own.
-        gen2_only: whether only generation 2 images boot.
-        status: current, preview or retired; `retired` is the day, `successor` what to take instead.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Vm:
+    """A kind of VM. quota_family: what its vCPUs are counted by, a region at a time; spot has a pool of its own."""
 
     name: str
-    gpus: int
-    gpu: str
-    gpu_memory_gib: int
     vcpus: int
     memory_gib: int
-    network_gbit: float | None
-    accelerated_networking: bool
-    local_disk: str | None
     quota_family: str
-    gen2_only: bool
-    status: str
-    retired: str | None = None
-    successor: str | None = None
-    note: str | None = None
     prices: tuple[Price, ...] = ()
 
     def price(self, region: str, spot: bool = False) -> Price | None:
@@ -66,14 +44,62 @@ class Size:
         return max(found, key=lambda price: price.date, default=None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Size(Vm):
+    """One VM size of the NC series.
+
+    Attributes:
+        gpus, gpu, gpu_memory_gib: how many, which model, GiB each.
+        pcie: the generation of a GPU's PCI Express slot, by the data sheet of its model.
+        network_gbit: Gbit/s between VMs, or None where nothing is known. None of these sizes has InfiniBand.
+        accelerated_networking: whether it can be switched on; Azure's default is off.
+        local_disk: temporary disks, as Azure describes them.
+        gen2_only: whether only generation 2 images boot.
+        status: current, preview or retired; `retired` is the day, `successor` what to take instead.
+    """
+
+    gpus: int
+    gpu: str
+    gpu_memory_gib: int
+    pcie: int
+    network_gbit: float | None
+    accelerated_networking: bool
+    local_disk: str | None
+    gen2_only: bool
+    status: str
+    retired: str | None = None
+    successor: str | None = None
+    note: str | None = None
+
+
+V = TypeVar("V", bound=Vm)
+
+
 @cache
 def sizes() -> Mapping[str, Size]:
     """Return every size by its name, retired ones included, in the order of the table."""
-    import yaml
+    table = _table()
+    return {
+        name: Size(
+            name=name,
+            **{
+                **entry,
+                "local_disk": entry.get("local_disk"),
+                "retired": str(entry["retired"]) if "retired" in entry else None,
+                "prices": _prices(entry, table),
+            },
+        )
+        for name, entry in table["sizes"].items()
+    }
 
-    table = yaml.safe_load(_TABLE.read_text())
-    sources = {key: (source["name"], str(source["date"])) for key, source in table["sources"].items()}
-    return {name: _size(name, entry, sources) for name, entry in table["sizes"].items()}
+
+@cache
+def heads() -> Mapping[str, Vm]:
+    """Return the VMs that a cluster's head may be, by name."""
+    table = _table()
+    return {
+        name: Vm(name=name, **{**entry, "prices": _prices(entry, table)}) for name, entry in table["heads"].items()
+    }
 
 
 def find(name: str) -> Size:
@@ -82,8 +108,7 @@ def find(name: str) -> Size:
     Raises:
         ConfigError: there is none (names the nearest), or it is retired (names the day and the successor).
     """
-    known = {_short(other).lower(): size for other, size in sizes().items()}
-    size = known.get(_short(name).lower())
+    size = _named(name, sizes())
     if size is None:
         usable = [other.name for other in sizes().values() if other.status != "retired"]
         raise ConfigError(
@@ -98,15 +123,38 @@ def find(name: str) -> Size:
     return size
 
 
+def find_head(name: str) -> Vm:
+    """Return the VM of this name for a head. Raises ConfigError where the table has none."""
+    head = _named(name, heads())
+    if head is None:
+        raise ConfigError(
+            f"cluster.head_size={name}: the head is a small VM without a GPU, and this is none of those that launch "
+            f"knows.{did_you_mean(name, heads())} There are {', '.join(heads())}."
+        )
+    return head
+
+
+def _named(name: str, known: Mapping[str, V]) -> V | None:
+    return {_short(other).lower(): vm for other, vm in known.items()}.get(_short(name).lower())
+
+
 def _short(name: str) -> str:
     return name[len(_PREFIX) :] if name.lower().startswith(_PREFIX.lower()) else name
 
 
-def _size(name: str, entry: Mapping[str, Any], sources: Mapping[str, tuple[str, str]]) -> Size:
-    plain = {**entry, "local_disk": entry.get("local_disk")}
-    plain["retired"] = str(entry["retired"]) if "retired" in entry else None
-    plain["prices"] = tuple(
-        Price(price["region"], price["usd_per_hour"], price["spot"], *sources[price["source"]])
-        for price in entry.get("prices", ())
-    )
-    return Size(name=name, **plain)
+@cache
+def _table() -> dict[str, Any]:
+    import yaml
+
+    table: dict[str, Any] = yaml.safe_load(_TABLE.read_text())
+    return table
+
+
+def _prices(entry: Mapping[str, Any], table: Mapping[str, Any]) -> tuple[Price, ...]:
+    found = []
+    for price in entry.get("prices", ()):
+        source = table["sources"][price["source"]]
+        found.append(
+            Price(price["region"], price["usd_per_hour"], price["spot"], source["name"], str(source["date"]))
+        )
+    return tuple(found)

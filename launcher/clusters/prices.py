@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import date
 from typing import Any
@@ -16,7 +16,7 @@ from urllib.error import URLError
 from urllib.parse import urlencode, urlsplit
 from urllib.request import urlopen
 
-from launcher.clusters.catalogue import Price, Size
+from launcher.clusters.catalogue import Price, V
 
 ADDRESS = "https://prices.azure.com/api/retail/prices"
 SOURCE = "Azure Retail Prices API"
@@ -28,8 +28,8 @@ class PricesUnavailable(Exception):
     """The list could not be had; says why in one line."""
 
 
-def refreshed(sizes: Mapping[str, Size], region: str) -> dict[str, Size]:
-    """Return the sizes with today's prices of a region before those of the table.
+def refreshed(sizes: Mapping[str, V], region: str) -> dict[str, V]:
+    """Return the sizes (of the NC series, or other VMs) with today's prices of a region before those of the table.
 
     The address may be another one, LAUNCH_PRICES_URL.
 
@@ -38,7 +38,7 @@ def refreshed(sizes: Mapping[str, Size], region: str) -> dict[str, Size]:
     """
     today = date.today().isoformat()
     found: dict[str, list[Price]] = {}
-    for item in _items(region):
+    for item in _items(region, sizes):
         kept = _read(item, region, today)
         if kept is not None:
             found.setdefault(kept[0].lower(), []).append(kept[1])
@@ -59,13 +59,15 @@ def _read(item: Any, region: str, today: str) -> tuple[str, Price] | None:
     return name, Price(region, usd, meter.endswith("Spot"), SOURCE, today)
 
 
-def _items(region: str) -> Iterator[Any]:
+def _items(region: str, names: Iterable[str]) -> Iterator[Any]:
+    others = [f"armSkuName eq '{name}'" for name in names if not name.startswith("Standard_NC")]
+    wanted = " or ".join(["contains(armSkuName, 'Standard_NC')", *others])
     address = os.environ.get("LAUNCH_PRICES_URL", ADDRESS)
     conditions = (
         "serviceName eq 'Virtual Machines'",
         "priceType eq 'Consumption'",
         f"armRegionName eq '{region}'",
-        "contains(armSkuName, 'Standard_NC')",
+        f"({wanted})",
     )
     page: str | None = f"{address}?{urlencode({'currencyCode': 'USD', '$filter': ' and '.join(conditions)})}"
     for _ in range(_MOST_PAGES):
