@@ -97,9 +97,7 @@ def sizes() -> Mapping[str, Size]:
 def heads() -> Mapping[str, Vm]:
     """Return the VMs that a cluster's head may be, by name."""
     table = _table()
-    return {
-        name: Vm(name=name, **{**entry, "prices": _prices(entry, table)}) for name, entry in table["heads"].items()
-    }
+    return {name: Vm(name=name, **{**entry, "prices": _prices(entry, table)}) for name, entry in table["heads"].items()}
 
 
 def find(name: str) -> Size:
@@ -154,7 +152,5 @@ def _prices(entry: Mapping[str, Any], table: Mapping[str, Any]) -> tuple[Price, 
     found = []
     for price in entry.get("prices", ()):
         source = table["sources"][price["source"]]
-        found.append(
-            Price(price["region"], price["usd_per_hour"], price["spot"], source["name"], str(source["date"]))
-        )
+        found.append(Price(price["region"], price["usd_per_hour"], price["spot"], source["name"], str(source["date"])))
     return tuple(found)

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.config import Job
-from launcher.cost import Link, Step, predict, predict_rare
+from launcher.config import Job, StrategyConfig
+from launcher.cost import Link, Step
 from launcher.engine import probe
 from launcher.engine.data import own_randomness
 from launcher.engine.kept import KeptBytes
 from launcher.engine.runtime import Runtime
+from launcher.engine.strategies import costs
 from launcher.engine.strategies.strategy import loss_of
 from launcher.phrases import number
-from launcher.schema import STRATEGY_OPTIONS
 
 _WORTH_TELLING = 0.05  # of the step waits for the network
 _TIMED = 2  # passes, after one that warms up
@@ -119,19 +119,16 @@ def advise(
     link, seconds = measured.link, measured.seconds
     nbytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     n = runtime.world_size
-    rare = dict(STRATEGY_OPTIONS["inner_steps"])
-    if strategy.name in rare:
-        rare[strategy.name] = strategy.option("inner_steps")
-    steps = {
-        "ddp": predict(seconds, nbytes, n, link),
-        "ddp, compression=bf16": predict(seconds, nbytes / 2, n, link),
-        **{name: predict_rare(seconds, nbytes, n, link, every) for name, every in rare.items()},
-    }
-    chosen = strategy.name
-    if chosen == "ddp" and strategy.compression != "none":
-        chosen = f"ddp, compression={strategy.compression}"
-        steps.setdefault(chosen, steps["ddp, compression=bf16"])
-    return Advice(link, steps, chosen)
+    network = costs.Network(nbytes, nbytes)
+    configs = [
+        StrategyConfig(),
+        StrategyConfig(compression="bf16"),
+        StrategyConfig("local_sgd"),
+        StrategyConfig("diloco"),
+    ]
+    known = {costs.label(config): config for config in configs} | {costs.label(strategy): strategy}
+    steps = {name: costs.step(config, trainer.precision, network, seconds, n, link) for name, config in known.items()}
+    return Advice(link, steps, costs.label(strategy))
 
 
 def _pass(

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from launcher.config import Job, StrategyConfig
-from launcher.cost import predict, predict_sharded
 from launcher.engine import hardware
 from launcher.engine.advice import Measured, measure
 from launcher.engine.control import Control
@@ -106,6 +105,7 @@ def _decide(
     # A pass needs the weights, their gradients and the activations: it is not even tried where it cannot succeed.
     measured = measure(model, batch, passes, runtime, cast) if weights + trained <= room else None
     n, precision = runtime.world_size, job.trainer.precision
+    network = costs.Network(weights, trained, blocks=len(blocks_of(model, job.strategy.blocks)), passes=passes)
     candidates = []
     for name in EXACT:
         config = StrategyConfig(name)
@@ -114,14 +114,7 @@ def _decide(
             # ddp has been ruled out: by its weights and gradients, or by the pass.
             candidates.append(Candidate(name, max(needs, room + 1) if name == "ddp" else needs))
             continue
-        if name == "ddp":
-            step = predict(measured.seconds, trained, n, measured.link)
-        else:
-            gathered = weights if precision == "float32" else weights / 2
-            messages = passes * (len(blocks_of(model, job.strategy.blocks)) + 1)
-            step = predict_sharded(
-                measured.seconds, passes * gathered, passes * trained, n, measured.link, messages=messages
-            )
+        step = costs.step(config, precision, network, measured.seconds, n, measured.link)
         candidates.append(Candidate(name, needs + measured.activations, step.seconds))
     chosen = choose(candidates, room)
     return (*runtime.broadcast((chosen.name, _reason(chosen, candidates, min(rooms)))), measured)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,10 +29,41 @@ from launcher.engine.optim import build_optimizer, parameter_groups
 from launcher.engine.peaks import flops_per_sample
 from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
+from launcher.engine.strategies.blocks import blocks_of, recompute
+from launcher.engine.strategies.compression import powersgd_bytes
+from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.errors import ConfigError, RequestError, UserCodeError, did_you_mean
+from launcher.schema import STRATEGY_OPTIONS
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 _SAMPLES = 2  # some layers refuse a batch of one
 _TRIED = 64  # samples of other data than those of the run: labels that it does not know may come late
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is asked only for a device that is not here, in bytes; activations as in the precision of the job.
+
+    Attributes:
+        kept_per_sample, kept_once: what autograd keeps: with each sample, and however many there are (such as the
+            weights in 16 bits).
+        largest_per_sample: the largest piece of it, whose gradient is there when the backward pass begins.
+        gathered: of weights that FSDP puts together: what it keeps together for a whole step, and the largest block.
+        powersgd: of gradients that PowerSGD sends in a step.
+        blocks: how many blocks FSDP would gather one by one.
+        flops_per_sample: of the matrix products that were seen, three times those of the forward pass; None where there
+            were none.
+    """
+
+    kept_per_sample: int
+    kept_once: int
+    largest_per_sample: int
+    gathered: int
+    powersgd: int
+    blocks: int
+    flops_per_sample: float | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +81,7 @@ class Estimate:
     activation_bytes_per_sample: int
     flops_per_sample: float | None
     tags: tuple[str, ...]
+    ahead: Ahead | None = None
 
     @property
     def resident_bytes(self) -> int:
@@ -56,15 +89,18 @@ class Estimate:
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def estimate(job: Job) -> Estimate:
+def estimate(job: Job, ahead: bool = False) -> Estimate:
     """Build data and network on the CPU and put a small batch through them.
+
+    Args:
+        ahead: find out what a device that is not here needs, too (`Estimate.ahead`): one more pass.
 
     Raises:
         RequestError: the configuration, the data or the model cannot be used; says which and why.
         UserCodeError: the model or the data set raised.
     """
     try:
-        return _estimate(job)
+        return _estimate(job, ahead)
     except Exception as error:
         told = translate(error)
         if told is error:
@@ -72,7 +108,7 @@ def estimate(job: Job) -> Estimate:
         raise told from error
 
 
-def _estimate(job: Job) -> Estimate:
+def _estimate(job: Job, ahead: bool) -> Estimate:
     without_compiler()
     for kind in ("optimizer", "scheduler"):
         section = getattr(job, kind)
@@ -83,7 +119,11 @@ def _estimate(job: Job) -> Estimate:
     cpu_job = job if not job.trainer.sync_batchnorm else _without_sync_batchnorm(job)
     model = build_model(cpu_job, runtime)
     of_optimizer = optimizer_bytes(job, model)
-    saved, train = _train_names(job, model, data, runtime)
+    counter = _flop_counter() if ahead else None
+    if ahead and job.strategy.activation_checkpointing:
+        recompute(model, job.strategy.blocks)
+    with counter or nullcontext(), _as_trained(job, runtime) if ahead else nullcontext():
+        kept, train = _train_names(job, model, data, runtime)
     tags = [f"train/{name}" for name in train]
     for name in data.val:
         tags += [
@@ -102,10 +142,17 @@ def _estimate(job: Job) -> Estimate:
         parameter_bytes=_bytes(model.parameters()),
         gradient_bytes=_bytes(trained),
         optimizer_bytes=of_optimizer,
-        activation_bytes_per_sample=saved // _SAMPLES,
+        activation_bytes_per_sample=kept.total // _SAMPLES,
         flops_per_sample=flops_per_sample(model),
         tags=tuple(tags),
+        ahead=_ahead(job, model, data, runtime, kept, counter.get_total_flops()) if counter else None,
     )
+
+
+def _flop_counter() -> FlopCounterMode:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False)
 
 
 def _without_sync_batchnorm(job: Job) -> Job:
@@ -125,15 +172,42 @@ def _batch(job: Job, data: Data, dataset: Any, model: nn.Module, runtime: Runtim
     return next(loader.once(0, torch.arange(min(samples, len(dataset)))))
 
 
-def _train_names(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tuple[int, list[str]]:
-    """Return the bytes that autograd keeps for the small batch, and the names that `training_step` returns."""
+def _train_names(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tuple[KeptBytes, list[str]]:
+    """Return what autograd keeps for the small batch, and the names that `training_step` returns."""
     kept = KeptBytes(model)
     batch = _batch(job, data, data.train, model, runtime)
     with kept.counted():
         answer = check_answer(said_in_words(model.training_step, batch))
     sums = Sums(runtime.device)
     sums.add(answer)
-    return kept.total, sums.names
+    return kept, sums.names
+
+
+def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: KeptBytes, flops: int) -> Ahead:
+    """See `Ahead`. whole, flops: what the small batch kept, and what its forward pass cost."""
+    one, once = KeptBytes(model), 0
+    batch = _batch(job, data, data.train, model, runtime, 1)
+    with suppress(Exception), _as_trained(job, runtime), one.counted():  # some layers refuse a batch of one
+        model.training_step(batch)  # type: ignore[operator]
+        once = max(0, 2 * one.total - whole.total)
+    strategy, trained = job.strategy, [p for p in model.parameters() if p.requires_grad]
+    blocks = blocks_of(model, strategy.blocks)
+    inside = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    weights = sum(p.numel() for p in model.parameters())
+    width = 4 if job.trainer.precision == "float32" else 2
+    return Ahead(
+        kept_per_sample=(whole.total - once) // _SAMPLES,
+        kept_once=once,
+        largest_per_sample=whole.largest // _SAMPLES,
+        gathered=width * (weights - sum(inside) + max(inside, default=0)),
+        powersgd=powersgd_bytes(trained, strategy.powersgd_rank or STRATEGY_OPTIONS["powersgd_rank"]["ddp"]),
+        blocks=len(blocks),
+        flops_per_sample=flops * 3 / _SAMPLES or None,
+    )
+
+
+def _as_trained(job: Job, runtime: Runtime) -> AbstractContextManager[Any]:
+    return casting(runtime.device, DTYPES[job.trainer.precision])
 
 
 def _val_names(job: Job, model: nn.Module, data: Data, name: str, runtime: Runtime) -> list[str]:

@@ -12,7 +12,7 @@ class KeptBytes:
     """Counts the storages that autograd keeps, each once and the network's own parameters not at all.
 
     Attributes:
-        total: bytes kept by the forward passes inside `counted()`.
+        total: bytes kept by the forward passes inside `counted()`; largest: those of the largest storage.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -22,6 +22,10 @@ class KeptBytes:
     @property
     def total(self) -> int:
         return sum(self._kept.values())
+
+    @property
+    def largest(self) -> int:
+        return max(self._kept.values(), default=0)
 
     def counted(self) -> AbstractContextManager[object]:
         return torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)

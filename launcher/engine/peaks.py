@@ -43,7 +43,7 @@ PEAKS = (
     Peak("H100 NVL", 835.5, 835.5, 417.5, "NVIDIA H100 data sheet (2024), NVL: half of 1,671 and 835"),
     Peak("H200", 989.5, 989.5, 494.5, "NVIDIA H200 data sheet (2024), SXM: half of 1,979 and 989"),
     Peak("H200 NVL", 835.5, 835.5, 417.5, "NVIDIA H200 data sheet (2024), NVL: half of 1,671 and 835"),
-    # Workstation and Server Edition alike ("NVIDIA RTX PRO 6000 Blackwell Server Edition"); the catalogue's short name too.
+    # "NVIDIA RTX PRO 6000 Blackwell Server Edition", and the Workstation's; the catalogue says no more than this.
     Peak("RTX PRO 6000", 503.8, 503.8, 251.9, "NVIDIA RTX Blackwell PRO white paper (2025), at 2.62 GHz"),
 )
 

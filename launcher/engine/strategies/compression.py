@@ -7,7 +7,7 @@ thread of gloo, for ever; so these are our own, the same on gloo and NCCL.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,24 @@ def cast_hook(wire: torch.dtype) -> Callable[[Runtime, Any], torch.futures.Futur
     return hook
 
 
+def thin(parameter: Tensor, rank: int) -> tuple[int, int, int]:
+    """Return (n, m, r) of a gradient as a matrix and as its two thin ones; r is 0 where it travels as it is."""
+    if parameter.ndim < 2 or not parameter.is_floating_point():
+        return parameter.numel(), 1, 0
+    n, m = parameter.shape[0], math.prod(parameter.shape[1:])
+    r = min(rank, n, m)
+    return n, m, r if 2 * r * (n + m) < n * m else 0
+
+
+def powersgd_bytes(parameters: Iterable[Tensor], rank: int) -> int:
+    """Return the bytes of gradients that PowerSGD sends in a step, the first steps left out."""
+    sent = 0
+    for parameter in parameters:
+        n, m, r = thin(parameter, rank)
+        sent += parameter.element_size() * (r * (n + m) if r else n * m)
+    return sent
+
+
 class PowerSGD:
     """Means of gradients over the workers by PowerSGD with error feedback (Vogels et al. 2019, algorithms 1 and 2).
 
@@ -65,11 +83,8 @@ class PowerSGD:
         self.factors: dict[int, Tensor] = {}
         generator = torch.Generator().manual_seed(seed)
         for index, parameter in enumerate(self._parameters):
-            if parameter.ndim < 2 or not parameter.is_floating_point():
-                continue
-            n, m = parameter.shape[0], math.prod(parameter.shape[1:])
-            r = min(rank, n, m)
-            if 2 * r * (n + m) < n * m:
+            n, m, r = thin(parameter, rank)
+            if r:
                 self.errors[index] = torch.zeros(n, m, device=parameter.device)
                 self.factors[index] = torch.randn(m, r, generator=generator).to(parameter.device)
 

@@ -1,7 +1,10 @@
-"""What a strategy keeps on a worker, and what of the network travels, in bytes. No torch."""
+"""What a strategy keeps on a worker, what of the network travels, in bytes, and how long a step takes. No torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from launcher.cost import Link, Step, predict, predict_rare, predict_sharded
 from launcher.phrases import size
 from launcher.schema import StrategyConfig, TrainerConfig
 
@@ -43,3 +46,46 @@ def traffic(
         rank = config.option("powersgd_rank")
         return gradients, f"gradients as matrices of rank {rank} (whole they are {size(gradients)}) a step"
     return gradients, f"{size(gradients)} of gradients a step"
+
+
+def label(config: StrategyConfig) -> str:
+    """Return what a strategy is called beside others: its name, and its compression where it has one."""
+    return config.name + (f", compression={config.compression}" if config.compression != "none" else "")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What of a network travels.
+
+    Attributes:
+        weights, gradients: bytes, as they are kept.
+        powersgd: bytes of gradients with `strategy.compression=powersgd`.
+        blocks: how many FSDP gathers one by one.
+        passes: microbatches in a worker's step.
+    """
+
+    weights: float
+    gradients: float
+    powersgd: float = 0.0
+    blocks: int = 0
+    passes: int = 1
+
+
+def step(config: StrategyConfig, precision: str, network: Network, compute: float, workers: int, link: Link) -> Step:
+    """Predict a step with a strategy. compute: seconds that a worker computes in it; precision: `trainer.precision`."""
+    gradients = network.gradients / (2 if config.compression in ("bf16", "fp16") else 1)
+    if config.name in ("local_sgd", "diloco"):
+        return predict_rare(compute, gradients, workers, link, config.option("inner_steps"))
+    if config.name == "fsdp":
+        weights = network.weights / (1 if precision == "float32" else 2)
+        return predict_sharded(
+            compute,
+            network.passes * weights,
+            network.passes * gradients,
+            workers,
+            link,
+            messages=network.passes * (network.blocks + 1),
+        )
+    if config.compression == "powersgd":  # it begins when the backward pass is done
+        return predict(compute, network.powersgd, workers, link, overlap=0.0)
+    return predict(compute, gradients, workers, link)
