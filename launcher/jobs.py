@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from launcher.clusters.local import EmbeddedRay
     from launcher.engine.entry import Task
     from launcher.engine.runtime import Runtime
+    from launcher.node_plan import NodePlan
 
 Event = dict[str, Any]
 
@@ -82,14 +83,26 @@ def train(request: Request, observer: Observer) -> Outcome:
 
 def checked_plan(job: Job, observer: Observer, ranks: int | None = None, marks: Marks | None = None) -> Plan:
     """Make the plan; what the user's code prints while it is tried out is passed on as events."""
+    with _trying(observer):
+        return make_plan(job, ranks, marks)
+
+
+def checked_node_plan(job: Job, observer: Observer, ask: bool = True) -> NodePlan:
+    """Make the plan for VMs that are not there, likewise. ask: Azure's public list for today's prices."""
+    from launcher.node_plan import make_node_plan
+
+    with _trying(observer):
+        return make_node_plan(job, ask)
+
+
+def _trying(observer: Observer) -> AbstractContextManager[object]:
     from launcher.engine.console import captured
 
     def show(text: str, whole: bool) -> None:
         observer.event({"kind": "line", "rank": 0, "text": text, "whole": whole})
 
     observer.event({"kind": "phase", "name": "check"})
-    with captured(show):
-        return make_plan(job, ranks, marks)
+    return captured(show)
 
 
 def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) -> tuple[dict[str, Any], int | None]:

@@ -6,13 +6,16 @@ Joins the engine's estimate of the job with what the place has that it is to run
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.clusters import existing, local
 from launcher.config import Job
 from launcher.errors import ConfigError
 from launcher.phases import Marks
 from launcher.phrases import count, size
+
+if TYPE_CHECKING:
+    from launcher.engine.estimate import Estimate
 
 _AUTO = " (at the start: ddp, or fsdp where a worker cannot hold the network; the figures here are those of ddp)"
 
@@ -107,8 +110,13 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
 
     Raises:
         ResourceError: the machine can never hold what was asked for.
-        ConfigError: several workers without anything that starts them.
+        ConfigError: several workers without anything that starts them, or VMs that nothing creates.
     """
+    if job.cluster.size is not None:
+        raise ConfigError(
+            f"cluster.size={job.cluster.size} asks for VMs of Azure, and this launch creates none yet: `launch plan` "
+            "with the same words, without -m, works out what they do and cost. Leave cluster.size out to run here."
+        )
     nodes = []
     if job.cluster.kind == "existing" and ranks is None:
         nodes = existing.look(existing.address_of(job.cluster.address))
@@ -162,13 +170,22 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) ->
         from launcher.engine.runtime import choose_device
 
         choose_device(job.scaling.device, 0)
-    from launcher.engine.build import build_split, check_batch
     from launcher.engine.estimate import estimate
+
+    marks.begin("check")
+    return plan_on(job, machines, estimate(job))
+
+
+def plan_on(job: Job, machines: Machines, found: Estimate) -> Plan:
+    """Join what the job needs with the machines that it is to run on.
+
+    Raises:
+        ConfigError: the batch arithmetic cannot be met.
+    """
+    from launcher.engine.build import build_split, check_batch
     from launcher.engine.order import Order
     from launcher.engine.strategies import costs
 
-    marks.begin("check")
-    found = estimate(job)
     check_batch(job, found.train_samples, machines.workers)
     trainer = job.trainer
     order = Order(found.train_samples, trainer.global_batch_size, trainer.seed, trainer.overfit_batches)

@@ -28,7 +28,7 @@ from launcher.runs import RunDirectory
 
 EXACT = ("ddp", "fsdp")
 KEPT = "strategy"  # the key of result.json
-_ROOM = 0.9  # of the memory: the rest is the framework's, and what lies between the pieces
+ROOM = 0.9  # of the memory: the rest is the framework's, and what lies between the pieces
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _decide(
         optimizer = optimizer_bytes(job, model)
     whole = {"parameters": weights, "gradients": trained, "optimizer": optimizer}
     rooms = runtime.gather(hardware.memory_of_a_worker(runtime, job.scaling.gpus_per_worker))
-    room = _ROOM * min(rooms)
+    room = ROOM * min(rooms)
     # A pass needs the weights, their gradients and the activations: it is not even tried where it cannot succeed.
     measured = measure(model, batch, passes, runtime, cast) if weights + trained <= room else None
     n, precision = runtime.world_size, job.trainer.precision
