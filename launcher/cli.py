@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -20,14 +21,15 @@ from launcher.errors import ConfigError, LaunchError, RunError, Stopped, UserCod
 if TYPE_CHECKING:
     from launcher.help import Asked
     from launcher.jobs import Outcome
-    from launcher.prepare import Request
+    from launcher.prepare import Prepared, Request
     from launcher.runs import RunDirectory
 
 USAGE = """\
 launch [VERB [NAME]] [HYDRA OVERRIDES...] [HYDRA FLAGS]
 
   train            run one job (the default when no verb is given); with -m a sweep over several
-  plan             print what train would do, and create nothing; --json for programs
+  plan             print what train would do, and create nothing; --json for programs. With cluster.size=SIZE and
+                   cluster.nodes=N: what it would need, take and cost on VMs of Azure (--offline: shipped prices)
   evaluate NAME    evaluate a run's best checkpoint on validation and test data, or on other data: data=OTHER
   predict NAME     print what a run's best checkpoint makes of each input, as JSON lines: input=PATH
   export NAME      write a run's best weights and its network for others to use
@@ -77,7 +79,7 @@ _FLAGS_OF = {
     "multirun": ("train", "plan"),
     "json": ("plan", "runs", "sizes", "status"),
     "region": ("sizes",),
-    "offline": ("sizes",),
+    "offline": ("plan", "sizes"),
     "no_follow": ("logs",),
     "port": ("board",),
     "host": ("board",),
@@ -416,6 +418,8 @@ def _plan(line: Line) -> int:
 
     with _results_alone() as result:
         prepared = prepare(line.request())
+        if prepared.job.cluster.size is not None:
+            return _plan_of_nodes(line, prepared, result)
         with Display() as display:
             plan = checked_plan(prepared.job, Shown(display))
         if "json" in line.flags:
@@ -425,6 +429,22 @@ def _plan(line: Line) -> int:
         rows = [("run", str(prepared.directory.path)), *plan.lines()]
         width = max(len(what) for what, _ in rows)
         result("\n".join(f"{what:<{width}}  {value}" for what, value in rows))
+    return 0
+
+
+def _plan_of_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]) -> int:
+    from launcher.jobs import checked_node_plan
+    from launcher.node_tables import text
+    from launcher.show import Shown
+    from launcher.terminal import Display
+
+    with Display() as display:
+        plan = checked_node_plan(prepared.job, Shown(display), ask="offline" not in line.flags)
+    path = str(prepared.directory.path)
+    if "json" in line.flags:
+        result(json.dumps({"run": prepared.directory.name, "directory": path, **plan.to_dict()}, indent=2))
+    else:
+        result(text(plan, path, width=shutil.get_terminal_size((120, 24)).columns))
     return 0
 
 

@@ -19,6 +19,7 @@ from launcher.plan import Machines, Plan
 if TYPE_CHECKING:
     from launcher.engine.estimate import Estimate
 
+_QUICK = 5e-3  # seconds of a pass
 _RECOMPUTED = 4 / 3  # with activation checkpointing: a second forward pass, half of what a backward pass takes
 
 
@@ -30,6 +31,7 @@ class Computing:
         flops_per_sample, flops_from: of forward and backward pass; "the model", or "counted" where it does not say.
         peak_flops, mfu: of the GPU, and the share of it that is assumed to be reached.
         seconds: None where one of the two is not known.
+        passes: microbatches in them.
     """
 
     flops_per_sample: float | None
@@ -37,6 +39,12 @@ class Computing:
     peak_flops: float | None
     mfu: float
     seconds: float | None
+    passes: int
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a pass computes so little that the launching of its kernels rules: times are lower bounds then."""
+        return self.seconds is not None and self.seconds / self.passes < _QUICK
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def computing_of(job: Job, nodes: Nodes, plan: Plan, found: Estimate) -> Computi
         share = min(1.0, plan.machines.gpus_per_worker)
         again = _RECOMPUTED if job.strategy.activation_checkpointing else 1.0
         seconds = flops * again * plan.batches.per_worker / (peak * share * MFU)
-    return Computing(flops, None if flops is None else source, peak, MFU, seconds)
+    return Computing(flops, None if flops is None else source, peak, MFU, seconds, plan.batches.microbatches)
 
 
 def considered(job: Job, workers: int) -> list[StrategyConfig]:

@@ -18,9 +18,6 @@ from launcher.plan import Machines, Plan, plan_on
 if TYPE_CHECKING:
     from launcher.engine.estimate import Estimate
 
-# A pass that computes for less than this is ruled by the launching of its kernels.
-_QUICK = 5e-3
-
 
 @dataclass(frozen=True)
 class NodePlan:
@@ -189,9 +186,9 @@ def _notes(job: Job, made: NodePlan) -> list[str]:
         found.append(
             "No time is predicted: the network has no matrix products that could be counted, and no flops_per_sample."
         )
-    elif computing.seconds is not None and computing.seconds / batches.microbatches < _QUICK:
+    elif computing.is_quick and computing.seconds is not None:
         found.append(
-            f"A pass computes for {computing.seconds / batches.microbatches * 1e3:.2g} ms, less than the launching of its "
+            f"A pass computes for {computing.seconds / computing.passes * 1e3:.2g} ms, less than the launching of its "
             "kernels takes: the times here are lower bounds, and a smaller VM may do as well."
         )
     if job.trainer.compile or job.trainer.compile_blocks:
