@@ -12,11 +12,21 @@ from launcher.clusters.nodes import Nodes, chosen
 from launcher.config import Job
 from launcher.cost import Link
 from launcher.forecast import Computing, Forecast, choices, computing_of, considered, forecast, link_between, seat
-from launcher.phrases import count, duration, number, size
+from launcher.phrases import count, duration, size
 from launcher.plan import Machines, Plan, plan_on
 
 if TYPE_CHECKING:
     from launcher.engine.estimate import Estimate
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `cluster.budget_usd` buys: hours of nodes and head, epochs; `enough` for the whole run. None: unknown."""
+
+    usd: float
+    hours: float | None
+    epochs: float | None
+    enough: bool | None
 
 
 @dataclass(frozen=True)
@@ -61,17 +71,18 @@ class NodePlan:
         rate = self.nodes.usd_per_hour
         return None if seconds is None or rate is None else seconds / 3600 * rate
 
-    def budget(self) -> dict[str, float | bool | None] | None:
-        """Return what `cluster.budget_usd` buys, or None where none is set."""
+    @property
+    def budget(self) -> Budget | None:
+        """What `cluster.budget_usd` buys; None where none is set."""
         if self.budget_usd is None:
             return None
-        rate, epoch = self.nodes.usd_per_hour, self._dollars(self.seconds_per_epoch)
-        return {
-            "usd": self.budget_usd,
-            "hours": None if rate is None else round(self.budget_usd / rate, 4),
-            "epochs": None if not epoch else round(self.budget_usd / epoch, 4),
-            "enough": None if self.usd is None else self.usd <= self.budget_usd,
-        }
+        rate, epoch, usd = self.nodes.usd_per_hour, self._dollars(self.seconds_per_epoch), self.usd
+        return Budget(
+            usd=self.budget_usd,
+            hours=None if rate is None else round(self.budget_usd / rate, 4),
+            epochs=None if not epoch else round(self.budget_usd / epoch, 4),
+            enough=None if usd is None else usd <= self.budget_usd,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         nodes, usd = self.nodes, self.usd
@@ -109,7 +120,7 @@ class NodePlan:
             "head_usd_per_hour": nodes.head_usd_per_hour,
             "usd_per_hour": nodes.usd_per_hour,
             "usd": None if usd is None else round(usd, 4),
-            "budget": self.budget(),
+            "budget": None if self.budget is None else asdict(self.budget),
             "prices": {name: None if price is None else asdict(price) for name, price in prices},
             "prices_from": nodes.prices_from,
             "quotas": [asdict(one) for one in nodes.quotas()],
@@ -194,11 +205,10 @@ def _notes(job: Job, made: NodePlan) -> list[str]:
     if job.trainer.compile or job.trainer.compile_blocks:
         found.append("A compiled network needs less memory than said here.")
     found += nodes.missing()
-    if made.budget_usd is not None and made.usd is not None and made.usd > made.budget_usd:
-        budget = made.budget() or {}
+    if made.budget is not None and made.budget.enough is False and made.usd is not None:
         found.append(
-            f"cluster.budget_usd={made.budget_usd:g} is less than the run would cost, {made.usd:,.2f} USD: it buys "
-            f"{number(float(budget['epochs'] or 0))} of {batches.epochs:g} epochs."
+            f"cluster.budget_usd={made.budget.usd:g} is less than the run would cost, {made.usd:,.2f} USD: it buys "
+            f"{made.budget.epochs:.4g} of {count(batches.epochs, 'epoch')}. Nothing stops a run for it yet."
         )
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.clusters.catalogue import Price
 from launcher.node_plan import NodePlan, told_time
-from launcher.phrases import count, number, size
+from launcher.phrases import count, size
 
 
 def text(made: NodePlan, run: str, width: int) -> str:
@@ -147,10 +147,10 @@ def _money(made: NodePlan) -> Any:
     grid.add_row("together", _dollars(nodes.usd_per_hour), "disks, addresses and traffic not counted")
     if made.usd is not None:
         grid.add_row("the run", f"{made.usd:,.2f} USD", told_time(made.seconds))
-    budget = made.budget()
-    if budget is not None:
-        bought = [f"{number(float(budget[what]))} {what}" for what in ("hours", "epochs") if budget[what] is not None]
-        grid.add_row("budget", f"{made.budget_usd:,.2f} USD", f"buys {' or '.join(bought)}" if bought else "")
+    if made.budget is not None:
+        bought = [(made.budget.hours, "hour"), (made.budget.epochs, "epoch")]
+        told = " or ".join(count(float(f"{many:.4g}"), what) for many, what in bought if many is not None)
+        grid.add_row("budget", f"{made.budget.usd:,.2f} USD", f"buys {told}" if told else "")
     return grid
 
 

@@ -119,7 +119,7 @@ def advise(
     link, seconds = measured.link, measured.seconds
     nbytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     n = runtime.world_size
-    network = costs.Network(nbytes, nbytes)
+    network = costs.Network(nbytes, nbytes, passes=passes)
     configs = [
         StrategyConfig(),
         StrategyConfig(compression="bf16"),

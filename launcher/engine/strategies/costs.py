@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.cost import Link, Step, predict, predict_rare, predict_sharded
+from launcher.cost import OVERLAP, Link, Step, predict, predict_rare, predict_sharded
 from launcher.phrases import size
 from launcher.schema import StrategyConfig, TrainerConfig
 
@@ -88,4 +88,5 @@ def step(config: StrategyConfig, precision: str, network: Network, compute: floa
         )
     if config.compression == "powersgd":  # it begins when the backward pass is done
         return predict(compute, network.powersgd, workers, link, overlap=0.0)
-    return predict(compute, gradients, workers, link)
+    # Gradients are reduced with the last microbatch alone: no other computing hides that.
+    return predict(compute, gradients, workers, link, overlap=OVERLAP / network.passes)
