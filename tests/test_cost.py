@@ -24,6 +24,15 @@ def test_a_link_is_found_again_from_what_takes_place_on_it() -> None:
     assert (link.latency, link.bandwidth) == (pytest.approx(1e-3), pytest.approx(125e6))
 
 
+def test_a_ring_is_as_wide_as_its_narrowest_link_and_waits_for_all() -> None:
+    card, line = Link.pcie(4), Link.ethernet(80)
+    assert card.bandwidth == pytest.approx(31.5e9 / 2)
+    ring = Link.around([(6, card), (2, line)])
+    assert ring.bandwidth == line.bandwidth == pytest.approx(9.4e9)
+    assert ring.latency == pytest.approx((6 * card.latency + 2 * line.latency) / 8)
+    assert Link.around([(4, card), (0, line)]) == card
+
+
 def test_computing_hides_communication_only_as_far_as_it_lasts() -> None:
     hidden = predict(compute=4.0, nbytes=125e6, workers=2, link=GIGABIT, overlap=0.5)
     assert (hidden.seconds, hidden.share) == (4.0, 0.0)

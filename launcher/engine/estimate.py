@@ -185,11 +185,12 @@ def _train_names(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tu
 
 def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: KeptBytes, flops: int) -> Ahead:
     """See `Ahead`. whole, flops: what the small batch kept, and what its forward pass cost."""
-    one, once = KeptBytes(model), 0
+    one, once, largest = KeptBytes(model), 0, whole.largest // _SAMPLES
     batch = _batch(job, data, data.train, model, runtime, 1)
     with suppress(Exception), _as_trained(job, runtime), one.counted():  # some layers refuse a batch of one
         model.training_step(batch)  # type: ignore[operator]
         once = max(0, 2 * one.total - whole.total)
+        largest = max(0, whole.largest - one.largest)  # where both are the same, it does not grow with the samples
     strategy, trained = job.strategy, [p for p in model.parameters() if p.requires_grad]
     blocks = blocks_of(model, strategy.blocks)
     inside = [sum(p.numel() for p in block.parameters()) for block in blocks]
@@ -198,7 +199,7 @@ def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: Kept
     return Ahead(
         kept_per_sample=(whole.total - once) // _SAMPLES,
         kept_once=once,
-        largest_per_sample=whole.largest // _SAMPLES,
+        largest_per_sample=largest,
         gathered=width * (weights - sum(inside) + max(inside, default=0)),
         powersgd=powersgd_bytes(trained, strategy.powersgd_rank or STRATEGY_OPTIONS["powersgd_rank"]["ddp"]),
         blocks=len(blocks),

@@ -14,7 +14,9 @@ import pytest
 
 from launcher import cli
 from launcher.clusters import catalogue, prices
+from launcher.clusters.nodes import chosen
 from launcher.errors import ConfigError
+from launcher.schema import ClusterConfig
 
 
 def item(name: str, usd: float, meter: str = "", **more: Any) -> dict[str, Any]:
@@ -146,6 +148,14 @@ def test_todays_prices_come_before_the_tables(server: PriceList) -> None:
     first = parse_qs(urlsplit(server.asked[0]).query)["$filter"][0]
     assert "armRegionName eq 'eastus'" in first
     assert len(server.asked) == 2
+
+
+def test_a_plan_has_todays_prices_of_nodes_and_head(server: PriceList) -> None:
+    server.pages = [[*PAGES[0], item("Standard_D4s_v5", 0.2, productName="Virtual Machines Dsv5 Series")]]
+    nodes = chosen(ClusterConfig(size=A100, nodes=2))
+    assert (nodes.nodes_usd_per_hour, nodes.head_usd_per_hour, nodes.usd_per_hour) == (8.0, 0.2, 8.2)
+    assert nodes.prices_from == "Prices of today from the Azure Retail Prices API, where it has them."
+    assert "armSkuName eq 'Standard_D4s_v5'" in parse_qs(urlsplit(server.asked[0]).query)["$filter"][0]
 
 
 @pytest.mark.parametrize(

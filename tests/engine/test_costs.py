@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from launcher.cost import OVERLAP, Link, Step, predict, predict_rare, predict_sharded
 from launcher.engine.strategies import costs
 from launcher.schema import StrategyConfig, TrainerConfig
 
+LINK = Link(latency=1e-4, bandwidth=125e6)
 WHOLE = {"parameters": 400, "gradients": 400, "optimizer": 800}
 
 
@@ -34,3 +36,21 @@ def test_bytes(strategy: dict[str, Any], kept: int, travels: int, words: str) ->
     found, text = costs.traffic(config, TrainerConfig(), 400, 400, 2)
     assert found == travels
     assert words in text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ({}, predict(2.0, 8e6, 4, LINK, overlap=OVERLAP / 2)),
+        ({"compression": "fp16"}, predict(2.0, 4e6, 4, LINK, overlap=OVERLAP / 2)),
+        ({"compression": "powersgd"}, predict(2.0, 1e5, 4, LINK, overlap=0.0)),
+        ({"name": "fsdp"}, predict_sharded(2.0, 8e6, 16e6, 4, LINK, messages=14)),
+        ({"name": "fsdp", "compression": "bf16"}, predict_sharded(2.0, 8e6, 8e6, 4, LINK, messages=14)),
+        ({"name": "local_sgd"}, predict_rare(2.0, 8e6, 4, LINK, 8)),
+        ({"name": "diloco", "inner_steps": 50, "compression": "bf16"}, predict_rare(2.0, 4e6, 4, LINK, 50)),
+    ],
+)
+def test_steps(strategy: dict[str, Any], expected: Step) -> None:
+    """Two microbatches in bfloat16: FSDP gathers and reduces with each, the others reduce with the last alone."""
+    network = costs.Network(8e6, 8e6, powersgd=1e5, blocks=6, passes=2)
+    assert costs.step(StrategyConfig(**strategy), "bfloat16", network, 2.0, 4, LINK) == expected

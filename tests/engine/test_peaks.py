@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from launcher.clusters import catalogue
 from launcher.engine import entry, peaks, trainer
 from launcher.engine.runtime import Runtime
 from launcher.runs import RunDirectory
@@ -73,3 +74,12 @@ def test_the_tag_is_there_where_the_peak_is_known(
     entry.run(task, Runtime.single("cpu"), Puppet(Script(), directory, 0))
     rates, found = column(tmp_path, "throughput/samples_per_second"), column(tmp_path, "throughput/mfu")
     assert found == ([] if share is None else pytest.approx([rate * share for rate in rates]))
+
+
+def test_every_gpu_of_the_catalogue_has_a_peak() -> None:
+    """Without one `launch plan` could say nothing of time."""
+    for size in catalogue.sizes().values():
+        if size.status != "retired":
+            assert peaks.peak_flops(size.gpu, "float16"), size.gpu
+    server = peaks.peak_flops("NVIDIA RTX PRO 6000 Blackwell Server Edition", "bfloat16")
+    assert peaks.peak_flops("RTX PRO 6000", "bfloat16") == server

@@ -1,0 +1,64 @@
+"""VMs as a value: what they cost, which quotas they take, and where the prices come from."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.clusters import catalogue
+from launcher.clusters.nodes import chosen
+from launcher.errors import ConfigError
+from launcher.schema import ClusterConfig
+
+A100 = "Standard_NC24ads_A100_v4"
+
+
+@pytest.mark.parametrize(
+    ("spot", "per_hour", "on_demand", "quotas"),
+    [
+        (False, 7.346, 7.346, {"StandardNCADSA100v4Family": 48, "standardDSv5Family": 4, "cores": 52}),
+        (True, 0.888, 7.346, {"LowPriorityCores": 48, "standardDSv5Family": 4, "cores": 4}),
+        (
+            "prefer",
+            0.888,
+            7.346,
+            {"LowPriorityCores": 48, "StandardNCADSA100v4Family": 48, "standardDSv5Family": 4, "cores": 52},
+        ),
+    ],
+)
+def test_spot_has_a_price_and_a_quota_of_its_own(
+    spot: bool | str, per_hour: float, on_demand: float, quotas: dict[str, int]
+) -> None:
+    nodes = chosen(ClusterConfig(size=A100, nodes=2, spot=spot), ask=False)
+    assert (nodes.nodes_usd_per_hour, nodes.nodes_usd_per_hour_on_demand) == (per_hour, on_demand)
+    assert nodes.head_usd_per_hour == 0.192
+    assert nodes.usd_per_hour == pytest.approx(per_hour + 0.192)
+    assert {one.name: one.vcpus for one in nodes.quotas()} == quotas
+
+
+@pytest.mark.parametrize(
+    ("cluster", "missing"),
+    [
+        ({"size": A100}, []),
+        ({"size": A100, "head_size": "D8s_v5"}, ["The price of Standard_D8s_v5 in eastus is not known."]),
+        (
+            {"size": "NCC40ads_H100_v5"},
+            ["The price of Standard_NCC40ads_H100_v5 in eastus is not known; it is known in eastus2."],
+        ),
+        (
+            {"size": "NC40ads_H100_v5", "spot": True},
+            ["The spot price of Standard_NC40ads_H100_v5 in eastus is not known."],
+        ),
+    ],
+)
+def test_prices_that_are_not_known_are_named(cluster: dict[str, object], missing: list[str]) -> None:
+    nodes = chosen(ClusterConfig(**cluster), ask=False)  # type: ignore[arg-type]
+    assert nodes.missing() == missing
+    assert (nodes.usd_per_hour is None) == bool(missing)
+
+
+def test_a_head_is_small_and_of_the_table() -> None:
+    for head in catalogue.heads().values():
+        assert 2 <= head.vcpus <= 16
+        assert head.quota_family
+    with pytest.raises(ConfigError, match=r'none of those that launch knows\. Did you mean "Standard_D4s_v5"'):
+        chosen(ClusterConfig(size=A100, head_size="Standard_D4s_v4"), ask=False)
