@@ -229,4 +229,4 @@ def told_time(seconds: float | None) -> str:
     """Return a time for people; `unknown` where there is none."""
     if seconds is None:
         return "unknown"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else duration(seconds)
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else duration(seconds)
