@@ -345,7 +345,7 @@ def _train(line: Line) -> int:
         if not shown.finished:
             for text in show.conclusion(outcome, sys.stderr.isatty()):
                 _say(text)
-        result(str(outcome.directory.path))
+        result(outcome.directory.told())
         return _status(outcome)
 
 
@@ -362,7 +362,7 @@ def _conclude_failure(
         status = _tell(error, verbose)
     for text in show.after_failure(directory, error):
         _say(text)
-    result(str(directory.path))
+    result(directory.told())
     return status
 
 
@@ -423,10 +423,10 @@ def _plan(line: Line) -> int:
         with Display() as display:
             plan = checked_plan(prepared.job, Shown(display))
         if "json" in line.flags:
-            facts = {"run": prepared.directory.name, "directory": str(prepared.directory.path)}
+            facts = {"run": prepared.directory.name, "directory": prepared.directory.told()}
             result(json.dumps({**facts, **plan.to_dict()}, indent=2))
             return 0
-        rows = [("run", str(prepared.directory.path)), *plan.lines()]
+        rows = [("run", prepared.directory.told()), *plan.lines()]
         width = max(len(what) for what, _ in rows)
         result("\n".join(f"{what:<{width}}  {value}" for what, value in rows))
     return 0
@@ -488,7 +488,7 @@ def _predict(line: Line) -> int:
 
 
 def _export(line: Line) -> int:
-    from launcher import ranks, trained
+    from launcher import ranks, runs, trained
     from launcher.errors import ExportError
     from launcher.show import Shown
     from launcher.terminal import Display
@@ -502,9 +502,9 @@ def _export(line: Line) -> int:
             with Display() as display:
                 trained.export(line.name, line.request(), Shown(display), folders.append)
         except ExportError:
-            result(str(folders[-1]))  # the weights are there
+            result(runs.RunDirectory(folders[-1].parent).told(folders[-1]))  # the weights are there
             raise
-        result(str(folders[-1]))
+        result(runs.RunDirectory(folders[-1].parent).told(folders[-1]))
     return 0
 
 
@@ -547,7 +547,7 @@ def _stop(line: Line) -> int:
     assert line.name is not None
     run = runs.find(_root(line), line.name)
     _say(stop(run))
-    print(run.path)
+    print(run.told())
     return 0
 
 
@@ -558,10 +558,16 @@ def _board(line: Line) -> int:
         raise ConfigError(f"--port {port}: a port is a number from 1 to 65535, such as 6006.")
     if not root.is_dir():
         raise RunError(f"There is no run root {root} yet. Train something first, or name another: run.root=DIRECTORY.")
-    _say(f"TensorBoard over {root}: http://{host}:{port} (Ctrl-C ends it)")
-    # One process less, and Ctrl-C reaches TensorBoard itself.
+    shown = RunDirectory(root / "run").root
+    _say(f"TensorBoard over {shown}: http://{host}:{port} (Ctrl-C ends it)")
     options = ["--logdir", str(root), "--host", host, "--port", port, "--reload_multifile=true", "--reload_interval=5"]
-    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", *options])
+    command = [sys.executable, "-m", "tensorboard.main", *options]
+    if shown != str(root):
+        from launcher.mirror import board
+
+        return board(root, command, _say)
+    # One process less, and Ctrl-C reaches TensorBoard itself.
+    os.execv(sys.executable, command)
 
 
 def _sizes(line: Line) -> int:

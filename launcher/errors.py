@@ -12,6 +12,7 @@
         ├── NonFiniteLoss          the loss became NaN or infinite
         ├── CheckpointError        a checkpoint cannot be written or read
         ├── ExportError            the network cannot be written as an exported program
+        ├── StorageError           an object store cannot be read or written
         ├── WorkerLost             a worker process died or stopped answering
         └── UserCodeError          the user's own code raised; carries the user's traceback
 
@@ -72,6 +73,10 @@ class CheckpointError(TrainingError):
 
 
 class ExportError(TrainingError):
+    pass
+
+
+class StorageError(TrainingError):
     pass
 
 

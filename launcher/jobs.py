@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import provenance, ranks, runs
 from launcher.config import ClusterConfig, Job, peek
-from launcher.errors import LaunchError, RequestError, RunError, Stopped, did_you_mean
+from launcher.errors import LaunchError, RequestError, RunError, Stopped, StorageError, did_you_mean
+from launcher.mirror import Mirrored, local
 from launcher.phases import Marks
 from launcher.phrases import size
 from launcher.plan import Machines, Plan, make_plan
@@ -78,6 +79,7 @@ def train(request: Request, observer: Observer) -> Outcome:
         observer.prepared(prepared, plan)
         with _alive(prepared.directory):
             result, signal_number = run_task(task, plan.machines, observer.event)
+        record.ended()
         return Outcome(result, prepared.directory, signal_number)
 
 
@@ -228,6 +230,7 @@ class Record:
         self.marks = Marks([("configuration", request.started)])
         self._made_root = False
         self._seconds_before = 0.0
+        self._mirrored: Mirrored | None = None
 
     def __enter__(self) -> Record:
         return self
@@ -235,11 +238,14 @@ class Record:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and self._begun:
             # A disk that is full, or gone, must not hide the error that it led to.
-            with suppress(OSError, RunError):
+            with suppress(OSError, RunError, StorageError):
                 self.failed(error)
 
     def prepare(self) -> Prepared:
         self._prepared = prepare(self._request)
+        self._mirrored = Mirrored.of(self._prepared.directory)
+        if self._mirrored is not None and self._prepared.resumes:
+            self._mirrored.pull()
         return self._prepared
 
     def begin(self, plan: Plan | None) -> Task:
@@ -259,6 +265,8 @@ class Record:
             if plan is not None:
                 _check_room(directory, plan)
             self._write(prepared)
+            if self._mirrored is not None:
+                self._mirrored.publish()
         except FileExistsError as error:
             raise RunError(
                 f'The run "{directory.name}" was started by somebody else at this moment. Choose another run.name.'
@@ -274,7 +282,7 @@ class Record:
         return Task(
             action="train",
             job=replace(prepared.job, run=replace(prepared.job.run, name=directory.name)),
-            directory=str(directory.path),
+            directory=directory.told(),
             python_path=[str(self._request.calling)],
             started=self._request.started,
             weights=weights,
@@ -305,6 +313,9 @@ class Record:
         """Leave nothing of a run that could not begin; what was there before stays."""
         assert self._prepared is not None
         if self._begun and not self._prepared.resumes:
+            if self._mirrored is not None:
+                with suppress(StorageError):
+                    self._mirrored.remove()
             shutil.rmtree(directory.path, ignore_errors=True)
         self._begun = False
         with suppress(OSError):
@@ -317,7 +328,10 @@ class Record:
         """Write how the run ended. keep: also what was refused before it began (a trial of a sweep) stays on disk."""
         assert self._prepared is not None
         directory = self._prepared.directory
-        checkpoint = _newest_checkpoint(directory)
+        if self._mirrored is not None:
+            with suppress(StorageError):
+                self._mirrored.pull()
+        checkpoint = _newest_checkpoint(directory, self._mirrored)
         refused = isinstance(error, RequestError) and error.exit_status == 2 and checkpoint is None
         if refused and not keep and not self._prepared.resumes:
             # Told before anything was trained: the name stays free for the next try.
@@ -329,13 +343,23 @@ class Record:
             directory.update_result(status="stopped", reason="signal", error=None, **changes)
         else:
             directory.update_result(status="failed", reason=None, error=f"{type(error).__name__}: {error}", **changes)
+        self.ended()
+
+    def ended(self) -> None:
+        """Put what is said of the end there where the run lies."""
+        if self._mirrored is not None:
+            with suppress(StorageError):
+                self._mirrored.push_end()
 
 
-def _newest_checkpoint(directory: RunDirectory) -> str | None:
+def _newest_checkpoint(directory: RunDirectory, mirrored: Mirrored | None) -> str | None:
     from launcher.engine.checkpoint import newest_intact
 
+    if mirrored is not None:
+        with suppress(StorageError):
+            return mirrored.newest_checkpoint()
     newest = newest_intact(directory.checkpoints).path
-    return None if newest is None else str(newest)
+    return None if newest is None else directory.told(newest)
 
 
 def _check_room(directory: RunDirectory, plan: Plan) -> None:
@@ -373,7 +397,7 @@ def _weights_of(job: Job) -> str | None:
     except RequestError:
         pass
     else:
-        return str(best_checkpoint(run))
+        return run.told(best_checkpoint(run))
     known = [other.name for other in runs.list_runs(root)]
     raise RunError(
         f"checkpoint.load={source}: there is no such run in {root} and no such file.{did_you_mean(source, known)}"
@@ -389,6 +413,12 @@ def best_checkpoint(run: RunDirectory) -> Path:
     from launcher.engine.checkpoint import available, newest_intact, verify
 
     best = run.result().get("best") or {}
+    if run.uri is not None:
+        from launcher.engine.checkpoint.uploads import fetch
+
+        found = fetch(run, best.get("step"))
+        if found is not None:
+            return found
     path = available(run.checkpoints).get(best.get("step", -1))
     if path is not None:
         verify(path)
@@ -411,12 +441,13 @@ def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, rec
         if task is None:
             directory = prepared.directory if prepared is not None else RunDirectory(Path())
             return Outcome(directory.result(), directory)
-        directory = RunDirectory(Path(task.directory))
+        directory = RunDirectory(local(task.directory))
         with (
             _alive(directory) if runtime.is_first else nullcontext(),
             in_process.DirectControl(observer.event, shared=True) as control,
         ):
             result = in_process.run(task, runtime, control)
+        record.ended()
         return Outcome(result, directory, control.signal_number)
 
 

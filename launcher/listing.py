@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunError
+from launcher.mirror import Mirrored, following
 from launcher.runs import FINAL, RunDirectory, list_runs
 
 _STOP_SECONDS = 600.0
@@ -34,7 +35,7 @@ def rows(root: Path) -> list[dict[str, Any]]:
                 "seconds": result.get("seconds"),
                 "cost_usd": result.get("cost_usd"),
                 "error": result.get("error"),
-                "directory": str(run.path),
+                "directory": run.told(),
             }
         )
     return found
@@ -48,7 +49,7 @@ def table(found: list[dict[str, Any]], root: Path) -> None:
     from launcher.phrases import duration
 
     if not found:
-        print(f"No runs in {root}.", file=sys.stderr)
+        print(f"No runs in {RunDirectory(root / 'run').root}.", file=sys.stderr)
         return
     grid = Table(box=None, pad_edge=False)
     for heading, justify in (
@@ -85,18 +86,25 @@ def _text(value: Any) -> str:
 
 def follow(run: RunDirectory, until_the_end: bool = True) -> None:
     """Print log.txt and, while the run goes on, what is added to it."""
+    refresh = following(run)
+    refresh()
     if not run.log.exists() and run.status() != "running":
         raise RunError(f'The run "{run.name}" has printed nothing: there is no {run.log}.')
     while not run.log.exists():
         time.sleep(0.2)
-    with run.log.open(errors="replace") as log:
-        while True:
-            going_on = run.status() == "running"  # asked before reading: what is written last is still read
+        refresh()
+    place = 0
+    while True:
+        refresh()
+        going_on = run.status() == "running"  # asked before reading: what is written last is still read
+        with run.log.open(errors="replace") as log:  # the copy of one on a store is replaced as a whole
+            log.seek(place)
             sys.stdout.write(log.read())
-            sys.stdout.flush()
-            if not (going_on and until_the_end):
-                return
-            time.sleep(0.3)
+            place = log.tell()
+        sys.stdout.flush()
+        if not (going_on and until_the_end):
+            return
+        time.sleep(0.3)
 
 
 def stop(run: RunDirectory) -> str:
@@ -105,6 +113,8 @@ def stop(run: RunDirectory) -> str:
     Raises:
         RunError: it does not run, or did not stop in ten minutes.
     """
+    refresh = following(run)
+    refresh()
     status = run.status()
     if status == "lost":
         raise RunError(
@@ -113,9 +123,13 @@ def stop(run: RunDirectory) -> str:
         )
     if status != "running":
         raise RunError(f'The run "{run.name}" is not running: it is {status}.')
+    mirrored = Mirrored.of(run)
+    if mirrored is not None:
+        mirrored.request_stop()
     run.request_stop()
     deadline = time.monotonic() + _STOP_SECONDS
     while time.monotonic() < deadline:
+        refresh()
         status = run.status()
         if status in FINAL or status == "lost":
             return f"{run.name} is {status} at step {run.result().get('steps')}."

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from launcher import runs, targets
+from launcher import mirror, runs, targets
 from launcher.config import Composition, Job, RunConfig, compose, default_run_name, peek
-from launcher.errors import ConfigError, RequestError, RunError
+from launcher.errors import RequestError, RunError
 from launcher.runs import RunDirectory
 from launcher.schema import StrategyConfig, check_run
+from launcher.storage import is_uri, plain_path
 from launcher.words import shown
 
 
@@ -74,7 +75,8 @@ def prepare(request: Request) -> Prepared:
     directory = RunDirectory(root / name)
     if directory.exists():
         raise RunError(
-            f'The run "{name}" exists already in {root}. Continue it with run.resume=true, or choose another run.name.'
+            f'The run "{name}" exists already in {directory.root}. Continue it with run.resume=true, or choose another '
+            "run.name."
         )
     return Prepared(composition, directory)
 
@@ -145,7 +147,7 @@ def _continue(request: Request, directory: RunDirectory) -> Prepared:
     job = composition.job
     old = compose([], request.config_dir, directory.config).job if changes else job
     check_continuation(old, job, name)
-    job.run.name, job.run.root = name, str(directory.path.parent)
+    job.run.name, job.run.root = name, directory.root
     length = [(some.trainer.epochs, some.trainer.steps) for some in (old, job)]
     finished = directory.result().get("status") == "completed" and length[0] == length[1]
     return Prepared(composition, directory, resumes=True, finished=finished, changes=changes)
@@ -261,14 +263,15 @@ def run_like(root: str, name: str) -> RunDirectory:
 
 
 def root_of(root: str) -> Path:
-    """Return the run root as an absolute path.
+    """Return the run root as an absolute path: of one on an object store, its copy on this machine, brought up to date.
 
     Raises:
-        ConfigError: it is a URI.
+        ConfigError: it is a URI that cannot be used.
+        RunError: the store cannot be read.
     """
-    if "://" in root:
-        raise ConfigError(f"run.root={root}: a run root is a local directory in this version. Give a path.")
-    return Path(root).expanduser().absolute()
+    if is_uri(root):
+        return mirror.root_of(root)
+    return Path(plain_path(root)).expanduser().absolute()
 
 
 def key_of(word: str) -> str:

@@ -24,6 +24,7 @@ HEARTBEAT_SECONDS = 5.0
 # A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.
 LOST_AFTER_SECONDS = 60.0
 FINAL = ("completed", "stopped", "pruned", "failed")
+MARK = ".store"  # in a run root that is the copy of one on an object store: its URI
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -59,6 +60,27 @@ class RunDirectory:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def uri(self) -> str | None:
+        """Where the run lies on an object store, or None."""
+        try:
+            return f"{(self.path.parent / MARK).read_text()}/{self.name}"
+        except OSError:
+            return None
+
+    @property
+    def root(self) -> str:
+        """The run root as run.root names it: a path, or a URI."""
+        uri = self.uri
+        return str(self.path.parent) if uri is None else uri.rpartition("/")[0]
+
+    def told(self, path: Path | None = None) -> str:
+        """Return the run, or a path below it, as it is told to people: by its URI where it lies on an object store."""
+        uri = self.uri
+        if uri is None:
+            return str(path or self.path)
+        return uri if path is None else f"{uri}/{path.relative_to(self.path).as_posix()}"
 
     @property
     def config(self) -> Path:
@@ -190,7 +212,9 @@ def find(root: str | Path, name: str) -> RunDirectory:
     if not run.exists():
         known = [other.name for other in list_runs(root)]
         listed = f" It holds {len(known)} run(s)." if known else " It holds no runs."
-        raise RunError(f'There is no run "{name}" in {Path(root).absolute()}.{listed}{did_you_mean(name, known)}')
+        raise RunError(
+            f'There is no run "{name}" in {RunDirectory(base / "run").root}.{listed}{did_you_mean(name, known)}'
+        )
     return run
 
 

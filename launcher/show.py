@@ -55,7 +55,7 @@ def conclusion(outcome: Outcome, interactive: bool) -> list[str]:
 
 def how_to_continue(directory: RunDirectory, begin: str = "Continue it") -> str:
     """Return the words that continue a run: also from another root than the usual one."""
-    root = "" if directory.path.parent.name == "runs" else f" run.root={directory.path.parent}"
+    root = "" if directory.path.parent.name == "runs" else f" run.root={directory.root}"
     return f"{begin} with: launch run.name={directory.name}{root} run.resume=true"
 
 

@@ -16,7 +16,9 @@ from typing import Any
 from launcher import ranks, runs
 from launcher.config import ClusterConfig, Composition, compose
 from launcher.engine.entry import Task
+from launcher.errors import StorageError
 from launcher.jobs import Observer, best_checkpoint, device_of, ended_by_signals, over_text, run_task
+from launcher.mirror import written
 from launcher.plan import machines_of
 from launcher.prepare import Request, check_same_model, over_the_run, root_of, run_section, same_section
 from launcher.runs import RunDirectory
@@ -39,10 +41,10 @@ class Trained:
         return Task(
             action=action,
             job=job,
-            directory=str(self.run.path),
+            directory=self.run.told(),
             python_path=[str(request.calling)],
             started=request.started,
-            weights=str(self.checkpoint),
+            weights=self.run.told(self.checkpoint),
             **more,
         )
 
@@ -63,7 +65,7 @@ def find(name: str, request: Request, observer: Observer, doing: str) -> Trained
         other_data = not same_section(stored.data, composition.job.data)
         observer.event({"kind": "note", "text": over_text(changes)})
     checkpoint = best_checkpoint(run)
-    observer.event({"kind": "note", "text": f"{doing} {checkpoint}"})
+    observer.event({"kind": "note", "text": f"{doing} {run.told(checkpoint)}"})
     return Trained(run, composition, checkpoint, other_data)
 
 
@@ -133,8 +135,9 @@ def export(name: str, request: Request, observer: Observer, begun: Callable[[Pat
         # The same program serves on every device; here it is tried on the one that every machine has.
         task.job = replace(task.job, scaling=replace(task.job.scaling, device="cpu"))
         folder = trained.run.path / "export"
-        begun(folder)
-        run_task(task, machines_of(task.job), observer.event)
+        with written(trained.run):
+            begun(folder)
+            run_task(task, machines_of(task.job), observer.event)
         return folder
 
 
@@ -156,7 +159,8 @@ def _append(trained: Trained, metrics: dict[str, float], observer: Observer) -> 
         **{tag: value if value == value and abs(value) != float("inf") else None for tag, value in metrics.items()},
     }
     try:
-        with (trained.run.path / "evaluations.jsonl").open("a") as file:
+        with written(trained.run), (trained.run.path / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
-    except OSError as error:  # somebody else's run can be looked at all the same
-        observer.event({"kind": "note", "text": f"Not kept in evaluations.jsonl: {error.strerror or error}."})
+    except (OSError, StorageError) as error:  # somebody else's run can be looked at all the same
+        why = str(getattr(error, "strerror", None) or error).rstrip(".")
+        observer.event({"kind": "note", "text": f"Not kept in evaluations.jsonl: {why}."})

@@ -14,16 +14,18 @@ import pytest
 
 from launcher import targets
 from tests.command import here, place
+from tests.stores import container, emulator
 from tests.vmlab import lab
 from tests.vmlab.lab import Lab
 
-__all__ = ["here", "place"]  # fixtures for every test that runs `launch`
+__all__ = ["container", "emulator", "here", "place"]  # fixtures for every test that runs `launch`, or needs a store
 
 # Set by a launcher around the tests (torchrun, Slurm) or by the developer: each would change what a test measures.
 FOREIGN = [
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"),
     *("LAUNCH_CONFIG_DIR", "RAY_ADDRESS", "HYDRA_FULL_ERROR"),
+    *("AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "LAUNCH_AZURE_BLOB_AUTHORITY", "LAUNCH_STORE_PATIENCE"),
 ]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +20,20 @@ from launcher.engine.build import (
     check_batch,
     load_weights_into,
 )
+from launcher.engine.checkpoint.uploads import Uploads, brought
 from launcher.engine.console import Console
 from launcher.engine.control import Control, Watch
 from launcher.engine.failures import translate
 from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
+from launcher.engine.shared import kept
 from launcher.engine.trainer import Trainer
 from launcher.errors import ConfigError, RequestError
+from launcher.mirror import local
 from launcher.phases import Marks
 from launcher.phrases import count, step_line
 from launcher.runs import RunDirectory
+from launcher.storage import is_uri
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Task:
 
     Args:
         action: `train`, or what is done with `weights`.
-        directory: the run's directory, absolute.
+        directory: the run's directory, absolute, or its URI on an object store.
         python_path: directories whose modules the configuration may name (the calling directory).
         started: wall-clock time of the user's command.
         marks: the phases of the start so far.
@@ -65,6 +69,7 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
     Raises:
         LaunchError: whatever went wrong, translated; `exit_status` is 1 once training has begun.
     """
+    task = _on_this_machine(task)
     directory = RunDirectory(Path(task.directory))
     phase = _Phase(control, task.marks)
     with Console(directory.log, runtime.rank, phase) as console:
@@ -89,6 +94,14 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
             if told is error:
                 raise
             raise told from error
+
+
+def _on_this_machine(task: Task) -> Task:
+    """Return the task with places of this machine for what lies on an object store."""
+    task = replace(task, directory=str(local(task.directory)))
+    if task.weights is not None and is_uri(task.weights):
+        task = replace(task, weights=str(brought(task.weights)))
+    return task
 
 
 class _Phase:
@@ -117,12 +130,15 @@ class _Phase:
 
 def _train(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
     # Compiling a large network may outlast the heartbeat's patience: it beats from here on.
-    with Watch(directory) if runtime.is_first else nullcontext():
-        trainer = _build_trainer(task, runtime, control, directory)
-    return trainer.fit()
+    with kept(directory, runtime, control) as uploads:
+        with Watch(directory) if runtime.is_first else nullcontext():
+            trainer = _build_trainer(task, runtime, control, directory, uploads)
+        return trainer.fit()
 
 
-def _build_trainer(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> Trainer:
+def _build_trainer(
+    task: Task, runtime: Runtime, control: Control, directory: RunDirectory, uploads: Uploads | None
+) -> Trainer:
     job = task.job
     control.emit({"kind": "phase", "name": "data"})
     data = build_data(job)
@@ -137,7 +153,7 @@ def _build_trainer(task: Task, runtime: Runtime, control: Control, directory: Ru
         from launcher.engine.healing import HealingTrainer
 
         kind = HealingTrainer
-    trainer = kind(job, runtime, control, directory, data, model, task.started, task.marks)
+    trainer = kind(job, runtime, control, directory, data, model, task.started, task.marks, uploads)
     if task.weights:
         from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
 

@@ -239,7 +239,7 @@ class Recorder:
             else {"tag": self._job.checkpoint.monitor, "value": progress.best_value, "step": progress.best_step},
         }
         if checkpoint is not None:
-            changes["checkpoint"] = str(checkpoint)
+            changes["checkpoint"] = self._directory.told(checkpoint)
         self._ended_well = status != "running"
         return self._directory.update_result(**changes)
 

@@ -32,7 +32,8 @@ from launcher.engine.build import (
     load_weights_into,
 )
 from launcher.engine.callbacks import Callbacks, Run, build_callbacks
-from launcher.engine.checkpoint import Checkpointer, Newest, newest_intact
+from launcher.engine.checkpoint import Checkpointer, Newest
+from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.control import CHECKPOINT, PRUNE, STOP, Control, Watch
 from launcher.engine.data import Data
 from launcher.engine.examples import Examples
@@ -66,6 +67,7 @@ class Trainer:
         model: the network, initialised, on the device.
         started: wall-clock time of the user's command.
         marks: the phases since then.
+        uploads: where checkpoints are sent, when the run root is an object store.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Trainer:
         model: nn.Module,
         started: float,
         marks: Marks | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
         trainer = job.trainer
         self.runtime, self.control, self.directory = runtime, control, directory
@@ -117,6 +120,7 @@ class Trainer:
             runtime,
             trainer.seed,
         )
+        self.uploads = uploads
         self._open_checkpoints()
         self.throughput = Throughput()
         self._share = share_of_a_sample(model, runtime.device, trainer.precision)
@@ -149,7 +153,10 @@ class Trainer:
 
     def _open_checkpoints(self) -> None:
         self.checkpointer = Checkpointer(
-            self.directory.checkpoints, keep=self.job.checkpoint.keep, group=self.runtime.new_host_group()
+            self.directory.checkpoints,
+            keep=self.job.checkpoint.keep,
+            group=self.runtime.new_host_group(),
+            uploads=self.uploads,
         )
 
     def begin_with(self, weights: dict[str, torch.Tensor], source: str) -> None:
@@ -230,10 +237,10 @@ class Trainer:
         """The newest intact checkpoint, looked for by rank 0 after a save that may still go on."""
         with suppress(CheckpointError):  # told where it matters; here the question is what there is
             self.checkpointer.wait()
-        return self.runtime.broadcast(self._newest_here() if self.runtime.is_first else None)
+        return self.checkpointer.here(self.runtime.broadcast(self._newest_here() if self.runtime.is_first else None))
 
     def _newest_here(self) -> Newest:
-        return newest_intact(self.directory.checkpoints)
+        return self.checkpointer.newest()
 
     def _note_restart(self, newest: Newest) -> bool:
         """Count the steps that were lost, and tell. Returns whether the run has been here before."""

@@ -21,6 +21,7 @@ from launcher.prepare import Request, key_of, root_of, run_like
 from launcher.runners.tasks import Shape, fits
 from launcher.runs import RunDirectory
 from launcher.schema import ClusterConfig, check_run
+from launcher.storage import is_uri
 from launcher.sweeps import syntax
 from launcher.sweeps.space import SIZES, distributions, grid, sampler
 from launcher.sweeps.study import JOURNAL, Objective, Recorded, mend, recorded
@@ -90,6 +91,11 @@ def plan_sweep(request: Request, observer: Observer) -> Planned:
     words = syntax.plain_words(request.words)
     run = peek([word for word in words if key_of(word).startswith("run.")], request.config_dir, "run")
     check_run(run)
+    if is_uri(run.root):
+        raise ConfigError(
+            f"run.root={run.root}: a sweep keeps its study in a directory, which an object store does not serve. Give "
+            "a path that all machines share, and copy the best run when it is done."
+        )
     root = root_of(run.root)
     if run.resume is not False and run.name is not None:
         directory = RunDirectory(root / run.name)

@@ -77,6 +77,10 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def data_file(rank: int) -> str:
+    return f"data-{rank:05d}.bin"
+
+
 def step_of(path: str | os.PathLike[str]) -> int:
     """Return the step in a checkpoint directory's name; ValueError where it is not one."""
     match = _COMPLETE.fullmatch(Path(path).name)
@@ -282,10 +286,12 @@ def to_keep(steps: Iterable[int], newest: int, best: int | None, keep: int) -> s
     return {newest, *past[: max(keep, 1)], *({best} & steps if best is not None else ())}
 
 
-def prune(directory: Path, newest: int, best: int | None, keep: int) -> str:
-    """Delete the checkpoints that `to_keep` does not name; return what went wrong, in words, or an empty string."""
+def prune(directory: Path, newest: int, best: int | None, keep: int, pinned: Iterable[int] = ()) -> str:
+    """Delete the checkpoints that neither `to_keep` nor `pinned` names; return what went wrong, in words, or an empty
+    string.
+    """
     found, trouble = available(directory), ""
-    kept = to_keep(found, newest, best, keep)
+    kept = to_keep(found, newest, best, keep).union(pinned)
     for step, path in found.items():
         if step not in kept:
             try:

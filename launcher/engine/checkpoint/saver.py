@@ -20,6 +20,7 @@ from launcher.errors import CheckpointError
 # DCP and what is built on it are imported by the first save: with SymPy behind DTensor they take half a second, which
 # the first step need not wait for.
 if TYPE_CHECKING:
+    from launcher.engine.checkpoint.uploads import Uploads
     from launcher.engine.checkpoint.writer import Part, Planner, Writer
 
 
@@ -49,11 +50,18 @@ class Checkpointer:
     `best` is the step of the best checkpoint, which is never deleted; set it whenever it is known. `last` is the newest
     `Saved`.
 
+    With `uploads` what is saved is also sent to an object store, in the background.
+
     When it is constructed nothing else may write to `directory`: leftovers of interrupted saves are removed.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, keep: int = 1, group: dist.ProcessGroup | None = None
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 1,
+        group: dist.ProcessGroup | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
         if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError("a Checkpointer among several processes needs a process group of its own")
@@ -62,6 +70,7 @@ class Checkpointer:
         self.best: int | None = None
         self.last: Saved | None = None
         self._group = group
+        self._uploads = uploads
         self._rank = dist.get_rank(group) if group is not None else 0
         self._staging: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -105,7 +114,8 @@ class Checkpointer:
         for device in devices:
             # What is still being copied, or computed where nothing is copied: the thread has a stream of its own.
             torch.cuda.current_stream(device).synchronize()
-        writer = Writer(self.directory, step, skeleton if self._rank == 0 else None)
+        scattered = self._uploads is not None and self._uploads.scattered
+        writer = Writer(self.directory, step, skeleton if self._rank == 0 else None, scattered)
         planner = Planner(present, own_skeleton)
         blocked = time.perf_counter() - start if asynchronous else None
         self._thread = threading.Thread(
@@ -143,9 +153,24 @@ class Checkpointer:
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
-        """Wait for the last save and free the memory for copies; like `wait`, it raises."""
+        """Wait for the last save and free the memory for copies; like `wait`, it raises.
+
+        StorageError where the newest or the best could not be sent to the store.
+        """
         self._staging = {}
         self.wait()
+        if self._uploads is not None:
+            self._uploads.flush()
+            if self._rank == 0 and self.last is not None:
+                files.prune(self.directory, self.last.step, self.best, self.keep)
+
+    def newest(self) -> files.Newest:
+        """Return the newest intact checkpoint, here or on the store; for rank 0."""
+        return files.newest_intact(self.directory) if self._uploads is None else self._uploads.newest()
+
+    def here(self, newest: files.Newest) -> files.Newest:
+        """Return what rank 0 has found as it lies on this machine, brought from the store if need be."""
+        return newest if self._uploads is None or self._rank == 0 else self._uploads.here(newest)
 
     def _writes(self, tensor: Tensor) -> bool:
         from torch.distributed.tensor import DTensor
@@ -173,9 +198,13 @@ class Checkpointer:
             # Ours always say which they are: a process without a group, or collectives over the group that was given.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save({}, storage_writer=writer, planner=planner, process_group=self._group, no_dist=self._group is None)
-            note = files.prune(self.directory, step, self.best, self.keep) if self._rank == 0 else ""
+            path, pinned = self.directory / files.name_of(step), set()
+            if self._uploads is not None:
+                self._uploads.keep, self._uploads.best = self.keep, self.best
+                self._uploads.submit(step, path, writer.temporary or path)
+                pinned = self._uploads.pinned()
+            note = files.prune(self.directory, step, self.best, self.keep, pinned) if self._rank == 0 else ""
             seconds = time.perf_counter() - start
-            path = self.directory / files.name_of(step)
             self.last = Saved(step, path, writer.nbytes, seconds if blocked is None else blocked, seconds, note)
         except BaseException as error:  # DCP's own exception is not an Exception
             writer.discard()

@@ -107,8 +107,9 @@ class Writer(StorageWriter):
     its name.
     """
 
-    def __init__(self, directory: Path, step: int, shared: Any) -> None:
+    def __init__(self, directory: Path, step: int, shared: Any, scattered: bool = False) -> None:
         self.directory, self.step, self.shared = directory, step, shared
+        self.scattered = scattered  # every machine has a directory of its own, and sends what is in it to a store
         self.temporary: Path | None = None  # known to the coordinator; the others are told with the plan
         self.nbytes = 0
 
@@ -132,13 +133,16 @@ class Writer(StorageWriter):
             raise CheckpointError(f"no space left: it takes {amount(self.nbytes)} and {amount(free)} are free")
         self.temporary = self.directory / files.new_name(self.step, "tmp")
         self.temporary.mkdir()
-        names = [self.temporary / f"data-{rank:05d}.bin" for rank in range(len(plans))]
+        names = [f"{self.temporary.name}/{files.data_file(rank)}" for rank in range(len(plans))]
         return [dataclasses.replace(plan, storage_data=name) for plan, name in zip(plans, names, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         future: Future[list[WriteResult]] = Future()
-        file: Path = plan.storage_data
+        file = self.directory / plan.storage_data
         starts: list[int] = []
+        if self.scattered:
+            file.parent.mkdir(exist_ok=True)
+        self.temporary = file.parent
 
         def blocks() -> Iterator[memoryview]:
             position = 0
@@ -165,6 +169,8 @@ class Writer(StorageWriter):
         places: dict[MetadataIndex, Place] = {result.index: result.storage_data for part in results for result in part}
         entries = {place.file: files.FileEntry(place.size, place.sha256) for place in places.values()}
         for name, entry in entries.items():
+            if self.scattered and not (self.temporary / name).exists():
+                continue  # its machine sends it to the store
             with files.open_regular(self.temporary / name, entry.size):
                 pass  # written on another machine, it must be seen here: the directory is shared, or this raises
         tensors = {name: _describe(name, stored, places) for name, stored in metadata.state_dict_metadata.items()}

@@ -1,0 +1,137 @@
+"""Whether all machines see the same run, and a run on an object store while it is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launcher.engine.checkpoint import files
+from launcher.engine.checkpoint.uploads import Uploads
+from launcher.engine.control import Control
+from launcher.engine.runtime import Runtime
+from launcher.errors import RunError, StorageError
+from launcher.mirror import CHECKPOINTS, Mirrored, Sync
+from launcher.runs import RunDirectory
+from launcher.storage import Store
+
+# A run that fails waits so long for what is on its way to the store.
+SETTLE_SECONDS = 60.0
+_PROBE = ".probe-"
+
+
+@contextmanager
+def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterator[Uploads | None]:
+    """See that all workers share the run, and keep its copy on the store up to date while inside.
+
+    Yields what sends checkpoints, or None where the run is in a directory.
+
+    Raises:
+        RunError: a worker's machine does not see what the others write.
+        StorageError: the store cannot be read or, at the end, not be written.
+    """
+    if runtime.membership is not None:  # those who come later could not take part; `prepare` refuses a store
+        yield None
+        return
+    mirrored = Mirrored.of(directory)
+    hosts = runtime.gather(socket.gethostname())
+    check_shared(directory, mirrored.store if mirrored else None, runtime, hosts)
+    if mirrored is None:
+        yield None
+        return
+    own_machine = hosts[runtime.rank] == hosts[0]
+    failure = None
+    if runtime.is_first:
+        try:
+            if mirrored.pull():
+                mirrored.claim()
+        except StorageError as error:
+            failure = error
+    if failure := runtime.broadcast(failure):
+        raise failure
+    speaks = runtime.rank == hosts.index(hosts[runtime.rank])  # the first rank of its machine
+    if speaks and not own_machine and directory.checkpoints.is_dir():
+        files.clean(directory.checkpoints)
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", hosts[runtime.rank])
+    sync = Sync(mirrored, None if runtime.is_first else {"log.txt": f"log-{host}.txt"}) if speaks else None
+    if sync is not None and own_machine and not runtime.is_first:
+        sync = None
+    uploads = Uploads(
+        mirrored.store.under(CHECKPOINTS),
+        directory.checkpoints,
+        rank=runtime.rank,
+        scattered=len(set(hosts)) > 1,
+        note=lambda text: control.emit({"kind": "note", "text": text}),
+    )
+    directory.checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        yield uploads
+    except BaseException:
+        uploads.settle(SETTLE_SECONDS)
+        if sync is not None:
+            with contextlib.suppress(StorageError, OSError):
+                sync.close()
+        raise
+    if sync is not None:
+        sync.close()
+
+
+def check_shared(directory: RunDirectory, store: Store | None, runtime: Runtime, hosts: list[str]) -> None:
+    """Have every worker write, see the others', and delete a small file. RunError names the machines that do not.
+
+    On one machine a directory needs no such question.
+    """
+    if store is None and len(set(hosts)) == 1:
+        return
+    nonce = runtime.broadcast(secrets.token_hex(8) if runtime.is_first else None)
+    start = f"{_PROBE}{nonce}" + ("/" if store else "-")
+    problems = runtime.gather(_write(directory.path, store, f"{start}{runtime.rank}"))
+    sights = runtime.gather(_see(directory.path, store, start))
+    with contextlib.suppress(OSError, StorageError):
+        if store is None:
+            (directory.path / f"{start}{runtime.rank}").unlink()
+        elif runtime.is_first:
+            store.remove(start.rstrip("/"))
+    wrote = [rank for rank in range(runtime.world_size) if problems[rank] is None]
+    complaints = []
+    for rank, host in enumerate(hosts):
+        blind = [hosts[other] for other in wrote if other not in sights[rank]]
+        if problems[rank] is not None:
+            complaints.append(f"{host} (rank {rank}) cannot write there: {problems[rank]}")
+        elif blind:
+            complaints.append(f"{host} (rank {rank}) does not see what {', '.join(sorted(set(blind)))} wrote")
+    if complaints:
+        raise RunError(
+            f"run.root is not shared by all machines: {'; '.join(complaints)}. Mount the same directory at "
+            f"{directory.root} on every machine, or use an object store (run.root=abfss://…, see docs/storage.md)."
+            if store is None
+            else f"The run root {directory.root} does not serve all machines: {'; '.join(complaints)}. Give every "
+            "machine the right to read, list, write and delete there; see docs/storage.md."
+        )
+
+
+def _write(path: Path, store: Store | None, name: str) -> str | None:
+    """Write and read back; return what went wrong, in words."""
+    try:
+        if store is not None:
+            store.put_bytes(name, name.encode())
+            return None if store.read(name) == name.encode() else "it reads other than was written"
+        (path / name).write_text(name)
+        return None if (path / name).read_text() == name else "it reads other than was written"
+    except StorageError as error:
+        return str(error).rstrip(".")
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _see(path: Path, store: Store | None, start: str) -> set[int]:
+    """Return the ranks whose files are seen."""
+    try:
+        names = list(store.entries(start.rstrip("/"))) if store else [one.name for one in path.glob(f"{start}*")]
+    except (OSError, StorageError):
+        return set()
+    return {int(name.removeprefix(start)) for name in names if name.startswith(start)}

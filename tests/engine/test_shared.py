@@ -1,0 +1,110 @@
+"""Ranks on several machines: whether they share the run, and checkpoints whose parts come from all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launcher.engine import checkpoint
+from launcher.engine.checkpoint.uploads import Uploads
+from launcher.engine.runtime import Runtime
+from launcher.engine.shared import check_shared, kept
+from launcher.errors import RunError
+from launcher.mirror import local
+from launcher.runs import RunDirectory
+from tests.engine.test_checkpoint_ranks import run
+from tests.stores import Container
+
+
+def _runtime(rank: int) -> Runtime:
+    return Runtime.adopt(rank, dist.get_world_size(), rank, dist.get_world_size(), "cpu")
+
+
+def _probe(rank: int, group: Any, directories: list[Path], hosts: list[str]) -> str | None:
+    try:
+        check_shared(RunDirectory(directories[rank]), None, _runtime(rank), hosts)
+    except RunError as error:
+        return str(error)
+    return None
+
+
+def test_a_directory_that_a_machine_does_not_share_is_told_by_every_rank(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine" / "run", tmp_path / "other" / "run"
+    mine.mkdir(parents=True)
+    other.mkdir(parents=True)
+    told = run(3, _probe, [mine, mine, other], ["head", "head", "far"], tmp_path=tmp_path)
+    assert len(set(told)) == 1
+    assert "run.root is not shared by all machines" in told[0]
+    assert "far (rank 2) does not see what head wrote" in told[0]
+    assert f"Mount the same directory at {mine.parent}" in told[0]
+    assert not list(tmp_path.rglob(".probe*"))
+
+
+@pytest.mark.parametrize(
+    ("where", "hosts"), [(("shared", "shared"), ("head", "far")), (("shared", "absent"), ("head", "head"))]
+)
+def test_a_shared_directory_and_a_single_machine_pass(
+    tmp_path: Path, where: tuple[str, ...], hosts: tuple[str, ...]
+) -> None:
+    (tmp_path / "shared").mkdir()
+    assert run(2, _probe, [tmp_path / name for name in where], list(hosts), tmp_path=tmp_path) == [None, None]
+
+
+def test_a_machine_without_the_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    told = run(2, _probe, [tmp_path / "here", tmp_path / "gone"], ["head", "far"], tmp_path=tmp_path)
+    assert "far (rank 1) cannot write there: No such file or directory" in told[0]
+
+
+def _train(rank: int, group: Any, uri: str, environment: list[dict[str, str]], steps: list[int]) -> tuple[Any, ...]:
+    """Save at `steps` as a rank on a machine of its own, after what is there was taken up."""
+    os.environ.update(environment[rank])
+    socket.gethostname = lambda: f"machine-{rank}"  # type: ignore[method-assign]
+    directory = RunDirectory(local(f"{uri}/run"))
+
+    class Control:
+        def requests(self) -> frozenset[str]:
+            return frozenset()
+
+        def emit(self, event: dict[str, Any]) -> None:
+            raise AssertionError(event)
+
+    directory.log.write_text(f"of {rank}")
+    runtime = _runtime(rank)
+    with kept(directory, runtime, Control()) as uploads:
+        assert isinstance(uploads, Uploads)
+        assert uploads.scattered
+        saver = checkpoint.Checkpointer(directory.checkpoints, keep=2, group=group, uploads=uploads)
+        newest = saver.here(runtime.broadcast(saver.newest() if rank == 0 else None))
+        found = None
+        if newest.path is not None:
+            content = checkpoint.load(newest.path)
+            found = (newest.path.name, content.state["weight"].tolist(), [one["mine"].tolist() for one in content.own])
+        for step in steps:
+            saver.save(step, {"weight": torch.full((3,), float(step))}, {"mine": torch.tensor([rank, step])})
+        saver.close()
+    left = [path.name for path in directory.checkpoints.iterdir() if "tmp" in path.name]
+    return found, left
+
+
+def test_machines_without_a_common_disk_write_one_checkpoint_and_others_continue(
+    container: Container, tmp_path: Path
+) -> None:
+    first = [container.environment(tmp_path / f"first-{rank}") for rank in range(2)]
+    answers = run(2, _train, container.uri, first, [10, 20, 30], tmp_path=tmp_path)
+    assert answers == [(None, [])] * 2
+    assert container.intact("run") == [20, 30]
+    assert not [name for name in container.names("run") if ".parts" in name or ".probe" in name]
+    assert container.read("run/log.txt") == b"of 0"
+    assert container.read("run/log-machine-1.txt") == b"of 1"
+
+    other = [container.environment(tmp_path / f"second-{rank}") for rank in range(2)]
+    answers = run(2, _train, container.uri, other, [40], tmp_path=tmp_path)
+    assert answers == [(("step-00000030", [30.0] * 3, [[0, 30], [1, 30]]), [])] * 2
+    assert container.intact("run") == [30, 40]
