@@ -25,6 +25,7 @@ from launcher.phrases import size
 from launcher.plan import Machines, Plan, make_plan
 from launcher.prepare import Prepared, Request, prepare, root_of
 from launcher.runs import RunDirectory
+from launcher.storage import is_uri
 
 if TYPE_CHECKING:
     from launcher.clusters.existing import ExistingRay
@@ -156,7 +157,8 @@ def cluster_of(
     if cluster.kind == "existing":
         from launcher.clusters.existing import ExistingRay, address_of
 
-        return ExistingRay(address_of(cluster.address), python_path, directory, verbose)
+        own = None if is_uri(directory) else directory  # on a store: every worker sees for itself
+        return ExistingRay(address_of(cluster.address), python_path, own, verbose)
     from launcher.clusters.local import EmbeddedRay
 
     return EmbeddedRay(verbose=verbose, preload=(preload,), keep_minutes=cluster.keep_minutes)

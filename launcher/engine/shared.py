@@ -96,14 +96,14 @@ def check_shared(directory: RunDirectory, store: Store | None, runtime: Runtime,
             (directory.path / f"{start}{runtime.rank}").unlink()
         elif runtime.is_first:
             store.remove(start.rstrip("/"))
-    wrote = [rank for rank in range(runtime.world_size) if problems[rank] is None]
     complaints = []
     for rank, host in enumerate(hosts):
-        blind = [hosts[other] for other in wrote if other not in sights[rank]]
         if problems[rank] is not None:
             complaints.append(f"{host} (rank {rank}) cannot write there: {problems[rank]}")
-        elif blind:
-            complaints.append(f"{host} (rank {rank}) does not see what {', '.join(sorted(set(blind)))} wrote")
+        elif 0 not in sights[rank] and problems[0] is None:
+            complaints.append(f"{host} (rank {rank}) does not see what {hosts[0]} (rank 0) wrote")
+        elif rank not in sights[0]:
+            complaints.append(f"{hosts[0]} (rank 0) does not see what {host} (rank {rank}) wrote")
     if complaints:
         raise RunError(
             f"run.root is not shared by all machines: {'; '.join(complaints)}. Mount the same directory at "
