@@ -188,12 +188,15 @@ class Uploads:
             time.sleep(1.0)
 
     def _prune(self, newest: int) -> None:
-        there = self.store.entries()
-        steps = {int(name.partition("/")[0][5:]) for name in there if _in_checkpoint(name)}
+        steps = {files.step_of(name.partition("/")[0]) for name in self.store.entries() if _in_checkpoint(name)}
+        steps = {step for step in steps if step <= newest}  # of later ones other machines may have sent their part
         for step in steps - files.to_keep(steps, newest, self.best, self.keep):
-            gone = self.store.under(files.name_of(step))
-            gone.put_bytes(files.MANIFEST, b"")  # absent from here on, whatever is deleted first
-            gone.remove()
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        gone = self.store.under(files.name_of(step))
+        gone.put_bytes(files.MANIFEST, b"")  # absent from here on, whatever is deleted first
+        gone.remove()
 
     # ---- finding -----------------------------------------------------------------------------------------------------
 
@@ -217,6 +220,9 @@ class Uploads:
             except CheckpointError as error:
                 skipped.append(files.Damaged(path, str(error).replace(f"{path}{os.sep}", "").rstrip(".")))
             else:
+                for damaged in skipped:  # what follows makes another history
+                    if files.step_of(damaged.path) in remote:
+                        self._remove(files.step_of(damaged.path))
                 return files.Newest(path, skipped)
         return files.Newest(None, skipped)
 
@@ -234,7 +240,7 @@ def steps_on(store: Store) -> dict[int, Entry]:
     found = {}
     for name, entry in store.entries().items():
         if _in_checkpoint(name) and name.endswith(f"/{files.MANIFEST}") and entry.size:
-            found[int(name.partition("/")[0][5:])] = entry
+            found[files.step_of(name.partition("/")[0])] = entry
     return dict(sorted(found.items()))
 
 
