@@ -65,7 +65,7 @@ def test_a_machine_without_the_directory_is_named(tmp_path: Path) -> None:
 def _train(rank: int, group: Any, uri: str, environment: list[dict[str, str]], steps: list[int]) -> tuple[Any, ...]:
     """Save at `steps` as a rank on a machine of its own, after what is there was taken up."""
     os.environ.update(environment[rank])
-    socket.gethostname = lambda: f"machine-{rank}"  # type: ignore[method-assign]
+    socket.gethostname = lambda: f"machine-{rank}"
     directory = RunDirectory(local(f"{uri}/run"))
 
     class Control:
