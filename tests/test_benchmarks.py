@@ -18,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import gpu, harness, throughput
+from benchmarks import input as waiting
 from benchmarks.harness import Demand, Failed, Spread, Turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +114,26 @@ def test_startup_of_two_workers(tmp_path: Path) -> None:
     content = run_benchmark("startup", ["--rounds", "1", "--only", "ray"], tmp_path)
     assert is_spread(content["ratios"][0], 1)
     assert (content["ratios"][0]["of"], content["ratios"][0]["asked"]) == ("launch, 2 workers", 1.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_waiting_for_pictures(tmp_path: Path) -> None:
+    content = run_benchmark("input", ["--rounds", "1", "--steps", "60", "--workers", "1"], tmp_path)
+    assert len(content["pipelines"]) == 3
+    for name, found in content["pipelines"].items():
+        assert is_spread(found["samples_per_second"], 1), name
+        assert 0 < found["waiting"]["median"] < 0.5, name
+
+
+def test_waiting_is_a_share_of_the_time_and_not_a_mean_of_shares(tmp_path: Path) -> None:
+    points = [(20, 50.0, 0.9), (40, 100.0, 0.0), (60, 50.0, 0.3), (67, 10.0, 1.0)]
+    names = ("step", "throughput/samples_per_second", "throughput/data_wait_fraction")
+    lines = [json.dumps(dict(zip(names, point, strict=True))) for point in points]
+    (tmp_path / "log").write_text("\n".join([json.dumps({"step": 20, "val/loss": 1.0}), *lines]))
+    # Two intervals of as many samples, of one and of two seconds; the first and the unfinished one are left out.
+    found = waiting.waits(tmp_path / "log")
+    assert (found["waiting"], found["first"]) == (pytest.approx(0.2), 0.9)
 
 
 @pytest.mark.timeout(300)

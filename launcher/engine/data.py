@@ -5,10 +5,13 @@ Which samples those are is said in `order.py`.
 
 from __future__ import annotations
 
+import queue
 import random
 import signal
+import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -18,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from launcher.engine.failures import traceback_of_user
-from launcher.engine.order import mix
+from launcher.engine.order import mix, mix_each
 from launcher.errors import DataError, UserCodeError
 
 
@@ -72,7 +75,7 @@ class Fetch:
             batch = self._fetch(epoch, indices)
             if self.augment is None:
                 return batch
-            return batch, torch.tensor([mix(self._seed, epoch, index) for index in indices.tolist()])
+            return batch, mix_each(self._seed, epoch, last=indices)
         except (ValueError, OSError) as error:
             return Failure(True, str(error), traceback_of_user(error))
         except Exception as error:
@@ -85,7 +88,7 @@ class Fetch:
         chosen = indices.tolist()
         if self._gather is not None:
             if self._gather_takes_seeds:
-                batch = self._gather(chosen, seeds=[mix(self._seed, epoch, i) for i in chosen])
+                batch = self._gather(chosen, seeds=mix_each(self._seed, epoch, last=indices).tolist())
             else:
                 batch = self._gather(chosen)
             if self._collate:
@@ -142,6 +145,9 @@ class Loader:
 
     Args:
         num_workers: loader processes; 0 reads in this process. In-memory data is always read in this process.
+
+    Attributes:
+        transforming: seconds so far that went into what is done on the device; no waiting for data.
     """
 
     def __init__(
@@ -151,6 +157,7 @@ class Loader:
         self._device = device
         self._num_workers = 0 if fetch.in_memory else num_workers
         self._convert = convert
+        self.transforming = 0.0
 
     def read(self, keys: Iterator[tuple[int, torch.Tensor]], at: int = 0) -> Generator[Any]:
         """Yield the batch of each key, on the device. `at`: the step that the first one is for.
@@ -185,7 +192,10 @@ class Loader:
             )
         )
         try:
-            yield from batches
+            if self._device.type == "cuda":  # pinning has such a thread
+                yield from batches
+            else:
+                yield from in_background(batches)
         finally:
             del batches  # ends the processes, even where a traceback keeps this frame
 
@@ -196,13 +206,16 @@ class Loader:
 
     def _finish(self, batch: Any) -> Any:
         """What is done on the device: the data's own augmentation, and what the model asks of every batch."""
+        began = time.perf_counter()
         if self._fetch.augment is not None:
             try:
                 with torch.no_grad():
                     batch = self._fetch.augment(*batch)
             except Exception as error:
                 raise UserCodeError(f"{type(error).__name__}: {error}", traceback_of_user(error)) from error
-        return self._convert(batch)
+        batch = self._convert(batch)
+        self.transforming += time.perf_counter() - began
+        return batch
 
     @staticmethod
     def _checked(batch: Any) -> Any:
@@ -229,6 +242,50 @@ class Loader:
             following = next(batches, sentinel)
             ready = copy(following) if following is not sentinel else sentinel
             yield current
+
+
+def in_background(items: Iterator[Any], patience: float = 5.0) -> Generator[Any]:
+    """Yield the items, of which a thread fetches the next one while the caller works on this one.
+
+    A batch of another process is put together from handles that this process has to ask that one for; where all cores
+    are busy each such question takes milliseconds.
+
+    Args:
+        patience: seconds that an early end waits for the item that is being fetched.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+    ended = threading.Event()
+
+    def fetch(items: Iterator[Any]) -> None:
+        try:
+            for item in items:
+                ready.put(("item", item))
+                if ended.is_set():
+                    return
+            ready.put(("end", None))
+        except BaseException as error:
+            ready.put(("error", error))
+        finally:
+            del items  # here and below: a traceback may keep the frame, and with it the processes
+
+    thread = threading.Thread(target=fetch, args=(items,), name="launch-read-ahead", daemon=True)
+    thread.start()
+    del items
+    try:
+        while True:
+            what, value = ready.get()
+            if what == "error":
+                raise value
+            if what == "end":
+                return
+            yield value
+            del value  # the memory of a batch is not kept while another is waited for
+    finally:
+        ended.set()
+        with suppress(queue.Empty):
+            while True:
+                ready.get_nowait()  # makes room for what is fetched now
+        thread.join(patience)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

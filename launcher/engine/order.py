@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 Span = tuple[int, int]  # [start, stop) of positions within a global batch or a data set
@@ -104,15 +106,31 @@ class Split:
         return [(at, min(at + step, stop)) for at in range(start, stop, step)]
 
 
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
 def mix(*numbers: int) -> int:
     """Hash integers into a 63-bit seed (SplitMix64, Steele et al. 2014, applied in turn)."""
     state = 0
     for number in numbers:
-        state = (state + (number & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
+        state = _absorbed(state, number & _MASK)
     return state >> 1
+
+
+def mix_each(*numbers: int, last: torch.Tensor) -> torch.Tensor:
+    """Return `mix(*numbers, n)` for each n of `last`: (B,) int64 -> (B,) int64."""
+    state = 0
+    for number in numbers:
+        state = _absorbed(state, number & _MASK)
+    return torch.from_numpy((_absorbed(state, last.numpy().astype(np.uint64)) >> 1).astype(np.int64))
+
+
+def _absorbed(state: Any, number: Any) -> Any:
+    """For whole numbers of Python, and for arrays of uint64, which wrap by themselves."""
+    state = (state + number + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
 
 
 def keys_of_training(

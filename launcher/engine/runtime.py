@@ -172,9 +172,9 @@ class Runtime:
         return pending
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum `tensor` over all ranks, in place."""
+        """Sum `tensor`, on the device or on the host, over all ranks, in place."""
         if not self.alone:
-            dist.all_reduce(tensor, group=self.group)
+            dist.all_reduce(tensor, group=self.host_group if tensor.device.type == "cpu" else self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 from launcher.engine.data import Fetch, Loader, move
 from launcher.engine.failures import traceback_of_user
-from launcher.engine.order import mix
+from launcher.engine.order import mix, mix_each
 from launcher.engine.runtime import Runtime
 from launcher.errors import DataError, UserCodeError
 
@@ -42,7 +42,7 @@ class StreamLoader(Loader):
                 batch, rest = self._cut(rest, pieces, len(indices))
                 if self._fetch.augment is not None:
                     place = (self._base, at, self._runtime.rank, number)
-                    batch = batch, torch.tensor([mix(*place, sample) for sample in range(len(indices))])
+                    batch = batch, mix_each(*place, last=torch.arange(len(indices)))
                 yield self._finish(move(batch, self._device))
 
     def _cut(self, rest: Any, pieces: Iterator[Any], size: int) -> tuple[Any, Any]:

@@ -331,9 +331,9 @@ class Trainer:
     def _timed(self, batches: Generator[Any]) -> Generator[Any]:
         with closing(batches):
             while True:
-                before = time.perf_counter()
+                before, busy = time.perf_counter(), self.loader.transforming
                 batch = next(batches, None)
-                self.throughput.waited(time.perf_counter() - before)
+                self.throughput.waited(time.perf_counter() - before - (self.loader.transforming - busy))
                 if batch is None:
                     return
                 yield batch
@@ -355,7 +355,7 @@ class Trainer:
 
     def _record(self, answer: Any) -> None:
         self.sums.add(answer)
-        if self.runtime.device.type == "cuda":
+        if self.runtime.device.type != "cpu":
             # Looking at the loss would stop the device; the first bad step is kept there and read at the next log.
             loss, _ = as_pair("loss", answer["loss"])
             here = torch.where(torch.isfinite(loss.detach()), _NEVER, self.progress.step + 1)

@@ -142,7 +142,13 @@ class Rank:
         return "\n".join(event["text"] for event in self.events if event["kind"] == "note")
 
 
-def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, script: Script) -> None:
+def _facts(rank: int, workers: int, machines: int) -> tuple[int, int, int, int]:
+    """As if the ranks were spread over so many machines, the first of them on the first."""
+    here = workers // machines
+    return rank, workers, rank % here, here
+
+
+def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, script: Script, machines: int) -> None:
     given = Rank()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     began = time.monotonic()
@@ -163,7 +169,7 @@ def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, sc
                 world_size=workers,
                 timeout=timedelta(seconds=30),
             )
-            runtime = Runtime.adopt(rank, workers, rank, workers, "cpu")
+            runtime = Runtime.adopt(*_facts(rank, workers, machines), "cpu")
         given.result = entry.run(task, runtime, puppet)
         given.children = toys.living_children()
     except Exception as error:
@@ -182,13 +188,15 @@ def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, sc
     os.replace(f"{answer}.part", answer)
 
 
-def _call(rank: int, workers: int, store: str, answer: str, function: Callable[..., Any], arguments: Any) -> None:
+def _call(
+    rank: int, workers: int, store: str, answer: str, function: Callable[..., Any], arguments: Any, machines: int
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=timedelta(seconds=30)
     )
     try:
-        given = function(Runtime.adopt(rank, workers, rank, workers, "cpu"), *arguments)
+        given = function(Runtime.adopt(*_facts(rank, workers, machines), "cpu"), *arguments)
     except Exception:
         given = traceback.format_exc()
     finally:
@@ -197,12 +205,15 @@ def _call(rank: int, workers: int, store: str, answer: str, function: Callable[.
     os.replace(f"{answer}.part", answer)
 
 
-def on_ranks(function: Callable[..., Any], workers: int, *arguments: Any, timeout: float = 60) -> list[Any]:
+def on_ranks(
+    function: Callable[..., Any], workers: int, *arguments: Any, timeout: float = 60, machines: int = 1
+) -> list[Any]:
     """Call `function(runtime, *arguments)`, a module's own, as `workers` processes; return what each gave, by rank."""
     with tempfile.TemporaryDirectory() as scratch:
         processes = [
             _SERVER.Process(
-                target=_call, args=(rank, workers, f"{scratch}/store", f"{scratch}/{rank}", function, arguments)
+                target=_call,
+                args=(rank, workers, f"{scratch}/store", f"{scratch}/{rank}", function, arguments, machines),
             )
             for rank in range(workers)
         ]
@@ -232,6 +243,7 @@ def launch(
     action: Any = "train",
     timeout: float = 60,
     kill_when: Callable[[], bool] | None = None,
+    machines: int = 1,
 ) -> list[Rank]:
     """Run the job's task as `workers` processes and return what they gave, by rank. One `Script` goes to all ranks.
 
@@ -248,7 +260,7 @@ def launch(
         processes = []
         for rank in range(workers):
             script = scripts if isinstance(scripts, Script) else (scripts or {}).get(rank, Script())
-            arguments = (rank, workers, f"{scratch}/store", f"{scratch}/{rank}", task, script)
+            arguments = (rank, workers, f"{scratch}/store", f"{scratch}/{rank}", task, script, machines)
             processes.append(_SERVER.Process(target=_body, args=arguments))
         for process in processes:
             process.start()

@@ -6,7 +6,8 @@ import json
 import os
 import random
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from launcher.engine.data import (
     Fetch,
     Loader,
     channels_last,
+    in_background,
     tree_map,
 )
 from launcher.engine.order import (
@@ -30,6 +32,7 @@ from launcher.engine.order import (
     keys_of_evaluation,
     keys_of_training,
     mix,
+    mix_each,
     order_of_evaluation,
 )
 from launcher.errors import DataError, UserCodeError
@@ -105,6 +108,8 @@ def test_mixed_numbers_differ_and_fit_into_a_seed() -> None:
     assert len(seeds) == 8000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert mix(1, 2) != mix(2, 1)
+    last = torch.tensor([0, 1, 2**40, 2**62])
+    assert mix_each(-3, 7, last=last).tolist() == [mix(-3, 7, number) for number in last.tolist()]
 
 
 def test_evaluation_takes_every_sample_in_order() -> None:
@@ -415,6 +420,24 @@ def loader_processes() -> list[int]:
     """Return the processes that were forked from this one, as PyTorch's loader processes are."""
     own = Path("/proc/self/cmdline").read_bytes()
     return [pid for pid in toys.living_children() if Path(f"/proc/{pid}/cmdline").read_bytes() == own]
+
+
+def test_an_early_end_waits_for_what_is_being_read() -> None:
+    read: list[int] = []
+
+    def slowly() -> Iterator[int]:
+        for number in range(9):
+            time.sleep(0.05)
+            read.append(number)
+            yield number
+
+    items = in_background(slowly())
+    assert next(items) == 0
+    items.close()
+    before = list(read)
+    time.sleep(0.2)
+    assert read == before  # nobody reads on
+    assert list(in_background(iter(range(4)))) == [0, 1, 2, 3]
 
 
 # ---- bad samples ----------------------------------------------------------------------------------------------------

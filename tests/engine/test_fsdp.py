@@ -33,8 +33,13 @@ def nbytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
-def trained(runtime: Runtime, strategy: dict[str, Any], size: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train a GPT on tokens that follow a rule; return its losses and what of it this worker keeps, in bytes."""
+def trained(
+    runtime: Runtime, strategy: dict[str, Any], size: dict[str, Any], steps: int, offload: bool = False
+) -> dict[str, Any]:
+    """Train a GPT on tokens that follow a rule; return its losses and what of it this worker keeps, in bytes.
+
+    `offload`: with the parts at rest on the host, although the workers compute there, which the strategy would refuse.
+    """
     torch.set_num_threads(1)
     job = Job(
         model={"_target_": "models.language.GPT", **size},
@@ -50,10 +55,13 @@ def trained(runtime: Runtime, strategy: dict[str, Any], size: dict[str, Any], st
         generator = torch.Generator().manual_seed(step)
         starts = torch.randint(size["vocabulary"], (4, 1), generator=generator)
         tokens = (starts + 3 * torch.arange(size["context"] + 1)) % size["vocabulary"]
-        share = tokens[runtime.rank * 2 : runtime.rank * 2 + 2]
+        each = 4 // runtime.world_size
+        share = tokens[runtime.rank * each : runtime.rank * each + each]
         return share[:, :-1], share[:, 1:]
 
     wrapped = build_strategy(job, model, runtime)
+    if offload:
+        wrapped._config = StrategyConfig(**strategy, cpu_offload=True)  # type: ignore[attr-defined]
     wrapped.prepare(batch(0))
     optimizer = build_optimizer(job.optimizer, model, may_fuse=wrapped.uses_all)
     wrapped.attach(optimizer, steps)
@@ -100,3 +108,20 @@ def test_the_same_loss_in_about_half_the_memory(size: dict[str, Any], strategy: 
     if size is LARGE:
         assert 45e6 < plain[0]["parameters"] < 55e6
     assert max(ratios) <= 0.55
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers", "machines", "offload", "kept"),
+    [({"hybrid": True}, 4, 2, False, 0.55), ({}, 2, 1, True, 0.55)],
+    ids=["hybrid", "offload"],
+)
+def test_the_same_loss_wherever_the_parts_are(
+    strategy: dict[str, Any], workers: int, machines: int, offload: bool, kept: float
+) -> None:
+    """Hybrid: divided in two on each of two machines. Offloaded: all that can be seen of it without a GPU."""
+    steps = 10
+    plain = on_ranks(trained, workers, {}, SMALL, steps)
+    divided = on_ranks(trained, workers, {"name": "fsdp", **strategy}, SMALL, steps, offload, machines=machines)
+    for own, whole in zip(divided, plain, strict=True):
+        assert own["losses"] == pytest.approx(whole["losses"], abs=1e-5)
+        assert own["kept"] / whole["kept"] <= kept

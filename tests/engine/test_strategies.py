@@ -105,6 +105,20 @@ def test_a_worker_without_samples_takes_part(tmp_path: Path) -> None:
     assert column(tmp_path / "fsdp", "val/loss") == pytest.approx(column(tmp_path / "one", "val/loss"), abs=1e-6)
 
 
+def test_divided_within_a_machine_and_repeated_on_each(tmp_path: Path) -> None:
+    # Two machines of two workers each; stopped there, it goes on undivided, and the other way round.
+    job = job_of("fsdp")
+    hybrid = replace(job, strategy=replace(job.strategy, hybrid=True))
+    succeed(job_of("ddp"), tmp_path / "ddp", 4)
+    succeed(hybrid, tmp_path / "hybrid", 4, machines=2)
+    succeed(hybrid, tmp_path / "changed", 4, machines=2, scripts=Script(stop_after=4))
+    succeed(job_of("ddp"), tmp_path / "changed", 3, scripts=Script(stop_after=8))
+    succeed(hybrid, tmp_path / "changed", 4, machines=2)
+    for tag in ("train/loss", "train/grad_norm", "val/loss"):
+        for name in ("hybrid", "changed"):
+            assert column(tmp_path / name, tag) == pytest.approx(column(tmp_path / "ddp", tag), abs=1e-5), (name, tag)
+
+
 # ---- stopped and resumed --------------------------------------------------------------------------------------------
 
 

@@ -8,19 +8,26 @@ queue, and is counted. On a GPU, benchmarks/gpu.py counts the waits themselves.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
 
 from launcher.config import TrainerConfig
+from launcher.engine.data import Data
 from launcher.engine.metrics import Sums
 from launcher.engine.optim import build_optimizer
 from launcher.engine.runtime import PendingVote, Runtime, Vote
 from launcher.engine.strategies.ddp import DataParallel
+from launcher.engine.trainer import Trainer
+from launcher.phases import Marks
+from launcher.runs import RunDirectory
 from models.language import GPT
+from tests.engine.engine_ranks import make_job
 
 GPU = torch.device("meta")  # the stand-in
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3}
@@ -42,6 +49,8 @@ class Waits(TorchDispatchMode):
             return 1.0
         if on_gpu and name in ("_to_copy", "copy_") and to_host:
             self.seen["copy to the host"] += 1
+            if name == "_to_copy":
+                return torch.ones(args[0].shape, dtype=(kwargs or {}).get("dtype") or args[0].dtype)
         return function(*args, **(kwargs or {}))
 
 
@@ -93,3 +102,61 @@ def test_steps_wait_for_nothing(clip_norm: float | None, microbatches: int) -> N
 
 def test_a_network_that_looks_at_its_loss_is_noticed() -> None:
     assert waits_of(3, Watched) == {"_local_scalar_dense": 3}
+
+
+# ---- the whole loop -------------------------------------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """So many steps are done."""
+
+
+class Asked:
+    """The engine's control: forgets what was counted before the first step, and ends the run when a step begins."""
+
+    def __init__(self, waits: Waits, steps: int) -> None:
+        self._waits, self._left = waits, steps
+
+    def requests(self) -> frozenset[str]:
+        if not self._left:
+            raise Enough
+        self._left -= 1
+        return frozenset()
+
+    def emit(self, event: dict[str, Any]) -> None:
+        if event == {"kind": "phase", "name": "training"}:
+            self._waits.seen.clear()
+
+
+def waits_of_a_run(folder: Path, steps: int, **trainer: Any) -> Counter[str]:
+    """Train as every run does: loader, vote, sums, the note of the first bad loss, schedule, callbacks, records."""
+    job = make_job(
+        global_batch_size=4,
+        steps=100,
+        scheduler={"_target_": "launcher.engine.optim.WarmupCosine", "warmup_steps": 5},
+        evaluate_every=1000,
+        checkpoint={"every": 1000},
+        **trainer,
+    )
+    directory = RunDirectory(folder)
+    directory.create()
+    with Waits() as waits:
+        with GPU:
+            model = GPT(vocabulary=64, context=16, width=16, layers=2, heads=2)
+        rows = torch.zeros(40, 16, dtype=torch.long, device=GPU)
+        data = Data(TensorDataset(rows, rows), {}, {}, None, 0)
+        control = Asked(waits, steps)
+        run = Trainer(job, OnGpu(0, 1, 0, 1, GPU), control, directory, data, model, 0.0, Marks([("first_step", 0.0)]))
+        with pytest.raises(Enough):
+            run.fit()
+        assert run.progress.step == steps
+        return waits.seen
+
+
+@pytest.mark.parametrize("trainer", [{}, {"clip_norm": 1.0, "microbatch_size": 2}])
+def test_a_run_waits_for_nothing_between_two_logs(trainer: dict[str, Any], tmp_path: Path) -> None:
+    assert not waits_of_a_run(tmp_path, 5, log_every=50, **trainer)
+
+
+def test_a_log_waits_and_is_seen(tmp_path: Path) -> None:
+    assert waits_of_a_run(tmp_path, 5, log_every=2)["copy to the host"] == 2

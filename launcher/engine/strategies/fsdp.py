@@ -74,10 +74,11 @@ class FullySharded(Strategy):
         mesh = self._mesh()
         computes = None if self._precision is torch.float32 else self._precision
         reduces = WIRE.get(config.compression, torch.float32)
+        offload = CPUOffloadPolicy(pin_memory=runtime.device.type == "cuda")
         how: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=reduces, cast_forward_inputs=False),
-            "offload_policy": CPUOffloadPolicy() if config.option("cpu_offload") else OffloadPolicy(),
+            "offload_policy": offload if config.option("cpu_offload") else OffloadPolicy(),
         }
         for parameter in self.model.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP2 refuses channels-last weights

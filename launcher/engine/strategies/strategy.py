@@ -243,7 +243,8 @@ def loss_of(answer: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
 
 def scale_by_count(grads: list[torch.Tensor], size: int, count: torch.Tensor) -> None:
     """Make means over `size` samples into means over `count` samples, tokens or weights, in place."""
-    if count.device.type == "cpu":
+    # Gradients that were moved to the host have waited for the device already, and cannot be multiplied there.
+    if count.device.type == "cpu" or all(grad.device.type == "cpu" for grad in grads):
         number = count.item()
         if number != size:
             torch._foreach_mul_(grads, size / max(number, 1e-30))
