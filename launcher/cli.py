@@ -439,7 +439,7 @@ def _plan_of_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]
     from launcher.terminal import Display
 
     with Display() as display:
-        plan = checked_node_plan(prepared.job, Shown(display), ask="offline" not in line.flags)
+        plan = checked_node_plan(prepared, Shown(display), ask="offline" not in line.flags)
     path = str(prepared.directory.path)
     if "json" in line.flags:
         result(json.dumps({"run": prepared.directory.name, "directory": path, **plan.to_dict()}, indent=2))

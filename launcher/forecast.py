@@ -29,7 +29,8 @@ class Computing:
 
     Attributes:
         flops_per_sample, flops_from: of forward and backward pass; "the model", or "counted" where it does not say.
-        peak_flops, mfu: of the GPU, and the share of it that is assumed to be reached.
+        peak_flops, mfu: of the GPU, and the share of it that is reached.
+        mfu_from: "assumed", or the run that reached it.
         seconds: None where one of the two is not known.
         passes: microbatches in them.
     """
@@ -38,6 +39,7 @@ class Computing:
     flops_from: str | None
     peak_flops: float | None
     mfu: float
+    mfu_from: str
     seconds: float | None
     passes: int
 
@@ -119,8 +121,19 @@ def link_between(nodes: Nodes, sits: tuple[int, ...]) -> Link | None:
     return Link.around(hops)
 
 
-def computing_of(job: Job, nodes: Nodes, plan: Plan, found: Estimate) -> Computing:
-    """Return how long a worker computes in a step, by the network's FLOPs and the GPU's peak."""
+@dataclass(frozen=True)
+class Reached:
+    """The share of a GPU's peak that a run reached (`throughput/mfu`)."""
+
+    run: str
+    mfu: float
+
+
+def computing_of(job: Job, nodes: Nodes, plan: Plan, found: Estimate, reached: Reached | None = None) -> Computing:
+    """Return how long a worker computes in a step, by the network's FLOPs and the GPU's peak.
+
+    reached: by a run of the same network; else `cost.MFU` is assumed.
+    """
     from launcher.engine.peaks import peak_flops
 
     assert found.ahead is not None
@@ -128,12 +141,13 @@ def computing_of(job: Job, nodes: Nodes, plan: Plan, found: Estimate) -> Computi
     if flops is None:
         flops, source = found.ahead.flops_per_sample, "counted"
     peak = peak_flops(nodes.size.gpu, job.trainer.precision)
+    mfu, origin = (MFU, "assumed") if reached is None else (reached.mfu, reached.run)
     seconds = None
     if flops is not None and peak is not None:
         share = min(1.0, plan.machines.gpus_per_worker)
         again = _RECOMPUTED if job.strategy.activation_checkpointing else 1.0
-        seconds = flops * again * plan.batches.per_worker / (peak * share * MFU)
-    return Computing(flops, None if flops is None else source, peak, MFU, seconds, plan.batches.microbatches)
+        seconds = flops * again * plan.batches.per_worker / (peak * share * mfu)
+    return Computing(flops, None if flops is None else source, peak, mfu, origin, seconds, plan.batches.microbatches)
 
 
 def considered(job: Job, workers: int) -> list[StrategyConfig]:

@@ -90,12 +90,12 @@ def checked_plan(job: Job, observer: Observer, ranks: int | None = None, marks: 
         return make_plan(job, ranks, marks)
 
 
-def checked_node_plan(job: Job, observer: Observer, ask: bool = True) -> NodePlan:
+def checked_node_plan(prepared: Prepared, observer: Observer, ask: bool = True) -> NodePlan:
     """Make the plan for VMs that are not there, likewise. ask: Azure's public list for today's prices."""
     from launcher.node_plan import make_node_plan
 
     with _trying(observer):
-        return make_node_plan(job, ask)
+        return make_node_plan(prepared.job, ask, prepared.directory if prepared.resumes else prepared.like)
 
 
 def _trying(observer: Observer) -> AbstractContextManager[object]:

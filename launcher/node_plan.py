@@ -11,9 +11,20 @@ from typing import TYPE_CHECKING, Any
 from launcher.clusters.nodes import Nodes, chosen
 from launcher.config import Job
 from launcher.cost import Link
-from launcher.forecast import Computing, Forecast, choices, computing_of, considered, forecast, link_between, seat
+from launcher.forecast import (
+    Computing,
+    Forecast,
+    Reached,
+    choices,
+    computing_of,
+    considered,
+    forecast,
+    link_between,
+    seat,
+)
 from launcher.phrases import count, duration, size
 from launcher.plan import Machines, Plan, plan_on
+from launcher.runs import RunDirectory
 
 if TYPE_CHECKING:
     from launcher.engine.estimate import Estimate
@@ -129,11 +140,12 @@ class NodePlan:
         }
 
 
-def make_node_plan(job: Job, ask: bool = True) -> NodePlan:
+def make_node_plan(job: Job, ask: bool = True, earlier: RunDirectory | None = None) -> NodePlan:
     """Work out what the job would be on the VMs that it asks for.
 
     Args:
         ask: Azure's public list for today's prices.
+        earlier: a run of the same network, whose share of its GPUs' peak is taken where it is known.
 
     Raises:
         RequestError: it cannot be done as asked; see `clusters.nodes.chosen`, `forecast.seat` and `engine.estimate`.
@@ -143,13 +155,23 @@ def make_node_plan(job: Job, ask: bool = True) -> NodePlan:
     from launcher.engine.estimate import estimate
 
     found = estimate(job, ahead=True)
-    return node_plan_of(job, nodes, machines, sits, found)
+    reached = None
+    if earlier is not None and (mfu := (earlier.result().get("metrics") or {}).get("throughput/mfu")):
+        reached = Reached(earlier.name, float(mfu))
+    return node_plan_of(job, nodes, machines, sits, found, reached)
 
 
-def node_plan_of(job: Job, nodes: Nodes, machines: Machines, sits: tuple[int, ...], found: Estimate) -> NodePlan:
+def node_plan_of(
+    job: Job,
+    nodes: Nodes,
+    machines: Machines,
+    sits: tuple[int, ...],
+    found: Estimate,
+    reached: Reached | None = None,
+) -> NodePlan:
     """Join the pieces; see `make_node_plan`. found: with what was looked at ahead."""
     plan, link = plan_on(job, machines, found), link_between(nodes, sits)
-    computing = computing_of(job, nodes, plan, found)
+    computing = computing_of(job, nodes, plan, found, reached)
     forecasts = tuple(
         forecast(config, job, nodes, plan, link, computing, found) for config in considered(job, machines.workers)
     )

@@ -16,11 +16,17 @@ def text(made: NodePlan, run: str, width: int) -> str:
 
     out = Console(file=io.StringIO(), width=width, highlight=False, emoji=False, markup=False)
     rows = [("run", run), *_lines(made)]
+    room = f"{size(made.forecast.room)} of {made.nodes.size.gpu_memory_gib} GiB"
     out.print(_pairs(rows))
+    # A table's own title is folded to the table's width; a line of its own is not.
+    out.print(f"\nA worker may fill {room}. The star is the job's strategy; it waits for the link.")
     out.print(_strategies(made))
     out.print(_time(made))
+    out.print(f"\n{made.nodes.prices_from}")
     out.print(_money(made))
+    out.print(f"Quota needed in {made.nodes.region}")
     out.print(_quotas(made))
+    out.print("Would be created (nothing is, by this)")
     out.print(_created(made))
     for note in made.notes:
         out.print(f"- {note}")
@@ -39,11 +45,11 @@ def _pairs(rows: list[tuple[str, str]]) -> Any:
     return grid
 
 
-def _table(title: str, *headings: str, numbers: tuple[str, ...] = ()) -> Any:
+def _table(*headings: str, numbers: tuple[str, ...] = ()) -> Any:
     from rich import box
     from rich.table import Table
 
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
         grid.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
     return grid
@@ -86,16 +92,14 @@ def _link(made: NodePlan) -> str:
 
 
 def _strategies(made: NodePlan) -> Any:
-    room = size(made.forecast.room)
-    title = f"A worker may fill {room} of {made.nodes.size.gpu_memory_gib} GiB (* what the job takes)"
-    numbers = ("memory", "most at once", "travels a step", "a step", "waits for the network")
-    grid = _table(title, "strategy", "memory", "fits", *numbers[1:], numbers=numbers)
+    numbers = ("memory", "samples at once", "travels", "a step", "waits")
+    grid = _table("strategy", "memory", "fits", *numbers[1:], numbers=numbers)
     for one in made.forecasts:
         grid.add_row(
-            ("* " if one.strategy == made.chosen else "  ") + one.strategy,
+            ("* " if one.strategy == made.chosen else "  ") + one.strategy.replace("compression=", ""),
             size(one.needs),
             "yes" if one.fits else "no",
-            count(one.largest_microbatch, "sample") if one.largest_microbatch else "nothing",
+            f"{one.largest_microbatch:,}",
             size(one.bytes_per_step) if one.bytes_per_step else "",
             told_time(one.seconds_per_step),
             "unknown" if one.communication_share is None else f"{one.communication_share:.0%}",
@@ -118,9 +122,10 @@ def _best(made: NodePlan) -> str:
         return "unknown" if made.forecast.fits else "none of these fits"
     if made.computing.is_quick:
         return "not to be told by lower bounds, see below"
+    left_out = " (its own computing left out)" if "powersgd" in made.best else ""
     if made.best == made.best_exact or made.best_exact is None:
-        return made.best
-    return f"{made.best}; {made.best_exact} of those with the losses of ddp (docs/exactness.md says what each changes)"
+        return f"{made.best}{left_out}"
+    return f"{made.best}{left_out}; with the losses of one worker: {made.best_exact} (docs/exactness.md)"
 
 
 def _computing(made: NodePlan) -> str:
@@ -128,15 +133,16 @@ def _computing(made: NodePlan) -> str:
     if computing.seconds is None or computing.flops_per_sample is None or computing.peak_flops is None:
         return "unknown"
     origin = "as the model says" if computing.flops_from == "the model" else "as counted in its matrix products"
+    reached = "assumed at" if computing.mfu_from == "assumed" else f"at what {computing.mfu_from} reached,"
     return (
         f"{told_time(computing.seconds)} a step: {computing.flops_per_sample / 1e9:,.4g} GFLOP a sample ({origin}), "
-        f"assumed at {computing.mfu:.0%} of the {made.nodes.size.gpu}'s {computing.peak_flops / 1e12:.4g} TFLOP/s"
+        f"{reached} {computing.mfu:.0%} of the {made.nodes.size.gpu}'s {computing.peak_flops / 1e12:.4g} TFLOP/s"
     )
 
 
 def _money(made: NodePlan) -> Any:
     nodes = made.nodes
-    grid = _table(nodes.prices_from, "cost", "USD/h", "price of one", numbers=("USD/h",))
+    grid = _table("cost", "USD/h", "price of one", numbers=("USD/h",))
     price = "spot" if nodes.spot is not False else "on demand"
     label = f"{count(nodes.nodes, 'node')}, {price}"
     grid.add_row(label, _dollars(nodes.nodes_usd_per_hour), _source(nodes.node_price))
@@ -163,14 +169,14 @@ def _source(price: Price | None) -> str:
 
 
 def _quotas(made: NodePlan) -> Any:
-    grid = _table(f"Quota needed in {made.nodes.region}", "family", "vCPUs", "for", numbers=("vCPUs",))
+    grid = _table("family", "vCPUs", "for", numbers=("vCPUs",))
     for one in made.nodes.quotas():
         grid.add_row(one.name, str(one.vcpus), one.what)
     return grid
 
 
 def _created(made: NodePlan) -> Any:
-    grid = _table("Would be created (nothing is, by this)", "resource", "number", "", numbers=("number",))
+    grid = _table("resource", "number", "", numbers=("number",))
     for one in made.nodes.resources():
         grid.add_row(one["kind"], str(one["count"]), one["what"])
     return grid

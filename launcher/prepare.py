@@ -42,7 +42,8 @@ class Request:
 class Prepared:
     """A run that is ready to start, or one with nothing left to do (`finished`).
 
-    `changes` are the words that change something about a run that exists, fit for the terminal.
+    `changes` are the words that change something about a run that exists, fit for the terminal. `like` is the run that
+    `run.like` names.
     """
 
     composition: Composition
@@ -50,6 +51,7 @@ class Prepared:
     resumes: bool = False
     finished: bool = False
     changes: tuple[str, ...] = ()
+    like: RunDirectory | None = None
 
     @property
     def job(self) -> Job:
@@ -71,14 +73,14 @@ def prepare(request: Request) -> Prepared:
     name = composition.job.run.name
     if name is None:
         choices = composition.choices if like is None else {"experiment": _spoken(like)}
-        return Prepared(composition, _unused(RunDirectory(root / default_run_name(choices, datetime.now()))))
+        return Prepared(composition, _unused(RunDirectory(root / default_run_name(choices, datetime.now()))), like=like)
     directory = RunDirectory(root / name)
     if directory.exists():
         raise RunError(
             f'The run "{name}" exists already in {directory.root}. Continue it with run.resume=true, or choose another '
             "run.name."
         )
-    return Prepared(composition, directory)
+    return Prepared(composition, directory, like=like)
 
 
 def composed(request: Request) -> Composition:

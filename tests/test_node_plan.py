@@ -189,6 +189,29 @@ def test_what_times_rest_on(found: Estimate, size: str, precision: str, source: 
         assert note in " ".join(made.notes)
 
 
+def test_what_an_earlier_run_reached_is_taken() -> None:
+    job = job_for({"size": A100})
+    nodes = chosen(job.cluster, ask=False)
+    made = node_plan_of(job, nodes, *forecast.seat(job, nodes), GPT2, forecast.Reached("first", 0.5))
+    assumed = planned(GPT2, job).computing
+    assert assumed.mfu_from == "assumed"
+    assert made.computing.mfu_from == "first"
+    assert made.computing.seconds == pytest.approx((assumed.seconds or 0) * cost.MFU / 0.5)
+    assert "at what first reached, 50% of the A100 PCIe" in text(made, "runs/x", 300)
+
+
+def test_the_earlier_run_is_the_one_that_is_imitated_or_continued(here: Place) -> None:
+    assert here.here(*TOY, "run.name=first").status == 0
+    result = here.runs / "first/result.json"
+    facts = json.loads(result.read_text())
+    result.write_text(json.dumps({**facts, "metrics": {**facts["metrics"], "throughput/mfu": 0.25}}))
+    cluster = ("cluster.size=NC4as_T4_v3", "scaling.device=auto", "--offline", "--json", "--config-dir", "own")
+    told = here.here("plan", "run.like=first", *cluster)
+    assert told.status == 0, told.err
+    computing = json.loads(told.out)["computing"]
+    assert (computing["mfu"], computing["mfu_from"]) == (0.25, "first")
+
+
 # ---- machines and money ---------------------------------------------------------------------------------------------
 
 
@@ -286,7 +309,7 @@ def test_the_plan_for_programs(here: Place) -> None:
         "gradient_bytes_per_step": whole,
         "nodes": {"size": name, "count": whole, "gpu": name, "head_size": name, "region": name, "spot": flag},
         "link": {"latency": float, "bandwidth": float},
-        "computing": {"mfu": float},
+        "computing": {"mfu": float, "mfu_from": name},
         "strategies": list,
         "chosen": name,
         "fits": flag,
