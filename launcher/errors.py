@@ -14,6 +14,7 @@
         ├── ExportError            the network cannot be written as an exported program
         ├── StorageError           an object store cannot be read or written
         ├── WorkerLost             a worker process died or stopped answering
+        ├── Regroup                the workers have saved and ended, to be started again (never told to the user)
         └── UserCodeError          the user's own code raised; carries the user's traceback
 
 A message says what was asked, what was found, and what to do next, in one paragraph and without secrets.
@@ -82,6 +83,10 @@ class StorageError(TrainingError):
 
 class WorkerLost(TrainingError):
     pass
+
+
+class Regroup(TrainingError):
+    """All ranks have saved at the same step and ended, as they were asked to: a new group of workers continues."""
 
 
 class UserCodeError(TrainingError):

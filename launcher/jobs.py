@@ -146,6 +146,11 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
             cluster=cluster,
             on_event=on_event,
             interrupts=interrupts,
+            limits=ray_train.Limits(
+                max_failures=task.job.checkpoint.max_failures,
+                min_workers=task.job.scaling.min_workers,
+                timeout=task.job.scaling.timeout,
+            ),
         )
         return result, interrupts.signal_number
 
@@ -196,6 +201,7 @@ _EMPTY_RESULT: dict[str, Any] = {
     "workers": None,
     "world_sizes": [],
     "restarts": 0,
+    "preemptions": 0,
     "lost_steps": 0,
     "seconds": 0.0,
     "seconds_to_first_step": None,

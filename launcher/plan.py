@@ -149,10 +149,10 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
             fit = most if use_gpu else min(2, most)
         workers = max(1, fit)
     if nodes:
-        existing.check_feasible(workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
+        existing.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
         where = f"the existing cluster of {count(len(nodes), 'node')}: {existing.described(nodes)}"
         return Machines("existing", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
-    local.check_feasible(workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
+    local.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
     where = "the Ray of this session" if local.connected() else "this machine"
     return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
 

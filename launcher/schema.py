@@ -61,12 +61,15 @@ class ScalingConfig:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float | None = None
     heal: bool = False
+    min_workers: int | None = None
+    timeout: float = 120.0
 
 
 @dataclass
 class CheckpointConfig:
     every: Any = "1ep"
     keep: int = 1
+    max_failures: int = 3
     monitor: str | None = "val/loss"
     mode: str = "min"
     load: str | None = None
@@ -249,8 +252,10 @@ def check_values(job: Job) -> None:
     _above_zero("scaling.cpus_per_worker", scaling.cpus_per_worker)
     if scaling.gpus_per_worker is not None:
         _at_least("scaling.gpus_per_worker", scaling.gpus_per_worker, 0)
+    _check_elastic(scaling)
     parse_interval(checkpoint.every, "checkpoint.every")
     _at_least("checkpoint.keep", checkpoint.keep, 1)
+    _at_least("checkpoint.max_failures", checkpoint.max_failures, 0)
     _one_of("checkpoint.mode", checkpoint.mode, MODES)
     _check_strategy(job.strategy, job.trainer)
     if scaling.heal:
@@ -276,6 +281,21 @@ def check_values(job: Job) -> None:
     rate = job.optimizer.get("lr")
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf):
         raise ConfigError(f"optimizer.lr is {rate!r}, but must be a number of at least 0.")
+
+
+def _check_elastic(scaling: ScalingConfig) -> None:
+    _above_zero("scaling.timeout", scaling.timeout)
+    fewest, workers = scaling.min_workers, scaling.workers
+    if fewest is None:
+        return
+    _at_least("scaling.min_workers", fewest, 1)
+    if workers == "auto":
+        raise ConfigError(
+            f"scaling.min_workers={fewest} says with how few workers a run goes on, and needs to know with how many at "
+            "most: add scaling.workers=NUMBER."
+        )
+    if fewest > workers:
+        raise ConfigError(f"scaling.min_workers={fewest} is more than scaling.workers={workers}. Lower it.")
 
 
 def check_run(run: RunConfig) -> None:

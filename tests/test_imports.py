@@ -83,15 +83,12 @@ class Rule:
     why: str = ""
 
 
+_RAY_TRAIN = ("launcher.runners.ray_train", "launcher.runners.supervision", "launcher.runners.policies", "launcher.runners.healing")
+
 RULES = (
     Rule("launcher.engine", ("ray", "hydra", "omegaconf"), why="the engine runs without Ray, and on plain data"),
     Rule("launcher", ("ray",), but=("launcher.runners", "launcher.clusters"), why="Ray stays behind two packages"),
-    Rule(
-        "launcher",
-        ("ray.train",),
-        but=("launcher.runners.ray_train", "launcher.runners.healing"),
-        why="runners speak to Ray Train",
-    ),
+    Rule("launcher", ("ray.train",), but=_RAY_TRAIN, why="few modules speak to Ray Train"),
     Rule("launcher.clusters", ("torch",), why="a cluster is planned on machines without PyTorch"),
     Rule("launcher.runs", ("torch",), why="`launch runs` lists without PyTorch"),
     Rule(

@@ -18,6 +18,7 @@ from tests.command import TOY, Place
 
 RESULT_KEYS = {
     *("status", "reason", "error", "steps", "epochs", "samples", "workers", "world_sizes", "restarts", "lost_steps"),
+    "preemptions",
     *("seconds", "seconds_to_first_step", "phases", "samples_per_second", "cost_usd", "checkpoint", "metrics", "best"),
     *("user", "versions", "git"),
 }

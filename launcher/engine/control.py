@@ -15,14 +15,15 @@ from launcher.runs import HEARTBEAT_SECONDS, RunDirectory
 STOP = "stop"
 PRUNE = "prune"  # stop, since others do better: nothing is saved for it
 CHECKPOINT = "checkpoint"
+REGROUP = "regroup"  # save and end, to be continued by another group of workers: raises `errors.Regroup`
 
 
 class Control(Protocol):
     """What a runner hands to the engine."""
 
     def requests(self) -> frozenset[str]:
-        """What is asked of the run now: a subset of {"stop", "prune", "checkpoint"}. Called every
-        step: no I/O, no waiting.
+        """What is asked of the run now: a subset of {"stop", "prune", "checkpoint", "regroup"}. Called
+        every step: no I/O, no waiting.
         """
         ...
 

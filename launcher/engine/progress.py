@@ -16,6 +16,7 @@ class Progress:
 
     `step`: optimizer steps done. `epoch`, `batch`: the global batch that comes next. `samples`: used so far, over all
     workers. `best`: value and step of the monitored tag. `world_sizes`: numbers of workers, each in turn.
+    `restarts`: how often it was continued after it had died or been stopped; `preemptions`: after an eviction notice.
     """
 
     step: int = 0
@@ -26,6 +27,7 @@ class Progress:
     best_step: int | None = None
     world_sizes: list[int] = field(default_factory=list)
     restarts: int = 0
+    preemptions: int = 0
     lost_steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 

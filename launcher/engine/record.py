@@ -227,6 +227,7 @@ class Recorder:
             "workers": progress.world_sizes[-1] if progress.world_sizes else None,
             "world_sizes": progress.world_sizes,
             "restarts": progress.restarts,
+            "preemptions": progress.preemptions,
             "lost_steps": progress.lost_steps,
             "seconds": round(self._seconds_before + time.time() - self._began, 3),
             "seconds_to_first_step": self.seconds_to_first_step,

@@ -66,6 +66,8 @@ class Runtime:
     group: Any = None
     host_group: Any = None
     owns_group: bool = False
+    attempt: int = 1  # which group of workers of this command it belongs to
+    cause: str = ""  # why that group was started after another: "failure", "preemption" or "resize"
     apply: Callable[..., Iterator[Any]] = map  # what reads the parts of a stream, here or elsewhere, in their order
     membership: Any = None  # of a run that heals itself: see `engine.membership`
     _task_groups: list[Any] = field(default_factory=list)

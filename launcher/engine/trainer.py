@@ -14,7 +14,7 @@ from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from launcher.engine.build import (
 from launcher.engine.callbacks import Callbacks, Run, build_callbacks
 from launcher.engine.checkpoint import Checkpointer, Newest
 from launcher.engine.checkpoint.uploads import Uploads
-from launcher.engine.control import CHECKPOINT, PRUNE, STOP, Control, Watch
+from launcher.engine.control import CHECKPOINT, PRUNE, REGROUP, STOP, Control, Watch
 from launcher.engine.data import Data
 from launcher.engine.examples import Examples
 from launcher.engine.metrics import Sums, as_pair, means
@@ -47,7 +47,7 @@ from launcher.engine.record import Recorder, StepFile, Throughput
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.state import State
 from launcher.engine.strategies.strategy import DTYPES, casting
-from launcher.errors import CheckpointError, NonFiniteLoss
+from launcher.errors import CheckpointError, NonFiniteLoss, Regroup
 from launcher.phases import Marks
 from launcher.runs import RunDirectory
 
@@ -174,6 +174,7 @@ class Trainer:
             NonFiniteLoss: the loss is NaN or infinite; the last good checkpoint is kept.
             DataError, UserCodeError: reading or computing a batch failed.
             CheckpointError: a checkpoint could not be written.
+            Regroup: all ranks have saved and end, as they were asked to.
         """
         resumed_at = self._resume()
         if self.advice is not None and self.runtime.is_first and (line := self.advice.line()):
@@ -229,7 +230,7 @@ class Trainer:
         self.progress.joined(self.runtime.world_size)
         if not goes_on:
             return self._saved_step
-        counters = ("restarts", "lost_steps", "world_sizes")
+        counters = ("restarts", "preemptions", "lost_steps", "world_sizes")
         self.directory.update_result(**{name: getattr(self.progress, name) for name in counters})
         return self.progress.step
 
@@ -248,17 +249,20 @@ class Trainer:
         done = StepFile(self.directory.path)
         steps_done = done.read()
         done.close()
-        if newest.path is None and not newest.skipped and not steps_done:
+        if newest.path is None and not newest.skipped and not steps_done and self.runtime.attempt == 1:
             return False
         lost = max(0, steps_done - progress.step)
         # What restarts after that checkpoint have counted stands in result.json alone.
         earlier = self.directory.result()
-        progress.restarts = max(progress.restarts, earlier.get("restarts") or 0) + 1
+        for name, causes in (("restarts", ("", "failure")), ("preemptions", ("preemption",))):
+            before = max(getattr(progress, name), earlier.get(name) or 0)
+            setattr(progress, name, before + (self.runtime.cause in causes))
         progress.lost_steps = max(progress.lost_steps, earlier.get("lost_steps") or 0) + lost
         progress.world_sizes = max(progress.world_sizes, list(earlier.get("world_sizes") or []), key=len)
         again = f"; {lost} step(s) done since are done again" if lost else ""
         text = f"Continuing from step {progress.step}{again}. {newest.explain()}".strip()
         self.control.emit({"kind": "note", "text": text})
+        self.control.emit({"kind": "resumed", "step": progress.step})
         return True
 
     def _loop_and_settle(self, watch: Watch) -> dict[str, Any]:
@@ -284,6 +288,8 @@ class Trainer:
                     if stop:
                         self._reason = "signal" if done.ballots["signal"] else "request"
                     break
+                if done.ballots["regroup"] and not self._ended:
+                    self._leave_to_regroup()
         finally:
             self._close_batches()  # here and not when the garbage is collected: loader processes end with it
             self._tell_of_trace(self._trace.close())
@@ -347,6 +353,7 @@ class Trainer:
             "stop": STOP in requests or watch.stop_requested,
             "signal": STOP in requests,
             "prune": PRUNE in requests,
+            "regroup": REGROUP in requests,
             "checkpoint": CHECKPOINT in requests or (first and self.save_every.time_is_up()),
             "callback": self.callbacks.wants_to_stop,
             "log": first and self.log_every.time_is_up(),
@@ -406,7 +413,7 @@ class Trainer:
         self._write({**self.callbacks.take_logged(), **done.values})
 
     def _save_step(self, done: Done) -> None:
-        asked = done.ballots["stop"] > 0 or done.ballots["checkpoint"] > 0
+        asked = any(done.ballots[wish] for wish in ("stop", "regroup", "checkpoint"))
         if asked or self._ended or done.reason or done.improved or self.save_every.due(self.progress):
             with self.throughput.pause():
                 self._save()
@@ -488,6 +495,12 @@ class Trainer:
         self.checkpointer.best = self.progress.best_step
         self.checkpointer.save(self.progress.step, *self.state.collect())
         self._saved_step = self.progress.step
+
+    def _leave_to_regroup(self) -> NoReturn:
+        """End with everything saved; no rank goes before the checkpoint of all is there."""
+        self.checkpointer.wait()
+        self.runtime.barrier()
+        raise Regroup(f"All workers have saved step {self.progress.step} and end, to be started again.")
 
     def _finish(self, status: str) -> dict[str, Any]:
         self.callbacks.call("on_end")

@@ -41,12 +41,14 @@ class WorkerEnd:
     """The `Control` of a Ray Train worker.
 
     `requests` answers from memory. `emit` puts events into a list that the thread sends in batches; what was emitted
-    before `close` is in the store when `close` returns.
+    before `close` is in the store when `close` returns. `attempt` is the number of the worker group within the run:
+    what a dead group has sent last is told from what its successor sends.
     """
 
-    def __init__(self, run: str, rank: int, interval: float = INTERVAL) -> None:
+    def __init__(self, run: str, rank: int, interval: float = INTERVAL, attempt: int = 1) -> None:
         self._run = run
         self._rank = rank
+        self._attempt = attempt
         self._interval = interval
         self._batches = 0
         self._events: list[dict[str, Any]] = []
@@ -76,7 +78,7 @@ class WorkerEnd:
             events, self._events = self._events, []
             if not events:
                 return
-            key = f"{self._run}/event/{self._rank:05d}/{self._batches:09d}"
+            key = f"{self._run}/event/{self._attempt:06d}/{self._rank:05d}/{self._batches:09d}"
             internal_kv._internal_kv_put(key, json.dumps(events, default=str), namespace=_NAMESPACE)
             self._batches += 1
 
@@ -86,26 +88,27 @@ class WorkerEnd:
             with contextlib.suppress(Exception):
                 self.flush()
                 asked = internal_kv._internal_kv_get(f"{self._run}/requests", namespace=_NAMESPACE)
-                self._requests = frozenset(json.loads(asked)) if asked else frozenset()
+                wishes = json.loads(asked) if asked else {}
+                self._requests = frozenset(what for what, of in wishes.items() if of in (None, self._attempt))
 
 
 class DriverEnd:
     """The driver's end: what workers have emitted, and what is asked of them."""
 
     def __init__(self, run: str) -> None:
-        self._run = run
-        self._asked: set[str] = set()
+        self.run = run
+        self._asked: dict[str, int | None] = {}
 
-    def request(self, what: str) -> None:
-        """Ask all workers for `what` ("stop", "checkpoint") until the run ends."""
-        if what not in self._asked:
-            self._asked.add(what)
-            publish(f"{self._run}/requests", json.dumps(sorted(self._asked)))
+    def request(self, what: str, attempt: int | None = None) -> None:
+        """Ask all workers for `what` ("stop", "checkpoint") until the run ends, or those of one attempt alone."""
+        if self._asked.get(what, 0) != attempt:
+            self._asked[what] = attempt
+            publish(f"{self.run}/requests", json.dumps(self._asked))
 
     def drain(self) -> list[dict[str, Any]]:
-        """Return the events since the last call, those of one rank in their order."""
+        """Return the events since the last call, those of one rank in their order, earlier attempts first."""
         events: list[dict[str, Any]] = []
-        for key in sorted(internal_kv._internal_kv_list(f"{self._run}/event/", namespace=_NAMESPACE)):
+        for key in sorted(internal_kv._internal_kv_list(f"{self.run}/event/", namespace=_NAMESPACE)):
             batch = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
             internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
             events += json.loads(batch) if batch else []
@@ -114,4 +117,4 @@ class DriverEnd:
     def close(self) -> None:
         """Remove everything of this run from the store."""
         with contextlib.suppress(Exception):  # the cluster may be gone
-            internal_kv._internal_kv_del(f"{self._run}/", del_by_prefix=True, namespace=_NAMESPACE)
+            internal_kv._internal_kv_del(f"{self.run}/", del_by_prefix=True, namespace=_NAMESPACE)

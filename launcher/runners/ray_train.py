@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import pickle
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
 import ray.train
@@ -32,24 +32,21 @@ from ray.train.backend import BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
 from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from launcher.clusters.existing import ExistingRay, interface_of
 from launcher.clusters.local import RAY_TRAIN_ENVIRONMENT, EmbeddedRay
-from launcher.errors import LaunchError, ResourceError, Stopped, TrainingError, WorkerLost
+from launcher.errors import Regroup
 from launcher.runners import ray_data
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
-from launcher.runners.reports import Event, crash_of, describe, rebuild
-from launcher.runners.signals import STOPPING, Interrupts
+from launcher.runners.policies import ATTEMPT, LOST, REGROUP, Rules, controller_class
+from launcher.runners.reports import Event, describe
+from launcher.runners.signals import Interrupts
+from launcher.runners.supervision import LOOK_SECONDS, NEVER_AGAIN, Limits, Supervision, explain
 
-LOOK_SECONDS = 0.2
+__all__ = ["Event", "Limits", "Order", "explain", "run"]
+
 ABORT_SECONDS = 10.0
-# How long a worker whose peer went away waits before it ends: the controller learns of the peer in this time, and the
-# user of the cause instead of the consequence.
-AFTERMATH_SECONDS = 3.0
 
 
 @dataclass
@@ -61,6 +58,7 @@ class Order:
     python_path: list[str]
     on_gpu: bool
     loopback: bool
+    timeout: float = 120.0  # seconds that a collective operation may take
 
 
 def run(
@@ -73,6 +71,7 @@ def run(
     on_event: Callable[[Event], None],
     interrupts: Interrupts,
     main: Callable[..., dict[str, Any]] | str = "launcher.engine.entry:run",
+    limits: Limits = NEVER_AGAIN,
 ) -> dict[str, Any]:
     """Run `main(task, runtime, control)` on `workers` Ray Train workers and return what rank 0 returned.
 
@@ -85,6 +84,7 @@ def run(
         interrupts: entered already. The first signal asks the workers to stop in order (before training has begun: at
             once), the second ends them.
         main: a function that the workers can import, or "module:function".
+        limits: how often it is tried again after the loss of a worker, and with how few workers.
 
     Raises:
         LaunchError: the first genuine error of any worker, as the class that it had there.
@@ -97,9 +97,13 @@ def run(
         python_path=list(task.python_path),
         on_gpu=gpus_per_worker > 0,
         loopback=cluster.one_machine,
+        timeout=limits.timeout,
     )
-    trainer = make_trainer(order, __name__, workers, cpus_per_worker, gpus_per_worker, cluster)
-    supervision = _Supervision(trainer, DriverEnd(order.run), on_event, interrupts, cluster)
+
+    def make() -> Trainer:
+        return make_trainer(order, __name__, workers, cpus_per_worker, gpus_per_worker, cluster, limits)
+
+    supervision = Supervision(make, DriverEnd(order.run), on_event, interrupts, cluster, limits)
     try:
         return supervision.watch()
     finally:
@@ -117,12 +121,21 @@ def make_trainer(
     cpus_per_worker: float,
     gpus_per_worker: float,
     cluster: EmbeddedRay | ExistingRay,
+    limits: Limits = NEVER_AGAIN,
 ) -> Trainer:
     """Return a trainer whose workers each call `work(order)` of `module`."""
     share = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     return Trainer(
         _entrance(order, module),
-        embedded=not cluster.existing,
+        rules=Rules(
+            order.run,
+            workers=workers,
+            min_workers=limits.min_workers or workers,
+            share=share,
+            max_failures=limits.max_failures,
+            timeout=order.timeout,
+            lean=not cluster.existing,
+        ),
         backend_config=BackendConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=share
@@ -141,28 +154,29 @@ class Trainer(DataParallelTrainer):
     The process group is joined by the workers themselves: so the controller never imports torch. No actor serves data
     sets, which are not Ray's. On a Ray of our own none watches over placement groups, which end with that Ray, and none
     asks an autoscaler; the controller takes its settings from the environment: it can use a process that waits ready.
+    The controller is ours, see `policies`.
     """
 
-    def __init__(self, *args: Any, embedded: bool, **options: Any) -> None:
+    def __init__(self, *args: Any, rules: Rules, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._embedded = embedded
+        self._rules = rules
         self._controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
         # Relative paths mean on the workers what they mean here; Ray's own metrics have no reader; no Ray Data.
         unwanted = [WorkingDirectorySetupCallback, ControllerMetricsCallback, WorkerMetricsCallback, DatasetsCallback]
-        if self._embedded:
+        if self._rules.lean:
             unwanted.append(PlacementGroupCleanerCallback)
         return [one for one in super()._create_default_callbacks() if not isinstance(one, tuple(unwanted))]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         options: dict[str, Any] = {"num_cpus": 0, "label_selector": here}
-        if self._embedded:
-            arguments["scaling_policy"] = _fixed_workers(self.scaling_config)
-        else:
+        if not self._rules.lean:
             options["runtime_env"] = {"env_vars": RAY_TRAIN_ENVIRONMENT}
-        self._controller = ray.remote(**options)(TrainController).remote(**arguments)
+        for own in ("scaling_policy", "failure_policy"):
+            del arguments[own]
+        self._controller = ray.remote(**options)(controller_class()).remote(rules=self._rules, **arguments)
         ray.get(self._controller.run.remote())
         return ray.get(self._controller.get_result.remote())
 
@@ -181,149 +195,6 @@ class Trainer(DataParallelTrainer):
                 return
         with contextlib.suppress(Exception):
             ray.kill(self._controller)
-
-
-def _fixed_workers(scaling: ray.train.ScalingConfig) -> Any:
-    """Return a scaling policy that asks no autoscaler for what this machine has anyway: an actor less.
-
-    A class within a function travels to the controller by value, where this package may not be installed.
-    """
-    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-
-    class FixedWorkers(FixedScalingPolicy):
-        def after_controller_start(self, train_run_context: Any) -> None:
-            pass
-
-        def _maybe_send_resource_request(self) -> None:
-            pass
-
-    return FixedWorkers(scaling)
-
-
-class _Supervision:
-    """One run, seen from the driver: `watch` returns rank 0's result or raises what went wrong."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        channel: DriverEnd,
-        on_event: Callable[[Event], None],
-        interrupts: Interrupts,
-        cluster: EmbeddedRay | ExistingRay,
-    ) -> None:
-        self.channel = channel
-        self._cluster = cluster
-        self._trainer = trainer
-        self._on_event = on_event
-        self._interrupts = interrupts
-        self._workers: dict[int, Event] = {}  # by rank: who and where it is
-        self._errors: list[Event] = []
-        self._training = False
-        self._outcome: Any = None
-        self._thread = threading.Thread(target=self._fit, name="launch-fit", daemon=True)
-
-    def watch(self) -> dict[str, Any]:
-        stopping = False
-        self._thread.start()
-        while self._thread.is_alive():
-            self._thread.join(LOOK_SECONDS)
-            if dead := self._cluster.dead_process():  # Ray itself would try for a minute to reach it
-                raise WorkerLost(
-                    f"Ray's own process {dead} ended on this machine; it was killed, perhaps by the kernel for want of "
-                    "memory. Continue the run from its newest checkpoint with run.resume=true."
-                )
-            self._look()
-            if self._interrupts.count >= 2 or (self._interrupts.count and not self._training):
-                self._end()
-            if self._interrupts.count and not stopping:
-                stopping = True
-                self.channel.request("stop")
-                self._on_event(STOPPING)
-        self._look()
-        if isinstance(self._outcome, BaseException):
-            raise explain(self._outcome, self._workers, self._errors) from None
-        return self._outcome.return_value
-
-    def _end(self) -> NoReturn:
-        seen = self._interrupts.count
-        self._trainer.end(hurry=lambda: self._interrupts.count > seen)
-        self._thread.join(timeout=5)
-        raise Stopped(self._interrupts.signal_number or 0)
-
-    def _fit(self) -> None:
-        try:
-            self._outcome = self._trainer.fit()
-        except BaseException as error:
-            self._outcome = error
-
-    def _look(self) -> None:
-        """Take what the workers have sent."""
-        try:
-            events = self.channel.drain()
-        except Exception:  # Ray itself is going down: how it ended is told by `fit`
-            return
-        for event in events:
-            kind = event.get("kind")
-            if kind == "worker":
-                self._workers[event["rank"]] = event
-            elif kind == "error":
-                self._errors.append(event)
-            else:
-                self._training = self._training or kind == "progress" or event.get("name") == "training"
-                self._on_event(event)
-
-
-def explain(outcome: BaseException, workers: dict[int, Event], errors: list[Event]) -> LaunchError:
-    """Return the error to tell: a genuine one before a lost worker, and that before what followed from either.
-
-    Args:
-        outcome: what `fit` raised.
-        workers: by rank, who and where it was.
-        errors: what the workers have said, see `describe`.
-    """
-    genuine = [event for event in errors if not event["aftermath"]]
-    if genuine:
-        return rebuild(min(genuine, key=lambda event: event["time"]))
-    if isinstance(outcome, WorkerGroupError):
-        failures = outcome.worker_failures.items()
-        lost = {rank: error for rank, error in failures if isinstance(error, WorkerHealthCheckFailedError)}
-        if lost:
-            return _lost(min(lost), str(lost[min(lost)]), workers)
-    if errors:
-        return rebuild(min(errors, key=lambda event: event["time"]))
-    if isinstance(outcome, ray.exceptions.RayActorError):
-        return WorkerLost(
-            "The process that supervises the workers (Ray Train's controller) died: it was killed, by somebody or by "
-            "the kernel for want of memory. Continue the run from its newest checkpoint with run.resume=true."
-        )
-    cause = outcome.controller_failure if isinstance(outcome, ControllerError) else outcome
-    if isinstance(cause, WorkerGroupStartupTimeoutError):
-        return ResourceError(
-            f"{cause.num_workers} workers were asked for, and Ray did not find room for them in a minute: other work "
-            "holds its CPUs or GPUs. Lower scaling.workers, or wait until the other work has ended."
-        )
-    last_line = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
-    return TrainingError(
-        f"The workers could not be started or supervised: {last_line.rstrip('.')}. Run again with verbose=true to "
-        "see Ray's own messages."
-    )
-
-
-def _lost(rank: int, report: str, workers: dict[int, Event]) -> WorkerLost:
-    worker = workers.get(rank, {})
-    who = f"Worker {rank} of {len(workers)} (process {worker.get('pid', '?')} on {worker.get('host', '?')})"
-    if "OutOfMemoryError" in report or "low on memory" in report:
-        return WorkerLost(
-            f"{who} was ended because the memory of the machine was nearly used up. Lower trainer.microbatch_size, "
-            "data.num_workers or scaling.workers, and continue from the newest checkpoint with run.resume=true."
-        )
-    crash = crash_of(worker.get("stderr", ""))
-    how = (
-        f"crashed in native code ({crash})"
-        if crash
-        else "died without a word: it was killed, by somebody or by the kernel for want of memory"
-    )
-    return WorkerLost(f"{who} {how}. Continue the run from its newest checkpoint with run.resume=true.")
 
 
 # ---- the workers' side ----------------------------------------------------------------------------------------------
@@ -360,8 +231,9 @@ def work(order: Order) -> dict[str, Any] | None:
     began = time.time()
     context = own_context()
     rank = context.get_world_rank()
-    with WorkerEnd(order.run, rank) as control:
-        control.emit({"kind": "worker", "rank": rank, **_whereabouts()})
+    attempt, cause = introduced()
+    with WorkerEnd(order.run, rank, attempt=attempt) as control:
+        control.emit({"kind": "worker", "rank": rank, "attempt": attempt, **_whereabouts()})
         control.flush()
         try:
             sys.path[:0] = [path for path in order.python_path if path not in sys.path]
@@ -371,16 +243,22 @@ def work(order: Order) -> dict[str, Any] | None:
                 task.marks.begin("worker_imports", began)
                 task.marks.begin("process_group")
             with joined(order, context) as runtime:
+                runtime.attempt, runtime.cause = attempt, cause
                 result = function(task, runtime, control)
         except BaseException as error:
-            event = describe(error, rank)
+            event = describe(error, rank) | {"attempt": attempt}
             control.emit(event)
             control.flush()
-            if event["aftermath"]:
-                time.sleep(AFTERMATH_SECONDS)
             # Plain, since the controller unpickles it and knows nothing of user code. The event carries the rest.
-            raise RuntimeError(f"{event['type']}: {event['message']}") from None
+            mark = REGROUP if isinstance(error, Regroup) else LOST if event["aftermath"] else ""
+            raise RuntimeError(f"{mark}{event['type']}: {event['message']}") from None
     return result if rank == 0 else None
+
+
+def introduced() -> tuple[int, str]:
+    """Return the number of this worker's group within the run, and why it was started after another."""
+    facts = json.loads(os.environ[ATTEMPT])
+    return facts["attempt"], facts["cause"]
 
 
 def _whereabouts() -> Event:
@@ -402,8 +280,9 @@ def joined(order: Order, context: Any) -> Iterator[Any]:
     """Join the process group of all workers and yield this one's rank facts."""
     import torch.distributed as dist
 
-    from launcher.engine.runtime import COLLECTIVE_TIMEOUT, Runtime
+    from launcher.engine.runtime import Runtime
 
+    timeout = timedelta(seconds=order.timeout)
     rank, world_size = context.get_world_rank(), context.get_world_size()
     choose_interface(order)
     if world_size > 1:
@@ -411,9 +290,9 @@ def joined(order: Order, context: Any) -> Iterator[Any]:
         # a worker that fails would wait for it until they time out.
         importlib.import_module("torch.distributed.nn.functional")
 
-        store = _rendezvous(order, rank, world_size, COLLECTIVE_TIMEOUT)
+        store = _rendezvous(order, rank, world_size, timeout)
         backend = "nccl" if order.on_gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     runtime = Runtime.adopt(rank, world_size, context.get_local_rank(), context.get_local_world_size(), _device(order))
     runtime.apply = ray_data.reader(_home(), order.python_path, world_size)
     yield runtime
@@ -436,7 +315,7 @@ def _rendezvous(order: Order, rank: int, world_size: int, timeout: timedelta) ->
     """Return the store where the ranks meet. Rank 0 opens it on a port that the system picks, and tells the others."""
     from torch.distributed import TCPStore
 
-    key = f"{order.run}/rendezvous"
+    key = f"{order.run}/rendezvous/{introduced()[0]}"
     if rank == 0:
         host = "127.0.0.1" if order.loopback else ray.util.get_node_ip_address()
         store = TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)

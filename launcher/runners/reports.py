@@ -32,7 +32,9 @@ def describe(error: BaseException, rank: int) -> Event:
             "traceback": getattr(error, "traceback_text", ""),
             "setup": isinstance(error, errors.RequestError),
             "exit_status": error.exit_status,
-            "aftermath": isinstance(error, WorkerLost),
+            # A save in which a peer goes away is told as a save that failed.
+            "aftermath": isinstance(error, WorkerLost)
+            or (isinstance(error, errors.CheckpointError) and bool(_PEER_IS_GONE.search(text))),
         }
     own = str(Path(__file__).resolve().parent)
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(own)]
@@ -42,7 +44,7 @@ def describe(error: BaseException, rank: int) -> Event:
         "type": "UserCodeError",
         "message": f"{type(error).__name__}: {text}",
         "traceback": "".join(lines),
-        "aftermath": isinstance(error, RuntimeError) and bool(_PEER_IS_GONE.search(text)),
+        "aftermath": isinstance(error, (RuntimeError, TimeoutError)) and bool(_PEER_IS_GONE.search(text)),
     }
 
 

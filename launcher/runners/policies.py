@@ -1,0 +1,312 @@
+"""Ray Train's controller with rules of our own: what is tried again, with how many workers, and what counts as alive.
+
+The controller is an actor, on a machine where this package may not be installed: the module travels to it by value
+(see `controller_class`) and imports nothing of launcher. What it decides it tells the driver through the run's part of
+the key-value store, as one more sender of events (`launcher.runners.channel`).
+
+    worker dies, hangs, loses a peer    the group ends, the next one continues from the newest checkpoint; counted
+    all ranks raise Regroup             the same, not counted: an eviction notice, or a node that has come
+    anything else a worker raises       the run fails: it would fail again
+    memory of a machine used up         the run fails: it would fail again
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController as RayTrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+
+NAMESPACE = b"launch"  # of the key-value store; the channel's
+# How a worker marks what it raises, since the controller knows none of our exceptions.
+LOST, REGROUP = "[lost] ", "[regroup] "
+ATTEMPT = "LAUNCH_ATTEMPT"  # the variable that tells a worker which group it belongs to
+PATIENCE = 3.0  # seconds between the first report of a lost peer and the judgement: the cause may come after it
+SILENCE = 2.0  # seconds without an answer after which a worker is suspected of a hang that others complain of
+TOLD_TO_START = 20.0  # seconds that living workers need at most to take a small message
+
+
+@dataclass
+class Rules:
+    """What the driver asks of the controller.
+
+    Args:
+        run: the key of the run in the store.
+        workers: how many there are at most.
+        min_workers: how many there are at least.
+        share: what each reserves.
+        max_failures: restarts in a row without a newer checkpoint between them; then the run fails.
+        timeout: seconds after which a worker that does not answer is given up.
+        lean: a Ray of our own, where no autoscaler is asked.
+        room_seconds: how long a group waits for room.
+    """
+
+    run: str
+    workers: int
+    min_workers: int
+    share: dict[str, float]
+    max_failures: int = 0
+    timeout: float = 120.0
+    lean: bool = True
+    room_seconds: float = 60.0
+
+
+@dataclass
+class Ledger:
+    """What the parts of the controller know together."""
+
+    rules: Rules
+    attempt: int = 0
+    cause: str = ""
+    failures: int = 0  # in a row
+    resumed: int = -1  # the step from which the attempt of the last failure had begun
+    resizing: bool = False
+    wanting: float | None = None  # since when a group is wanted for which there is no room
+    suspects: dict[int, str] = field(default_factory=dict)
+    told: int = 0
+
+    def read(self, key: str) -> str | None:
+        value = internal_kv._internal_kv_get(f"{self.rules.run}/{key}", namespace=NAMESPACE)
+        return None if value is None else value.decode()
+
+    def write(self, key: str, value: str) -> None:
+        internal_kv._internal_kv_put(f"{self.rules.run}/{key}", value, overwrite=True, namespace=NAMESPACE)
+
+    def tell(self, **event: Any) -> None:
+        self.write(f"event/{self.attempt:06d}/controller/{self.told:09d}", json.dumps([event]))
+        self.told += 1
+
+    def begin_attempt(self) -> None:
+        # From the store, since a controller before this one may have died.
+        self.attempt = int(self.read("attempt") or 0) + 1
+        self.cause = self.read("cause") or ""
+        self.write("attempt", str(self.attempt))
+        self.write("cause", "")
+        self.suspects, self.resizing = {}, False
+
+    def count_failure(self) -> bool:
+        """Count one more failure; return whether it is one too many."""
+        resumed = int(self.read("resumed") or 0)
+        self.failures = 1 if resumed > self.resumed else self.failures + 1
+        self.resumed = resumed
+        return self.failures > self.rules.max_failures
+
+
+# ---- what is tried again --------------------------------------------------------------------------------------------
+
+
+class Retries(FailurePolicy):
+    def __init__(self, failure_config: Any, ledger: Ledger) -> None:
+        super().__init__(failure_config)
+        self._ledger = ledger
+
+    def make_decision(self, training_failed_error: Any) -> Any:
+        cause = self._cause(training_failed_error)
+        ledger = self._ledger
+        again = cause is not None and not (cause == "failure" and ledger.count_failure())
+        waits = cause == "room"
+        if not waits:
+            ledger.tell(
+                kind="verdict",
+                again=again,
+                cause=cause,
+                attempt=ledger.attempt,
+                suspects=ledger.suspects,
+                count=ledger.failures,
+                most=ledger.rules.max_failures,
+            )
+            ledger.write("cause", cause or "")
+        return FailureDecision.RETRY if again else FailureDecision.RAISE
+
+    def _cause(self, error: Any) -> str | None:
+        """Return why a new group is to be started, or None where it must not."""
+        ledger = self._ledger
+        if isinstance(error, PreemptionError):
+            return "preemption"
+        if isinstance(error, ControllerError):
+            failure = error.controller_failure
+            if isinstance(failure, WorkerGroupStartupTimeoutError):
+                ledger.wanting = ledger.wanting or time.monotonic()
+                return "room" if time.monotonic() - ledger.wanting < ledger.rules.room_seconds else None
+            passing = (WorkerGroupStartupFailedError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
+            return "failure" if isinstance(failure, passing) and ledger.attempt > 0 else None
+        if not isinstance(error, WorkerGroupError):
+            return None
+        failures = error.worker_failures
+        ledger.suspects = suspects(failures) or ledger.suspects
+        if any(how == "memory" for how in ledger.suspects.values()):
+            return None
+        kinds = {kind_of(failure) for failure in failures.values()}
+        if "final" in kinds:
+            return None
+        if kinds == {"regroup"}:
+            return "resize" if ledger.resizing else "preemption"
+        return "preemption" if "preempted" in kinds else "failure"
+
+
+def kind_of(error: Exception) -> str:
+    """Return what a worker's failure is: "dead", "preempted", "silent", "lost", "regroup" or "final"."""
+    if isinstance(error, WorkerHealthCheckFailedError):
+        return "preempted" if getattr(error.health_check_failure, "preempted", False) else "dead"
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return "silent"
+    text = str(error)
+    return "lost" if LOST in text else "regroup" if REGROUP in text else "final"
+
+
+def suspects(failures: dict[int, Exception]) -> dict[int, str]:
+    """Return who failed first, as far as the failures themselves tell, and how: "dead", "memory" or "silent"."""
+    found = {}
+    for rank, error in failures.items():
+        kind = kind_of(error)
+        if kind in ("dead", "preempted", "silent"):
+            memory = kind == "dead" and ("OutOfMemoryError" in str(error) or "low on memory" in str(error))
+            found[rank] = "memory" if memory else kind
+    return found
+
+
+# ---- with how many workers ------------------------------------------------------------------------------------------
+
+
+class Workers(ScalingPolicy):
+    """As many workers as there is room for, between `min_workers` and `workers`."""
+
+    def __init__(self, scaling_config: Any, ledger: Ledger) -> None:
+        super().__init__(scaling_config)
+        self._ledger = ledger
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self._ledger.rules.workers
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        if not self._ledger.rules.lean:
+            super().after_controller_start(train_run_context)
+
+    def _maybe_send_resource_request(self) -> None:
+        if not self._ledger.rules.lean:
+            super()._maybe_send_resource_request()
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        self._maybe_send_resource_request()
+        rules = self._ledger.rules
+        return ResizeDecision(num_workers=rules.workers, resources_per_worker=rules.share)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        self._maybe_send_resource_request()
+        return NoopDecision()
+
+
+# ---- what counts as alive -------------------------------------------------------------------------------------------
+
+
+class Group(WorkerGroup):
+    """A worker group that leaves nothing behind when it fails to start."""
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():
+                self.shutdown()
+            raise
+
+    def silent_ranks(self) -> list[int]:
+        """The ranks that have not answered for a while, though their processes may be there."""
+        now = time.monotonic()
+        return [rank for rank, poll in self._world_rank_to_ongoing_poll.items() if now - poll.start_time > SILENCE]
+
+    def kill(self) -> None:
+        """End the processes without asking them: what they do has failed, and some of them may not answer."""
+        if self.has_started():
+            for worker in self.get_workers():
+                ray.kill(worker.actor)
+
+
+class Introduction(WorkerGroupCallback):
+    """Tells each worker of a group, before it does anything, which attempt it belongs to."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        ledger = self._ledger
+        facts = json.dumps({"attempt": ledger.attempt, "cause": ledger.cause})
+
+        def introduce() -> None:
+            os.environ[ATTEMPT] = facts
+
+        ray.get(worker_group.execute_async(introduce), timeout=TOLD_TO_START)
+        handle = worker_group._worker_group_state.placement_group_handle
+        ledger.write("placement_group", handle.placement_group.id.hex())
+
+
+class TrainController(RayTrainController):
+    worker_group_cls = Group
+
+    def __init__(self, rules: Rules, callbacks: list[Any], **arguments: Any) -> None:
+        self._ledger = Ledger(rules)
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(rules.timeout)
+        context = arguments["train_run_context"]
+        arguments["scaling_policy"] = Workers(context.scaling_config, self._ledger)
+        arguments["failure_policy"] = Retries(context.run_config.failure_config, self._ledger)
+        super().__init__(callbacks=[*callbacks, Introduction(self._ledger)], **arguments)
+
+    def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
+        # First, so that what the failed group holds can be given to the next.
+        if self._worker_group:
+            self._worker_group.kill()
+            self._shutdown_worker_group()
+        return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)
+
+    def _start_worker_group(self, num_workers: int, resources_per_worker: dict[str, float]) -> None:
+        self._ledger.begin_attempt()
+        super()._start_worker_group(num_workers=num_workers, resources_per_worker=resources_per_worker)
+        self._ledger.wanting = None
+
+    async def _poll_workers(self) -> Any:
+        """Return the workers' status; where some have lost a peer, wait for the cause, which may show a little later.
+
+        A group that regroups is waited for until all have saved.
+        """
+        status = await super()._poll_workers()
+        begun = time.monotonic()
+        while status.errors and not status.finished:
+            kinds = {kind_of(error) for error in status.errors.values()}
+            patience = PATIENCE if kinds == {"lost"} else self._ledger.rules.timeout if kinds == {"regroup"} else 0.0
+            if time.monotonic() - begun > patience:
+                break
+            status = await super()._poll_workers()
+        if status.errors:
+            self._ledger.suspects = self._suspects(status)
+        return status
+
+    def _suspects(self, status: Any) -> dict[int, str]:
+        """Who is to blame where all that fail complain of others: who does not answer, else who does not complain."""
+        if {kind_of(error) for error in status.errors.values()} != {"lost"}:
+            return {}
+        if silent := self._worker_group.silent_ranks():
+            return {rank: "silent" for rank in silent if rank not in status.errors}
+        return {rank: "absent" for rank in status.worker_statuses if rank not in status.errors}
+
+
+def controller_class() -> type[TrainController]:
+    """Return the class in a form that travels by value."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return TrainController
