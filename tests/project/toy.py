@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -161,3 +162,17 @@ class Line(nn.Module):
 
     def stumble(self) -> None:
         raise KeyError("the user's own mistake")
+
+
+class Accidents:
+    """Signals that ranks send themselves after a step, each once in a run's life: `{rank: 1, step: 6, name: KILL}`."""
+
+    def __init__(self, happen: list[dict[str, Any]]) -> None:
+        self.happen = happen
+
+    def on_step(self, run: Any) -> None:
+        for number, accident in enumerate(self.happen):
+            mark = run.directory / f"accident-{number}"
+            if (run.rank, run.step) == (accident["rank"], accident["step"]) and not mark.exists():
+                mark.write_text(f"{os.getpid()} {time.time()}")
+                os.kill(os.getpid(), getattr(signal, f"SIG{accident['name']}"))

@@ -1,0 +1,43 @@
+"""Lost workers under Ray Train: the run goes on by itself and ends with the weights of an undisturbed run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.engine.checkpoint import load_weights
+from tests.command import TOY, Place
+
+JOB = (*TOY, "trainer.deterministic=true", "trainer.steps=16", "checkpoint.every=4", "logging.tensorboard=false")
+
+
+def accidents(*happen: tuple[int, int, str]) -> str:
+    each = ", ".join(f"{{rank: {rank}, step: {step}, name: {name}}}" for rank, step, name in happen)
+    return f"+callbacks.accidents={{_target_: toy.Accidents, happen: [{each}]}}"
+
+
+def same_weights(place: Place, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    first, second = (load_weights(result["checkpoint"]) for result in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.timeout(170)
+def test_killed_workers_are_replaced(place: Place) -> None:
+    """Would be wrong: the consequence told as the cause, steps counted wrongly, another order of samples after it, a
+    rank that waits for one of the group before."""
+    words = ("cluster=local", "scaling.workers=2", "model.delay=0.3", accidents((1, 6, "KILL"), (0, 10, "KILL")))
+    done = place.launch(*JOB, *words, "run.name=a", seconds=160)
+    assert done.status == 0, done.err
+    undisturbed = place.launch(*JOB, "run.name=b")
+    assert undisturbed.status == 0, undisturbed.err
+
+    result = place.result("a")
+    assert (result["status"], result["steps"], result["world_sizes"]) == ("completed", 16, [2])
+    assert (result["restarts"], result["preemptions"]) == (2, 0)
+    assert 2 <= result["lost_steps"] < 2 * (4 + 3)  # a save takes up to three steps
+    assert same_weights(place, result, place.result("b"))
+    told = [line for line in done.err.splitlines() if "died without a word" in line]
+    assert [line.split("(process")[0].split("Worker")[1] for line in told] == [" 1 of 2 ", " 0 of 2 "]
+    assert "Traceback" not in done.err
