@@ -83,7 +83,12 @@ class Rule:
     why: str = ""
 
 
-_RAY_TRAIN = ("launcher.runners.ray_train", "launcher.runners.supervision", "launcher.runners.policies", "launcher.runners.healing")
+_RAY_TRAIN = (
+    "launcher.runners.ray_train",
+    "launcher.runners.supervision",
+    "launcher.runners.policies",
+    "launcher.runners.healing",
+)
 
 RULES = (
     Rule("launcher.engine", ("ray", "hydra", "omegaconf"), why="the engine runs without Ray, and on plain data"),

@@ -29,9 +29,11 @@ from launcher.clusters.local import EmbeddedRay
 from launcher.errors import Stopped, WorkerLost
 from launcher.runners import ray_train
 from launcher.runners.channel import DriverEnd, WorkerEnd
-from launcher.runners.ray_train import LOOK_SECONDS, Order
+from launcher.runners.policies import Rules
+from launcher.runners.ray_train import Order
 from launcher.runners.reports import Event, describe, rebuild
 from launcher.runners.signals import STOPPING, Interrupts
+from launcher.runners.supervision import LOOK_SECONDS
 
 GRACE_SECONDS = 5.0  # for the workers to end once the result is there; a replacement may still be starting
 STARTS = 5  # of each worker, without a step in between: then replacing does not help
@@ -66,7 +68,8 @@ def run(
     )
     trainer = ray_train.Trainer(
         ray_train._entrance(order, __name__),
-        embedded=not cluster.existing,
+        rules=Rules(order.run, workers, workers, {"CPU": cpus_per_worker}, lean=not cluster.existing),
+        heals=True,
         backend_config=_replaceable(),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": cpus_per_worker}),
         run_config=ray.train.RunConfig(

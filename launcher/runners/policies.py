@@ -1,7 +1,7 @@
 """Ray Train's controller with rules of our own: what is tried again, with how many workers, and what counts as alive.
 
 The controller is an actor, on a machine where this package may not be installed: the module travels to it by value
-(see `controller_class`) and imports nothing of launcher. What it decides it tells the driver through the run's part of
+(see `travel_by_value`) and imports nothing of launcher. What it decides it tells the driver through the run's part of
 the key-value store, as one more sender of events (`launcher.runners.channel`).
 
     worker dies, hangs, loses a peer    the group ends, the next one continues from the newest checkpoint; counted
@@ -306,7 +306,6 @@ class TrainController(RayTrainController):
         return {rank: "absent" for rank in status.worker_statuses if rank not in status.errors}
 
 
-def controller_class() -> type[TrainController]:
-    """Return the class in a form that travels by value."""
+def travel_by_value() -> None:
+    """Have the classes of this module travel with all that they are."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    return TrainController
