@@ -231,8 +231,8 @@ def test_a_store_that_is_gone_at_the_end_is_told_and_the_copy_kept(
     (kept,) = (tmp_path / "cache").rglob("step-00000060")
     assert str(kept) in done.err.replace("\n", "")
 
-    words = ("--config-dir", "own", f"run.root={container.uri}", "run.name=g", "run.resume=true", "trainer.steps=70")
-    again = place.launch(*words, seconds=90, **container.environment(tmp_path / "cache"))
+    more = ("--config-dir", "own", f"run.root={container.uri}", "run.name=g", "run.resume=true", "trainer.steps=70")
+    again = place.launch(*more, seconds=90, **container.environment(tmp_path / "cache"))
     assert again.status == 0, again.err
     assert "Continuing from step 60." in again.err
     assert container.intact("g")[-1] == 70
