@@ -66,6 +66,7 @@ def is_spread(value: dict[str, Any], rounds: int) -> bool:
 # ---- each of them, tiny ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_throughput_compares_the_same_with_the_same(tmp_path: Path) -> None:
     peers = [name for name in ("accelerate", "lightning") if harness.available(name)]
@@ -136,6 +137,7 @@ def test_waiting_is_a_share_of_the_time_and_not_a_mean_of_shares(tmp_path: Path)
     assert (found["waiting"], found["first"]) == (pytest.approx(0.2), 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_exactness(tmp_path: Path) -> None:
     words = ["--rounds", "2", "--warm-up", "5", "--turn", "5", "--batch", "32", "--networks", "mlp"]
@@ -167,6 +169,7 @@ def test_gpu_without_one_says_so_and_leaves_the_figures_empty(tmp_path: Path) ->
     assert all(value is None for found in content["variants"].values() for value in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_gpu_language_on_the_cpu_as_a_stand_in(tmp_path: Path) -> None:
     words = ["--language", "--tiny", "--no-compile", "--device", "cpu", "--rounds", "1"]
