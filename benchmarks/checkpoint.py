@@ -1,12 +1,13 @@
 """What checkpoints cost the training of a model of 100 million parameters: one every 20 steps against none.
 
-    python benchmarks/checkpoint.py         one process, float32, AdamW: 1.2 GB a checkpoint; about four minutes
+    python benchmarks/checkpoint.py         one process, float32, AdamW: 1.2 GB a checkpoint; about six minutes
 
 In one process, turn by turn: 20 steps without a checkpoint, then 20 steps of which the first follows a save, as the
 training loop does it (`Checkpointer.save`, in the background, with SHA-256 and fsync). The time of a turn ends when its
 last step is done and its checkpoint is on the disk. `copy` is nothing but the copying of the same tensors into memory
 that is there already; `block` is how long `save` keeps the loop. The first save, which also has to get that memory, is
-told apart.
+told apart. The CPU seconds of a save while nothing trains say what it takes from training whose threads use all cores,
+also on a machine where others work.
 
 A step on two cores is slow, but so is everything that a checkpoint costs, and both share the same cores: on a machine
 with a GPU the cores that hash and write have nothing else to do.
@@ -39,7 +40,7 @@ LAYERS = 8
 def main() -> None:
     parser = harness.parser(__doc__, rounds=4)
     parser.add_argument("--parameters", type=float, default=100e6, help="of the model (default 100 million)")
-    parser.add_argument("--batch", type=int, default=512, help="samples in a step (default 512)")
+    parser.add_argument("--batch", type=int, default=256, help="samples in a step (default 256)")
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints (default 20)")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: the temporary folder)")
     options = parser.parse_args()
@@ -94,6 +95,10 @@ def measure(training: Training, rounds: int, every: int) -> Iterator[Figures]:
         for target, source in zip(copies, training.tensors(), strict=True):
             target.copy_(source)
         copy = time.perf_counter() - began
+        began, before = time.perf_counter(), time.process_time()
+        training.save()
+        training.saver.wait()
+        alone, cpu = time.perf_counter() - began, time.process_time() - before
         seconds: dict[bool, float] = {}
         for saves in (False, True) if number % 2 == 0 else (True, False):
             training.step()  # what the turn before left in the caches is not this one's
@@ -109,6 +114,8 @@ def measure(training: Training, rounds: int, every: int) -> Iterator[Figures]:
             "none": seconds[False],
             "checkpoint": seconds[True],
             "copy": copy,
+            "alone": alone,
+            "cpu": cpu,
             "block": saved.blocked,
             "write": saved.seconds,
             "first_block": first.blocked,
@@ -140,6 +147,8 @@ def report(options: Any, training: Training, rounds: list[Figures]) -> Report:
         row("blocked / copy", block.text(2), BLOCK, block),
         row("the first save blocks, s", f"{rounds[0]['first_block']:.3f}"),
         row("from save to durable, s", spread(rounds, "write").text(2)),
+        row("the same while nothing trains, s", spread(rounds, "alone").text(2)),
+        row("CPU seconds of that", spread(rounds, "cpu").text(2)),
     ]
     found.content = {"rounds": rounds, "slowdown": slowdown.to_dict(), "block": block.to_dict()}
     return found

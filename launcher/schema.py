@@ -349,6 +349,11 @@ def _check_healing(job: Job) -> None:
             "scaling.heal=true was asked for with cluster=none, where nobody starts a worker anew. Use cluster=local, "
             "or leave it out."
         )
+    if "://" in job.run.root and not job.run.root.startswith("file://"):
+        raise ConfigError(
+            f"scaling.heal=true was asked for with run.root={job.run.root}, an object store; workers that heal in place "
+            "share a directory so far. Give a path that all machines see, or leave scaling.heal out."
+        )
     if job.scaling.device == "cuda":
         raise ConfigError(
             "scaling.heal=true was asked for with scaling.device=cuda; healing in place is made for workers on CPUs so "

@@ -127,6 +127,17 @@ def test_waiting_for_pictures(tmp_path: Path) -> None:
         assert 0 < found["waiting"]["median"] < 0.5, name
 
 
+def test_checkpoints(tmp_path: Path) -> None:
+    words = ["--parameters", "20000", "--batch", "4", "--rounds", "2", "--every", "2", "--folder", str(tmp_path.parent)]
+    content = run_benchmark("checkpoint", words, tmp_path)
+    assert is_spread(content["slowdown"], 2)
+    assert is_spread(content["block"], 2)
+    for one in content["rounds"]:
+        assert one["bytes"] > 3 * 4 * 19000  # weights and both of AdamW's averages
+        assert one["copy"] > 0
+        assert one["block"] <= one["write"]
+
+
 def test_waiting_is_a_share_of_the_time_and_not_a_mean_of_shares(tmp_path: Path) -> None:
     points = [(20, 50.0, 0.9), (40, 100.0, 0.0), (60, 50.0, 0.3), (67, 10.0, 1.0)]
     names = ("step", "throughput/samples_per_second", "throughput/data_wait_fraction")

@@ -254,6 +254,7 @@ WRONG: list[tuple[str, str]] = [
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("run.root=s3://bucket/runs", r"scaling.heal=true.*an object store.*Give a path"),
         ("strategy=fsdp", r"scaling.heal=true.*strategy=fsdp.*Use strategy=ddp"),
         ("cluster=none", r"cluster=none, where nobody starts a worker"),
         ("scaling.device=cuda", r"made for workers on CPUs"),
