@@ -31,7 +31,8 @@ class Control(Protocol):
         """Take an event for the user. JSON types only; must not wait.
 
         Kinds: `phase` (name), `note` (text), `line` (rank, text: what the user's code printed), `progress` (step,
-        total_steps, epoch, loss, samples_per_second, seconds_left) and `error` (rank, type, message, traceback, setup).
+        total_steps, epoch, loss, samples_per_second, seconds_left), `pace` (see `launcher.engine.pace`) and `error`
+        (rank, type, message, traceback, setup).
         """
         ...
 

@@ -40,6 +40,7 @@ from launcher.engine.examples import Examples
 from launcher.engine.metrics import Sums, as_pair, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
 from launcher.engine.order import keys_of_training
+from launcher.engine.pace import Pace
 from launcher.engine.peaks import share_of_a_sample
 from launcher.engine.profile import StepTrace
 from launcher.engine.progress import Done, Every, Progress
@@ -123,6 +124,7 @@ class Trainer:
         self.uploads = uploads
         self._open_checkpoints()
         self.throughput = Throughput()
+        self._pace = Pace(control.emit)
         self._share = share_of_a_sample(model, runtime.device, trainer.precision)
         self._trace = StepTrace(job.logging.profile, directory.path, runtime)
         self.log_every, self.evaluate_every, self.save_every = (
@@ -398,7 +400,7 @@ class Trainer:
     def _evaluate(self, done: Done) -> None:
         due = self._ended or done.ballots["evaluate"] or self.evaluate_every.due(self.progress)
         if self.evaluator is not None and due:
-            with self.throughput.pause(), self.callbacks.evaluated(), self.strategy.resting():
+            with self.throughput.pause(), self._pace.evaluation(), self.callbacks.evaluated(), self.strategy.resting():
                 done.values.update(self.evaluator.run())
             done.evaluated = True
         self.progress.metrics.update(done.values)
@@ -430,8 +432,10 @@ class Trainer:
         values["train/learning_rate"] = self._rate
         values["train/grad_norm"] = float(self.strategy.grad_norm())
         values.update(self.throughput.interval())
+        taken = self.job.trainer.global_batch_size / max(values["throughput/samples_per_second"], 1e-9)
+        if self.runtime.is_first:
+            self._pace.look(taken, self.checkpointer.last)
         if self.advice is not None:
-            taken = self.job.trainer.global_batch_size / max(values["throughput/samples_per_second"], 1e-9)
             values["throughput/predicted_ratio"] = self.advice.step.seconds / taken
         if self._share is not None:
             each = values["throughput/samples_per_second"] / self.runtime.world_size

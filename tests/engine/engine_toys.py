@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,18 @@ class Net(nn.Module):
         if self.note and self.training:
             RECORD.append(("losses", number.tolist(), loss.tolist()))
         return {"loss": loss, "accuracy": logits.argmax(1) == y}
+
+
+class Slow(Net):
+    """Takes its time over each batch: less in training than in evaluation."""
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        time.sleep(0.02)
+        return super().training_step(batch)
+
+    def validation_step(self, batch: Any) -> dict[str, Any]:
+        time.sleep(0.1)
+        return super().training_step(batch)
 
 
 class Summary(Net):

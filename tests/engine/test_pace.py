@@ -1,0 +1,40 @@
+"""What the engine says of its own speed, which decides how late a run may leave a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launcher.engine.checkpoint import Saved
+from launcher.engine.pace import Pace
+from tests.engine.engine_ranks import make_job, succeed
+
+
+def test_ranks_tell_how_long_steps_saves_and_evaluations_take(tmp_path: Path) -> None:
+    """Figures that are too low would lose the race with the deadline; a save is the slowest thing of all."""
+    job = make_job(model="Slow", steps=12, evaluate_every=4, checkpoint={"every": 2, "keep": 1})
+    first, second = succeed(job, tmp_path, 2)
+    told = [event for event in first.events if event["kind"] == "pace"]
+    assert not [event for event in second.events if event["kind"] == "pace"]
+    assert told[0]["save_seconds"] is None, "nothing is saved yet: whoever asks must not wait"
+    assert told[0]["evaluation_seconds"] == 0
+    last = told[-1]
+    assert 0.02 <= last["step_seconds"] < 2
+    assert last["evaluation_seconds"] >= 0.1
+    assert 0 < last["save_seconds"] < 10
+
+
+def test_only_news_are_told_and_a_slow_save_is_remembered_for_a_while() -> None:
+    told: list[dict[str, Any]] = []
+    pace = Pace(told.append)
+
+    def saved(step: int, seconds: float) -> Saved:
+        return Saved(step, Path(), 0, 0.0, seconds)
+
+    pace.look(1.0, None)
+    pace.look(1.1, None)
+    for step, seconds in enumerate([2.0, 9.0, 2.0, 2.1, 2.0]):
+        newest = saved(step, seconds)
+        pace.look(1.0, newest)
+        pace.look(1.0, newest)  # logged again before the next save
+    assert [event["save_seconds"] for event in told] == [None, 2.0, 9.0, 2.1]
