@@ -269,7 +269,8 @@ def introduced() -> tuple[int, str]:
 
 
 def _whereabouts() -> Event:
-    facts = {"pid": os.getpid(), "host": socket.gethostname()}
+    node = ray.get_runtime_context().get_node_id()
+    facts = {"pid": os.getpid(), "host": socket.gethostname(), "node": node}
     with contextlib.suppress(OSError):
         facts["stderr"] = os.readlink("/proc/self/fd/2")
     return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -17,7 +18,7 @@ from ray.util.placement_group import PlacementGroup
 from launcher.clusters.existing import ExistingRay
 from launcher.clusters.local import EmbeddedRay
 from launcher.errors import LaunchError, ResourceError, Stopped, TrainingError, WorkerLost
-from launcher.runners import policies
+from launcher.runners import policies, preemption
 from launcher.runners.channel import DriverEnd, publish
 from launcher.runners.reports import Event, crash_of, rebuild
 from launcher.runners.signals import STOPPING, Interrupts
@@ -77,6 +78,9 @@ class Supervision:
         self._suspects: dict[int, str] = {}
         self._training = False
         self._controllers_lost = 0
+        self._pace: Event | None = None  # of the engine
+        # Nobody drains a Ray of our own: its only machine is this one.
+        self._evictions = preemption.Evictions(preemption.RayCluster(), self._note) if cluster.existing else None
         self._outcome: Any = None
 
     def watch(self) -> dict[str, Any]:
@@ -102,6 +106,7 @@ class Supervision:
                     "memory. Continue the run from its newest checkpoint with run.resume=true."
                 )
             self._look()
+            self._look_for_evictions()
             if self._interrupts.count >= 2 or (self._interrupts.count and not self._training):
                 self._end()
             if self._interrupts.count and not stopping:
@@ -109,6 +114,19 @@ class Supervision:
                 self.channel.request("stop")
                 self._on_event(STOPPING)
         self._look()
+
+    def _note(self, text: str) -> None:
+        self._on_event({"kind": "note", "text": text})
+
+    def _look_for_evictions(self) -> None:
+        if self._evictions is None or not self._workers:
+            return
+        nodes = {worker["node"]: worker["host"] for worker in self._workers.values()}
+        asked = self._evictions.look(nodes, self._pace, time.time())
+        if asked == "regroup":
+            self.regroup()
+        elif asked == "stop":
+            self.channel.request("stop")
 
     def regroup(self) -> None:
         """Have the workers that there are now save and be started again, which counts as no failure."""
@@ -173,6 +191,8 @@ class Supervision:
                     self._errors.append(event)
             elif kind == "verdict":
                 self._take_verdict(event)
+            elif kind == "pace":
+                self._pace = event
             elif kind == "resumed":
                 publish(f"{self.channel.run}/resumed", str(event["step"]))
             else:

@@ -1,0 +1,88 @@
+"""A command on a cluster of small nodes with an agent each, one of which is to be taken away: a test's driver.
+
+    python eviction_drive.py NODES HOW WORDS…
+
+HOW: "azure:SECONDS" (a notice by Scheduled Events), "withdrawn:SECONDS" (the same, taken back two seconds later) or
+"sigterm:SECONDS" (to the agent of the node). The node is one with a worker; it strikes once step 3 is logged. The
+last line of standard output is a JSON object: result, and lost (VMs whose nodes are gone, or drained).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from launcher import launch
+from tests.clusters.scheduled_events import ScheduledEvents, event
+
+SMALL = {"object_store_memory": 80_000_000}
+METRICS = Path("runs/evicted/metrics.jsonl")
+
+
+class Machine:
+    """One node, its agent, and what Azure says to it."""
+
+    def __init__(self, cluster: Cluster, number: int, term_seconds: str) -> None:
+        self.node = cluster.add_node(num_cpus=1, **SMALL)
+        self.events = ScheduledEvents(f"gpu-{number}")
+        self.events.__enter__()
+        words = ["--address", cluster.address, "--node-id", self.node.node_id, "--metadata", self.events.url]
+        self.agent = subprocess.Popen(
+            [sys.executable, "-m", "launcher.clusters.eviction", *words, "--term-seconds", term_seconds]
+        )
+
+    @property
+    def works(self) -> bool:
+        return ray._private.state.available_resources_per_node().get(self.node.node_id, {}).get("CPU", 0) == 0
+
+    def end(self) -> None:
+        self.agent.kill()
+        self.agent.wait()
+        self.events.__exit__()
+
+
+def main() -> None:
+    count, how, *words = sys.argv[1:]
+    kind, _, seconds = how.partition(":")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **SMALL})
+    machines = [Machine(cluster, number, seconds) for number in range(int(count))]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+
+    def strike() -> None:
+        while not (METRICS.exists() and len(METRICS.read_text().splitlines()) >= 3):
+            time.sleep(0.05)
+        machine = next(machine for machine in machines if machine.works)
+        if kind == "sigterm":
+            machine.agent.send_signal(signal.SIGTERM)
+            return
+        machine.events.set(event(machine.events.vm, not_before=float(round(time.time() + float(seconds)))))
+        if kind == "withdrawn":
+            time.sleep(2)
+            machine.events.set()
+
+    threading.Thread(target=strike, daemon=True).start()
+    told: dict[str, Any] = {}
+    try:
+        told["result"] = launch(*words, "run.name=evicted")
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        draining = ray._private.worker.global_worker.gcs_client.get_draining_nodes()
+        told["lost"] = [machine.events.vm for machine in machines if machine.node.node_id not in nodes - set(draining)]
+    finally:
+        for machine in machines:
+            machine.end()
+        ray.shutdown()
+        cluster.shutdown()
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

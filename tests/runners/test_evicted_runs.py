@@ -1,0 +1,96 @@
+"""Notices that reach a run: Azure's service, the agent, Ray, the driver and the engine, all of them real.
+
+The nodes are processes on this machine. One of three is free, so that the number of workers stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.engine_ranks import assert_same_weights, final_weights
+
+DRIVE = Path(__file__).with_name("eviction_drive.py")
+ROOT = DRIVE.parents[2]
+# The same network, in a hurry or not: an undisturbed run needs no time.
+SLOW = """
+import time
+from models.vision import ConvNet
+
+class Slow(ConvNet):
+    def training_step(self, batch):
+        time.sleep(0.15)
+        return super().training_step(batch)
+"""
+JOB = ["experiment=mnist_tiny", "data.limit=1000", "trainer.deterministic=true", "logging.tensorboard=false"]
+ON_RAY = ["scaling.workers=2", "scaling.cpus_per_worker=1", "checkpoint.every=2", "model._target_=slow.Slow"]
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def evicted(how: str, directory: Path) -> tuple[dict[str, Any], str]:
+    """Train with a node taken away; return the driver's last word and what the user was shown."""
+    (directory / "slow.py").write_text(SLOW)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(DRIVE), "3", how, *JOB, *ON_RAY]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=220)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def undisturbed(directory: Path) -> Path:
+    words = [*JOB, "cluster=none", "scaling.device=cpu", "run.name=calm"]
+    subprocess.run(
+        [sys.executable, "-m", "launcher", *words],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
+    return directory / "runs/calm"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "azure:7",
+        pytest.param("azure:2", marks=pytest.mark.slow),
+        pytest.param("sigterm:7", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_leaves_a_node_before_it_is_taken_away(how: str, tmp_path: Path) -> None:
+    """No step is lost, nothing is placed on the node again, it is no failure, and the weights are the same bits."""
+    told, shown = evicted(how, tmp_path)
+    result = told["result"]
+    assert result["status"] == "completed"
+    assert result["preemptions"] == 1
+    assert result["restarts"] == 0
+    assert result["lost_steps"] <= 1
+    assert len(told["lost"]) == 1
+    assert shown.count(f"{told['lost'][0]} is to be taken away") == 1
+    assert_same_weights(final_weights(tmp_path / "runs/evicted"), final_weights(undisturbed(tmp_path)))
+
+
+@pytest.mark.slow
+def test_a_notice_that_is_withdrawn_costs_nothing(tmp_path: Path) -> None:
+    told, shown = evicted("withdrawn:9", tmp_path)
+    result = told["result"]
+    assert result["status"] == "completed"
+    assert (result["preemptions"], result["restarts"], result["lost_steps"]) == (0, 0, 0)
+    assert told["lost"] == [], "a node was drained, which cannot be undone"
+    assert "is withdrawn; nothing was done because of it" in shown
+    assert_same_weights(final_weights(tmp_path / "runs/evicted"), final_weights(undisturbed(tmp_path)))
