@@ -351,8 +351,8 @@ def _check_healing(job: Job) -> None:
         )
     if "://" in job.run.root and not job.run.root.startswith("file://"):
         raise ConfigError(
-            f"scaling.heal=true was asked for with run.root={job.run.root}, an object store; workers that heal in place "
-            "share a directory so far. Give a path that all machines see, or leave scaling.heal out."
+            f"scaling.heal=true was asked for with run.root={job.run.root}, an object store; workers that heal in "
+            "place share a directory so far. Give a path that all machines see, or leave scaling.heal out."
         )
     if job.scaling.device == "cuda":
         raise ConfigError(
