@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACE = 0.25  # seconds that a step takes at least
+PACE = 0.4  # seconds from step to step, at least
 _OF_THE_MACHINE = ("throughput/", "memory/", "cluster/", "time")
 
 
@@ -32,6 +32,7 @@ class Paced:
 
     def __init__(self, seconds: float = PACE) -> None:
         self.seconds = seconds
+        self.last = time.monotonic()
 
     def on_start(self, run: Any) -> None:
         folder = run.directory / "workers"
@@ -43,7 +44,8 @@ class Paced:
             own = run.directory / f"first.{os.getpid()}"
             own.write_text(str(os.getpid()))
             own.replace(run.directory / "first")
-        time.sleep(self.seconds)
+        time.sleep(max(0.0, self.last + self.seconds - time.monotonic()))
+        self.last = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def measure(kills: int, every: float, workers: int = 3) -> Outcome:
     Raises:
         RuntimeError: a run failed, or it was over before the last kill.
     """
-    steps = int((kills + 1) * every / (PACE + 0.1))  # a step takes longer than its pause
+    steps = int((kills + 1) * every / PACE)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         times = _disturbed(root, kills, every, steps, workers)

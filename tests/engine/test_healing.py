@@ -10,6 +10,7 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from launcher.engine import entry
+from launcher.engine import runtime as engine_runtime
 from launcher.engine.membership import Member, Membership
 from launcher.engine.runtime import Runtime
 from launcher.runs import RunDirectory
@@ -76,7 +78,8 @@ def _die_in(deaths: Deaths) -> None:
         def method(self: Any, *arguments: Any) -> Any:
             here = deaths.step is not None and self.progress.step + before >= deaths.step
             if here and before:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGSTOP if deaths.moment == "hang" else signal.SIGKILL)
+                deaths.step = None  # where it was only stopped
             answer = original(self, *arguments)
             if here:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -86,6 +89,7 @@ def _die_in(deaths: Deaths) -> None:
 
     name, before = {
         "begin": ("_step", True),
+        "hang": ("_step", True),
         "backward": ("_record", True),
         "before the vote": ("_commit", True),
         "committed": ("_after_step", False),
@@ -95,10 +99,13 @@ def _die_in(deaths: Deaths) -> None:
     dying(name, before)
 
 
-def _worker(slot: int, workers: int, folder: str, answer: str, task: entry.Task, deaths: Deaths) -> None:
+def _worker(
+    slot: int, workers: int, folder: str, answer: str, task: entry.Task, deaths: Deaths, timeout: float
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     _die_in(deaths)
+    engine_runtime.COLLECTIVE_TIMEOUT = timedelta(seconds=timeout)
     given: dict[str, Any] = {"slot": slot}
     membership = Membership(Folder(Path(folder)), slot, workers, "127.0.0.1", "secret")
     runtime = Runtime.healing(membership, slot, workers, "cpu")
@@ -114,8 +121,18 @@ def _worker(slot: int, workers: int, folder: str, answer: str, task: entry.Task,
     os.replace(f"{answer}.part", answer)
 
 
-def heal(job: Any, directory: Path, workers: int, deaths: list[tuple[int, int, str]], replace: bool = True) -> Any:
-    """Run the job with `workers` workers; (slot, step, moment) say who is killed when. Returns what each gave."""
+def heal(
+    job: Any,
+    directory: Path,
+    workers: int,
+    deaths: list[tuple[int, int, str]],
+    replace: bool = True,
+    timeout: float = 60,
+) -> Any:
+    """Run the job with `workers` workers; (slot, step, moment) say who is killed when.
+
+    One that hangs is woken after 10 s. timeout: seconds that a collective operation may take. Returns what each process gave.
+    """
     run = RunDirectory(directory)
     run.create()
     folder = directory / "store"
@@ -137,15 +154,21 @@ def heal(job: Any, directory: Path, workers: int, deaths: list[tuple[int, int, s
                 str(folder.parent / f"answer-{started}"),
                 task,
                 Deaths(step, moment, PACE),
+                timeout,
             ),
         )
         process.start()
+        if moment == "hang":
+            hung.append(process)
         return process
 
+    hung: list[Any] = []
     processes = {slot: start(slot) for slot in range(workers)}
-    end = time.monotonic() + 60
+    began = time.monotonic()
     while processes:
-        assert time.monotonic() < end, f"slots {sorted(processes)} had not ended"
+        assert time.monotonic() < began + 60, f"slots {sorted(processes)} had not ended"
+        while hung and time.monotonic() > began + 10:
+            os.kill(hung.pop().pid, signal.SIGCONT)
         for slot, process in list(processes.items()):
             if process.exitcode is None:
                 continue
@@ -201,6 +224,16 @@ def test_who_lost_everybody_goes_on_from_the_disk(tmp_path: Path) -> None:
     succeed(job, tmp_path / "whole", 2)
     heal(job, tmp_path / "healed", 2, [(0, 12, "begin"), (1, 12, "begin")])
     assert_same_run(tmp_path / "whole", tmp_path / "healed")
+
+
+@pytest.mark.slow
+def test_who_hung_and_wakes_up_is_let_in_again(tmp_path: Path) -> None:
+    job = make_job(steps=300, deterministic=True, checkpoint={"every": 100})
+    succeed(job, tmp_path / "whole", 3)
+    answers = heal(job, tmp_path / "healed", 3, [(1, 20, "hang")], timeout=2)
+    assert_same_run(tmp_path / "whole", tmp_path / "healed")
+    assert result_of(tmp_path / "healed")["world_sizes"][:3] == [3, 2, 3]  # under load others may seem to hang
+    assert len(answers) == 3
 
 
 def test_a_door_answers_only_who_knows_the_secret() -> None:
