@@ -131,7 +131,8 @@ def heal(
 ) -> Any:
     """Run the job with `workers` workers; (slot, step, moment) say who is killed when.
 
-    One that hangs is woken after 10 s. timeout: seconds that a collective operation may take. Returns what each process gave.
+    One that hangs is woken after 10 s. timeout: seconds that a collective operation may take. Returns what each
+    process gave.
     """
     run = RunDirectory(directory)
     run.create()
