@@ -18,6 +18,8 @@ from tests.vmlab.lab import Lab
 
 UNANNOUNCED = EVERY + SAVING - 1  # lost_steps < checkpoint.every + the steps of one save
 DAMAGED = UNANNOUNCED + EVERY  # the newest checkpoint is worth nothing, the one before it is used
+ANNOUNCED = 1
+ELASTIC = ("scaling.min_workers=1", "scaling.timeout=6")
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,71 @@ def ancestor(pid: int, wanted: int) -> bool:
     return False
 
 
+# ---- on several machines --------------------------------------------------------------------------------------------
+
+
+def machines_of(trial: Trial) -> Lab:
+    assert trial.lab is not None
+    return trial.lab
+
+
+def node_killed(trial: Trial) -> tuple[int, str]:
+    trial.start()
+    trial.wait_for_step(10)
+    trial.struck = time.time()
+    machines_of(trial).hosts[1].kill()
+    return trial.finish(), "completed"
+
+
+def raylet_killed(trial: Trial) -> tuple[int, str]:
+    trial.start()
+    trial.wait_for_step(10)
+    [raylet] = machines_of(trial).hosts[1].find("raylet/raylet ")
+    trial.strike(raylet)
+    return trial.finish(), "completed"
+
+
+def link_cut(seconds: float | None) -> Callable[[Trial], tuple[int, str]]:
+    def fault(trial: Trial) -> tuple[int, str]:
+        host = machines_of(trial).hosts[1]
+        trial.start()
+        trial.wait_for_step(10)
+        trial.struck = time.time()
+        host.cut()
+        if seconds is not None:
+            time.sleep(seconds)
+            host.mend()
+        return trial.finish(), "completed"
+
+    return fault
+
+
+def drained(seconds: float) -> Callable[[Trial], tuple[int, str]]:
+    """Ray is told that a machine will go; then it goes."""
+
+    def fault(trial: Trial) -> tuple[int, str]:
+        host = machines_of(trial).hosts[1]
+        trial.start()
+        trial.wait_for_step(10)
+        trial.struck = time.time()
+        host.drain(seconds)
+        time.sleep(max(0.0, trial.struck + seconds - time.time()))
+        host.kill()
+        return trial.finish(), "completed"
+
+    return fault
+
+
+def node_joins(trial: Trial) -> tuple[int, str]:
+    trial.start("model.seconds=1")  # so that there is something left to do
+    trial.wait_for_step(4)
+    trial.struck = time.time()
+    machines_of(trial).hosts[1].start_ray()
+    status = trial.finish()
+    assert trial.result()["world_sizes"] == [1, 2]
+    return status, "completed"
+
+
 @contextlib.contextmanager
 def small_disk(place: Path, megabytes: int = 16) -> Iterator[Callable[[], Path]]:
     """A disk of its own at a directory; yields what fills it."""
@@ -208,4 +275,16 @@ ROWS = (
     Row("newest checkpoint without its metadata", "none", damaged(without_metadata), DAMAGED, core=True),
     Row("disk full while saving", "none", disk_full),
     Row("driver killed", "local", driver_killed),
+    Row("worker killed", "local", worker_killed(1), core=True),
+    Row("rank 0 killed", "local", worker_killed(0), core=True),
+    Row("worker halted (SIGSTOP)", "local", worker_halted, words=("scaling.timeout=6",)),
+    Row("two faults in a row", "local", killed_twice),
+    Row("controller killed", "local", controller_killed),
+    Row("node lost: every process of a machine killed", "machines", node_killed, words=ELASTIC, core=True),
+    Row("raylet of a node killed", "machines", raylet_killed, words=ELASTIC),
+    Row("link of a machine cut for 20 s", "machines", link_cut(20), words=ELASTIC),
+    Row("link of a machine cut for good", "machines", link_cut(None), words=ELASTIC),
+    Row("node drained with 30 s notice", "machines", drained(30), ANNOUNCED, words=ELASTIC),
+    Row("node drained with 3 s notice", "machines", drained(3), ANNOUNCED, words=ELASTIC),
+    Row("node joins in the middle of an epoch", "machines", node_joins, ANNOUNCED, words=ELASTIC, nodes=1),
 )
