@@ -278,7 +278,7 @@ ROWS = (
     Row("worker killed", "local", worker_killed(1), core=True),
     Row("rank 0 killed", "local", worker_killed(0), core=True),
     Row("worker halted (SIGSTOP)", "local", worker_halted, words=("scaling.timeout=6",)),
-    Row("two faults in a row", "local", killed_twice),
+    Row("two faults in a row", "local", killed_twice, 2 * UNANNOUNCED),
     Row("controller killed", "local", controller_killed),
     Row("node lost: every process of a machine killed", "machines", node_killed, words=ELASTIC, core=True),
     Row("raylet of a node killed", "machines", raylet_killed, words=ELASTIC),

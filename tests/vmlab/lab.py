@@ -212,7 +212,11 @@ class Lab:
 
     def __enter__(self) -> Lab:
         with contextlib.ExitStack() as cleanup:
-            self.directory = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))  # short: Ray's sockets lie below
+            for path in Path("/tmp").glob("lab-*-*"):  # of a process that was killed; its namespaces go below
+                if not Path("/proc", path.name.split("-")[1]).exists():
+                    shutil.rmtree(path, ignore_errors=True)
+            # Short: the sockets of Ray lie below.
+            self.directory = Path(tempfile.mkdtemp(prefix=f"lab-{os.getpid()}-", dir="/tmp"))
             cleanup.callback(shutil.rmtree, self.directory, ignore_errors=True)
             self.scratch = self.directory / "r"
             self.scratch.mkdir()
