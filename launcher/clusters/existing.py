@@ -178,8 +178,9 @@ class ExistingRay:
                 f"{self.address} ({described(nodes)}), and a driver needs a Ray process on its own machine. Run this "
                 "command on a node of the cluster, or join it with `ray start --address=…`."
             )
+        quiet = [] if self._verbose else local.silence()
         level = logging.INFO if self._verbose else logging.ERROR
-        with _as_client(local.RAY_TRAIN_ENVIRONMENT), local.signal_handlers_kept():
+        with _as_client(local.RAY_TRAIN_ENVIRONMENT), local.signal_handlers_kept(), local.replaced(quiet):
             try:
                 ray.init(address=self.address, log_to_driver=self._verbose, logging_level=level, _node_ip_address=own)
             except Exception as error:

@@ -384,9 +384,9 @@ def _adapted(lean: bool) -> Iterator[None]:
     is ours to end the run in order. Lean leaves out the autoscaler's monitor, the log monitor (nothing is forwarded),
     the dashboard's server (Ray starts one for its API even with `include_dashboard=False`) and what the node's agent
     does for it: three Python processes, and two to three seconds.
-    `ray.init` has no options for this. Ray's version is pinned, and a name that is not there is left as it is.
+    `ray.init` has no options for this. Ray's version is pinned.
     """
-    from ray._private import node, parameter, ray_constants, services, utils, worker
+    from ray._private import node, parameter, ray_constants, services, utils
 
     class LeanParameters(parameter.RayParams):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -413,8 +413,22 @@ def _adapted(lean: bool) -> Iterator[None]:
             (parameter, "RayParams", LeanParameters),
             (node.Node, "start_api_server", no_api_server),
             (utils, "get_dashboard_dependency_error", lambda: ImportError("left out")),
-            (worker, "listen_error_messages", lambda *_: None),  # prints what a lost worker means to Ray
+            *silence(),
         ]
+    with replaced(replacements):
+        yield
+
+
+def silence() -> list[tuple[Any, str, Any]]:
+    """Return what keeps Ray from printing what a lost worker or node means to it."""
+    from ray._private import worker
+
+    return [(worker, "listen_error_messages", lambda *_: None)]
+
+
+@contextlib.contextmanager
+def replaced(replacements: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Set attributes of Ray's modules for the length of the block; a name that is not there is left as it is."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements if hasattr(owner, name)]
     try:
         for owner, name, value in replacements:
