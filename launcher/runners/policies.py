@@ -12,6 +12,7 @@ the key-value store, as one more sender of events (`launcher.runners.channel`).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -40,6 +41,9 @@ LOST, REGROUP = "[lost] ", "[regroup] "
 ATTEMPT = "LAUNCH_ATTEMPT"  # the variable that tells a worker which group it belongs to
 PATIENCE = 3.0  # seconds between the first report of a lost peer and the judgement: the cause may come after it
 SILENCE = 2.0  # seconds without an answer after which a worker is suspected of a hang that others complain of
+GROW_SECONDS = 10.0  # between two looks for more room
+START_SECONDS = 10.0  # that a reservation may take before the nodes are looked at anew: one may just have gone
+FREED_SECONDS = 3.0  # that Ray takes at most to see that what a group held is free again
 TOLD_TO_START = 20.0  # seconds that living workers need at most to take a small message
 
 
@@ -78,6 +82,7 @@ class Ledger:
     failures: int = 0  # in a row
     resumed: int = -1  # the step from which the attempt of the last failure had begun
     resizing: bool = False
+    looked: float = 0.0  # when more room was last looked for
     wanting: float | None = None  # since when a group is wanted for which there is no room
     suspects: dict[int, str] = field(default_factory=dict)
     told: int = 0
@@ -99,7 +104,12 @@ class Ledger:
         self.cause = self.read("cause") or ""
         self.write("attempt", str(self.attempt))
         self.write("cause", "")
-        self.suspects, self.resizing = {}, False
+        self.suspects, self.resizing, self.looked = {}, False, time.monotonic()
+
+    def still_waits(self) -> bool:
+        """Whether a group for which there is no room is waited for a little longer."""
+        self.wanting = self.wanting or time.monotonic()
+        return time.monotonic() - self.wanting < self.rules.room_seconds
 
     def count_failure(self) -> bool:
         """Count one more failure; return whether it is one too many."""
@@ -132,7 +142,7 @@ class Retries(FailurePolicy):
                 count=ledger.failures,
                 most=ledger.rules.max_failures,
             )
-            ledger.write("cause", cause or "")
+        ledger.write("cause", ledger.cause if waits else cause or "")
         return FailureDecision.RETRY if again else FailureDecision.RAISE
 
     def _cause(self, error: Any) -> str | None:
@@ -143,8 +153,7 @@ class Retries(FailurePolicy):
         if isinstance(error, ControllerError):
             failure = error.controller_failure
             if isinstance(failure, WorkerGroupStartupTimeoutError):
-                ledger.wanting = ledger.wanting or time.monotonic()
-                return "room" if time.monotonic() - ledger.wanting < ledger.rules.room_seconds else None
+                return "room" if ledger.still_waits() else None
             passing = (WorkerGroupStartupFailedError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
             return "failure" if isinstance(failure, passing) and ledger.attempt > 0 else None
         if not isinstance(error, WorkerGroupError):
@@ -205,12 +214,46 @@ class Workers(ScalingPolicy):
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         self._maybe_send_resource_request()
-        rules = self._ledger.rules
-        return ResizeDecision(num_workers=rules.workers, resources_per_worker=rules.share)
+        ledger, rules = self._ledger, self._ledger.rules
+        count = rules.workers
+        if rules.min_workers < rules.workers:
+            count = min(count, self._settled_room())
+            if count < rules.min_workers:
+                if not ledger.still_waits():
+                    raise WorkerGroupStartupTimeoutError(rules.min_workers)
+                return NoopDecision()
+        return ResizeDecision(num_workers=count, resources_per_worker=rules.share)
+
+    def _settled_room(self) -> int:
+        """Return for how many workers there is room, once what the last group held is free again."""
+        end = time.monotonic() + FREED_SECONDS * (self._ledger.attempt > 0)
+        while (count := room(self._ledger.rules.share)) < self._ledger.rules.workers and time.monotonic() < end:
+            time.sleep(0.1)
+        return count
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Have a group that could be larger save and end; growing it is then the business of the next decision."""
         self._maybe_send_resource_request()
+        ledger = self._ledger
+        small = len(worker_group_status.worker_statuses) < ledger.rules.workers
+        if small and not ledger.resizing and time.monotonic() - ledger.looked > GROW_SECONDS:
+            ledger.looked = time.monotonic()
+            if room(ledger.rules.share) >= 1:
+                ledger.resizing = True
+                ledger.tell(kind="room", attempt=ledger.attempt)
         return NoopDecision()
+
+
+def room(share: dict[str, float]) -> int:
+    """Return how many workers fit into what is free now on the nodes that stay."""
+    leaving = ray._private.state.state.get_draining_nodes()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving.keys()
+    free = ray._private.state.available_resources_per_node()
+    needs = {name: amount for name, amount in share.items() if amount > 0}
+    return sum(
+        min(int(free[node].get(name, 0.0) / amount + 1e-6) for name, amount in needs.items())
+        for node in alive & free.keys()
+    )
 
 
 # ---- what counts as alive -------------------------------------------------------------------------------------------
@@ -263,6 +306,7 @@ class TrainController(RayTrainController):
     def __init__(self, rules: Rules, callbacks: list[Any], **arguments: Any) -> None:
         self._ledger = Ledger(rules)
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(rules.timeout)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_SECONDS)
         context = arguments["train_run_context"]
         arguments["scaling_policy"] = Workers(context.scaling_config, self._ledger)
         arguments["failure_policy"] = Retries(context.run_config.failure_config, self._ledger)
@@ -279,6 +323,11 @@ class TrainController(RayTrainController):
         self._ledger.begin_attempt()
         super()._start_worker_group(num_workers=num_workers, resources_per_worker=resources_per_worker)
         self._ledger.wanting = None
+
+    async def _step(self) -> Any:
+        if self._ledger.wanting is not None:
+            await asyncio.sleep(0.25)  # Ray's loop would not: nodes come when they come
+        return await super()._step()
 
     async def _poll_workers(self) -> Any:
         """Return the workers' status; where some have lost a peer, wait for the cause, which may show a little later.

@@ -93,7 +93,10 @@ class Supervision:
             if not isinstance(self._outcome, BaseException):
                 return self._outcome.return_value
             if not self._replace_controller():
-                raise explain(self._outcome, self._workers, self._errors, self._suspects, self._limits) from None
+                error = explain(self._outcome, self._workers, self._errors, self._suspects, self._limits)
+                if self._attempt > 1:
+                    error.exit_status = 1
+                raise error from None
 
     def _follow(self) -> None:
         """Look five times a second until `fit` has ended."""
@@ -193,6 +196,9 @@ class Supervision:
                 self._take_verdict(event)
             elif kind == "pace":
                 self._pace = event
+            elif kind == "room":
+                if event["attempt"] == self._attempt and not self._interrupts.count:
+                    self.regroup()
             elif kind == "resumed":
                 publish(f"{self.channel.run}/resumed", str(event["step"]))
             else:

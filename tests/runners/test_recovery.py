@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from launcher.clusters.local import resources
 from launcher.engine.checkpoint import load_weights
 from tests.command import TOY, Place
 
+CPUS = resources()[0]
 JOB = (*TOY, "trainer.deterministic=true", "trainer.steps=16", "checkpoint.every=4", "logging.tensorboard=false")
 
 
@@ -41,3 +44,23 @@ def test_killed_workers_are_replaced(place: Place) -> None:
     told = [line for line in done.err.splitlines() if "died without a word" in line]
     assert [line.split("(process")[0].split("Worker")[1] for line in told] == [" 1 of 2 ", " 0 of 2 "]
     assert "Traceback" not in done.err
+
+
+@pytest.mark.timeout(170)
+def test_a_halted_worker_is_replaced_and_workers_are_as_many_as_fit(place: Place) -> None:
+    """Would be wrong: a wait without an end for a process that is there and does nothing; four workers asked of two
+    CPUs refused though one is said to be enough."""
+    words = ("cluster=local", "scaling.workers=4", "scaling.min_workers=1", f"scaling.cpus_per_worker={CPUS / 2}")
+    halted = ("model.delay=0.2", "scaling.timeout=8", accidents((1, 6, "STOP")))
+    done = place.launch(*JOB, *words, *halted, "run.name=a", seconds=160)
+    assert done.status == 0, done.err
+    undisturbed = place.launch(*JOB, "run.name=b")
+    assert undisturbed.status == 0, undisturbed.err
+
+    result = place.result("a")
+    assert (result["status"], result["world_sizes"], result["restarts"]) == ("completed", [2], 1)
+    assert same_weights(place, result, place.result("b"))
+    assert "Worker 1 of 2 (process" in done.err
+    assert "did not answer" in done.err
+    pid = int((place.runs / "a/accident-0").read_text().split()[0])
+    assert not Path(f"/proc/{pid}").exists(), "it would go on if somebody let it"
