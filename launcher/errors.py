@@ -5,6 +5,7 @@
     │   ├── ConfigError            a key, a value or a word on the command line
     │   ├── DataError              a data set: missing, empty, cut short, corrupt
     │   ├── ClusterError           a cluster that cannot be reached, or whose nodes differ from this process
+    │   │   └── HostError          one of its hosts: no SSH connection, or a command failed there
     │   ├── ResourceError          more workers, GPUs or memory than there can ever be
     │   ├── TrustError             a `_target_` outside the allow-list or of the wrong kind
     │   └── RunError               a run that does not exist, exists already, or cannot be continued
@@ -47,6 +48,23 @@ class DataError(RequestError):
 
 class ClusterError(RequestError):
     pass
+
+
+class HostError(ClusterError):
+    """One host cannot be reached, or cannot do what it has to.
+
+    Attributes:
+        host: what the user calls it.
+        cause: one word: closed, dead, key, unknown, changed, name, settings, lost, time, rsync, failed.
+    """
+
+    def __init__(self, message: str, host: str, cause: str) -> None:
+        super().__init__(message)
+        self.host = host
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[HostError], tuple[str, str, str]]:
+        return type(self), (str(self), self.host, self.cause)
 
 
 class ResourceError(RequestError):

@@ -228,7 +228,7 @@ def keeper() -> None:
             gpus=cluster.available[1],
             since=time.time(),
         )
-        _write(directory / "session.json", json.dumps(asdict(kept)))
+        write_private(directory / "session.json", json.dumps(asdict(kept)))
         try:
             _wait(directory, cluster, told_to_end)
         finally:
@@ -236,7 +236,7 @@ def keeper() -> None:
                 (directory / "session.json").unlink(missing_ok=True)
 
 
-def _write(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
     """Write a file that this user alone can read, as a whole."""
     temporary = path.with_suffix(f".{os.getpid()}")
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:

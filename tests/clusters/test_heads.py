@@ -1,0 +1,69 @@
+"""The clusters that a user has are written down for that user alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.clusters import heads
+from launcher.errors import ClusterError
+
+HEAD = heads.Head(
+    name="pair",
+    kind="ssh",
+    ssh=["ssh", "-p", "2222", "ada@vm1"],
+    python="/opt/env/bin/python",
+    address="10.0.0.4:6379",
+    dashboard=8265,
+    directory="/home/ada/.launch",
+    created="2026-11-24T02:30:00+00:00",
+    hosts=[{"name": "vm1", "address": "10.0.0.4", "state": "lives"}],
+)
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+def test_what_is_saved_is_loaded_and_private(state: Path) -> None:
+    heads.save(HEAD)
+    assert heads.load("pair") == HEAD
+    path = state / "launch" / "clusters" / "pair.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_all_are_listed_and_one_is_forgotten(state: Path) -> None:
+    assert heads.all_heads() == []
+    for name in ("b", "a"):
+        heads.save(heads.Head(**{**vars(HEAD), "name": name}))
+    (state / "launch" / "clusters" / "broken.json").write_text("{")
+    (state / "launch" / "clusters" / "other.json").write_text("[1]")
+    assert [head.name for head in heads.all_heads()] == ["a", "b"]
+    heads.forget("a")
+    heads.forget("a")
+    assert [head.name for head in heads.all_heads()] == ["b"]
+
+
+def test_a_file_of_a_later_version_is_read(state: Path) -> None:
+    heads.save(HEAD)
+    path = state / "launch" / "clusters" / "pair.json"
+    path.write_text(path.read_text().replace("{", '{"invented_later": 1,', 1))
+    assert heads.load("pair") == HEAD
+
+
+def test_an_unknown_name_is_told_with_the_nearest() -> None:
+    with pytest.raises(ClusterError, match="None is known here"):
+        heads.load("pair")
+    heads.save(HEAD)
+    with pytest.raises(ClusterError, match=r'There is no cluster "pear"\. Did you mean "pair"'):
+        heads.load("pear")
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a" * 64])
+def test_a_name_that_cannot_be_a_files(name: str) -> None:
+    with pytest.raises(ClusterError, match="cannot be the name of a cluster"):
+        heads.save(heads.Head(**{**vars(HEAD), "name": name}))

@@ -1,0 +1,267 @@
+"""Another machine over SSH: commands, files, ports, and a sentence of its own for everything that can be wrong."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.clusters import shell as shells
+from launcher.clusters.shell import Shell, destination
+from launcher.errors import HostError
+from tests import servers
+
+pytestmark = pytest.mark.skipif(bool(servers.why_no_ssh()), reason=servers.why_no_ssh() or "-")
+
+
+@pytest.fixture(autouse=True)
+def sockets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared connections of a test's own."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    with servers.server(tmp_path_factory.mktemp("sshd")) as running:
+        yield running
+
+
+@pytest.fixture
+def shell(server: servers.Server) -> Iterator[Shell]:
+    made = Shell(server.words)
+    yield made
+    made.close()
+
+
+def test_a_command_runs_there(shell: Shell, server: servers.Server) -> None:
+    assert shell.run("echo $HOME") == f"{server.home}\n"
+    assert shell.run("read word; echo \"<$word>\" 'two  spaces'", stdin="planted\n") == "<planted> two  spaces\n"
+
+
+def test_neither_script_nor_input_is_in_a_list_of_processes(shell: Shell) -> None:
+    shown = shell.run(
+        "secret=planted-in-script; cat >/dev/null; cat /proc/[0-9]*/cmdline | tr '\\0' ' '", stdin="planted-input"
+    )
+    assert "head -c" in shown, "the list was not read"
+    assert "planted-" not in shown
+
+
+def test_commands_share_a_connection(shell: Shell) -> None:
+    ask = "echo ${SSH_CONNECTION}"
+    assert shell.run(ask) == shell.run(ask)
+    before = shell.run(ask)
+    shell.close()
+    assert shell.run(ask) != before
+
+
+def test_a_failed_command_says_what_it_printed(shell: Shell) -> None:
+    with pytest.raises(HostError, match=r"On here making a thing failed with status 3: cannot: full") as caught:
+        shell.run("echo cannot: full >&2; exit 3", what="making a thing")
+    assert (caught.value.cause, caught.value.host) == ("failed", "here")
+
+
+def test_a_command_that_takes_too_long(shell: Shell) -> None:
+    with pytest.raises(HostError, match=r"here did not finish within 0.5 s: a long sleep") as caught:
+        shell.run("sleep 60", seconds=0.5, what="a long sleep")
+    assert caught.value.cause == "time"
+
+
+@pytest.mark.parametrize(
+    ("change", "cause", "sentence"),
+    [
+        ("port", "closed", "nothing listens on its SSH port"),
+        ("key", "key", "does not let this user in .*Permission denied"),
+        ("forgotten", "unknown", "The host key of here is not known here"),
+        ("changed", "changed", "is another one than the one known here"),
+        ("silent", "dead", "here does not answer .*timed out"),
+        ("name", "name", "The name here is not known"),
+        ("mode", "settings", "ssh refuses your own settings"),
+    ],
+)
+def test_what_is_wrong_with_a_host(
+    change: str, cause: str, sentence: str, server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shells, "CONNECT_SECONDS", 1)
+    key, known, place = server.directory / "key", tmp_path / "known", f"127.0.0.1:{server.port}"
+    known.write_text(server.known_hosts.read_text())
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        if change == "port":
+            place = f"127.0.0.1:{taken.getsockname()[1]}"
+        elif change == "silent":
+            place = f"127.0.0.1:{silent.getsockname()[1]}"
+        elif change == "name":
+            place = "no-such-host.invalid:22"
+        elif change == "key":
+            key = servers.make_key(tmp_path / "another")
+        elif change == "forgotten":
+            known.write_text("")
+        elif change == "changed":
+            other = servers.make_key(tmp_path / "another").with_suffix(".pub").read_text()
+            known.write_text(f"[127.0.0.1]:{server.port} {other}")
+        servers.write_client(tmp_path / "config", {"here": place}, key, known)
+        if change == "mode":
+            (tmp_path / "config").write_text("Nonsense yes\n")
+        with pytest.raises(HostError) as caught:
+            Shell(["ssh", "-F", str(tmp_path / "config"), "here"]).run("true")
+    assert caught.value.cause == cause, str(caught.value)
+    assert re.search(sentence, str(caught.value)), str(caught.value)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+HARD = ["plain.py", "a/b/deep.py", "with space.txt", "star*[x]?.txt", "back\\slash", "ümlaut.txt", "-dash"]
+
+
+def _files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_exactly_the_files_named_are_there(shell: Shell, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "the re" / "copy"
+    for name in [*HARD, "starred-x-y.txt", "secret.env", "runs/1/result.json", "a/other.py"]:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(name)
+    shell.send(here, HARD, str(there))
+    assert _files(there) == set(HARD)
+
+    (here / "plain.py").write_text("changed, and of another length")
+    (there / "a" / "__pycache__").mkdir()
+    (there / "a" / "__pycache__" / "deep.pyc").write_text("compiled")
+    (there / "stranger.py").write_text("nobody sent it")
+    shell.send(here, [name for name in HARD if name != "-dash"], str(there))
+    assert _files(there) == set(HARD) - {"-dash"} | {"a/__pycache__/deep.pyc"}
+    assert (there / "plain.py").read_text() == "changed, and of another length"
+
+
+def test_a_directory_comes_back(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("result.json", "log.txt", "big.bin"):
+        (tmp_path / "run" / name).write_text(name)
+    shell.fetch(f"{tmp_path}/run/", tmp_path / "copy", ["--exclude=*.bin"])
+    assert _files(tmp_path / "copy") == {"result.json", "log.txt"}
+
+
+def test_rsync_is_missing_here_or_there(
+    shell: Shell, server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    (bare / "ssh").symlink_to(shutil.which("ssh") or "")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(bare))
+        with pytest.raises(HostError, match="rsync is not installed on this machine"):
+            shell.fetch("/nowhere", tmp_path)
+    for program in ("mkdir", "sh"):
+        (bare / program).symlink_to(shutil.which(program) or "")
+    config = server.directory / "sshd_config"
+    before = config.read_text()
+    config.write_text(before.replace("SetEnv ", f"SetEnv PATH={bare} "))
+    shell.close()
+    server.stop()
+    server.start()
+    try:
+        with pytest.raises(HostError, match="rsync is not installed on here") as caught:
+            shell.send(tmp_path, ["a"], str(tmp_path / "there"))
+        assert caught.value.cause == "rsync"
+    finally:
+        config.write_text(before)
+        server.stop()
+        server.start()
+
+
+# ---- ports ----------------------------------------------------------------------------------------------------------
+
+
+class _Echo(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"it is me")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[int]:
+    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Echo)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    yield serving.server_address[1]
+    serving.shutdown()
+    serving.server_close()
+
+
+def _ask(port: int, seconds: float = 10) -> bytes:
+    latest = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2) as answer:
+                return bytes(answer.read())
+        except OSError:
+            if time.monotonic() > latest:
+                raise
+            time.sleep(0.05)
+
+
+def test_a_tunnel_comes_back_on_its_port_after_a_drop(shell: Shell, server: servers.Server, web: int) -> None:
+    with shell.tunnel(web) as port:
+        assert _ask(port) == b"it is me"
+        server.stop()
+        with pytest.raises(OSError):
+            _ask(port, seconds=0)
+        server.start()
+        assert _ask(port) == b"it is me"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=1)
+
+
+def test_a_tunnel_that_cannot_be_made_says_why(server: servers.Server, tmp_path: Path) -> None:
+    servers.write_client(tmp_path / "config", {"here": "127.0.0.1:1"}, tmp_path / "key", server.known_hosts)
+    with (
+        pytest.raises(HostError, match="nothing listens"),
+        Shell(["ssh", "-F", str(tmp_path / "config"), "here"]).tunnel(1),
+    ):
+        pass
+
+
+def test_a_tunnel_ends_with_its_process(shell: Shell, web: int) -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # killed without a chance to clear up
+        with shell.tunnel(web) as port:
+            os.write(writing, f"{port}\n".encode())
+            os._exit(9)
+    port = int(os.read(reading, 20))
+    os.waitpid(child, 0)
+    latest = time.monotonic() + 10
+    while time.monotonic() < latest:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the tunnel lives on without its process")
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "words"),
+    [
+        ("vm1", {}, "ssh vm1"),
+        ("ada@vm1:2222", {"user": "bob"}, "ssh -p 2222 ada@vm1"),
+        ("10.0.0.4", {"user": "bob", "key": "/k"}, "ssh -i /k -o IdentitiesOnly=yes bob@10.0.0.4"),
+        ("[fe80::1]:22", {"config": "/c"}, "ssh -F /c -p 22 fe80::1"),
+        ("fe80::1", {}, "ssh fe80::1"),
+    ],
+)
+def test_a_host_as_people_write_it(host: str, options: dict[str, str], words: str) -> None:
+    assert " ".join(destination(host, **options)) == words
