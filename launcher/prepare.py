@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher import mirror, runs, targets
 from launcher.config import Composition, Job, RunConfig, compose, default_run_name, peek
-from launcher.errors import RequestError, RunError
+from launcher.errors import RequestError, RunError, StorageError
 from launcher.runs import RunDirectory
 from launcher.schema import StrategyConfig, check_run
 from launcher.storage import is_uri, plain_path
@@ -272,7 +272,10 @@ def root_of(root: str) -> Path:
         RunError: the store cannot be read.
     """
     if is_uri(root):
-        return mirror.root_of(root)
+        try:
+            return mirror.root_of(root)
+        except StorageError as error:  # told before anything is started
+            raise RunError(f"run.root={root} was asked for: {error}") from error
     return Path(plain_path(root)).expanduser().absolute()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli
+from launcher import line, verbs
 from launcher.errors import ConfigError
 from tests.command import LAUNCH, TOY, Place
 
@@ -39,8 +39,8 @@ from tests.command import LAUNCH, TOY, Place
     ],
 )
 def test_parse(words: list[str], verb: str, name: str | None, overrides: list[str], flags: dict[str, str]) -> None:
-    line = cli.parse(words)
-    assert (line.verb, line.name, line.words, line.flags) == (verb, name, overrides, flags)
+    parsed = line.parse(words)
+    assert (parsed.verb, parsed.name, parsed.words, parsed.flags) == (verb, name, overrides, flags)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_parse(words: list[str], verb: str, name: str | None, overrides: list[st
 )
 def test_parse_refuses(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        cli.parse(words)
+        line.parse(words)
 
 
 # ---- help -----------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ WRONG = [
     ("run.name=.hidden", r"run.name is '.hidden'"),
     ("run.name=", r"run.name"),
     ("run.resume=true", r"run.name=NAME"),
-    ("run.root=s3://bucket/x", r"run.root=s3://bucket/x.*local directory"),
+    ("run.root=ftp://host/x", r"scheme, ftp://.*abfss://"),
     ("run.like=nobody", r'There is no run "nobody"'),
     ("checkpoint.load=nobody", r"checkpoint.load=nobody: there is no such run"),
     ("trainer.epochs=1,2", r"several values.*-m"),
@@ -238,7 +238,7 @@ def test_verbose_shows_the_traceback_of_an_error(here: Place) -> None:
 
 
 def test_a_bug_of_ours_is_told_as_one(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli._VERBS, "runs", lambda line: 1 // 0)
+    monkeypatch.setitem(verbs.RUN, "runs", lambda line: 1 // 0)
     told = here.here("runs")
     assert told.status == 1
     assert "ZeroDivisionError" in told.err

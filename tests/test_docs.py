@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher import cli, config, jobs, keys, targets
+from launcher import config, jobs, keys, targets
 from launcher.engine.checkpoint import load_weights
+from launcher.line import parse
 from launcher.runs import RunDirectory
 from tests.command import LAUNCH, Place
 
@@ -97,7 +98,7 @@ def test_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(targets, "_calling", [])
     targets.add_calling_directory(tmp_path)
     for words in commands(page):
-        line = cli.parse(words)
+        line = parse(words)
         sweeps = "multirun" in line.flags
         plain = [word for word in line.words if not (sweeps and is_axis(word))]
         config.compose(plain, line.config_dir)  # raises, and the message names the word

@@ -1,4 +1,4 @@
-"""Who may import whom: `cli -> sweeps -> runners -> {clusters, engine}`, and everything may use the leaves.
+"""Who may import whom: `cli -> verbs -> sweeps -> runners -> {clusters, engine}`, and everything may use the leaves.
 
 The imports are read, not run, so that one inside a function, in a branch that this machine never takes, or under
 TYPE_CHECKING counts like any other.
@@ -51,13 +51,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "listing": {"terminal"} | LEAVES,
     "sizes": {"clusters", "errors"},
     "machines": {"clusters"} | LEAVES,
-    "cli": {
+    "line": {"prepare"} | LEAVES,
+    "output": {"ranks"} | LEAVES,
+    "verbs": {
+        "line",
+        "output",
         "jobs",
         "plan",
         "prepare",
         "ranks",
         "show",
-        "help",
         "listing",
         "machines",
         "node_tables",
@@ -67,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trained",
     }
     | LEAVES,
+    "cli": {"verbs", "line", "output", "help", "jobs", "prepare", "runs"} | LEAVES,
     "__main__": {"cli"},
     "__init__": {"jobs", "sweeps", "show", "terminal", "errors"},
 }
@@ -112,7 +116,7 @@ RULES = (
     Rule("models", ("launcher", "conf", "ray", "hydra", "omegaconf", "tests"), why="a model is plain PyTorch"),
     *(
         Rule(who, ("torch", "ray", "tensorboard"), at_import=True, why="`launch --help` answers at once")
-        for who in ("launcher.cli", "launcher.config", "launcher.errors", "launcher.targets", "launcher.runs")
+        for who in ("launcher.cli", "launcher.verbs", "launcher.config", "launcher.targets", "launcher.runs")
     ),
 )
 

@@ -93,7 +93,10 @@ class Trainer:
         self.first_batch = self._first_batch()
 
         parameter_groups(model, job.optimizer.get("groups") or [])  # freezes, which wrapping must know
-        passes = len(self.split.share(self.order.batch_size(0), runtime.rank, runtime.world_size))
+        n = runtime.world_size
+        # Of the worker with most: all wait for it, and another may have none.
+        shares = (self.split.share(self.order.batch_size(0), rank, n) for rank in range(n))
+        passes = max(len(share) for share in shares)
         cast = partial(casting, runtime.device, DTYPES[trainer.precision])
         job, measured = settle(job, model, self.first_batch, passes, runtime, directory, control, cast)
         self.job = job

@@ -1,0 +1,56 @@
+"""Machines: what can be rented, what is there, and its end."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from launcher.errors import ConfigError
+from launcher.output import say
+
+if TYPE_CHECKING:
+    from launcher.line import Line
+
+
+def sizes(line: Line) -> int:
+    from launcher import sizes
+
+    if line.words:
+        raise ConfigError(
+            f'launch sizes takes no overrides, but found "{line.words[0]}". --region NAME chooses a region.'
+        )
+    region = line.flags.get("region", sizes.REGION)
+    if not region.isalnum():
+        raise ConfigError(f"--region {region}: the name of an Azure region is letters and digits, such as eastus.")
+    found, source = sizes.known(region.lower(), ask="offline" not in line.flags)
+    if "json" in line.flags:
+        say(source)
+        print(json.dumps(sizes.rows(found, region.lower()), indent=2))
+    else:
+        sizes.table(found, region.lower(), source)
+    return 0
+
+
+def status(line: Line) -> int:
+    from launcher import machines
+
+    _no_words(line)
+    clusters = machines.status()
+    print(json.dumps(clusters, indent=2) if "json" in line.flags else machines.told(clusters))
+    return 0
+
+
+def down(line: Line) -> int:
+    from launcher import machines
+
+    _no_words(line)
+    gone, text = machines.down()
+    say(text if gone else f"launch: {text}")
+    return 0 if gone else 1
+
+
+def _no_words(line: Line) -> None:
+    from launcher.words import shown
+
+    if line.words:
+        raise ConfigError(f'"{shown(line.words[0])}" means nothing to launch {line.verb}. Leave it out.')

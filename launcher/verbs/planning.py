@@ -1,0 +1,70 @@
+"""Plan: what training would do, on this machine, on VMs, as a sweep. Nothing is created."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from launcher.output import results_alone
+
+if TYPE_CHECKING:
+    from launcher.line import Line
+    from launcher.prepare import Prepared
+
+
+def _plan_of_sweep(line: Line) -> int:
+    from launcher import sweeps
+    from launcher.sweeps.show import SweepDisplay
+
+    with results_alone() as result:
+        with SweepDisplay() as display:
+            planned = sweeps.plan(line.request(), display)
+        if "json" in line.flags:
+            result(json.dumps(sweeps.describe(planned), indent=2))
+            return 0
+        rows = sweeps.lines(planned)
+        width = max(len(what) for what, _ in rows)
+        result("\n".join(f"{what:<{width}}  {value}".rstrip() for what, value in rows))
+        return 0
+
+
+def plan(line: Line) -> int:
+    if "multirun" in line.flags:
+        return _plan_of_sweep(line)
+    from launcher.jobs import checked_plan
+    from launcher.prepare import prepare
+    from launcher.show import Shown
+    from launcher.terminal import Display
+
+    with results_alone() as result:
+        prepared = prepare(line.request())
+        if prepared.job.cluster.size is not None:
+            return _plan_of_nodes(line, prepared, result)
+        with Display() as display:
+            plan = checked_plan(prepared.job, Shown(display))
+        if "json" in line.flags:
+            facts = {"run": prepared.directory.name, "directory": prepared.directory.told()}
+            result(json.dumps({**facts, **plan.to_dict()}, indent=2))
+            return 0
+        rows = [("run", prepared.directory.told()), *plan.lines()]
+        width = max(len(what) for what, _ in rows)
+        result("\n".join(f"{what:<{width}}  {value}" for what, value in rows))
+    return 0
+
+
+def _plan_of_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]) -> int:
+    from launcher.jobs import checked_node_plan
+    from launcher.node_tables import text
+    from launcher.show import Shown
+    from launcher.terminal import Display
+
+    with Display() as display:
+        plan = checked_node_plan(prepared, Shown(display), ask="offline" not in line.flags)
+    path = str(prepared.directory.path)
+    if "json" in line.flags:
+        result(json.dumps({"run": prepared.directory.name, "directory": path, **plan.to_dict()}, indent=2))
+    else:
+        result(text(plan, path, width=shutil.get_terminal_size((120, 24)).columns))
+    return 0

@@ -1,0 +1,78 @@
+"""Runs that are there: list, follow, stop, show in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import ConfigError, RunError
+from launcher.output import say
+from launcher.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from launcher.line import Line
+
+
+def _root(line: Line) -> Path:
+    """Return the run root for a verb that composes no job; other words than `run.root` would mean nothing to it."""
+    from launcher.prepare import key_of, root_of, run_section
+    from launcher.words import shown
+
+    for word in line.words:
+        if key_of(word) != "run.root":
+            raise ConfigError(f'"{shown(word)}" means nothing to launch {line.verb}; it takes run.root=DIRECTORY.')
+    return root_of(run_section(line.request()).root)
+
+
+def runs(line: Line) -> int:
+    from launcher.listing import rows, table
+
+    root = _root(line)
+    found = rows(root)
+    if "json" in line.flags:
+        print(json.dumps(found, indent=2))
+    else:
+        table(found, root)
+    return 0
+
+
+def logs(line: Line) -> int:
+    from launcher import runs
+    from launcher.listing import follow
+
+    assert line.name is not None
+    follow(runs.find(_root(line), line.name), "no_follow" not in line.flags)
+    return 0
+
+
+def stop(line: Line) -> int:
+    from launcher import runs
+    from launcher.listing import stop
+
+    assert line.name is not None
+    run = runs.find(_root(line), line.name)
+    say(stop(run))
+    print(run.told())
+    return 0
+
+
+def board(line: Line) -> int:
+    root = _root(line)
+    port, host = line.flags.get("port", "6006"), line.flags.get("host", "127.0.0.1")
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--port {port}: a port is a number from 1 to 65535, such as 6006.")
+    if not root.is_dir():
+        raise RunError(f"There is no run root {root} yet. Train something first, or name another: run.root=DIRECTORY.")
+    shown = RunDirectory(root / "run").root
+    say(f"TensorBoard over {shown}: http://{host}:{port} (Ctrl-C ends it)")
+    options = ["--logdir", str(root), "--host", host, "--port", port, "--reload_multifile=true", "--reload_interval=5"]
+    command = [sys.executable, "-m", "tensorboard.main", *options]
+    if shown != str(root):
+        from launcher.mirror import board
+
+        return board(root, command, say)
+    # One process less, and Ctrl-C reaches TensorBoard itself.
+    os.execv(sys.executable, command)
