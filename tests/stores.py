@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import socketserver
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -43,8 +44,14 @@ def install_azurite() -> Path:
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         options = ["--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error", "--prefix", folder]
+        # Node brings its own list of authorities; the machine's own count as well, as they do for pip.
+        authorities = ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt"
         done = subprocess.run(
-            ["npm", "install", *options, f"azurite@{AZURITE}"], capture_output=True, text=True, timeout=110
+            ["npm", "install", *options, f"azurite@{AZURITE}"],
+            env={"NODE_EXTRA_CA_CERTS": authorities, **os.environ},
+            capture_output=True,
+            text=True,
+            timeout=110,
         )
         if done.returncode:
             raise RuntimeError(f"npm could not install azurite {AZURITE}: {done.stderr.strip()[-500:]}")
