@@ -12,14 +12,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import keys, targets
-from .errors import ConfigError, TrustError, did_you_mean
+from .errors import ConfigError, TrustError
+from .own_hydra import PRIMARY, compose_with_hydra, initialize, own_hydra, wrong_type
 from .schema import (
-    OPEN_SECTIONS,
     CheckpointConfig,
     ClusterConfig,
     Interval,
@@ -35,12 +34,14 @@ from .schema import (
     default_run_name,
     parse_interval,
 )
+from .sources import CONF, Sources, read_stored, sources, where_trusted
 from .words import Plan, not_an_override, read_words, shown
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 __all__ = [
+    "CONF",
     "CheckpointConfig",
     "ClusterConfig",
     "Composition",
@@ -49,6 +50,7 @@ __all__ = [
     "LoggingConfig",
     "RunConfig",
     "ScalingConfig",
+    "Sources",
     "StrategyConfig",
     "SweepConfig",
     "TrainerConfig",
@@ -62,10 +64,6 @@ __all__ = [
     "sources",
 ]
 
-# By path and not as `pkg://conf`: a user's own package called `conf` may hide ours from the import system.
-CONF = Path(__file__).resolve().parent.parent / "conf"
-SCHEMA = "launch_schema"  # the name of the typed schema in a defaults list
-_PRIMARY = "launch_primary"
 # The `_target_`s that a hydra section may name. Only the sweeper is ever built, for `-m` (`launcher.sweeps.plugin`).
 _HYDRA_TARGETS = frozenset(
     ("hydra._internal.core_plugins.basic_launcher.BasicLauncher", "hydra_plugins.launch_sweeper.LaunchSweeper")
@@ -116,40 +114,6 @@ class Composition:
         return [shown(word) for word in self.words]
 
 
-@dataclass(frozen=True)
-class Sources:
-    """The directories that groups are read from, first match first."""
-
-    directories: tuple[Path, ...]
-
-    def groups(self) -> dict[str, list[str]]:
-        """Return every configuration group with its options."""
-        found: dict[str, set[str]] = {}
-        for directory in self.directories:
-            for file in directory.rglob("*.yaml"):
-                *parents, name = file.relative_to(directory).with_suffix("").parts
-                if parents and not any(part.startswith((".", "__")) for part in parents):
-                    found.setdefault("/".join(parents), set()).add(name)
-        return {group: sorted(options) for group, options in sorted(found.items())}
-
-    def read(self, name: str) -> Mapping[str, Any] | None:
-        """Return the plain content of the first file of that name."""
-        for directory in self.directories:
-            if (directory / name).is_file():
-                return _read_yaml(directory / name)
-        return None
-
-
-def sources(config_dir: Path | None = None) -> Sources:
-    """Return where configuration is read from. Raises ConfigError for a directory that does not exist."""
-    if config_dir is None:
-        return Sources((CONF,))
-    own = Path(config_dir).expanduser().resolve()
-    if not own.is_dir():
-        raise ConfigError(f"The configuration directory {config_dir} does not exist or is not a directory.")
-    return Sources((own, CONF) if own != CONF else (CONF,))
-
-
 def compose(words: Sequence[str], config_dir: Path | None = None, stored: Path | None = None) -> Composition:
     """Compose a job from the words of the command line; nothing is imported, instantiated or written.
 
@@ -161,16 +125,16 @@ def compose(words: Sequence[str], config_dir: Path | None = None, stored: Path |
     allow-list or a `trust` that does not come from the command line.
     """
     where = sources(config_dir)
-    primary = None if stored is None else _read_stored(Path(stored))
+    primary = None if stored is None else read_stored(Path(stored))
     plan = _read_words(words, where, of_a_run=primary is not None)
-    with _own_hydra():
-        composed = _compose_with_hydra(plan, where, primary)
+    with own_hydra():
+        composed = compose_with_hydra(plan, where, primary)
         tree, unresolved = _resolve(composed)
         hydra_tree = _hydra_node(composed)
         choices = _choices(composed)
     if tree.get("trust"):
         raise TrustError(
-            f"trust is set to {tree['trust']} {_where_trusted(where, stored)}. A configuration cannot vouch for "
+            f"trust is set to {tree['trust']} {where_trusted(where, stored)}. A configuration cannot vouch for "
             "itself: give it on the command line, trust=[PACKAGE], if you know and trust that code."
         )
     tree["trust"] = unresolved["trust"] = list(plan.trust)
@@ -198,8 +162,8 @@ def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
     For what has to be known before it is known which configuration the words apply to. Raises ConfigError.
     """
     where = sources(config_dir)
-    with _own_hydra():
-        composed = _compose_with_hydra(_read_words(words, where, of_a_run=False), where, None)
+    with own_hydra():
+        composed = compose_with_hydra(_read_words(words, where, of_a_run=False), where, None)
         tree, _ = _resolve(composed, only=section)
     return _to_section(section, tree[section])
 
@@ -208,11 +172,11 @@ def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
 def hydra_for(words: Sequence[str], config_dir: Path | None = None) -> Iterator[tuple[Any, str, list[str]]]:
     """Give (Hydra's own `Hydra`, name of the primary configuration, overrides) for what only Hydra can show."""
     where = sources(config_dir)
-    with _own_hydra():
-        overrides = _initialize_hydra(_read_words(words, where, of_a_run=False), where, None)
+    with own_hydra():
+        overrides = initialize(_read_words(words, where, of_a_run=False), where, None)
         from hydra.core.global_hydra import GlobalHydra
 
-        yield GlobalHydra.instance().hydra, _PRIMARY, overrides
+        yield GlobalHydra.instance().hydra, PRIMARY, overrides
 
 
 def _drop_wishes(tree: Mapping[str, Any], given: frozenset[str]) -> None:
@@ -252,145 +216,6 @@ def _listed_groups(where: Sources) -> frozenset[str]:
             group = str(name).removeprefix("optional ").removeprefix("override ").partition("@")[0]
             found.add(group.strip().lstrip("/"))
     return frozenset(found)
-
-
-# --- Hydra ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _own_hydra() -> Iterator[None]:
-    """Give composition a Hydra of its own, and the caller's back afterwards.
-
-    Without this, a schema that a notebook keeps in the ConfigStore under the name `config` would be applied to our
-    config.yaml, and a Hydra that is initialised already would refuse ours.
-    """
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.plugins import Plugins
-    from hydra.core.utils import JobRuntime
-    from hydra.version import VersionBase
-    from omegaconf import OmegaConf
-
-    # Scans once per process and fills the ConfigStore: before ours is put in its place.
-    plugins = Plugins.instance()
-    plugins.register(import_module("hydra_plugins.launch_sweeper").LaunchSweeper)  # had it scanned before us
-    store = ConfigStore.instance()
-    own = {name: store.repo[name] for name in ("hydra", "_dummy_empty_config_.yaml")}
-    new: list[tuple[Any, str, Any]] = [
-        (GlobalHydra.instance(), "hydra", None),
-        (HydraConfig.instance(), "cfg", None),
-        (JobRuntime.instance(), "conf", OmegaConf.create()),
-        (VersionBase.instance(), "version_base", VersionBase.instance().version_base),
-        (store, "repo", own),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
-    for owner, name, value in new:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-
-
-def _compose_with_hydra(plan: Plan, where: Sources, primary: Mapping[str, Any] | None) -> DictConfig:
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        overrides = _initialize_hydra(plan, where, primary)
-        return hydra.compose(_PRIMARY, overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, where)) from error
-    except YAMLError as error:
-        raise ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.") from error
-    except (ValueError, KeyError, TypeError, OSError, AssertionError) as error:
-        raise ConfigError(f"The configuration cannot be composed: {error}.") from error
-
-
-def _initialize_hydra(plan: Plan, where: Sources, primary: Mapping[str, Any] | None) -> list[str]:
-    """Tell Hydra where everything is. Returns the overrides that it is to be given."""
-    import hydra
-    from hydra.core.config_store import ConfigStore
-
-    # Hydra looks for the primary configuration in its first directory alone, and a user's need not have one.
-    node = _stored_node(primary, plan.groups) if primary is not None else where.read("config.yaml") or {}
-    if "searchpath" in (node.get("hydra") or {}):
-        raise ConfigError("hydra.searchpath in config.yaml is not supported: --config-dir names the one directory.")
-    ConfigStore.instance().store(name=SCHEMA, node=Job)
-    ConfigStore.instance().store(name=_PRIMARY, node=node)
-    hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
-    others = [directory.as_uri() for directory in where.directories[1:]]
-    # A `pkg://` among the search paths would import that package: the list is ours alone.
-    ours = ["hydra/sweeper=launch", *([f"hydra.searchpath={_quoted(others)}"] if others else [])]
-    return [*plan.overrides, *ours]
-
-
-def _quoted(values: Sequence[str]) -> str:
-    return "[" + ",".join("'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" for value in values) + "]"
-
-
-def _stored_node(content: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
-    """The stored content as a primary configuration in which every group of `groups` can be chosen anew."""
-    node: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()}
-    for group in groups:
-        *parents, last = group.split("/")
-        holder: Any = node
-        for parent in parents:
-            holder = holder.get(parent) if isinstance(holder, dict) else None
-        if isinstance(holder, dict):
-            holder.pop(last, None)
-    return {"defaults": [SCHEMA, "_self_", *({group: None} for group in dict.fromkeys(groups))], **node}
-
-
-def _explain(error: BaseException, where: Sources) -> str:
-    """Turn what Hydra or OmegaConf raised into one paragraph in our own terms."""
-    from hydra.errors import MissingConfigException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationError
-
-    groups = where.groups()
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        key = getattr(link, "full_key", None) or ""
-        if isinstance(link, MissingConfigException) and link.missing_cfg_file:
-            group, _, option = link.missing_cfg_file.rpartition("/")
-            known = groups.get(group, [])
-            listing = f" There are: {', '.join(known)}." if known else ""
-            return (
-                f'There is no configuration file "{link.missing_cfg_file}.yaml" in '
-                f"{' or '.join(str(d) for d in where.directories)}.{did_you_mean(option, known)}{listing}"
-            )
-        if isinstance(link, (ConfigKeyError, ConfigAttributeError)) and key and not keys.is_known(key):
-            hint = keys.explain_unknown(key, groups)
-            if key in groups or key == "local":
-                hint = f' If {key} is a directory of yours, its files begin with "# @package _global_".'
-            return f'{_file_of(error)}there is no key "{key}".{hint}'
-        if isinstance(link, ValidationError) and key:
-            return f"{_file_of(error)}{_wrong_type(key, link)}"
-    reason = next((text for text in (str(link).strip() for link in reversed(chain)) if text), type(error).__name__)
-    return f"{_file_of(error)}{' '.join(reason.partition('full_key:')[0].split())}"
-
-
-def _wrong_type(key: str, error: BaseException) -> str:
-    found = " ".join(str(error).splitlines()[0].split()).rstrip(".")
-    expected = f"{key} must be {keys.type_name(key)}" if key in keys.LEAVES else key
-    return f"{expected}: {found}."
-
-
-def _file_of(error: BaseException) -> str:
-    """Hydra says `In 'experiment/mine': ...` where a file is to blame."""
-    text = str(error)
-    if not text.startswith("In '"):
-        return ""
-    name = text[4:].partition("'")[0]
-    return f"{'config' if name == _PRIMARY else name}.yaml: "
 
 
 # --- from OmegaConf to plain data ------------------------------------------------------------------------------------
@@ -434,7 +259,7 @@ def _resolve(composed: DictConfig, only: str | None = None) -> tuple[dict[str, A
         key = error.full_key or ""
         if key and not keys.is_known(key):
             raise ConfigError(f'There is no key "{key}".{keys.explain_unknown(key)}') from error
-        raise ConfigError(_wrong_type(key, error) if key else " ".join(str(error).split())) from error
+        raise ConfigError(wrong_type(key, error) if key else " ".join(str(error).split())) from error
     assert isinstance(unresolved, dict)
     return tree, {str(key): value for key, value in unresolved.items()}
 
@@ -461,45 +286,3 @@ def _to_section(name: str, value: Any) -> Any:
     make = next(item.default_factory for item in dataclasses.fields(Job) if item.name == name)
     kind = type(make()) if callable(make) else None
     return kind(**value) if kind is not None and dataclasses.is_dataclass(kind) else value
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _read_yaml(file: Path) -> Mapping[str, Any]:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} must hold a mapping of keys to values.")
-    return {str(key): value for key, value in content.items()}
-
-
-def _read_stored(file: Path) -> Mapping[str, Any]:
-    """Read a run's config.yaml, which may come from a stranger: only sections of the schema may stand in it."""
-    content = dict(_read_yaml(file))
-    for key in content:
-        if key not in {item.name for item in dataclasses.fields(Job)}:
-            raise ConfigError(f'{file}: there is no key "{key}" in a run\'s configuration.{keys.explain_unknown(key)}')
-        if (key in keys.SECTIONS or key in OPEN_SECTIONS) and not isinstance(content[key], (dict, str)):
-            raise ConfigError(f"{file}: {key} must be a mapping of keys to values, but is {content[key]!r}.")
-    content.pop("verbose", None)  # that was for the command, not for the run
-    if isinstance(content.get("run"), dict):
-        content["run"] = {k: v for k, v in content["run"].items() if k not in ("name", "resume", "like")}
-    return content
-
-
-def _where_trusted(where: Sources, stored: Path | None) -> str:
-    if stored is not None:
-        return f"in {stored}"
-    for directory in where.directories:
-        for file in sorted(directory.rglob("*.yaml")):
-            if "trust" in _read_yaml(file):
-                return f"in {file}"
-    return "by a file"

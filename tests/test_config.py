@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from launcher import config, keys
+from launcher import config, keys, own_hydra, sources
 from launcher.config import CONF, Interval, Job, compose, default_run_name, parse_interval
 from launcher.errors import ConfigError, LaunchError, TrustError
+from launcher.words import Plan
 
 
 def write(root: Path, files: Mapping[str, str]) -> Path:
@@ -486,8 +487,8 @@ def test_planted_words(word: str) -> None:
 def test_hydras_own_targets_are_exactly_those_that_are_let_through() -> None:
     from launcher.targets import find_targets
 
-    with config._own_hydra():
-        composed = config._compose_with_hydra(config.Plan([], [], [], frozenset()), config.sources(), None)
+    with own_hydra.own_hydra():
+        composed = own_hydra.compose_with_hydra(Plan([], [], [], frozenset()), sources.sources(), None)
         assert {target for _, target in find_targets(config._hydra_node(composed))} == config._HYDRA_TARGETS
 
 
