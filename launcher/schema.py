@@ -131,11 +131,20 @@ class ClusterConfig:
     kind: str = "local"
     keep_minutes: float = 0.0  # how long the embedded Ray stays for the next command
     address: str | None = None  # HOST:PORT of an existing cluster; default: RAY_ADDRESS
+    name: str | None = None  # of a cluster that `launch up` makes
     size: str | None = None  # of the GPU VMs, one of `launch sizes`
     nodes: int = 1  # GPU VMs
     head_size: str = "Standard_D4s_v5"  # of the small VM beside them
     region: str = "eastus"
+    zone: str | None = None  # of the region, one for all VMs; default: the first that has the size
     spot: Any = False  # true, false or "prefer"
+    min_nodes: int | None = None  # GPU VMs that `up` waits for, default all; the others come when a job asks for them
+    alternatives: list[Any] = field(default_factory=list)  # of {size, region, zone, …}, in their order, where there is none
+    idle_minutes: float = 10.0  # after which a GPU VM without work is deleted
+    down_after: bool = False  # remove all, the head too, after idle_minutes without work
+    launch_attempts: int = 3  # failed launches of GPU VMs after which no further one is tried
+    subscription: str | None = None  # of Azure; default: that of `az account show`
+    ssh_from: str | None = None  # the address (CIDR) that may reach the head; default: this machine's
     budget_usd: float | None = None
 
 
@@ -409,6 +418,9 @@ def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
 def _check_cluster(cluster: ClusterConfig) -> None:
     _at_least("cluster.keep_minutes", cluster.keep_minutes, 0)
     _at_least("cluster.nodes", cluster.nodes, 1)
+    _at_least("cluster.min_nodes", cluster.min_nodes or 0, 0)
+    _above_zero("cluster.idle_minutes", cluster.idle_minutes)
+    _at_least("cluster.launch_attempts", cluster.launch_attempts, 1)
     if not (isinstance(cluster.spot, bool) or cluster.spot == "prefer"):
         raise ConfigError(f"cluster.spot is {cluster.spot!r}, but must be true, false or prefer.")
     if not re.fullmatch(r"[a-z]+[a-z0-9]*", cluster.region):

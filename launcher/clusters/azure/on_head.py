@@ -1,0 +1,194 @@
+"""Runs on the head of a cluster of Azure VMs.
+
+    python -m launcher.clusters.azure.on_head watch --nodes 2 --gpus 1 --idle-minutes 10 [--remove]
+    python -m launcher.clusters.azure.on_head report          # one JSON object, for `launch up` and `launch status`
+
+The watchdog asks Ray's autoscaler for the nodes that `launch up` waits for, and takes the wish back when they are there
+or have had their time: an idle one is then deleted by Ray after `idle_minutes`. What Ray leaves standing for longer the
+watchdog deletes itself, and with --remove the whole group goes when nothing has run for that long. It needs nobody's
+laptop: a wish that was never taken back, or an autoscaler that died, would cost money for ever.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.clusters.azure import failures
+from launcher.clusters.azure.wanted import DIRECTORY
+
+ADDRESS = "127.0.0.1:6379"
+WISH = Path(DIRECTORY) / "wish"  # how many nodes `launch up` waits for; its age is that of the wish
+CONFIG = Path("~/ray_bootstrap_config.yaml")  # Ray's own copy of what `ray up` was told
+LOGS = Path("/tmp/ray/session_latest/logs")
+STEP_SECONDS = 5.0
+GRACE_SECONDS = 180.0  # that Ray has for what is its own task
+_TAIL = 2000
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The cluster at one moment. workers: nodes beside the head; busy: whether a job runs or a node is at work."""
+
+    workers: int
+    busy: bool
+
+
+class Watch:
+    """Decides, from what is seen, what is done. `act` is called with "ask", "release", "workers" or "group".
+
+    Args:
+        idle_seconds: without work, after which nodes go.
+        remove: whether the group goes as well.
+    """
+
+    def __init__(self, idle_seconds: float, remove: bool, act: Callable[[str, int], None], now: float) -> None:
+        self._idle_seconds, self._remove, self._act = idle_seconds, remove, act
+        self._busy_at = now
+        self._asked = 0
+
+    def step(self, seen: Seen, wish: int, wished_at: float, now: float) -> None:
+        """wish: how many nodes are waited for, and since when (seconds since the epoch, as `now`)."""
+        self._busy_at = max(self._busy_at, now if seen.busy else 0.0, wished_at)
+        waits = wish > 0 and seen.workers < wish and now - wished_at < max(self._idle_seconds, GRACE_SECONDS)
+        if waits:
+            self._act("ask", wish)
+            self._asked = wish
+            # While machines are being made nothing is idle.
+            self._busy_at = now
+            return
+        if self._asked:
+            self._act("release", 0)
+            self._asked = 0
+        idle = now - self._busy_at
+        if self._remove and idle > self._idle_seconds:
+            self._act("group", 0)
+        elif seen.workers and idle > self._idle_seconds + GRACE_SECONDS:
+            self._act("workers", seen.workers)
+
+
+def watch(nodes: int, gpus: int, idle_minutes: float, remove: bool) -> None:
+    """Watch for ever. What fails is written down and tried again."""
+    WISH.write_text(str(nodes))
+
+    def act(what: str, count: int) -> None:
+        if what in ("ask", "release"):
+            _ask(count, gpus)
+            return
+        print(f"{_now()} idle for {idle_minutes:g} minutes: deleting {what}", flush=True)
+        _delete_workers() if what == "workers" else _delete_group()
+
+    watched = Watch(idle_minutes * 60, remove, act, time.time())
+    while True:
+        try:
+            watched.step(_seen(), int(WISH.read_text() or 0), WISH.stat().st_mtime, time.time())
+        except Exception as error:  # Ray may be starting, Azure may be busy: the next step tries again
+            print(f"{_now()} {type(error).__name__}: {error}", flush=True)
+        time.sleep(STEP_SECONDS)
+
+
+def report() -> dict[str, Any]:
+    """Return what is known here: nodes (address, cpus, gpus), failures of launches, and what the autoscaler complains."""
+    from launcher.clusters.existing import look
+
+    nodes: list[dict[str, Any]] = []
+    why = ""
+    try:
+        nodes = [asdict(node) for node in look(ADDRESS)]
+    except Exception as error:
+        why = str(error)
+    complaint = ""
+    with contextlib.suppress(OSError):
+        complaint = (LOGS / "monitor.err").read_text(errors="replace")[-_TAIL:].strip()
+    return {
+        "nodes": nodes,
+        "why_none": why,
+        "failures": [asdict(failure) for failure in failures.read()],
+        "monitor_err": complaint,
+    }
+
+
+def _seen() -> Seen:
+    with _client() as client:
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        nodes = [info for info in client.get_all_node_info(timeout=5).values() if info.state == 0]
+        jobs = client.get_all_job_info(timeout=5).values()
+        status = get_cluster_status(ADDRESS)
+        runs = any(not job.is_dead and not job.config.ray_namespace.startswith("_ray_internal") for job in jobs)
+        used = any(usage.used for usage in status.cluster_resource_usage if usage.resource_name in ("CPU", "GPU"))
+    return Seen(len(nodes) - 1, runs or used)
+
+
+def _ask(count: int, gpus: int) -> None:
+    with _client():
+        from ray.autoscaler.v2.sdk import request_cluster_resources
+
+        request_cluster_resources(ADDRESS, [{"resources": {"GPU": gpus}, "label_selector": {}}] * count)
+
+
+@contextlib.contextmanager
+def _client() -> Any:
+    from launcher.clusters import existing
+
+    with existing._as_client():
+        from ray._raylet import GcsClient
+
+        yield GcsClient(address=ADDRESS)
+
+
+def _configured() -> Any:
+    import yaml
+
+    return yaml.safe_load(CONFIG.expanduser().read_text())
+
+
+def _delete_workers() -> None:
+    from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND
+
+    from launcher.clusters.azure.provider import Provider
+
+    config = _configured()
+    provider = Provider(config["provider"], config["cluster_name"])
+    provider.terminate_nodes(provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_WORKER}))
+    provider.termination_executor.shutdown(wait=True)
+
+
+def _delete_group() -> None:
+    """Azure takes the request and goes on without us: this VM is in the group."""
+    from launcher.clusters.azure.provider import Provider
+
+    config = _configured()
+    provider = Provider(config["provider"], config["cluster_name"])
+    provider.resource_client.resource_groups.begin_delete(config["provider"]["resource_group"])
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    watcher = verbs.add_parser("watch")
+    watcher.add_argument("--nodes", type=int, required=True)
+    watcher.add_argument("--gpus", type=int, required=True)
+    watcher.add_argument("--idle-minutes", type=float, required=True)
+    watcher.add_argument("--remove", action="store_true")
+    verbs.add_parser("report")
+    words = parser.parse_args()
+    if words.verb == "report":
+        json.dump(report(), sys.stdout)
+    else:
+        watch(words.nodes, words.gpus, words.idle_minutes, words.remove)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The file for `ray up`: what Ray's cluster launcher is told. No secret is in it.
+
+The token that all nodes share is made on the head, which hands it to the workers it starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.clusters.azure import network
+from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, USER, Wanted
+from launcher.clusters.catalogue import Vm
+
+PORT = 6379
+DASHBOARD = 8265
+TOKEN = "~/.ray/auth_token"
+CODE = f"{DIRECTORY}/code"
+HEAD, SPOT, ON_DEMAND = "head", "spot", "on-demand"
+IMAGE = {"imagePublisher": "microsoft-dsvm", "imageOffer": "ubuntu-hpc", "imageSku": "2404", "imageVersion": "latest"}
+DISK_GB = 128
+_OWN = "$(hostname -I | cut -d' ' -f1)"  # the address of the VM in its network
+_ENVIRONMENT = f"export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 PYTHONPATH={CODE}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What the cluster takes from this machine.
+
+    Attributes:
+        subscription: Azure's.
+        key: the private SSH key's file; its public half has `.pub` behind it.
+        files: what is copied to every VM: path there -> path here.
+        setup: shell lines for every VM, once, before Ray starts.
+        azure: packages that the head needs to create VMs, with their versions.
+    """
+
+    subscription: str
+    key: str
+    files: Mapping[str, str]
+    setup: Sequence[str] = ()
+    azure: Sequence[str] = ()
+
+
+def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
+    """Return what Ray's cluster launcher is told, in its own words."""
+    base = network.ids(local.subscription, wanted)
+    nodes = wanted.nodes
+    types: dict[str, Any] = {
+        # No CPU for anybody: what trains runs on the nodes.
+        HEAD: {"resources": {"CPU": 0}, "node_config": _vm(nodes.head, wanted, spot=False)}
+    }
+    # `min_workers` stays 0: Ray would never remove those when idle, and never take the other kind in place of them.
+    for kind in {True: [SPOT], False: [ON_DEMAND], "prefer": [SPOT, ON_DEMAND]}[nodes.spot]:
+        types[kind] = {
+            "resources": {"CPU": nodes.size.vcpus, "GPU": nodes.size.gpus},
+            "min_workers": 0,
+            "max_workers": nodes.nodes,
+            "priority": int(kind == SPOT),  # the higher one first, while Azure has it
+            "node_config": _vm(nodes.size, wanted, spot=kind == SPOT),
+        }
+    return {
+        "cluster_name": wanted.name,
+        "max_workers": nodes.nodes,
+        "idle_timeout_minutes": wanted.idle_minutes,
+        "provider": {
+            "type": "external",
+            "module": "launcher.clusters.azure.provider.Provider",
+            "subscription_id": local.subscription,
+            "resource_group": wanted.group,
+            "location": nodes.region,
+            "availability_zone": wanted.zone or "none",
+            "unique_id": wanted.unique_id,
+            "use_internal_ips": True,
+            "use_external_head_ip": True,
+            "cache_stopped_nodes": False,
+            "msi": base["head"],
+            "nodes_msi": base["nodes"],
+            "nsg": base["nsg"],
+            "subnet": base["subnet"],
+            "launch_attempts": wanted.launch_attempts,
+        },
+        "auth": {"ssh_user": USER, "ssh_private_key": local.key, "ssh_public_key": f"{local.key}.pub"},
+        "available_node_types": types,
+        "head_node_type": HEAD,
+        "file_mounts": dict(local.files),
+        "rsync_exclude": ["__pycache__"],
+        "cluster_synced_files": [TOKEN],
+        "initialization_commands": [],
+        "setup_commands": list(local.setup),
+        "head_setup_commands": [
+            f"test -s {TOKEN} || (umask 077; mkdir -p ~/.ray; openssl rand -hex 32 > {TOKEN})",
+            *([f"{PYTHON} -m pip install --quiet {' '.join(local.azure)}"] if local.azure else []),
+        ],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [
+            f"{PYTHON} -m ray.scripts.scripts stop",
+            f"{_ENVIRONMENT}; ulimit -n 65536; {PYTHON} -m ray.scripts.scripts start --head --port={PORT} "
+            f"--object-manager-port=8076 --node-ip-address={_OWN} --autoscaling-config=~/ray_bootstrap_config.yaml "
+            f"--dashboard-host=127.0.0.1 --dashboard-port={DASHBOARD}",
+            _agent("eviction", f"launcher.clusters.eviction --address {_OWN}:{PORT}"),
+            _agent("watchdog", _watchdog(wanted)),
+        ],
+        "worker_start_ray_commands": [
+            f"{PYTHON} -m ray.scripts.scripts stop",
+            _agent("eviction", f"launcher.clusters.eviction --address $RAY_HEAD_IP:{PORT}"),
+            f"{_ENVIRONMENT}; ulimit -n 65536; {PYTHON} -m ray.scripts.scripts start --address=$RAY_HEAD_IP:{PORT} "
+            f"--object-manager-port=8076 --node-ip-address={_OWN}",
+        ],
+    }
+
+
+def text(wanted: Wanted, local: Local) -> str:
+    """Return the file."""
+    import yaml
+
+    told = yaml.safe_dump(ray_config(wanted, local), sort_keys=False, width=10_000)
+    return f"# Written by launch for `ray up`; written anew by every `launch up`.\n{told}"
+
+
+def _vm(vm: Vm, wanted: Wanted, spot: bool) -> dict[str, Any]:
+    asked: dict[str, Any] = {
+        "vmSize": vm.name,
+        **IMAGE,
+        "osDiskSize": DISK_GB,
+        "enableAcceleratedNetworking": bool(getattr(vm, "accelerated_networking", True)),
+    }
+    if spot:
+        # maxPrice -1: up to the price on demand, so that only a want of capacity evicts.
+        asked |= {"priority": "Spot", "evictionPolicy": "Delete", "billingProfile": {"maxPrice": -1}}
+    return {"tags": wanted.tags, "azure_arm_parameters": asked}
+
+
+def _watchdog(wanted: Wanted) -> str:
+    gpus = wanted.nodes.size.gpus
+    words = f"launcher.clusters.azure.on_head watch --nodes {wanted.min_nodes} --gpus {gpus}"
+    words += f" --idle-minutes {wanted.idle_minutes:g}"
+    return f"{words} --remove" if wanted.down_after else words
+
+
+def _agent(name: str, module: str) -> str:
+    """Return the line that starts a small program beside Ray, once: a second one finds the lock taken and ends."""
+    assert re.fullmatch(r"[a-z]+", name)
+    place = f"{DIRECTORY}/{name}"
+    return (
+        f"{_ENVIRONMENT}; nohup flock --nonblock {place}.lock {PYTHON} -m {module} >> {place}.log 2>&1 < /dev/null & "
+        "sleep 0.2"
+    )

@@ -1,0 +1,121 @@
+"""What is wanted of Azure, as a value: one cluster in one region and zone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
+from typing import Any
+
+from launcher.clusters.nodes import Nodes, chosen
+from launcher.errors import ConfigError
+from launcher.schema import ClusterConfig
+
+LONGEST_NAME = 40  # Ray puts 20 characters around it, and Azure cuts names of VMs at 64
+DEFAULT_NAME = "launch"
+USER = "ubuntu"
+DIRECTORY = f"/home/{USER}/launch"  # on every VM: `env`, `code`, and what launch writes there
+PYTHON = f"{DIRECTORY}/env/bin/python"
+ALTERNATIVE_KEYS = ("size", "region", "zone", "spot", "nodes", "min_nodes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One cluster.
+
+    Attributes:
+        nodes: GPU VMs and the head; `nodes.nodes` is the most of them.
+        min_nodes: how many `up` waits for.
+        zone: where all VMs lie; None until Azure has been asked which zones have the size.
+        ssh_from: the address (CIDR) that may reach the head.
+    """
+
+    name: str
+    nodes: Nodes
+    min_nodes: int
+    zone: str | None
+    idle_minutes: float
+    down_after: bool
+    launch_attempts: int
+    ssh_from: str | None = None
+
+    @property
+    def group(self) -> str:
+        """The resource group, which holds this cluster and nothing else."""
+        return group_of(self.name)
+
+    @property
+    def unique_id(self) -> str:
+        """What Ray tells names of one group by."""
+        return sha256(self.group.encode()).hexdigest()[:4]
+
+    @property
+    def place(self) -> str:
+        """Size, region and zone for people."""
+        zone = f" zone {self.zone}" if self.zone else ""
+        return f"{self.nodes.size.name} in {self.nodes.region}{zone}"
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return {"launch-cluster": self.name}
+
+
+def group_of(name: str) -> str:
+    return f"launch-{name}"
+
+
+def check_name(name: str | None) -> str:
+    """Return the name of the cluster. Raises ConfigError where Azure or Ray could not use it."""
+    name = name or DEFAULT_NAME
+    if not re.fullmatch(rf"[a-z]([a-z0-9-]{{0,{LONGEST_NAME - 2}}}[a-z0-9])?", name):
+        raise ConfigError(
+            f"cluster.name={name} cannot name a cluster of Azure VMs: take at most {LONGEST_NAME} small letters, "
+            "digits and hyphens, a letter first and no hyphen last."
+        )
+    return name
+
+
+def wanted(cluster: ClusterConfig, ask: bool = True) -> list[Wanted]:
+    """Return the cluster that is wanted, and after it the alternatives in their order.
+
+    Args:
+        ask: Azure's public list for today's prices.
+
+    Raises:
+        ConfigError: no size or an unknown or retired one, a bad name, or an alternative with an unknown key.
+    """
+    if cluster.size is None:
+        raise ConfigError("cluster=azure needs cluster.size=SIZE, the size of the GPU VMs; `launch sizes` lists them.")
+    found = []
+    for each in [cluster, *(_alternative(cluster, one) for one in cluster.alternatives)]:
+        nodes = chosen(each, ask)
+        least = nodes.nodes if each.min_nodes is None else each.min_nodes
+        if least > nodes.nodes:
+            raise ConfigError(f"cluster.min_nodes={least} is more than cluster.nodes={nodes.nodes}: lower it.")
+        found.append(
+            Wanted(
+                name=check_name(each.name),
+                nodes=nodes,
+                min_nodes=least,
+                zone=None if each.zone is None else str(each.zone),
+                idle_minutes=each.idle_minutes,
+                down_after=each.down_after,
+                launch_attempts=each.launch_attempts,
+                ssh_from=each.ssh_from,
+            )
+        )
+    return found
+
+
+def _alternative(cluster: ClusterConfig, other: Any) -> ClusterConfig:
+    unknown = sorted(set(other) - set(ALTERNATIVE_KEYS)) if isinstance(other, Mapping) else [other]
+    if unknown:
+        raise ConfigError(
+            f"cluster.alternatives: {unknown[0]!r} is not known there. Each alternative is a mapping with some of "
+            f"{', '.join(ALTERNATIVE_KEYS)}, such as {{size: Standard_NC40ads_H100_v5, region: westeurope}}."
+        )
+    known = {field.name for field in fields(ClusterConfig)}
+    # A zone is one of its region's: another region has to say its own.
+    moved = {"zone": None} if other.get("region", cluster.region) != cluster.region else {}
+    return replace(cluster, **moved, **{key: value for key, value in other.items() if key in known})

@@ -1,0 +1,111 @@
+"""What is wanted of Azure: names, alternatives, and the text of every file that is made of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.clusters.azure import network, ray_yaml
+from launcher.clusters.azure.wanted import Wanted, wanted
+from launcher.errors import ConfigError
+from launcher.schema import ClusterConfig
+
+HERE = Path(__file__).parent
+SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
+LOCAL = ray_yaml.Local(
+    subscription=SUBSCRIPTION,
+    key="/home/ada/.local/state/launch/clusters/demo.key",
+    files={"/home/ubuntu/launch/code/launcher": "/src/launcher"},
+    setup=["echo set up"],
+    azure=["azure-core==1.35.0"],
+)
+
+
+def the(**keys: Any) -> Wanted:
+    """Return what is wanted by a configuration, in zone 2 and with an address that may come in."""
+    cluster = ClusterConfig(kind="azure", name="demo", size="Standard_NC24ads_A100_v4", **keys)
+    return replace(wanted(cluster, ask=False)[0], zone="2", ssh_from="203.0.113.7/32")
+
+
+def compare(name: str, text: str) -> None:
+    golden = HERE / name
+    if text != golden.read_text():
+        Path("/tmp", f"golden-{name}").write_text(text)
+    assert text == golden.read_text()
+
+
+def test_the_file_for_ray_up() -> None:
+    """Every line of it decides what is created, who may come in, and what goes when idle."""
+    compare("ray_up.yaml", ray_yaml.text(the(nodes=4, min_nodes=0, spot="prefer", down_after=True), LOCAL))
+
+
+def test_the_network() -> None:
+    compare("network.json", json.dumps(network.template(the()), indent=2) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("spot", "kinds"), [(True, ["head", "spot"]), (False, ["head", "on-demand"]), ("prefer", ["head", "spot", "on-demand"])]
+)
+def test_spot_decides_the_kinds_of_nodes(spot: Any, kinds: list[str]) -> None:
+    """Spot VMs are asked for at the price on demand and deleted when evicted; the head is never one."""
+    types = ray_yaml.ray_config(the(spot=spot), LOCAL)["available_node_types"]
+    assert list(types) == kinds
+    for kind, described in types.items():
+        asked = described["node_config"]["azure_arm_parameters"]
+        assert asked.get("priority") == ("Spot" if kind == "spot" else None)
+        assert asked.get("billingProfile") == ({"maxPrice": -1} if kind == "spot" else None)
+
+
+def test_ray_itself_takes_the_file() -> None:
+    """Ray's own check of the file, with its provider, says nothing against it."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = ray_yaml.ray_config(the(nodes=4, spot="prefer"), LOCAL)
+    validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize("name", ["a", "demo-2", "a" * 40])
+def test_names_that_are_taken(name: str) -> None:
+    assert wanted(ClusterConfig(kind="azure", name=name, size="NC24ads_A100_v4"), ask=False)[0].group == f"launch-{name}"
+
+
+@pytest.mark.parametrize("name", ["A", "2x", "a-", "a_b", "a" * 41, "a.b"])
+def test_names_that_azure_or_ray_cannot_use_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot name a cluster"):
+        wanted(ClusterConfig(kind="azure", name=name, size="NC24ads_A100_v4"), ask=False)
+
+
+def test_the_longest_name_leaves_room_for_what_ray_adds() -> None:
+    """Azure cuts a VM's name at 64 characters: two VMs of one node would become one."""
+    name = f"ray-{'a' * 40}-worker-1234-5678"
+    assert len(name) + len("31") <= 64
+
+
+def test_alternatives_in_their_order() -> None:
+    others = [{"region": "westeurope"}, {"size": "Standard_NC40ads_H100_v5", "spot": False}]
+    cluster = ClusterConfig(kind="azure", size="NC24ads_A100_v4", zone="1", spot=True, alternatives=others)
+    found = [(one.nodes.size.name, one.nodes.region, one.zone, one.nodes.spot) for one in wanted(cluster, ask=False)]
+    assert found == [
+        ("Standard_NC24ads_A100_v4", "eastus", "1", True),
+        ("Standard_NC24ads_A100_v4", "westeurope", None, True),
+        ("Standard_NC40ads_H100_v5", "eastus", "1", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({}, "needs cluster.size"),
+        ({"size": "Standard_NC6s_v3"}, "Azure retired it"),
+        ({"size": "NC24ads_A100_v4", "min_nodes": 2}, "cluster.min_nodes=2 is more than cluster.nodes=1"),
+        ({"size": "NC24ads_A100_v4", "alternatives": [{"sise": "x"}]}, "'sise' is not known"),
+        ({"size": "NC24ads_A100_v4", "alternatives": ["westeurope"]}, "'westeurope' is not known"),
+    ],
+)
+def test_what_cannot_be_wanted(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        wanted(ClusterConfig(kind="azure", **keys), ask=False)
