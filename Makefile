@@ -93,5 +93,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created | venv-fits
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt $(VENV)/.created | venv-fits
-	$(PIP) install --constraint constraints.txt --editable '.[examples,test,bench]'
+	$(PIP) install --constraint constraints.txt --editable '.[azure,examples,test,bench]'
 	@touch $(VENV)/.installed $@

@@ -9,6 +9,7 @@
     │   ├── ResourceError          more workers, GPUs or memory than there can ever be
     │   ├── TrustError             a `_target_` outside the allow-list or of the wrong kind
     │   └── RunError               a run that does not exist, exists already, or cannot be continued
+    ├── MachineError      (exit 1) machines were asked for and did not come, or do not go
     └── TrainingError     (exit 1) the run started and failed
         ├── NonFiniteLoss          the loss became NaN or infinite
         ├── CheckpointError        a checkpoint cannot be written or read
@@ -77,6 +78,10 @@ class TrustError(RequestError):
 
 class RunError(RequestError):
     pass
+
+
+class MachineError(LaunchError):
+    """Machines of a cloud: something was created, or begun to go, and it did not end well."""
 
 
 class TrainingError(LaunchError):

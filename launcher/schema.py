@@ -139,7 +139,9 @@ class ClusterConfig:
     zone: str | None = None  # of the region, one for all VMs; default: the first that has the size
     spot: Any = False  # true, false or "prefer"
     min_nodes: int | None = None  # GPU VMs that `up` waits for, default all; the others come when a job asks for them
-    alternatives: list[Any] = field(default_factory=list)  # of {size, region, zone, …}, in their order, where there is none
+    alternatives: list[Any] = field(
+        default_factory=list
+    )  # of {size, region, zone, …}, in their order, where there is none
     idle_minutes: float = 10.0  # after which a GPU VM without work is deleted
     down_after: bool = False  # remove all, the head too, after idle_minutes without work
     launch_attempts: int = 3  # failed launches of GPU VMs after which no further one is tried

@@ -48,7 +48,8 @@ def test_the_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spot", "kinds"), [(True, ["head", "spot"]), (False, ["head", "on-demand"]), ("prefer", ["head", "spot", "on-demand"])]
+    ("spot", "kinds"),
+    [(True, ["head", "spot"]), (False, ["head", "on-demand"]), ("prefer", ["head", "spot", "on-demand"])],
 )
 def test_spot_decides_the_kinds_of_nodes(spot: Any, kinds: list[str]) -> None:
     """Spot VMs are asked for at the price on demand and deleted when evicted; the head is never one."""
@@ -70,7 +71,9 @@ def test_ray_itself_takes_the_file() -> None:
 
 @pytest.mark.parametrize("name", ["a", "demo-2", "a" * 40])
 def test_names_that_are_taken(name: str) -> None:
-    assert wanted(ClusterConfig(kind="azure", name=name, size="NC24ads_A100_v4"), ask=False)[0].group == f"launch-{name}"
+    assert (
+        wanted(ClusterConfig(kind="azure", name=name, size="NC24ads_A100_v4"), ask=False)[0].group == f"launch-{name}"
+    )
 
 
 @pytest.mark.parametrize("name", ["A", "2x", "a-", "a_b", "a" * 41, "a.b"])

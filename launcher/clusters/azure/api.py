@@ -65,7 +65,9 @@ def sign_in(subscription: str | None = None) -> Account:
     except subprocess.TimeoutExpired:
         raise ClusterError(f"`az account show` did not answer within {_SECONDS} s. Try it by hand.") from None
     except (ValueError, KeyError):
-        raise ClusterError("`az account show --output json` answers something else. Update az, then try again.") from None
+        raise ClusterError(
+            "`az account show --output json` answers something else. Update az, then try again."
+        ) from None
     return Account(account["id"], account.get("name", account["id"]), credential)
 
 
@@ -162,7 +164,9 @@ class Api:
         try:
             for vm in self.compute.virtual_machines.list(group):
                 view = self.compute.virtual_machines.instance_view(group, vm.name)
-                states = [one.code.partition("/")[2] for one in view.statuses or [] if one.code.startswith("PowerState/")]
+                states = [
+                    one.code.partition("/")[2] for one in view.statuses or [] if one.code.startswith("PowerState/")
+                ]
                 found.append(
                     {
                         "name": vm.name,

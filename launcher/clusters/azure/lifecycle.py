@@ -1,8 +1,8 @@
 """Clusters of Azure VMs come up, are looked at, and go down as a whole.
 
-    head = up(job.cluster, tell)       # ~/.local/state/launch/clusters/NAME.json knows it from then on
-    head, told = status(head)
-    down(name, tell)
+head = up(job.cluster, tell)       # ~/.local/state/launch/clusters/NAME.json knows it from then on
+head, told = status(head)
+down(name, tell)
 """
 
 from __future__ import annotations
@@ -134,7 +134,14 @@ def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
 
 def _head(wish: Wanted, address: str, subscription: str) -> Head:
     known = _file(wish.name, "hosts")
-    options = ["-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=accept-new", "-o", f"UserKnownHostsFile={known}"]
+    options = [
+        "-o",
+        "IdentitiesOnly=yes",
+        "-o",
+        "StrictHostKeyChecking=accept-new",
+        "-o",
+        f"UserKnownHostsFile={known}",
+    ]
     return Head(
         name=wish.name,
         kind=KIND,
@@ -254,7 +261,9 @@ def status(head: Head) -> tuple[Head, list[str]]:
         machines = api.machines(group_of(head.name))
         region = getattr(api.group(group_of(head.name)), "location", "")
     if not machines:
-        return replace(head, usd_per_hour=0.0), [f"Azure has no machine of {head.name}. `launch down {head.name}` ends it."]
+        return replace(head, usd_per_hour=0.0), [
+            f"Azure has no machine of {head.name}. `launch down {head.name}` ends it."
+        ]
     said: list[str] = []
     addresses: dict[str, str] = {}
     try:
@@ -355,7 +364,9 @@ def _key(name: str) -> Path:
         try:
             subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ClusterError(f"ssh-keygen could not make a key for {name}: {error}. Install OpenSSH's client.") from None
+            raise ClusterError(
+                f"ssh-keygen could not make a key for {name}: {error}. Install OpenSSH's client."
+            ) from None
     return file
 
 
@@ -373,7 +384,9 @@ def _own_address() -> str:
 def _files() -> dict[str, str]:
     """Return launch itself, for every VM: path there -> path here."""
     here = Path(__file__).resolve().parents[3]
-    names = [name for name in ("launcher", "models", "conf", "constraints.txt", "pyproject.toml") if (here / name).exists()]
+    names = [
+        name for name in ("launcher", "models", "conf", "constraints.txt", "pyproject.toml") if (here / name).exists()
+    ]
     return {f"{ray_yaml.CODE}/{name}": str(here / name) for name in names}
 
 
@@ -400,4 +413,3 @@ def _pins() -> list[str]:
         for name, _, marker in names
         if "azure" in marker and "extra" in marker
     )
-
