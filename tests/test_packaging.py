@@ -128,7 +128,7 @@ def third_party(package: str) -> Iterator[tuple[str, str, bool]]:
 def test_what_is_imported_is_declared(package: str) -> None:
     """Or is a direct requirement of something declared, as omegaconf is of hydra-core.
 
-    What only the extra `examples` brings may be imported inside functions.
+    What only the extras `examples` and `azure` bring may be imported inside functions.
     """
     declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     for text in PROJECT["dependencies"]:
@@ -138,7 +138,7 @@ def test_what_is_imported_is_declared(package: str) -> None:
             markers = [{"extra": extra} for extra in ("", *requirement.extras)]
             if needed.marker is None or any(needed.marker.evaluate(environment) for environment in markers):
                 declared.add(canonicalize_name(needed.name))
-    optional = {canonicalize_name(Requirement(text).name) for text in EXTRAS["examples"]}
+    optional = {canonicalize_name(Requirement(text).name) for text in (*EXTRAS["examples"], *EXTRAS["azure"])}
     distributions = importlib.metadata.packages_distributions()
     wrong = []
     for module, where, at_import in third_party(package):

@@ -52,8 +52,8 @@ def _zone(api: Api, wanted: Wanted) -> str | None:
     if wanted.zone is not None and wanted.zone not in both:
         there = f"they are both in zone {', '.join(both)}" if both else "there is no zone that has both"
         raise ResourceError(
-            f"cluster.zone={wanted.zone}: {nodes.size.name} and the head ({nodes.head.name}) are not both in this zone of "
-            f"{nodes.region} for your subscription; {there}. Take another zone, or leave cluster.zone out."
+            f"cluster.zone={wanted.zone}: {nodes.size.name} and the head ({nodes.head.name}) are not both in this zone "
+            f"of {nodes.region} for your subscription; {there}. Take another zone, or leave cluster.zone out."
         )
     return wanted.zone or (both[0] if both else None)
 
@@ -61,12 +61,12 @@ def _zone(api: Api, wanted: Wanted) -> str | None:
 def _zones_of(sku: Any, name: str, region: str) -> set[str]:
     if sku is None:
         raise ResourceError(
-            f"{name} is not offered in {region}. Take another cluster.region; `az vm list-skus --size {name}` shows where "
-            "it is."
+            f"{name} is not offered in {region}. Take another cluster.region; `az vm list-skus --size {name}` shows "
+            "where it is."
         )
     zones = {zone for info in sku.location_info or [] for zone in info.zones or []}
     for limit in sku.restrictions or []:
-        if str(limit.type) == "Location" or limit.type == "Location":
+        if limit.type == "Location":
             raise ResourceError(
                 f"{name} is not available in {region} for your subscription ({limit.reason_code}). Take another "
                 "cluster.region or cluster.size, or ask Azure for access to it (https://aka.ms/azurecapacity)."
@@ -97,7 +97,7 @@ def _need(what: str, needs: Sequence[tuple[str, int]], wanted: Wanted, uses: dic
         use = uses.get(family.lower())
         if use is not None and use.used + vcpus > use.limit:
             raise ResourceError(
-                f"{what} would need {vcpus} vCPUs of {family} in {wanted.nodes.region}: the quota's limit is {use.limit}, "
-                f"and {use.used} are in use. Nothing was created. Ask for more (https://aka.ms/azurequota), take fewer "
+                f"{what} would need {vcpus} vCPUs of {family} in {wanted.nodes.region}: the quota's limit is "
+                f"{use.limit}, and {use.used} are in use. Ask for more (https://aka.ms/azurequota), take fewer "
                 "cluster.nodes, another cluster.region or cluster.size, or cluster.spot, which has a quota of its own."
             )

@@ -59,8 +59,8 @@ def up(cluster: ClusterConfig, tell: Tell) -> Head:
         running = [one for one in alternatives if one.nodes.region == group.location]
         if not running:
             raise ClusterError(
-                f"The cluster {name} is there in {group.location}, and was asked for in {alternatives[0].nodes.region}. "
-                f"Take another cluster.name, or remove it first: launch down {name}."
+                f"The cluster {name} is there in {group.location}, and was asked for in "
+                f"{alternatives[0].nodes.region}. Take another cluster.name, or remove it first: launch down {name}."
             )
         return _make(api, running[0], group, tell)
     refused: list[str] = []
@@ -218,8 +218,8 @@ def _check_failures(wish: Wanted, found: dict[str, Any]) -> None:
         last = failed[-1]
         error = _NoCapacity if last.code in failures.CAPACITY else MachineError
         raise error(
-            f"Azure did not create the nodes of {wish.name} ({wish.place}) in {count(wish.launch_attempts, 'attempt')}. "
-            f"{last.words}"
+            f"Azure did not create the nodes of {wish.name} ({wish.place}) in "
+            f"{count(wish.launch_attempts, 'attempt')}. {last.words}"
         )
 
 
@@ -307,10 +307,10 @@ def down(name: str, tell: Tell, subscription: str | None = None) -> None:
 def _remove(api: Api, name: str) -> None:
     api.delete_group(group_of(name))
     if api.group(group_of(name)) is not None:
-        left = api.left(group_of(name))
+        left = ", ".join(api.left(group_of(name))) or "nothing in it"
         raise MachineError(
-            f"The resource group {group_of(name)} is still there after its deletion, with {', '.join(left) or 'nothing in it'}"
-            f". Run `launch down {name}` again; what Azure says stands in the portal, under the group's activity log."
+            f"The resource group {group_of(name)} is still there after its deletion, with {left}. Run "
+            f"`launch down {name}` again; why it stays is told in Azure's portal, in the group's activity log."
         )
     heads.forget(name)
     for kind in ("yaml", "key", "key.pub", "hosts", "log", "failures"):
@@ -320,7 +320,7 @@ def _remove(api: Api, name: str) -> None:
 def _own(group: Any, name: str) -> None:
     if (group.tags or {}).get("launch-cluster") != name:
         raise ClusterError(
-            f"The resource group {group.name} is not one that launch made (its tag launch-cluster is missing), so it is "
+            f"The resource group {group.name} is not one that launch made (it has no tag launch-cluster), so it is "
             "left alone. Take another cluster.name."
         )
 

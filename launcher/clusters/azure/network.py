@@ -36,6 +36,7 @@ def template(wanted: Wanted) -> dict[str, Any]:
     """Return the ARM template, for a deployment into the cluster's group. No parameters: all is written in it."""
     name = wanted.name
     head = f"resourceId('Microsoft.ManagedIdentity/userAssignedIdentities', '{name}-head')"
+    role = "Microsoft.Authorization"
     nsg = f"resourceId('Microsoft.Network/networkSecurityGroups', '{name}-nsg')"
     subnet = {
         "addressPrefix": ADDRESSES,
@@ -64,7 +65,7 @@ def template(wanted: Wanted) -> dict[str, Any]:
             "dependsOn": [f"[{head}]"],
             "properties": {
                 "principalId": f"[reference({head}, '2023-01-31').principalId]",
-                "roleDefinitionId": f"[subscriptionResourceId('Microsoft.Authorization/roleDefinitions', '{CONTRIBUTOR}')]",
+                "roleDefinitionId": f"[subscriptionResourceId('{role}/roleDefinitions', '{CONTRIBUTOR}')]",
                 "principalType": "ServicePrincipal",
                 "description": f"The head of {name} creates and deletes VMs in this group.",
             },

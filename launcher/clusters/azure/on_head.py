@@ -95,7 +95,7 @@ def watch(nodes: int, gpus: int, idle_minutes: float, remove: bool) -> None:
 
 
 def report() -> dict[str, Any]:
-    """Return what is known here: nodes (address, cpus, gpus), failures of launches, and what the autoscaler complains."""
+    """Return what is known here: nodes, launches that failed, and what the autoscaler complains of."""
     from launcher.clusters.existing import look
 
     nodes: list[dict[str, Any]] = []

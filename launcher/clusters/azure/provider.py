@@ -17,7 +17,6 @@ import threading
 import time
 from typing import Any
 
-from azure.core.exceptions import AzureError
 from ray.autoscaler._private._azure.config import _configure_key_pair
 from ray.autoscaler._private._azure.node_provider import AzureNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
@@ -41,6 +40,8 @@ class Provider(AzureNodeProvider):
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> None:
         """Raises NodeLaunchException where Azure refuses, which has Ray prefer another kind of node for a while."""
+        from azure.core.exceptions import AzureError
+
         kind = tags.get(TAG_RAY_USER_NODE_TYPE, "")
         own = self
         if tags.get(TAG_RAY_NODE_KIND) == NODE_KIND_WORKER:

@@ -117,5 +117,5 @@ def _alternative(cluster: ClusterConfig, other: Any) -> ClusterConfig:
         )
     known = {field.name for field in fields(ClusterConfig)}
     # A zone is one of its region's: another region has to say its own.
-    moved = {"zone": None} if other.get("region", cluster.region) != cluster.region else {}
+    moved: dict[str, Any] = {"zone": None} if other.get("region", cluster.region) != cluster.region else {}
     return replace(cluster, **moved, **{key: value for key, value in other.items() if key in known})

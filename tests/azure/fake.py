@@ -1,0 +1,495 @@
+"""A fake of Azure's management API: what Ray's unmodified Azure provider, Azure's SDK and launch ask of it.
+
+    with Fake(directory) as azure:
+        subprocess.run(["launch", "up", …], env={**os.environ, **azure.environment})
+        assert azure.left("launch-demo") == []
+
+Clients reach it as they reach Azure: `HTTPS_PROXY` names a proxy that answers for management.azure.com itself, with a
+certificate of a test CA (`REQUESTS_CA_BUNDLE`), and a stand-in `az` gives the token. Which resources a deployment makes
+is learnt from the ARM templates, which `bicep-cost` evaluates. What it does not know: quotas that change, capacity,
+times, and most of what Azure checks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import itertools
+import json
+import re
+import ssl
+import stat
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+HOST = "management.azure.com"
+SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
+TENANT = "99999999-1111-2222-3333-444444444444"
+VM, NIC, ADDRESS, DISK = (
+    "microsoft.compute/virtualmachines",
+    "microsoft.network/networkinterfaces",
+    "microsoft.network/publicipaddresses",
+    "microsoft.compute/disks",
+)
+AZ = """#!{python}
+import json, pathlib, sys, time
+said = pathlib.Path({state!r})
+if said.exists():
+    sys.exit(said.read_text())
+words = sys.argv[1:]
+if words[:2] == ["account", "show"]:
+    print(json.dumps({{"id": {subscription!r}, "name": "fake", "tenantId": {tenant!r}, "state": "Enabled"}}))
+elif words[:2] == ["account", "get-access-token"]:
+    until = time.time() + 3600
+    print(json.dumps({{"accessToken": {token!r}, "expires_on": int(until), "tokenType": "Bearer",
+        "expiresOn": time.strftime("%Y-%m-%d %H:%M:%S.000000", time.localtime(until)),
+        "subscription": {subscription!r}, "tenant": {tenant!r}}}))
+elif words[:1] == ["version"] or words[:1] == ["--version"]:
+    print("azure-cli 2.80.0")
+else:
+    sys.exit(f"az: {{words}} is not known to this stand-in")
+"""
+
+
+class Refusal(Exception):
+    """What Azure answers instead: status, code and message, as in its JSON."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.headers = status, code, message, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"code": self.code, "message": self.message}}
+
+
+@dataclass
+class Operation:
+    """One that takes time: done at `at`, and what it comes to."""
+
+    at: float
+    refusal: Refusal | None = None
+
+
+@dataclass
+class Fake:
+    """The API. Change its attributes to have it behave otherwise.
+
+    Attributes:
+        seconds: how long every long operation takes.
+        usages: quota -> (limit, used) of every region.
+        sizes: those on offer -> zones; `blocked` of them -> reason.
+        refuse: (VM size, spot) -> (code, message) for deployments with such VMs.
+        throttle: how many of the next requests are answered with 429.
+        born, gone: called with the resource of a VM when it is created or deleted; `born` may set its address.
+    """
+
+    directory: Path
+    listen: str = "127.0.0.1"
+    seconds: float = 0.0
+    usages: dict[str, tuple[int, int]] = field(default_factory=dict)
+    sizes: dict[str, list[str]] = field(default_factory=dict)
+    blocked: dict[str, str] = field(default_factory=dict)
+    refuse: dict[tuple[str, bool], tuple[str, str]] = field(default_factory=dict)
+    throttle: int = 0
+    born: Callable[[dict[str, Any]], None] = lambda vm: None
+    gone: Callable[[dict[str, Any]], None] = lambda vm: None
+
+    def __post_init__(self) -> None:
+        self.resources: dict[str, dict[str, Any]] = {}  # by id, in small letters
+        self.groups: dict[str, dict[str, Any]] = {}
+        self.deployments: dict[str, dict[str, Any]] = {}
+        self.operations: dict[str, Operation] = {}
+        self.requests: list[str] = []
+        self.token = uuid.uuid4().hex
+        self._lock = threading.RLock()
+        self._numbers = itertools.count(4)
+
+    def __enter__(self) -> Fake:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._context = _certificates(self.directory)
+        self._az = self.directory / "bin" / "az"
+        self._az.parent.mkdir(exist_ok=True)
+        self._says = self.directory / "az-says"
+        self._az.write_text(
+            AZ.format(
+                python=sys.executable,
+                state=str(self._says),
+                subscription=SUBSCRIPTION,
+                tenant=TENANT,
+                token=self.token,
+            )
+        )
+        self._az.chmod(self._az.stat().st_mode | stat.S_IXUSR)
+        self._server = ThreadingHTTPServer((self.listen, 0), _handler(self, self._context))
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What clients need in their environment."""
+        import os
+
+        proxy = f"http://{self.listen}:{self._server.server_address[1]}"
+        return {
+            "PATH": f"{self._az.parent}{os.pathsep}{os.environ['PATH']}",
+            "HTTPS_PROXY": proxy,
+            "https_proxy": proxy,
+            "NO_PROXY": "127.0.0.1,localhost,169.254.169.254",
+            "no_proxy": "127.0.0.1,localhost,169.254.169.254",
+            "REQUESTS_CA_BUNDLE": str(self.directory / "ca.pem"),
+        }
+
+    def az_says(self, text: str | None) -> None:
+        """Have `az` fail with these words; None: work again."""
+        if text is None:
+            self._says.unlink(missing_ok=True)
+        else:
+            self._says.write_text(text)
+
+    def left(self, group: str) -> list[str]:
+        """Return the ids of what a group holds, itself included."""
+        inside = f"/resourcegroups/{group.lower()}/"
+        own = [group] if group.lower() in self.groups else []
+        return own + sorted(key for key in self.resources if inside in key)
+
+    def of_type(self, kind: str) -> list[dict[str, Any]]:
+        return [one for key, one in sorted(self.resources.items()) if f"/providers/{kind}/" in key and _is(key, kind)]
+
+    def evict(self, name: str) -> None:
+        """Take a VM away as Azure does with spot: the VM and its disk go, interface and address stay."""
+        with self._lock:
+            key = next(key for key in self.resources if key.endswith(f"{VM}/{name.lower()}"))
+            vm = self.resources.pop(key)
+            self.resources.pop(vm["properties"]["storageProfile"]["osDisk"]["managedDisk"]["id"].lower(), None)
+        self.gone(vm)
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def answer(self, method: str, target: str, body: Any, headers: Any) -> tuple[int, Any, dict[str, str]]:
+        """Return status, JSON body and headers of one request. Raises Refusal."""
+        address = urlsplit(target)
+        path = unquote(address.path).rstrip("/")
+        with self._lock:
+            self.requests.append(f"{method} {path}")
+            if self.throttle > 0:
+                self.throttle -= 1
+                raise Refusal(429, "TooManyRequests", "The request is being throttled.", {"Retry-After": "1"})
+        if headers.get("Authorization") != f"Bearer {self.token}":
+            raise Refusal(401, "ExpiredAuthenticationToken", "The access token expiry UTC time is earlier than now.")
+        for pattern, serve in (
+            (r"/operations/([^/]+)", self._operation),
+            (r"/subscriptions/[^/]+/resourcegroups/([^/]+)", self._group),
+            (r"/subscriptions/[^/]+/resourcegroups/([^/]+)/resources", self._list_resources),
+            (r"/subscriptions/[^/]+/providers/Microsoft\.Compute/locations/([^/]+)/usages", self._usages),
+            (r"/subscriptions/[^/]+/providers/Microsoft\.Compute/(skus)", self._skus),
+            (r"(.*/providers/Microsoft\.Resources/deployments/[^/]+)", self._deployment),
+            (r"(.*)/instanceView", self._view),
+            (r"(.*/providers/[^/]+/(?:virtualMachines|networkInterfaces|publicIPAddresses|disks))", self._list),
+            (r"(/subscriptions/.*/providers/.*)", self._resource),
+        ):
+            match = re.fullmatch(pattern, path, re.IGNORECASE)
+            if match:
+                return serve(method, match[1], body, parse_qs(address.query))
+        raise Refusal(404, "NotFound", f"The fake knows no {method} {path}")
+
+    def _operation(self, method: str, name: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        operation = self.operations[name]
+        if time.monotonic() < operation.at:
+            return 202, {"status": "InProgress"}, self._poll(name)
+        if operation.refusal:
+            return 200, {"status": "Failed", **operation.refusal.body()}, {}
+        return 200, {"status": "Succeeded"}, {}
+
+    def _later(self, refusal: Refusal | None = None, then: Callable[[], None] | None = None) -> dict[str, str]:
+        """Begin a long operation; return the headers that tell where it is asked for. then: done at its end."""
+        name = uuid.uuid4().hex
+        self.operations[name] = Operation(time.monotonic() + self.seconds, refusal)
+        if then:
+            threading.Timer(self.seconds, then).start() if self.seconds else then()
+        return self._poll(name)
+
+    def _poll(self, name: str) -> dict[str, str]:
+        place = f"https://{HOST}/operations/{name}"
+        return {"Azure-AsyncOperation": place, "Location": place, "Retry-After": "0"}
+
+    def _group(self, method: str, name: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        key = name.lower()
+        if method == "PUT":
+            made = {"id": f"/subscriptions/{SUBSCRIPTION}/resourceGroups/{name}", "name": name, **body}
+            made["properties"] = {"provisioningState": "Succeeded"}
+            self.groups[key] = made
+            return 201, made, {}
+        if key not in self.groups:
+            raise Refusal(404, "ResourceGroupNotFound", f"Resource group '{name}' could not be found.")
+        if method == "HEAD":
+            return 204, None, {}
+        if method == "DELETE":
+            return (
+                202,
+                None,
+                {"Location": self._later(then=lambda: self._drop_group(key))["Location"], "Retry-After": "0"},
+            )
+        return 200, self.groups[key], {}
+
+    def _drop_group(self, key: str) -> None:
+        with self._lock:
+            inside = f"/resourcegroups/{key}/"
+            went = [self.resources.pop(one) for one in list(self.resources) if inside in one]
+            self.groups.pop(key, None)
+        for one in went:
+            if _is(one["id"].lower(), VM):
+                self.gone(one)
+
+    def _in_group(self, group: str) -> list[dict[str, Any]]:
+        if group.lower() not in self.groups:
+            raise Refusal(404, "ResourceGroupNotFound", f"Resource group '{group}' could not be found.")
+        inside = f"/resourcegroups/{group.lower()}/"
+        return [one for key, one in sorted(self.resources.items()) if inside in key]
+
+    def _list_resources(self, method: str, group: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        return 200, {"value": self._in_group(group)}, {}
+
+    def _list(self, method: str, path: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        group = re.search(r"/resourcegroups/([^/]+)", path, re.IGNORECASE)
+        assert group
+        kind = path.partition("/providers/")[2].lower()
+        return 200, {"value": [one for one in self._in_group(group[1]) if _is(one["id"].lower(), kind)]}, {}
+
+    def _usages(self, method: str, region: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        listed = [
+            {"unit": "Count", "limit": limit, "currentValue": used, "name": {"value": name, "localizedValue": name}}
+            for name, (limit, used) in self.usages.items()
+        ]
+        return 200, {"value": listed}, {}
+
+    def _skus(self, method: str, what: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        asked = re.search(r"location eq '(\w+)'", (query.get("$filter") or [""])[0])
+        region = asked[1] if asked else "eastus"
+        listed = []
+        for name, zones in self.sizes.items():
+            limits = (
+                [{"type": "Location", "values": [region], "reasonCode": self.blocked[name]}]
+                if name in self.blocked
+                else []
+            )
+            where = [{"location": region, "zones": zones}]
+            listed.append(
+                {"resourceType": "virtualMachines", "name": name, "locationInfo": where, "restrictions": limits}
+            )
+        return 200, {"value": listed}, {}
+
+    def _view(self, method: str, path: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        self._found(path)
+        states = ("ProvisioningState/succeeded", "PowerState/running")
+        return 200, {"statuses": [{"code": state} for state in states]}, {}
+
+    def _found(self, path: str) -> dict[str, Any]:
+        if path.lower() not in self.resources:
+            raise Refusal(404, "ResourceNotFound", f"The Resource '{path}' was not found.")
+        return self.resources[path.lower()]
+
+    def _resource(self, method: str, path: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        key = path.lower()
+        if method == "PUT":
+            self.resources[key] = {"id": path, "name": path.rpartition("/")[2], **body}
+            return 201, self.resources[key], {}
+        if method == "DELETE" and key not in self.resources:
+            return 204, None, {}
+        found = self._found(path)
+        if method == "PATCH":
+            found.update(body)
+            return 200, found, {}
+        if method == "DELETE":
+            del self.resources[key]
+            if _is(key, VM):
+                self.gone(found)
+            return 202, None, {"Location": self._later()["Location"], "Retry-After": "0"}
+        return 200, found, {}
+
+    def _deployment(self, method: str, path: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        if method == "GET":
+            return 200, self.deployments[path.lower()], {}
+        match = re.search(r"/resourcegroups/([^/]+)/", path, re.IGNORECASE)
+        assert match
+        group = self.groups.get(match[1].lower())
+        if group is None:
+            raise Refusal(404, "ResourceGroupNotFound", f"Resource group '{match[1]}' could not be found.")
+        made = self._expand(path, group, body["properties"])
+        refusal = self._refusal(made)
+        state = "Failed" if refusal else "Succeeded"
+        told: dict[str, Any] = {"id": path, "name": path.rpartition("/")[2], "properties": {"provisioningState": state}}
+        self.deployments[path.lower()] = told
+        accepted = {**told, "properties": {"provisioningState": "Accepted"}}
+        if refusal:
+            told["properties"]["error"] = refusal.body()["error"]
+            # What is independent of the VM has been made by then.
+            made = [one for one in made if not _is(one["id"].lower(), VM)]
+        for one in made:
+            self._create(one)
+        return 201, accepted, self._later(refusal)
+
+    def _expand(self, path: str, group: dict[str, Any], properties: dict[str, Any]) -> list[dict[str, Any]]:
+        from bicep_cost.engine import DeploymentSettings, Engine
+
+        name = path.rpartition("/")[2]
+        engine = Engine(DeploymentSettings(SUBSCRIPTION, group["name"], group["location"], name))
+        given = {key: entry["value"] for key, entry in (properties.get("parameters") or {}).items()}
+        engine.expand(properties["template"], given)
+        found = []
+        for one in engine.resources:
+            body = json.loads(json.dumps(one.body, default=lambda value: None))
+            # Names of keys are not evaluated: the identity of a VM is one.
+            identities = (body.get("identity") or {}).get("userAssignedIdentities")
+            if identities:
+                body["identity"]["userAssignedIdentities"] = {given["msi"]: {}}
+            if one.type.lower() == "microsoft.authorization/roleassignments":
+                # Whose it is, is known when the identity is there: by its name.
+                raw = next(each for each in properties["template"]["resources"] if each["type"] == one.type)
+                body["properties"]["of"] = re.findall(r"'([\w-]+)'\), ", raw["properties"]["principalId"])
+            found.append({**body, "id": one.id, "name": one.name, "type": one.type})
+        return found
+
+    def _refusal(self, made: list[dict[str, Any]]) -> Refusal | None:
+        for one in made:
+            if _is(one["id"].lower(), VM):
+                size = one["properties"]["hardwareProfile"]["vmSize"]
+                why = self.refuse.get((size, one["properties"].get("priority") == "Spot"))
+                if why:
+                    inner = {"error": {"code": why[0], "message": why[1]}}
+                    return Refusal(
+                        409, "DeploymentFailed", f"At least one resource operation failed. {json.dumps(inner)}"
+                    )
+        return None
+
+    def _create(self, one: dict[str, Any]) -> None:
+        key = one["id"].lower()
+        properties = one.setdefault("properties", {}) or {}
+        properties["provisioningState"] = "Succeeded"
+        one["properties"] = properties
+        with self._lock:
+            if _is(key, "microsoft.managedidentity/userassignedidentities"):
+                properties["principalId"] = str(uuid.uuid5(uuid.NAMESPACE_URL, key))
+            elif _is(key, ADDRESS):
+                properties["ipAddress"] = f"198.51.100.{next(self._numbers)}"
+            elif _is(key, NIC):
+                inside = properties["ipConfigurations"][0]["properties"]
+                inside["privateIPAddress"] = f"10.77.0.{next(self._numbers)}"
+                if "publicIpAddress" in inside:  # Azure answers in its own spelling
+                    inside["publicIPAddress"] = inside.pop("publicIpAddress")
+            elif _is(key, VM):
+                self._create_vm(one)
+            self.resources[key] = one
+        if _is(key, VM):
+            self.born(one)
+
+    def _create_vm(self, vm: dict[str, Any]) -> None:
+        disk = f"{vm['id'].rpartition('/')[0].rpartition('/')[0]}/disks/{vm['name']}_OsDisk_1"
+        vm["properties"]["storageProfile"]["osDisk"] |= {"name": f"{vm['name']}_OsDisk_1", "managedDisk": {"id": disk}}
+        vm["properties"]["vmId"] = str(uuid.uuid4())
+        self.resources[disk.lower()] = {"id": disk, "name": f"{vm['name']}_OsDisk_1", "type": "Microsoft.Compute/disks"}
+
+
+def nic_of(azure: Fake, vm: dict[str, Any]) -> dict[str, Any]:
+    """Return the interface of a VM."""
+    return azure.resources[vm["properties"]["networkProfile"]["networkInterfaces"][0]["id"].lower()]
+
+
+def _is(key: str, kind: str) -> bool:
+    """Whether an id in small letters is one of a type: .../providers/KIND/NAME at its end."""
+    return key.rpartition("/")[0].endswith(f"/providers/{kind.lower()}")
+
+
+def _handler(azure: Fake, context: ssl.SSLContext) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_CONNECT(self) -> None:
+            if self.path != f"{HOST}:443":
+                self.send_error(403, f"this proxy leads to {HOST} alone")
+                return
+            self.send_response(200, "Connection established")
+            self.end_headers()
+            self.connection = context.wrap_socket(self.connection, server_side=True)
+            self.rfile = self.connection.makefile("rb")
+            self.wfile = self.connection.makefile("wb", 0)
+            self.close_connection = False
+
+        def do_any(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            try:
+                status, answer, headers = azure.answer(self.command, self.path, body, self.headers)
+            except Refusal as refusal:
+                status, answer, headers = refusal.status, refusal.body(), refusal.headers
+            except Exception as error:
+                print(f"fake: {self.command} {self.path}: {error!r}", file=sys.stderr)
+                status, answer, headers = 500, {"error": {"code": "FakeIsWrong", "message": repr(error)}}, {}
+            text = b"" if answer is None else json.dumps(answer).encode()
+            self.send_response(status)
+            for name, value in {
+                **headers,
+                "Content-Type": "application/json",
+                "Content-Length": str(len(text)),
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = do_any
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    return Handler
+
+
+def _certificates(directory: Path) -> ssl.SSLContext:
+    """Write ca.pem into a directory, and return the context of a server with a certificate of that CA."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    now = datetime.datetime.now(datetime.UTC)
+
+    def signed(name: str, ca: bool, own: Any, issuer: x509.Name, by: Any) -> x509.Certificate:
+        builder = x509.CertificateBuilder().subject_name(_name(name)).issuer_name(issuer).public_key(own.public_key())
+        builder = builder.serial_number(x509.random_serial_number())
+        builder = builder.not_valid_before(now - datetime.timedelta(days=1))
+        builder = builder.not_valid_after(now + datetime.timedelta(days=2))
+        builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        identity = x509.SubjectKeyIdentifier.from_public_key(own.public_key())
+        builder = builder.add_extension(identity, critical=False)
+        above = x509.AuthorityKeyIdentifier.from_issuer_public_key(by.public_key())
+        builder = builder.add_extension(above, critical=False)
+        if not ca:
+            names = [x509.DNSName(HOST), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        return builder.sign(by, hashes.SHA256())
+
+    def _name(name: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+    root, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority = signed("a test CA", True, root, _name("a test CA"), root)
+    certificate = signed(HOST, False, own, authority.subject, root)
+    pem = serialization.Encoding.PEM
+    (directory / "ca.pem").write_bytes(authority.public_bytes(pem))
+    key = own.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (directory / "server.pem").write_bytes(certificate.public_bytes(pem) + key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "server.pem")
+    return context

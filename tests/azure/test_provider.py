@@ -1,0 +1,133 @@
+"""Ray's own Azure provider, with what launch adds to it, against the fake: VMs that are records."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.clusters.azure import failures, network, ray_yaml
+from launcher.clusters.azure.api import Api, sign_in
+from tests.azure.conftest import A100
+from tests.azure.fake import NIC, VM, Fake
+from tests.azure.test_wanted import the
+
+KIND, NAME = "ray-node-type", "ray-node-name"
+CAPACITY = ("SkuNotAvailable", "The requested size is currently not available in location eastus zone 2.")
+
+
+class Cluster:
+    """A group with its network, and the provider as the head has it."""
+
+    def __init__(self, azure: Fake, directory: Path, **keys: Any) -> None:
+        from launcher.clusters.azure.provider import Provider
+
+        self.wish = the(**keys)
+        api = Api(sign_in())
+        api.resources.resource_groups.create_or_update(self.wish.group, {"location": "eastus", "tags": self.wish.tags})
+        api.deploy(self.wish.group, network.DEPLOYMENT, network.template(self.wish))
+        key = directory / "key"
+        key.write_text("secret")
+        key.with_suffix(".pub").write_text("ssh-rsa AAAA")
+        local = ray_yaml.Local(subscription=api.account.subscription, key=str(key), files={})
+        self.config = Provider.bootstrap_config(ray_yaml.ray_config(self.wish, local))
+        self.provider = Provider(self.config["provider"], self.wish.name)
+
+    def create(self, kind: str, count: int = 1) -> None:
+        tags = {KIND: "head" if kind == "head" else "worker", "ray-user-node-type": kind, NAME: f"ray-demo-{kind}"}
+        config = self.config["available_node_types"][kind]["node_config"]
+        self.provider.create_node_with_resources_and_labels(config, tags, count, {}, {})
+
+
+@pytest.fixture
+def cluster(azure: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setenv(failures.VARIABLE, str(tmp_path / "failures"))
+    return Cluster(azure, tmp_path, nodes=3, spot="prefer", launch_attempts=2)
+
+
+def test_only_the_head_may_change_the_group(azure: Fake, cluster: Cluster) -> None:
+    """Ray gives every worker the right to delete the cluster; here a worker's identity has no role in the group."""
+    cluster.create("head")
+    cluster.create("spot", 2)
+    cluster.create("on-demand")
+    identities = {}
+    for vm in azure.of_type(VM):
+        (identity,) = vm["identity"]["userAssignedIdentities"]
+        identities[vm["tags"]["ray-user-node-type"], vm["name"]] = identity.rpartition("/")[2]
+    assert sorted(identities.values()) == ["demo-head", "demo-nodes", "demo-nodes", "demo-nodes"]
+    assert {name for (kind, _), name in identities.items() if kind == "head"} == {"demo-head"}
+    (role,) = azure.of_type("microsoft.authorization/roleassignments")
+    assert role["properties"]["of"] == ["demo-head"]
+
+
+def test_what_is_created(azure: Fake, cluster: Cluster) -> None:
+    """One zone, accelerated networking, spot at the price on demand, one public address, SSH for one caller."""
+    cluster.create("head")
+    cluster.create("spot", 2)
+    vms = azure.of_type(VM)
+    assert [vm["zones"] for vm in vms] == [["2"]] * 3
+    assert {vm["properties"]["storageProfile"]["imageReference"]["offer"] for vm in vms} == {"ubuntu-hpc"}
+    assert all(nic["properties"]["enableAcceleratedNetworking"] for nic in azure.of_type(NIC))
+    spot = [vm for vm in vms if vm["properties"]["priority"] == "Spot"]
+    assert len(spot) == 2
+    assert all(vm["properties"]["billingProfile"] == {"maxPrice": -1} for vm in spot)
+    assert all(vm["properties"]["evictionPolicy"] == "Delete" for vm in spot)
+    assert len(azure.of_type("microsoft.network/publicipaddresses")) == 1
+    (group,) = azure.of_type("microsoft.network/networksecuritygroups")
+    assert [rule["properties"]["sourceAddressPrefix"] for rule in group["properties"]["securityRules"]] == [
+        "203.0.113.7/32"
+    ]
+    assert len({vm["name"] for vm in vms}) == 3
+
+
+def test_nodes_come_and_go(azure: Fake, cluster: Cluster) -> None:
+    """What Ray's autoscaler does: list, create, delete with disk and interface, nothing kept for later."""
+    cluster.create("head")
+    cluster.create("spot", 2)
+    provider = cluster.provider
+    workers = provider.non_terminated_nodes({KIND: "worker"})
+    assert len(workers) == 2
+    assert {provider.internal_ip(name).rpartition(".")[0] for name in workers} == {"10.77.0"}
+    (head,) = provider.non_terminated_nodes({KIND: "head"})
+    assert provider.external_ip(head).startswith("198.51.100.")
+    provider.terminate_nodes(workers)
+    provider.termination_executor.shutdown(wait=True)
+    assert provider.non_terminated_nodes({KIND: "worker"}) == []
+    assert len(azure.of_type("microsoft.compute/disks")) == len(azure.of_type(NIC)) == 1  # the head's
+
+
+def test_an_evicted_vm_is_gone(azure: Fake, cluster: Cluster) -> None:
+    cluster.create("spot", 2)
+    first, second = cluster.provider.non_terminated_nodes({})
+    azure.evict(first)
+    assert cluster.provider.non_terminated_nodes({}) == [second]
+
+
+def test_failed_launches_are_told_and_given_up(azure: Fake, cluster: Cluster) -> None:
+    """The innermost cause reaches the user, Ray takes the other kind, and after launch_attempts Azure is left alone."""
+    from ray.autoscaler.node_launch_exception import NodeLaunchException
+
+    azure.refuse[A100, True] = CAPACITY
+    for _ in range(2):
+        with pytest.raises(NodeLaunchException, match=r"SkuNotAvailable.*currently not available"):
+            cluster.create("spot")
+    asked = len(azure.requests)
+    with pytest.raises(NodeLaunchException, match=r"GivenUp.*2 launches of spot nodes failed"):
+        cluster.create("spot")
+    assert len(azure.requests) == asked
+    cluster.create("on-demand")
+    assert [(one.kind, one.code) for one in failures.read()] == [("spot", "SkuNotAvailable")] * 2
+    # Capacity comes back: after a while Azure is asked again, and success forgets what was.
+    assert failures.recent("spot", now=time.time() + failures.FORGOTTEN_SECONDS) == 0
+    del azure.refuse[A100, True]
+    failures.path().write_text("")
+    cluster.create("spot")
+    assert failures.read() == []
+
+
+def test_a_head_alone_may_not_list_the_sizes(azure: Fake, cluster: Cluster) -> None:
+    """Its identity may act in the group alone: Ray's own question for zones would end in "No available zones"."""
+    cluster.create("spot")
+    assert not [one for one in azure.requests if one.endswith("/skus")]
