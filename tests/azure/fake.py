@@ -111,6 +111,9 @@ class Fake:
         self.token = uuid.uuid4().hex
         self._lock = threading.RLock()
         self._numbers = itertools.count(4)
+        self.server: Callable[[Any], ThreadingHTTPServer] = lambda handler: ThreadingHTTPServer(
+            (self.listen, 0), handler
+        )
 
     def __enter__(self) -> Fake:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,7 @@ class Fake:
             )
         )
         self._az.chmod(self._az.stat().st_mode | stat.S_IXUSR)
-        self._server = ThreadingHTTPServer((self.listen, 0), _handler(self, self._context))
+        self._server = self.server(_handler(self, self._context))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
@@ -223,7 +226,7 @@ class Fake:
 
     def _poll(self, name: str) -> dict[str, str]:
         place = f"https://{HOST}/operations/{name}"
-        return {"Azure-AsyncOperation": place, "Location": place, "Retry-After": "0"}
+        return {"Azure-AsyncOperation": place, "Location": place, "Retry-After": "1"}
 
     def _group(self, method: str, name: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
         key = name.lower()
@@ -240,7 +243,7 @@ class Fake:
             return (
                 202,
                 None,
-                {"Location": self._later(then=lambda: self._drop_group(key))["Location"], "Retry-After": "0"},
+                {"Location": self._later(then=lambda: self._drop_group(key))["Location"], "Retry-After": "1"},
             )
         return 200, self.groups[key], {}
 
@@ -316,7 +319,7 @@ class Fake:
             del self.resources[key]
             if _is(key, VM):
                 self.gone(found)
-            return 202, None, {"Location": self._later()["Location"], "Retry-After": "0"}
+            return 202, None, {"Location": self._later()["Location"], "Retry-After": "1"}
         return 200, found, {}
 
     def _deployment(self, method: str, path: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 from launcher.errors import ClusterError
 
 SCOPE = "https://management.azure.com/.default"
+POLL_SECONDS = 2  # for what takes long, where Azure names no time
 _SECONDS = 60
 
 
@@ -123,7 +124,9 @@ class Api:
     def resources(self) -> Any:
         from azure.mgmt.resource import ResourceManagementClient
 
-        return ResourceManagementClient(self.account.credential, self.account.subscription)
+        return ResourceManagementClient(
+            self.account.credential, self.account.subscription, polling_interval=POLL_SECONDS
+        )
 
     def group(self, name: str) -> Any | None:
         """Return the resource group, or None where there is none."""

@@ -204,8 +204,9 @@ def _wait(wish: Wanted, head: Head, tell: Tell) -> Head:
             )
         time.sleep(POLL_SECONDS)
     usd = _usd(wish, len(nodes))
+    own = next((node["address"] for node in found["nodes"] if not node["gpus"]), "127.0.0.1")
     others = [{"name": node["host"], "address": node["address"], "state": "running"} for node in nodes]
-    head = replace(head, usd_per_hour=usd, hosts=[head.hosts[0], *others])
+    head = replace(head, address=f"{own}:{ray_yaml.PORT}", usd_per_hour=usd, hosts=[head.hosts[0], *others])
     heads.save(head)
     return head
 

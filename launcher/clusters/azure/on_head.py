@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ LOGS = Path("/tmp/ray/session_latest/logs")
 STEP_SECONDS = 5.0
 GRACE_SECONDS = 180.0  # that Ray has for what is its own task
 _TAIL = 2000
+# What ssh says on the way to nodes, and nobody has to know.
+_CHATTER = re.compile(r"^(Shared )?[Cc]onnection to \S+ closed|^Warning: Permanently added")
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def report() -> dict[str, Any]:
         why = str(error)
     complaint = ""
     with contextlib.suppress(OSError):
-        complaint = (LOGS / "monitor.err").read_text(errors="replace")[-_TAIL:].strip()
+        lines = (LOGS / "monitor.err").read_text(errors="replace").splitlines()
+        complaint = "\n".join(line for line in lines if line.strip() and not _CHATTER.search(line))[-_TAIL:]
     return {
         "nodes": nodes,
         "why_none": why,

@@ -1,0 +1,129 @@
+"""Up and down, as far as they go without a machine that answers: what fails is told, and nothing is left of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from launcher.clusters import heads
+from launcher.clusters.azure import lifecycle
+from launcher.clusters.heads import Head
+from launcher.errors import ClusterError, MachineError, ResourceError
+from launcher.schema import ClusterConfig
+from tests.azure.conftest import A100
+from tests.azure.fake import SUBSCRIPTION, Fake
+
+CLUSTER = ClusterConfig(kind="azure", name="demo", size=A100, ssh_from="203.0.113.7/32")
+HEAD = Head(
+    name="demo",
+    kind="azure",
+    ssh=["ssh", "-p", "9", "-o", "ControlPath=none", "ubuntu@127.0.0.1"],
+    python="python3",
+    address="10.0.0.4:6379",
+    dashboard=8265,
+    directory="/home/ubuntu/launch",
+    hosts=[{"name": "head", "address": "127.0.0.1", "state": "running", "subscription": SUBSCRIPTION}],
+)
+
+
+def group(azure: Fake, name: str = "launch-demo", **tags: str) -> None:
+    azure.groups[name] = {
+        "id": f"/subscriptions/s/resourceGroups/{name}",
+        "name": name,
+        "location": "eastus",
+        "tags": tags,
+    }
+
+
+def said(_: str) -> None:
+    pass
+
+
+def test_a_head_that_azure_refuses_is_told_and_nothing_is_left(azure: Fake) -> None:
+    """The whole of `ray up` runs; Azure refuses the VM when group and network are there already."""
+    azure.refuse["Standard_D4s_v5", False] = ("InvalidParameter", "The value of parameter imageReference is invalid.")
+    with pytest.raises(
+        MachineError, match="InvalidParameter: The value of parameter imageReference is invalid"
+    ) as caught:
+        lifecycle.up(CLUSTER, said)
+    assert caught.value.exit_status == 1
+    assert azure.left("launch-demo") == []
+    assert heads.all_heads() == []
+    assert list(heads.directory().iterdir()) == []
+
+
+def test_the_next_alternative_where_there_is_no_capacity(azure: Fake) -> None:
+    """Each is tried where it stands in the list, and each failed one is removed before the next begins."""
+    azure.refuse["Standard_D4s_v5", False] = ("ZonalAllocationFailed", "Allocation failed. No sufficient capacity.")
+    azure.usages["StandardNCADSA100v4Family"] = (0, 0)
+    heard: list[str] = []
+    others = [{"size": "Standard_NC40ads_H100_v5"}, {"size": "Standard_NC4as_T4_v3"}]
+    with pytest.raises(MachineError, match=r"StandardNCADSA100v4Family.*NC40ads_H100.*Allocation.*NC4as_T4"):
+        lifecycle.up(replace(CLUSTER, alternatives=others), heard.append)
+    assert [line.split(",")[1].split()[0] for line in heard if line.startswith("Creating")] == [
+        "Standard_NC40ads_H100_v5",
+        "Standard_NC4as_T4_v3",
+    ]
+    assert azure.left("launch-demo") == []
+
+
+def test_nothing_is_created_where_the_quota_is_too_small(azure: Fake) -> None:
+    azure.usages["StandardNCADSA100v4Family"] = (0, 0)
+    with pytest.raises(ResourceError, match="StandardNCADSA100v4Family") as caught:
+        lifecycle.up(CLUSTER, said)
+    assert caught.value.exit_status == 2
+    assert not [one for one in azure.requests if one.startswith(("PUT", "DELETE"))]
+
+
+def test_down_deletes_the_group_and_may_be_repeated(azure: Fake) -> None:
+    group(azure, **{"launch-cluster": "demo"})
+    heads.save(HEAD)
+    lifecycle.down("demo", said)
+    assert azure.left("launch-demo") == []
+    assert heads.all_heads() == []
+    lifecycle.down("demo", said)
+
+
+def test_down_that_was_interrupted_is_repeated(azure: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deletion goes on in Azure; the cluster is remembered until it is seen to be gone."""
+    group(azure, **{"launch-cluster": "demo"})
+    heads.save(HEAD)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("launcher.clusters.azure.api.Api.delete_group", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lifecycle.down("demo", said)
+    assert heads.load("demo") == HEAD
+    lifecycle.down("demo", said)
+    assert azure.left("launch-demo") == []
+
+
+def test_what_does_not_go_is_told(azure: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock on the group, say: `down` does not believe the answer, it looks."""
+    group(azure, **{"launch-cluster": "demo"})
+    heads.save(HEAD)
+    disk = "/subscriptions/s/resourceGroups/launch-demo/providers/Microsoft.Compute/disks/stays"
+    azure.resources[disk.lower()] = {"id": disk, "name": "stays", "type": "Microsoft.Compute/disks"}
+    monkeypatch.setattr(azure, "_drop_group", lambda key: None)
+    with pytest.raises(MachineError, match=r"still there after its deletion, with Microsoft\.Compute/disks stays"):
+        lifecycle.down("demo", said)
+    assert heads.load("demo") == HEAD
+
+
+def test_a_group_of_somebody_else_is_left_alone(azure: Fake) -> None:
+    group(azure, owner="somebody")
+    for verb in (lambda: lifecycle.down("demo", said), lambda: lifecycle.up(CLUSTER, said)):
+        with pytest.raises(ClusterError, match="not one that launch made"):
+            verb()
+    assert azure.left("launch-demo") == ["launch-demo"]
+
+
+def test_status_of_a_cluster_that_somebody_deleted(azure: Fake) -> None:
+    fresh, notes = lifecycle.status(HEAD)
+    assert fresh.usd_per_hour == 0.0
+    assert notes == ["Azure has no machine of demo. `launch down demo` ends it."]
