@@ -24,6 +24,7 @@ from launcher.phases import Marks
 from launcher.phrases import size
 from launcher.plan import Machines, Plan, make_plan
 from launcher.prepare import Prepared, Request, prepare, root_of
+from launcher.remote.place import is_elsewhere
 from launcher.runs import RunDirectory
 from launcher.storage import is_uri
 
@@ -46,6 +47,21 @@ class Observer:
     def event(self, event: Event) -> None:
         """An event of the run; see `engine.control.Control.emit`."""
 
+    def sent(self, directory: RunDirectory, where: str) -> None:
+        """The run is driven elsewhere; what `prepared` would tell comes as an event of kind `begun`."""
+
+    def asked_to_end(self) -> str:
+        """Ctrl-C came while a run elsewhere is followed: return "stop" or "detach"."""
+        return "stop"
+
+
+def begun(prepared: Prepared, plan: Plan | None) -> Event:
+    """Return what is told of a run that begins, as an event: without a plan there is nothing left to do."""
+    if plan is None:
+        return {"kind": "begun", "finished": True}
+    facts = {"workers": plan.machines.workers, "headline": plan.headline(), "changes": list(prepared.changes)}
+    return {"kind": "begun", "finished": False, **facts}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -57,6 +73,7 @@ class Outcome:
     result: dict[str, Any]
     directory: RunDirectory
     signal_number: int | None = None
+    detached: bool = False  # it goes on elsewhere, and nobody here follows it
 
 
 def train(request: Request, observer: Observer) -> Outcome:
@@ -75,6 +92,8 @@ def train(request: Request, observer: Observer) -> Outcome:
         if prepared.finished:
             observer.prepared(prepared, None)
             return Outcome(prepared.directory.result(), prepared.directory)
+        if is_elsewhere(prepared.job.cluster):
+            return _train_elsewhere(request, prepared, observer)
         plan = checked_plan(prepared.job, observer, marks=record.marks)
         task = record.begin(plan)
         observer.prepared(prepared, plan)
@@ -82,6 +101,19 @@ def train(request: Request, observer: Observer) -> Outcome:
             result, signal_number = run_task(task, plan.machines, observer.event)
         record.ended()
         return Outcome(result, prepared.directory, signal_number)
+
+
+def _train_elsewhere(request: Request, prepared: Prepared, observer: Observer) -> Outcome:
+    """Send the run to the cluster that its configuration names, and follow it."""
+    from launcher.remote.caller import Caller
+    from launcher.runners.signals import Interrupts
+
+    def sent(where: str) -> None:
+        observer.sent(prepared.directory, where)
+
+    with Interrupts() as interrupts:
+        ended = Caller(request, prepared, sent, observer.event, observer.asked_to_end).train(interrupts)
+    return Outcome(ended.result, prepared.directory, ended.signal_number, ended.detached)
 
 
 def checked_plan(job: Job, observer: Observer, ranks: int | None = None, marks: Marks | None = None) -> Plan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -30,12 +30,14 @@ class Request:
         config_dir: a directory of the user's own configuration, or None.
         calling: the directory where the command was given; its modules may be named in the configuration.
         started: wall-clock time of the command.
+        on_head: HOST:PORT of the Ray cluster whose head this process drives the run on, for somebody elsewhere.
     """
 
     words: Sequence[str]
     config_dir: Path | None = None
     calling: Path = field(default_factory=Path.cwd)
     started: float = field(default_factory=time.time)
+    on_head: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ def prepare(request: Request) -> Prepared:
         ConfigError, TrustError: the words or the configuration are wrong.
         RunError: the run exists already, does not exist, is running, or cannot be continued with these words.
     """
+    prepared = _prepared(request)
+    if request.on_head is not None:  # config.yaml keeps what its user wrote; here the workers are at hand
+        job = prepared.job
+        job.cluster = replace(job.cluster, kind="existing", address=request.on_head)
+    return prepared
+
+
+def _prepared(request: Request) -> Prepared:
     new, resumed, like = _meant(request)
     if resumed is not None:
         return _continue(request, resumed)

@@ -148,6 +148,8 @@ class ClusterConfig:
     subscription: str | None = None  # of Azure; default: that of `az account show`
     ssh_from: str | None = None  # the address (CIDR) that may reach the head; default: this machine's
     budget_usd: float | None = None
+    env: list[str] = field(default_factory=list)  # names of variables that the workers get from here
+    detach: bool = False  # do not wait for a run elsewhere
 
 
 @dataclass
@@ -418,6 +420,13 @@ def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
 
 
 def _check_cluster(cluster: ClusterConfig) -> None:
+    for name in cluster.env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            # Without the text itself: whoever writes NAME=VALUE here has put a secret where it will be kept.
+            raise ConfigError(
+                "cluster.env lists names of environment variables, such as [HF_TOKEN], and one of its entries is none. "
+                "Export the variable and write its name alone; the value is read from the environment."
+            )
     _at_least("cluster.keep_minutes", cluster.keep_minutes, 0)
     _at_least("cluster.nodes", cluster.nodes, 1)
     _at_least("cluster.min_nodes", cluster.min_nodes or 0, 0)

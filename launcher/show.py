@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.jobs import Observer, Outcome, over_text
+from launcher.jobs import Observer, Outcome, begun, over_text
 from launcher.phrases import count, duration, evaluated
 from launcher.plan import Plan
 from launcher.prepare import Prepared
@@ -26,23 +26,41 @@ class Shown(Observer):
         self.finished = False
 
     def prepared(self, prepared: Prepared, plan: Plan | None) -> None:
-        name = prepared.directory.name
         self.directory = prepared.directory
-        if plan is None:
+        self._begun(begun(prepared, plan))
+
+    def sent(self, directory: RunDirectory, where: str) -> None:
+        self.directory = directory
+        self._display.say(f"{directory.name}: sent to {where}")
+
+    def asked_to_end(self) -> str:
+        answer = self._display.ask("Ctrl-C: stop the run (after a checkpoint), or detach and let it go on? [s/d] ")
+        return "detach" if answer.strip().lower().startswith("d") else "stop"
+
+    def event(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "begun":
+            self._begun(event)
+        else:
+            self._display.show(event)
+
+    def _begun(self, event: dict[str, Any]) -> None:
+        assert self.directory is not None
+        name = self.directory.name
+        if event["finished"]:
             self.finished = True
             self._display.say(f"{name} is completed; there is nothing to do. Train it further with trainer.epochs=N.")
             return
-        self._display.workers = plan.machines.workers
-        self._display.say(f"{name}: {plan.headline()}")
-        if prepared.changes:
-            self._display.say(over_text(prepared.changes))
-
-    def event(self, event: dict[str, Any]) -> None:
-        self._display.show(event)
+        self._display.workers = event["workers"]
+        self._display.say(f"{name}: {event['headline']}")
+        if event["changes"]:
+            self._display.say(over_text(event["changes"]))
 
 
 def conclusion(outcome: Outcome, interactive: bool) -> list[str]:
     """Return the lines that end a run: what came of it, and what to do next."""
+    name = outcome.directory.name
+    if outcome.detached:
+        return [f"{name} goes on without this command. Follow it with: launch logs {name}; stop it with: launch stop {name}"]
     result = outcome.result
     facts = [f"{result['status']} after {count(result['steps'], 'step')} in {duration(result['seconds'] or 0)}"]
     lines = ["  ".join(facts + evaluated(result.get("metrics") or {}))]

@@ -17,6 +17,7 @@ from launcher.phrases import evaluated, facts, step_line
 
 _PHASES = {
     "check": "looking at data and model",
+    "cluster": "asking the cluster",
     "ray": "starting Ray",
     "workers": "starting workers",
     "data": "reading data",
@@ -71,6 +72,18 @@ class Display:
             self.say(str(event["text"]))
         elif kind == "phase":
             self._update(description=_PHASES.get(event["name"], event["name"]))
+
+    def ask(self, question: str) -> str:
+        """Return the line that is typed after a question; nothing where there is no terminal to ask on."""
+        if not (sys.stdin is not None and sys.stdin.isatty() and self._console.file.isatty()):
+            return ""
+        if self._bar is not None:
+            self._bar.stop()
+        self._console.print(Text(question), end="")
+        answer = sys.stdin.readline()
+        if self._bar is not None:
+            self._bar.start()
+        return answer
 
     def say(self, text: str) -> None:
         """Print one line of our own."""

@@ -1,0 +1,81 @@
+"""The driver of a run on the head of a cluster: an ordinary `train`, told line by line to whoever sent it.
+
+    python -m launcher.driver JOB
+
+The order (words, directories, values of the environment) lies in the memory of the head until it is taken here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from launcher import jobs
+from launcher.clusters import ray_jobs
+from launcher.errors import ClusterError, LaunchError, Stopped, UserCodeError
+from launcher.plan import Plan
+from launcher.prepare import Prepared, Request
+from launcher.remote.wire import Event, Writer
+
+
+class Telling(jobs.Observer):
+    """Passes everything on."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def prepared(self, prepared: Prepared, plan: Plan | None) -> None:
+        self._writer.send(jobs.begun(prepared, plan))
+
+    def event(self, event: Event) -> None:
+        self._writer.send(event)
+
+
+def main() -> int:
+    """Drive the run that was ordered, and return its exit status."""
+    job = sys.argv[1]
+    descriptor = os.dup(1)
+    os.dup2(2, 1)  # what is printed past us is not mixed with events on the same line
+    with Writer(descriptor, job) as writer:
+        try:
+            end = _drive(job, Telling(writer))
+        except LaunchError as error:
+            end = {"status": error.exit_status, "error": told(error)}
+        except Stopped as stopped:
+            end = {"status": jobs.exit_status_of(stopped.signal_number), "stopped": stopped.signal_number}
+        except Exception as error:
+            text = "".join(traceback.format_exception(error))
+            end = {"status": 1, "error": {"type": type(error).__name__, "message": str(error), "traceback": text}}
+        writer.send({"kind": "end", **end})
+    return int(end["status"])
+
+
+def _drive(job: str, observer: jobs.Observer) -> dict[str, Any]:
+    address = os.environ.get("RAY_ADDRESS", "")
+    content = ray_jobs.take(address, job)
+    if content is None:
+        raise ClusterError(f"The order of the job {job} is not there: its driver was started a second time.")
+    order = json.loads(content)
+    os.environ.update(order["environment"])
+    if order["calling"]:
+        os.chdir(order["calling"])
+    config_dir = Path(order["config_dir"]).absolute() if order["config_dir"] else None
+    outcome = jobs.train(Request(order["words"], config_dir, on_head=address), observer)
+    status = 0
+    if outcome.signal_number is not None and outcome.result.get("status") == "stopped":
+        status = jobs.exit_status_of(outcome.signal_number)
+    return {"status": status, "result": outcome.result, "signal": outcome.signal_number}
+
+
+def told(error: LaunchError) -> dict[str, Any]:
+    """Return an error as plain data; `launcher.remote.caller` makes it one again."""
+    text = error.traceback_text if isinstance(error, UserCodeError) else None
+    return {"type": type(error).__name__, "message": str(error), "traceback": text}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Sending a run to a cluster and following it from here."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import errors
+from launcher.clusters import project
+from launcher.clusters.ray_jobs import Jobs, Unreachable, checked_url, own_token
+from launcher.errors import LaunchError, RunError, Stopped, UserCodeError
+from launcher.prepare import Prepared, Request, key_of
+from launcher.remote import follow, freight, place
+from launcher.remote.place import Place
+from launcher.remote.wire import Event
+from launcher.runs import RunDirectory
+
+STOP, DETACH = "stop", "detach"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """How a run that was sent away has ended, or that nobody follows it any more (`detached`)."""
+
+    result: dict[str, Any]
+    signal_number: int | None = None
+    detached: bool = False
+
+
+class Caller:
+    """One run on a cluster, from this end.
+
+    Args:
+        on_sent: called with the name of the cluster once the run is on its way.
+        on_event: gets every event of the run.
+        ask: called once Ctrl-C came: "stop" or "detach".
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        prepared: Prepared,
+        on_sent: Callable[[str], None],
+        on_event: Callable[[Event], None],
+        ask: Callable[[], str],
+    ) -> None:
+        self._request, self._prepared, self._on_sent = request, prepared, on_sent
+        self._on_event, self._ask = on_event, ask
+        self._run = prepared.directory
+        self._made: list[Path] = []
+
+    def train(self, interrupts: Any) -> Sent:
+        """Send the run off and follow it to its end.
+
+        Args:
+            interrupts: counts signals (`runners.signals.Interrupts`), entered already.
+
+        Raises:
+            RequestError: it cannot be done as asked; nothing was started.
+            LaunchError: what the driver ended with.
+            Stopped: a second signal; the run goes on stopping there.
+        """
+        cluster = self._prepared.job.cluster
+        values = freight.environment(cluster.env)
+        assert cluster.address is not None
+        jobs = Jobs(checked_url(cluster.address), own_token())
+        self._on_event({"kind": "phase", "name": "cluster"})
+        found = Place(freight.new_job(), jobs.url)
+        try:
+            with self._on_disk(found):
+                self._submit(jobs, found, values)
+                self._on_sent(found.where)
+                if cluster.detach:
+                    return Sent({}, detached=True)
+                return self._followed(jobs, found, interrupts)
+        finally:
+            if not self._run.exists():
+                place.forget(self._run, self._made)
+
+    @contextlib.contextmanager
+    def _on_disk(self, found: Place) -> Iterator[None]:
+        """Write where the run is driven into its directory."""
+        self._made = [path for path in (self._run.path, *self._run.path.parents) if not path.exists()]
+        self._run.create()
+        found.write(self._run)
+        yield
+
+    def _words(self, root: str) -> list[str]:
+        own = ("run.name", "run.root")
+        kept = [word for word in self._request.words if key_of(word) not in own]
+        return [*kept, f"run.name={self._run.name}", f"run.root={root}"]
+
+    def _submit(self, jobs: Jobs, found: Place, values: dict[str, str]) -> None:
+        """Compare, send what the cluster does not have, and start the driver there."""
+        calling, config_dir = self._request.calling.absolute(), self._request.config_dir
+        on_store = self._run.uri is not None
+        seen = freight.probe(jobs, None if on_store else self._run.path, calling)
+        if not on_store and not seen.sees_root:
+            raise RunError(
+                f"The head of the cluster at {jobs.url} does not see {self._run.root}, so that the run would not come "
+                "back from there. Mount one directory under the same path on both sides and name it with run.root=…, "
+                "or use an object store (run.root=abfss://…, see docs/storage.md)."
+            )
+        driver = freight.entrypoint("-m", "launcher.driver", found.job)
+        words = self._words(self._run.root)
+        if seen.sees_calling and seen.same_project:
+            where = str(config_dir) if config_dir else None
+            jobs.put(found.job, freight.order(words, str(calling), where, values))
+            jobs.submit(found.job, driver, {"PYTHONPATH": str(project.HOME)})
+            return
+        with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
+            told, config, _ = freight.pack(calling, config_dir, Path(folder))
+            self._on_event({"kind": "note", "text": f"Sending {told}."})
+            jobs.put(found.job, freight.order(words, None, config, values))
+            own = [Path(folder) / "own" / part for part in project.OWN]
+            jobs.submit(found.job, driver, {}, own, working_dir=str(Path(folder) / "calling"))
+
+    def _followed(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
+        handled = 0
+
+        def poll() -> None:
+            nonlocal handled
+            if interrupts.count == handled:
+                return
+            first, handled = handled == 0, interrupts.count
+            if not first:
+                raise Stopped(interrupts.signal_number)
+            if interrupts.signal_number == signal.SIGINT and self._ask() == DETACH:
+                raise _Detached
+            handled = interrupts.count  # a Ctrl-C while it was asked belongs to the question
+            self._on_event({"kind": "note", "text": "Stopping: the run saves a checkpoint first."})
+            with contextlib.suppress(Unreachable):
+                jobs.stop(found.job)
+
+        try:
+            for event in follow.events(jobs, found.job, found.where, poll, self._run.name):
+                if event["kind"] == "end":
+                    return self._ended(event, interrupts)
+                self._on_event(event)
+        except _Detached:
+            return Sent({}, detached=True)
+        raise AssertionError
+
+    def _ended(self, end: Event, interrupts: Any) -> Sent:
+        if error := end.get("error"):
+            raise error_of(error)
+        if "stopped" in end:
+            raise Stopped(interrupts.signal_number or end["stopped"])
+        return Sent(end["result"], interrupts.signal_number)
+
+
+class _Detached(Exception):
+    pass
+
+
+def error_of(told: dict[str, Any]) -> LaunchError:
+    """Return the error that the driver told of, as the class that it had there."""
+    kind = getattr(errors, str(told["type"]), None)
+    if kind is UserCodeError:
+        return UserCodeError(told["message"], told["traceback"] or "")
+    if isinstance(kind, type) and issubclass(kind, LaunchError):
+        made = kind.__new__(kind)
+        Exception.__init__(made, told["message"])
+        return made
+    return UserCodeError(f"{told['type']}: {told['message']}", told["traceback"] or "")

@@ -1,0 +1,169 @@
+"""What the head of a cluster needs to hear and to have before it can drive a run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.clusters import existing, project
+from launcher.clusters.ray_jobs import OVER, Jobs, Unreachable
+from launcher.errors import ClusterError, ConfigError
+from launcher.phrases import size
+
+PROBE_SECONDS = 120.0
+# A job is started by a shell, whose PATH may know another Python than the one that Ray runs on: the shell's parent.
+_PYTHON = (
+    "p=$(sed -n 's|.* \\(/.*\\)/lib/python[^/]*/site-packages/ray/.*|\\1|p' /proc/$PPID/maps 2>/dev/null | head -n 1); "
+    'for python in "$p/bin/python" "$(command -v python3)" "$(command -v python)"; '
+    'do [ -x "$python" ] && break; done; exec "$python"'
+)
+
+
+def entrypoint(*words: str, python: str | None = None) -> str:
+    """Return the shell line of a job that runs Python with these words: with `python`, or with the one of Ray."""
+    start = _PYTHON if python is None else f"exec {shlex.quote(python)}"
+    return f"{start} {shlex.join(words)}"
+
+
+def new_job() -> str:
+    return f"launch-{secrets.token_hex(6)}"
+
+
+def environment(names: Sequence[str]) -> dict[str, str]:
+    """Return the values of the variables that cluster.env names.
+
+    Raises:
+        ConfigError: one is not set here.
+    """
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"cluster.env names {', '.join(missing)}, which is not set in this environment. Export it, or leave it out "
+            "of cluster.env."
+        )
+    return {name: os.environ[name] for name in names}
+
+
+def order(
+    words: Sequence[str], calling: str | None, config_dir: str | None, environment: dict[str, str], **more: Any
+) -> bytes:
+    """Return what `launcher.driver` reads. It holds values of the environment, and goes through memory alone."""
+    facts = {"words": list(words), "calling": calling, "config_dir": config_dir, "environment": environment, **more}
+    return json.dumps(facts).encode()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the head of a cluster has: whether it sees the run root and the calling directory, and the same launch."""
+
+    sees_root: bool
+    sees_calling: bool
+    same_project: bool
+
+
+def probe(jobs: Jobs, root: Path | None, calling: Path) -> Found:
+    """Compare the head of a cluster with this process, by a small job there.
+
+    Args:
+        root: the run root here; a file of no content is put there for a moment. None: not asked.
+
+    Raises:
+        ClusterError: versions differ, or there is no answer.
+    """
+    import inspect
+    import textwrap
+
+    mark = f".probe-{secrets.token_hex(8)}"
+    places = [path for path in (root, calling) if path is not None and os.access(path, os.W_OK)]
+    look = existing._facts()
+    arguments = (str(project.HOME), [str(calling / mark)], [str((root or calling) / mark)])
+    code = "from __future__ import annotations\n" + textwrap.dedent(inspect.getsource(look)) + f"\nimport json\nprint('\\n' + {mark!r} + json.dumps(facts(*"
+    code += f"{arguments!r})))\n"
+    packed = base64.b64encode(code.encode()).decode()
+    job = new_job()
+    try:
+        for place in places:
+            (place / mark).mkdir(exist_ok=True)
+        jobs.submit(job, entrypoint("-c", f"import base64;exec(base64.b64decode('{packed}').decode())"), {})
+        there = _answer(jobs, job, mark)
+    finally:
+        for place in places:
+            shutil.rmtree(place / mark, ignore_errors=True)
+    own = look(str(project.HOME), [], [])
+    differs = [
+        f"{name} is {there[key] or 'missing'} there and {own[key] or 'missing'} here"
+        for key, name in existing._COMPARED.items()
+        if key != "project" and there[key] != own[key]
+    ]
+    if differs:
+        raise ClusterError(
+            f"The cluster at {jobs.url} cannot run this job as it is here: {'; '.join(differs)}. Install the same "
+            "versions on both sides."
+        )
+    seen = calling in places and not there["no_modules"]
+    return Found(root in places and not there["no_run"], seen, there["project"] == own["project"])
+
+
+def _answer(jobs: Jobs, job: str, mark: str) -> dict[str, Any]:
+    import time
+
+    end = time.monotonic() + PROBE_SECONDS
+    printed = status = ""
+    while time.monotonic() < end:
+        try:
+            status = jobs.status(job)
+            if status in (*OVER, "GONE"):
+                printed = jobs.log(job)
+                break
+        except Unreachable as problem:
+            raise ClusterError(f"{jobs.url} stopped answering: {problem}") from None
+        time.sleep(0.2)
+    found = re.search(rf"^{re.escape(mark)}(.*)$", printed, re.MULTILINE)
+    if found is None:
+        last = " ".join(line for line in printed.splitlines() if line.strip())[-400:] or jobs.message(job)[:400]
+        raise ClusterError(
+            f"A small job on the cluster at {jobs.url} told nothing of itself ({status or 'no status'}): "
+            f"{last or 'it printed nothing'}. `ray job list` on the head shows whether jobs run there."
+        )
+    answer: dict[str, Any] = json.loads(found[1])
+    return answer
+
+
+def pack(calling: Path, config_dir: Path | None, target: Path) -> tuple[str, str | None, int]:
+    """Copy the calling directory, a configuration beside it and launch itself to `target`, to be sent to a cluster.
+
+    Returns what was copied in words, the configuration's place relative to the calling directory, and all bytes.
+    """
+    names = project.files(calling)
+    place = _copy(calling, names, target / "calling")
+    total = project.size(calling, names)
+    relative: str | None = None
+    if config_dir is not None:
+        if config_dir.is_relative_to(calling):
+            relative = str(config_dir.relative_to(calling))
+        else:
+            relative = ".launch-config"
+            more = project.files(config_dir)
+            _copy(config_dir, more, place / relative)
+            total += project.size(config_dir, more)
+    own = project.own_files()
+    _copy(project.HOME, own, target / "own")
+    total += project.size(project.HOME, own)
+    return f"{calling} and launch itself, {size(total)}", relative, total
+
+
+def _copy(source: Path, names: Sequence[str], target: Path) -> Path:
+    target.mkdir(parents=True)
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / name, target / name)
+    return target

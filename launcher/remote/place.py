@@ -1,0 +1,59 @@
+"""remote.json in a run's directory: on which cluster, and as which job, the run is driven."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from launcher.runs import RunDirectory, write_json
+from launcher.schema import ClusterConfig
+
+FILE = "remote.json"
+
+
+def is_elsewhere(cluster: ClusterConfig) -> bool:
+    """Whether a run with this section is driven by the head of a cluster, not by the command itself."""
+    return cluster.kind == "existing" and (cluster.address or "").startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is driven.
+
+    Attributes:
+        job: its id in Ray Jobs.
+        address: URL of the cluster's Ray Jobs API; None where the cluster is known by its head.
+        head: the cluster's name (`launcher.clusters.heads`), or None.
+        directory: of the run on the head, where its files are copied from there; None where they are seen here.
+    """
+
+    job: str
+    address: str | None = None
+    head: str | None = None
+    directory: str | None = None
+
+    @property
+    def where(self) -> str:
+        return self.head or self.address or ""
+
+    def write(self, run: RunDirectory) -> None:
+        write_json(run.path / FILE, asdict(self))
+
+
+def place_of(run: RunDirectory) -> Place | None:
+    """Return where a run is driven, or was; None for one that was driven here."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        content = json.loads((run.path / FILE).read_text())
+        known = {each.name for each in fields(Place)}
+        return Place(**{key: value for key, value in content.items() if key in known})
+    return None
+
+
+def forget(run: RunDirectory, made: list[Path]) -> None:
+    """Take back what was written for a run that never began; `made` are the directories that were made for it."""
+    (run.path / FILE).unlink(missing_ok=True)
+    for path in made:
+        with suppress(OSError):
+            path.rmdir()
