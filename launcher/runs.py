@@ -24,6 +24,7 @@ HEARTBEAT_SECONDS = 5.0
 # A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.
 LOST_AFTER_SECONDS = 60.0
 FINAL = ("completed", "stopped", "pruned", "failed")
+REMOTE = "remote.json"  # in the directory of a run that is driven elsewhere: where
 MARK = ".store"  # in a run root that is the copy of one on an object store: its URI
 
 
@@ -114,6 +115,11 @@ class RunDirectory:
     def _stop(self) -> Path:
         return self.path / ".stop"
 
+    @property
+    def is_sent(self) -> bool:
+        """Whether it was sent to a cluster, by whose head it is driven (`launcher.remote.place`)."""
+        return (self.path / REMOTE).is_file()
+
     def exists(self) -> bool:
         return self.config.is_file() or self._result.is_file()
 
@@ -180,8 +186,11 @@ class RunDirectory:
             self._stop.unlink()
 
     def status(self) -> str:
-        """Return the status of `result.json`, or `lost` where it says running and nobody works on it."""
-        status = str(self.result().get("status", "unknown"))
+        """Return the status of `result.json`, or `lost` where it says running and nobody works on it.
+
+        `sent`: it was sent to a cluster, and nothing has come back yet.
+        """
+        status = str(self.result().get("status", "sent" if self.is_sent else "unknown"))
         return "lost" if status == "running" and not self.is_alive() else status
 
 
@@ -209,7 +218,7 @@ def find(root: str | Path, name: str) -> RunDirectory:
     base = Path(root).expanduser().absolute()
     sweep, _, last = name.rpartition("/")
     run = RunDirectory(base / sweep / _best_of(base / sweep, sweep) if sweep and last == "best" else base / name)
-    if not run.exists():
+    if not run.exists() and not run.is_sent:
         known = [other.name for other in list_runs(root)]
         listed = f" It holds {len(known)} run(s)." if known else " It holds no runs."
         raise RunError(
@@ -224,7 +233,7 @@ def list_runs(root: str | Path) -> Iterator[RunDirectory]:
     if not base.is_dir():
         return
     runs = [RunDirectory(path) for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    yield from sorted((run for run in runs if run.exists()), key=lambda run: (_begun(run), run.name))
+    yield from sorted((run for run in runs if run.exists() or run.is_sent), key=lambda run: (_begun(run), run.name))
 
 
 def _best_of(sweep: Path, name: str) -> str:

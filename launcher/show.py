@@ -60,7 +60,9 @@ def conclusion(outcome: Outcome, interactive: bool) -> list[str]:
     """Return the lines that end a run: what came of it, and what to do next."""
     name = outcome.directory.name
     if outcome.detached:
-        return [f"{name} goes on without this command. Follow it with: launch logs {name}; stop it with: launch stop {name}"]
+        return [
+            f"{name} goes on without this command. Follow it with: launch logs {name}; stop it with: launch stop {name}"
+        ]
     result = outcome.result
     facts = [f"{result['status']} after {count(result['steps'], 'step')} in {duration(result['seconds'] or 0)}"]
     lines = ["  ".join(facts + evaluated(result.get("metrics") or {}))]

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "output": {"ranks"} | LEAVES,
     "verbs": {
         "line",
+        "remote",
         "output",
         "jobs",
         "plan",

@@ -11,6 +11,7 @@ RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from launcher.clusters import local
 from launcher.errors import ClusterError, ResourceError
 
 CONNECT_SECONDS = 5.0
+_NAMESPACE = b"launch"
 NODE_SECONDS = 60.0  # a node may have to start its first worker process
 # What has to be alike, and what an error calls it.
 _COMPARED = {"python": "Python", "ray": "Ray", "torch": "torch", "project": "this project (a digest of its files)"}
@@ -129,10 +131,16 @@ class ExistingRay:
         python_path: directories whose modules the workers need.
         directory: the run's, which every node has to see; None where nothing is written.
         verbose: with Ray's messages.
+        environment: names of variables that the workers get from this process.
     """
 
     def __init__(
-        self, address: str, python_path: Sequence[str] = (), directory: str | None = None, verbose: bool = False
+        self,
+        address: str,
+        python_path: Sequence[str] = (),
+        directory: str | None = None,
+        verbose: bool = False,
+        environment: Sequence[str] = (),
     ) -> None:
         self.address = address
         self.existing = True
@@ -143,6 +151,7 @@ class ExistingRay:
         self._python_path = list(python_path)
         self._run = directory
         self._verbose = verbose
+        self._environment = environment
         self._connected = False
 
     def __enter__(self) -> ExistingRay:
@@ -155,6 +164,7 @@ class ExistingRay:
             nodes = look(self.address)
             self.available = (sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
             compare(nodes, self._python_path, self._run)
+            _share_environment(self._environment)
         except BaseException:
             self._leave()
             raise
@@ -192,6 +202,8 @@ class ExistingRay:
         if self._connected:
             import ray
 
+            with contextlib.suppress(Exception):
+                _share_environment(())
             with contextlib.suppress(Exception):
                 ray.shutdown()
             self._connected = False
@@ -302,6 +314,39 @@ def _facts() -> Callable[[str, list[str], list[str]], dict[str, Any]]:
         }
 
     return facts
+
+
+# ---- values of the environment --------------------------------------------------------------------------------------
+
+
+def _environment_key() -> str:
+    import ray
+
+    return f"environment/{ray.get_runtime_context().get_job_id()}"
+
+
+def _share_environment(names: Sequence[str]) -> None:
+    """Have the workers of this driver find the values of these variables; of none: have them find nothing.
+
+    They go through the memory of the head's key-value store. Ray's own way, a runtime environment, shows them in its
+    logs and in lists of processes.
+    """
+    from ray.experimental import internal_kv
+
+    values = {name: os.environ[name] for name in names if name in os.environ}
+    if values:
+        internal_kv._internal_kv_put(_environment_key(), json.dumps(values), overwrite=True, namespace=_NAMESPACE)
+    else:
+        internal_kv._internal_kv_del(_environment_key(), namespace=_NAMESPACE)
+
+
+def adopt_environment() -> None:
+    """In a worker: take over the variables that its driver shares."""
+    from ray.experimental import internal_kv
+
+    found = internal_kv._internal_kv_get(_environment_key(), namespace=_NAMESPACE)
+    if found is not None:
+        os.environ.update(json.loads(found))
 
 
 # ---- the connection -------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from launcher.prepare import Prepared, Request, key_of
 from launcher.remote import follow, freight, place
 from launcher.remote.place import Place
 from launcher.remote.wire import Event
-from launcher.runs import RunDirectory
 
 STOP, DETACH = "stop", "detach"
 
@@ -78,9 +77,10 @@ class Caller:
                 if cluster.detach:
                     return Sent({}, detached=True)
                 return self._followed(jobs, found, interrupts)
-        finally:
-            if not self._run.exists():
+        except BaseException:
+            if not self._run.exists():  # refused before it began: the name stays free
                 place.forget(self._run, self._made)
+            raise
 
     @contextlib.contextmanager
     def _on_disk(self, found: Place) -> Iterator[None]:
@@ -93,7 +93,7 @@ class Caller:
     def _words(self, root: str) -> list[str]:
         own = ("run.name", "run.root")
         kept = [word for word in self._request.words if key_of(word) not in own]
-        return [*kept, f"run.name={self._run.name}", f"run.root={root}"]
+        return [*kept, f"run.name={_quoted(self._run.name)}", f"run.root={_quoted(root)}"]
 
     def _submit(self, jobs: Jobs, found: Place, values: dict[str, str]) -> None:
         """Compare, send what the cluster does not have, and start the driver there."""
@@ -152,6 +152,11 @@ class Caller:
         if "stopped" in end:
             raise Stopped(interrupts.signal_number or end["stopped"])
         return Sent(end["result"], interrupts.signal_number)
+
+
+def _quoted(value: str) -> str:
+    """Return a value as Hydra reads it from a word, whatever characters it has."""
+    return '"' + value.replace('"', '\\"') + '"'
 
 
 class _Detached(Exception):

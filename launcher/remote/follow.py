@@ -64,8 +64,8 @@ def events(jobs: Jobs, job: str, where: str, poll: Callable[[], None], name: str
                 yield _note(f"{where} does not answer; the run goes on there. Trying again: {problem}")
             if now - lost > GIVE_UP_SECONDS:
                 raise WorkerLost(
-                    f"{where} has not answered for {GIVE_UP_SECONDS / 60:g} minutes. The run may go on there; follow it "
-                    f"again with: launch logs {name}."
+                    f"{where} has not answered for {GIVE_UP_SECONDS / 60:g} minutes. The run may go on there; follow "
+                    f"it again with: launch logs {name}."
                 ) from None
             _wait(poll, _RETRY_SECONDS)
 

@@ -86,8 +86,10 @@ def probe(jobs: Jobs, root: Path | None, calling: Path) -> Found:
     places = [path for path in (root, calling) if path is not None and os.access(path, os.W_OK)]
     look = existing._facts()
     arguments = (str(project.HOME), [str(calling / mark)], [str((root or calling) / mark)])
-    code = "from __future__ import annotations\n" + textwrap.dedent(inspect.getsource(look)) + f"\nimport json\nprint('\\n' + {mark!r} + json.dumps(facts(*"
-    code += f"{arguments!r})))\n"
+    code = (
+        f"from __future__ import annotations\n{textwrap.dedent(inspect.getsource(look))}\n"
+        f"import json\nprint('\\n' + {mark!r} + json.dumps(facts(*{arguments!r})))\n"
+    )
     packed = base64.b64encode(code.encode()).decode()
     job = new_job()
     try:

@@ -7,10 +7,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from launcher.runs import RunDirectory, write_json
+from launcher.runs import REMOTE, RunDirectory, write_json
 from launcher.schema import ClusterConfig
-
-FILE = "remote.json"
 
 
 def is_elsewhere(cluster: ClusterConfig) -> bool:
@@ -39,13 +37,13 @@ class Place:
         return self.head or self.address or ""
 
     def write(self, run: RunDirectory) -> None:
-        write_json(run.path / FILE, asdict(self))
+        write_json(run.path / REMOTE, asdict(self))
 
 
 def place_of(run: RunDirectory) -> Place | None:
     """Return where a run is driven, or was; None for one that was driven here."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        content = json.loads((run.path / FILE).read_text())
+        content = json.loads((run.path / REMOTE).read_text())
         known = {each.name for each in fields(Place)}
         return Place(**{key: value for key, value in content.items() if key in known})
     return None
@@ -53,7 +51,7 @@ def place_of(run: RunDirectory) -> Place | None:
 
 def forget(run: RunDirectory, made: list[Path]) -> None:
     """Take back what was written for a run that never began; `made` are the directories that were made for it."""
-    (run.path / FILE).unlink(missing_ok=True)
+    (run.path / REMOTE).unlink(missing_ok=True)
     for path in made:
         with suppress(OSError):
             path.rmdir()

@@ -44,7 +44,20 @@ def logs(line: Line) -> int:
     from launcher.listing import follow
 
     assert line.name is not None
-    follow(runs.find(_root(line), line.name), "no_follow" not in line.flags)
+    run = runs.find(_root(line), line.name)
+    until_the_end = "no_follow" not in line.flags
+    if not run.is_sent:
+        follow(run, until_the_end)
+        return 0
+    from launcher.remote import attend
+    from launcher.terminal import Display
+
+    with Display() as display:
+        attend.until_it_begins(run, display.show)
+    try:
+        follow(run, until_the_end)
+    except KeyboardInterrupt:
+        say(f"{run.name} goes on without this command.")
     return 0
 
 
@@ -54,7 +67,12 @@ def stop(line: Line) -> int:
 
     assert line.name is not None
     run = runs.find(_root(line), line.name)
-    say(stop(run))
+    if run.is_sent:
+        from launcher.remote import attend
+
+        say(attend.stop(run))
+    else:
+        say(stop(run))
     print(run.told())
     return 0
 

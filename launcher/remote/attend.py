@@ -1,0 +1,75 @@
+"""`launch logs` and `stop` of a run that was sent to a cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from launcher.clusters.ray_jobs import OVER, Unreachable
+from launcher.errors import ClusterError, RunError
+from launcher.remote import follow
+from launcher.remote.caller import error_of
+from launcher.remote.connection import connected
+from launcher.remote.place import Place, place_of
+from launcher.remote.wire import Event
+from launcher.runs import FINAL, RunDirectory
+
+_STOP_SECONDS = 600.0
+
+
+def _place(run: RunDirectory) -> Place:
+    place = place_of(run)
+    if place is None:
+        raise RunError(f"{run.path / 'remote.json'} is damaged, so that nobody knows where the run is driven.")
+    return place
+
+
+def until_it_begins(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
+    """Follow a run that was sent until it has written its first lines.
+
+    Raises:
+        LaunchError: what it ended with before that.
+    """
+    if run.log.exists() or run.exists():
+        return
+    place = _place(run)
+    with connected(place) as jobs:
+        for event in follow.events(jobs, place.job, place.where, lambda: None, run.name):
+            if event["kind"] == "end" and "error" in event:
+                raise error_of(event["error"])
+            if event["kind"] in ("begun", "end") and run.exists():
+                return
+            if event["kind"] != "begun":
+                on_event(event)
+
+
+def stop(run: RunDirectory) -> str:
+    """Have a run save a checkpoint and stop, and wait for it. Returns what came of it.
+
+    Raises:
+        RunError: it does not go on, or did not stop in ten minutes.
+        ClusterError: its cluster cannot be reached.
+    """
+    place = _place(run)
+    with connected(place) as jobs:
+        try:
+            status = jobs.status(place.job)
+            if status in (*OVER, "GONE"):
+                raise RunError(
+                    f'The run "{run.name}" is not running: it is {run.status()}, its job on {place.where} over.'
+                )
+            jobs.stop(place.job)
+            deadline = time.monotonic() + _STOP_SECONDS
+            while (status := jobs.status(place.job)) not in (*OVER, "GONE"):
+                if time.monotonic() > deadline:
+                    raise RunError(
+                        f'The run "{run.name}" did not stop within {_STOP_SECONDS:.0f} s; it may be in a long step. '
+                        f"The request stays; see: launch logs {run.name}."
+                    )
+                time.sleep(0.3)
+        except Unreachable as problem:
+            raise ClusterError(f"{place.where} does not answer: {problem} The run goes on there; try again.") from None
+    if not run.exists():
+        return f"{run.name} was stopped before it began."
+    status = run.status()
+    return f"{run.name} is {status if status in FINAL else 'stopped'} at step {run.result().get('steps')}."
