@@ -21,6 +21,7 @@ from launcher.jobs import Observer, best_checkpoint, device_of, ended_by_signals
 from launcher.mirror import written
 from launcher.plan import machines_of
 from launcher.prepare import Request, check_same_model, over_the_run, root_of, run_section, same_section
+from launcher.remote.place import is_elsewhere
 from launcher.runs import RunDirectory
 
 
@@ -34,9 +35,9 @@ class Trained:
     other_data: bool
 
     def task(self, action: Any, request: Request, alone: bool = False, **more: Any) -> Task:
-        """alone: in this process, whatever the run was trained on."""
+        """alone: in this process, whatever the run was trained on; so is that of a cluster elsewhere."""
         job = self.composition.job
-        if alone:
+        if alone or is_elsewhere(job.cluster):
             job = replace(job, cluster=ClusterConfig("none"), scaling=replace(job.scaling, workers="auto"))
         return Task(
             action=action,

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "remote": {"prepare", "clusters"} | LEAVES,
     "driver": {"jobs", "plan", "prepare", "clusters", "remote"} | LEAVES,
     "jobs": {"remote", "runners", "engine", "clusters", "node_plan", "plan", "prepare", "ranks"} | LEAVES,
-    "trained": {"jobs", "plan", "prepare", "ranks", "runners", "engine", "clusters"} | LEAVES,
+    "trained": {"remote", "jobs", "plan", "prepare", "ranks", "runners", "engine", "clusters"} | LEAVES,
     "show": {"jobs", "plan", "prepare", "terminal"} | LEAVES,
     "help": {"prepare"} | LEAVES,
     "listing": {"terminal"} | LEAVES,

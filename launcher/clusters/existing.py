@@ -54,6 +54,11 @@ def address_of(asked: str | None) -> str:
     if host and port.isdigit() and "/" not in host:
         return address
     found = f"cluster.address is {asked!r}" if asked else f"RAY_ADDRESS is {address!r}" if address else "none was given"
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{address} is the Ray Jobs API of a cluster, to which `launch train` sends single runs. Sweeps (-m) and "
+            "`launch plan` need cluster.address=HOST:PORT, on a node of that cluster."
+        )
     raise ClusterError(
         f"cluster=existing needs the address of a Ray cluster, and {found}. Write cluster.address=HOST:PORT as "
         "`ray start --head` prints it (port 6379 by default), on a machine that is a node of that cluster."
