@@ -81,7 +81,7 @@ class RunError(RequestError):
 
 
 class MachineError(LaunchError):
-    """Machines of a cloud: something was created, or begun to go, and it did not end well."""
+    """Machines: something was created, or begun to go, and it did not end well."""
 
 
 class TrainingError(LaunchError):

@@ -29,8 +29,9 @@ launch [VERB [NAME]] [HYDRA OVERRIDES...] [HYDRA FLAGS]
   stop NAME        have a run save a checkpoint and stop
   board            serve TensorBoard over the run root; --port N
   sizes            list Azure's NC sizes with GPUs, network, quota family and price; --region NAME, --offline, --json
-  status           show the Ray that cluster.keep_minutes keeps on this machine; --json for programs
-  down             end it now
+  up               make a cluster: cluster=ssh cluster.hosts=[HEAD,HOST,...]; what runs already is left alone
+  status [NAME]    show all clusters of mine with their hosts and SSH line, or one; --json for programs
+  down [NAME]      end every process of a cluster, and see that none is left (--forget: only forget it)
 
   launch experiment=mnist                        train real digits on two workers of this machine
   launch experiment=mnist scaling.workers=4      the same experiment on four
@@ -51,11 +52,13 @@ VERBS = (
     "stop",
     "board",
     "sizes",
+    "up",
     "status",
     "down",
 )
 NAMED = ("evaluate", "predict", "export", "logs", "stop")  # take the name of a run
-COMPOSING = ("train", "plan", "evaluate", "predict", "export")  # have a configuration of a job
+MAY_BE_NAMED = ("status", "down")  # take the name of a cluster, or none
+COMPOSING = ("train", "plan", "evaluate", "predict", "export", "up")  # have a configuration of a job
 
 # Flag -> (its name here, takes a value).
 _FLAGS = {
@@ -69,6 +72,7 @@ _FLAGS = {
     "--no-follow": ("no_follow", False),
     "--region": ("region", True),
     "--offline": ("offline", False),
+    "--forget": ("forget", False),
     "--help": ("help", False),
     "-h": ("help", False),
     "--version": ("version", False),
@@ -89,6 +93,7 @@ _FLAGS_OF = {
     "region": ("sizes",),
     "offline": ("plan", "sizes"),
     "no_follow": ("logs",),
+    "forget": ("down",),
     "port": ("board",),
     "host": ("board",),
 }
@@ -144,7 +149,7 @@ def parse(arguments: Sequence[str]) -> Line:
             line.words.append(word)
         elif word == line.verb and not line.explicit:
             line.explicit = True
-        elif line.verb in NAMED and line.name is None:
+        elif line.verb in (*NAMED, *MAY_BE_NAMED) and line.name is None:
             line.name = word
         else:
             raise ConfigError(_neither(word, line))

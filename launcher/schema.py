@@ -19,7 +19,7 @@ DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
 STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco", "auto")
 COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
-CLUSTERS = ("local", "none", "existing")
+CLUSTERS = ("local", "none", "existing", "ssh")
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
 KEEP = ("all", "best")
@@ -131,7 +131,12 @@ class ClusterConfig:
     kind: str = "local"
     keep_minutes: float = 0.0  # how long the embedded Ray stays for the next command
     address: str | None = None  # HOST:PORT of an existing cluster; default: RAY_ADDRESS
-    name: str | None = None  # of a cluster that `launch up` makes
+    name: str | None = None  # of a cluster that `launch up` makes; default: its kind
+    hosts: list[str] = field(default_factory=list)  # [USER@]HOST[:PORT] each, the head first
+    user: str | None = None  # on hosts that are written without one
+    ssh_key: str | None = None  # file of the private key; default: what ssh would take
+    ssh_config: str | None = None  # in place of ~/.ssh/config
+    python: str | None = None  # interpreter of an environment that the hosts have already
     size: str | None = None  # of the GPU VMs, one of `launch sizes`
     nodes: int = 1  # GPU VMs
     head_size: str = "Standard_D4s_v5"  # of the small VM beside them
@@ -432,6 +437,7 @@ def _check_cluster(cluster: ClusterConfig) -> None:
     _at_least("cluster.min_nodes", cluster.min_nodes or 0, 0)
     _above_zero("cluster.idle_minutes", cluster.idle_minutes)
     _at_least("cluster.launch_attempts", cluster.launch_attempts, 1)
+    _check_hosts(cluster)
     if not (isinstance(cluster.spot, bool) or cluster.spot == "prefer"):
         raise ConfigError(f"cluster.spot is {cluster.spot!r}, but must be true, false or prefer.")
     if not re.fullmatch(r"[a-z]+[a-z0-9]*", cluster.region):
@@ -450,6 +456,27 @@ def _check_cluster(cluster: ClusterConfig) -> None:
                     f"cluster.{key}={shown} needs cluster.size=SIZE, the size of the VMs (`launch sizes` lists them): "
                     "add it, or leave the key out."
                 )
+
+
+def _check_hosts(cluster: ClusterConfig) -> None:
+    if cluster.hosts and cluster.kind != "ssh":
+        raise ConfigError(f"cluster.hosts belongs to cluster=ssh, but the cluster is {cluster.kind}. Leave it out.")
+    for host in cluster.hosts:
+        if (
+            not re.fullmatch(r"([^@\s]+@)?(\[[^\]\s]+\](:\d+)?|[^@\s:]+(:\d+)?|[0-9a-fA-F:.%]+)", host)
+            or host[0] == "-"
+        ):
+            raise ConfigError(
+                f"cluster.hosts holds {host!r}, but a host is written [USER@]HOST[:PORT], such as ada@vm1:22."
+            )
+    twice = [host for host in cluster.hosts if cluster.hosts.count(host) > 1]
+    if twice:
+        raise ConfigError(f"cluster.hosts holds {twice[0]} twice. One host runs one node: name it once.")
+    if cluster.python is not None and not cluster.python.startswith("/"):
+        raise ConfigError(
+            f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
+            "/opt/launch/bin/python."
+        )
 
 
 def _check_profile(steps: list[int] | None) -> None:

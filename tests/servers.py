@@ -35,8 +35,10 @@ def make_key(path: Path) -> Path:
     return path
 
 
-def write_server(directory: Path, public_key: Path, home: Path, address: str, port: int) -> list[str]:
-    """Write what a server needs; return its command. What comes in has `home` as HOME."""
+def write_server(
+    directory: Path, public_key: Path, home: Path, address: str, port: int, more: Sequence[str] = ()
+) -> list[str]:
+    """Write what a server needs; return its command. What comes in has `home` as HOME, and `more`, NAME=value each."""
     host_key = make_key(directory / "host_key")
     authorized = directory / "authorized_keys"
     authorized.write_text(public_key.read_text())
@@ -51,7 +53,7 @@ def write_server(directory: Path, public_key: Path, home: Path, address: str, po
         "PasswordAuthentication no",
         "PermitRootLogin yes",
         "MaxStartups 100",
-        f"SetEnv HOME={home}",
+        f"SetEnv {' '.join([f'HOME={home}', *more])}",
     ]
     (directory / "sshd_config").write_text("\n".join(lines) + "\n")
     if os.getuid() == 0:
@@ -61,7 +63,8 @@ def write_server(directory: Path, public_key: Path, home: Path, address: str, po
 
 def known_host(directory: Path, address: str, port: int) -> str:
     """Return the line of a known_hosts file for a server of `write_server`."""
-    return f"[{address}]:{port} {(directory / 'host_key.pub').read_text()}"
+    place = address if port == 22 else f"[{address}]:{port}"
+    return f"{place} {(directory / 'host_key.pub').read_text()}"
 
 
 @dataclass

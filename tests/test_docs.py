@@ -113,9 +113,9 @@ def is_axis(word: str) -> bool:
 
 def test_verbs_are_those_of_the_help() -> None:
     shown = subprocess.run([LAUNCH, "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
-    in_help = re.findall(r"^  ([a-z]+) (?:NAME)? {2,}\S", shown, re.MULTILINE)
+    in_help = re.findall(r"^  ([a-z]+) (?:NAME|\[NAME\])? {2,}\S", shown, re.MULTILINE)
     table = README.read_text().partition("## The commands")[2].partition("\n## ")[0]
-    in_readme = re.findall(r"^\| `([a-z]+)(?: NAME)?` \|", table, re.MULTILINE)
+    in_readme = re.findall(r"^\| `([a-z]+)(?: NAME| \[NAME\])?` \|", table, re.MULTILINE)
     assert in_readme == [verb for verb in in_help if verb != "launch"]
     assert "train" in in_readme
 

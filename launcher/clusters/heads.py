@@ -99,12 +99,17 @@ def forget(name: str) -> None:
     _path(name).unlink(missing_ok=True)
 
 
-def _path(name: str) -> Path:
+def check_name(name: str) -> None:
+    """Raise ClusterError unless `name` can be that of a cluster."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
         raise ClusterError(
             f'"{name}" cannot be the name of a cluster: letters, digits, ".", "_" and "-", beginning with a letter or '
             "digit, 63 at most."
         )
+
+
+def _path(name: str) -> Path:
+    check_name(name)
     return directory() / f"{name}.json"
 
 

@@ -18,6 +18,7 @@ RUN: dict[str, Callable[[Line], int]] = {
     "stop": runs.stop,
     "board": runs.board,
     "sizes": clusters.sizes,
+    "up": clusters.up,
     "status": clusters.status,
     "down": clusters.down,
 }

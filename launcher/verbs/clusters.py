@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
@@ -31,11 +32,23 @@ def sizes(line: Line) -> int:
     return 0
 
 
+def up(line: Line) -> int:
+    from launcher import machines, prepare
+
+    if line.name is not None:
+        raise ConfigError(f"launch up takes the name of a cluster as cluster.name={line.name}.")
+    cluster = prepare.composed(line.request()).job.cluster
+    head = machines.up(cluster, say)
+    say(f"The cluster {head.name} is up. SSH to its head: {shlex.join(head.ssh)}")
+    print(head.name)
+    return 0
+
+
 def status(line: Line) -> int:
     from launcher import machines
 
     _no_words(line)
-    clusters = machines.status()
+    clusters = machines.status(line.name)
     print(json.dumps(clusters, indent=2) if "json" in line.flags else machines.told(clusters))
     return 0
 
@@ -44,9 +57,8 @@ def down(line: Line) -> int:
     from launcher import machines
 
     _no_words(line)
-    gone, text = machines.down()
-    say(text if gone else f"launch: {text}")
-    return 0 if gone else 1
+    machines.down(line.name, say, forget="forget" in line.flags)
+    return 0
 
 
 def _no_words(line: Line) -> None:

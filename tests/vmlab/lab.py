@@ -75,24 +75,28 @@ class Host:
         self._home = lab.directory / self.name
         self._home.mkdir()
         (self._home / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} {self.name}\n")
-        # The process that keeps the namespaces: all others enter those of this one.
+        # The process that keeps the namespaces: all others enter those of this one. It buries whom nobody waits for.
         script = (
             f"hostname {self.name} && mount --bind {self._home}/hosts /etc/hosts "
-            f"&& mount -t tmpfs -o size=1g tmpfs {lab.scratch} && echo ready && exec sleep infinity"
+            f"&& mount --bind {self._home} {lab.home} && mount -t tmpfs -o size=1g tmpfs {lab.scratch} "
+            "&& echo ready && while :; do sleep 1000 & wait $!; done"
         )
+        apart = ["--pid", "--fork", "--mount-proc"] if lab.apart else []
         self._keeper = subprocess.Popen(
-            link.command(["unshare", "--mount", "--uts", "sh", "-c", script]),
+            link.command(["unshare", "--mount", "--uts", *apart, "sh", "-c", script]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
         assert self._keeper.stdout is not None
         assert self._keeper.stdout.readline() == b"ready\n", f"{self.name} did not start"
+        self._within = _child(self._keeper.pid) if lab.apart else self._keeper.pid
+        self._keepers = {self._keeper.pid, self._within}
 
     def command(self, words: Sequence[str], cwd: Path | None = None) -> list[str]:
         """Return the command that runs `words` on this host, by default in its home directory."""
-        place = ["nsenter", "-t", str(self._keeper.pid), "--net", "--mount", "--uts", f"--wdns={cwd or self._home}"]
-        return [*place, *words]
+        place = ["nsenter", "-t", str(self._within), "--net", "--mount", "--uts", f"--wdns={cwd or self._home}"]
+        return [*place, *(["--pid"] if self._lab.apart else []), *words]
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the environment of a process on this host."""
@@ -159,7 +163,7 @@ class Host:
         for pid in map(int, listed.split()):
             with contextlib.suppress(OSError):
                 found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        return {pid: words for pid, words in found.items() if pid != self._keeper.pid}
+        return {pid: words for pid, words in found.items() if pid not in self._keepers and words != "sleep 1000 "}
 
     def find(self, text: str) -> list[int]:
         """Return the processes whose title or command line contains `text`."""
@@ -200,8 +204,15 @@ class Host:
         self._keeper.stdout.close()
 
 
+def _child(pid: int) -> int:
+    """Return the one child of a process."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
 class Lab:
     """Some hosts on one network. `hosts[0]` is the head of their Ray."""
+
+    apart = False  # hosts do not see each other's processes
 
     def __init__(self, hosts: int, rate: str | None = None) -> None:
         self._count, self._rate = hosts, rate
@@ -220,6 +231,8 @@ class Lab:
             cleanup.callback(shutil.rmtree, self.directory, ignore_errors=True)
             self.scratch = self.directory / "r"
             self.scratch.mkdir()
+            self.home = self.directory / "home"  # each host sees its own here
+            self.home.mkdir()
             for number, link in enumerate(cleanup.enter_context(namespaces.network(self._count, self._rate)), start=1):
                 host = Host(self, number, link)
                 cleanup.callback(host.close)

@@ -1,0 +1,339 @@
+"""Hosts with SSH access become a cluster, and stop being one (`cluster=ssh`).
+
+    head = up(job.cluster, tell)       # what is there already is left alone: the second time takes seconds
+    head, sentences = status(head)     # asked anew
+    down(name, tell)                   # ends every process on every host, and sees that none is left
+
+The first host is the head. Every host is asked for itself and at the same time as the others; one that does not answer
+is named and left out, unless it is the head. What happens on a host is told in `on_host`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launcher.clusters import heads, project
+from launcher.clusters.bootstrap import BASE, Environment, ask, check_versions, everywhere
+from launcher.clusters.heads import Head
+from launcher.clusters.shell import Shell, destination
+from launcher.errors import ClusterError, ConfigError, HostError, MachineError
+from launcher.phrases import count, size
+from launcher.schema import ClusterConfig
+
+KIND = "ssh"
+START_SECONDS = 240.0  # with the wait for another command that is at work there
+Tell = Callable[[str], None]
+
+
+@dataclass
+class _Host:
+    """One host while it is looked after."""
+
+    name: str
+    shell: Shell
+    words: list[str]
+    touched: bool = False  # something was started there once, and may live
+    facts: dict[str, Any] = field(default_factory=dict)
+    problem: HostError | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """Return what is written down of it."""
+        facts = {"address": self.facts.get("address", ""), "state": "dead" if self.problem else "lives"}
+        kept = {"ssh": self.words, "python": self.facts.get("python"), "touched": self.touched}
+        why = {"why": str(self.problem)} if self.problem else {}
+        return {"name": self.name, **facts, **why, **kept, **{key: self.facts.get(key) for key in ("cpus", "gpus")}}
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> _Host:
+        facts = {key: entry.get(key) for key in ("address", "python", "cpus", "gpus")}
+        return cls(entry["name"], Shell(entry["ssh"], entry["name"]), entry["ssh"], entry.get("touched", True), facts)
+
+
+def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
+    """Return the cluster that is wanted, with Ray on every host that answers; start what does not run.
+
+    Args:
+        tell: is given a line for the user now and then.
+        calling: a directory that is sent to every host beside launch itself; None: the current one.
+
+    Raises:
+        ConfigError: no hosts are named, and no cluster of this name is known.
+        ClusterError: the head cannot be reached or used, or the cluster has another one.
+    """
+    name = cluster.name or KIND
+    heads.check_name(name)
+    known = next((head for head in heads.all_heads() if head.name == name), None)
+    hosts = _wanted(cluster, name, known)
+    first = hosts[0]
+    environment = None if cluster.python else Environment.own()
+    place: dict[str, Any] = {"cluster": name, "python": cluster.python, "digest": environment.digest if environment else "-"}
+    try:
+        first.facts = ask(first.shell, "look", cluster.python, base=BASE, **place)
+    except HostError as error:
+        raise ClusterError(f"The head of the cluster {name}, the first of its hosts, cannot be used. {error}") from None
+    # The paths are the same everywhere: those of the head.
+    place["base"] = first.facts["base"]
+    each = _Each(name, hosts, tell)
+    each.do(lambda host: ask(host.shell, "look", cluster.python, **place), but=first)
+    each.do(lambda host: _have_python(host, cluster.python, environment, place, tell))
+    heads.save(_head(name, hosts, known))  # from here on `down` has something to end
+    _send(each, calling or Path.cwd(), tell)
+
+    token = secrets.token_hex(32)
+    node = _start(first, token, place, None, tell)
+    rest = [host for host in each.living() if host is not first]
+    if any((host.facts["node"] or {}).get("generation") != node["generation"] for host in rest):
+        token = first.shell.run(f"cat {shlex.quote(first.facts['directory'])}/token", what="reading the token")
+        each.do(lambda host: {"node": _start(host, token, place, node, tell)}, but=first)
+    head = _head(name, [*hosts, *_left_behind(hosts, known, tell)], known)
+    heads.save(head)
+    return head
+
+
+def status(head: Head) -> tuple[Head, list[str]]:
+    """Return the cluster as it is now, and sentences that its user has to know."""
+    hosts = [_Host.of(entry) for entry in head.hosts]
+    base, _, name = head.directory.rpartition("/")
+    answers = everywhere(
+        hosts,
+        lambda host: ask(host.shell, "look", host.facts["python"], base=base, cluster=name, nodes=True),
+    )
+    said: list[str] = []
+    entries = []
+    nodes: list[dict[str, Any]] = []
+    for host, answer, entry in zip(hosts, answers, head.hosts, strict=True):
+        if isinstance(answer, HostError):
+            entries.append({**entry, "state": "dead", "why": str(answer)})
+            said.append(str(answer))
+            continue
+        nodes += answer.get("nodes", [])
+        state = "lives" if answer["node"] else "no Ray"
+        if not answer["node"]:
+            last = f" Its last words: {answer['last_words']}" if answer.get("last_words") else ""
+            said.append(f"On {host.name} no Ray runs; `launch up` starts it.{last}")
+        entries.append({key: value for key, value in {**entry, "state": state}.items() if key != "why"})
+    said += _lost(entries, nodes)
+    return replace(head, hosts=entries), said
+
+
+def down(name: str, tell: Tell) -> None:
+    """End every process of a cluster on every host, see that none is left, and forget it. May be repeated.
+
+    Environments, copies of projects and the files of runs stay on the hosts.
+
+    Raises:
+        ClusterError: there is no such cluster.
+        MachineError: a host does not answer, or a process is left; what is not done can be repeated.
+    """
+    head = heads.load(name)
+    hosts = [_Host.of(entry) for entry in head.hosts]
+    base, _, directory = head.directory.rpartition("/")
+    answers = everywhere(hosts, lambda host: _stopped(host, base, directory))
+    problems = {host.name: answer for host, answer in zip(hosts, answers, strict=True) if answer is not None}
+    # Where nothing was ever started nothing can be left.
+    problems = {key: problem for key, problem in problems.items() if _entry(head, key).get("touched", True)}
+    for host in hosts:
+        host.shell.close()
+    ended = [host.name for host in hosts if host.name not in problems]
+    if problems:
+        heads.save(replace(head, hosts=[entry for entry in head.hosts if entry["name"] in problems]))
+        done = f" Nothing is left on {', '.join(ended)}." if ended else ""
+        raise MachineError(
+            f"The cluster {name} is not all down. {' '.join(map(str, problems.values()))}{done} Repeat `launch down "
+            f"{name}` when the rest answers; if it never will, `launch down {name} --forget` forgets it."
+        )
+    heads.forget(name)
+    tell(f"Nothing of the cluster {name} runs on {', '.join(ended)} any more. Files stay in {head.directory}.")
+
+
+def place_of(calling: Path) -> str:
+    """Return where the copy of a calling directory lies on every host, relative to the cluster's directory."""
+    return f"projects/{calling.name or 'root'}-{hashlib.sha256(str(calling).encode()).hexdigest()[:6]}"
+
+
+# ---- the steps ------------------------------------------------------------------------------------------------------
+
+
+class _Each:
+    """Steps that every living host takes at the same time; one that cannot is named and left out of the rest."""
+
+    def __init__(self, cluster: str, hosts: Sequence[_Host], tell: Tell) -> None:
+        self._cluster, self._hosts, self._tell = cluster, hosts, tell
+
+    def living(self) -> list[_Host]:
+        return [host for host in self._hosts if host.problem is None]
+
+    def do(self, step: Callable[[_Host], dict[str, Any]], but: _Host | None = None) -> None:
+        """Take a step and add what it returns to the facts of the host. ClusterError where the head cannot."""
+        hosts = [host for host in self.living() if host is not but]
+        for host, answer in zip(hosts, everywhere(hosts, step), strict=True):
+            if not isinstance(answer, HostError):
+                host.facts = {**host.facts, **answer}
+            elif host is self._hosts[0]:
+                raise ClusterError(f"The head of the cluster {self._cluster} cannot be used. {answer}")
+            else:
+                host.problem = answer
+                self._tell(f"{host.name} is left out: {answer}")
+
+
+def _wanted(cluster: ClusterConfig, name: str, known: Head | None) -> list[_Host]:
+    """Return the hosts that are asked for, or those that the cluster of this name has."""
+    if known is not None and known.kind != KIND:
+        raise ConfigError(f"There is a cluster {name} of another kind ({known.kind}). Take another cluster.name.")
+    if not cluster.hosts:
+        if known is None:
+            raise ConfigError(
+                f"cluster=ssh needs hosts, and no cluster {name} is known whose hosts could be meant: "
+                "cluster.hosts=[HEAD,USER@HOST:PORT,…], the head first."
+            )
+        return [_Host.of(entry) for entry in known.hosts]
+    touched = {entry["name"]: entry.get("touched", True) for entry in known.hosts} if known else {}
+    hosts = []
+    for host in cluster.hosts:
+        words = destination(host, cluster.user, cluster.ssh_key, cluster.ssh_config)
+        hosts.append(_Host(host, Shell(words, host), words, touched.get(host, False)))
+    if known is not None and known.ssh != hosts[0].words:
+        raise ClusterError(
+            f"The cluster {name} has another head ({' '.join(known.ssh)}). End it first, `launch down {name}`, or give "
+            "this one another name: cluster.name=NAME."
+        )
+    return hosts
+
+
+def _have_python(
+    host: _Host, given: str | None, environment: Environment | None, place: dict[str, Any], tell: Tell
+) -> dict[str, Any]:
+    """See that the host has an interpreter to run with. Return it."""
+    if not host.facts["rsync"]:
+        raise host.shell.failed("rsync: command not found")
+    python, versions = host.facts["python"], host.facts["versions"]
+    if environment is not None and python is None:
+        tell(f"{host.name}: making the Python environment {environment.digest}, which takes minutes the first time")
+        python = environment.make(host.shell, place["base"], place["cluster"])
+    elif given is not None:
+        if python is None:
+            raise HostError(f"On {host.name} there is no Python {given} (cluster.python).", host.name, "failed")
+        check_versions(host.name, given, versions)
+    return {"python": python}
+
+
+def _send(each: _Each, calling: Path, tell: Tell) -> None:
+    """Send launch itself and the calling directory to every host, below the cluster's directory."""
+    own, files = project.own_files(), project.files(calling)
+    bytes_in_all = project.size(project.HOME, own) + project.size(calling, files)
+    hosts = each.living()
+    tell(
+        f"Sending launch and {calling} to {count(len(hosts), 'host')}: {size(bytes_in_all)} each, or what differs of it"
+    )
+
+    def send(host: _Host) -> dict[str, Any]:
+        host.shell.send(project.HOME, own, f"{host.facts['directory']}/launch")
+        host.shell.send(calling, files, f"{host.facts['directory']}/{place_of(calling)}")
+        return {}
+
+    each.do(send)
+
+
+def _start(host: _Host, token: str, place: dict[str, Any], head: dict[str, Any] | None, tell: Tell) -> dict[str, Any]:
+    """Have Ray run on a host, as the head or below `head`. Returns its node."""
+    facts, node = host.facts, host.facts["node"]
+    if node is not None and node["python"] == facts["python"] and head is None:
+        host.touched = True
+        return dict(node)
+    host.touched = True
+    given = {"base": place["base"], "cluster": place["cluster"], "python": facts["python"]}
+    try:
+        started = ask(
+            host.shell,
+            "start",
+            facts["python"],
+            seconds=START_SECONDS,
+            token=token.strip(),
+            address=facts["address"],
+            head=head,
+            **given,
+        )
+    except HostError as error:
+        if head is None:
+            raise ClusterError(f"The head of the cluster {place['cluster']} did not come up. {error}") from None
+        raise
+    if node is None or started["since"] != node["since"]:
+        tell(f"{host.name}: Ray runs as {'the head' if head is None else 'a node'} at {started['address']}")
+    host.facts["node"] = started
+    return started
+
+
+def _left_behind(hosts: Sequence[_Host], known: Head | None, tell: Tell) -> list[_Host]:
+    """End what runs on hosts that the cluster no longer has. Returns those where that was not possible."""
+    names = {host.name for host in hosts}
+    gone = [_Host.of(entry) for entry in known.hosts if entry["name"] not in names] if known else []
+    left = []
+    base, _, directory = known.directory.rpartition("/") if known else ("", "", "")
+    for host, problem in zip(gone, everywhere(gone, lambda host: _stopped(host, base, directory)), strict=True):
+        if problem is None:
+            tell(f"{host.name} is no longer among the hosts, and nothing of the cluster runs there any more")
+        else:
+            host.problem = problem
+            left.append(host)
+            tell(f"{host.name} is no longer among the hosts, and what runs there could not be ended: {problem}")
+    return left
+
+
+def _stopped(host: _Host, base: str, cluster: str) -> HostError | None:
+    """End all processes of a cluster on a host. Returns why that is not proven."""
+    try:
+        left = ask(host.shell, "stop", host.facts["python"], START_SECONDS, base=base, cluster=cluster)["left"]
+    except HostError as error:
+        return error
+    if left:
+        return HostError(f"On {host.name} these processes could not be ended: {', '.join(left)}.", host.name, "failed")
+    return None
+
+
+# ---- what is written down -------------------------------------------------------------------------------------------
+
+
+def _head(name: str, hosts: Sequence[_Host], known: Head | None) -> Head:
+    first = hosts[0]
+    node = first.facts.get("node") or {}
+    created = known.created if known and known.created else datetime.now(UTC).isoformat(timespec="seconds")
+    return Head(
+        name=name,
+        kind=KIND,
+        ssh=first.words,
+        python=first.facts["python"],
+        address=f"{first.facts['address']}:{node['port']}" if node else "",
+        dashboard=node.get("dashboard", 0),
+        directory=first.facts["directory"],
+        usd_per_hour=None,  # nobody knows what somebody's own machines cost
+        created=created,
+        hosts=[host.entry() for host in hosts],
+    )
+
+
+def _entry(head: Head, name: str) -> dict[str, Any]:
+    return next(entry for entry in head.hosts if entry["name"] == name)
+
+
+def _lost(entries: Sequence[dict[str, Any]], nodes: Sequence[dict[str, Any]]) -> list[str]:
+    """Say which nodes the head's Ray has lost: the last time of each host."""
+    names = {entry["address"]: entry["name"] for entry in entries if entry.get("address")}
+    last: dict[str, dict[str, Any]] = {}
+    for node in nodes:
+        if not node["lives"] and node["ended"] >= last.get(node["address"], {"ended": 0})["ended"]:
+            last[node["address"]] = node
+    back = {node["address"] for node in nodes if node["lives"]}
+    said = []
+    for address, node in sorted(last.items()):
+        when = datetime.fromtimestamp(node["ended"]).strftime("%H:%M:%S")
+        since = "; it has come back since" if address in back else ""
+        why = f" ({' '.join(node['why'].split())[:200]})" if node["why"] else ""
+        said.append(f"Ray lost {names.get(address, address)} at {when}{why}{since}.")
+    return said

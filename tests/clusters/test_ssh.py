@@ -1,0 +1,226 @@
+"""`cluster=ssh`: what hosts are asked for, what is made of them, and what is told of those that cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.clusters import bootstrap, heads, ssh
+from launcher.clusters.bootstrap import Environment
+from launcher.clusters.shell import Shell
+from launcher.errors import ClusterError, ConfigError, HostError, MachineError
+from launcher.schema import ClusterConfig
+from tests import servers
+from tests.command import Place
+
+pytestmark = pytest.mark.skipif(bool(servers.why_no_ssh()), reason=servers.why_no_ssh() or "-")
+PLACE: dict[str, Any] = {"base": "~/.launch", "cluster": "pair"}
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.getbasetemp()))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    with servers.server(tmp_path_factory.mktemp("sshd")) as running:
+        yield running
+
+
+@pytest.fixture
+def shell(server: servers.Server) -> Iterator[Shell]:
+    made = Shell(server.words)
+    yield made
+    made.close()
+
+
+def config(server: servers.Server, *hosts: str, **keys: str) -> ClusterConfig:
+    return ClusterConfig(kind="ssh", hosts=list(hosts), ssh_config=str(server.config), **keys)  # type: ignore[arg-type]
+
+
+# ---- what is asked for ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["cluster=ssh", "cluster.hosts=[a,a]"], "cluster.hosts holds a twice"),
+        (["cluster=ssh", "cluster.hosts=['a b']"], "a host is written [USER@]HOST[:PORT]"),
+        (["cluster=ssh", "cluster.hosts=['-oProxyCommand=true']"], "a host is written [USER@]HOST[:PORT]"),
+        (["cluster=local", "cluster.hosts=[a]"], "cluster.hosts belongs to cluster=ssh"),
+        (["cluster=ssh", "cluster.hosts=[a]", "cluster.python=python3"], "must be an absolute path on the hosts"),
+        (["cluster=ssh"], "cluster=ssh needs hosts, and no cluster ssh is known"),
+        (["cluster=local"], "launch up makes a cluster on other machines"),
+        (["cluster=ssh", "cluster.hosts=[a]", "cluster.name=a/b"], '"a/b" cannot be the name of a cluster'),
+    ],
+)
+def test_a_wrong_request_is_told_before_anything_is_asked(here: Place, words: list[str], says: str) -> None:
+    done = here.here("up", *words)
+    assert (done.status, done.out) == (2, ""), done.err
+    assert says in done.err
+
+
+def test_a_dead_head_is_told_and_nothing_is_written_down(here: Place, server: servers.Server, tmp_path: Path) -> None:
+    servers.write_client(tmp_path / "config", {"vm1": "127.0.0.1:1"}, server.directory / "key", server.known_hosts)
+    done = here.here("up", "cluster=ssh", "cluster.hosts=[vm1]", f"cluster.ssh_config={tmp_path / 'config'}")
+    assert done.status == 2
+    assert "The head of the cluster ssh, the first of its hosts, cannot be used. vm1 is there" in done.err
+    assert heads.all_heads() == []
+
+
+def test_another_head_needs_another_name(server: servers.Server) -> None:
+    heads.save(heads.Head("ssh", "ssh", ["ssh", "other"], "/p", "10.0.0.1:6379", 8265, "/there"))
+    with pytest.raises(ClusterError, match="The cluster ssh has another head"):
+        ssh.up(config(server, "here"), print)
+    heads.save(heads.Head("cloud", "azure", ["ssh", "other"], "/p", "10.0.0.1:6379", 8265, "/there"))
+    with pytest.raises(ConfigError, match="There is a cluster cloud of another kind"):
+        ssh.up(config(server, "here", name="cloud"), print)
+
+
+# ---- what a host is asked -------------------------------------------------------------------------------------------
+
+
+def test_a_host_says_what_is_there(shell: Shell, server: servers.Server) -> None:
+    found = bootstrap.ask(shell, "look", **PLACE, python=sys.executable)
+    assert found["directory"] == f"{server.home}/.launch/pair"
+    assert (found["node"], found["token"], found["rsync"]) == (None, None, True)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\.\d+", found["address"])
+    assert not found["address"].startswith("127."), "other hosts would reach themselves"
+    assert found["python"] == sys.executable
+    bootstrap.check_versions("here", sys.executable, found["versions"])
+    assert not (server.home / ".launch").exists(), "to look changes nothing"
+
+
+def test_another_version_is_told(shell: Shell) -> None:
+    versions = {"python": "3.11.2", "ray": "1.0"}
+    with pytest.raises(HostError, match=r"ray is 1\.0 there and .* here, torch is missing there"):
+        bootstrap.check_versions("here", "/usr/bin/python3", versions)
+    assert bootstrap.ask(shell, "look", **PLACE, python="/no/python")["python"] is None
+
+
+def test_a_host_without_python_is_told(server: servers.Server, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    for program in ("sh", "head"):
+        (tmp_path / "bare" / program).symlink_to(f"/usr/bin/{program}")
+
+    class Bare(Shell):
+        def run(self, script: str, **options: object) -> str:
+            return super().run(f"PATH='{tmp_path}/bare'; {script}", **options)  # type: ignore[arg-type]
+
+    with pytest.raises(HostError, match="On here there is no Python at all"):
+        bootstrap.ask(Bare(server.words), "look", **PLACE)
+
+
+def test_an_environment_is_made_once_and_named_by_what_it_is_made_of(shell: Shell, server: servers.Server) -> None:
+    wheel = server.directory / "tiny-1.0-py3-none-any.whl"
+    _write_wheel(wheel)
+    version = "{}.{}".format(*sys.version_info)
+    first = Environment(version, f"tiny @ file://{wheel}\n", "")
+    second = Environment(version, f"tiny @ file://{wheel}\n", "tiny==1.0\n")
+    assert first.digest != second.digest
+
+    begun = time.monotonic()
+    python = first.make(shell, "~/.launch", "pair")
+    made = time.monotonic() - begun
+    assert python == f"{server.home}/.launch/envs/{first.digest}/bin/python"
+    assert subprocess.run([python, "-c", "import tiny"], check=False).returncode == 0
+    stamp = Path(python).lstat().st_mtime_ns
+    begun = time.monotonic()
+    assert first.make(shell, "~/.launch", "pair") == python
+    assert Path(python).lstat().st_mtime_ns == stamp
+    assert time.monotonic() - begun < made
+
+    found = bootstrap.ask(shell, "look", **PLACE, python=None, digest=first.digest)
+    assert found["python"] == python
+    (Path(python).parents[1] / "complete").unlink()  # as one that was interrupted
+    assert bootstrap.ask(shell, "look", **PLACE, python=None, digest=first.digest)["python"] is None
+
+
+def test_an_environment_that_cannot_be_made_says_why(shell: Shell) -> None:
+    with pytest.raises(HostError, match=r"there is no Python 2\.1 with venv"):
+        Environment("2.1", "", "").make(shell, "~/.launch", "pair")
+
+
+def test_the_environment_is_that_of_the_constraints() -> None:
+    own = Environment.own()
+    assert own == Environment.own()
+    assert "torch==" in own.constraints
+    names = {re.split(r"[^A-Za-z0-9-]", line)[0] for line in own.requirements.splitlines()}
+    assert {"torch", "ray", "mlxtend"} <= names
+    assert not {"pytest", "ruff", "accelerate"} & names
+
+
+def _write_wheel(path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny.py", "")
+        archive.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        archive.writestr(
+            "tiny-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr("tiny-1.0.dist-info/RECORD", "")
+
+
+# ---- up, status, down -----------------------------------------------------------------------------------------------
+
+
+def test_down_without_clusters_and_with_a_wrong_name(here: Place) -> None:
+    assert here.here("down").status == 0
+    wrong = here.here("down", "pair")
+    assert wrong.status == 2
+    assert 'There is no cluster "pair"' in wrong.err
+    assert here.here("status", "pair").status == 2
+
+
+def test_down_of_a_host_that_is_gone_can_be_repeated_or_forgotten(
+    here: Place, server: servers.Server, tmp_path: Path
+) -> None:
+    servers.write_client(tmp_path / "config", {"vm1": "127.0.0.1:1"}, server.directory / "key", server.known_hosts)
+    gone = {"name": "vm1", "ssh": ["ssh", "-F", str(tmp_path / "config"), "vm1"], "python": None, "state": "lives"}
+    fine = {"name": "here", "ssh": server.words, "python": None, "state": "lives"}
+    never = {**gone, "name": "vm2", "touched": False}
+    directory = f"{server.home}/.launch/pair"
+    heads.save(
+        heads.Head("pair", "ssh", server.words, "/p", "10.0.0.1:6379", 8265, directory, hosts=[fine, gone, never])
+    )
+    with pytest.raises(MachineError, match=r"is not all down\. vm1 is there.*Nothing is left on here"):
+        ssh.down("pair", print)
+    assert [host["name"] for host in heads.load("pair").hosts] == ["vm1"]
+
+    (found,) = json.loads(here.here("status", "--json").out)
+    assert (found["state"], found["hosts"][0]["state"]) == ("down", "dead")
+    assert here.here("down").status == 1
+    assert here.here("down", "--forget").status == 0
+    assert heads.all_heads() == []
+
+
+def test_every_process_is_ended_also_one_that_left_its_family(shell: Shell, server: servers.Server) -> None:
+    """Would be wrong: a worker that goes on training on a machine that its user believes free."""
+    directory = server.home / ".launch" / "pair"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "token").write_text("secret")
+    deaf = f"trap '' TERM; echo ready; while :; do sleep 0.1; done  # {server.port}"
+    process = subprocess.Popen(
+        ["sh", "-c", deaf], env={"LAUNCH_CLUSTER": str(directory)}, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    found = bootstrap.ask(shell, "stop", base=f"{server.home}/.launch", cluster="pair")
+    assert found["left"] == []
+    assert found["ended"] >= 1
+    assert process.wait(5) != 0
+    process.stdout.close()
+    assert not (directory / "token").exists()
+    assert bootstrap.ask(shell, "stop", base=f"{server.home}/.launch", cluster="pair") == {"left": [], "ended": 0}

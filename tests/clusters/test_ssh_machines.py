@@ -1,0 +1,167 @@
+"""`cluster=ssh` on machines that are reached over real SSH: what comes up, what is told, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vmlab import elsewhere
+from tests.vmlab.elsewhere import Elsewhere
+
+
+def wait_for(condition: object, seconds: float, complaint: str) -> None:
+    latest = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < latest, complaint
+        time.sleep(0.2)
+
+
+def status(there: Elsewhere) -> dict[str, str]:
+    """Return the state of every host."""
+    (found,) = json.loads(there.launch("status", "--json").out)
+    return {host["name"]: host["state"] for host in found["hosts"]}
+
+
+def left(there: Elsewhere) -> dict[str, list[str]]:
+    """Return the processes on the machines that are not SSH's own, where there are any."""
+    found = {host.name: there.of_clusters(host) for host in there.machines}
+    return {name: words for name, words in found.items() if words}
+
+
+def seen_everywhere(there: Elsewhere, secret: str) -> list[str]:
+    """Return where a secret is seen: in processes' command lines and environments, and in files others may read."""
+    found = []
+    for host in there.hosts:
+        for pid, words in host.processes().items():
+            if secret in words:
+                found.append(f"command line on {host.name}: {words}")
+            try:
+                if secret.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(f"environment on {host.name}: {words}")
+            except OSError:
+                continue
+    for folder, _, names in os.walk(there.directory):
+        for path in (Path(folder, name) for name in names):
+            if path.is_file() and secret.encode() in path.read_bytes():
+                mode = path.stat().st_mode & 0o777
+                if path.name != "token" or mode != 0o600:
+                    found.append(f"{path} ({mode:o})")
+    return found
+
+
+@pytest.fixture
+def there(request: pytest.FixtureRequest) -> Iterator[Elsewhere]:
+    """Three machines; another number or rate by `indirect` parameters."""
+    if problem := elsewhere.why_not():
+        if os.environ.get("CI"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    with Elsewhere(*getattr(request, "param", (3,))) as made:
+        yield made
+
+
+@pytest.mark.timeout(240)
+def test_what_answers_comes_up_and_down_leaves_nothing(there: Elsewhere) -> None:
+    """The dead host is named; a second `up` starts nothing; the token is its user's; an interrupted `down` repeats."""
+    there.machines[2].kill()
+    done = there.launch("up", *there.words(), seconds=200)
+    assert (done.status, done.out) == (0, "ssh\n"), done.err
+    assert "vm3 is left out: vm3 is there, and nothing listens on its SSH port" in done.err
+    assert "each, or what differs of it" in done.err
+    assert status(there) == {"vm1": "lives", "vm2": "lives", "vm3": "dead"}
+
+    before = {host.name: set(host.find("raylet/raylet")) for host in there.machines}
+    again = there.launch("up", *there.words())
+    assert again.status == 0, again.err
+    assert {host.name: set(host.find("raylet/raylet")) for host in there.machines} == before, "it was started anew"
+
+    token = (there.own(there.machines[0]) / ".launch" / "ssh" / "token").read_text()
+    assert len(token) == 64
+    assert token == (there.own(there.machines[1]) / ".launch" / "ssh" / "token").read_text()
+    assert seen_everywhere(there, token) == []
+
+    interrupted = there.start("down")
+    wait_for(lambda: any("on_host" in words for words in _commands(there)), 30, "down asked nobody")
+    os.killpg(interrupted.pid, signal.SIGKILL)
+    done = there.launch("down")
+    assert done.status == 0, done.err
+    assert left(there) == {}
+    assert not list(there.scratch.glob("lr-*"))
+    assert "Nothing of the cluster ssh runs on vm1, vm2" in done.err or "nothing to end" in done.err
+
+
+def _commands(there: Elsewhere) -> list[str]:
+    return [words for host in there.machines for words in host.processes().values()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_host_that_comes_back_joins_and_one_that_is_named_no_more_leaves(there: Elsewhere) -> None:
+    assert there.launch("up", *there.words(), seconds=200).status == 0
+    there.machines[1].kill()
+    assert status(there) == {"vm1": "lives", "vm2": "dead", "vm3": "lives"}
+    there.start_sshd(there.machines[1])
+    (found,) = json.loads(there.launch("status", "--json").out)
+    assert "On vm2 no Ray runs; `launch up` starts it." in " ".join(found["notes"])
+    done = there.launch("up", *there.words())
+    assert "vm2: Ray runs as a node at" in done.err
+    assert status(there) == dict.fromkeys(("vm1", "vm2", "vm3"), "lives")
+
+    done = there.launch("up", *there.words("vm1", "vm2"))
+    assert "vm3 is no longer among the hosts, and nothing of the cluster runs there any more" in done.err
+    assert there.of_clusters(there.machines[2]) == []
+    # The head loses everything: what its nodes have is of no use without it.
+    there.machines[0].kill()
+    there.start_sshd(there.machines[0])
+    assert there.launch("up", *there.words("vm1", "vm2"), seconds=200).status == 0
+    assert status(there) == {"vm1": "lives", "vm2": "lives"}
+    assert there.launch("down", "ssh").status == 0
+    assert left(there) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("there", [(2, "100mbit")], indirect=True)
+def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(there: Elsewhere, tmp_path: Path) -> None:
+    there.machines[0].cut()
+    begun = time.monotonic()
+    done = there.launch("up", *there.words())
+    assert done.status == 2
+    assert "The head of the cluster ssh, the first of its hosts, cannot be used. vm1 does not answer" in done.err
+    assert time.monotonic() - begun < 30
+    there.machines[0].mend()
+
+    config = there.config.read_text()
+    from tests import servers
+
+    another = servers.make_key(tmp_path / "another")
+    there.config.write_text(config.replace(str(there.key), str(another)))
+    refused = there.launch("up", *there.words())
+    assert refused.status == 2
+    assert "vm1 answers, and does not let this user in" in refused.err
+    assert left(there) == {}
+    there.config.write_text(config)
+
+    (there.calling / ".gitignore").write_text("data/\n")
+    (there.calling / "data").mkdir()
+    (there.calling / "data" / "big.bin").write_bytes(os.urandom(2**20))
+    (there.calling / "kept.bin").write_bytes(os.urandom(2**20))
+    there.laptop.run(["git", "init", "-q"], cwd=there.calling)
+    there.machines[1].cut()
+    done = there.launch("up", *there.words(), seconds=200)
+    assert done.status == 0, done.err
+    assert "vm2 is left out: vm2 does not answer" in done.err
+    (copy,) = (there.own(there.machines[0]) / ".launch" / "ssh" / "projects").iterdir()
+    assert (copy / "kept.bin").stat().st_size == 2**20
+    assert not (copy / "data").exists()
+    there.machines[1].mend()
+    assert there.launch("up", *there.words(), seconds=200).status == 0
+    assert status(there) == {"vm1": "lives", "vm2": "lives"}
+    assert there.launch("down").status == 0
+    assert left(there) == {}

@@ -1,0 +1,171 @@
+"""Machines of a laboratory that are reached over SSH alone, and a laptop beside them.
+
+    with Elsewhere(2) as there:
+        there.launch("up", "cluster=ssh", *there.words())    # as a user does, on the laptop
+        there.machines[1].kill()                             # the machine is gone
+        there.start_sshd(there.machines[1])                  # and comes back, with nothing running
+
+Every machine has an SSH server, a host key and a home of its own; the laptop has a key that all of them know, and the
+hosts' keys. What the laptop's user has lies in `laptop_home`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests import servers
+from tests.command import Result
+from tests.vmlab.lab import ROOT, Host, Lab
+
+PORT = 22
+
+
+def why_not() -> str:
+    """Return why there can be no such machines here; empty where they can be made."""
+    from tests.vmlab import lab
+
+    return servers.why_no_ssh() or lab.why_not()
+
+
+class Elsewhere(Lab):
+    """Some machines with SSH servers, and the laptop: one more, without."""
+
+    apart = True
+
+    def __init__(self, machines: int, rate: str | None = None) -> None:
+        super().__init__(machines + 1, rate)
+
+    def __enter__(self) -> Elsewhere:
+        super().__enter__()
+        try:
+            self._prepare()
+        except BaseException:
+            self._cleanup.close()
+            raise
+        return self
+
+    @property
+    def machines(self) -> list[Host]:
+        return self.hosts[:-1]
+
+    @property
+    def laptop(self) -> Host:
+        return self.hosts[-1]
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "config"
+
+    @property
+    def key(self) -> Path:
+        return self.directory / "key"
+
+    def own(self, host: Host) -> Path:
+        """Return what a machine sees as `home`."""
+        return self.directory / host.name
+
+    def _prepare(self) -> None:
+        servers.make_key(self.key)
+        for host in self.machines:
+            self._server(host)
+        known = self.directory / "known_hosts"
+        known.write_text("".join(servers.known_host(self._etc(host), host.address, PORT) for host in self.machines))
+        servers.write_client(
+            self.config, {host.name: f"{host.address}:{PORT}" for host in self.machines}, self.key, known
+        )
+        for host in self.machines:
+            self.start_sshd(host)
+
+    def _etc(self, host: Host) -> Path:
+        return self.directory / f"etc-{host.name}"
+
+    def _server(self, host: Host) -> None:
+        etc = self._etc(host)
+        etc.mkdir()
+        more = [f"TMPDIR={self.scratch}", "OMP_NUM_THREADS=1", "RAY_memory_monitor_refresh_ms=0"]
+        servers.write_server(etc, self.key.with_suffix(".pub"), self.home, host.address, PORT, more)
+
+    def start_sshd(self, host: Host) -> None:
+        command = [
+            servers.SSHD,
+            "-D",
+            "-f",
+            str(self._etc(host) / "sshd_config"),
+            "-E",
+            str(self._etc(host) / "sshd.log"),
+        ]
+        host.start(command)
+        latest = time.monotonic() + 10
+        while not host.find(servers.SSHD):
+            assert time.monotonic() < latest, f"sshd of {host.name} did not start"
+            time.sleep(0.02)
+
+    def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return the laptop's: nothing of Ray, and places of its own."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_", "LAUNCH_"))}
+        own = {
+            "HOME": str(self.own(self.laptop)),
+            "XDG_STATE_HOME": str(self.own(self.laptop) / "state"),
+            "XDG_RUNTIME_DIR": str(self.directory),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        return {**kept, **own, **(more or {})}
+
+    def words(self, *hosts: str, **keys: str) -> list[str]:
+        """Return the words that name the cluster; all machines unless some are named."""
+        names = ",".join(hosts or [host.name for host in self.machines])
+        found = {"ssh_config": str(self.config), "python": sys.executable, **keys}
+        return ["cluster=ssh", f"cluster.hosts=[{names}]", *(f"cluster.{key}={value}" for key, value in found.items())]
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "launcher", *words]
+
+    def launch(self, *words: str, seconds: float = 110, cwd: Path | None = None, **env: str) -> Result:
+        """Run `launch` on the laptop to its end."""
+        done = subprocess.run(
+            self.laptop.command(self.command(*words), cwd or self.calling),
+            env=self.environment(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def start(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[bytes]:
+        """Start `launch` on the laptop; what it prints goes to `laptop.log()`."""
+        with (self.own(self.laptop) / "log").open("ab") as sink:
+            process = subprocess.Popen(
+                self.laptop.command(self.command(*words), cwd or self.calling),
+                env=self.environment(env),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
+
+    @property
+    def calling(self) -> Path:
+        """A directory of the laptop's user, with a project of their own in it."""
+        path = self.own(self.laptop) / "calling"
+        if not path.exists():
+            from tests.command import PROJECT
+
+            shutil.copytree(PROJECT, path, ignore=shutil.ignore_patterns("__pycache__"))
+        return path
+
+    def of_clusters(self, host: Host) -> list[str]:
+        """Return the processes on a machine that are not its SSH server or a session of it."""
+        own: Sequence[str] = (servers.SSHD, "sshd:", "nsenter ")
+        return [words for words in host.processes().values() if words and not words.startswith(tuple(own))]
