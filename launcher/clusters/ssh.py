@@ -73,7 +73,8 @@ def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
     hosts = _wanted(cluster, name, known)
     first = hosts[0]
     environment = None if cluster.python else Environment.own()
-    place: dict[str, Any] = {"cluster": name, "python": cluster.python, "digest": environment.digest if environment else "-"}
+    digest = environment.digest if environment else "-"
+    place: dict[str, Any] = {"cluster": name, "python": cluster.python, "digest": digest}
     try:
         first.facts = ask(first.shell, "look", cluster.python, base=BASE, **place)
     except HostError as error:
