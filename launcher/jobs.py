@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import provenance, ranks, runs
+from launcher import money, provenance, ranks, runs
 from launcher.config import ClusterConfig, Job, peek
 from launcher.errors import LaunchError, RequestError, RunError, Stopped, StorageError, did_you_mean
 from launcher.mirror import Mirrored, local
+from launcher.money import Bill, Rate
 from launcher.phases import Marks
 from launcher.phrases import size
 from launcher.plan import Machines, Plan, make_plan
@@ -100,6 +101,7 @@ def train(request: Request, observer: Observer) -> Outcome:
         with _alive(prepared.directory):
             result, signal_number = run_task(task, plan.machines, observer.event)
         record.ended()
+        money.tell_owner(result)
         return Outcome(result, prepared.directory, signal_number)
 
 
@@ -269,7 +271,7 @@ class Record:
         self._begun = False
         self.marks = Marks([("configuration", request.started)])
         self._made_root = False
-        self._seconds_before = 0.0
+        self._bill = Bill()
         self._mirrored: Mirrored | None = None
 
     def __enter__(self) -> Record:
@@ -288,17 +290,24 @@ class Record:
             self._mirrored.pull()
         return self._prepared
 
-    def begin(self, plan: Plan | None) -> Task:
+    def begin(self, plan: Plan | None, rate: Rate | None = None) -> Task:
         """Write what is known before the start; with a plan, see whether there is room for it.
 
+        rate: what the machines cost, where no plan says so.
+
         Raises:
-            RunError: the directory cannot be written, is another run's by now, or has no room for a checkpoint.
+            RunError: the directory cannot be written, is another run's by now, or has no room for a checkpoint; the
+                budget of a run that is continued is spent.
         """
         from launcher.engine.entry import Task
 
         assert self._prepared is not None
         prepared, directory = self._prepared, self._prepared.directory
         weights = None if prepared.resumes else _weights_of(prepared.job)
+        rate = plan.rate if plan is not None else rate
+        earlier = directory.result() if prepared.resumes else {}
+        check_budget(directory, earlier, rate)
+        self._bill = Bill(float(earlier.get("seconds") or 0.0), rate)
         self._made_root = not directory.path.parent.exists()
         try:
             directory.create()
@@ -327,6 +336,7 @@ class Record:
             started=self._request.started,
             weights=weights,
             marks=self.marks,
+            bill=self._bill,
         )
 
     def _write(self, prepared: Prepared) -> None:
@@ -343,7 +353,6 @@ class Record:
         facts = origin.facts
         if prepared.resumes:
             earlier = {**_EMPTY_RESULT, **directory.result()}
-            self._seconds_before = float(earlier["seconds"] or 0.0)
             directory.write_result({**earlier, **facts, "status": "running", "reason": None, "error": None})
         else:
             directory.write_result({**_EMPTY_RESULT, **facts})
@@ -377,8 +386,9 @@ class Record:
             # Told before anything was trained: the name stays free for the next try.
             self._take_back(directory)
             return
-        seconds = round(self._seconds_before + time.time() - self._request.started, 3)
-        changes: dict[str, Any] = {"seconds": seconds, "checkpoint": checkpoint}
+        seconds = round(self._bill.seconds + time.time() - self._request.started, 3)
+        usd = self._bill.spent(directory.result(), seconds)
+        changes: dict[str, Any] = {"seconds": seconds, "cost_usd": usd, "checkpoint": checkpoint}
         if isinstance(error, (Stopped, KeyboardInterrupt)):
             directory.update_result(status="stopped", reason="signal", error=None, **changes)
         else:
@@ -411,6 +421,13 @@ def _check_room(directory: RunDirectory, plan: Plan) -> None:
             f"A checkpoint of this model takes {size(needed)}, and {directory.path.parent} has {size(free)} free. "
             "Make room, or choose another place with run.root=DIRECTORY."
         )
+
+
+def check_budget(directory: RunDirectory, result: dict[str, Any], rate: Rate | None) -> None:
+    """Raise RunError where a run that is to be continued has spent its budget."""
+    spent = result.get("cost_usd") or 0.0
+    if rate is not None and rate.budget is not None and spent >= rate.budget:
+        raise RunError(f"run.resume: {money.refused(directory.name, spent, rate)}")
 
 
 def _write_words(directory: RunDirectory, words: Sequence[str], append: bool) -> None:
@@ -488,6 +505,7 @@ def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, rec
         ):
             result = in_process.run(task, runtime, control)
         record.ended()
+        money.tell_owner(result)
         return Outcome(result, directory, control.signal_number)
 
 

@@ -230,7 +230,7 @@ def _notes(job: Job, made: NodePlan) -> list[str]:
     if made.budget is not None and made.budget.enough is False and made.usd is not None:
         found.append(
             f"cluster.budget_usd={made.budget.usd:g} is less than the run would cost, {made.usd:,.2f} USD: it buys "
-            f"{made.budget.epochs:.4g} of {count(batches.epochs, 'epoch')}. Nothing stops a run for it yet."
+            f"{made.budget.epochs:.4g} of {count(batches.epochs, 'epoch')}; then the run saves a checkpoint and stops."
         )
     return found
 

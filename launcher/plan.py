@@ -5,14 +5,17 @@ Joins the engine's estimate of the job with what the place has that it is to run
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.clusters import existing, local
+from launcher.clusters.rates import rate_of
 from launcher.config import Job
 from launcher.errors import ConfigError
+from launcher.money import Rate
 from launcher.phases import Marks
 from launcher.phrases import count, size
+from launcher.schema import RENTED
 
 if TYPE_CHECKING:
     from launcher.engine.estimate import Estimate
@@ -32,6 +35,7 @@ class Machines:
     device: str
     cpus_per_worker: float
     gpus_per_worker: float
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Plan:
     flops_per_sample: float | None
     tags: tuple[str, ...]
     usd_per_hour: float
+    rate: Rate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,6 +79,7 @@ class Plan:
         return (
             f"{workers} ({m.description}), global batch {b.global_batch_size} = {self._shares()}, "
             f"{count(b.steps, 'step')} ({count(b.epochs, 'epoch')} of {b.steps_per_epoch})"
+            + (f", {self.usd_per_hour:.2f} USD/h" if self.rate is not None else "")
         )
 
     def _shares(self) -> str:
@@ -112,7 +118,7 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
         ResourceError: the machine can never hold what was asked for.
         ConfigError: several workers without anything that starts them, or VMs that nothing creates.
     """
-    if job.cluster.size is not None:
+    if job.cluster.size is not None and job.cluster.kind not in RENTED:
         raise ConfigError(
             f"cluster.size={job.cluster.size} asks for VMs of Azure, and this launch creates none yet: `launch plan` "
             "with the same words, without -m, works out what they do and cost. Leave cluster.size out to run here."
@@ -156,7 +162,9 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
     if nodes:
         existing.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
         where = f"the existing cluster of {count(len(nodes), 'node')}: {existing.described(nodes)}"
-        return Machines("existing", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
+        return Machines(
+            "existing", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker, len(nodes)
+        )
     local.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
     where = "the Ray of this session" if local.connected() else "this machine"
     return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
@@ -169,6 +177,7 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) ->
         RequestError: it cannot be done as asked; see `machines_of` and `engine.estimate`.
     """
     machines = machines_of(job, ranks)
+    rate = rate_of(job.cluster, machines.nodes)
     marks = marks or Marks()
     marks.begin("imports")
     if machines.cluster == "none":
@@ -178,7 +187,8 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) ->
     from launcher.engine.estimate import estimate
 
     marks.begin("check")
-    return plan_on(job, machines, estimate(job))
+    plan = plan_on(job, machines, estimate(job))
+    return plan if rate is None else replace(plan, rate=rate, usd_per_hour=round(rate.an_hour(), 6))
 
 
 def plan_on(job: Job, machines: Machines, found: Estimate) -> Plan:

@@ -20,6 +20,7 @@ MODES = ("min", "max")
 STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco", "auto")
 COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
 CLUSTERS = ("local", "none", "existing", "ssh")
+RENTED = ("existing", "ssh", "azure", "kuberay")  # of these, whose machines may be paid by the hour
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
 KEEP = ("all", "best")
@@ -152,7 +153,9 @@ class ClusterConfig:
     launch_attempts: int = 3  # failed launches of GPU VMs after which no further one is tried
     subscription: str | None = None  # of Azure; default: that of `az account show`
     ssh_from: str | None = None  # the address (CIDR) that may reach the head; default: this machine's
-    budget_usd: float | None = None
+    node_usd_per_hour: float | None = None  # what a machine with workers costs; default: by size, region and spot
+    head_usd_per_hour: float | None = None  # and one beside them that only leads; needs node_usd_per_hour
+    budget_usd: float | None = None  # that the run may cost over its whole life
     env: list[str] = field(default_factory=list)  # names of variables that the workers get from here
     detach: bool = False  # do not wait for a run elsewhere
 
@@ -447,9 +450,10 @@ def _check_cluster(cluster: ClusterConfig) -> None:
         )
     if cluster.budget_usd is not None:
         _above_zero("cluster.budget_usd", cluster.budget_usd)
+    _check_rates(cluster)
     # cluster.region and cluster.head_size may stand in a configuration of one's own, for the day when they count.
     if cluster.size is None:
-        for key, default in (("nodes", 1), ("spot", False), ("budget_usd", None)):
+        for key, default in (("nodes", 1), ("spot", False)):
             if (value := getattr(cluster, key)) != default:
                 shown = str(value).lower() if isinstance(value, bool) else value
                 raise ConfigError(
@@ -476,6 +480,22 @@ def _check_hosts(cluster: ClusterConfig) -> None:
         raise ConfigError(
             f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
             "/opt/launch/bin/python."
+        )
+
+
+def _check_rates(cluster: ClusterConfig) -> None:
+    for key in ("node_usd_per_hour", "head_usd_per_hour"):
+        if (value := getattr(cluster, key)) is not None:
+            _at_least(f"cluster.{key}", value, 0)
+    if cluster.head_usd_per_hour and cluster.node_usd_per_hour is None:
+        raise ConfigError(
+            f"cluster.head_usd_per_hour={cluster.head_usd_per_hour:g} says what one machine costs beside the others: "
+            "add cluster.node_usd_per_hour=USD, what each of those costs."
+        )
+    if cluster.budget_usd is not None and cluster.size is None and cluster.node_usd_per_hour is None:
+        raise ConfigError(
+            f"cluster.budget_usd={cluster.budget_usd:g} needs to know what the machines cost: add cluster.size=SIZE "
+            "(`launch sizes` lists them) or cluster.node_usd_per_hour=USD, or leave the budget out."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.jobs import Observer, Outcome, begun, over_text
+from launcher.money import BUDGET, larger
 from launcher.phrases import count, duration, evaluated
 from launcher.plan import Plan
 from launcher.prepare import Prepared
@@ -64,10 +65,14 @@ def conclusion(outcome: Outcome, interactive: bool) -> list[str]:
             f"{name} goes on without this command. Follow it with: launch logs {name}; stop it with: launch stop {name}"
         ]
     result = outcome.result
-    facts = [f"{result['status']} after {count(result['steps'], 'step')} in {duration(result['seconds'] or 0)}"]
+    paid = f" for {usd:,.2f} USD" if (usd := result.get("cost_usd")) else ""
+    facts = [f"{result['status']} after {count(result['steps'], 'step')} in {duration(result['seconds'] or 0)}{paid}"]
     lines = ["  ".join(facts + evaluated(result.get("metrics") or {}))]
     if result["status"] == "stopped":
-        lines.append(how_to_continue(outcome.directory))
+        spent = result.get("reason") == BUDGET
+        more = f" {larger(result['cost_usd'])}" if spent else ""
+        begin = "The budget is spent. Continue it" if spent else "Continue it"
+        lines.append(how_to_continue(outcome.directory, begin) + more)
     elif interactive:
         lines.append("Watch it in TensorBoard with: launch board")
     return lines

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each part of launcher (a package or a module) and the other parts that it may import. A part that is not listed is
 # an error, so that a new one is placed here deliberately.
 LEAVES = {"errors", "schema", "keys", "words", "config", "targets", "runs", "provenance", "phrases", "phases", "cost"}
-LEAVES |= {"storage", "mirror"}
+LEAVES |= {"storage", "mirror", "money"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "runs": {"errors", "schema"},
@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "phrases": set(),
     "phases": set(),
     "cost": set(),
+    "money": set(),
     "terminal": {"phrases"},
     "targets": {"errors"},
     "schema": {"errors"},

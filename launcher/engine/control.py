@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from launcher.runs import HEARTBEAT_SECONDS, RunDirectory
 
 STOP = "stop"
+# money.BUDGET: stop, since the money is spent; rank 0, which counts it, wishes so itself
 PRUNE = "prune"  # stop, since others do better: nothing is saved for it
 CHECKPOINT = "checkpoint"
 REGROUP = "regroup"  # save and end, to be continued by another group of workers: raises `errors.Regroup`
@@ -22,8 +23,9 @@ class Control(Protocol):
     """What a runner hands to the engine."""
 
     def requests(self) -> frozenset[str]:
-        """What is asked of the run now: a subset of {"stop", "prune", "checkpoint", "regroup"}. Called
-        every step: no I/O, no waiting.
+        """What is asked of the run now: a subset of {"stop", "budget", "prune", "checkpoint", "regroup"}.
+
+        Called every step: no I/O, no waiting.
         """
         ...
 

@@ -30,6 +30,7 @@ from launcher.engine.shared import kept
 from launcher.engine.trainer import Trainer
 from launcher.errors import ConfigError, RequestError
 from launcher.mirror import local
+from launcher.money import Bill
 from launcher.phases import Marks
 from launcher.phrases import count, step_line
 from launcher.runs import RunDirectory
@@ -48,6 +49,7 @@ class Task:
         marks: the phases of the start so far.
         weights: a checkpoint or weights file to begin with (`checkpoint.load`), to evaluate, predict with or export.
         inputs: what `predict` reads.
+        bill: the seconds of the run before, and what its machines cost.
     """
 
     action: Literal["train", "evaluate", "predict", "export"]
@@ -58,6 +60,7 @@ class Task:
     weights: str | None = None
     marks: Marks = field(default_factory=Marks)
     inputs: str | None = None
+    bill: Bill = field(default_factory=Bill)
 
 
 def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
@@ -153,7 +156,7 @@ def _build_trainer(
         from launcher.engine.healing import HealingTrainer
 
         kind = HealingTrainer
-    trainer = kind(job, runtime, control, directory, data, model, task.started, task.marks, uploads)
+    trainer = kind(job, runtime, control, directory, data, model, task.started, task.marks, uploads, task.bill)
     if task.weights:
         from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
 

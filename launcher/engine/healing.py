@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -85,7 +84,7 @@ class HealingTrainer(Trainer):
     def _begin(self) -> None:
         resumed_at = self._resume()
         if self.runtime.is_first:
-            self._record_from(resumed_at, self._started)
+            self._record_from(resumed_at)
 
     def _step(self, watch: Watch) -> Done:
         if self._done is not None and self._done.ballots["admit"]:
@@ -248,7 +247,7 @@ class HealingTrainer(Trainer):
             return
         written = self._done is None or self._done.parts >= WRITTEN
         if self._recorder is None:
-            self._record_from(self.progress.step - (not written), time.time(), taken_over=True)
+            self._record_from(self.progress.step - (not written), taken_over=True)
         if written and self._done is not None and self._recorder and self._recorder.logged < self.progress.step:
             self._write(self._done.values)
 

@@ -18,6 +18,7 @@ from launcher.engine.control import Control
 from launcher.engine.progress import Progress
 from launcher.engine.sinks.jsonl import JsonLines
 from launcher.engine.sinks.tensorboard import TensorBoard
+from launcher.money import Bill
 from launcher.phases import Marks, told
 from launcher.runs import RunDirectory
 
@@ -84,6 +85,8 @@ class Recorder:
     Args:
         started: wall-clock time of the user's command.
         marks: the phases since then.
+        bill: the seconds of the run before that, and what its machines cost.
+        machines: how many there are now.
         resumed_at: the step that the run continues from, or None for a new run.
         draw: gives (model, batch) for the graph, once; no model where it cannot be drawn.
     """
@@ -96,6 +99,8 @@ class Recorder:
         *,
         started: float,
         marks: Marks,
+        bill: Bill,
+        machines: int,
         total_steps: int,
         steps_per_epoch: int,
         resumed_at: int | None,
@@ -111,8 +116,8 @@ class Recorder:
         self._began = started
         self._marks = marks
         self._phases: dict[str, float] | None = None
-        earlier = directory.result()
-        self._seconds_before = float(earlier.get("seconds") or 0.0) if resumed_at is not None else 0.0
+        self._bill = bill
+        self.meter = bill.meter(directory.result(), started, machines)
         self.seconds_to_first_step: float | None = None
         self._lines = JsonLines(directory.metrics, keep_until=resumed_at)
         self._board: TensorBoard | None = None
@@ -183,6 +188,12 @@ class Recorder:
         self._show(progress, throughput, values)
         self.result(progress, throughput, status="running")
 
+    def money_is_spent(self) -> bool:
+        """Whether the budget is spent; says so once when most of it is. For every step: no I/O."""
+        if (warning := self.meter.warning()) is not None:
+            self._control.emit({"kind": "note", "text": warning})
+        return self.meter.is_over
+
     def examples(self, step: int, values: Mapping[str, Any]) -> None:
         """Show examples in TensorBoard. ValueError where one of them is nothing that it can show."""
         if self._board is not None:
@@ -217,6 +228,8 @@ class Recorder:
         checkpoint: Path | None = None,
     ) -> dict[str, Any]:
         """Write result.json and return it."""
+        now = time.time()
+        usd = self.meter.usd(now)
         changes: dict[str, Any] = {
             "status": status,
             "reason": reason,
@@ -229,11 +242,11 @@ class Recorder:
             "restarts": progress.restarts,
             "preemptions": progress.preemptions,
             "lost_steps": progress.lost_steps,
-            "seconds": round(self._seconds_before + time.time() - self._began, 3),
+            "seconds": round(self._bill.seconds + now - self._began, 3),
             "seconds_to_first_step": self.seconds_to_first_step,
             "phases": self._phases,
             "samples_per_second": throughput.median,
-            "cost_usd": None,
+            "cost_usd": None if usd is None else round(usd, 6),
             "metrics": {tag: value if math.isfinite(value) else None for tag, value in progress.metrics.items()},
             "best": None
             if progress.best_value is None

@@ -68,6 +68,7 @@ class Runtime:
     owns_group: bool = False
     attempt: int = 1  # which group of workers of this command it belongs to
     cause: str = ""  # why that group was started after another: "failure", "preemption" or "resize"
+    machines: int = 0  # that the run is paid for, those without a worker of its and the head too; 0: nobody counted
     apply: Callable[..., Iterator[Any]] = map  # what reads the parts of a stream, here or elsewhere, in their order
     membership: Any = None  # of a run that heals itself: see `engine.membership`
     _task_groups: list[Any] = field(default_factory=list)

@@ -49,6 +49,7 @@ from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.state import State
 from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.errors import CheckpointError, NonFiniteLoss, Regroup
+from launcher.money import BUDGET, Bill
 from launcher.phases import Marks
 from launcher.runs import RunDirectory
 
@@ -69,6 +70,7 @@ class Trainer:
         started: wall-clock time of the user's command.
         marks: the phases since then.
         uploads: where checkpoints are sent, when the run root is an object store.
+        bill: the seconds of the run before this command, and what its machines cost.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Trainer:
         started: float,
         marks: Marks | None = None,
         uploads: Uploads | None = None,
+        bill: Bill | None = None,
     ) -> None:
         trainer = job.trainer
         self.runtime, self.control, self.directory = runtime, control, directory
@@ -138,7 +141,7 @@ class Trainer:
                 ("checkpoint.every", job.checkpoint.every),
             )
         )
-        self._started, self._marks = started, marks or Marks()
+        self._started, self._marks, self._bill = started, marks or Marks(), bill or Bill()
         self._recorder: Recorder | None = None
         self._saved_step: int | None = None
         self._flags: dict[str, bool] = {}
@@ -188,7 +191,7 @@ class Trainer:
         if not self.runtime.is_first:
             self.first_batch = None
             return self._loop_and_settle(watch)
-        self._record_from(resumed_at, self._started)
+        self._record_from(resumed_at)
         try:
             with watch:
                 return self._loop_and_settle(watch)
@@ -196,14 +199,16 @@ class Trainer:
             if self._recorder is not None:
                 self._recorder.close()
 
-    def _record_from(self, step: int | None, started: float, taken_over: bool = False) -> None:
+    def _record_from(self, step: int | None, taken_over: bool = False) -> None:
         """Keep the run's record from here on; see `Recorder`. taken_over: from a rank 0 that was lost."""
         self._recorder = Recorder(
             self.directory,
             self.job,
             self.control,
-            started=started,
+            started=self._started,
             marks=self._marks,
+            bill=self._bill,
+            machines=self.runtime.machines or self.runtime.world_size // self.runtime.local_world_size,
             total_steps=self.total_steps,
             steps_per_epoch=self.order.steps_per_epoch,
             resumed_at=step,
@@ -291,7 +296,7 @@ class Trainer:
                     status = "stopped" if stop else "pruned" if prune else "completed"
                     self._reason = done.reason
                     if stop:
-                        self._reason = "signal" if done.ballots["signal"] else "request"
+                        self._reason = next((why for why in ("signal", BUDGET) if done.ballots[why]), "request")
                     break
                 if done.ballots["regroup"] and not self._ended:
                     self._leave_to_regroup()
@@ -353,10 +358,12 @@ class Trainer:
         """What this rank wants of all ranks after the step that begins."""
         requests = self.control.requests()
         first = self.runtime.is_first
+        spent = BUDGET in requests or (self._recorder is not None and self._recorder.money_is_spent())
         return {
             "bad": False,  # raised by the strategy where this rank's loss is not finite
-            "stop": STOP in requests or watch.stop_requested,
+            "stop": STOP in requests or watch.stop_requested or spent,
             "signal": STOP in requests,
+            BUDGET: spent,
             "prune": PRUNE in requests,
             "regroup": REGROUP in requests,
             "checkpoint": CHECKPOINT in requests or (first and self.save_every.time_is_up()),
@@ -446,6 +453,8 @@ class Trainer:
         values["memory/allocated_gib"] = hardware.allocated_gib(self.runtime.device)
         values["cluster/workers"] = float(self.runtime.world_size)
         values["cluster/restarts"] = float(self.progress.restarts)
+        if self._recorder is not None:
+            values.update(self._recorder.meter.tags())
         return values
 
     def _improved(self, values: dict[str, float]) -> bool:

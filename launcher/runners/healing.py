@@ -241,6 +241,7 @@ def work(order: Order) -> None:
                 task.marks.begin("worker_imports", began)
                 task.marks.begin("process_group")
             with _member(order, store, slot, context) as runtime:
+                runtime.machines = ray_train.machines()
                 result = function(task, runtime, control)
                 if runtime.is_first and result:
                     control.emit({"kind": "result", "result": result})

@@ -251,7 +251,7 @@ def work(order: Order) -> dict[str, Any] | None:
                 task.marks.begin("worker_imports", began)
                 task.marks.begin("process_group")
             with joined(order, context) as runtime:
-                runtime.attempt, runtime.cause = attempt, cause
+                runtime.attempt, runtime.cause, runtime.machines = attempt, cause, machines()
                 result = function(task, runtime, control)
         except BaseException as error:
             event = describe(error, rank) | {"attempt": attempt}
@@ -267,6 +267,11 @@ def introduced() -> tuple[int, str]:
     """Return the number of this worker's group within the run, and why it was started after another."""
     facts = json.loads(os.environ[ATTEMPT])
     return facts["attempt"], facts["cause"]
+
+
+def machines() -> int:
+    """Return how many machines there are in the cluster, the head and those without a worker among them."""
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def _whereabouts() -> Event:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from launcher.engine.control import PRUNE, Watch
 from launcher.errors import LaunchError, RequestError, Stopped, UserCodeError, WorkerLost
 from launcher.jobs import Origin, Record, cluster_of
+from launcher.money import BUDGET, Bill, Rate, tell_owner
 from launcher.phrases import duration, number
 from launcher.plan import machines_of
 from launcher.prepare import Prepared
@@ -123,6 +124,7 @@ class Driver:
             None if planned.resumes else planned.recorded,
         )
         self._seconds_before = float(directory.result().get("seconds") or 0.0) if planned.resumes else 0.0
+        self._meter = Bill(self._seconds_before, planned.plan.rate).meter(directory.result(), self._began)
         if planned.resumes:
             self._settle()
         if self._left():
@@ -170,8 +172,9 @@ class Driver:
     def _conclude(self, signal_number: int | None, asked: bool) -> None:
         if self._failure is not None:
             self._write(status="failed", error=self._failure)
-        elif self._left() and (signal_number or asked):
-            self._write(status="stopped", reason="signal" if signal_number else "request")
+        elif self._left() and (signal_number or asked or self._meter.is_over):
+            self._write(status="stopped", reason="signal" if signal_number else "request" if asked else BUDGET)
+            tell_owner(self._directory.result())
         elif self._study.best() is None:
             errors = [row["error"] for row in records.rows(self._study) if row["error"]]
             self._write(status="failed", error=f"No trial was completed. {errors[0] if errors else ''}".strip())
@@ -202,7 +205,9 @@ class Driver:
         stopping = False
 
         def asked_to_stop() -> bool:
-            return bool(interrupts.count or watch.stop_requested or self._failure is not None)
+            if (warning := self._meter.warning()) is not None:
+                self._say(warning)
+            return bool(interrupts.count or watch.stop_requested or self._failure is not None or self._meter.is_over)
 
         self._changed()
         while True:
@@ -270,7 +275,7 @@ class Driver:
     def _begin(self, runner: Runner, trial: Trial) -> None:
         trial.started = time.time()
         try:
-            task = trial.record.begin(None)
+            task = trial.record.begin(None, self._rate_of(trial.shape))
         except RequestError as error:  # no weights to begin with, a full disk
             trial.directory.create()
             trial.directory.update_result(status="failed", error=f"{type(error).__name__}: {error}")
@@ -285,6 +290,16 @@ class Driver:
         self._log.line(f"trial {trial.number} begins: {words}")
         self._changed()
         runner.submit(str(trial.number), task, trial.shape)
+
+    def _rate_of(self, shape: Shape) -> Rate | None:
+        """Return what a trial costs: its part of the machines. The budget is the sweep's, not a trial's."""
+        rate, machines = self._planned.plan.rate, self._planned.plan.machines
+        if rate is None:
+            return None
+        has, needs = (
+            (machines.gpus, shape.gpus_per_worker) if shape.gpus_per_worker else (machines.cpus, shape.cpus_per_worker)
+        )
+        return replace(rate, budget=None, share=min(1.0, shape.workers * needs / has) if has else 1.0)
 
     def _event(self, key: str, event: Event) -> None:
         """Take an event of a trial: an evaluation may be its last."""
@@ -396,6 +411,8 @@ class Driver:
         """Write the sweep's result.json."""
         rows = self._rows()
         best = self._study.best()
+        now = time.time()
+        usd = self._meter.usd(now)
         counts: dict[str, int] = {}
         for row in rows:
             counts[row["state"]] = counts.get(row["state"], 0) + 1
@@ -404,7 +421,8 @@ class Driver:
             "error": None,
             "steps": sum(trial.user_attrs.get("steps") or 0 for trial in self._study.frozen()),
             "workers": self._planned.plan.machines.workers,
-            "seconds": round(self._seconds_before + time.time() - self._began, 3),
+            "seconds": round(self._seconds_before + now - self._began, 3),
+            "cost_usd": None if usd is None else round(usd, 6),
             "trials": {"total": self._planned.total, **counts},
             "metrics": {},
             "best": None

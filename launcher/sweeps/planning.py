@@ -15,7 +15,7 @@ from typing import Any
 from launcher import ranks, runs, targets
 from launcher.config import Composition, SweepConfig, compose, default_run_name, parse_interval, peek, sources
 from launcher.errors import ConfigError, RunError, did_you_mean
-from launcher.jobs import Observer, checked_plan
+from launcher.jobs import Observer, check_budget, checked_plan
 from launcher.plan import Machines, Plan, machines_of
 from launcher.prepare import Request, key_of, root_of, run_like
 from launcher.runners.tasks import Shape, fits
@@ -122,6 +122,7 @@ def _continued(request: Request, words: list[str], directory: RunDirectory, obse
         request = replace(request, config_dir=Path(before.config_dir))
     merged = _merged(before.words, words, name)
     planned = _plan(request, merged, directory, directory.path.parent, observer)
+    check_budget(directory, directory.result(), planned.plan.rate)
     return replace(planned, resumes=True)
 
 
@@ -132,12 +133,12 @@ def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]
         key = key_of(word)
         if shown(word) in words:  # a secret was not kept, and is given again
             words[words.index(shown(word))] = word
-        elif key in ("sweep", "verbose") or key.startswith("sweep."):
+        elif key in ("sweep", "verbose", "cluster.budget_usd") or key.startswith("sweep."):
             words = [other for other in words if key_of(other) != key] + [word]
         elif not key.startswith("run."):
             raise RunError(
                 f'The sweep "{name}" cannot be continued with {shown(word)}: its trials would no longer be comparable. '
-                "Leave the word out (sweep.* and verbose may change), or start a new sweep."
+                "Leave the word out (sweep.*, cluster.budget_usd and verbose may change), or start a new sweep."
             )
     return words
 

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from launcher.money import BUDGET, larger
 from launcher.phrases import duration, number
 from launcher.sweeps.observer import SweepObserver, SweepOutcome
 from launcher.sweeps.planning import Planned
@@ -162,7 +163,11 @@ def conclusion(outcome: SweepOutcome) -> list[str]:
         lines.append(f"best: trial {outcome.best['number']}, {_objective(outcome.best['objective'])}  {words}")
     root = "" if outcome.directory.path.parent.name == "runs" else f" run.root={outcome.directory.path.parent}"
     if result["status"] == "stopped":
-        lines.append(f"Continue it with: launch -m run.name={name}{root} run.resume=true")
+        spent = result.get("reason") == BUDGET
+        more = f" {larger(result['cost_usd'])}" if spent else ""
+        lines.append(
+            f"{'The budget is spent. ' * spent}Continue it with: launch -m run.name={name}{root} run.resume=true{more}"
+        )
     elif outcome.best is not None:
         lines.append(f"Train the best further with: launch run.like={name}/best{root}")
     return lines

@@ -1,0 +1,206 @@
+"""What a run costs: the count over its whole life, the budget that ends it, and what is told of both."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import money
+from launcher.clusters.rates import rate_of, words
+from launcher.errors import ConfigError
+from launcher.money import Bill, Meter, Rate
+from launcher.schema import ClusterConfig
+from tests.command import TOY, Place
+from tests.sweeps.sweep_fixtures import PROJECT as SWEEP_PROJECT
+
+A_SECOND = "cluster.node_usd_per_hour=3600"  # one dollar
+SLOW = ("+model.delay=0.1", "trainer.epochs=100", "trainer.log_every=1")  # 40 s, if nothing ends it
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "machines", "an_hour"),
+    [
+        (Rate(2.0), 3, 6.0),
+        (Rate(2.0, machines=4), None, 8.0),
+        (Rate(2.0, head=0.5), 3, 4.5),  # two nodes and a head
+        (Rate(2.0, head=0.5), 1, 2.5),  # the machine that is there is paid for, whatever it is called
+        (Rate(2.0, head=0.5, share=0.5), 3, 2.25),
+    ],
+)
+def test_an_hour_of_the_machines_that_are_there(rate: Rate, machines: int | None, an_hour: float) -> None:
+    assert rate.an_hour(machines) == pytest.approx(an_hour)
+
+
+def test_groups_of_workers_count_on_from_each_other() -> None:
+    """4 machines for 100 s, then 2 for 50 s, then a failure that the driver notes 10 s later."""
+    rate, started = Rate(36.0, machines=4), 1000.0
+    bill = Bill(seconds=500.0, rate=rate)
+    before = {"seconds": 500.0, "cost_usd": 7.0}
+    first = bill.meter(before, started, 4)
+    assert first.usd(started + 100) == pytest.approx(7.0 + 4.0)
+    second = bill.meter({"seconds": 600.0, "cost_usd": 11.0}, started, 2)
+    assert second.usd(started + 150) == pytest.approx(11.0 + 1.0)
+    assert bill.spent({"seconds": 650.0, "cost_usd": 12.0}, 660.0) == pytest.approx(12.0 + 0.4)
+
+
+def test_machines_that_cost_nothing_keep_what_was_paid_before() -> None:
+    assert Bill().meter({"seconds": 5.0, "cost_usd": 3.0}, 0.0, 2).usd() == 3.0
+    assert Bill().spent({"cost_usd": 3.0}, 100.0) == 3.0
+    assert Bill().meter({}, 0.0, 2).tags() == {}
+
+
+def test_the_warning_comes_once_in_a_life() -> None:
+    rate = Rate(3600.0, budget=10.0)
+    meter = Meter(rate, 1, time.time(), 7.0)
+    assert meter.warning() is None
+    meter = Meter(rate, 1, time.time() - 1.5, 7.0)
+    told = meter.warning()
+    assert told is not None
+    assert "8.50 USD of cluster.budget_usd=10 are spent: in 0.025 minutes" in told
+    assert meter.warning() is None
+    assert not meter.is_over
+    assert Meter(rate, 1, time.time() - 1.5, 8.5).warning() is None, "it was told before the restart"
+    assert Meter(rate, 1, time.time() - 1.5, 8.5).is_over
+
+
+# ---- the rate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cluster", "expected"),
+    [
+        ({"kind": "local"}, None),
+        ({"kind": "existing"}, None),
+        ({"kind": "existing", "size": "NC24ads_A100_v4"}, Rate(3.673, 0.192, 3)),
+        ({"kind": "existing", "size": "NC24ads_A100_v4", "spot": True}, Rate(0.444, 0.192, 3)),
+        ({"kind": "existing", "size": "NC24ads_A100_v4", "region": "westeurope"}, None),  # no price is known
+        ({"kind": "none", "node_usd_per_hour": 2.0, "budget_usd": 5.0}, Rate(2.0, 0.0, 3, 5.0)),
+        ({"kind": "existing", "node_usd_per_hour": 2.0, "head_usd_per_hour": 0.1}, Rate(2.0, 0.1, 3)),
+    ],
+)
+def test_the_rate_of_a_configuration(cluster: dict[str, Any], expected: Rate | None) -> None:
+    assert rate_of(ClusterConfig(**cluster), 3, ask=False) == expected
+
+
+def test_a_budget_needs_a_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/")
+    config = ClusterConfig(kind="existing", size="NC24ads_A100_v4", region="westeurope", budget_usd=5.0)
+    with pytest.raises(ConfigError, match=r"cannot be kept: The price of .* Say what the machines cost with"):
+        rate_of(config)
+
+
+def test_a_driver_elsewhere_is_told_the_same_rate() -> None:
+    told = dict(word.removeprefix("cluster.").split("=") for word in words(ClusterConfig(), 12.0, machines=4))
+    there = ClusterConfig(kind="existing", **{key: float(value) for key, value in told.items()})
+    assert rate_of(there, 4) == Rate(3.0, 0.0, 4)
+    assert words(ClusterConfig()) == []
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def tags(here: Place, run: str) -> list[float]:
+    lines = (here.runs / run / "metrics.jsonl").read_text().splitlines()
+    return [entry["cost/usd"] for line in lines if "cost/usd" in (entry := json.loads(line))]
+
+
+def test_a_budget_ends_a_run_and_a_larger_one_continues_it(
+    here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign = tmp_path / "spent"
+    monkeypatch.setenv(money.SPENT_VARIABLE, str(sign))
+    done = here.here(*TOY, *SLOW, "run.name=a", A_SECOND, "cluster.budget_usd=3")
+    assert done.status == 0, done.err
+    assert "3600.00 USD/h" in done.err.splitlines()[0]
+    warned = [line for line in done.err.splitlines() if "cluster.budget_usd=3" in line]
+    assert len(warned) == 1, done.err
+    result = here.result("a")
+    assert (result["status"], result["reason"]) == ("stopped", "budget")
+    assert 3.0 <= result["cost_usd"] < 30.0
+    assert result["cost_usd"] == pytest.approx(result["seconds"], abs=0.01)
+    assert result["checkpoint"].endswith(f"step-{result['steps']:08d}")
+    paid = tags(here, "a")
+    assert paid == sorted(paid)
+    assert paid[-1] <= result["cost_usd"]
+    assert sign.exists(), "whoever owns the machines is not told"
+    assert f"Continue it with: launch run.name=a run.resume=true {money.larger(result['cost_usd'])}" in done.err
+
+    again = here.here("--config-dir", "own", "run.name=a", "run.resume=true")
+    assert again.status == 2
+    assert '"a" has spent its budget' in again.err
+    assert f"cluster.budget_usd={math.ceil(2 * result['cost_usd'])}" in again.err
+    assert here.result("a") == result, "a refused resume has changed the record"
+
+    last = result["steps"] + 3
+    more = here.here(
+        "--config-dir", "own", "run.name=a", "run.resume=true", "cluster.budget_usd=1000", f"trainer.steps={last}"
+    )
+    assert more.status == 0, more.err
+    later = here.result("a")
+    assert (later["status"], later["steps"]) == ("completed", last)
+    assert later["cost_usd"] > result["cost_usd"]
+    assert later["cost_usd"] == pytest.approx(later["seconds"], abs=0.05)
+    listed = here.here("runs")
+    assert f"{later['cost_usd']:.2f}" in listed.out
+
+
+def test_a_run_that_fails_has_cost_what_it_has_cost(here: Place) -> None:
+    done = here.here(*TOY, "run.name=a", A_SECOND, "+model.mishap=raise", "+model.at=5", "+model.delay=0.1")
+    assert done.status == 1
+    result = here.result("a")
+    assert result["status"] == "failed"
+    assert result["cost_usd"] == pytest.approx(result["seconds"], abs=0.01)
+    assert result["cost_usd"] > 0.3
+
+
+def test_without_a_rate_nothing_is_said_of_money(here: Place) -> None:
+    done = here.here(*TOY, "run.name=a")
+    assert (done.status, "USD" in done.err) == (0, False)
+    assert here.result("a")["cost_usd"] is None
+    assert tags(here, "a") == []
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["cluster.budget_usd=3"], "needs to know what the machines cost: add cluster.size=SIZE"),
+        (["cluster.budget_usd=-1", A_SECOND], "cluster.budget_usd is -1"),
+        (["cluster.head_usd_per_hour=1"], "add cluster.node_usd_per_hour=USD"),
+        (["cluster.node_usd_per_hour=-2"], "cluster.node_usd_per_hour is -2"),
+    ],
+)
+def test_what_is_said_of_money_is_checked(here: Place, given: list[str], told: str) -> None:
+    done = here.here(*TOY, "run.name=a", *given)
+    assert done.status == 2
+    assert told in done.err
+    assert not (here.runs / "a").exists()
+
+
+def test_a_sweep_keeps_one_budget_for_all_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import launcher
+
+    monkeypatch.chdir(SWEEP_PROJECT.parent)
+    fixed = ("experiment=line", "cluster=none", f"run.root={tmp_path}", "run.name=s")
+    grid = "optimizer.lr=0.1,0.2,0.3,0.4,0.5"
+    launcher.sweep(
+        *fixed,
+        grid,
+        "cluster.node_usd_per_hour=36000000",
+        "cluster.budget_usd=0.01",
+        config_dir=SWEEP_PROJECT,
+        quiet=True,
+    )
+    found = json.loads((tmp_path / "s/result.json").read_text())
+    assert (found["status"], found["reason"]) == ("stopped", "budget")
+    assert found["trials"].get("completed", 0) < 5
+    trial = json.loads((tmp_path / "s/0/result.json").read_text())
+    assert (trial["status"], trial["reason"]) == ("completed", None)
+    assert 0 < trial["cost_usd"] <= found["cost_usd"]
