@@ -194,7 +194,7 @@ def test_a_sweep_keeps_one_budget_for_all_its_trials(tmp_path: Path, monkeypatch
         *fixed,
         grid,
         A_SECOND,
-        "cluster.budget_usd=5",
+        "cluster.budget_usd=3",
         config_dir=SWEEP_PROJECT,
         quiet=True,
     )
@@ -203,4 +203,4 @@ def test_a_sweep_keeps_one_budget_for_all_its_trials(tmp_path: Path, monkeypatch
     assert found["trials"]["completed"] < found["trials"]["total"]
     trial = json.loads((tmp_path / "s/0/result.json").read_text())
     assert (trial["status"], trial["reason"]) == ("completed", None)
-    assert 0 < trial["cost_usd"] < 5 <= found["cost_usd"]
+    assert 0 < trial["cost_usd"] < 3 <= found["cost_usd"]

@@ -25,6 +25,7 @@ from launcher.config import CheckpointConfig, Job, LoggingConfig, ScalingConfig,
 from launcher.engine import entry
 from launcher.engine.checkpoint import available, load_weights, newest_intact
 from launcher.engine.runtime import Runtime
+from launcher.money import Bill
 from launcher.runs import RunDirectory
 from tests.engine import engine_toys as toys
 
@@ -255,7 +256,8 @@ def launch(
     run_directory = RunDirectory(directory)
     run_directory.create()
     run_directory.clear_requests()
-    task = entry.Task(action, job, str(directory), [], time.time(), weights)
+    bill = Bill(float(run_directory.result().get("seconds") or 0.0))
+    task = entry.Task(action, job, str(directory), [], time.time(), weights, bill=bill)
     with tempfile.TemporaryDirectory() as scratch:
         processes = []
         for rank in range(workers):
