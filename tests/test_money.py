@@ -99,7 +99,7 @@ def test_a_budget_needs_a_price(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_driver_elsewhere_is_told_the_same_rate() -> None:
     told = dict(word.removeprefix("cluster.").split("=") for word in words(ClusterConfig(), 12.0, machines=4))
-    there = ClusterConfig(kind="existing", **{key: float(value) for key, value in told.items()})
+    there = ClusterConfig(**{"kind": "existing", **{key: float(value) for key, value in told.items()}})  # type: ignore[arg-type]
     assert rate_of(there, 4) == Rate(3.0, 0.0, 4)
     assert words(ClusterConfig()) == []
 
