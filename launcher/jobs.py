@@ -197,7 +197,8 @@ def cluster_of(
         from launcher.clusters.existing import ExistingRay, address_of
 
         own = None if is_uri(directory) else directory  # on a store: every worker sees for itself
-        return ExistingRay(address_of(cluster.address), python_path, own, verbose, cluster.env)
+        gathers = directory.startswith("head://")
+        return ExistingRay(address_of(cluster.address), python_path, own, verbose, cluster.env, gathers)
     from launcher.clusters.local import EmbeddedRay
 
     return EmbeddedRay(verbose=verbose, preload=(preload,), keep_minutes=cluster.keep_minutes)

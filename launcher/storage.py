@@ -23,7 +23,7 @@ from launcher.errors import ConfigError, StorageError
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-SCHEMES = ("abfs", "abfss", "s3", "gs")
+SCHEMES = ("abfs", "abfss", "s3", "gs", "head")
 BLOCK_BYTES = 8 << 20
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 20.0
 # What an operation may take with all its tries: a run outlives a restart of the store's front end.
@@ -54,6 +54,12 @@ def check_uri(uri: str) -> str:
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in (*SCHEMES, "file"))
         raise ConfigError(f"run.root names a scheme, {parts.scheme}://, that is not known. Known are {known}.")
+    if parts.scheme == "head":
+        if parts.netloc or parts.query or parts.fragment or not re.fullmatch(r"/(?!/).+", parts.path):
+            raise ConfigError(
+                f"run.root={uri}: a directory of the machine that drives the run has three slashes, head:///PATH."
+            )
+        return uri.rstrip("/")
     azure = parts.scheme.startswith("abfs")
     if parts.query or parts.fragment or (parts.password or (parts.username and not azure)):
         raise ConfigError(
@@ -79,6 +85,10 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
     from pyarrow import fs
 
     parts = urlsplit(uri)
+    if parts.scheme == "head":
+        from launcher import gathered
+
+        return gathered.filesystem(), unquote(parts.path)
     if not parts.scheme.startswith("abfs"):
         found, path = fs.FileSystem.from_uri(uri)
         return found, path

@@ -137,6 +137,7 @@ class ExistingRay:
         directory: the run's, which every node has to see; None where nothing is written.
         verbose: with Ray's messages.
         environment: names of variables that the workers get from this process.
+        gathers: workers on other machines write to the disk of this one (`launcher.gathered`).
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class ExistingRay:
         directory: str | None = None,
         verbose: bool = False,
         environment: Sequence[str] = (),
+        gathers: bool = False,
     ) -> None:
         self.address = address
         self.existing = True
@@ -157,6 +159,7 @@ class ExistingRay:
         self._run = directory
         self._verbose = verbose
         self._environment = environment
+        self._gathers, self._disk = gathers, None
         self._connected = False
 
     def __enter__(self) -> ExistingRay:
@@ -170,6 +173,8 @@ class ExistingRay:
             self.available = (sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
             compare(nodes, self._python_path, self._run)
             _share_environment(self._environment)
+            if self._gathers:
+                self._disk = _serve_disk()
         except BaseException:
             self._leave()
             raise
@@ -345,13 +350,72 @@ def _share_environment(names: Sequence[str]) -> None:
         internal_kv._internal_kv_del(_environment_key(), namespace=_NAMESPACE)
 
 
-def adopt_environment() -> None:
-    """In a worker: take over the variables that its driver shares."""
+def adopt() -> None:
+    """In a worker: take over the variables that its driver shares, and the way to its disk."""
     from ray.experimental import internal_kv
 
     found = internal_kv._internal_kv_get(_environment_key(), namespace=_NAMESPACE)
     if found is not None:
         os.environ.update(json.loads(found))
+    _reach_disk()
+
+
+# ---- the disk of the driver's machine -------------------------------------------------------------------------------
+
+_DISK = "launch-disk"
+_DISK_SECONDS = 60.0
+
+
+def _serve_disk() -> Any:
+    """Start the process through which workers on other nodes use the disk of this one; it ends with this driver."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    home = str(Path(__file__).resolve().parents[2])
+
+    class HeadDisk:  # within a function it travels by value
+        def __init__(self) -> None:
+            if home not in sys.path:
+                sys.path.append(home)
+            from launcher.gathered import Disk
+
+            self._disk = Disk()
+
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+        def do(self, name: str, arguments: tuple[Any, ...]) -> Any:
+            return getattr(self._disk, name)(*arguments)
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_concurrency": 16, "max_restarts": -1, "max_task_retries": -1}
+    disk = ray.remote(**options)(HeadDisk).options(name=_DISK, scheduling_strategy=here).remote()
+    ray.get(disk.node.remote(), timeout=NODE_SECONDS)
+    return disk
+
+
+def _reach_disk() -> None:
+    """Where the driver serves its disk and this is another node, have files of the run go there."""
+    import ray
+
+    try:
+        disk = ray.get_actor(_DISK)
+    except ValueError:  # none is served
+        return
+    if ray.get(disk.node.remote(), timeout=NODE_SECONDS) == ray.get_runtime_context().get_node_id():
+        return
+    from launcher import gathered
+
+    def call(name: str, *arguments: Any) -> Any:
+        try:
+            return ray.get(disk.do.remote(name, arguments), timeout=_DISK_SECONDS)
+        except OSError:
+            raise
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(f"the head of the cluster did not answer: {said}") from None
+
+    gathered.through(call)
 
 
 # ---- the connection -------------------------------------------------------------------------------------------------

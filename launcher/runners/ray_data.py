@@ -62,10 +62,10 @@ def _task(function: bytes, home: str, python_path: list[str]) -> Callable[..., A
     def task(batch: dict[str, Any]) -> dict[str, list[bytes]]:
         if home not in sys.path:
             sys.path.append(home)
-        from launcher.clusters.existing import adopt_environment
+        from launcher.clusters.existing import adopt
         from launcher.targets import add_calling_directory
 
-        adopt_environment()
+        adopt()
 
         for path in python_path:
             add_calling_directory(path)

@@ -219,7 +219,7 @@ def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
 
         if home not in sys.path:
             sys.path.append(home)
-        importlib.import_module("launcher.clusters.existing").adopt_environment()
+        importlib.import_module("launcher.clusters.existing").adopt()
         return importlib.import_module(module).work(pickle.loads(pickled))
 
     return enter
