@@ -394,13 +394,14 @@ class Record:
             directory.update_result(status="stopped", reason="signal", error=None, **changes)
         else:
             directory.update_result(status="failed", reason=None, error=f"{type(error).__name__}: {error}", **changes)
-        self.ended()
+        self.ended(said_here=True)
 
-    def ended(self) -> None:
-        """Put what is said of the end there where the run lies."""
+    def ended(self, said_here: bool = False) -> None:
+        """Put what is said of the end there where the run lies, unless rank 0 has said it, on another machine."""
         if self._mirrored is not None:
             with suppress(StorageError):
-                self._mirrored.push_end()
+                if said_here or not self._mirrored.pull():
+                    self._mirrored.push_end()
 
 
 def _newest_checkpoint(directory: RunDirectory, mirrored: Mirrored | None) -> str | None:

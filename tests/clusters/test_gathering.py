@@ -1,0 +1,52 @@
+"""Two machines that share no run root: everything is gathered on the disk of the one that drives the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.clusters.test_existing import TINY, launch
+from tests.command import PROJECT
+from tests.vmlab.lab import Lab
+
+SAVED = ("checkpoint.every=2", "checkpoint.keep=2", "strategy=fsdp", "trainer.deterministic=false")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_checkpoints_of_two_machines_come_together_on_the_head(cluster: Lab, tmp_path: Path) -> None:
+    """Would be wrong: a run over two machines whose checkpoint is half on each, or not there at all."""
+    directory = Path(shutil.copytree(PROJECT, tmp_path / "calling", ignore=shutil.ignore_patterns("__pycache__")))
+    root = f"{cluster.scratch}/runs"  # another disk on each machine, under one path
+    done = launch(cluster, directory, *TINY, *SAVED, "run.name=a", f"run.root=head://{root}")
+    assert done.status == 0, done.err
+    assert done.last == f"head://{root}/a"
+
+    def on_head(*words: str) -> str:
+        return cluster.head.run([*words]).stdout
+
+    result = json.loads(on_head("cat", f"{root}/a/result.json"))
+    assert (result["status"], result["workers"]) == ("completed", 2)
+    names = on_head("find", root, "-type", "f").splitlines()
+    newest = result["checkpoint"].removeprefix("head://")
+    manifest = json.loads(on_head("cat", f"{newest}/manifest.json"))
+    assert {f"{newest}/{name}" for name in manifest["files"]} <= set(names)
+    parts = [name for name in manifest["files"] if name.startswith("data-")]
+    assert len(parts) == 2, "each machine holds its half of the network"
+    assert not [name for name in names if name.endswith(".gathering")]
+    assert cluster.hosts[1].run(["ls", root]).returncode != 0, "nothing of it lies on the other machine"
+
+    shutil.rmtree(cluster.directory / "vm2" / ".cache", ignore_errors=True)
+    words = ("run.name=a", "run.resume=true", f"run.root=head://{root}", "trainer.epochs=2")
+    again = launch(cluster, directory, *words)
+    assert again.status == 0, again.err
+    assert "Continuing from step 10." in again.err
+    assert json.loads(on_head("cat", f"{root}/a/result.json"))["steps"] == 20
+    assert launch(cluster, directory, "stop", "a", f"run.root=head://{root}").status == 2
+
+    plain = launch(cluster, directory, *TINY, "run.name=b", f"run.root={root}")
+    assert plain.status == 2, plain.err
+    assert "is not seen on vm2" in plain.err
