@@ -151,7 +151,7 @@ class _Sink:
             _call("finish", self._temporary, self._path, self._place)
 
 
-class _Handler(fs.FileSystemHandler):  # type: ignore[misc]
+class _Handler(fs.FileSystemHandler):
     """What `launcher.storage.Store` needs of a file system, and no more."""
 
     def __eq__(self, other: object) -> bool:
