@@ -105,7 +105,7 @@ class Nodes:
             ("resource group", 1, "holds all of this, and is deleted as a whole"),
             ("virtual network", 1, "with one subnet; nodes have internal addresses only"),
             ("network security group", 1, "lets SSH in, from the caller's address"),
-            ("managed identity", 2, "the head's, and the nodes', which may reach storage alone"),
+            ("managed identity", 2, "the head's, which may change this group, and the nodes', which may not"),
             ("public address", 1, "of the head"),
             ("head", 1, f"{self.head.name}, on demand"),
             ("node", self.nodes, f"{self.size.name}, {spot}{network}"),

@@ -50,13 +50,12 @@ def cluster(azure: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clu
 def test_only_the_head_may_change_the_group(azure: Fake, cluster: Cluster) -> None:
     """Ray gives every worker the right to delete the cluster; here a worker's identity has no role in the group."""
     cluster.create("head")
-    cluster.create("spot", 2)
-    cluster.create("on-demand")
+    cluster.create("node", 2)
     identities = {}
     for vm in azure.of_type(VM):
         (identity,) = vm["identity"]["userAssignedIdentities"]
         identities[vm["tags"]["ray-user-node-type"], vm["name"]] = identity.rpartition("/")[2]
-    assert sorted(identities.values()) == ["demo-head", "demo-nodes", "demo-nodes", "demo-nodes"]
+    assert sorted(identities.values()) == ["demo-head", "demo-nodes", "demo-nodes"]
     assert {name for (kind, _), name in identities.items() if kind == "head"} == {"demo-head"}
     (role,) = azure.of_type("microsoft.authorization/roleassignments")
     assert role["properties"]["of"] == ["demo-head"]
@@ -65,7 +64,7 @@ def test_only_the_head_may_change_the_group(azure: Fake, cluster: Cluster) -> No
 def test_what_is_created(azure: Fake, cluster: Cluster) -> None:
     """One zone, accelerated networking, spot at the price on demand, one public address, SSH for one caller."""
     cluster.create("head")
-    cluster.create("spot", 2)
+    cluster.create("node", 2)
     vms = azure.of_type(VM)
     assert [vm["zones"] for vm in vms] == [["2"]] * 3
     assert {vm["properties"]["storageProfile"]["imageReference"]["offer"] for vm in vms} == {"ubuntu-hpc"}
@@ -85,7 +84,7 @@ def test_what_is_created(azure: Fake, cluster: Cluster) -> None:
 def test_nodes_come_and_go(azure: Fake, cluster: Cluster) -> None:
     """What Ray's autoscaler does: list, create, delete with disk and interface, nothing kept for later."""
     cluster.create("head")
-    cluster.create("spot", 2)
+    cluster.create("node", 2)
     provider = cluster.provider
     workers = provider.non_terminated_nodes({KIND: "worker"})
     assert len(workers) == 2
@@ -99,35 +98,46 @@ def test_nodes_come_and_go(azure: Fake, cluster: Cluster) -> None:
 
 
 def test_an_evicted_vm_is_gone(azure: Fake, cluster: Cluster) -> None:
-    cluster.create("spot", 2)
+    cluster.create("node", 2)
     first, second = cluster.provider.non_terminated_nodes({})
     azure.evict(first)
     assert cluster.provider.non_terminated_nodes({}) == [second]
 
 
+def test_on_demand_where_spot_is_refused(azure: Fake, cluster: Cluster) -> None:
+    """Ray's autoscaler would ask for spot for ever. After launch_attempts spot is left alone for half an hour."""
+    azure.refuse[A100, True] = CAPACITY
+    for _ in range(3):
+        cluster.create("node")
+    machines = azure.of_type(VM)
+    assert [vm["properties"]["priority"] for vm in machines] == ["Regular"] * 3
+    assert {next(iter(vm["identity"]["userAssignedIdentities"])).rpartition("/")[2] for vm in machines} == {
+        "demo-nodes"
+    }
+    assert [(one.kind, one.code) for one in failures.read()] == [("spot", "SkuNotAvailable")] * 2
+    assert failures.recent("spot") == 2
+    assert failures.recent("spot", now=time.time() + failures.FORGOTTEN_SECONDS) == 0
+
+
 def test_failed_launches_are_told_and_given_up(azure: Fake, cluster: Cluster) -> None:
-    """The innermost cause reaches the user, Ray takes the other kind, and after launch_attempts Azure is left alone."""
+    """The innermost cause reaches the user, and after launch_attempts Azure is left alone until it may have some."""
     from ray.autoscaler.node_launch_exception import NodeLaunchException
 
-    azure.refuse[A100, True] = CAPACITY
+    azure.refuse |= {(A100, True): CAPACITY, (A100, False): CAPACITY}
     for _ in range(2):
         with pytest.raises(NodeLaunchException, match=r"SkuNotAvailable.*currently not available"):
-            cluster.create("spot")
+            cluster.create("node")
     asked = len(azure.requests)
-    with pytest.raises(NodeLaunchException, match=r"GivenUp.*2 launches of spot nodes failed"):
-        cluster.create("spot")
+    with pytest.raises(NodeLaunchException, match=r"GivenUp.*2 launches of nodes failed"):
+        cluster.create("node")
     assert len(azure.requests) == asked
-    cluster.create("on-demand")
-    assert [(one.kind, one.code) for one in failures.read()] == [("spot", "SkuNotAvailable")] * 2
-    # Capacity comes back: after a while Azure is asked again, and success forgets what was.
-    assert failures.recent("spot", now=time.time() + failures.FORGOTTEN_SECONDS) == 0
-    del azure.refuse[A100, True]
+    azure.refuse.clear()
     failures.path().write_text("")
-    cluster.create("spot")
+    cluster.create("node")
     assert failures.read() == []
 
 
 def test_a_head_alone_may_not_list_the_sizes(azure: Fake, cluster: Cluster) -> None:
     """Its identity may act in the group alone: Ray's own question for zones would end in "No available zones"."""
-    cluster.create("spot")
+    cluster.create("node")
     assert not [one for one in azure.requests if one.endswith("/skus")]

@@ -47,18 +47,16 @@ def test_the_network() -> None:
     compare("network.json", json.dumps(network.template(the()), indent=2) + "\n")
 
 
-@pytest.mark.parametrize(
-    ("spot", "kinds"),
-    [(True, ["head", "spot"]), (False, ["head", "on-demand"]), ("prefer", ["head", "spot", "on-demand"])],
-)
-def test_spot_decides_the_kinds_of_nodes(spot: Any, kinds: list[str]) -> None:
-    """Spot VMs are asked for at the price on demand and deleted when evicted; the head is never one."""
-    types = ray_yaml.ray_config(the(spot=spot), LOCAL)["available_node_types"]
-    assert list(types) == kinds
-    for kind, described in types.items():
+@pytest.mark.parametrize("spot", [True, False, "prefer"])
+def test_spot_is_for_nodes(spot: Any) -> None:
+    """They are asked for at the price on demand and deleted when evicted; the head is never one."""
+    config = ray_yaml.ray_config(the(spot=spot), LOCAL)
+    for kind, described in config["available_node_types"].items():
         asked = described["node_config"]["azure_arm_parameters"]
-        assert asked.get("priority") == ("Spot" if kind == "spot" else None)
-        assert asked.get("billingProfile") == ({"maxPrice": -1} if kind == "spot" else None)
+        wanted = kind == "node" and spot is not False
+        assert asked.get("priority") == ("Spot" if wanted else None)
+        assert asked.get("billingProfile") == ({"maxPrice": -1} if wanted else None)
+    assert config["provider"]["on_demand_instead"] is (spot == "prefer")
 
 
 def test_ray_itself_takes_the_file() -> None:

@@ -18,6 +18,7 @@ from launcher.clusters.azure.wanted import DIRECTORY
 VARIABLE = "LAUNCH_FAILURES"  # the file, where it is not the head's
 FORGOTTEN_SECONDS = 1800.0  # capacity comes and goes: after this Azure is asked again
 _LONGEST = 600
+SPOT, ON_DEMAND = "spot", "on-demand"
 # What Azure calls a want of machines, as opposed to a wrong request: another zone, region or size may have some.
 CAPACITY = frozenset(
     {
@@ -34,7 +35,7 @@ CAPACITY = frozenset(
 
 @dataclass(frozen=True)
 class Failure:
-    """One launch that failed. kind: of the nodes ("" for the head); at: seconds since the epoch."""
+    """One launch that failed. kind: SPOT, ON_DEMAND, or "" for the head; at: seconds since the epoch."""
 
     kind: str
     count: int
@@ -58,8 +59,10 @@ def add(failure: Failure) -> None:
 
 def forget(kind: str) -> None:
     """A launch of this kind went well: what failed before counts no more."""
-    left = [failure for failure in read() if failure.kind != kind]
-    path().write_text("".join(json.dumps(asdict(failure)) + "\n" for failure in left))
+    found = read()
+    left = [failure for failure in found if failure.kind != kind]
+    if len(left) < len(found):
+        path().write_text("".join(json.dumps(asdict(failure)) + "\n" for failure in left))
 
 
 def read() -> list[Failure]:

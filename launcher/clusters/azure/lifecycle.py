@@ -212,8 +212,9 @@ def _wait(wish: Wanted, head: Head, tell: Tell) -> Head:
 
 
 def _check_failures(wish: Wanted, found: dict[str, Any]) -> None:
-    """Give up when every kind of node has failed as often as it may."""
-    kinds = {True: ["spot"], False: ["on-demand"], "prefer": ["spot", "on-demand"]}[wish.nodes.spot]
+    """Give up when nodes were refused as often as they may be, on spot and on demand where both are wanted."""
+    spot, plain = failures.SPOT, failures.ON_DEMAND
+    kinds = {True: [spot], False: [plain], "prefer": [spot, plain]}[wish.nodes.spot]
     failed = [failures.Failure(**one) for one in found["failures"]]
     if all(sum(1 for one in failed if one.kind == kind) >= wish.launch_attempts for kind in kinds):
         last = failed[-1]

@@ -18,7 +18,7 @@ PORT = 6379
 DASHBOARD = 8265
 TOKEN = "~/.ray/auth_token"
 CODE = f"{DIRECTORY}/code"
-HEAD, SPOT, ON_DEMAND = "head", "spot", "on-demand"
+HEAD, NODE = "head", "node"
 IMAGE = {"imagePublisher": "microsoft-dsvm", "imageOffer": "ubuntu-hpc", "imageSku": "2404", "imageVersion": "latest"}
 DISK_GB = 128
 _OWN = "$(hostname -I | cut -d' ' -f1)"  # the address of the VM in its network
@@ -52,15 +52,12 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
         # No CPU for anybody: what trains runs on the nodes.
         HEAD: {"resources": {"CPU": 0}, "node_config": _vm(nodes.head, wanted, spot=False)}
     }
-    # `min_workers` stays 0: Ray would never remove those when idle, and never take the other kind in place of them.
-    for kind in {True: [SPOT], False: [ON_DEMAND], "prefer": [SPOT, ON_DEMAND]}[nodes.spot]:
-        types[kind] = {
-            "resources": {"CPU": nodes.size.vcpus, "GPU": nodes.size.gpus},
-            "min_workers": 0,
-            "max_workers": nodes.nodes,
-            "priority": int(kind == SPOT),  # the higher one first, while Azure has it
-            "node_config": _vm(nodes.size, wanted, spot=kind == SPOT),
-        }
+    types[NODE] = {
+        "resources": {"CPU": nodes.size.vcpus, "GPU": nodes.size.gpus},
+        "min_workers": 0,  # Ray would never remove those when idle
+        "max_workers": nodes.nodes,
+        "node_config": _vm(nodes.size, wanted, spot=nodes.spot is not False),
+    }
     return {
         "cluster_name": wanted.name,
         "max_workers": nodes.nodes,
@@ -81,6 +78,8 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
             "nsg": base["nsg"],
             "subnet": base["subnet"],
             "launch_attempts": wanted.launch_attempts,
+            # Not a second kind of node for Ray: its autoscaler does not turn to another kind where one is refused.
+            "on_demand_instead": nodes.spot == "prefer",
         },
         "auth": {"ssh_user": USER, "ssh_private_key": local.key, "ssh_public_key": f"{local.key}.pub"},
         "available_node_types": types,
