@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from launcher.clusters import heads, keep, ssh
+from launcher.clusters.azure import lifecycle as azure
 from launcher.clusters.heads import Head
 from launcher.errors import ConfigError, LaunchError, MachineError
 from launcher.phrases import count, duration
@@ -17,9 +18,9 @@ from launcher.schema import ClusterConfig
 Tell = Callable[[str], None]
 LOCAL = "local"
 # How each kind of cluster comes, is looked at, and goes.
-_UP: dict[str, Callable[[ClusterConfig, Tell], Head]] = {"ssh": ssh.up}
-_STATUS: dict[str, Callable[[Head], tuple[Head, list[str]]]] = {"ssh": ssh.status}
-_DOWN: dict[str, Callable[[str, Tell], None]] = {"ssh": ssh.down}
+_UP: dict[str, Callable[[ClusterConfig, Tell], Head]] = {"ssh": ssh.up, "azure": azure.up}
+_STATUS: dict[str, Callable[[Head], tuple[Head, list[str]]]] = {"ssh": ssh.status, "azure": azure.status}
+_DOWN: dict[str, Callable[[str, Tell], None]] = {"ssh": ssh.down, "azure": azure.down}
 
 
 def up(cluster: ClusterConfig, tell: Tell) -> Head:

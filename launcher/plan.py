@@ -124,10 +124,10 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
             "with the same words, without -m, works out what they do and cost. Leave cluster.size out to run here."
         )
     nodes = []
-    if job.cluster.kind == "ssh" and ranks is None:
+    if job.cluster.kind in ("ssh", "azure") and ranks is None:
         raise ConfigError(
-            "cluster=ssh: `launch up` makes such a cluster; a run cannot be sent to it yet. On its head it is started "
-            "with cluster=existing."
+            f"cluster={job.cluster.kind}: `launch up` makes such a cluster; a run cannot be sent to it yet. On its "
+            "head it is started with cluster=existing."
         )
     if job.cluster.kind == "existing" and ranks is None:
         nodes = existing.look(existing.address_of(job.cluster.address))

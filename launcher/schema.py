@@ -19,7 +19,7 @@ DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
 STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco", "auto")
 COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
-CLUSTERS = ("local", "none", "existing", "ssh")
+CLUSTERS = ("local", "none", "existing", "ssh", "azure")
 RENTED = ("existing", "ssh", "azure", "kuberay")  # of these, whose machines may be paid by the hour
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
@@ -145,9 +145,8 @@ class ClusterConfig:
     zone: str | None = None  # of the region, one for all VMs; default: the first that has the size
     spot: Any = False  # true, false or "prefer"
     min_nodes: int | None = None  # GPU VMs that `up` waits for, default all; the others come when a job asks for them
-    alternatives: list[Any] = field(
-        default_factory=list
-    )  # of {size, region, zone, …}, in their order, where there is none
+    # Of {size, region, zone, …}: tried in their order where Azure has none.
+    alternatives: list[Any] = field(default_factory=list)
     idle_minutes: float = 10.0  # after which a GPU VM without work is deleted
     down_after: bool = False  # remove all, the head too, after idle_minutes without work
     launch_attempts: int = 3  # failed launches of GPU VMs after which no further one is tried

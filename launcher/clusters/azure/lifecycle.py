@@ -34,6 +34,12 @@ WHO_AM_I = "https://api.ipify.org"  # answers with the address that it sees
 NODES_SECONDS = 1200.0
 POLL_SECONDS = 2.0
 Tell = Callable[[str], None]
+_NOTHING: dict[str, Any] = {
+    "nodes": [],
+    "why_none": "`launch up` has not come to its end.",
+    "failures": [],
+    "monitor_err": "",
+}
 
 
 class _NoCapacity(MachineError):
@@ -112,6 +118,7 @@ def _make(api: Api, wish: Wanted, group: Any, tell: Tell) -> Head:
 def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
     tell(f"Creating {wish.name}: {count(wish.nodes.nodes, 'node')} at most, {wish.place}.")
     key = _key(wish.name)
+    heads.save(_head(wish, None, api.account.subscription))  # so that `down` finds what is begun
     with told(f"Creating the resource group {wish.group}"):
         tags = {**wish.tags, "launch-zone": wish.zone or ""}
         api.resources.resource_groups.create_or_update(wish.group, {"location": wish.nodes.region, "tags": tags})
@@ -132,7 +139,8 @@ def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
     return head
 
 
-def _head(wish: Wanted, address: str, subscription: str) -> Head:
+def _head(wish: Wanted, address: str | None, subscription: str) -> Head:
+    """Return the cluster as it is before its nodes; without an address it has begun to be made."""
     known = _file(wish.name, "hosts")
     options = [
         "-o",
@@ -145,14 +153,17 @@ def _head(wish: Wanted, address: str, subscription: str) -> Head:
     return Head(
         name=wish.name,
         kind=KIND,
-        ssh=["ssh", "-i", str(_file(wish.name, "key")), *options, f"{USER}@{address}"],
+        ssh=["ssh", "-i", str(_file(wish.name, "key")), *options, f"{USER}@{address}"] if address else [],
         python=PYTHON,
         address=f"127.0.0.1:{ray_yaml.PORT}",
         dashboard=ray_yaml.DASHBOARD,
         directory=DIRECTORY,
         usd_per_hour=wish.nodes.head_usd_per_hour,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        hosts=[{"name": "head", "address": address, "state": "running", "subscription": subscription}],
+        hosts=[
+            {"name": "head", "address": address or "", "state": "running" if address else "creating"}
+            | {"subscription": subscription}
+        ],
     )
 
 
@@ -247,7 +258,7 @@ def _running(name: str) -> Head | None:
     """Return the cluster if it is known here and its head answers."""
     with contextlib.suppress(ClusterError):
         head = heads.load(name)
-        if head.kind == KIND and report(head)["nodes"]:
+        if head.kind == KIND and head.ssh and report(head)["nodes"]:
             return head
     return None
 
@@ -269,7 +280,7 @@ def status(head: Head) -> tuple[Head, list[str]]:
     said: list[str] = []
     addresses: dict[str, str] = {}
     try:
-        found = report(head)
+        found = report(head) if head.ssh else _NOTHING
         addresses = {node["host"]: node["address"] for node in found["nodes"]}
         said += [one for one in [_complaint(found)] if one]
         said += [found["why_none"]] if found["why_none"] else []
@@ -296,7 +307,8 @@ def down(name: str, tell: Tell, subscription: str | None = None) -> None:
     with contextlib.suppress(ClusterError):
         head = heads.load(name)
         subscription = subscription or (head.hosts[0].get("subscription") if head.hosts else None)
-        head.shell().close()
+        if head.ssh:
+            head.shell().close()
     api = Api(sign_in(subscription))
     with told(f"Removing {name}"):
         group = api.group(group_of(name))

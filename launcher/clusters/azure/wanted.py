@@ -13,7 +13,7 @@ from launcher.errors import ConfigError
 from launcher.schema import ClusterConfig
 
 LONGEST_NAME = 40  # Ray puts 20 characters around it, and Azure cuts names of VMs at 64
-DEFAULT_NAME = "launch"
+DEFAULT_NAME = "azure"
 USER = "ubuntu"
 DIRECTORY = f"/home/{USER}/launch"  # on every VM: `env`, `code`, and what launch writes there
 PYTHON = f"{DIRECTORY}/env/bin/python"

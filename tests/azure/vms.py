@@ -1,0 +1,199 @@
+"""VMs for the fake of Azure: network namespaces with an SSH server each, and a laptop beside them.
+
+    with Vms(3) as there:
+        there.launch("up", "cluster=azure", …)       # on the laptop, as a user does
+        there.azure.evict(name)                      # the machine is gone, without a word
+
+A VM that the fake creates takes the next free machine, whose user `ubuntu` lets in the key of its template; one that it
+deletes loses all processes and its disk. The API listens on the laptop, the proxy that leads to it as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from launcher.clusters import catalogue
+from launcher.clusters.azure.wanted import DIRECTORY, USER
+from tests.azure.fake import Fake, nic_of
+from tests.command import Result
+from tests.vmlab import lab
+from tests.vmlab.lab import ROOT, Host, Lab
+
+SSHD = "/usr/sbin/sshd"
+_CLONE_NEWNET = 0x40000000
+
+
+def why_not() -> str:
+    """Return why there can be no such VMs here; empty where they can be made."""
+    missing = [name for name in (SSHD, "rsync", "ssh-keygen", "openssl") if shutil.which(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not found; install openssh-server, rsync and openssl"
+    return lab.why_not()
+
+
+class Vms(Lab):
+    """Machines that can become VMs, and the laptop: one more."""
+
+    apart = True
+
+    def __init__(self, machines: int) -> None:
+        super().__init__(machines + 1)
+        self.free: list[Host] = []
+        self.used: dict[str, Host] = {}  # by the id of the VM
+        self.answers = True  # whether a new VM has an SSH server
+
+    def __enter__(self) -> Vms:
+        super().__enter__()
+        try:
+            self.free = list(self.hosts[:-1])
+            self.azure = Fake(self.directory / "azure", listen=self.laptop.address, seconds=0.5)
+            self.azure.server = self._server
+            self.azure.born, self.azure.gone = self._born, self._gone
+            self.azure.sizes = {name: list("12") for name in (*catalogue.sizes(), *catalogue.heads())}
+            self._cleanup.enter_context(self.azure)
+        except BaseException:
+            self._cleanup.close()
+            raise
+        return self
+
+    @property
+    def laptop(self) -> Host:
+        return self.hosts[-1]
+
+    def host(self, name: str) -> Host:
+        """Return the machine of a VM by a part of its name."""
+        return next(host for vm, host in self.used.items() if name in vm.rpartition("/")[2])
+
+    def environment(self) -> dict[str, str]:
+        """Return the laptop's user's: nothing of Ray, and places of its own."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_", "LAUNCH_"))}
+        home = self.directory / self.laptop.name
+        own = {
+            "HOME": str(home),
+            "XDG_STATE_HOME": str(home / "state"),
+            "XDG_RUNTIME_DIR": str(self.directory),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+            "AUTOSCALER_NODE_START_WAIT_S": "90",
+        }
+        return {**kept, **self.azure.environment, **own}
+
+    @property
+    def state(self) -> Path:
+        """Where launch writes its clusters down on the laptop."""
+        return self.directory / self.laptop.name / "state" / "launch" / "clusters"
+
+    def launch(self, *words: str, seconds: float = 280, **env: str) -> Result:
+        """Run `launch` on the laptop to its end."""
+        done = subprocess.run(
+            self.laptop.command([sys.executable, "-m", "launcher", *words]),
+            env={**self.environment(), **env},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def _server(self, handler: Any) -> ThreadingHTTPServer:
+        """Return a server that listens on the laptop: a socket stays in the network where it was made."""
+        made: list[ThreadingHTTPServer] = []
+
+        def make() -> None:
+            with open(f"/var/run/netns/{self.laptop._link.name}") as there:
+                libc = ctypes.CDLL(None, use_errno=True)
+                assert libc.setns(there.fileno(), _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+            made.append(ThreadingHTTPServer((self.laptop.address, 0), handler))
+
+        thread = threading.Thread(target=make)  # its network is this thread's own
+        thread.start()
+        thread.join()
+        return made[0]
+
+    # ---- a VM comes and goes -----------------------------------------------------------------------------------------
+
+    def _born(self, vm: dict[str, Any]) -> None:
+        host = self.free.pop(0)
+        self.used[vm["id"]] = host
+        inside = nic_of(self.azure, vm)["properties"]["ipConfigurations"][0]["properties"]
+        inside["privateIPAddress"] = host.address
+        if "publicIPAddress" in inside:
+            self.azure.resources[inside["publicIPAddress"]["id"].lower()]["properties"]["ipAddress"] = host.address
+        if self.answers:
+            self._boot(host, vm)
+
+    def _gone(self, vm: dict[str, Any]) -> None:
+        host = self.used.pop(vm["id"])
+        host.kill()
+        host.run(["sh", "-c", "umount -l /home/ubuntu /home /tmp/ray /etc/passwd"])
+        shutil.rmtree(self.disk(host), ignore_errors=True)
+        self.free.append(host)
+
+    def disk(self, host: Host) -> Path:
+        return self.directory / f"disk-{host.name}"
+
+    def _boot(self, host: Host, vm: dict[str, Any]) -> None:
+        disk = self.disk(host)
+        home, etc = disk / "home", disk / "etc"
+        for path in (home / ".ssh", home / "launch", etc):
+            path.mkdir(parents=True)
+        # The image has the environment already, where `launch up` would make it.
+        (home / "launch" / "env").symlink_to(sys.prefix)
+        key = vm["properties"]["osProfile"]["linuxConfiguration"]["ssh"]["publicKeys"][0]["keyData"]
+        (etc / "authorized_keys").write_text(key)
+        (etc / "passwd").write_text(f"{USER}:x:0:0::/home/{USER}:/bin/bash\n{Path('/etc/passwd').read_text()}")
+        environment = {
+            **self.azure.environment,
+            "RAY_memory_monitor_refresh_ms": "0",
+            "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "80000000",
+            "OMP_NUM_THREADS": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        (home / ".bashrc").write_text(f"export PATH={environment.pop('PATH')}\n")
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(etc / "host_key")], check=True)
+        lines = [
+            f"ListenAddress {host.address}",
+            f"HostKey {etc}/host_key",
+            f"AuthorizedKeysFile {etc}/authorized_keys",
+            f"PidFile {etc}/sshd.pid",
+            "StrictModes no",
+            "UsePAM no",
+            "PasswordAuthentication no",
+            "PermitRootLogin yes",
+            "MaxStartups 100",
+            "SetEnv " + " ".join(f"{name}={value}" for name, value in environment.items()),
+        ]
+        (etc / "sshd_config").write_text("\n".join(lines) + "\n")
+        Path("/run/sshd").mkdir(exist_ok=True)
+        mounts = (
+            f"hostname {vm['name']} && mount -t tmpfs tmpfs /home && mkdir /home/{USER} "
+            f"&& mount --bind {home} /home/{USER} && mount --bind {etc}/passwd /etc/passwd "
+            "&& mkdir -p /tmp/ray && mount -t tmpfs -o size=1g tmpfs /tmp/ray"
+        )
+        done = host.run(["sh", "-c", mounts])
+        assert done.returncode == 0, done.stderr
+        host.start([SSHD, "-D", "-f", str(etc / "sshd_config"), "-E", str(etc / "sshd.log")], env={"HOME": "/root"})
+
+
+def log(there: Vms, name: str) -> str:
+    """Return the end of a file of launch on the head."""
+    with contextlib.suppress(StopIteration, OSError):
+        return (there.disk(there.host("head")) / "home" / Path(DIRECTORY).name / name).read_text()[-3000:]
+    return ""
+
+
+def reachable(address: str, port: int, there: Host) -> bool:
+    """Whether something listens there, seen from a machine."""
+    code = f"import socket; socket.create_connection(({address!r}, {port}), 2)"
+    return there.run([sys.executable, "-I", "-S", "-c", code]).returncode == 0
