@@ -96,12 +96,16 @@ class Server:
         self.process = subprocess.Popen(self.command, start_new_session=True, stderr=subprocess.DEVNULL)
         wait_for_port("127.0.0.1", self.port)
 
+    def sessions(self) -> list[int]:
+        """Return the processes that serve connections, with what they started."""
+        return _descendants(self.process.pid) if self.process is not None else []
+
     def stop(self, sessions: bool = True) -> None:
         """End the server and, as a network drop would, the sessions of it."""
         if self.process is None:
             return
         if sessions:
-            for pid in _descendants(self.process.pid):
+            for pid in self.sessions():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self.process.kill()

@@ -201,6 +201,7 @@ class Shell:
         self._do(command, rules, seconds, what)
 
     def _do(self, words: Sequence[str], given: bytes, seconds: float, what: str) -> str:
+        begun = time.monotonic()
         # Standard error goes to a file: the shared connection stays in the background and may keep it open.
         with tempfile.TemporaryFile() as errors:
             try:
@@ -223,7 +224,11 @@ class Shell:
         status = process.returncode
         if words[0] == "rsync":  # tells in its own words what ssh told it
             status = 255 if any(re.search(text, said) for text, _ in _SAID) or status in (12, 255) else status
-        raise self.failed(said, status, what)
+        error = self.failed(said, status, what)
+        silent = ALIVE_SECONDS * ALIVE_COUNT
+        if error.cause == "lost" and time.monotonic() - begun >= silent:  # ssh says nothing when it gives up
+            error = self._error("dead", f"nothing came back for {silent} s")
+        raise error
 
 
 class _Tunnel:

@@ -40,20 +40,22 @@ class _Host:
     shell: Shell
     words: list[str]
     touched: bool = False  # something was started there once, and may live
+    leaving: bool = False  # it is no longer among the hosts, and could not be asked to end
     facts: dict[str, Any] = field(default_factory=dict)
     problem: HostError | None = None
 
     def entry(self) -> dict[str, Any]:
         """Return what is written down of it."""
         facts = {"address": self.facts.get("address", ""), "state": "dead" if self.problem else "lives"}
-        kept = {"ssh": self.words, "python": self.facts.get("python"), "touched": self.touched}
+        kept = {"ssh": self.words, "python": self.facts.get("python"), "touched": self.touched, "leaving": self.leaving}
         why = {"why": str(self.problem)} if self.problem else {}
         return {"name": self.name, **facts, **why, **kept, **{key: self.facts.get(key) for key in ("cpus", "gpus")}}
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> _Host:
         facts = {key: entry.get(key) for key in ("address", "python", "cpus", "gpus")}
-        return cls(entry["name"], Shell(entry["ssh"], entry["name"]), entry["ssh"], entry.get("touched", True), facts)
+        shell = Shell(entry["ssh"], entry["name"])
+        return cls(entry["name"], shell, entry["ssh"], touched=entry.get("touched", True), facts=facts)
 
 
 def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
@@ -194,7 +196,7 @@ def _wanted(cluster: ClusterConfig, name: str, known: Head | None) -> list[_Host
                 f"cluster=ssh needs hosts, and no cluster {name} is known whose hosts could be meant: "
                 "cluster.hosts=[HEAD,USER@HOST:PORT,…], the head first."
             )
-        return [_Host.of(entry) for entry in known.hosts]
+        return [_Host.of(entry) for entry in known.hosts if not entry.get("leaving")]
     touched = {entry["name"]: entry.get("touched", True) for entry in known.hosts} if known else {}
     hosts = []
     for host in cluster.hosts:
@@ -281,7 +283,7 @@ def _left_behind(hosts: Sequence[_Host], known: Head | None, tell: Tell) -> list
         if problem is None:
             tell(f"{host.name} is no longer among the hosts, and nothing of the cluster runs there any more")
         else:
-            host.problem = problem
+            host.problem, host.leaving = problem, True
             left.append(host)
             tell(f"{host.name} is no longer among the hosts, and what runs there could not be ended: {problem}")
     return left

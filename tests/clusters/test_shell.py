@@ -6,6 +6,7 @@ import http.server
 import os
 import re
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -115,6 +116,35 @@ def test_what_is_wrong_with_a_host(
             Shell(["ssh", "-F", str(tmp_path / "config"), "here"]).run("true")
     assert caught.value.cause == cause, str(caught.value)
     assert re.search(sentence, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_connection_on_which_nothing_comes_back_any_more(
+    under_way: bool, server: servers.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ALIVE_SECONDS", "ALIVE_COUNT", "CONNECT_SECONDS"):
+        monkeypatch.setattr(shells, name, 1)
+    cut = Shell(server.words)
+    cut.close()
+    assert cut.run("echo there") == "there\n"
+    assert server.process is not None
+
+    def stop() -> None:
+        for pid in (server.process.pid, *server.sessions()):  # type: ignore[union-attr]
+            os.kill(pid, signal.SIGSTOP)
+
+    later = threading.Timer(1.0 if under_way else 0.0, stop)
+    try:
+        later.start()
+        later.join(0.5)
+        with pytest.raises(HostError, match="here does not answer") as caught:
+            cut.run("sleep 20", seconds=30)
+        assert caught.value.cause == "dead"
+    finally:
+        later.join()
+        for pid in (server.process.pid, *server.sessions()):
+            os.kill(pid, signal.SIGCONT)
+        cut.close()
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -127,6 +127,30 @@ def test_a_host_that_comes_back_joins_and_one_that_is_named_no_more_leaves(there
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("there", [(2,)], indirect=True)
+@pytest.mark.parametrize("running", ["raylet/raylet", "gcs_server"])
+def test_an_interrupted_up_can_be_repeated_and_ended(there: Elsewhere, running: str) -> None:
+    """Would be wrong: machines on which something runs that nobody knows of."""
+    interrupted = there.start("up", *there.words())
+    wait_for(lambda: there.machines[0].find(running), 60, "Ray was not started")
+    os.killpg(interrupted.pid, signal.SIGKILL)
+    interrupted.wait()
+    done = there.launch("down", "ssh")
+    assert done.status == 0, done.err
+    assert left(there) == {}
+
+    interrupted = there.start("up", *there.words())
+    wait_for(lambda: there.machines[0].find(running), 60, "Ray was not started")
+    os.killpg(interrupted.pid, signal.SIGKILL)
+    done = there.launch("up", *there.words(), seconds=200)
+    assert done.status == 0, done.err
+    assert status(there) == {"vm1": "lives", "vm2": "lives"}
+    assert there.launch("down").status == 0
+    assert left(there) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("there", [(2, "100mbit")], indirect=True)
 def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(there: Elsewhere, tmp_path: Path) -> None:
     there.machines[0].cut()
