@@ -14,6 +14,7 @@ from launcher.errors import ClusterError, MachineError, ResourceError
 from launcher.schema import ClusterConfig
 from tests.azure.conftest import A100
 from tests.azure.fake import SUBSCRIPTION, Fake
+from tests.vmlab.lab import ROOT
 
 CLUSTER = ClusterConfig(kind="azure", name="demo", size=A100, ssh_from="203.0.113.7/32")
 HEAD = Head(
@@ -121,6 +122,14 @@ def test_a_group_of_somebody_else_is_left_alone(azure: Fake) -> None:
         with pytest.raises(ClusterError, match="not one that launch made"):
             verb()
     assert azure.left("launch-demo") == ["launch-demo"]
+
+
+def test_the_head_gets_what_ray_needs() -> None:
+    """The same packages as the extra `azure`, which are those that Ray's provider was written for."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert lifecycle._pins() == project["optional-dependencies"]["azure"]
 
 
 def test_status_of_a_cluster_that_somebody_deleted(azure: Fake) -> None:

@@ -20,7 +20,6 @@ LOCAL = ray_yaml.Local(
     subscription=SUBSCRIPTION,
     key="/home/ada/.local/state/launch/clusters/demo.key",
     files={"/home/ubuntu/launch/code/launcher": "/src/launcher"},
-    setup=["echo set up"],
     azure=["azure-core==1.35.0"],
 )
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,9 @@ class Vms(Lab):
     # ---- a VM comes and goes -----------------------------------------------------------------------------------------
 
     def _born(self, vm: dict[str, Any]) -> None:
+        latest = time.monotonic() + 20
+        while not self.free and time.monotonic() < latest:  # one may just be going
+            time.sleep(0.1)
         host = self.free.pop(0)
         self.used[vm["id"]] = host
         inside = nic_of(self.azure, vm)["properties"]["ipConfigurations"][0]["properties"]

@@ -20,10 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import heads
+from launcher.clusters import heads, project
 from launcher.clusters.azure import checks, failures, network, ray_yaml
 from launcher.clusters.azure.api import Api, sign_in, told
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, USER, Wanted, check_name, group_of, wanted
+from launcher.clusters.bootstrap import Environment
 from launcher.clusters.heads import Head
 from launcher.errors import ClusterError, ConfigError, MachineError, ResourceError
 from launcher.phrases import count
@@ -31,7 +32,17 @@ from launcher.schema import ClusterConfig
 
 KIND = "azure"
 WHO_AM_I = "https://api.ipify.org"  # answers with the address that it sees
-NODES_SECONDS = 1200.0
+NODES_SECONDS = 1800.0
+AZURE_PACKAGES = (
+    "azure-common",
+    "azure-core",
+    "azure-identity",
+    "azure-mgmt-compute",
+    "azure-mgmt-network",
+    "azure-mgmt-resource",
+    "msrest",
+    "msrestazure",
+)
 POLL_SECONDS = 2.0
 Tell = Callable[[str], None]
 _NOTHING: dict[str, Any] = {
@@ -124,9 +135,7 @@ def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
         api.resources.resource_groups.create_or_update(wish.group, {"location": wish.nodes.region, "tags": tags})
     with told(f"Creating the network of {wish.name}"):
         api.deploy(wish.group, network.DEPLOYMENT, network.template(wish))
-    local = ray_yaml.Local(
-        subscription=api.account.subscription, key=str(key), files=_files(), setup=_setup(), azure=_pins()
-    )
+    local = ray_yaml.Local(subscription=api.account.subscription, key=str(key), files=_files(wish.name), azure=_pins())
     file = _file(wish.name, "yaml")
     file.write_text(ray_yaml.text(wish, local))
     _ray_up(wish, file, tell)
@@ -327,7 +336,7 @@ def _remove(api: Api, name: str) -> None:
             f"`launch down {name}` again; why it stays is told in Azure's portal, in the group's activity log."
         )
     heads.forget(name)
-    for kind in ("yaml", "key", "key.pub", "hosts", "log", "failures"):
+    for kind in ("yaml", "key", "key.pub", "hosts", "log", "failures", "requirements.txt", "constraints.txt"):
         _file(name, kind).unlink(missing_ok=True)
 
 
@@ -395,35 +404,19 @@ def _own_address() -> str:
         ) from None
 
 
-def _files() -> dict[str, str]:
-    """Return launch itself, for every VM: path there -> path here."""
-    here = Path(__file__).resolve().parents[3]
-    names = [
-        name for name in ("launcher", "models", "conf", "constraints.txt", "pyproject.toml") if (here / name).exists()
-    ]
-    return {f"{ray_yaml.CODE}/{name}": str(here / name) for name in names}
-
-
-def _setup() -> Sequence[str]:
-    """Return the lines that make the Python environment of a VM, where there is none."""
-    from importlib.metadata import version
-
-    torch, ray = version("torch").partition("+")[0], version("ray")
-    pip = f"{PYTHON} -m pip install --quiet --constraint {ray_yaml.CODE}/constraints.txt"
-    return [
-        f"test -x {PYTHON} || python3 -m venv {DIRECTORY}/env || "
-        f"(sudo apt-get update -qq && sudo apt-get install -y -qq python3-venv && python3 -m venv {DIRECTORY}/env)",
-        f"{PYTHON} -c 'import ray, torch' || {pip} torch=={torch} 'ray[default,train]=={ray}' {ray_yaml.CODE}",
-    ]
+def _files(name: str) -> dict[str, str]:
+    """Return what every VM gets: launch itself, and what its environment is made from. Path there -> path here."""
+    environment = Environment.own()
+    found = {f"{ray_yaml.CODE}/{part}": str(project.HOME / part) for part in project.OWN}
+    for kind, text in (("requirements", environment.requirements), ("constraints", environment.constraints)):
+        file = _file(name, f"{kind}.txt")
+        file.write_text(text)
+        found[f"{ray_yaml.CODE}/{kind}.txt"] = str(file)
+    return found
 
 
 def _pins() -> list[str]:
-    """Return the packages of the extra `azure` with the versions that are installed here."""
-    from importlib.metadata import requires, version
+    """Return the packages that the head needs to make nodes, in the versions that are installed here."""
+    from importlib.metadata import version
 
-    names = [line.partition(";") for line in requires("launch-train") or []]
-    return sorted(
-        f"{name.split('==')[0].split('>')[0].strip()}=={version(name.split('==')[0].split('>')[0].strip())}"
-        for name, _, marker in names
-        if "azure" in marker and "extra" in marker
-    )
+    return [f"{name}=={version(name)}" for name in AZURE_PACKAGES]

@@ -30,6 +30,7 @@ WISH = Path(DIRECTORY) / "wish"  # how many nodes `launch up` waits for; its age
 CONFIG = Path("~/ray_bootstrap_config.yaml")  # Ray's own copy of what `ray up` was told
 LOGS = Path("/tmp/ray/session_latest/logs")
 STEP_SECONDS = 5.0
+WISH_SECONDS = 1800.0  # that machines have to come and install what they need
 GRACE_SECONDS = 180.0  # that Ray has for what is its own task
 _TAIL = 2000
 # What ssh says on the way to nodes, and nobody has to know.
@@ -56,11 +57,14 @@ class Watch:
         self._idle_seconds, self._remove, self._act = idle_seconds, remove, act
         self._busy_at = now
         self._asked = 0
+        self._met = 0.0  # of the last wish that was met: when it was made
 
     def step(self, seen: Seen, wish: int, wished_at: float, now: float) -> None:
         """wish: how many nodes are waited for, and since when (seconds since the epoch, as `now`)."""
         self._busy_at = max(self._busy_at, now if seen.busy else 0.0, wished_at)
-        waits = wish > 0 and seen.workers < wish and now - wished_at < max(self._idle_seconds, GRACE_SECONDS)
+        if seen.workers >= wish:
+            self._met = wished_at
+        waits = self._met < wished_at and now - wished_at < WISH_SECONDS
         if waits:
             self._act("ask", wish)
             self._asked = wish

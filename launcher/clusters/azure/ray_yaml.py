@@ -22,6 +22,12 @@ HEAD, NODE = "head", "node"
 IMAGE = {"imagePublisher": "microsoft-dsvm", "imageOffer": "ubuntu-hpc", "imageSku": "2404", "imageVersion": "latest"}
 DISK_GB = 128
 _OWN = "$(hostname -I | cut -d' ' -f1)"  # the address of the VM in its network
+_SETUP = [
+    f"test -x {PYTHON} || python3 -m venv {DIRECTORY}/env || (sudo apt-get update -qq && sudo apt-get -o "
+    f"DPkg::Lock::Timeout=300 install -y -qq python3-venv && python3 -m venv {DIRECTORY}/env)",
+    f"{PYTHON} -c 'import ray, torch' || {PYTHON} -m pip install --quiet --requirement {CODE}/requirements.txt "
+    f"--constraint {CODE}/constraints.txt",
+]
 _ENVIRONMENT = f"export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 PYTHONPATH={CODE}"
 
 
@@ -33,14 +39,12 @@ class Local:
         subscription: Azure's.
         key: the private SSH key's file; its public half has `.pub` behind it.
         files: what is copied to every VM: path there -> path here.
-        setup: shell lines for every VM, once, before Ray starts.
         azure: packages that the head needs to create VMs, with their versions.
     """
 
     subscription: str
     key: str
     files: Mapping[str, str]
-    setup: Sequence[str] = ()
     azure: Sequence[str] = ()
 
 
@@ -88,9 +92,11 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
         "rsync_exclude": ["__pycache__"],
         "cluster_synced_files": [TOKEN],
         "initialization_commands": [],
-        "setup_commands": list(local.setup),
+        "setup_commands": _SETUP,
         "head_setup_commands": [
             f"test -s {TOKEN} || (umask 077; mkdir -p ~/.ray; openssl rand -hex 32 > {TOKEN})",
+            # Where `launcher.clusters.ssh` has them.
+            f"ln -sfn {TOKEN} {DIRECTORY}/token; ln -sfn {CODE} {DIRECTORY}/launch",
             *([f"{PYTHON} -m pip install --quiet {' '.join(local.azure)}"] if local.azure else []),
         ],
         "worker_setup_commands": [],
