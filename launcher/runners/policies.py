@@ -1,8 +1,8 @@
 """Ray Train's controller with rules of our own: what is tried again, with how many workers, and what counts as alive.
 
 The controller is an actor, on a machine where this package may not be installed: the module travels to it by value
-(see `travel_by_value`) and imports nothing of launcher. What it decides it tells the driver through the run's part of
-the key-value store, as one more sender of events (`launcher.runners.channel`).
+(see `travel_by_value`) and imports nothing of launcher but `room`, which travels too. What it decides it tells the
+driver through the run's part of the key-value store, as one more sender of events (`launcher.runners.channel`).
 
     worker dies, hangs, loses a peer    the group ends, the next one continues from the newest checkpoint; counted
     all ranks raise Regroup             the same, not counted: an eviction notice, or a node that has come
@@ -28,12 +28,14 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController as RayTrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+
+from launcher.runners.room import alive_nodes, leaving_nodes, room, unreachable
 
 NAMESPACE = b"launch"  # of the key-value store; the channel's
 # How a worker marks what it raises, since the controller knows none of our exceptions.
@@ -41,6 +43,8 @@ LOST, REGROUP = "[lost] ", "[regroup] "
 ATTEMPT = "LAUNCH_ATTEMPT"  # the variable that tells a worker which group it belongs to
 PATIENCE = 3.0  # seconds between the first report of a lost peer and the judgement: the cause may come after it
 SILENCE = 2.0  # seconds without an answer after which a worker is suspected of a hang that others complain of
+# Seconds that the machine of a silent worker may be out of reach: shorter cuts are bridged by TCP, and cost no restart.
+OUT_OF_REACH = 8.0
 GROW_SECONDS = 10.0  # between two looks for more room
 START_SECONDS = 10.0  # that a reservation may take before the nodes are looked at anew: one may just have gone
 FREED_SECONDS = 3.0  # that Ray takes at most to see that what a group held is free again
@@ -59,7 +63,8 @@ class Rules:
         max_failures: restarts in a row without a newer checkpoint between them; then the run fails.
         timeout: seconds after which a worker that does not answer is given up.
         lean: a Ray of our own, where no autoscaler is asked.
-        room_seconds: how long a group waits for room.
+        room_seconds: how long the first group waits for room.
+        later_seconds: the same for those after it: a machine that was lost may be replaced by a new one.
     """
 
     run: str
@@ -70,6 +75,7 @@ class Rules:
     timeout: float = 120.0
     lean: bool = True
     room_seconds: float = 60.0
+    later_seconds: float = 600.0
 
 
 @dataclass
@@ -82,6 +88,7 @@ class Ledger:
     failures: int = 0  # in a row
     resumed: int = -1  # the step from which the attempt of the last failure had begun
     resizing: bool = False
+    held: list[str] = field(default_factory=list)  # the node of each worker of the last group
     looked: float = 0.0  # when more room was last looked for
     wanting: float | None = None  # since when a group is wanted for which there is no room
     suspects: dict[int, str] = field(default_factory=dict)
@@ -108,8 +115,11 @@ class Ledger:
 
     def still_waits(self) -> bool:
         """Whether a group for which there is no room is waited for a little longer."""
-        self.wanting = self.wanting or time.monotonic()
-        return time.monotonic() - self.wanting < self.rules.room_seconds
+        seconds = self.rules.later_seconds if self.attempt else self.rules.room_seconds
+        if self.wanting is None:
+            self.wanting = time.monotonic()
+            self.tell(kind="waiting", seconds=seconds)
+        return time.monotonic() - self.wanting < seconds
 
     def count_failure(self) -> bool:
         """Count one more failure; return whether it is one too many."""
@@ -226,8 +236,13 @@ class Workers(ScalingPolicy):
 
     def _settled_room(self) -> int:
         """Return for how many workers there is room, once what the last group held is free again."""
-        end = time.monotonic() + FREED_SECONDS * (self._ledger.attempt > 0)
-        while (count := room(self._ledger.rules.share)) < self._ledger.rules.workers and time.monotonic() < end:
+        ledger = self._ledger
+        alive = alive_nodes()
+        gone = unreachable(alive)
+        there = {node["NodeID"] for node in alive} - gone - leaving_nodes()
+        back = min(ledger.rules.workers, sum(node in there for node in ledger.held))
+        end = time.monotonic() + FREED_SECONDS
+        while (count := room(ledger.rules.share, gone)) < back and time.monotonic() < end:
             time.sleep(0.1)
         return count
 
@@ -238,22 +253,10 @@ class Workers(ScalingPolicy):
         small = len(worker_group_status.worker_statuses) < ledger.rules.workers
         if small and not ledger.resizing and time.monotonic() - ledger.looked > GROW_SECONDS:
             ledger.looked = time.monotonic()
-            if room(ledger.rules.share) >= 1:
+            if room(ledger.rules.share, set()) >= 1 and room(ledger.rules.share, unreachable(alive_nodes())) >= 1:
                 ledger.resizing = True
                 ledger.tell(kind="room", attempt=ledger.attempt)
         return NoopDecision()
-
-
-def room(share: dict[str, float]) -> int:
-    """Return how many workers fit into what is free now on the nodes that stay."""
-    leaving = ray._private.state.state.get_draining_nodes()
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving.keys()
-    free = ray._private.state.available_resources_per_node()
-    needs = {name: amount for name, amount in share.items() if amount > 0}
-    return sum(
-        min(int(free[node].get(name, 0.0) / amount + 1e-6) for name, amount in needs.items())
-        for node in alive & free.keys()
-    )
 
 
 # ---- what counts as alive -------------------------------------------------------------------------------------------
@@ -300,6 +303,14 @@ class Introduction(WorkerGroupCallback):
         ledger.write("placement_group", handle.placement_group.id.hex())
 
 
+class Avoidance(ControllerCallback):
+    """Has no group placed on a machine that does not answer."""
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        gone = unreachable(alive_nodes())
+        return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(sorted(gone))})"} if gone else None
+
+
 class TrainController(RayTrainController):
     worker_group_cls = Group
 
@@ -310,11 +321,14 @@ class TrainController(RayTrainController):
         context = arguments["train_run_context"]
         arguments["scaling_policy"] = Workers(context.scaling_config, self._ledger)
         arguments["failure_policy"] = Retries(context.run_config.failure_config, self._ledger)
-        super().__init__(callbacks=[*callbacks, Introduction(self._ledger)], **arguments)
+        self._out_of_reach: dict[str, float] = {}  # node -> since when
+        super().__init__(callbacks=[*callbacks, Introduction(self._ledger), Avoidance()], **arguments)
 
     def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
         # First, so that what the failed group holds can be given to the next.
         if self._worker_group:
+            if self._worker_group.has_started():
+                self._ledger.held = [worker.metadata.node_id for worker in self._worker_group.get_workers()]
             self._worker_group.kill()
             self._shutdown_worker_group()
         return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)
@@ -335,6 +349,7 @@ class TrainController(RayTrainController):
         A group that regroups is waited for until all have saved.
         """
         status = await super()._poll_workers()
+        self._give_up_machines(status)
         begun = time.monotonic()
         while status.errors and not status.finished:
             kinds = {kind_of(error) for error in status.errors.values()}
@@ -345,6 +360,19 @@ class TrainController(RayTrainController):
         if status.errors:
             self._ledger.suspects = self._suspects(status)
         return status
+
+    def _give_up_machines(self, status: Any) -> None:
+        """Note the error of workers whose machine has been out of reach for too long: collectives wait far longer."""
+        workers = self._worker_group.get_workers()
+        silent = {rank: workers[rank].metadata.node_id for rank in self._worker_group.silent_ranks()}
+        asked = [node for node in alive_nodes() if node["NodeID"] in silent.values()] if silent else []
+        gone = unreachable(asked) | (set(silent.values()) - {node["NodeID"] for node in asked})
+        now = time.monotonic()
+        self._out_of_reach = {node: self._out_of_reach.get(node, now) for node in gone}
+        for rank, node in silent.items():
+            given_up = now - self._out_of_reach.get(node, now) > OUT_OF_REACH
+            if given_up and status.worker_statuses[rank].error is None:
+                status.worker_statuses[rank].error = WorkerHealthCheckTimeoutError(f"the machine of worker {rank}")
 
     def _suspects(self, status: Any) -> dict[int, str]:
         """Who is to blame where all that fail complain of others: who does not answer, else who does not complain."""
@@ -357,4 +385,5 @@ class TrainController(RayTrainController):
 
 def travel_by_value() -> None:
     """Have the classes of this module travel with all that they are."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    for module in (__name__, room.__module__):
+        ray.cloudpickle.register_pickle_by_value(sys.modules[module])

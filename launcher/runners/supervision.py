@@ -199,6 +199,8 @@ class Supervision:
             elif kind == "room":
                 if event["attempt"] == self._attempt and not self._interrupts.count:
                     self.regroup()
+            elif kind == "waiting":
+                self._note(waiting(event["seconds"]))
             elif kind == "resumed":
                 publish(f"{self.channel.run}/resumed", str(event["step"]))
             else:
@@ -227,6 +229,14 @@ def again(verdict: Event, suspects: dict[int, str], workers: dict[int, Event], l
         return f"{what}. The run is started again from its newest checkpoint."
     times = f"failure {verdict['count']}, of at most {verdict['most']} in a row without a newer checkpoint"
     return f"{what}. The run is started again from its newest checkpoint ({times})."
+
+
+def waiting(seconds: float) -> str:
+    """Return the line that tells that there is no room for a group."""
+    return (
+        f"There is no room for the workers now: what they need is held by other work, or its machine is gone. The run "
+        f"waits up to {seconds / 60:g} minutes for it; with a smaller scaling.min_workers it goes on with fewer."
+    )
 
 
 def what_happened(suspects: dict[int, str], workers: dict[int, Event], limits: Limits) -> str:
@@ -291,8 +301,9 @@ def explain(
     cause = outcome.controller_failure if isinstance(outcome, ControllerError) else outcome
     if isinstance(cause, WorkerGroupStartupTimeoutError):
         return ResourceError(
-            f"{cause.num_workers} workers were asked for, and Ray did not find room for them in a minute: other work "
-            "holds its CPUs or GPUs. Lower scaling.workers, or wait until the other work has ended."
+            f"{cause.num_workers} workers were asked for, and Ray did not find room for them in time: other work "
+            "holds its CPUs or GPUs, or a machine is gone. Lower scaling.workers or scaling.min_workers, or wait until "
+            "there is room, and continue with run.resume=true."
         )
     last_line = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
     return TrainingError(

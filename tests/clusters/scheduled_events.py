@@ -1,13 +1,20 @@
-"""Azure's Scheduled Events, played by a server on loopback whose answers a test writes."""
+"""Azure's Scheduled Events, played by a server on loopback whose answers a test writes.
+
+    python -m tests.clusters.scheduled_events VM PORT FILE
+
+serves on a machine of a laboratory the list of events that the file holds at that moment.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -53,7 +60,7 @@ def reset(handler: BaseHTTPRequestHandler) -> None:
 class ScheduledEvents:
     """The service: `set` says which events there are, `script` what the next questions are answered instead."""
 
-    def __init__(self, vm: str = "gpu-1") -> None:
+    def __init__(self, vm: str = "gpu-1", port: int = 0) -> None:
         self.vm = vm
         self.asked = 0
         self._lock = threading.Lock()
@@ -69,7 +76,7 @@ class ScheduledEvents:
             def log_message(self, *arguments: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
@@ -103,3 +110,17 @@ class ScheduledEvents:
             document = {"DocumentIncarnation": self._incarnation, "Events": self._events}
             answer = self._script.pop(0) if self._script else body(json.dumps(document))
         return answer(handler)
+
+
+def main(vm: str, port: str, file: str) -> None:
+    with ScheduledEvents(vm, int(port)) as service:
+        told = None
+        while True:
+            if (text := Path(file).read_text()) != told:
+                told = text
+                service.set(*json.loads(text))
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

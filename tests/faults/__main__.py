@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
                 outcome, failed = Outcome(row.fault, "FAILED", 0, None, [], equal=False), failed + 1
             played[row.fault] = line_of(outcome.cells())
             print(played[row.fault], flush=True)
-    write(played)
+            write(played)
     return 1 if failed else 0
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.engine.checkpoint import available
+from tests.clusters.scheduled_events import event
 from tests.faults.harness import EVERY, SAVING, Outcome, Trial, failed_in_order, judge
-from tests.vmlab.lab import Lab
+from tests.vmlab.lab import Host, Lab
 
 UNANNOUNCED = EVERY + SAVING - 1  # lost_steps < checkpoint.every + the steps of one save
 DAMAGED = UNANNOUNCED + EVERY  # the newest checkpoint is worth nothing, the one before it is used
 ANNOUNCED = 1
-ELASTIC = ("scaling.min_workers=1", "scaling.timeout=6")
+ELASTIC = ("scaling.min_workers=1",)
 
 
 @dataclass(frozen=True)
@@ -233,26 +236,81 @@ def drained(seconds: float) -> Callable[[Trial], tuple[int, str]]:
     """Ray is told that a machine will go; then it goes."""
 
     def fault(trial: Trial) -> tuple[int, str]:
-        host = machines_of(trial).hosts[1]
-        trial.start()
-        trial.wait_for_step(10)
-        trial.struck = time.time()
+        trial.start(*unhurried(seconds))
+        trial.wait_for_step(6)
+        host = next(one for one in machines_of(trial).hosts[1:] if trains_on(trial, one.name))
+        trial.struck, trial.announced = time.time(), True
         host.drain(seconds)
-        time.sleep(max(0.0, trial.struck + seconds - time.time()))
-        host.kill()
-        return trial.finish(), "completed"
+        return left_in_time(trial, host, trial.struck + seconds)
 
     return fault
+
+
+def noticed(seconds: float, withdrawn: bool = False) -> Callable[[Trial], tuple[int, str]]:
+    """Azure says so to the agent on the machine."""
+
+    def fault(trial: Trial) -> tuple[int, str]:
+        lab = machines_of(trial)
+        host = lab.hosts[1]
+        events = trial.directory / "events.json"
+        events.write_text("[]")
+        python = [sys.executable, "-m"]
+        host.start([*python, "tests.clusters.scheduled_events", host.name, "8111", str(events)])
+        metadata = ["--metadata", "http://127.0.0.1:8111"]
+        agent = host.start([*python, "launcher.clusters.eviction", "--address", lab.address, *metadata], log="agent")
+        trial.start(*unhurried(seconds))
+        trial.wait_for_step(6)
+        trial.struck, trial.announced = time.time(), True
+        deadline = float(round(trial.struck + seconds))  # Azure's have no fractions
+        events.write_text(json.dumps([event(host.name, not_before=deadline)]))
+        if not withdrawn:
+            return left_in_time(trial, host, deadline)
+        time.sleep(3)
+        events.write_text("[]")
+        status = trial.finish()
+        assert agent.poll() is None, host.log("agent")
+        assert trial.result()["preemptions"] == 0
+        assert "is withdrawn; nothing was done because of it" in trial.said()
+        return status, "completed, nothing was done"
+
+    return fault
+
+
+def unhurried(seconds: float) -> list[str]:
+    """The run is to be under way for longer than that."""
+    return [f"model.seconds={max(0.3, seconds / 25):g}"]
+
+
+def left_in_time(trial: Trial, host: Host, deadline: float) -> tuple[int, str]:
+    """The machine goes at its deadline: the run has left it in order."""
+    time.sleep(max(0.0, deadline - time.time()))
+    host.kill()
+    status = trial.finish()
+    result = trial.result()
+    assert (result["preemptions"], result["restarts"]) == (1, 0), f"{result}\n{trial.said()}"
+    assert not trains_on(trial, host.name)
+    return status, "completed"
 
 
 def node_joins(trial: Trial) -> tuple[int, str]:
     trial.start("model.seconds=1")  # so that there is something left to do
     trial.wait_for_step(4)
-    trial.struck = time.time()
+    trial.struck, trial.announced = time.time(), True
     machines_of(trial).hosts[1].start_ray()
     status = trial.finish()
     assert trial.result()["world_sizes"] == [1, 2]
     return status, "completed"
+
+
+def joins_and_is_cut(trial: Trial) -> tuple[int, str]:
+    """Ray believes in the machine for a minute more, and has room for a worker on it."""
+    trial.start("model.seconds=0.5")
+    trial.wait_for_step(2)
+    lab = machines_of(trial)
+    lab.hosts[1].start_ray()
+    lab.wait_for_nodes(2)
+    lab.hosts[1].cut()
+    return trial.finish(), "completed"
 
 
 @contextlib.contextmanager
@@ -290,7 +348,12 @@ ROWS = (
     Row("raylet of a node killed", "machines", raylet_killed, words=ELASTIC),
     Row("link of a machine cut for 20 s", "machines", link_cut(20), words=ELASTIC),
     Row("link of a machine cut for good", "machines", link_cut(None), words=ELASTIC),
-    Row("node drained with 30 s notice", "machines", drained(30), ANNOUNCED, words=ELASTIC),
-    Row("node drained with 3 s notice", "machines", drained(3), ANNOUNCED, words=ELASTIC),
+    Row("eviction notice of 30 s", "machines", noticed(30), ANNOUNCED, words=ELASTIC),
+    Row("eviction notice of 3 s", "machines", noticed(3), ANNOUNCED, words=ELASTIC),
+    Row("eviction notice withdrawn", "machines", noticed(30, withdrawn=True), 0, words=ELASTIC),
+    Row("node drained by Ray with 30 s notice", "machines", drained(30), ANNOUNCED, words=ELASTIC),
+    Row("node drained by Ray with 3 s notice", "machines", drained(3), ANNOUNCED, words=ELASTIC),
+    Row("node drained by Ray, another one is there", "machines", drained(8), ANNOUNCED, nodes=3),
     Row("node joins in the middle of an epoch", "machines", node_joins, ANNOUNCED, words=ELASTIC, nodes=1),
+    Row("node joins, and its link is cut for good", "machines", joins_and_is_cut, ANNOUNCED, words=ELASTIC, nodes=1),
 )

@@ -70,6 +70,7 @@ class Host:
         self.name = f"vm{number}"
         self.address = link.address
         self.ray: subprocess.Popen[bytes] | None = None
+        self.worn = False  # the head may hold its node for dead, or drain it, at any moment from now on
         self._lab = lab
         self._link = link
         self._home = lab.directory / self.name
@@ -171,6 +172,7 @@ class Host:
 
     def cut(self) -> None:
         """Take the link down: nothing comes or goes, and nobody is told."""
+        self.worn = True
         subprocess.run(self._link.command(["ip", "link", "set", "eth0", "down"]), check=True)
 
     def mend(self) -> None:
@@ -182,6 +184,7 @@ class Host:
 
     def drain(self, seconds: float) -> None:
         """Tell Ray that this machine will be taken away in so many seconds."""
+        self.worn = True
         words = [sys.executable, "-c", DRAIN, self._lab.address, self.address, str(seconds)]
         done = self._lab.head.run(words)
         assert "True" in done.stdout, done.stdout + done.stderr[-2000:]
@@ -194,6 +197,7 @@ class Host:
         if self.ray is not None:
             self.ray.wait(10)
             self.ray = None
+        self.worn = False
 
     def close(self) -> None:
         self.kill()
@@ -272,7 +276,7 @@ class Lab:
         """Mend every link, and have Ray run on the first `nodes` hosts and nowhere else."""
         for number, host in enumerate(self.hosts):
             host.mend()
-            lives = host.ray is not None and host.ray.poll() is None
+            lives = host.ray is not None and host.ray.poll() is None and not host.worn
             if (number >= nodes or not lives) and host.processes():
                 host.kill()
                 lives = False
