@@ -43,7 +43,7 @@ LOST, REGROUP = "[lost] ", "[regroup] "
 ATTEMPT = "LAUNCH_ATTEMPT"  # the variable that tells a worker which group it belongs to
 PATIENCE = 3.0  # seconds between the first report of a lost peer and the judgement: the cause may come after it
 SILENCE = 2.0  # seconds without an answer after which a worker is suspected of a hang that others complain of
-# Seconds that the machine of a silent worker may be out of reach: shorter cuts are bridged by TCP, and cost no restart.
+# Seconds that a worker whose machine is out of reach may be silent: shorter cuts are bridged by TCP, without a restart.
 OUT_OF_REACH = 8.0
 GROW_SECONDS = 10.0  # between two looks for more room
 START_SECONDS = 10.0  # that a reservation may take before the nodes are looked at anew: one may just have gone
@@ -273,10 +273,11 @@ class Group(WorkerGroup):
                 self.shutdown()
             raise
 
-    def silent_ranks(self) -> list[int]:
-        """The ranks that have not answered for a while, though their processes may be there."""
+    def silent_ranks(self) -> dict[int, float]:
+        """Return for how many seconds those ranks have not answered that owe one, though their processes may be there."""
         now = time.monotonic()
-        return [rank for rank, poll in self._world_rank_to_ongoing_poll.items() if now - poll.start_time > SILENCE]
+        silences = {rank: now - poll.start_time for rank, poll in self._world_rank_to_ongoing_poll.items()}
+        return {rank: seconds for rank, seconds in silences.items() if seconds > SILENCE}
 
     def kill(self) -> None:
         """End the processes without asking them: what they do has failed, and some of them may not answer."""
@@ -321,7 +322,7 @@ class TrainController(RayTrainController):
         context = arguments["train_run_context"]
         arguments["scaling_policy"] = Workers(context.scaling_config, self._ledger)
         arguments["failure_policy"] = Retries(context.run_config.failure_config, self._ledger)
-        self._out_of_reach: dict[str, float] = {}  # node -> since when
+        self._out_of_reach: set[str] = set()  # nodes, at the last look
         super().__init__(callbacks=[*callbacks, Introduction(self._ledger), Avoidance()], **arguments)
 
     def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
@@ -363,15 +364,17 @@ class TrainController(RayTrainController):
 
     def _give_up_machines(self, status: Any) -> None:
         """Note the error of workers whose machine has been out of reach for too long: collectives wait far longer."""
+        silent = self._worker_group.silent_ranks()
+        if not silent:
+            self._out_of_reach = set()
+            return
         workers = self._worker_group.get_workers()
-        silent = {rank: workers[rank].metadata.node_id for rank in self._worker_group.silent_ranks()}
-        asked = [node for node in alive_nodes() if node["NodeID"] in silent.values()] if silent else []
-        gone = unreachable(asked) | (set(silent.values()) - {node["NodeID"] for node in asked})
-        now = time.monotonic()
-        self._out_of_reach = {node: self._out_of_reach.get(node, now) for node in gone}
-        for rank, node in silent.items():
-            given_up = now - self._out_of_reach.get(node, now) > OUT_OF_REACH
-            if given_up and status.worker_statuses[rank].error is None:
+        places = {rank: workers[rank].metadata.node_id for rank in silent}
+        asked = [node for node in alive_nodes() if node["NodeID"] in places.values()]
+        before, self._out_of_reach = self._out_of_reach, unreachable(asked)
+        for rank, node in places.items():
+            twice = node in before & self._out_of_reach
+            if twice and silent[rank] > OUT_OF_REACH and status.worker_statuses[rank].error is None:
                 status.worker_statuses[rank].error = WorkerHealthCheckTimeoutError(f"the machine of worker {rank}")
 
     def _suspects(self, status: Any) -> dict[int, str]:

@@ -274,9 +274,12 @@ class Lab:
 
     def restore(self, nodes: int = 2) -> None:
         """Mend every link, and have Ray run on the first `nodes` hosts and nowhere else."""
+        if any(host.worn for host in self.hosts):  # the head may know of nodes that are not there: all begins anew
+            for host in self.hosts:
+                host.mend()
+                host.kill()
         for number, host in enumerate(self.hosts):
-            host.mend()
-            lives = host.ray is not None and host.ray.poll() is None and not host.worn
+            lives = host.ray is not None and host.ray.poll() is None
             if (number >= nodes or not lives) and host.processes():
                 host.kill()
                 lives = False
