@@ -274,7 +274,7 @@ class Group(WorkerGroup):
             raise
 
     def silent_ranks(self) -> dict[int, float]:
-        """Return for how many seconds those ranks have not answered that owe one, though their processes may be there."""
+        """Return for how long those ranks have not answered that are late, though their processes may be there."""
         now = time.monotonic()
         silences = {rank: now - poll.start_time for rank, poll in self._world_rank_to_ongoing_poll.items()}
         return {rank: seconds for rank, seconds in silences.items() if seconds > SILENCE}

@@ -150,6 +150,9 @@ class Host:
             if self is self._lab.head
             else [f"--address={self._lab.address}"]
         )
+        # A head that was killed has left its address there; Ray would refuse to start while a laboratory beside this
+        # one has a head with the same.
+        self.run(["rm", "-f", f"{self._lab.scratch}/ray_current_cluster"])
         ray = Path(sys.executable).with_name("ray")
         words = [str(ray), "start", *place, f"--node-ip-address={self.address}", f"--num-cpus={cpus:g}", "--block"]
         words += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
