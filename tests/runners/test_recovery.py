@@ -26,6 +26,7 @@ def same_weights(place: Place, one: dict[str, Any], other: dict[str, Any]) -> bo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow  # tests/faults shows much of it in every run of the suite
 @pytest.mark.timeout(170)
 def test_killed_workers_are_replaced(place: Place) -> None:
     """Would be wrong: the consequence told as the cause, steps counted wrongly, another order of samples after it, a
