@@ -12,12 +12,9 @@ times, and most of what Azure checks.
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import itertools
 import json
 import re
-import ssl
 import stat
 import sys
 import threading
@@ -25,12 +22,13 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-HOST = "management.azure.com"
+from tests.azure.proxy import HOST, Refusal, certificates, handler
+
 SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
 TENANT = "99999999-1111-2222-3333-444444444444"
 VM, NIC, ADDRESS, DISK = (
@@ -57,17 +55,6 @@ elif words[:1] == ["version"] or words[:1] == ["--version"]:
 else:
     sys.exit(f"az: {{words}} is not known to this stand-in")
 """
-
-
-class Refusal(Exception):
-    """What Azure answers instead: status, code and message, as in its JSON."""
-
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.headers = status, code, message, headers or {}
-
-    def body(self) -> dict[str, Any]:
-        return {"error": {"code": self.code, "message": self.message}}
 
 
 @dataclass
@@ -117,7 +104,7 @@ class Fake:
 
     def __enter__(self) -> Fake:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._context = _certificates(self.directory)
+        self._context = certificates(self.directory)
         self._az = self.directory / "bin" / "az"
         self._az.parent.mkdir(exist_ok=True)
         self._says = self.directory / "az-says"
@@ -131,7 +118,7 @@ class Fake:
             )
         )
         self._az.chmod(self._az.stat().st_mode | stat.S_IXUSR)
-        self._server = self.server(_handler(self, self._context))
+        self._server = self.server(handler(self.answer, self._context))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
@@ -413,86 +400,3 @@ def nic_of(azure: Fake, vm: dict[str, Any]) -> dict[str, Any]:
 def _is(key: str, kind: str) -> bool:
     """Whether an id in small letters is one of a type: .../providers/KIND/NAME at its end."""
     return key.rpartition("/")[0].endswith(f"/providers/{kind.lower()}")
-
-
-def _handler(azure: Fake, context: ssl.SSLContext) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_CONNECT(self) -> None:
-            if self.path != f"{HOST}:443":
-                self.send_error(403, f"this proxy leads to {HOST} alone")
-                return
-            self.send_response(200, "Connection established")
-            self.end_headers()
-            self.connection = context.wrap_socket(self.connection, server_side=True)
-            self.rfile = self.connection.makefile("rb")
-            self.wfile = self.connection.makefile("wb", 0)
-            self.close_connection = False
-
-        def do_any(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
-            try:
-                status, answer, headers = azure.answer(self.command, self.path, body, self.headers)
-            except Refusal as refusal:
-                status, answer, headers = refusal.status, refusal.body(), refusal.headers
-            except Exception as error:
-                print(f"fake: {self.command} {self.path}: {error!r}", file=sys.stderr)
-                status, answer, headers = 500, {"error": {"code": "FakeIsWrong", "message": repr(error)}}, {}
-            text = b"" if answer is None else json.dumps(answer).encode()
-            self.send_response(status)
-            for name, value in {
-                **headers,
-                "Content-Type": "application/json",
-                "Content-Length": str(len(text)),
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(text)
-
-        do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = do_any
-
-        def log_message(self, *words: object) -> None:
-            pass
-
-    return Handler
-
-
-def _certificates(directory: Path) -> ssl.SSLContext:
-    """Write ca.pem into a directory, and return the context of a server with a certificate of that CA."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    now = datetime.datetime.now(datetime.UTC)
-
-    def signed(name: str, ca: bool, own: Any, issuer: x509.Name, by: Any) -> x509.Certificate:
-        builder = x509.CertificateBuilder().subject_name(_name(name)).issuer_name(issuer).public_key(own.public_key())
-        builder = builder.serial_number(x509.random_serial_number())
-        builder = builder.not_valid_before(now - datetime.timedelta(days=1))
-        builder = builder.not_valid_after(now + datetime.timedelta(days=2))
-        builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        identity = x509.SubjectKeyIdentifier.from_public_key(own.public_key())
-        builder = builder.add_extension(identity, critical=False)
-        above = x509.AuthorityKeyIdentifier.from_issuer_public_key(by.public_key())
-        builder = builder.add_extension(above, critical=False)
-        if not ca:
-            names = [x509.DNSName(HOST), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return builder.sign(by, hashes.SHA256())
-
-    def _name(name: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-    root, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    authority = signed("a test CA", True, root, _name("a test CA"), root)
-    certificate = signed(HOST, False, own, authority.subject, root)
-    pem = serialization.Encoding.PEM
-    (directory / "ca.pem").write_bytes(authority.public_bytes(pem))
-    key = own.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (directory / "server.pem").write_bytes(certificate.public_bytes(pem) + key)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(directory / "server.pem")
-    return context

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.clusters import heads
-from launcher.clusters.azure import lifecycle
+from launcher.clusters.azure import here, lifecycle
 from launcher.clusters.heads import Head
 from launcher.errors import ClusterError, MachineError, ResourceError
 from launcher.schema import ClusterConfig
@@ -129,7 +129,7 @@ def test_the_head_gets_what_ray_needs() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert lifecycle._pins() == project["optional-dependencies"]["azure"]
+    assert here.pins() == project["optional-dependencies"]["azure"]
 
 
 def test_status_of_a_cluster_that_somebody_deleted(azure: Fake) -> None:

@@ -13,36 +13,23 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import heads, project
-from launcher.clusters.azure import checks, failures, network, ray_yaml
+from launcher.clusters import heads
+from launcher.clusters.azure import checks, failures, here, network, ray_yaml
 from launcher.clusters.azure.api import Api, sign_in, told
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, USER, Wanted, check_name, group_of, wanted
-from launcher.clusters.bootstrap import Environment
 from launcher.clusters.heads import Head
-from launcher.errors import ClusterError, ConfigError, MachineError, ResourceError
+from launcher.errors import ClusterError, MachineError, ResourceError
 from launcher.phrases import count
 from launcher.schema import ClusterConfig
 
 KIND = "azure"
-WHO_AM_I = "https://api.ipify.org"  # answers with the address that it sees
 NODES_SECONDS = 1800.0
-AZURE_PACKAGES = (
-    "azure-common",
-    "azure-core",
-    "azure-identity",
-    "azure-mgmt-compute",
-    "azure-mgmt-network",
-    "azure-mgmt-resource",
-    "msrest",
-    "msrestazure",
-)
 POLL_SECONDS = 2.0
 Tell = Callable[[str], None]
 _NOTHING: dict[str, Any] = {
@@ -100,7 +87,7 @@ def up(cluster: ClusterConfig, tell: Tell) -> Head:
 
 def _make(api: Api, wish: Wanted, group: Any, tell: Tell) -> Head:
     """Create what is missing and wait for the nodes. What this call created it removes again where it fails."""
-    wish = replace(wish, ssh_from=wish.ssh_from or f"{_own_address()}/32")
+    wish = replace(wish, ssh_from=wish.ssh_from or f"{here.own_address()}/32")
     if group is not None:
         wish = replace(wish, zone=(group.tags or {}).get("launch-zone") or None)
         head = _running(wish.name)
@@ -128,15 +115,17 @@ def _make(api: Api, wish: Wanted, group: Any, tell: Tell) -> Head:
 
 def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
     tell(f"Creating {wish.name}: {count(wish.nodes.nodes, 'node')} at most, {wish.place}.")
-    key = _key(wish.name)
+    key = here.key_of(wish.name)
     heads.save(_head(wish, None, api.account.subscription))  # so that `down` finds what is begun
     with told(f"Creating the resource group {wish.group}"):
         tags = {**wish.tags, "launch-zone": wish.zone or ""}
         api.resources.resource_groups.create_or_update(wish.group, {"location": wish.nodes.region, "tags": tags})
     with told(f"Creating the network of {wish.name}"):
         api.deploy(wish.group, network.DEPLOYMENT, network.template(wish))
-    local = ray_yaml.Local(subscription=api.account.subscription, key=str(key), files=_files(wish.name), azure=_pins())
-    file = _file(wish.name, "yaml")
+    local = ray_yaml.Local(
+        subscription=api.account.subscription, key=str(key), files=here.files(wish.name), azure=here.pins()
+    )
+    file = here.file_of(wish.name, "yaml")
     file.write_text(ray_yaml.text(wish, local))
     _ray_up(wish, file, tell)
     with told(f"Asking for the address of {wish.name}"):
@@ -150,7 +139,7 @@ def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
 
 def _head(wish: Wanted, address: str | None, subscription: str) -> Head:
     """Return the cluster as it is before its nodes; without an address it has begun to be made."""
-    known = _file(wish.name, "hosts")
+    known = here.file_of(wish.name, "hosts")
     options = [
         "-o",
         "IdentitiesOnly=yes",
@@ -162,7 +151,7 @@ def _head(wish: Wanted, address: str | None, subscription: str) -> Head:
     return Head(
         name=wish.name,
         kind=KIND,
-        ssh=["ssh", "-i", str(_file(wish.name, "key")), *options, f"{USER}@{address}"] if address else [],
+        ssh=["ssh", "-i", str(here.file_of(wish.name, "key")), *options, f"{USER}@{address}"] if address else [],
         python=PYTHON,
         address=f"127.0.0.1:{ray_yaml.PORT}",
         dashboard=ray_yaml.DASHBOARD,
@@ -178,7 +167,7 @@ def _head(wish: Wanted, address: str | None, subscription: str) -> Head:
 
 def _ray_up(wish: Wanted, file: Path, tell: Tell) -> None:
     """Run `ray up`, which makes the head. What it says goes to a file."""
-    log, refused = _file(wish.name, "log"), _file(wish.name, "failures")
+    log, refused = here.file_of(wish.name, "log"), here.file_of(wish.name, "failures")
     refused.unlink(missing_ok=True)
     words = [sys.executable, "-m", "ray.scripts.scripts", "up", str(file), "--yes", "--no-config-cache"]
     root = str(Path(__file__).resolve().parents[3])
@@ -336,8 +325,8 @@ def _remove(api: Api, name: str) -> None:
             f"`launch down {name}` again; why it stays is told in Azure's portal, in the group's activity log."
         )
     heads.forget(name)
-    for kind in ("yaml", "key", "key.pub", "hosts", "log", "failures", "requirements.txt", "constraints.txt"):
-        _file(name, kind).unlink(missing_ok=True)
+    for kind in here.KINDS:
+        here.file_of(name, kind).unlink(missing_ok=True)
 
 
 def _own(group: Any, name: str) -> None:
@@ -368,55 +357,3 @@ def _price(machines: Sequence[dict[str, Any]], region: str) -> float | None:
             return None
         total += price.usd_per_hour
     return round(total, 4)
-
-
-# ---- what is here ---------------------------------------------------------------------------------------------------
-
-
-def _file(name: str, kind: str) -> Path:
-    place = heads.directory()
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return place / f"{name}.{kind}"
-
-
-def _key(name: str) -> Path:
-    """Return the file of the cluster's private SSH key; made for it, and gone with it."""
-    file = _file(name, "key")
-    if not file.exists():
-        words = ["ssh-keygen", "-q", "-t", "rsa", "-b", "3072", "-N", "", "-C", f"launch-{name}", "-f", str(file)]
-        try:
-            subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise ClusterError(
-                f"ssh-keygen could not make a key for {name}: {error}. Install OpenSSH's client."
-            ) from None
-    return file
-
-
-def _own_address() -> str:
-    try:
-        with urllib.request.urlopen(WHO_AM_I, timeout=10) as answer:
-            return str(answer.read(64).decode()).strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"Only this machine's address is to reach the cluster, and {WHO_AM_I} does not tell it ({error}). Give it: "
-            "cluster.ssh_from=203.0.113.7/32."
-        ) from None
-
-
-def _files(name: str) -> dict[str, str]:
-    """Return what every VM gets: launch itself, and what its environment is made from. Path there -> path here."""
-    environment = Environment.own()
-    found = {f"{ray_yaml.CODE}/{part}": str(project.HOME / part) for part in project.OWN}
-    for kind, text in (("requirements", environment.requirements), ("constraints", environment.constraints)):
-        file = _file(name, f"{kind}.txt")
-        file.write_text(text)
-        found[f"{ray_yaml.CODE}/{kind}.txt"] = str(file)
-    return found
-
-
-def _pins() -> list[str]:
-    """Return the packages that the head needs to make nodes, in the versions that are installed here."""
-    from importlib.metadata import version
-
-    return [f"{name}=={version(name)}" for name in AZURE_PACKAGES]
