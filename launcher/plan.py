@@ -126,8 +126,8 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
     nodes = []
     if job.cluster.kind in ("ssh", "azure") and ranks is None:
         raise ConfigError(
-            f"cluster={job.cluster.kind}: `launch up` makes such a cluster; a run cannot be sent to it yet. On its "
-            "head it is started with cluster=existing."
+            f"cluster={job.cluster.kind}: `launch train` sends single runs to such a cluster. Sweeps (-m) and `launch "
+            "plan` without cluster.size need one of its nodes, with cluster=existing."
         )
     if job.cluster.kind == "existing" and ranks is None:
         nodes = existing.look(existing.address_of(job.cluster.address))

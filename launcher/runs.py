@@ -120,6 +120,13 @@ class RunDirectory:
         """Whether it was sent to a cluster, by whose head it is driven (`launcher.remote.place`)."""
         return (self.path / REMOTE).is_file()
 
+    def _is_copied(self) -> bool:
+        """Whether files of the run come from elsewhere now and then: a silent one may still go on."""
+        try:
+            return bool(json.loads((self.path / REMOTE).read_text()).get("directory"))
+        except (OSError, ValueError, AttributeError):
+            return False
+
     def exists(self) -> bool:
         return self.config.is_file() or self._result.is_file()
 
@@ -188,9 +195,11 @@ class RunDirectory:
     def status(self) -> str:
         """Return the status of `result.json`, or `lost` where it says running and nobody works on it.
 
-        `sent`: it was sent to a cluster, and nothing has come back yet.
+        `sent`: it was sent to a cluster, and nothing has come back yet, or not lately.
         """
         status = str(self.result().get("status", "sent" if self.is_sent else "unknown"))
+        if status == "running" and self._is_copied() and not self.is_alive():
+            return "sent"
         return "lost" if status == "running" and not self.is_alive() else status
 
 

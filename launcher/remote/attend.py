@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
+from launcher.clusters import heads
 from launcher.clusters.ray_jobs import OVER, Unreachable
-from launcher.errors import ClusterError, RunError
+from launcher.errors import ClusterError, HostError, RunError
 from launcher.remote import follow
 from launcher.remote.caller import error_of
 from launcher.remote.connection import connected
+from launcher.remote.copies import Copies
 from launcher.remote.place import Place, place_of
 from launcher.remote.wire import Event
 from launcher.runs import FINAL, RunDirectory
@@ -22,6 +25,27 @@ def _place(run: RunDirectory) -> Place:
     if place is None:
         raise RunError(f"{run.path / 'remote.json'} is damaged, so that nobody knows where the run is driven.")
     return place
+
+
+@contextmanager
+def copied(run: RunDirectory) -> Iterator[None]:
+    """Have the files of a run that is driven elsewhere be copied to here meanwhile.
+
+    Raises:
+        ClusterError: its head cannot be reached.
+    """
+    place = _place(run)
+    if place.head is None or place.directory is None:
+        yield
+        return
+    copies = Copies(heads.load(place.head).shell(), place.directory, run)
+    copies.fetch()
+    copies.start()
+    try:
+        yield
+    finally:
+        with suppress(HostError):
+            copies.close()
 
 
 def until_it_begins(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
@@ -37,7 +61,7 @@ def until_it_begins(run: RunDirectory, on_event: Callable[[Event], None]) -> Non
         for event in follow.events(jobs, place.job, place.where, lambda: None, run.name):
             if event["kind"] == "end" and "error" in event:
                 raise error_of(event["error"])
-            if event["kind"] in ("begun", "end") and run.exists():
+            if event["kind"] in ("begun", "end") and (run.exists() or place.directory):
                 return
             if event["kind"] != "begun":
                 on_event(event)
@@ -50,7 +74,15 @@ def stop(run: RunDirectory) -> str:
         RunError: it does not go on, or did not stop in ten minutes.
         ClusterError: its cluster cannot be reached.
     """
-    place = _place(run)
+    with copied(run):
+        _stop(run, _place(run))
+    if not run.exists():
+        return f"{run.name} was stopped before it began."
+    status = run.status()
+    return f"{run.name} is {status if status in FINAL else 'stopped'} at step {run.result().get('steps')}."
+
+
+def _stop(run: RunDirectory, place: Place) -> None:
     with connected(place) as jobs:
         try:
             status = jobs.status(place.job)
@@ -69,7 +101,3 @@ def stop(run: RunDirectory) -> str:
                 time.sleep(0.3)
         except Unreachable as problem:
             raise ClusterError(f"{place.where} does not answer: {problem} The run goes on there; try again.") from None
-    if not run.exists():
-        return f"{run.name} was stopped before it began."
-    status = run.status()
-    return f"{run.name} is {status if status in FINAL else 'stopped'} at step {run.result().get('steps')}."

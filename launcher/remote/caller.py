@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher import errors
-from launcher.clusters import project
+from launcher.clusters import project, rates
+from launcher.clusters.heads import Head
 from launcher.clusters.ray_jobs import Jobs, Unreachable, checked_url, own_token
-from launcher.errors import LaunchError, RunError, Stopped, UserCodeError
+from launcher.clusters.ssh import place_of as place_on_host
+from launcher.config import ClusterConfig
+from launcher.errors import HostError, LaunchError, RunError, Stopped, UserCodeError
 from launcher.prepare import Prepared, Request, key_of
 from launcher.remote import follow, freight, place
+from launcher.remote.connection import through
+from launcher.remote.copies import Copies, bring
 from launcher.remote.place import Place
 from launcher.remote.wire import Event
 
@@ -66,29 +71,101 @@ class Caller:
         """
         cluster = self._prepared.job.cluster
         values = freight.environment(cluster.env)
-        assert cluster.address is not None
-        jobs = Jobs(checked_url(cluster.address), own_token())
-        self._on_event({"kind": "phase", "name": "cluster"})
-        found = Place(freight.new_job(), jobs.url)
         try:
-            with self._on_disk(found):
-                self._submit(jobs, found, values)
-                self._on_sent(found.where)
-                if cluster.detach:
-                    return Sent({}, detached=True)
-                return self._followed(jobs, found, interrupts)
+            if cluster.kind == "existing":
+                return self._on_url(str(cluster.address), values, interrupts)
+            return self._on_head(self._up(cluster), values, interrupts)
         except BaseException:
             if not self._run.exists():  # refused before it began: the name stays free
                 place.forget(self._run, self._made)
             raise
 
-    @contextlib.contextmanager
-    def _on_disk(self, found: Place) -> Iterator[None]:
+    def _on_url(self, address: str, values: dict[str, str], interrupts: Any) -> Sent:
+        jobs = Jobs(checked_url(address), own_token())
+        self._on_event({"kind": "phase", "name": "cluster"})
+        found = Place(freight.new_job(), jobs.url)
+        self._write_down(found)
+        self._submit(jobs, found, values)
+        return self._attended(jobs, found, interrupts)
+
+    def _up(self, cluster: ClusterConfig) -> Head:
+        if cluster.kind == "ssh":
+            from launcher.clusters import ssh
+
+            return ssh.up(cluster, self._note, self._request.calling.absolute())
+        from launcher.clusters.azure.lifecycle import up
+
+        return up(cluster, self._note)
+
+    def _on_head(self, head: Head, values: dict[str, str], interrupts: Any) -> Sent:
+        """Have the head of a cluster that is reached over SSH drive the run, and copy the run's files from there."""
+        calling, shell = self._request.calling.absolute(), head.shell()
+        directory = f"{head.directory}/runs/{Path(place_on_host(calling)).name}"
+        root, there = self._run.root, None
+        if self._run.uri is None:
+            root, there = directory, f"{directory}/{self._run.name}"
+            if len(head.hosts) != 1:  # no disk is known that all of them see
+                root = f"head://{directory}"
+        found = Place(freight.new_job(), head=head.name, directory=there)
+        self._write_down(found)
+        if there is not None and self._prepared.resumes:
+            bring(shell, there, self._run)
+        with through(head) as jobs:
+            driver = freight.entrypoint("-m", "launcher.driver", found.job, python=head.python)
+            cost = rates.words(self._prepared.job.cluster, head.usd_per_hour, len(head.hosts) or 1)
+            words = [*self._words(root), *cost]
+            self._send(jobs, found, driver, words, values, head if head.kind == "ssh" else None)
+            copies = Copies(shell, there, self._run) if there is not None else None
+            if copies is None or self._prepared.job.cluster.detach:
+                return self._attended(jobs, found, interrupts)
+            copies.start()
+            try:
+                sent = self._attended(jobs, found, interrupts)
+            except BaseException:
+                with contextlib.suppress(HostError):
+                    copies.close()
+                raise
+            try:
+                copies.close(last=not sent.detached)
+            except HostError as error:
+                self._note(f"Its files are not all here yet; `launch logs {self._run.name}` copies them. {error}")
+            return replace(sent, result=self._run.result() or sent.result) if sent.result else sent
+
+    def _send(
+        self, jobs: Jobs, found: Place, driver: str, words: list[str], values: dict[str, str], has_copy: Head | None
+    ) -> None:
+        """Start the driver; where no copy of the project lies on the nodes, it is sent through Ray Jobs."""
+        calling, config_dir = self._request.calling.absolute(), self._request.config_dir
+        if has_copy is not None:
+            where = f"{has_copy.directory}/{place_on_host(calling)}"
+            config = str(config_dir.relative_to(calling)) if config_dir and config_dir.is_relative_to(calling) else None
+            if config_dir is not None and config is None:
+                config = f"{where}-config"
+                has_copy.shell().send(config_dir, project.files(config_dir), config)
+            jobs.put(found.job, freight.order(words, where, config, values))
+            jobs.submit(found.job, driver, {})
+            return
+        with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
+            told, config, _ = freight.pack(calling, config_dir, Path(folder))
+            self._note(f"Sending {told}.")
+            jobs.put(found.job, freight.order(words, None, config, values))
+            own = [Path(folder) / "own" / part for part in project.OWN]
+            jobs.submit(found.job, driver, {}, own, working_dir=str(Path(folder) / "calling"))
+
+    def _note(self, text: str) -> None:
+        self._on_event({"kind": "note", "text": text})
+
+    def _write_down(self, found: Place) -> None:
         """Write where the run is driven into its directory."""
         self._made = [path for path in (self._run.path, *self._run.path.parents) if not path.exists()]
         self._run.create()
         found.write(self._run)
-        yield
+
+    def _attended(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
+        self._on_sent(found.where)
+        if self._prepared.job.cluster.detach:
+            return Sent({}, detached=True)
+        return self._followed(jobs, found, interrupts)
 
     def _words(self, root: str) -> list[str]:
         own = ("run.name", "run.root")
@@ -113,12 +190,7 @@ class Caller:
             jobs.put(found.job, freight.order(words, str(calling), where, values))
             jobs.submit(found.job, driver, {"PYTHONPATH": str(project.HOME)})
             return
-        with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
-            told, config, _ = freight.pack(calling, config_dir, Path(folder))
-            self._on_event({"kind": "note", "text": f"Sending {told}."})
-            jobs.put(found.job, freight.order(words, None, config, values))
-            own = [Path(folder) / "own" / part for part in project.OWN]
-            jobs.submit(found.job, driver, {}, own, working_dir=str(Path(folder) / "calling"))
+        self._send(jobs, found, driver, words, values, None)
 
     def _followed(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
         handled = 0

@@ -13,7 +13,8 @@ from launcher.schema import ClusterConfig
 
 def is_elsewhere(cluster: ClusterConfig) -> bool:
     """Whether a run with this section is driven by the head of a cluster, not by the command itself."""
-    return cluster.kind == "existing" and (cluster.address or "").startswith(("http://", "https://"))
+    on_url = (cluster.address or "").startswith(("http://", "https://"))
+    return cluster.kind in ("ssh", "azure") or (cluster.kind == "existing" and on_url)
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,13 @@ def logs(line: Line) -> int:
     from launcher.remote import attend
     from launcher.terminal import Display
 
-    with Display() as display:
-        attend.until_it_begins(run, display.show)
-    try:
-        follow(run, until_the_end)
-    except KeyboardInterrupt:
-        say(f"{run.name} goes on without this command.")
+    with attend.copied(run):
+        with Display() as display:
+            attend.until_it_begins(run, display.show)
+        try:
+            follow(run, until_the_end)
+        except KeyboardInterrupt:
+            say(f"{run.name} goes on without this command.")
     return 0
 
 

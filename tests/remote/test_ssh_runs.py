@@ -1,0 +1,90 @@
+"""Runs on a cluster of SSH hosts: the command on a laptop, the driver on the head, the files on both."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.command import Result
+from tests.engine.engine_ranks import assert_same_weights, final_weights
+from tests.vmlab import elsewhere
+from tests.vmlab.elsewhere import Elsewhere
+
+TINY = ("experiment=mnist_tiny", "logging.graph=false", "trainer.deterministic=true")
+LONG = ("--config-dir", "own", "experiment=toy", "trainer.steps=1000000", "checkpoint.every=200")
+
+
+@pytest.fixture
+def there() -> Iterator[Elsewhere]:
+    if problem := elsewhere.why_not():
+        if os.environ.get("CI"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    with Elsewhere(2) as made:
+        yield made
+
+
+def result(run: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((run / "result.json").read_text())
+    return found
+
+
+def wait_until(there: Elsewhere, run: Path, step: int, seconds: float = 60) -> None:
+    latest = time.monotonic() + seconds
+    while not (run / "metrics.jsonl").exists() or f'"step": {step}' not in (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < latest, there.laptop.log()[-3000:]
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
+    words = there.words()
+    done = there.launch(*TINY, *words, "run.name=two", "checkpoint.every=5", PLANTED="sEcReT-94", seconds=180)
+    assert done.status == 0, done.err
+    runs = there.calling / "runs"
+    assert done.last == str(runs / "two")
+    found = result(runs / "two")
+    assert (found["status"], found["workers"], found["steps"]) == ("completed", 2, 10)
+    assert found["checkpoint"] == str(runs / "two" / "checkpoints" / "step-00000010")
+    assert any((runs / "two").glob("events.out.tfevents*"))
+    assert "step 10/10" in done.err
+    alone: Result = there.launch(*TINY, "cluster=none", "run.name=one")
+    assert alone.status == 0, alone.err
+    assert_same_weights(final_weights(runs / "one"), final_weights(runs / "two"))
+    assert there.launch("evaluate", "two", "data=mnist", seconds=60).status in (0, 2)
+
+    again = there.launch(*TINY, *words, "run.name=two", "run.resume=true", "trainer.epochs=2", seconds=120)
+    assert again.status == 0, again.err
+    assert "Continuing from step 10." in again.err
+    assert result(runs / "two")["steps"] == 20
+    assert there.launch("down", "ssh", seconds=60).status == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_laptop_that_goes_away_leaves_the_run_going(there: Elsewhere) -> None:
+    run = there.calling / "runs" / "away"
+    laptop = there.start(*LONG, *there.words(there.machines[0].name), "cluster=ssh", "run.name=away")
+    wait_until(there, run, 4, 120)
+    there.laptop.cut()
+    time.sleep(3)
+    there.laptop.mend()
+    os.killpg(laptop.pid, signal.SIGKILL)
+    laptop.wait(10)
+    before = len((run / "metrics.jsonl").read_text())
+    listed = there.launch("logs", "away", "--no-follow", seconds=60)
+    assert listed.status == 0, listed.err
+    assert len((run / "metrics.jsonl").read_text()) > before, "the run has not gone on"
+    stopped = there.launch("stop", "away", seconds=100)
+    assert stopped.status == 0, stopped.err
+    found = result(run)
+    assert found["status"] == "stopped"
+    assert Path(str(found["checkpoint"])).is_dir()
+    assert there.launch("down", "ssh", seconds=60).status == 0
