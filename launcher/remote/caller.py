@@ -89,13 +89,13 @@ class Caller:
         return self._attended(jobs, found, interrupts)
 
     def _up(self, cluster: ClusterConfig) -> Head:
-        if cluster.kind == "ssh":
-            from launcher.clusters import ssh
+        if cluster.kind == "azure":
+            from launcher.clusters.azure.lifecycle import up
 
-            return ssh.up(cluster, self._note, self._request.calling.absolute())
-        from launcher.clusters.azure.lifecycle import up
+            return up(cluster, self._note)
+        from launcher.clusters import ssh
 
-        return up(cluster, self._note)
+        return ssh.up(cluster, self._note, self._request.calling.absolute())
 
     def _on_head(self, head: Head, values: dict[str, str], interrupts: Any) -> Sent:
         """Have the head of a cluster that is reached over SSH drive the run, and copy the run's files from there."""

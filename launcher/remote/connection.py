@@ -31,6 +31,8 @@ def connected(place: Place) -> Iterator[Jobs]:
 def through(head: Head) -> Iterator[Jobs]:
     """Yield the Ray Jobs API of a head, through an SSH tunnel. The token is read there, and kept in memory."""
     shell = head.shell()
-    token = shell.run(f"cat {shlex.quote(head.directory)}/token", what="reading the cluster's token").strip()
+    place = f"{shlex.quote(head.directory)}/token"
+    script = f"cat {place} 2>/dev/null || cat ~/.ray/auth_token"  # hosts of ours, or VMs that Ray's provider made
+    token = shell.run(script, what="reading the cluster's token").strip()
     with shell.tunnel(head.dashboard) as port:
         yield Jobs(f"http://127.0.0.1:{port}", token)
