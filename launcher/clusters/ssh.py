@@ -74,18 +74,19 @@ def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
     known = next((head for head in heads.all_heads() if head.name == name), None)
     hosts = _wanted(cluster, name, known)
     first = hosts[0]
-    environment = None if cluster.python else Environment.own()
-    digest = environment.digest if environment else "-"
-    place: dict[str, Any] = {"cluster": name, "python": cluster.python, "digest": digest}
+    python = cluster.python or _given_python(known)
+    environment = None if python else Environment.own()
+    place: dict[str, Any] = {"cluster": name, "python": python, "digest": environment.digest if environment else "-"}
     try:
-        first.facts = ask(first.shell, "look", cluster.python, base=BASE, **place)
+        first.facts = ask(first.shell, "look", python, base=BASE, **place)
     except HostError as error:
         raise ClusterError(f"The head of the cluster {name}, the first of its hosts, cannot be used. {error}") from None
+    _check_same(name, first.facts, environment)
     # The paths are the same everywhere: those of the head.
     place["base"] = first.facts["base"]
     each = _Each(name, hosts, tell)
-    each.do(lambda host: ask(host.shell, "look", cluster.python, **place), but=first)
-    each.do(lambda host: _have_python(host, cluster.python, environment, place, tell))
+    each.do(lambda host: ask(host.shell, "look", python, **place), but=first)
+    each.do(lambda host: _have_python(host, python, environment, place, tell))
     heads.save(_head(name, hosts, known))  # from here on `down` has something to end
     _send(each, calling or Path.cwd(), tell)
 
@@ -208,6 +209,22 @@ def _wanted(cluster: ClusterConfig, name: str, known: Head | None) -> list[_Host
             "this one another name: cluster.name=NAME."
         )
     return hosts
+
+
+def _given_python(known: Head | None) -> str | None:
+    """Return the interpreter that cluster.python named when the cluster was made; None for one that launch made."""
+    return known.python if known is not None and known.python and "/envs/" not in known.python else None
+
+
+def _check_same(name: str, facts: dict[str, Any], environment: Environment | None) -> None:
+    """Raise ClusterError where the head runs with another Python: whoever starts it anew ends the runs on it."""
+    made = f"{facts['base']}/envs/{environment.digest}/bin/python" if environment else facts["python"]
+    if facts["node"] is not None and facts["node"]["python"] != made:
+        raise ClusterError(
+            f"The cluster {name} runs with the Python {facts['node']['python']}, and was asked for with "
+            f"{made or 'one that is not there'}: other versions, or another cluster.python. End it first, "
+            f"which ends the runs on it (launch down {name}), or take another cluster.name."
+        )
 
 
 def _have_python(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -224,3 +225,15 @@ def test_every_process_is_ended_also_one_that_left_its_family(shell: Shell, serv
     process.stdout.close()
     assert not (directory / "token").exists()
     assert bootstrap.ask(shell, "stop", base=f"{server.home}/.launch", cluster="pair") == {"left": [], "ended": 0}
+
+
+def test_a_cluster_that_runs_with_another_python_is_not_started_anew(server: servers.Server) -> None:
+    """Would be wrong: the runs of others end because somebody has newer versions."""
+    directory = server.home / ".launch" / "other"
+    directory.mkdir(parents=True)
+    started = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
+    node = {"pid": os.getpid(), "started": started, "python": "/another/python", "head": True, "generation": "1"}
+    (directory / "node.json").write_text(json.dumps(node))
+    with pytest.raises(ClusterError, match=r"runs with the Python /another/python.*launch down other"):
+        ssh.up(config(server, "here", name="other", python=sys.executable), print)
+    assert json.loads((directory / "node.json").read_text()) == node
