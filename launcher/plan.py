@@ -123,6 +123,11 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
             f"cluster.size={job.cluster.size} asks for VMs of Azure, and this launch creates none yet: `launch plan` "
             "with the same words, without -m, works out what they do and cost. Leave cluster.size out to run here."
         )
+    if job.cluster.kind == "kuberay":
+        raise ConfigError(
+            "cluster=kuberay came from a configuration file, and this command starts workers itself. Give it as a "
+            "word: launch … cluster=kuberay makes a RayJob of the run."
+        )
     nodes = []
     if job.cluster.kind in ("ssh", "azure") and ranks is None:
         raise ConfigError(

@@ -19,7 +19,8 @@ DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
 STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco", "auto")
 COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
-CLUSTERS = ("local", "none", "existing", "ssh", "azure")
+CLUSTERS = ("local", "none", "existing", "ssh", "azure", "kuberay")
+MOUNTING = ("kuberay",)  # of these, where cluster.mounts is made true
 RENTED = ("existing", "ssh", "azure", "kuberay")  # of these, whose machines may be paid by the hour
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
@@ -155,6 +156,12 @@ class ClusterConfig:
     node_usd_per_hour: float | None = None  # what a machine with workers costs; default: by size, region and spot
     head_usd_per_hour: float | None = None  # and one beside them that only leads; needs node_usd_per_hour
     budget_usd: float | None = None  # that the run may cost over its whole life
+    mounts: dict[str, Any] = field(default_factory=dict)  # path on every node -> abfss://… (read-only) or claim://NAME
+    image: str | None = None  # of head and workers in pods
+    context: str | None = None  # of kubectl; default: the current one
+    namespace: str = "default"  # of Kubernetes
+    secret: str | None = None  # of Kubernetes, whose keys are what `env` names
+    service_account: str | None = None  # of the pods, with a workload identity that may reach storage
     env: list[str] = field(default_factory=list)  # names of variables that the workers get from here
     detach: bool = False  # do not wait for a run elsewhere
 
@@ -450,6 +457,7 @@ def _check_cluster(cluster: ClusterConfig) -> None:
     if cluster.budget_usd is not None:
         _above_zero("cluster.budget_usd", cluster.budget_usd)
     _check_rates(cluster)
+    _check_pods(cluster)
     # cluster.region and cluster.head_size may stand in a configuration of one's own, for the day when they count.
     if cluster.size is None:
         for key, default in (("nodes", 1), ("spot", False)):
@@ -480,6 +488,23 @@ def _check_hosts(cluster: ClusterConfig) -> None:
             f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
             "/opt/launch/bin/python."
         )
+
+
+def _check_pods(cluster: ClusterConfig) -> None:
+    if cluster.mounts and cluster.kind not in MOUNTING:
+        raise ConfigError(
+            f"cluster.mounts makes directories of the nodes of cluster={' and '.join(MOUNTING)}, but the cluster is "
+            f"{cluster.kind}. Leave it out; what is mounted there already is read by its path."
+        )
+    name = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    for key in ("namespace", "secret", "service_account"):
+        value = getattr(cluster, key)
+        if value is not None and not re.fullmatch(name, value):
+            raise ConfigError(f"cluster.{key} is {value!r}, but must be a name of Kubernetes, such as my-{key[:6]}.")
+    for key in ("image", "context"):
+        value = getattr(cluster, key)
+        if value is not None and (not value or value[0] == "-" or not value.isprintable() or " " in value):
+            raise ConfigError(f"cluster.{key} is {value!r}, but must be a name without spaces.")
 
 
 def _check_rates(cluster: ClusterConfig) -> None:

@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "show",
         "listing",
         "machines",
+        "clusters",
         "node_tables",
         "sizes",
         "sweeps",

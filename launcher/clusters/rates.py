@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from launcher.clusters.nodes import chosen
+from launcher.clusters.nodes import Nodes, chosen
 from launcher.errors import ConfigError
 from launcher.money import Rate
 from launcher.schema import RENTED, ClusterConfig
 
 
-def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True) -> Rate | None:
+def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: Nodes | None = None) -> Rate | None:
     """Return the rate of a run there; None where its machines cost nothing, or nobody knows what.
 
     Args:
         machines: how many there are, the head included.
         ask: Azure's public list for today's prices.
+        nodes: what the configuration asks for, where that is known.
 
     Raises:
         ConfigError: there is a budget and a price is not known; or see `nodes.chosen`.
@@ -22,7 +23,7 @@ def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True) -> Rate
         return Rate(cluster.node_usd_per_hour, cluster.head_usd_per_hour or 0.0, machines, cluster.budget_usd)
     if cluster.size is None or cluster.kind not in RENTED:
         return None
-    nodes = chosen(cluster, ask)
+    nodes = nodes or chosen(cluster, ask)
     node, head = nodes.node_price, nodes.head_price
     if node is not None and head is not None:
         return Rate(node.usd_per_hour, head.usd_per_hour, machines, cluster.budget_usd)
@@ -34,14 +35,17 @@ def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True) -> Rate
     return None
 
 
-def words(cluster: ClusterConfig, usd_per_hour: float | None = None, machines: int = 1) -> list[str]:
+def words(
+    cluster: ClusterConfig, usd_per_hour: float | None = None, machines: int = 1, nodes: Nodes | None = None
+) -> list[str]:
     """Return the words of a command line that tell a driver elsewhere what its machines cost.
 
     Args:
         usd_per_hour: of all machines together, where they are known to cost that much.
         machines: how many those are.
+        nodes: see `rate_of`.
     """
-    rate = rate_of(cluster, machines)
+    rate = rate_of(cluster, machines, nodes=nodes)
     if rate is None and usd_per_hour:
         rate = Rate(usd_per_hour / machines, 0.0, machines)
     if rate is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from launcher.output import results_alone
+from launcher.verbs import kubernetes
 
 if TYPE_CHECKING:
     from launcher.line import Line
@@ -32,6 +33,7 @@ def _plan_of_sweep(line: Line) -> int:
 
 def plan(line: Line) -> int:
     if "multirun" in line.flags:
+        kubernetes.refuse_sweep(line)
         return _plan_of_sweep(line)
     from launcher.jobs import checked_plan
     from launcher.prepare import prepare
@@ -39,6 +41,8 @@ def plan(line: Line) -> int:
     from launcher.terminal import Display
 
     with results_alone() as result:
+        if kubernetes.is_meant(line):
+            return kubernetes.plan(line, result)
         prepared = prepare(line.request())
         if prepared.job.cluster.size is not None:
             return _plan_of_nodes(line, prepared, result)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import LaunchError, Stopped
 from launcher.output import results_alone, say, tell
+from launcher.verbs import kubernetes
 
 if TYPE_CHECKING:
     from launcher.jobs import Outcome
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
 
 def train(line: Line) -> int:
     if "multirun" in line.flags:
+        kubernetes.refuse_sweep(line)
         return _sweep(line)
     from launcher import jobs, ranks, show
     from launcher.terminal import Display
 
     with results_alone() as result:
+        if kubernetes.is_meant(line):
+            return kubernetes.train(line, result)
         if not ranks.speaks():
             return _status(jobs.train(line.request(), jobs.Observer()))
         with Display() as display:

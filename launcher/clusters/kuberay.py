@@ -1,0 +1,293 @@
+"""`cluster=kuberay`: a run as a RayJob on Kubernetes, AKS above all. The manifest alone: nothing is asked of a cluster.
+
+KubeRay makes a Ray cluster of pods for the job, runs `launch train … cluster=existing` on its head, and removes the
+cluster when that has ended (`shutdownAfterJobFinishes`). Fields by KubeRay v1.7.0, `ray.io/v1`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from launcher.clusters.mounts import Mount, read
+from launcher.clusters.nodes import Nodes, chosen
+from launcher.clusters.rates import words as rate_words
+from launcher.errors import ConfigError
+from launcher.schema import ClusterConfig
+from launcher.storage import check_uri, is_uri
+
+LONGEST_NAME = 47  # of a RayJob: KubeRay makes others of it
+USER = 10001  # of the image, see the Dockerfile
+# What AKS leaves to pods: of small VMs it keeps up to a fifth of the memory for itself, of the cores a part of one.
+_MEMORY_SHARE = 0.8
+_SHM_SHARE = 0.3  # of the pod's memory: Ray's object store and the data loaders live there
+_COMMAND = "LAUNCH_COMMAND"
+# The submitter's shell and the head's each read the entrypoint once: what is between quotes would not survive both. So
+# the words travel in the environment, and what is read twice has nothing to quote but one bar.
+ENTRYPOINT = f"printenv {_COMMAND} \\| sh"
+
+
+@dataclass(frozen=True)
+class RayJob:
+    """A run as Kubernetes is to be asked for it.
+
+    Attributes:
+        name: of the RayJob.
+        run, root: run.name and run.root.
+        command: words of the command on the head.
+    """
+
+    name: str
+    run: str
+    root: str
+    nodes: Nodes
+    cluster: ClusterConfig
+    mounts: tuple[Mount, ...]
+    command: tuple[str, ...]
+
+    @property
+    def directory(self) -> str:
+        """Where the run is written."""
+        return f"{self.root.rstrip('/')}/{self.run}"
+
+
+def ray_job(cluster: ClusterConfig, run: str, root: str, words: Sequence[str], ask: bool = True) -> RayJob:
+    """Check what is asked of Kubernetes, and return it.
+
+    Args:
+        run, root: run.name and run.root.
+        words: the run's own, without those about cluster and run.
+        ask: Azure's public list for today's prices, which the run counts its cost with.
+
+    Raises:
+        ConfigError: no size, no image, a run root that the pods do not share, a bad mount…
+    """
+    if cluster.size is None:
+        raise ConfigError(
+            "cluster=kuberay needs cluster.size=SIZE, the VM size of the node pool, such as Standard_NC24ads_A100_v4 "
+            "(`launch sizes` lists them)."
+        )
+    if cluster.image is None:
+        raise ConfigError(
+            "cluster=kuberay needs cluster.image=REGISTRY/NAME:TAG, the image of head and workers: one that the "
+            "Dockerfile of launch builds, or one of your own FROM it with your project in it."
+        )
+    mounts = tuple(read(cluster.mounts))
+    _check_root(root, mounts)
+    if cluster.env and cluster.secret is None:
+        raise ConfigError(
+            f"cluster.env=[{','.join(cluster.env)}] is read from a secret of Kubernetes: name it with "
+            "cluster.secret=NAME, or make it first: kubectl create secret generic NAME "
+            + " ".join(f'--from-literal={name}="${name}"' for name in cluster.env)
+        )
+    if cluster.min_nodes == 0:
+        raise ConfigError("cluster.min_nodes=0: a RayJob begins when its workers are there, at least one.")
+    if (cluster.min_nodes or 1) > cluster.nodes:
+        raise ConfigError(
+            f"cluster.min_nodes={cluster.min_nodes} is more than cluster.nodes={cluster.nodes}: lower it."
+        )
+    nodes = chosen(cluster, ask)
+    money = rate_words(cluster, nodes=nodes)
+    if cluster.budget_usd is not None:
+        money.append(f"cluster.budget_usd={cluster.budget_usd:g}")
+    command = ("launch", "train", *words, f"run.name={run}", f"run.root={root}", "cluster=existing", *money)
+    return RayJob(name_of(run), run, root, nodes, cluster, mounts, command)
+
+
+def name_of(run: str) -> str:
+    """Return the name of the RayJob of a run: small letters, digits and hyphens, a letter first."""
+    name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
+    name = name if name[:1].isalpha() else f"run-{name}"
+    return name[:LONGEST_NAME].rstrip("-")
+
+
+def _check_root(root: str, mounts: Sequence[Mount]) -> None:
+    if is_uri(root) and not root.startswith("head://"):
+        check_uri(root)
+        return
+    claims = [mount.path for mount in mounts if mount.claim is not None]
+    if not any(f"{root.rstrip('/')}/".startswith(f"{path}/") for path in claims):
+        raise ConfigError(
+            f"run.root={root} would lie in a pod, and go with it. Take an object store, such as "
+            "run.root=abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/runs, or a directory of a volume claim that all "
+            "pods may write: cluster.mounts={/shared: claim://NAME} run.root=/shared/runs."
+        )
+
+
+# ---- the manifest ---------------------------------------------------------------------------------------------------
+
+
+def manifests(job: RayJob) -> list[dict[str, Any]]:
+    """Return what Kubernetes is given: volumes of Blob storage and their claims, then the RayJob."""
+    volumes = [part for mount in job.mounts if mount.claim is None for part in _volume(job, mount)]
+    return [*volumes, _ray_job(job)]
+
+
+def text(job: RayJob) -> str:
+    """Return the manifest as YAML."""
+    import yaml
+
+    told = yaml.safe_dump_all(manifests(job), sort_keys=False, width=10_000)
+    return f"# Written by launch; `kubectl apply -f` takes it.\n{told}"
+
+
+def _ray_job(job: RayJob) -> dict[str, Any]:
+    cluster = job.cluster
+    idle = round(cluster.idle_minutes * 60)
+    workers = {
+        "groupName": "gpu",
+        "replicas": cluster.nodes,
+        "minReplicas": cluster.nodes if cluster.min_nodes is None else cluster.min_nodes,
+        "maxReplicas": cluster.nodes,
+        "rayStartParams": {},
+        "template": _template(job, "ray-worker"),
+    }
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": _metadata(job, job.name),
+        "spec": {
+            "entrypoint": ENTRYPOINT,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 0,
+            "backoffLimit": 0,
+            "rayClusterSpec": {
+                "rayVersion": version("ray"),
+                "enableInTreeAutoscaling": True,
+                "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": idle},
+                "authOptions": {"mode": "token"},
+                "headGroupSpec": {
+                    "rayStartParams": {"num-cpus": "0"},
+                    "template": _template(job, "ray-head", head=True),
+                },
+                "workerGroupSpecs": [workers],
+            },
+        },
+    }
+
+
+def _metadata(job: RayJob, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "namespace": job.cluster.namespace,
+        "labels": {"app.kubernetes.io/managed-by": "launch", "app.kubernetes.io/instance": job.name},
+    }
+
+
+def _template(job: RayJob, container: str, head: bool = False) -> dict[str, Any]:
+    """Return a pod of the image: the head, or a worker that has a whole VM of the pool."""
+    cluster, vm = job.cluster, job.nodes.head if head else job.nodes.size
+    memory = int(vm.memory_gib * _MEMORY_SHARE)
+    has: dict[str, Any] = {"cpu": str(vm.vcpus - 1), "memory": f"{memory}Gi"}
+    if not head:
+        has["nvidia.com/gpu"] = str(job.nodes.size.gpus)
+    env: list[dict[str, Any]] = [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": cluster.secret, "key": name}}} for name in cluster.env
+    ]
+    if head:
+        env.append({"name": _COMMAND, "value": shlex.join(job.command).replace("$(", "$$(")})
+    shm = {"medium": "Memory", "sizeLimit": f"{max(1, int(memory * _SHM_SHARE))}Gi"}
+    claims = [(mount, mount.claim or f"{job.name}-{mount.slug}") for mount in job.mounts]
+    spec: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "fsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [
+            {
+                "name": container,
+                "image": cluster.image,
+                **({"env": env} if env else {}),
+                "resources": {"requests": has, "limits": has.copy()},
+                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                "volumeMounts": [
+                    {"name": "shm", "mountPath": "/dev/shm"},
+                    *(
+                        {"name": mount.slug, "mountPath": mount.path, "readOnly": mount.claim is None}
+                        for mount, _ in claims
+                    ),
+                ],
+            }
+        ],
+        "volumes": [
+            {"name": "shm", "emptyDir": shm},
+            *({"name": mount.slug, "persistentVolumeClaim": {"claimName": claim}} for mount, claim in claims),
+        ],
+        **({} if head else _placement(job.nodes)),
+    }
+    labels = {"app.kubernetes.io/managed-by": "launch"}
+    if cluster.service_account is not None:
+        spec["serviceAccountName"] = cluster.service_account
+        labels["azure.workload.identity/use"] = "true"  # so that storage opens without a key
+    return {"metadata": {"labels": labels}, "spec": spec}
+
+
+def _placement(nodes: Nodes) -> dict[str, Any]:
+    """Return what puts a pod on a VM of the size, spot ones where they are wanted."""
+    selector = {"node.kubernetes.io/instance-type": nodes.size.name}
+    tolerations = [{"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"}]
+    spot = {**tolerations[0], "key": "kubernetes.azure.com/scalesetpriority", "value": "spot"}
+    placed: dict[str, Any] = {"nodeSelector": selector, "tolerations": tolerations}
+    if nodes.spot is not False:
+        tolerations.append(spot)
+    if nodes.spot is True:
+        selector[spot["key"]] = spot["value"]
+    elif nodes.spot == "prefer":
+        wish = {"key": spot["key"], "operator": "In", "values": [spot["value"]]}
+        term = {"weight": 100, "preference": {"matchExpressions": [wish]}}
+        placed["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}
+    return placed
+
+
+def _volume(job: RayJob, mount: Mount) -> list[dict[str, Any]]:
+    """Return a volume of Blob storage and the claim that pods name: read-only, opened by the kubelet's identity.
+
+    Attributes by `docs/driver-parameters.md` of kubernetes-sigs/blob-csi-driver. The cache lies below /mnt of the node,
+    which is its temporary disk.
+    """
+    name = f"{job.name}-{mount.slug}"
+    below = [f"--subdirectory={mount.below}"] if mount.below else []
+    size = {"storage": "1Ti"}  # of no consequence: nothing is written
+    volume = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {key: value for key, value in _metadata(job, name).items() if key != "namespace"},
+        "spec": {
+            "capacity": size,
+            "accessModes": ["ReadOnlyMany"],
+            "persistentVolumeReclaimPolicy": "Retain",
+            "storageClassName": "",
+            "claimRef": {"namespace": job.cluster.namespace, "name": name},
+            "mountOptions": ["-o ro", "-o allow_other", "--use-adls=true", "--file-cache-timeout=31536000", *below],
+            "csi": {
+                "driver": "blob.csi.azure.com",
+                "readOnly": True,
+                "volumeHandle": f"{mount.account}_{mount.container}_{name}",
+                "volumeAttributes": {
+                    "protocol": "fuse2",
+                    "storageAccount": mount.account,
+                    "containerName": mount.container,
+                    "AzureStorageAuthType": "MSI",
+                },
+            },
+        },
+    }
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": _metadata(job, name),
+        "spec": {
+            "accessModes": ["ReadOnlyMany"],
+            "storageClassName": "",
+            "volumeName": name,
+            "resources": {"requests": size},
+        },
+    }
+    return [volume, claim]

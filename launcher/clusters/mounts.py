@@ -1,0 +1,175 @@
+"""`cluster.mounts`: containers of Azure Blob storage as directories of every node, read-only, cached on a local disk.
+
+Text alone: the configuration of blobfuse2 and the shell lines that use it, for nodes that are VMs. Pods get volumes
+instead (`launcher.clusters.kuberay`). The nodes' managed identity opens the storage; no key is in any file.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from launcher.errors import ConfigError
+
+CLAIM = "claim://"
+_CACHE = "/var/cache/launch-blobfuse"  # leads to the local disk
+_SETTINGS = "/etc/launch-mounts"
+_OURS = ("bin", "boot", "dev", "etc", "home", "lib", "opt", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "var")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A directory of the nodes.
+
+    Attributes:
+        path: where it is seen.
+        account, container, below: of Blob storage, and the directory in the container; empty for a claim.
+        claim: the name of a PersistentVolumeClaim, which is written to as well; None for Blob storage.
+    """
+
+    path: str
+    account: str = ""
+    container: str = ""
+    below: str = ""
+    claim: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """The path as part of a name: `/data/images` is `data-images`."""
+        return re.sub(r"[^a-z0-9]+", "-", self.path.lower()).strip("-")
+
+
+def read(mounts: Mapping[str, Any]) -> list[Mount]:
+    """Read the key `cluster.mounts`.
+
+    Raises:
+        ConfigError: a path or a source is not one; names it.
+    """
+    found = [_read(str(path), str(source)) for path, source in mounts.items()]
+    paths = [mount.path for mount in found]
+    for path in paths:
+        inside = [other for other in paths if other != path and f"{path}/".startswith(f"{other}/")]
+        if inside or paths.count(path) > 1:
+            raise ConfigError(
+                f"cluster.mounts: {path} lies in {(inside or [path])[0]}, which is mounted as well. Take paths apart."
+            )
+    slugs = [mount.slug for mount in found]
+    for mount in found:
+        if slugs.count(mount.slug) > 1:
+            raise ConfigError(
+                f"cluster.mounts: {mount.path} differs from another path in punctuation alone. Rename it."
+            )
+    return found
+
+
+def _read(path: str, source: str) -> Mount:
+    if not re.fullmatch(r"(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+", path) or path[1:] in _OURS:
+        raise ConfigError(
+            f"cluster.mounts: {path!r} must be an absolute path without spaces that the system does not use, such as "
+            "/data."
+        )
+    if source.startswith(CLAIM):
+        name = source.removeprefix(CLAIM)
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name):
+            raise ConfigError(f"cluster.mounts: {path} is {source!r}, but {CLAIM} is followed by the name of a claim.")
+        return Mount(path, claim=name)
+    parts = urlsplit(source)
+    account = (parts.hostname or "").removesuffix(".dfs.core.windows.net")
+    container, below = parts.username or "", parts.path.strip("/")
+    fine = (
+        parts.scheme == "abfss"
+        and "?" not in source
+        and "#" not in source
+        and f"{container}@{account}.dfs.core.windows.net" == parts.netloc
+        and re.fullmatch(r"[a-z0-9]{3,24}", account)
+        and re.fullmatch(r"[a-z0-9](-?[a-z0-9]){2,62}", container)
+        and re.fullmatch(r"[A-Za-z0-9_./=+-]*", below)
+        and ".." not in below.split("/")
+    )
+    if not fine:
+        # Without what follows a question mark: it may be a signature that opens the storage.
+        raise ConfigError(
+            f"cluster.mounts: {path} is {source.partition('?')[0]!r}{' and more' * ('?' in source)}, but must be "
+            "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH, without a key or a signature: the nodes' managed "
+            f"identity opens it (role Storage Blob Data Reader). For pods also {CLAIM}NAME, a volume claim."
+        )
+    return Mount(path, account, container, below)
+
+
+def blobfuse(mount: Mount, client_id: str | None = None) -> str:
+    """Return the configuration of blobfuse2 for one mount.
+
+    Keys by `setup/baseConfig.yaml` of Azure/azure-storage-fuse. client_id: of the managed identity, where the node
+    has several.
+    """
+    import yaml
+
+    storage: dict[str, Any] = {
+        "type": "adls",
+        "account-name": mount.account,
+        "endpoint": f"https://{mount.account}.dfs.core.windows.net",
+        "container": mount.container,
+        "mode": "msi",
+    }
+    if client_id:
+        storage["appid"] = client_id
+    if mount.below:
+        storage["subdirectory"] = mount.below
+    year = 365 * 24 * 3600  # what was read stays until the disk is 80 % full: the next epoch reads it again
+    return yaml.safe_dump(
+        {
+            "read-only": True,
+            "allow-other": True,
+            "logging": {"type": "syslog", "level": "log_warning"},
+            "components": ["libfuse", "file_cache", "attr_cache", "azstorage"],
+            "libfuse": {"attribute-expiration-sec": 7200, "entry-expiration-sec": 7200},
+            "file_cache": {"path": f"{_CACHE}/{mount.slug}", "timeout-sec": year},
+            "attr_cache": {"timeout-sec": 7200},
+            "azstorage": storage,
+        },
+        sort_keys=False,
+    )
+
+
+def setup_lines(mounts: Sequence[Mount], client_id: str | None = None) -> list[str]:
+    """Return the shell lines that mount everything on a node with Ubuntu, for a user who may use sudo.
+
+    Repeated, they change nothing. The cache goes to the local NVMe disk (the first that is not in use is formatted:
+    Azure's temporary disks are blank), else to the temporary disk, else to the system's.
+    """
+    blobs = [mount for mount in mounts if mount.claim is None]
+    if not blobs:
+        return []
+    lines = [_INSTALL, _DISK, f"sudo mkdir -p {_SETTINGS}"]
+    for mount in blobs:
+        file = f"{_SETTINGS}/{mount.slug}.yaml"
+        lines.append(f"printf %s {shlex.quote(blobfuse(mount, client_id))} | sudo tee {file} > /dev/null")
+        lines.append(
+            f"mountpoint -q {mount.path} || {{ sudo mkdir -p {mount.path} {_CACHE}/{mount.slug} && "
+            f"sudo blobfuse2 mount {mount.path} --config-file={file}; }}"
+        )
+    return lines
+
+
+# Microsoft's package archive is known to the images of Azure for HPC and data science; elsewhere it is added.
+_INSTALL = (
+    "command -v blobfuse2 > /dev/null || { { apt-cache show blobfuse2 > /dev/null 2>&1 || "
+    '{ curl -fsSLo /tmp/launch-microsoft.deb "https://packages.microsoft.com/config/ubuntu/$(. /etc/os-release; '
+    'echo $VERSION_ID)/packages-microsoft-prod.deb" && sudo dpkg -i /tmp/launch-microsoft.deb; }; } && '
+    "sudo apt-get update -qq && sudo apt-get install -y -qq blobfuse2 fuse3; }"
+)
+_DISK = f"""if [ ! -e {_CACHE} ]; then
+  place=/mnt
+  for disk in $(lsblk -dnpo NAME | grep nvme); do
+    # One word for the disk itself and nothing else: no partition, no file system, mounted nowhere.
+    [ "$(lsblk -npo NAME,FSTYPE,MOUNTPOINT "$disk" | wc -w)" = 1 ] || continue
+    sudo mkfs.ext4 -q "$disk" && sudo mkdir -p /mnt/launch-nvme && sudo mount "$disk" /mnt/launch-nvme || continue
+    place=/mnt/launch-nvme
+    break
+  done
+  sudo mkdir -p "$place/launch-blobfuse" && sudo ln -sfn "$place/launch-blobfuse" {_CACHE}
+fi"""

@@ -1,0 +1,111 @@
+"""Runs as RayJobs of Kubernetes: `plan` prints the manifest, `train` submits it and follows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from launcher.errors import ConfigError, TrainingError
+from launcher.output import say
+
+if TYPE_CHECKING:
+    from launcher.clusters.kuberay import RayJob
+    from launcher.line import Line
+
+KIND = "kuberay"
+
+
+def is_meant(line: Line) -> bool:
+    """Whether the words choose cluster=kuberay; the last one counts."""
+    chosen = [word.partition("=")[2] for word in line.words if word.partition("=")[0] in ("cluster", "cluster.kind")]
+    return bool(chosen) and chosen[-1] == KIND
+
+
+def refuse_sweep(line: Line) -> None:
+    """Raise ConfigError where a sweep is to become a RayJob."""
+    if is_meant(line):
+        raise ConfigError(
+            "-m was asked for with cluster=kuberay, which makes one RayJob of one run so far. Start the trials one by "
+            "one, or the sweep on a node of a cluster that runs already (cluster=existing)."
+        )
+
+
+def plan(line: Line, result: Callable[[str], None]) -> int:
+    """Print the manifest; `kubectl apply -f -` takes it."""
+    from launcher.clusters import kuberay
+
+    job = _job(line)
+    if "json" in line.flags:
+        facts = {"run": job.run, "directory": job.directory, "manifests": kuberay.manifests(job)}
+        result(json.dumps(facts, indent=2))
+    else:
+        result(kuberay.text(job).rstrip("\n"))
+    return 0
+
+
+def train(line: Line, result: Callable[[str], None]) -> int:
+    """Submit the run and follow it to its end."""
+    from launcher.clusters import kuberay
+    from launcher.clusters.kubectl import Kubectl
+
+    job = _job(line)
+    kubectl = Kubectl(job.cluster.context, job.cluster.namespace)
+    context = kubectl.check()
+    kubectl.create(kuberay.text(job))
+    say(f"{job.run}: RayJob {job.name} on {context}, {job.cluster.nodes} x {job.nodes.size.name}")
+    how = f"Follow it with: kubectl --namespace {job.cluster.namespace} logs -f job/{job.name}"
+    stop = f"stop it with: launch stop {job.run} run.root={job.root}"
+    result(job.directory)
+    if job.cluster.detach:
+        say(f"{how}; {stop}")
+        return 0
+    try:
+        status = kubectl.follow(job.name, say, say)
+    except KeyboardInterrupt:
+        say(f"It goes on there. {how}; {stop}")
+        return 130
+    if status.get("jobStatus") == "SUCCEEDED":
+        return 0
+    why = str(status.get("message") or status.get("reason") or status.get("jobStatus") or "no reason given").strip()
+    raise TrainingError(
+        f"The RayJob {job.name} failed: {why.splitlines()[-1].rstrip('.')}. What it printed: kubectl --namespace "
+        f"{job.cluster.namespace} logs job/{job.name}; why pods do not come: kubectl describe rayjob {job.name}."
+    )
+
+
+def _job(line: Line) -> RayJob:
+    from launcher.clusters.kuberay import ray_job
+    from launcher.prepare import composed
+    from launcher.schema import default_run_name
+
+    request = line.request()
+    composition = composed(request)
+    job = composition.job
+    run = job.run.name or default_run_name(composition.choices, datetime.now())
+    return ray_job(job.cluster, run, job.run.root, _words(line), ask="offline" not in line.flags)
+
+
+def _words(line: Line) -> list[str]:
+    """Return the words for the command on the head: all but those about where it runs."""
+    from launcher.prepare import key_of
+    from launcher.words import shown
+
+    request = line.request()
+    kept = [word for word in request.words if key_of(word).split(".")[0] != "cluster"]
+    kept = [word for word in kept if key_of(word) not in ("run.name", "run.root")]
+    for word in kept:
+        if shown(word) != word:
+            raise ConfigError(
+                f"{shown(word)} holds a secret, and a manifest is kept by Kubernetes, where others may read it. Say "
+                "KEY=${oc.env:NAME} instead, with cluster.env=[NAME] and cluster.secret=SECRET."
+            )
+    if request.config_dir is None:
+        return kept
+    if not request.config_dir.is_relative_to(request.calling):
+        raise ConfigError(
+            f"--config-dir {request.config_dir} lies outside of the calling directory; in the image of cluster.image "
+            "the project is the working directory. Name a directory inside of it."
+        )
+    return ["--config-dir", str(request.config_dir.relative_to(request.calling)), *kept]

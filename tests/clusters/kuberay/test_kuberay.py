@@ -1,0 +1,314 @@
+"""RayJobs: the manifests to the letter and by KubeRay's own schema, and how they are submitted and followed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from launcher.clusters import kubectl as kubectl_module
+from launcher.clusters.kuberay import ENTRYPOINT, LONGEST_NAME, RayJob, manifests, name_of, ray_job, text
+from launcher.errors import ConfigError
+from launcher.schema import ClusterConfig
+from tests.command import TOY, Place, Result
+
+HERE = Path(__file__).resolve().parent
+STORE = "abfss://runs@ada.dfs.core.windows.net/runs"
+BASE: dict[str, Any] = {"kind": "kuberay", "size": "NC24ads_A100_v4", "image": "ghcr.io/ada/launch:1"}
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "plain": ({"nodes": 2}, STORE),
+    "everything": (
+        {
+            "size": "NC96ads_A100_v4",
+            "nodes": 8,
+            "min_nodes": 2,
+            "spot": "prefer",
+            "idle_minutes": 5.0,
+            "namespace": "ml",
+            "env": ["HF_TOKEN"],
+            "secret": "tokens",
+            "service_account": "trainer",
+            "budget_usd": 50.0,
+            "mounts": {"/data": "abfss://sets@ada.dfs.core.windows.net/imagenet/2012", "/shared": "claim://runs"},
+        },
+        "/shared/runs",
+    ),
+    "spot": ({"spot": True}, STORE),
+}
+
+
+def job(name: str) -> RayJob:
+    more, root = CASES[name]
+    words = ["experiment=gpt2", "optimizer.groups=[{match: 'fc.*', lr: 1e-3}]"]
+    return ray_job(ClusterConfig(**{**BASE, **more}), "a1", root, words, ask=False)
+
+
+def head_of(made: dict[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    return spec
+
+
+# ---- the manifest ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_manifest_is_the_golden_one(name: str) -> None:
+    found = text(job(name)).replace(version("ray"), "RAY")
+    file = HERE / f"{name}.yaml"
+    if os.environ.get("GOLDEN") == "write":
+        file.write_text(found)
+    assert found == file.read_text()
+
+
+def crd() -> dict[str, Any]:
+    """Return KubeRay's schema with unknown fields refused, where Kubernetes would drop them without a word."""
+    schema: dict[str, Any] = json.loads(gzip.decompress((HERE / "rayjob_v1.json.gz").read_bytes()))
+
+    def close(part: Any) -> None:
+        if isinstance(part, dict):
+            if "properties" in part and "x-kubernetes-preserve-unknown-fields" not in part:
+                part.setdefault("additionalProperties", False)
+            if part.pop("x-kubernetes-int-or-string", False):
+                part.pop("type", None)
+                part["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+            for each in part.values():
+                close(each)
+        elif isinstance(part, list):
+            for each in part:
+                close(each)
+
+    close(schema)
+    # metadata has no fields in a CRD: Kubernetes itself knows them.
+    schema["properties"]["metadata"] = {"type": "object"}
+    return schema
+
+
+def templates(schema: dict[str, Any]) -> dict[str, Any]:
+    """Let pods have metadata, for the same reason."""
+    cluster = schema["properties"]["spec"]["properties"]["rayClusterSpec"]["properties"]
+    for group in (cluster["headGroupSpec"], cluster["workerGroupSpecs"]["items"]):
+        group["properties"]["template"]["properties"]["metadata"] = {"type": "object"}
+    return schema
+
+
+@pytest.fixture(scope="module")
+def judge() -> jsonschema.Draft7Validator:
+    return jsonschema.Draft7Validator(templates(crd()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kuberay_knows_every_field(judge: jsonschema.Draft7Validator, name: str) -> None:
+    *volumes, made = manifests(job(name))
+    assert [str(error.message) for error in judge.iter_errors(made)] == []
+    assert {volume["kind"] for volume in volumes} <= {"PersistentVolume", "PersistentVolumeClaim"}
+
+
+@pytest.mark.parametrize(
+    ("at", "key", "value"),
+    [
+        ((), "shutdownAfterJobEnds", True),
+        (("rayClusterSpec", "autoscalerOptions"), "idleTimeout", 5),
+        (("rayClusterSpec", "authOptions"), "mode", "password"),
+        (("rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0), "resource", {}),
+    ],
+)
+def test_the_schema_would_tell(judge: jsonschema.Draft7Validator, at: tuple[Any, ...], key: str, value: Any) -> None:
+    made = json.loads(json.dumps(manifests(job("plain"))[-1]))
+    part = made["spec"]
+    for step in at:
+        part = part[step]
+    part[key] = value
+    assert list(judge.iter_errors(made)) != []
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [("mnist-20261124-033000", None), ("My_Run.2", "my-run-2"), ("7", "run-7"), ("ü", "run"), ("a" * 80, "a" * 47)],
+)
+def test_names_that_kubernetes_takes(run: str, expected: str | None) -> None:
+    name = name_of(run)
+    assert name == (expected or run)
+    assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name)
+    assert len(name) <= LONGEST_NAME
+
+
+@pytest.mark.parametrize(
+    ("change", "root", "told"),
+    [
+        ({"size": None}, STORE, "needs cluster.size=SIZE"),
+        ({"image": None}, STORE, "needs cluster.image="),
+        ({}, "runs", "run.root=runs would lie in a pod"),
+        ({}, "head:///var/runs", "would lie in a pod"),
+        ({"mounts": {"/shared": "claim://a"}}, "/sharedruns", "would lie in a pod"),
+        ({"mounts": {"/data": "abfss://sets@ada.dfs.core.windows.net"}}, "/data/runs", "would lie in a pod"),
+        ({"env": ["HF_TOKEN"]}, STORE, "kubectl create secret generic NAME"),
+        ({"min_nodes": 0}, STORE, "cluster.min_nodes=0"),
+        ({"min_nodes": 3, "nodes": 2}, STORE, "more than cluster.nodes=2"),
+        ({"size": "NC24rs_v3"}, STORE, "retired"),
+    ],
+)
+def test_what_cannot_be_is_refused(change: dict[str, Any], root: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        ray_job(ClusterConfig(**{**BASE, **change}), "a1", root, [], ask=False)
+
+
+def test_the_words_survive_both_shells(tmp_path: Path) -> None:
+    """As KubeRay's submitter and Ray's supervisor treat an entrypoint: a shell, list2cmdline, another shell."""
+    odd = [
+        "a b",
+        "x='$HOME'",
+        "[{match: 'fc.*', lr: 1e-3}]",
+        "*",
+        "back\\slash",
+        'two "quotes"',
+        "$(id)",
+        "${oc.env:A}",
+    ]
+    made = ray_job(ClusterConfig(**BASE), "a1", STORE, odd, ask=False)
+    (given,) = head_of(manifests(made)[-1])["containers"][0]["env"]
+    value = given["value"].replace("$$(", "$(")  # as Kubernetes reads it
+    launch = tmp_path / "launch"
+    launch.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    launch.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    join = "import subprocess, sys; print(subprocess.list2cmdline(sys.argv[2:]))"
+    submit = f'{sys.executable} -c "{join}" -- {ENTRYPOINT} ;'
+    line = subprocess.run(["bash", "-c", submit], env=path, capture_output=True, text=True, check=True).stdout.strip()
+    there = {**path, given["name"]: value}
+    ran = subprocess.run(line, shell=True, env=there, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == list(made.command[1:])
+
+
+def test_the_image_of_the_dockerfile_can_run_it() -> None:
+    """What KubeRay and the manifest need of the image: bash, wget and python, the user's number, Ray's dashboard."""
+    final = (HERE.parents[2] / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    assert "wget" in final
+    assert f"USER {head_of(manifests(job('plain'))[-1])['securityContext']['runAsUser']}\n" in final
+    assert "/opt/launch/bin:$PATH" in final
+    assert '"ray[default,' in (HERE.parents[2] / "pyproject.toml").read_text()
+
+
+# ---- submitting and following ---------------------------------------------------------------------------------------
+
+ASK = (
+    *TOY,
+    "cluster=kuberay",
+    "cluster.size=NC24ads_A100_v4",
+    "cluster.image=launch:1",
+    f"run.root={STORE}",
+    "run.name=a1",
+)
+DONE = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "jobId": "x"}
+RUNNING = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "jobId": "x"}
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", f"{HERE}:{os.environ['PATH']}")
+    monkeypatch.setenv("STATE", str(tmp_path))
+    monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(kubectl_module, "_LOOK_SECONDS", 0.01)
+    return tmp_path
+
+
+def submitted(here: Place, state: Path, says: dict[str, Any], *more: str) -> Result:
+    (state / "says").write_text(json.dumps(says))
+    return here.here(*ASK, *more)
+
+
+def test_a_run_is_submitted_and_followed(here: Place, state: Path) -> None:
+    done = submitted(here, state, {"statuses": [{}, {"jobDeploymentStatus": "Initializing"}, RUNNING, None, DONE]})
+    assert (done.status, done.out) == (0, f"{STORE}/a1\n"), done.err
+    assert "RayJob a1 on my-aks, 1 x Standard_NC24ads_A100_v4" in done.err
+    assert [word for word in ("initializing", "running", "complete") if f"a1 is {word}" not in done.err] == []
+    assert "step 50  loss 0.5" in done.err
+    assert (state / "judge.yaml").read_text() == (state / "create.yaml").read_text()
+    head = head_of(yaml.safe_load((state / "create.yaml").read_text()))
+    words = head["containers"][0]["env"][0]["value"]
+    assert words.startswith(
+        f"launch train --config-dir own experiment=toy run.name=a1 run.root={STORE} cluster=existing "
+    )
+    assert "cluster.node_usd_per_hour=" in words
+    assert "launch:1" not in words
+    assert not here.runs.exists()
+
+
+def test_a_job_that_fails_is_told_with_the_cause(here: Place, state: Path) -> None:
+    failed = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "jobId": "x", "message": "exit code 2"}
+    done = submitted(here, state, {"statuses": [RUNNING, failed]})
+    assert done.status == 1
+    assert "The RayJob a1 failed: exit code 2. What it printed: kubectl --namespace default logs job/a1" in done.err
+
+
+def test_detached_it_is_left_to_itself(here: Place, state: Path) -> None:
+    done = submitted(here, state, {}, "cluster.detach=true", "cluster.context=other", "cluster.namespace=ml")
+    assert (done.status, done.out) == (0, f"{STORE}/a1\n"), done.err
+    assert f"launch stop a1 run.root={STORE}" in done.err
+    calls = (state / "calls").read_text().splitlines()
+    assert all(call.startswith("--context other --namespace ml create") for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        ({"config": "error: current-context is not set"}, "az aks get-credentials"),
+        ({"judge": 'error: no matches for kind "RayJob" in version "ray.io/v1"'}, "KubeRay is not installed there"),
+        ({"judge": 'Error from server (Forbidden): User "ada" cannot create: is forbidden'}, "your account may not"),
+        ({"judge": "error: You must be logged in to the server (Unauthorized)"}, "Log in again"),
+        ({"judge": 'Error from server (AlreadyExists): rayjobs.ray.io "a1" already exists'}, "Take another run.name"),
+        ({"judge": "Unable to connect to the server: dial tcp: lookup x: no such host"}, "cannot be reached from here"),
+        ({"judge": "error: something new"}, "something new"),
+    ],
+)
+def test_a_cluster_that_will_not_is_told_before_anything_is_there(
+    here: Place, state: Path, fails: dict[str, str], told: str
+) -> None:
+    done = submitted(here, state, {"fails": fails})
+    assert done.status == 2
+    assert told in done.err
+    assert not (state / "create.yaml").exists()
+
+
+def test_no_kubectl(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(HERE.parent))
+    monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/")
+    done = here.here(*ASK)
+    assert done.status == 2
+    assert "there is no kubectl here" in done.err
+
+
+def test_plan_prints_the_manifest(here: Place, state: Path) -> None:
+    told = here.here("plan", "--offline", *ASK)
+    assert told.status == 0, told.err
+    assert [part["kind"] for part in yaml.safe_load_all(told.out)] == ["RayJob"]
+    found = json.loads(here.here("plan", "--offline", "--json", *ASK).out)
+    assert (found["run"], found["directory"]) == ("a1", f"{STORE}/a1")
+    assert found["manifests"] == list(yaml.safe_load_all(told.out))
+    assert not (state / "calls").exists(), "a plan asks no cluster"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("+model.secret_key=hunter2",), "+model.secret_key=*** holds a secret"),
+        (("-m", "optimizer.lr=0.1,0.2"), "one RayJob of one run"),
+        (("cluster.namespace=My NS",), "cluster.namespace is 'My NS'"),
+        (("cluster.mounts={/data: 'https://ada.blob.core.windows.net/x?sig=hunter2'}",), "managed identity opens it"),
+    ],
+)
+def test_words_that_cannot_be_are_refused(here: Place, state: Path, more: tuple[str, ...], told: str) -> None:
+    done = here.here(*ASK, *more)
+    assert done.status == 2
+    assert told in done.err
+    assert "hunter2" not in done.err
+    assert not (state / "calls").exists()
