@@ -95,7 +95,8 @@ class Fake:
         self.deployments: dict[str, dict[str, Any]] = {}
         self.operations: dict[str, Operation] = {}
         self.requests: list[str] = []
-        self.token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex  # of the user
+        self.identities: dict[str, str] = {}  # of VMs: token -> name
         self._lock = threading.RLock()
         self._numbers = itertools.count(4)
         self.server: Callable[[Any], ThreadingHTTPServer] = lambda handler: ThreadingHTTPServer(
@@ -177,8 +178,7 @@ class Fake:
             if self.throttle > 0:
                 self.throttle -= 1
                 raise Refusal(429, "TooManyRequests", "The request is being throttled.", {"Retry-After": "1"})
-        if headers.get("Authorization") != f"Bearer {self.token}":
-            raise Refusal(401, "ExpiredAuthenticationToken", "The access token expiry UTC time is earlier than now.")
+        self._authorize(path, (headers.get("Authorization") or "").removeprefix("Bearer "))
         for pattern, serve in (
             (r"/operations/([^/]+)", self._operation),
             (r"/subscriptions/[^/]+/resourcegroups/([^/]+)", self._group),
@@ -194,6 +194,28 @@ class Fake:
             if match:
                 return serve(method, match[1], body, parse_qs(address.query))
         raise Refusal(404, "NotFound", f"The fake knows no {method} {path}")
+
+    def token_of(self, vm: dict[str, Any]) -> str:
+        """Return what the metadata service of a VM gives for its identity."""
+        (identity,) = vm["identity"]["userAssignedIdentities"]
+        token = uuid.uuid4().hex
+        self.identities[token] = identity.rpartition("/")[2]
+        return token
+
+    def _authorize(self, path: str, token: str) -> None:
+        """The user may do all; the identity of a VM what its roles allow, which are those on its group."""
+        if token == self.token:
+            return
+        identity = self.identities.get(token)
+        if identity is None:
+            raise Refusal(401, "ExpiredAuthenticationToken", "The access token expiry UTC time is earlier than now.")
+        roles = self.of_type("microsoft.authorization/roleassignments")
+        scopes = [
+            role["id"].lower().partition("/providers/")[0] for role in roles if identity in role["properties"]["of"]
+        ]
+        if not path.startswith("/operations/") and not any(path.lower().startswith(scope) for scope in scopes):
+            said = f"The client '{identity}' does not have authorization to perform action over scope '{path}'."
+            raise Refusal(403, "AuthorizationFailed", said)
 
     def _operation(self, method: str, name: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
         operation = self.operations[name]

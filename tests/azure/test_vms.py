@@ -6,12 +6,14 @@ Minutes each: `make slow`.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.azure import vms
+from tests.azure.fake import SUBSCRIPTION
 from tests.azure.vms import Vms
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -60,14 +62,45 @@ def test_a_cluster_comes_trains_shrinks_and_goes(there: Vms) -> None:
     assert [host["state"] for host in told["hosts"]] == ["running"] * 3
     assert any("SkuNotAvailable" in note for note in told["notes"])
     no_secret(there)
+    no_rights(there)
     train(there)
-    there.azure.evict(names(there, "worker")[0])
+    evict(there, names(there, "worker")[0])
     await_(lambda: len(names(there, "worker")) == 0, 150, there)
     done = there.launch("down", "demo")
     assert done.status == 0, done.err
     assert there.azure.left("launch-demo") == []
     assert [host.processes() for host in there.hosts[:-1]] == [{}] * 3
     assert there.launch("down", "demo").status == 2  # none is known any more
+
+
+def evict(there: Vms, name: str) -> None:
+    """Azure says it on the VM, the agent there tells the cluster, and then the VM is gone."""
+    there.announce(name, seconds=30)
+    notice = there.disk(there.host(name)) / "home/launch/eviction.log"
+    await_(lambda: f"Preempt of {name}" in notice.read_text(), 20, there)
+    there.azure.evict(name)
+
+
+def no_rights(there: Vms) -> None:
+    """What runs on a worker cannot change the cluster; what runs on the head can, and nothing outside its group."""
+    group = f"subscriptions/{SUBSCRIPTION}/resourceGroups/launch-demo/resources"
+    code = (
+        "import json, sys, urllib.request as u; "
+        "ask = lambda url, **more: u.urlopen(u.Request(url, headers=more), timeout=9).read(); "
+        "token = json.loads(ask('http://169.254.169.254/metadata/identity/oauth2/token', Metadata='true')); "
+        "ask('https://management.azure.com/' + sys.argv[1], Authorization='Bearer ' + token['access_token'])"
+    )
+    proxy = {
+        "HTTPS_PROXY": there.azure.environment["HTTPS_PROXY"],
+        "SSL_CERT_FILE": there.azure.environment["REQUESTS_CA_BUNDLE"],
+    }
+    for name, path, answer in (
+        ("worker", group, "HTTP Error 403"),
+        ("head", group, ""),
+        ("head", f"subscriptions/{SUBSCRIPTION}/providers/Microsoft.Compute/skus", "HTTP Error 403"),
+    ):
+        told = there.host(name).run([sys.executable, "-c", code, path], env=proxy).stderr
+        assert answer in told if answer else not told, (name, path, told)
 
 
 def no_secret(there: Vms) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -122,6 +123,15 @@ class Vms(Lab):
         thread.join()
         return made[0]
 
+    def announce(self, name: str, seconds: float) -> None:
+        """Have Azure say on a VM that it will be taken away."""
+        host = self.host(name)
+        before = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + seconds))
+        event = {"EventId": "1", "EventType": "Preempt", "EventStatus": "Scheduled", "NotBefore": before}
+        (self.disk(host) / "etc/events").write_text(
+            json.dumps({"DocumentIncarnation": 2, "Events": [{**event, "Resources": [name]}]})
+        )
+
     # ---- a VM comes and goes -----------------------------------------------------------------------------------------
 
     def _born(self, vm: dict[str, Any]) -> None:
@@ -164,7 +174,9 @@ class Vms(Lab):
             "OMP_NUM_THREADS": "1",
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         }
-        (home / ".bashrc").write_text(f"export PATH={environment.pop('PATH')}\n")
+        del environment["PATH"]  # no `az` there: a VM asks its metadata service for a token
+        (etc / "token").write_text(self.azure.token_of(vm))
+        (etc / "events").write_text(json.dumps({"DocumentIncarnation": 1, "Events": []}))
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(etc / "host_key")], check=True)
         lines = [
             f"ListenAddress {host.address}",
@@ -183,10 +195,13 @@ class Vms(Lab):
         mounts = (
             f"hostname {vm['name']} && mount -t tmpfs tmpfs /home && mkdir /home/{USER} "
             f"&& mount --bind {home} /home/{USER} && mount --bind {etc}/passwd /etc/passwd "
-            "&& mkdir -p /tmp/ray && mount -t tmpfs -o size=1g tmpfs /tmp/ray"
+            "&& mkdir -p /tmp/ray && mount -t tmpfs -o size=1g tmpfs /tmp/ray "
+            "&& ip address replace 169.254.169.254/32 dev lo"
         )
         done = host.run(["sh", "-c", mounts])
         assert done.returncode == 0, done.stderr
+        service = [sys.executable, "-I", "-S", str(ROOT / "tests/azure/imds.py"), vm["name"]]
+        host.start([*service, str(etc / "token"), str(etc / "events")], env={"RAY_AUTH_TOKEN": ""})
         host.start([SSHD, "-D", "-f", str(etc / "sshd_config"), "-E", str(etc / "sshd.log")], env={"HOME": "/root"})
 
 
