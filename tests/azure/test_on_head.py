@@ -13,10 +13,16 @@ class Acts:
         self.watch = Watch(IDLE, remove, lambda what, count: self.did.append((what, count)), now=0.0)
 
     def at(
-        self, now: float, workers: int, busy: bool = False, wish: int = 2, wished_at: float = 1.0
+        self,
+        now: float,
+        workers: int,
+        busy: bool = False,
+        wish: int = 2,
+        wished_at: float = 1.0,
+        spent: bool = False,
     ) -> list[tuple[str, int]]:
         self.did.clear()
-        self.watch.step(Seen(workers, busy), wish, wished_at, now)
+        self.watch.step(Seen(workers, busy), wish, wished_at, now, spent)
         return list(self.did)
 
 
@@ -59,3 +65,17 @@ def test_the_group_goes_when_it_was_asked_for() -> None:
     assert acts.at(15 + IDLE - 5, workers=0) == []
     assert acts.at(15 + IDLE + 5, workers=0) == [("group", 0)]
     assert Acts(remove=False).at(15 + IDLE + 5, workers=0, wish=0) == []
+
+
+def test_nodes_go_at_once_when_a_budget_is_spent() -> None:
+    acts = Acts()
+    acts.at(15, workers=2, busy=True)
+    assert acts.at(20, workers=2, busy=True, spent=True) == [], "another run is at work"
+    assert acts.at(25, workers=2, spent=True) == [("workers", 2)]
+    assert acts.at(30, workers=0, spent=True) == []
+
+
+def test_a_spent_budget_ends_a_wish() -> None:
+    acts = Acts()
+    assert acts.at(5, workers=1) == [("ask", 2)]
+    assert acts.at(10, workers=1, spent=True) == [("release", 0), ("workers", 1)]

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.clusters.azure import failures
-from launcher.clusters.azure.wanted import DIRECTORY
+from launcher.clusters.azure.wanted import DIRECTORY, SPENT_FILE
 
 ADDRESS = "127.0.0.1:6379"
+SPENT = Path(SPENT_FILE)  # touched by a run that has stopped for its budget (`launcher.money`)
 WISH = Path(DIRECTORY) / "wish"  # how many nodes `launch up` waits for; its age is that of the wish
 CONFIG = Path("~/ray_bootstrap_config.yaml")  # Ray's own copy of what `ray up` was told
 LOGS = Path("/tmp/ray/session_latest/logs")
@@ -59,12 +60,15 @@ class Watch:
         self._asked = 0
         self._met = 0.0  # of the last wish that was met: when it was made
 
-    def step(self, seen: Seen, wish: int, wished_at: float, now: float) -> None:
-        """wish: how many nodes are waited for, and since when (seconds since the epoch, as `now`)."""
+    def step(self, seen: Seen, wish: int, wished_at: float, now: float, spent: bool = False) -> None:
+        """wish: how many nodes are waited for, and since when (seconds since the epoch, as `now`).
+
+        spent: a run has stopped for its budget since: nodes without work go at once.
+        """
         self._busy_at = max(self._busy_at, now if seen.busy else 0.0, wished_at)
         if seen.workers >= wish:
             self._met = wished_at
-        waits = self._met < wished_at and now - wished_at < WISH_SECONDS
+        waits = not spent and self._met < wished_at and now - wished_at < WISH_SECONDS
         if waits:
             self._act("ask", wish)
             self._asked = wish
@@ -77,7 +81,7 @@ class Watch:
         idle = now - self._busy_at
         if self._remove and idle > self._idle_seconds:
             self._act("group", 0)
-        elif seen.workers and idle > self._idle_seconds + GRACE_SECONDS:
+        elif seen.workers and ((spent and not seen.busy) or idle > self._idle_seconds + GRACE_SECONDS):
             self._act("workers", seen.workers)
 
 
@@ -89,13 +93,20 @@ def watch(nodes: int, gpus: int, idle_minutes: float, remove: bool) -> None:
         if what in ("ask", "release"):
             _ask(count, gpus)
             return
-        print(f"{_now()} idle for {idle_minutes:g} minutes: deleting {what}", flush=True)
+        why = "a budget is spent" if SPENT.exists() else f"idle for {idle_minutes:g} minutes"
+        print(f"{_now()} {why}: deleting {what}", flush=True)
         _delete_workers() if what == "workers" else _delete_group()
+        SPENT.unlink(missing_ok=True)
 
     watched = Watch(idle_minutes * 60, remove, act, time.time())
     while True:
         try:
-            watched.step(_seen(), int(WISH.read_text() or 0), WISH.stat().st_mtime, time.time())
+            wished_at = WISH.stat().st_mtime
+            spent = SPENT.exists() and SPENT.stat().st_mtime >= wished_at
+            seen = _seen()
+            watched.step(seen, int(WISH.read_text() or 0), wished_at, time.time(), spent)
+            if spent and not seen.workers:
+                SPENT.unlink(missing_ok=True)
         except Exception as error:  # Ray may be starting, Azure may be busy: the next step tries again
             print(f"{_now()} {type(error).__name__}: {error}", flush=True)
         time.sleep(STEP_SECONDS)

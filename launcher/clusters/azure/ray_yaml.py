@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.clusters.azure import network
-from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, USER, Wanted
+from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, SPENT_FILE, USER, Wanted
 from launcher.clusters.catalogue import Vm
+from launcher.money import SPENT_VARIABLE
 
 PORT = 6379
 DASHBOARD = 8265
@@ -102,7 +103,8 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
         "worker_setup_commands": [],
         "head_start_ray_commands": [
             f"{PYTHON} -m ray.scripts.scripts stop",
-            f"{_ENVIRONMENT}; ulimit -n 65536; {PYTHON} -m ray.scripts.scripts start --head --port={PORT} "
+            f"{_ENVIRONMENT} {SPENT_VARIABLE}={SPENT_FILE}; ulimit -n 65536; "
+            f"{PYTHON} -m ray.scripts.scripts start --head --port={PORT} "
             f"--object-manager-port=8076 --node-ip-address={_OWN} --autoscaling-config=~/ray_bootstrap_config.yaml "
             f"--dashboard-host=127.0.0.1 --dashboard-port={DASHBOARD}",
             _agent("eviction", f"launcher.clusters.eviction --address {_OWN}:{PORT}"),

@@ -17,6 +17,7 @@ DEFAULT_NAME = "azure"
 USER = "ubuntu"
 DIRECTORY = f"/home/{USER}/launch"  # on every VM: `env`, `code`, and what launch writes there
 PYTHON = f"{DIRECTORY}/env/bin/python"
+SPENT_FILE = f"{DIRECTORY}/spent"  # on the head
 ALTERNATIVE_KEYS = ("size", "region", "zone", "spot", "nodes", "min_nodes")
 
 
