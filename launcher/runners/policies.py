@@ -44,7 +44,8 @@ ATTEMPT = "LAUNCH_ATTEMPT"  # the variable that tells a worker which group it be
 PATIENCE = 3.0  # seconds between the first report of a lost peer and the judgement: the cause may come after it
 SILENCE = 2.0  # seconds without an answer after which a worker is suspected of a hang that others complain of
 # Seconds that a worker whose machine is out of reach may be silent: shorter cuts are bridged by TCP, without a restart.
-OUT_OF_REACH = 8.0
+OUT_OF_REACH = 6.0
+KNOWN_SECONDS = 4.0  # that the knowledge of who is out of reach is good for: to ask again takes long
 GROW_SECONDS = 10.0  # between two looks for more room
 START_SECONDS = 10.0  # that a reservation may take before the nodes are looked at anew: one may just have gone
 FREED_SECONDS = 3.0  # that Ray takes at most to see that what a group held is free again
@@ -93,6 +94,13 @@ class Ledger:
     wanting: float | None = None  # since when a group is wanted for which there is no room
     suspects: dict[int, str] = field(default_factory=dict)
     told: int = 0
+    _gone: tuple[float, frozenset[str]] = (float("-inf"), frozenset())  # when asked, and the answer
+
+    def gone(self) -> frozenset[str]:
+        """Return the nodes that Ray believes alive and that do not answer."""
+        if time.monotonic() - self._gone[0] > KNOWN_SECONDS:
+            self._gone = (time.monotonic(), frozenset(unreachable(alive_nodes())))
+        return self._gone[1]
 
     def read(self, key: str) -> str | None:
         value = internal_kv._internal_kv_get(f"{self.rules.run}/{key}", namespace=NAMESPACE)
@@ -237,9 +245,8 @@ class Workers(ScalingPolicy):
     def _settled_room(self) -> int:
         """Return for how many workers there is room, once what the last group held is free again."""
         ledger = self._ledger
-        alive = alive_nodes()
-        gone = unreachable(alive)
-        there = {node["NodeID"] for node in alive} - gone - leaving_nodes()
+        gone = ledger.gone()
+        there = {node["NodeID"] for node in alive_nodes()} - gone - leaving_nodes()
         back = min(ledger.rules.workers, sum(node in there for node in ledger.held))
         end = time.monotonic() + FREED_SECONDS
         while (count := room(ledger.rules.share, gone)) < back and time.monotonic() < end:
@@ -253,7 +260,7 @@ class Workers(ScalingPolicy):
         small = len(worker_group_status.worker_statuses) < ledger.rules.workers
         if small and not ledger.resizing and time.monotonic() - ledger.looked > GROW_SECONDS:
             ledger.looked = time.monotonic()
-            if room(ledger.rules.share, set()) >= 1 and room(ledger.rules.share, unreachable(alive_nodes())) >= 1:
+            if room(ledger.rules.share, set()) >= 1 and room(ledger.rules.share, ledger.gone()) >= 1:
                 ledger.resizing = True
                 ledger.tell(kind="room", attempt=ledger.attempt)
         return NoopDecision()
@@ -307,8 +314,11 @@ class Introduction(WorkerGroupCallback):
 class Avoidance(ControllerCallback):
     """Has no group placed on a machine that does not answer."""
 
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
-        gone = unreachable(alive_nodes())
+        gone = self._ledger.gone()
         return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(sorted(gone))})"} if gone else None
 
 
@@ -323,7 +333,7 @@ class TrainController(RayTrainController):
         arguments["scaling_policy"] = Workers(context.scaling_config, self._ledger)
         arguments["failure_policy"] = Retries(context.run_config.failure_config, self._ledger)
         self._out_of_reach: set[str] = set()  # nodes, at the last look
-        super().__init__(callbacks=[*callbacks, Introduction(self._ledger), Avoidance()], **arguments)
+        super().__init__(callbacks=[*callbacks, Introduction(self._ledger), Avoidance(self._ledger)], **arguments)
 
     def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
         # First, so that what the failed group holds can be given to the next.

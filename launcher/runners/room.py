@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 
-ANSWER_SECONDS = 2.5  # for a connection to a node; the first packet may be lost, the second goes after one
+ANSWER_SECONDS = 1.5  # for a connection to a node; the first packet may be lost, the second goes after one
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def _answers(node: dict[str, Any]) -> bool:
     return False
 
 
-def room(share: dict[str, float], without: set[str]) -> int:
+def room(share: dict[str, float], without: Set[str]) -> int:
     """Return how many workers fit into what is free now on the nodes that stay.
 
     Args:
