@@ -17,7 +17,8 @@ class Pace:
     """Keeps the seconds of a step, of a save until it is durable, and of an evaluation, and tells them as an event.
 
     Event `pace`: step_seconds (mean of the last interval), save_seconds (the longest of the last three saves, on all
-    ranks together; None before the first), evaluation_seconds (of the last one; 0 before it).
+    ranks together, and of sending them to an object store; None before the first), evaluation_seconds (of the last
+    one; 0 before it).
     """
 
     def __init__(self, emit: Callable[[dict[str, Any]], None]) -> None:
@@ -32,13 +33,18 @@ class Pace:
         yield
         self._evaluation = perf_counter() - began
 
-    def look(self, step_seconds: float, newest: Saved | None) -> None:
-        """Take the figures of an interval; tell them where they are news."""
+    def look(self, step_seconds: float, newest: Saved | None, sending: float | None = 0.0) -> None:
+        """Take the figures of an interval; tell them where they are news.
+
+        Args:
+            sending: seconds that a save takes to the object store of the run; None where nobody knows yet.
+        """
         if newest is not None and (not self._saves or self._saves[-1] is not newest):
             self._saves.append(newest)
+        longest = max((saved.seconds for saved in self._saves), default=None)
         figures = {
             "step_seconds": step_seconds,
-            "save_seconds": max((saved.seconds for saved in self._saves), default=None),
+            "save_seconds": None if longest is None or sending is None else longest + sending,
             "evaluation_seconds": self._evaluation,
         }
         if not self._told or any(_differ(figures[name], self._told[name]) for name in figures):

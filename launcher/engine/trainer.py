@@ -444,7 +444,7 @@ class Trainer:
         values.update(self.throughput.interval())
         taken = self.job.trainer.global_batch_size / max(values["throughput/samples_per_second"], 1e-9)
         if self.runtime.is_first:
-            self._pace.look(taken, self.checkpointer.last)
+            self._pace.look(taken, self.checkpointer.last, 0.0 if self.uploads is None else self.uploads.seconds)
         if self.advice is not None:
             values["throughput/predicted_ratio"] = self.advice.step.seconds / taken
         if self._share is not None:

@@ -30,6 +30,7 @@ from launcher.errors import Stopped, WorkerLost
 from launcher.runners import ray_train
 from launcher.runners.channel import DriverEnd, WorkerEnd
 from launcher.runners.policies import Rules
+from launcher.runners.preemption import Evictions, RayCluster
 from launcher.runners.ray_train import Order
 from launcher.runners.reports import Event, describe, rebuild
 from launcher.runners.signals import STOPPING, Interrupts
@@ -123,6 +124,11 @@ class _Supervision:
         self.channel = channel
         self._trainer, self._on_event, self._interrupts = trainer, on_event, interrupts
         self._cluster, self._workers = cluster, workers
+        self._evictions: Evictions | None = None
+        if cluster.existing:
+            self._evictions = Evictions(RayCluster(), self._note, heals=True)
+        self._nodes: dict[int, tuple[str, str]] = {}  # by slot: Ray's id of the node, and its name
+        self._pace: Event | None = None
         self._result: dict[str, Any] | None = None
         self._training = False
         self._step = -1
@@ -141,6 +147,8 @@ class _Supervision:
                     "memory. Continue the run from its newest checkpoint with run.resume=true."
                 )
             self._look()
+            if self._evictions and self._evictions.look(dict(self._nodes.values()), self._pace, time.time()) == "stop":
+                self.channel.request("stop")  # the machine of this command goes, and with it the run
             if self._interrupts.count >= 2 or (self._interrupts.count and not self._training):
                 self._end()
                 raise Stopped(self._interrupts.signal_number or 0)
@@ -155,6 +163,9 @@ class _Supervision:
         if self._thread.is_alive():  # Ray still starts a worker, which would find nothing to do
             self._end()
         return self._result
+
+    def _note(self, text: str) -> None:
+        self._on_event({"kind": "note", "text": text})
 
     def _fit(self) -> None:
         try:
@@ -178,6 +189,8 @@ class _Supervision:
                 self._result = event["result"]
             elif kind == "worker":
                 self._started(event)
+            elif kind == "pace":
+                self._pace = event
             elif kind == "error" and not event["aftermath"]:
                 self._end()
                 raise rebuild(event)
@@ -189,6 +202,7 @@ class _Supervision:
 
     def _started(self, event: Event) -> None:
         self._starts += 1
+        self._nodes[event["rank"]] = (event["node"], event["host"])
         if self._starts > STARTS * self._workers:
             self._end()
             raise WorkerLost(
@@ -197,8 +211,9 @@ class _Supervision:
                 "scaling.workers, and continue from the newest checkpoint with run.resume=true."
             )
         if event["replaces"]:
-            text = f"A new worker {event['rank']} (process {event['pid']} on {event['host']}) starts, and will join."
-            self._on_event({"kind": "note", "text": text})
+            self._note(
+                f"A new worker {event['rank']} (process {event['pid']} on {event['host']}) starts, and will join."
+            )
 
 
 # ---- the workers' side ----------------------------------------------------------------------------------------------

@@ -38,3 +38,13 @@ def test_only_news_are_told_and_a_slow_save_is_remembered_for_a_while() -> None:
         pace.look(1.0, newest)
         pace.look(1.0, newest)  # logged again before the next save
     assert [event["save_seconds"] for event in told] == [None, 2.0, 9.0, 2.1]
+
+
+def test_a_save_takes_until_it_is_on_the_object_store() -> None:
+    """Would be wrong: a machine that is left with the only copy of the newest checkpoint."""
+    told: list[dict[str, Any]] = []
+    pace = Pace(told.append)
+    newest = Saved(4, Path(), 0, 0.0, 2.0)
+    pace.look(1.0, newest, None)  # nothing has been sent yet
+    pace.look(1.0, newest, 30.0)
+    assert [event["save_seconds"] for event in told] == [None, 32.0]

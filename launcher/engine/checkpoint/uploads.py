@@ -13,8 +13,9 @@ import os
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.engine.checkpoint import files
@@ -35,6 +36,7 @@ class Upload:
     step: int
     folder: Path
     names: list[str] | None = None
+    submitted: float = field(default_factory=time.monotonic)
 
 
 class Uploads:
@@ -65,6 +67,7 @@ class Uploads:
         self._running: Upload | None = None
         self._owed: dict[int, Upload] = {}  # could not be sent
         self._sent: int | None = None
+        self._took: deque[float] = deque(maxlen=3)  # seconds from being submitted to being there
         self._thread: threading.Thread | None = None
 
     # ---- sending ----------------------------------------------------------------------------------------------------
@@ -94,6 +97,11 @@ class Uploads:
         with self._changed:
             running = [self._running] if self._running else []
             return {upload.step for upload in (*self._waiting, *running)} | set(self._owed)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the slowest of the last three took, from being saved here to being there; None before the first."""
+        return max(self._took, default=None)
 
     def settle(self, seconds: float) -> bool:
         """Give what is being sent so many seconds; tell whether all of it is there."""
@@ -139,6 +147,8 @@ class Uploads:
                     f"The checkpoint of step {upload.step} is not in the run root yet; training goes on. {error}"
                 )
             with self._changed:
+                if error is None:
+                    self._took.append(time.monotonic() - upload.submitted)
                 if error is not None:
                     self._owed[upload.step] = upload
                 elif self._rank == 0:
