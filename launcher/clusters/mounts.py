@@ -136,16 +136,24 @@ def blobfuse(mount: Mount, client_id: str | None = None) -> str:
 
 
 def setup_lines(mounts: Sequence[Mount], client_id: str | None = None) -> list[str]:
-    """Return the shell lines that mount everything on a node with Ubuntu, for a user who may use sudo.
+    """Return the shell lines that mount everything on a VM with Ubuntu, for a user who may use sudo.
 
     Repeated, they change nothing. The cache goes to the local NVMe disk (the first that is not in use is formatted:
     Azure's temporary disks are blank), else to the temporary disk, else to the system's.
+
+    Raises:
+        ConfigError: one of them is a claim of Kubernetes.
     """
-    blobs = [mount for mount in mounts if mount.claim is None]
-    if not blobs:
+    claims = [mount for mount in mounts if mount.claim is not None]
+    if claims:
+        raise ConfigError(
+            f"cluster.mounts: {claims[0].path} is {CLAIM}{claims[0].claim}, a volume claim of Kubernetes, and these nodes "
+            "are VMs. Name a container: abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH."
+        )
+    if not mounts:
         return []
     lines = [_INSTALL, _DISK, f"sudo mkdir -p {_SETTINGS}"]
-    for mount in blobs:
+    for mount in mounts:
         file = f"{_SETTINGS}/{mount.slug}.yaml"
         lines.append(f"printf %s {shlex.quote(blobfuse(mount, client_id))} | sudo tee {file} > /dev/null")
         lines.append(
