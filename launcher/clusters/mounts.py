@@ -147,8 +147,8 @@ def setup_lines(mounts: Sequence[Mount], client_id: str | None = None) -> list[s
     claims = [mount for mount in mounts if mount.claim is not None]
     if claims:
         raise ConfigError(
-            f"cluster.mounts: {claims[0].path} is {CLAIM}{claims[0].claim}, a volume claim of Kubernetes, and these nodes "
-            "are VMs. Name a container: abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH."
+            f"cluster.mounts: {claims[0].path} is {CLAIM}{claims[0].claim}, a volume claim of Kubernetes, and these "
+            "nodes are VMs. Name a container: abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH."
         )
     if not mounts:
         return []
