@@ -204,3 +204,24 @@ def test_a_sweep_keeps_one_budget_for_all_its_trials(tmp_path: Path, monkeypatch
     trial = json.loads((tmp_path / "s/0/result.json").read_text())
     assert (trial["status"], trial["reason"]) == ("completed", None)
     assert 0 < trial["cost_usd"] < 3 <= found["cost_usd"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_started_again_counts_each_second_once(here: Place) -> None:
+    """A worker is killed at step 6: two groups of workers, one life."""
+    killed = "callbacks.killed={_target_: toy.Accidents, happen: [{rank: 1, step: 6, name: KILL}]}"
+    start = time.time()
+    words = (
+        "cluster=local",
+        "scaling.workers=2",
+        "scaling.cpus_per_worker=0.5",
+        "trainer.epochs=4",
+        "trainer.log_every=1",
+    )
+    done = here.here(*TOY, *words, "+" + killed, "run.name=a", A_SECOND, "checkpoint.every=2")
+    took = time.time() - start
+    assert done.status == 0, done.err
+    result = here.result("a")
+    assert (result["status"], result["restarts"]) == ("completed", 1)
+    assert result["seconds"] <= took
+    assert result["cost_usd"] == pytest.approx(result["seconds"], abs=0.1)
