@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.engine_ranks import assert_same_weights, final_weights
 from tests.vmlab import elsewhere
 from tests.vmlab.elsewhere import Elsewhere
 
@@ -34,15 +35,18 @@ def left(there: Elsewhere) -> dict[str, list[str]]:
     return {name: words for name, words in found.items() if words}
 
 
-def seen_everywhere(there: Elsewhere, secret: str) -> list[str]:
-    """Return where a secret is seen: in processes' command lines and environments, and in files others may read."""
+def seen_everywhere(there: Elsewhere, secret: str, environments: bool = True) -> list[str]:
+    """Return where a secret is seen: in processes' command lines and environments, and in files.
+
+    The token's own files are no find where they are for their user alone.
+    """
     found = []
     for host in there.hosts:
         for pid, words in host.processes().items():
             if secret in words:
                 found.append(f"command line on {host.name}: {words}")
             try:
-                if secret.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                if environments and secret.encode() in Path(f"/proc/{pid}/environ").read_bytes():
                     found.append(f"environment on {host.name}: {words}")
             except OSError:
                 continue
@@ -189,3 +193,39 @@ def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(there: Elsewhere, tm
     assert status(there) == {"vm1": "lives", "vm2": "lives"}
     assert there.launch("down").status == 0
     assert left(there) == {}
+
+
+# ---- a run on them --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_machine_lost_during_training_costs_no_bit(there: Elsewhere) -> None:
+    """One worker a machine; the weights are those of one process; a value of the environment is seen nowhere."""
+    job = ["experiment=mnist", "trainer.epochs=6", "trainer.deterministic=true", "logging.graph=false"]
+    runs, planted = there.calling / "runs", "pl4nted-" + "5ec7e7"
+    assert there.launch("up", *there.words(), seconds=200).status == 0
+    workers = ["scaling.workers=2", "scaling.cpus_per_worker=2", "checkpoint.every=20", "cluster.env=[PLANTED]"]
+    training = there.start(*job, "cluster=ssh", "run.name=two", *workers, PLANTED=planted)
+
+    def steps() -> int:
+        assert training.poll() is None, there.laptop.log()[-3000:]
+        return len((runs / "two" / "metrics.jsonl").read_text().splitlines()) if (runs / "two").exists() else 0
+
+    wait_for(lambda: (runs / "two" / "metrics.jsonl").exists() and steps() >= 4, 120, "it does not train")
+    assert seen_everywhere(there, planted, environments=False) == []
+    lost = next(host for host in there.machines[1:] if host.find("RayTrainWorker"))
+    lost.kill()
+    assert training.wait(150) == 0, there.laptop.log()[-3000:]
+    found = json.loads((runs / "two" / "result.json").read_text())
+    assert (found["status"], found["restarts"], found["workers"]) == ("completed", 1, 2)
+    (cluster,) = json.loads(there.launch("status", "--json").out)
+    assert any(note.startswith(f"Ray lost {lost.name} at ") for note in cluster["notes"])
+    assert any(f"{lost.name} is there, and nothing listens" in note for note in cluster["notes"])
+
+    assert there.launch(*job, "cluster=none", "run.name=one").status == 0
+    assert_same_weights(final_weights(runs / "one"), final_weights(runs / "two"))
+    there.start_sshd(lost)
+    assert there.launch("down").status == 0
+    assert left(there) == {}
+    assert seen_everywhere(there, planted) == []
