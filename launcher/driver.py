@@ -7,6 +7,7 @@ The order (words, directories, values of the environment) lies in the memory of 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 
 from launcher import jobs
 from launcher.clusters import ray_jobs
+from launcher.clusters.existing import ExistingRay, look
+from launcher.clusters.needs import Needs
 from launcher.errors import ClusterError, LaunchError, Stopped, UserCodeError
 from launcher.plan import Plan
 from launcher.prepare import Prepared, Request
@@ -63,12 +66,23 @@ def _drive(job: str, observer: jobs.Observer) -> dict[str, Any]:
     os.environ.update(order["environment"])
     if order["calling"]:
         os.chdir(order["calling"])
+    _meet(Needs(**order["needs"]), address, observer)
     config_dir = Path(order["config_dir"]).absolute() if order["config_dir"] else None
     outcome = jobs.train(Request(order["words"], config_dir, on_head=address), observer)
     status = 0
     if outcome.signal_number is not None and outcome.result.get("status") == "stopped":
         status = jobs.exit_status_of(outcome.signal_number)
     return {"status": status, "result": outcome.result, "signal": outcome.signal_number}
+
+
+def _meet(needs: Needs, address: str, observer: jobs.Observer) -> None:
+    """Have every node get what the job needs, before anything of the calling directory is imported here."""
+    if not needs:
+        return
+    observer.event({"kind": "note", "text": f"Preparing the nodes: {needs.told()}"})
+    with ExistingRay(address, environment=needs.names):
+        needs.meet(look(address), os.getcwd())
+    importlib.invalidate_caches()
 
 
 def told(error: LaunchError) -> dict[str, Any]:

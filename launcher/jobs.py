@@ -95,6 +95,10 @@ def train(request: Request, observer: Observer) -> Outcome:
             return Outcome(prepared.directory.result(), prepared.directory)
         if is_elsewhere(prepared.job.cluster):
             return _train_elsewhere(request, prepared, observer)
+        if prepared.job.cluster.setup and request.on_head is None:
+            observer.event(
+                {"kind": "note", "text": "cluster.setup is for the nodes of a cluster; nothing of it is run here."}
+            )
         plan = checked_plan(prepared.job, observer, marks=record.marks)
         task = record.begin(plan)
         observer.prepared(prepared, plan)

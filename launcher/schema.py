@@ -162,6 +162,7 @@ class ClusterConfig:
     namespace: str = "default"  # of Kubernetes
     secret: str | None = None  # of Kubernetes, whose keys are what `env` names
     service_account: str | None = None  # of the pods, with a workload identity that may reach storage
+    setup: list[str] = field(default_factory=list)  # shell lines for every node, before a run
     env: list[str] = field(default_factory=list)  # names of variables that the workers get from here
     detach: bool = False  # do not wait for a run elsewhere
 

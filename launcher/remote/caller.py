@@ -6,13 +6,14 @@ import contextlib
 import signal
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher import errors
 from launcher.clusters import project, rates
 from launcher.clusters.heads import Head
+from launcher.clusters.needs import Needs
 from launcher.clusters.ray_jobs import Jobs, Unreachable, checked_url, own_token
 from launcher.clusters.ssh import place_of as place_on_host
 from launcher.config import ClusterConfig
@@ -57,6 +58,7 @@ class Caller:
         self._on_event, self._ask = on_event, ask
         self._run = prepared.directory
         self._made: list[Path] = []
+        self._needs: dict[str, Any] = {}
 
     def train(self, interrupts: Any) -> Sent:
         """Send the run off and follow it to its end.
@@ -71,6 +73,7 @@ class Caller:
         """
         cluster = self._prepared.job.cluster
         values = freight.environment(cluster.env)
+        self._needs = asdict(Needs.of(self._request.calling, cluster.setup, cluster.env))
         try:
             if cluster.kind == "existing":
                 return self._on_url(str(cluster.address), values, interrupts)
@@ -142,13 +145,13 @@ class Caller:
             if config_dir is not None and config is None:
                 config = f"{where}-config"
                 has_copy.shell().send(config_dir, project.files(config_dir), config)
-            jobs.put(found.job, freight.order(words, where, config, values))
+            jobs.put(found.job, freight.order(words, where, config, values, needs=self._needs))
             jobs.submit(found.job, driver, {})
             return
         with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
             told, config, _ = freight.pack(calling, config_dir, Path(folder))
             self._note(f"Sending {told}.")
-            jobs.put(found.job, freight.order(words, None, config, values))
+            jobs.put(found.job, freight.order(words, None, config, values, needs=self._needs))
             own = [Path(folder) / "own" / part for part in project.OWN]
             jobs.submit(found.job, driver, {}, own, working_dir=str(Path(folder) / "calling"))
 
@@ -187,7 +190,7 @@ class Caller:
         words = self._words(self._run.root)
         if seen.sees_calling and seen.same_project:
             where = str(config_dir) if config_dir else None
-            jobs.put(found.job, freight.order(words, str(calling), where, values))
+            jobs.put(found.job, freight.order(words, str(calling), where, values, needs=self._needs))
             jobs.submit(found.job, driver, {"PYTHONPATH": str(project.HOME)})
             return
         self._send(jobs, found, driver, words, values, None)

@@ -177,3 +177,19 @@ def test_errors_there_are_errors_here(place: Place, jobs_cluster: JobsCluster, n
     assert nobody.status == 2
     assert "could not be used" in nobody.err
     assert not (place.runs / "f").exists()
+
+
+@pytest.mark.slow
+def test_what_the_job_needs_is_met_before_it_begins(place: Place, jobs_cluster: JobsCluster, network: Network) -> None:
+    (place.directory / "requirements.txt").write_text("rich\n")
+    setup = 'cluster.setup=["echo $PLANTED | wc -c > counted"]'
+    done = start(place, jobs_cluster, network, "run.name=g", "cluster.env=[PLANTED]", setup).finish(100)
+    assert done.status == 0, done.err
+    assert "Preparing the nodes: requirements.txt and cluster.setup" in done.err
+    assert (place.directory / "counted").read_text().split() == ["15"]
+    failing = 'cluster.setup=["echo has $PLANTED >&2; exit 4"]'
+    refused = start(place, jobs_cluster, network, "run.name=h", "cluster.env=[PLANTED]", failing).finish(60)
+    assert refused.status == 2, refused.err
+    assert "ended with status 4: has ***" in refused.err
+    assert SECRET not in refused.err
+    assert not (place.runs / "h").exists()
