@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import errors
-from launcher.clusters import project, rates
+from launcher.clusters import mounts, project, rates
 from launcher.clusters.heads import Head
 from launcher.clusters.needs import Needs
 from launcher.clusters.ray_jobs import Jobs, Unreachable, checked_url, own_token
@@ -73,7 +73,8 @@ class Caller:
         """
         cluster = self._prepared.job.cluster
         values = freight.environment(cluster.env)
-        self._needs = asdict(Needs.of(self._request.calling, cluster.setup, cluster.env))
+        mounted = mounts.setup_lines(mounts.read(cluster.mounts))
+        self._needs = asdict(Needs.of(self._request.calling, [*mounted, *cluster.setup], cluster.env))
         try:
             if cluster.kind == "existing":
                 return self._on_url(str(cluster.address), values, interrupts)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from launcher.clusters.mounts import Mount, blobfuse, read, setup_lines
+from launcher.config import compose
 from launcher.errors import ConfigError
 
 IMAGENET = "abfss://sets@ada.dfs.core.windows.net/imagenet/2012"
@@ -121,3 +122,14 @@ def test_the_lines_mount_once(tmp_path: Path) -> None:
     ]
     assert (tmp_path / "root/var/cache/launch-blobfuse").resolve() == tmp_path / "root/mnt/launch-nvme/launch-blobfuse"
     assert (tmp_path / "root/etc/launch-mounts/data.yaml").read_text().startswith("read-only: true")
+
+
+@pytest.mark.parametrize("kind", ["local", "none", "existing"])
+def test_machines_that_are_there_are_not_changed(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"but the cluster is {kind}"):
+        compose([f"cluster={kind}", f"cluster.mounts={{/data: {IMAGENET}}}"])
+
+
+def test_nodes_of_ssh_take_it() -> None:
+    job = compose(["cluster=ssh", "cluster.hosts=[vm1]", f"cluster.mounts={{/data: {IMAGENET}}}"]).job
+    assert read(job.cluster.mounts)[0].account == "ada"
