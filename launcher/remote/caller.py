@@ -118,7 +118,7 @@ class Caller:
             driver = freight.entrypoint("-m", "launcher.driver", found.job, python=head.python)
             cost = rates.words(self._prepared.job.cluster, head.usd_per_hour, len(head.hosts) or 1)
             words = [*self._words(root), *cost]
-            self._send(jobs, found, driver, words, values, head if head.kind == "ssh" else None)
+            self._send(jobs, found, driver, words, values, head)
             copies = Copies(shell, there, self._run) if there is not None else None
             if copies is None or self._prepared.job.cluster.detach:
                 return self._attended(jobs, found, interrupts)
@@ -136,16 +136,16 @@ class Caller:
             return replace(sent, result=self._run.result() or sent.result) if sent.result else sent
 
     def _send(
-        self, jobs: Jobs, found: Place, driver: str, words: list[str], values: dict[str, str], has_copy: Head | None
+        self, jobs: Jobs, found: Place, driver: str, words: list[str], values: dict[str, str], head: Head | None
     ) -> None:
         """Start the driver; where no copy of the project lies on the nodes, it is sent through Ray Jobs."""
         calling, config_dir = self._request.calling.absolute(), self._request.config_dir
-        if has_copy is not None:
-            where = f"{has_copy.directory}/{place_on_host(calling)}"
+        if head is not None and head.kind == "ssh":
+            where = f"{head.directory}/{place_on_host(calling)}"
             config = str(config_dir.relative_to(calling)) if config_dir and config_dir.is_relative_to(calling) else None
             if config_dir is not None and config is None:
                 config = f"{where}-config"
-                has_copy.shell().send(config_dir, project.files(config_dir), config)
+                head.shell().send(config_dir, project.files(config_dir), config)
             jobs.put(found.job, freight.order(words, where, config, values, needs=self._needs))
             jobs.submit(found.job, driver, {})
             return
@@ -153,8 +153,10 @@ class Caller:
             told, config, _ = freight.pack(calling, config_dir, Path(folder))
             self._note(f"Sending {told}.")
             jobs.put(found.job, freight.order(words, None, config, values, needs=self._needs))
-            own = [Path(folder) / "own" / part for part in project.OWN]
-            jobs.submit(found.job, driver, {}, own, working_dir=str(Path(folder) / "calling"))
+            # VMs that come and go have launch from the head: in one place, where its parts find each other.
+            there = {} if head is None else {"PYTHONPATH": f"{head.directory}/launch"}
+            own = [Path(folder) / "own" / part for part in project.OWN] if head is None else []
+            jobs.submit(found.job, driver, there, own, working_dir=str(Path(folder) / "calling"))
 
     def _note(self, text: str) -> None:
         self._on_event({"kind": "note", "text": text})
