@@ -74,7 +74,8 @@ class Jobs:
         try:
             from ray.job_submission import JobSubmissionClient
 
-            logging.getLogger("ray.dashboard.modules").setLevel(logging.ERROR)
+            for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+                logging.getLogger(name).setLevel(logging.ERROR)
             self._client: JobSubmissionClient = JobSubmissionClient(url, headers=dict(self._headers))
         except Exception as error:
             raise _refused(url, error) from None

@@ -115,10 +115,9 @@ class Caller:
         if there is not None and self._prepared.resumes:
             bring(shell, there, self._run)
         with through(head) as jobs:
-            driver = freight.entrypoint("-m", "launcher.driver", found.job, python=head.python)
             cost = rates.words(self._prepared.job.cluster, head.usd_per_hour, len(head.hosts) or 1)
             words = [*self._words(root), *cost]
-            self._send(jobs, found, driver, words, values, head)
+            self._send(jobs, found, words, values, head)
             copies = Copies(shell, there, self._run) if there is not None else None
             if copies is None or self._prepared.job.cluster.detach:
                 return self._attended(jobs, found, interrupts)
@@ -136,9 +135,10 @@ class Caller:
             return replace(sent, result=self._run.result() or sent.result) if sent.result else sent
 
     def _send(
-        self, jobs: Jobs, found: Place, driver: str, words: list[str], values: dict[str, str], head: Head | None
+        self, jobs: Jobs, found: Place, words: list[str], values: dict[str, str], head: Head | None = None
     ) -> None:
         """Start the driver; where no copy of the project lies on the nodes, it is sent through Ray Jobs."""
+        python = head.python if head is not None else None
         calling, config_dir = self._request.calling.absolute(), self._request.config_dir
         if head is not None and head.kind == "ssh":
             where = f"{head.directory}/{place_on_host(calling)}"
@@ -147,16 +147,19 @@ class Caller:
                 config = f"{where}-config"
                 head.shell().send(config_dir, project.files(config_dir), config)
             jobs.put(found.job, freight.order(words, where, config, values, needs=self._needs))
-            jobs.submit(found.job, driver, {})
+            jobs.submit(found.job, freight.entrypoint("-m", "launcher.driver", found.job, python=python), {})
             return
         with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
             told, config, _ = freight.pack(calling, config_dir, Path(folder))
             self._note(f"Sending {told}.")
             jobs.put(found.job, freight.order(words, None, config, values, needs=self._needs))
-            # VMs that come and go have launch from the head: in one place, where its parts find each other.
-            there = {} if head is None else {"PYTHONPATH": f"{head.directory}/launch"}
-            own = [Path(folder) / "own" / part for part in project.OWN] if head is None else []
-            jobs.submit(found.job, driver, there, own, working_dir=str(Path(folder) / "calling"))
+            workdir = str(Path(folder) / "calling")
+            if head is not None:  # VMs that come and go have launch from the head: in one place
+                driver = freight.entrypoint("-m", "launcher.driver", found.job, python=python)
+                jobs.submit(found.job, driver, {"PYTHONPATH": f"{head.directory}/launch"}, working_dir=workdir)
+                return
+            driver = freight.entrypoint(*freight.with_own("launcher.driver"), found.job)
+            jobs.submit(found.job, driver, {}, [Path(folder) / freight.OWN], working_dir=workdir)
 
     def _note(self, text: str) -> None:
         self._on_event({"kind": "note", "text": text})
@@ -196,7 +199,7 @@ class Caller:
             jobs.put(found.job, freight.order(words, str(calling), where, values, needs=self._needs))
             jobs.submit(found.job, driver, {"PYTHONPATH": str(project.HOME)})
             return
-        self._send(jobs, found, driver, words, values, None)
+        self._send(jobs, found, words, values)
 
     def _followed(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
         handled = 0

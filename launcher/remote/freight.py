@@ -19,6 +19,8 @@ from launcher.clusters.ray_jobs import OVER, Jobs, Unreachable
 from launcher.errors import ClusterError, ConfigError
 from launcher.phrases import size
 
+# A folder that Ray makes importable. Launch lies in it as a whole: its parts look for each other.
+OWN = "launch_freight"
 PROBE_SECONDS = 120.0
 # A job is started by a shell, whose PATH may know another Python than the one that Ray runs on: the shell's parent.
 _PYTHON = (
@@ -32,6 +34,12 @@ def entrypoint(*words: str, python: str | None = None) -> str:
     """Return the shell line of a job that runs Python with these words: with `python`, or with the one of Ray."""
     start = _PYTHON if python is None else f"exec {shlex.quote(python)}"
     return f"{start} {shlex.join(words)}"
+
+
+def with_own(module: str) -> list[str]:
+    """Return the words that have Python run `main` of a module of ours where launch came as `OWN`, see `pack`."""
+    code = f"import sys, {OWN}; sys.path.insert(0, {OWN}.__path__[0]); from {module} import main; sys.exit(main())"
+    return ["-c", code]
 
 
 def new_job() -> str:
@@ -158,7 +166,8 @@ def pack(calling: Path, config_dir: Path | None, target: Path) -> tuple[str, str
             _copy(config_dir, more, place / relative)
             total += project.size(config_dir, more)
     own = project.own_files()
-    _copy(project.HOME, own, target / "own")
+    _copy(project.HOME, own, target / OWN)
+    (target / OWN / "__init__.py").touch()
     total += project.size(project.HOME, own)
     return f"{calling} and launch itself, {size(total)}", relative, total
 
