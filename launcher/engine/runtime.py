@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -135,10 +136,18 @@ class Runtime:
 
     def leave_groups(self) -> None:
         """Drop every process group, whatever is under way in it: whoever waits for this rank fails at once."""
+        left = [self.group, self.host_group, *self._task_groups]
         self.group = self.host_group = None
         self._task_groups.clear()
         if dist.is_initialized():
             dist.distributed_c10d._abort_process_group()
+            # A group's destructor holds the interpreter while it waits for the group's thread, and that thread needs the
+            # interpreter to let go of a tensor: a deadlock where the last reference goes while an operation is failing.
+            # So it goes later, when every operation has long ended.
+            release = threading.Timer(COLLECTIVE_TIMEOUT.total_seconds() + 10, left.clear)
+            release.daemon = True
+            release.start()
+        del left
 
     def enter_groups(self, rank: int, world_size: int, store: dist.Store | None, wait: timedelta) -> None:
         """Be `rank` of so many from here on. `wait`: how long to wait for the others; `store` is where they meet."""
