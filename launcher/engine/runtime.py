@@ -141,13 +141,12 @@ class Runtime:
         self._task_groups.clear()
         if dist.is_initialized():
             dist.distributed_c10d._abort_process_group()
-            # A group's destructor holds the interpreter while it waits for the group's thread, and that thread needs the
-            # interpreter to let go of a tensor: a deadlock where the last reference goes while an operation is failing.
-            # So it goes later, when every operation has long ended.
+            # A group's destructor holds the interpreter while it waits for the group's thread, and that thread needs
+            # the interpreter to let go of a tensor: a deadlock where the last reference goes while an operation is
+            # failing. So it goes later, when every operation has long ended.
             release = threading.Timer(COLLECTIVE_TIMEOUT.total_seconds() + 10, left.clear)
             release.daemon = True
             release.start()
-        del left
 
     def enter_groups(self, rank: int, world_size: int, store: dist.Store | None, wait: timedelta) -> None:
         """Be `rank` of so many from here on. `wait`: how long to wait for the others; `store` is where they meet."""
