@@ -1,6 +1,6 @@
 """Which run the words of a command mean, and with which configuration: a new one, one that goes on, one like another.
 
-Nothing is written here; `launcher.jobs` does what was decided.
+Nothing is written here; `launcher.jobs` and `launcher.run_record` do what was decided.
 """
 
 from __future__ import annotations

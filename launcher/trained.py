@@ -17,12 +17,13 @@ from launcher import ranks, runs
 from launcher.config import ClusterConfig, Composition, compose
 from launcher.engine.entry import Task
 from launcher.errors import StorageError
-from launcher.jobs import Observer, best_checkpoint, device_of, ended_by_signals, over_text, run_task
+from launcher.jobs import Observer, device_of, ended_by_signals, over_text, run_task
 from launcher.mirror import written
 from launcher.plan import machines_of
 from launcher.prepare import Request, check_same_model, over_the_run, root_of, run_section, same_section
 from launcher.remote.place import is_elsewhere
 from launcher.runs import RunDirectory
+from launcher.weights import best_checkpoint
 
 
 @dataclass(frozen=True)

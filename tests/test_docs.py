@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher import config, jobs, keys, targets
+from launcher import config, keys, targets
 from launcher.engine.checkpoint import load_weights
 from launcher.line import parse
 from launcher.runs import RunDirectory
+from launcher.weights import best_checkpoint
 from tests.command import LAUNCH, Place
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,7 +206,7 @@ def test_the_other_examples_run(tmp_path: Path) -> None:
     assert len((tmp_path / "runs/first/evaluations.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "runs/first/export/network.pt2").exists()
     # The fine-tuned classifier.
-    both = [load_weights(jobs.best_checkpoint(RunDirectory(tmp_path / "runs" / name))) for name in ("digits", "parity")]
+    both = [load_weights(best_checkpoint(RunDirectory(tmp_path / "runs" / name))) for name in ("digits", "parity")]
     stems = [{name: value for name, value in weights.items() if name.startswith("stem")} for weights in both]
     assert len(stems[0]) == 4
     assert all(torch.equal(value, stems[1][name]) for name, value in stems[0].items())

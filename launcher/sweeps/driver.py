@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from launcher.engine.control import PRUNE, Watch
 from launcher.errors import LaunchError, RequestError, Stopped, UserCodeError, WorkerLost
-from launcher.jobs import Origin, Record, cluster_of
+from launcher.jobs import cluster_of
 from launcher.money import BUDGET, Bill, Rate, tell_owner
 from launcher.phrases import duration, number
 from launcher.plan import machines_of
 from launcher.prepare import Prepared
+from launcher.run_record import Origin, Record
 from launcher.runners.signals import Interrupts
 from launcher.runners.tasks import Ended, Shape
 from launcher.runs import RunDirectory

@@ -15,9 +15,10 @@ from typing import Any
 from launcher import ranks, runs, targets
 from launcher.config import Composition, SweepConfig, compose, default_run_name, parse_interval, peek, sources
 from launcher.errors import ConfigError, RunError, did_you_mean
-from launcher.jobs import Observer, check_budget, checked_plan
+from launcher.jobs import Observer, checked_plan
 from launcher.plan import Machines, Plan, machines_of
 from launcher.prepare import Request, key_of, root_of, run_like
+from launcher.run_record import check_budget
 from launcher.runners.tasks import Shape, fits
 from launcher.runs import RunDirectory
 from launcher.schema import ClusterConfig, check_run
