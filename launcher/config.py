@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import keys, targets
+from .checks import check_run_name, check_values
 from .errors import ConfigError, TrustError
 from .own_hydra import PRIMARY, compose_with_hydra, initialize, own_hydra, wrong_type
 from .schema import (
@@ -29,8 +30,6 @@ from .schema import (
     StrategyConfig,
     SweepConfig,
     TrainerConfig,
-    check_run_name,
-    check_values,
     default_run_name,
     parse_interval,
 )

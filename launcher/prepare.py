@@ -13,10 +13,11 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher import mirror, runs, targets
+from launcher.checks import check_run
 from launcher.config import Composition, Job, RunConfig, compose, default_run_name, peek
 from launcher.errors import RequestError, RunError, StorageError
 from launcher.runs import RunDirectory
-from launcher.schema import StrategyConfig, check_run
+from launcher.schema import StrategyConfig
 from launcher.storage import is_uri, plain_path
 from launcher.words import shown
 

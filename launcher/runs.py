@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.checks import check_run_name
 from launcher.errors import RunError, did_you_mean
-from launcher.schema import check_run_name
 
 HEARTBEAT_SECONDS = 5.0
 # A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.

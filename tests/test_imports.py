@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each part of launcher (a package or a module) and the other parts that it may import. A part that is not listed is
 # an error, so that a new one is placed here deliberately.
 LEAVES = {"errors", "schema", "keys", "words", "config", "targets", "runs", "provenance", "phrases", "phases", "cost"}
-LEAVES |= {"storage", "mirror", "money", "gathered"}
+LEAVES |= {"storage", "mirror", "money", "gathered", "checks"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "runs": {"errors", "schema"},
+    "checks": {"errors", "schema"},
+    "runs": {"errors", "schema", "checks"},
     "gathered": set(),
     "storage": {"errors", "gathered"},
     "mirror": {"errors", "runs", "storage"},
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "words": {"errors", "schema", "keys"},
     "sources": {"errors", "schema", "keys"},
     "own_hydra": {"errors", "schema", "keys", "words", "sources"},
-    "config": {"errors", "schema", "keys", "words", "sources", "own_hydra", "targets", "runs"},
+    "config": {"errors", "schema", "checks", "keys", "words", "sources", "own_hydra", "targets", "runs"},
     "engine": LEAVES,
     "clusters": LEAVES,
     "runners": {"engine", "clusters", "terminal"} | LEAVES,

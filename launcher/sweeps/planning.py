@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import ranks, runs, targets
+from launcher.checks import check_run
 from launcher.config import Composition, SweepConfig, compose, default_run_name, parse_interval, peek, sources
 from launcher.errors import ConfigError, RunError, did_you_mean
 from launcher.jobs import Observer, checked_plan
@@ -21,7 +22,7 @@ from launcher.prepare import Request, key_of, root_of, run_like
 from launcher.run_record import check_budget
 from launcher.runners.tasks import Shape, fits
 from launcher.runs import RunDirectory
-from launcher.schema import ClusterConfig, check_run
+from launcher.schema import ClusterConfig
 from launcher.storage import is_uri
 from launcher.sweeps import syntax
 from launcher.sweeps.space import SIZES, distributions, grid, sampler

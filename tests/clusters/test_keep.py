@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checks import check_values
 from launcher.clusters import keep, reaper
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig, Job, check_values
+from launcher.schema import ClusterConfig, Job
 
 USE = """
 import sys, time

@@ -11,12 +11,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from launcher.checks import check_values
 from launcher.engine import hardware
 from launcher.engine.auto import Candidate, choose, settle
 from launcher.engine.runtime import Runtime
 from launcher.errors import ConfigError
 from launcher.runs import RunDirectory
-from launcher.schema import check_values
 from tests.engine.engine_ranks import Script, column, make_job, on_ranks, result_of, succeed
 from tests.engine.engine_toys import FEATURES, Tokens
 
