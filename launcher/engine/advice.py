@@ -16,8 +16,8 @@ from torch import nn
 from launcher.config import Job, StrategyConfig
 from launcher.cost import Link, Step
 from launcher.engine import probe
-from launcher.engine.data import own_randomness
 from launcher.engine.kept import KeptBytes
+from launcher.engine.randomness import own_randomness
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies import costs
 from launcher.engine.strategies.strategy import loss_of

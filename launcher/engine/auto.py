@@ -19,7 +19,7 @@ from launcher.config import Job, StrategyConfig
 from launcher.engine import hardware
 from launcher.engine.advice import Measured, measure
 from launcher.engine.control import Control
-from launcher.engine.data import own_randomness
+from launcher.engine.randomness import own_randomness
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies import costs
 from launcher.engine.strategies.blocks import blocks_of, recompute

@@ -10,9 +10,12 @@ from torch import nn
 
 from launcher import targets
 from launcher.config import Job
-from launcher.engine.data import Data, Fetch, Loader, blocks_of, channels_last, lengths_of, seed_everything
+from launcher.engine.batches import channels_last
+from launcher.engine.data import Fetch, Loader
+from launcher.engine.datasets import Data, blocks_of, lengths_of
 from launcher.engine.evaluation import Evaluated, Evaluator
 from launcher.engine.order import Order, Split, order_of_evaluation
+from launcher.engine.randomness import seed_everything
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.blocks import recompute
 from launcher.engine.strategies.ddp import DataParallel

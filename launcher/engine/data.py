@@ -1,6 +1,6 @@
 """How the samples of a job are read: a microbatch at a time, ahead of the trainer, onto the device.
 
-Which samples those are is said in `order.py`.
+Which samples those are is said in `order.py`, and of which data sets in `datasets.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
+from launcher.engine.batches import move, record_stream
 from launcher.engine.failures import traceback_of_user
 from launcher.engine.order import mix, mix_each
+from launcher.engine.randomness import own_randomness
 from launcher.errors import DataError, UserCodeError
 
 
@@ -112,25 +114,6 @@ def _gather_of(dataset: Any) -> Callable[..., Any] | None:
     while isinstance(inner, Subset):
         inner = inner.dataset
     return getattr(dataset, "__getitems__", None) if hasattr(inner, "__getitems__") else None
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch, random and NumPy. For the weights alike on every rank: they must begin the same."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-
-
-class own_randomness:
-    """Leave the random states of torch (CPU), random and NumPy as they were."""
-
-    def __enter__(self) -> None:
-        self._states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-    def __exit__(self, *exception: object) -> None:
-        torch.set_rng_state(self._states[0])
-        random.setstate(self._states[1])
-        np.random.set_state(self._states[2])
 
 
 def _identity(value: Any) -> Any:
@@ -238,7 +221,7 @@ class Loader:
             current = ready
             torch.cuda.current_stream(self._device).wait_stream(stream)
             # The allocator must not hand this memory to the side stream while the current stream still reads it.
-            _record(current, torch.cuda.current_stream(self._device))
+            record_stream(current, torch.cuda.current_stream(self._device))
             following = next(batches, sentinel)
             ready = copy(following) if following is not sentinel else sentinel
             yield current
@@ -302,147 +285,3 @@ class _Keys:
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         return self._keys
-
-
-def tree_map(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
-    """Apply `function` to every tensor of a batch made of mappings, sequences and tensors."""
-    if isinstance(batch, torch.Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: tree_map(function, value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(tree_map(function, value) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(tree_map(function, value) for value in batch)
-    return batch
-
-
-def move(batch: Any, device: torch.device) -> Any:
-    """Return the batch on `device`. From pageable memory to a GPU it passes through pinned memory, to copy at once."""
-
-    def one(tensor: torch.Tensor) -> torch.Tensor:
-        if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
-
-    return tree_map(one, batch)
-
-
-def channels_last(batch: Any) -> Any:
-    """Return the batch with its pictures (floating, 4-D) in channels-last memory, which convolutions read faster."""
-
-    def one(tensor: torch.Tensor) -> torch.Tensor:
-        picture = tensor.ndim == 4 and tensor.is_floating_point()
-        return tensor.contiguous(memory_format=torch.channels_last) if picture else tensor
-
-    return tree_map(one, batch)
-
-
-def _record(batch: Any, stream: torch.cuda.Stream) -> None:
-    def one(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_cuda:
-            tensor.record_stream(stream)
-        return tensor
-
-    tree_map(one, batch)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data sets of a job, checked: `train`, validation sets by name ("" when there is just one), `test` alike.
-
-    `source` is the object that the configuration's `data` names.
-    """
-
-    train: Any
-    val: dict[str, Any]
-    test: dict[str, Any]
-    collate: Callable[[Any], Any] | None
-    num_workers: int
-    source: Any = None
-    augment: Callable[[Any, torch.Tensor], Any] | None = None  # of training batches, on the device
-
-    @classmethod
-    def of(cls, source: Any) -> Data:
-        """Take the attributes of the object that the configuration's `data` names.
-
-        Raises:
-            DataError: an attribute is missing, or a set has no length or no samples.
-        """
-        name = type(source).__name__
-        if getattr(source, "train", None) is None:
-            raise DataError(f"The data {name} has no attribute `train`; it must give `train` and `val` data sets.")
-        data = cls(
-            source.train,
-            _named(getattr(source, "val", None)),
-            _named(getattr(source, "test", None)),
-            getattr(source, "collate", None),
-            int(getattr(source, "num_workers", 0) or 0),
-            source,
-            getattr(source, "augment", None),
-        )
-        if data.augment is not None and not callable(data.augment):
-            raise DataError(
-                f"{name}.augment is {data.augment!r}; it must be a method or module: (batch, seeds) -> batch."
-            )
-        for where, dataset in (("train", data.train), *data.val.items(), *data.test.items()):
-            _check(dataset, f"{name}.{where or 'val'}")
-        return data
-
-
-def lengths_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
-    """Return the `lengths` of a data set as int64 (N,), or None where it has none.
-
-    Raises:
-        DataError: they are not one whole number for each sample.
-    """
-    lengths = getattr(dataset, "lengths", None)
-    if lengths is None:
-        return None
-    try:
-        numbers = torch.from_numpy(np.array(lengths))
-    except (TypeError, ValueError):
-        numbers = torch.empty(0, 0)
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.shape != (len(dataset),):
-        found = f"{str(numbers.dtype).removeprefix('torch.')} {tuple(numbers.shape)}" if numbers.ndim != 2 else "none"
-        raise DataError(
-            f"The data set {name} has `lengths` that are not one whole number for each of its {len(dataset)} samples; "
-            f"found {found}."
-        )
-    return numbers.long()
-
-
-def blocks_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
-    """Return the `blocks` of a data set as int64, or None where it has none.
-
-    Raises:
-        DataError: they are not whole numbers that add up to the data set's length.
-    """
-    blocks = getattr(dataset, "blocks", None)
-    if blocks is None:
-        return None
-    numbers = torch.as_tensor(blocks)
-    if numbers.is_floating_point() or numbers.ndim != 1 or int(numbers.sum()) != len(dataset) or (numbers < 0).any():
-        raise DataError(
-            f"The data set {name} has `blocks` that are not the sizes of its parts: {int(numbers.sum())} samples "
-            f"in all instead of {len(dataset)}."
-        )
-    return numbers.long()
-
-
-def _named(value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    return dict(value) if isinstance(value, Mapping) else {"": value}
-
-
-def _check(dataset: Any, name: str) -> None:
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise DataError(
-            f"The data set {name} is a {type(dataset).__name__}; a map-style data set with __len__ and __getitem__ is "
-            "needed, so that every sample can be used exactly once."
-        )
-    if len(dataset) == 0:
-        raise DataError(f"The data set {name} is empty. Check the path and the split that its configuration names.")
-    lengths_of(dataset, name)
-    blocks_of(dataset, name)

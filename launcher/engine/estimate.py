@@ -20,7 +20,8 @@ from launcher import targets
 from launcher.config import Job
 from launcher.engine.build import build_data, build_model, converter
 from launcher.engine.callbacks import check_callbacks
-from launcher.engine.data import Data, Fetch, Loader
+from launcher.engine.data import Fetch, Loader
+from launcher.engine.datasets import Data
 from launcher.engine.evaluation import summarize, validation_answer
 from launcher.engine.failures import is_foreign, translate
 from launcher.engine.kept import KeptBytes

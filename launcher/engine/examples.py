@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.engine.data import own_randomness, seed_everything
+from launcher.engine.randomness import own_randomness, seed_everything
 from launcher.errors import UserCodeError
 
 Show = Callable[[Mapping[str, Any]], None]

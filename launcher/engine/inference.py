@@ -18,7 +18,8 @@ from launcher.config import Job
 from launcher.engine.build import build_data, build_model, converter, load_weights_into
 from launcher.engine.checkpoint import load_weights
 from launcher.engine.control import Control
-from launcher.engine.data import Data, Fetch, Loader
+from launcher.engine.data import Fetch, Loader
+from launcher.engine.datasets import Data
 from launcher.engine.estimate import said_in_words
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import DTYPES

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from launcher.engine.callbacks import Callbacks
-from launcher.engine.data import seed_everything
 from launcher.engine.metrics import Sums
 from launcher.engine.order import mix
 from launcher.engine.progress import Progress
+from launcher.engine.randomness import seed_everything
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy
 

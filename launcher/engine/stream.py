@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-from launcher.engine.data import Fetch, Loader, move
+from launcher.engine.batches import move
+from launcher.engine.data import Fetch, Loader
 from launcher.engine.failures import traceback_of_user
 from launcher.engine.order import mix, mix_each
 from launcher.engine.runtime import Runtime

@@ -35,7 +35,7 @@ from launcher.engine.callbacks import Callbacks, Run, build_callbacks
 from launcher.engine.checkpoint import Checkpointer, Newest
 from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.control import CHECKPOINT, PRUNE, REGROUP, STOP, Control, Watch
-from launcher.engine.data import Data
+from launcher.engine.datasets import Data
 from launcher.engine.examples import Examples
 from launcher.engine.metrics import Sums, as_pair, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups

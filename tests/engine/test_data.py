@@ -17,14 +17,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from launcher.engine.data import (
-    Data,
-    Fetch,
-    Loader,
-    channels_last,
-    in_background,
-    tree_map,
-)
+from launcher.engine.batches import channels_last, tree_map
+from launcher.engine.data import Fetch, Loader, in_background
+from launcher.engine.datasets import Data
 from launcher.engine.order import (
     BLOCKS,
     Order,

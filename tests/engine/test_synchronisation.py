@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from launcher.config import TrainerConfig
-from launcher.engine.data import Data
+from launcher.engine.datasets import Data
 from launcher.engine.metrics import Sums
 from launcher.engine.optim import build_optimizer
 from launcher.engine.runtime import PendingVote, Runtime, Vote

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from launcher.engine.data import tree_map
+from launcher.engine.batches import tree_map
 
 _FORMS = (
     "an example is a picture (a tensor (C, H, W) or (N, C, H, W) of bytes or of floats from 0 to 1, with 1 or 3 "
