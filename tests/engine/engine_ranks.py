@@ -366,3 +366,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def close(one: float, other: float, tolerance: float) -> bool:
     return math.isclose(one, other, rel_tol=0, abs_tol=tolerance)
+
+
+def trained(rank: Any) -> list[Any]:
+    """Return what a rank noted from its first step on; trials before it see samples too."""
+    first = next(at for at, entry in enumerate(rank.record) if entry[0] == "step")
+    return list(rank.record[first:])

@@ -1,14 +1,12 @@
-"""Which samples, in which order, read by whom: the same for any number of workers and loader processes."""
+"""Reading samples: the same by any number of loader processes, on any device, and with any bad sample."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,11 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from launcher.engine.batches import channels_last, tree_map
 from launcher.engine.data import Fetch, Loader, in_background
-from launcher.engine.datasets import Data
 from launcher.engine.order import (
-    BLOCKS,
     Order,
     Split,
-    keys_of_evaluation,
     keys_of_training,
     mix,
-    mix_each,
-    order_of_evaluation,
 )
 from launcher.errors import DataError, UserCodeError
 from tests.engine import engine_toys as toys
@@ -44,258 +37,6 @@ from tests.engine.engine_ranks import (
 )
 
 CPU = torch.device("cpu")
-
-
-# ---- order and shares -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7, 40])
-@pytest.mark.parametrize("size", [1, 3, 37, 100])
-@pytest.mark.parametrize("split", [Split(), Split(microbatch=5), Split(chunk=13), Split(chunk=1)])
-def test_shares_cover_a_batch_once_and_evenly(split: Split, size: int, workers: int) -> None:
-    shares = [split.share(size, rank, workers) for rank in range(workers)]
-    positions = [p for spans in shares for start, stop in spans for p in range(start, stop)]
-    assert positions == list(range(size))
-    unit = split.chunk or 1
-    counts = [-(-sum(stop - start for start, stop in spans) // unit) for spans in shares]
-    assert max(counts) - min(counts) <= 1
-    assert counts[0] == max(counts)  # the first rank goes without a sample only when all do
-    spans = [span for share in shares for span in share]
-    assert all(stop - start <= (split.chunk or split.microbatch or size) for start, stop in spans)
-    if split.chunk:  # cut by position, whoever takes it
-        assert sorted(spans) == split.share(size, 0, 1)
-
-
-@pytest.mark.parametrize("start", [(0, 0, 0), (0, 4, 4), (1, 2, 13), (1, 10, 21)])
-def test_a_position_in_the_run_tells_what_comes_next(start: tuple[int, int, int]) -> None:
-    order, split = Order(1037, 100, seed=4), Split(microbatch=9)
-    epoch, batch, step = start
-
-    def samples(workers: int, epoch: int, batch: int, step: int) -> list[tuple[int, int]]:
-        """Of all ranks, a step after the other."""
-        readers = [keys_of_training(order, split, r, workers, epoch, batch, 30, step) for r in range(workers)]
-        found = []
-        for now in range(step, 30):
-            size = order.batch_size((batch + now - step) % 11)
-            for rank, reader in enumerate(readers):
-                for _ in split.share(size, rank, workers):
-                    number, indices = next(reader)
-                    found += [(number, int(index)) for index in indices]
-        assert all(next(reader, None) is None for reader in readers)
-        return found
-
-    whole = samples(1, 0, 0, 0)
-    rest = whole[epoch * 1037 + batch * 100 :]
-    for workers in (1, 2, 3, 5):
-        assert samples(workers, epoch, batch, step) == rest
-
-
-def test_every_epoch_is_another_permutation_that_the_seed_decides() -> None:
-    orders = [Order(50, 10, seed).epoch(epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-    assert Order(50, 7, 0).epoch(1).tolist() == orders[1]  # not the size of a batch
-    assert Order(50, 10, 2**63 - 1).epoch(2**40).unique().numel() == 50
-
-
-def test_mixed_numbers_differ_and_fit_into_a_seed() -> None:
-    seeds = {mix(seed, epoch, index) for seed in range(4) for epoch in range(4) for index in range(500)}
-    assert len(seeds) == 8000
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert mix(1, 2) != mix(2, 1)
-    last = torch.tensor([0, 1, 2**40, 2**62])
-    assert mix_each(-3, 7, last=last).tolist() == [mix(-3, 7, number) for number in last.tolist()]
-
-
-def test_evaluation_takes_every_sample_in_order() -> None:
-    keys = list(keys_of_evaluation(torch.arange(7), [(2, 5), (5, 7)]))
-    assert [(epoch, indices.tolist()) for epoch, indices in keys] == [(0, [2, 3, 4]), (0, [5, 6])]
-
-
-# ---- lengths --------------------------------------------------------------------------------------------------------
-
-
-def some_lengths(count: int, spread: int) -> torch.Tensor:
-    return torch.randint(1, 1 + spread, (count,), generator=torch.Generator().manual_seed(count))
-
-
-@pytest.mark.parametrize("epoch", [0, 3])
-@pytest.mark.parametrize(
-    ("count", "batch", "spread"),
-    [(1037, 10, 100), (1037, 100, 100), (1000, 100, 7), (100, 100, 50), (57, 9, 1), (30, 1, 30), (9000, 16, 500)],
-)
-def test_samples_of_similar_length_share_a_batch(count: int, batch: int, spread: int, epoch: int) -> None:
-    lengths = some_lengths(count, spread)
-    order = Order(count, batch, 5, lengths=lengths)
-    indices = order.epoch(epoch)
-    assert torch.equal(indices.sort().values, torch.arange(count))  # each once
-    assert torch.equal(indices, Order(count, batch, 5, lengths=lengths).epoch(epoch))
-    assert count < 3 * batch or not torch.equal(indices, order.epoch(epoch + 1))
-    batches = lengths[indices].split(batch)
-
-    def padded(parts: Sequence[torch.Tensor]) -> int:
-        return sum(int(part.max()) * len(part) for part in parts)
-
-    shuffled = padded(lengths[Order(count, batch, 5).epoch(epoch)].split(batch))
-    if count >= 100 * batch > 100:  # then a window has room to sort in
-        waste, before = padded(batches) - int(lengths.sum()), shuffled - int(lengths.sum())
-        assert waste < before / 4
-    longest = [int(part.max()) for part in batches[:-1]]
-    assert len(set(longest)) < 3 or longest != sorted(longest)  # the batches do not come by length
-
-
-def test_the_smaller_last_batch_is_a_random_part_of_the_data() -> None:
-    lengths = torch.arange(1004)
-    last = torch.cat([Order(1004, 100, 0, lengths=lengths).epoch(epoch)[-4:] for epoch in range(50)])
-    assert 400 < float(last.float().mean()) < 600
-
-
-@pytest.mark.parametrize("sizes", [[10] * 20, [1, 200, 3], [7], [5, 0, 5]])
-def test_neighbours_in_a_random_order_of_blocks_are_shuffled_together(sizes: list[int]) -> None:
-    total = sum(sizes)
-    order = Order(total, 4, 1, blocks=torch.tensor(sizes))
-    indices = order.epoch(2)
-    assert torch.equal(indices.sort().values, torch.arange(total))
-    assert torch.equal(indices, Order(total, 9, 1, blocks=torch.tensor(sizes)).epoch(2))
-    assert total < 9 or not torch.equal(indices, order.epoch(3))
-    if len(sizes) == 20:
-        blocks = (indices // 10).split(10 * BLOCKS)
-        assert all(len(part.unique()) <= BLOCKS for part in blocks)
-        assert indices.tolist() != sorted(indices.tolist())
-
-
-@pytest.mark.parametrize("blocks", [[1, 1], [4, -1], [1.5, 1.5]])
-def test_blocks_that_are_none_are_refused(blocks: Any) -> None:
-    class Three(list[int]):
-        pass
-
-    dataset = Three([1, 2, 3])
-    dataset.blocks = blocks  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"not the sizes of its parts"):
-        Data.of(Given(train=dataset))
-
-
-def trained(rank: Any) -> list[Any]:
-    """Return what a rank noted from its first step on; trials before it see samples too."""
-    first = next(at for at, entry in enumerate(rank.record) if entry[0] == "step")
-    return list(rank.record[first:])
-
-
-# ---- streams --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_stream_is_trained_with_in_whole_batches(workers: int, tmp_path: Path) -> None:
-    data = {"_target_": "Flowing", "train": 600}
-    job = make_job(model={"_target_": "Net", "note": True}, data=data, epochs=2, microbatch_size=30)
-    ranks = succeed(job, tmp_path, workers)
-    seen = [[number for entry in trained(rank) if entry[0] == "losses" for number in entry[1]] for rank in ranks]
-    assert sum(map(len, seen)) == 1200
-    # Every rank has its own part. Where ranks have equal shares of a batch, each sample comes once in a pass; where
-    # they have not, a few are repeated and left out.
-    found = sorted(number for numbers in seen for number in numbers)
-    assert len(set(found)) > 590
-    assert workers == 3 or found == sorted(list(range(600)) * 2)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["steps"], result["samples"], result["epochs"]) == (12, 1200, 2.0)
-
-
-def test_a_stream_that_is_resumed_goes_on_with_another_pass(tmp_path: Path) -> None:
-    job = make_job(data={"_target_": "Flowing"}, epochs=1)
-    succeed(job, tmp_path, 2, scripts=Script(stop_after=5))
-    succeed(job, tmp_path, 3)
-    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 6
-
-
-@pytest.mark.parametrize(
-    ("raises", "kind", "words"),
-    [
-        ("value", "DataError", "shard-3.parquet, row 7"),
-        ("bug", "UserCodeError", "KeyError"),
-        ("empty", "DataError", "nothing"),
-    ],
-)
-def test_a_stream_that_fails_is_told(raises: str, kind: str, words: str, tmp_path: Path) -> None:
-    (rank,) = launch(make_job(data={"_target_": "Flowing", "raises": raises}), tmp_path)
-    assert rank.error is not None
-    assert rank.error[0] == kind
-    assert words in rank.error[1]
-
-
-def test_a_stream_is_refused_where_runs_must_agree_to_the_bit(tmp_path: Path) -> None:
-    (rank,) = launch(make_job(data="Flowing", deterministic=True), tmp_path)
-    assert rank.error is not None
-    assert rank.error[0] == "ConfigError"
-    assert "data.stream=false" in rank.error[1]
-
-
-def test_overfitting_takes_the_first_samples_whatever_their_lengths() -> None:
-    order = Order(100, 10, 0, only_batches=2, lengths=some_lengths(100, 9))
-    assert order.epoch(1).tolist() == list(range(20))
-
-
-@pytest.mark.parametrize(("count", "block"), [(203, 10), (200, 10), (9, 10), (10, 10), (1, 1)])
-def test_evaluation_by_length_takes_every_sample_once_in_blocks(count: int, block: int) -> None:
-    lengths = some_lengths(count, 50)
-    order = order_of_evaluation(count, lengths, block)
-    assert torch.equal(order.sort().values, torch.arange(count))
-    parts = lengths[order].split(block)
-    spans = sorted((int(part.min()), int(part.max())) for part in parts)
-    assert all(one[1] <= other[0] for one, other in pairwise(spans))
-    assert torch.equal(order_of_evaluation(count), torch.arange(count))
-
-
-@pytest.mark.parametrize("lengths", [[1, 2], [1.5, 2.0, 3.0], [[1], [2], [3]], ["a", "b", "c"], [[1], [2, 3], [4]], 7])
-def test_lengths_that_are_none_are_refused(lengths: Any) -> None:
-    class Three(list[int]):
-        pass
-
-    dataset = Three([1, 2, 3])
-    dataset.lengths = lengths  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"one whole number for each of its 3 samples"):
-        Data.of(Given(train=dataset))
-
-
-def seen(ranks: Sequence[Any]) -> tuple[list[int], int]:
-    """Return the samples that were trained with, and how much padding there was."""
-    noted = [entry for rank in ranks for entry in trained(rank) if entry[0] == "batch"]
-    return sorted(number for entry in noted for number in entry[1]), sum(entry[2] for entry in noted)
-
-
-@pytest.mark.parametrize(("workers", "loaders"), [(1, 0), (2, 2), (3, 0)])
-def test_every_sample_of_variable_length_is_trained_with_once(workers: int, loaders: int, tmp_path: Path) -> None:
-    padding = {}
-    for sort in (True, False):
-        data = {"_target_": "Ragged", "sort": sort, "num_workers": loaders}
-        ranks = succeed(
-            make_job(model="Padded", data=data, epochs=1, global_batch_size=50), tmp_path / f"{sort}", workers
-        )
-        numbers, padding[sort] = seen(ranks)
-        assert numbers == list(range(1037))
-    assert padding[True] < padding[False] / 2
-
-
-def test_a_run_over_variable_lengths_is_exact(tmp_path: Path) -> None:
-    job = make_job(
-        model="Padded", data="Ragged", epochs=2, deterministic=True, evaluate_every=4, checkpoint={"every": 3}
-    )
-    succeed(job, tmp_path / "whole", 1)
-    succeed(job, tmp_path / "resumed", 2, scripts=Script(stop_after=7))
-    succeed(job, tmp_path / "resumed", 3)
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
-
-
-def test_validation_does_not_depend_on_the_order_by_length(tmp_path: Path) -> None:
-    weights, found = None, []
-    for sort, workers in ((True, 2), (True, 3), (False, 1)):
-        data = {"_target_": "Ragged", "sort": sort}
-        directory = tmp_path / f"{sort}{workers}"
-        if weights is None:
-            succeed(make_job(model="Padded", data=data, steps=3), directory, workers)
-            weights = str(directory / "checkpoints" / "step-00000003")
-        ranks = succeed(make_job(model="Padded", data=data), directory, workers, action="evaluate", weights=weights)
-        found.append(ranks[0].result["val/loss"])
-    assert found == pytest.approx([found[0]] * 3, abs=1e-6)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -537,35 +278,7 @@ def test_loader_processes_end_with_a_run_that_is_stopped(tmp_path: Path) -> None
     assert [rank.children for rank in ranks] == [[], []]
 
 
-# ---- what a data object must have -----------------------------------------------------------------------------------
-
-
-class Given:
-    def __init__(self, **parts: Any) -> None:
-        self.__dict__.update(parts)
-
-
-@pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        ({}, "has no attribute `train`"),
-        ({"train": iter([1, 2])}, "a list_iterator; a map-style data set"),
-        ({"train": []}, r"Given.train is empty"),
-        ({"train": [1], "val": []}, r"Given.val is empty"),
-        ({"train": [1], "val": {"good": [1], "none": []}}, r"Given.none is empty"),
-        ({"train": [1], "test": 5}, "a int; a map-style data set"),
-    ],
-)
-def test_what_a_data_object_lacks_is_told(parts: dict[str, Any], words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        Data.of(Given(**parts))
-
-
-def test_parts_of_a_data_object_may_be_left_out() -> None:
-    data = Data.of(Given(train=[1, 2]))
-    assert (data.val, data.test, data.collate, data.num_workers) == ({}, {}, None, 0)
-    data = Data.of(Given(train=[1], val=[2], test={"a": [3]}, num_workers=None))
-    assert (data.val, data.test, data.num_workers) == ({"": [2]}, {"a": [3]}, 0)
+# ---- batches --------------------------------------------------------------------------------------------------------
 
 
 def test_batches_of_any_nest_keep_their_shape() -> None:
