@@ -20,7 +20,7 @@ from launcher.engine.kept import KeptBytes
 from launcher.engine.randomness import own_randomness
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies import costs
-from launcher.engine.strategies.strategy import loss_of
+from launcher.engine.strategies.strategy import buffers_kept, loss_of
 from launcher.phrases import number
 
 _WORTH_TELLING = 0.05  # of the step waits for the network
@@ -136,11 +136,9 @@ def _pass(
 ) -> tuple[float, int]:
     """Return the seconds of one forward and backward pass, the quickest of some, and the bytes kept between the two."""
     kept = KeptBytes(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = [device] if device.type == "cuda" else []
     times = []
     try:
-        with own_randomness(), torch.random.fork_rng(devices):
+        with buffers_kept(model), own_randomness(device):
             for again in range(1 + _TIMED):
                 began = time.perf_counter()
                 with cast(), nullcontext() if again else kept.counted():
@@ -152,7 +150,4 @@ def _pass(
     finally:
         for parameter in model.parameters():
             parameter.grad = None
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
     return min(times[1:]), kept.total

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from launcher.config import Job, StrategyConfig
@@ -97,7 +96,7 @@ def _decide(
 
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    with own_randomness(), torch.random.fork_rng([]):
+    with own_randomness():
         optimizer = optimizer_bytes(job, model)
     whole = {"parameters": weights, "gradients": trained, "optimizer": optimizer}
     rooms = runtime.gather(hardware.memory_of_a_worker(runtime, job.scaling.gpus_per_worker))

@@ -40,9 +40,9 @@ class Examples:
         """
         if self._function is None:
             return
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
         try:
-            with own_randomness(), torch.random.fork_rng(devices):
+            with own_randomness(device):
                 seed_everything(self._seed)
                 answer = self._function(batch)
             if not isinstance(answer, Mapping):

@@ -16,12 +16,22 @@ def seed_everything(seed: int) -> None:
 
 
 class own_randomness:
-    """Leave the random states of torch (CPU), random and NumPy as they were."""
+    """Leave the random states of torch, random and NumPy as they were.
+
+    Args:
+        device: where it is a GPU, its state too.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._gpu = device if device is not None and device.type == "cuda" else None
 
     def __enter__(self) -> None:
         self._states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self._of_gpu = None if self._gpu is None else torch.cuda.get_rng_state(self._gpu)
 
     def __exit__(self, *exception: object) -> None:
+        if self._gpu is not None and self._of_gpu is not None:
+            torch.cuda.set_rng_state(self._of_gpu, self._gpu)
         torch.set_rng_state(self._states[0])
         random.setstate(self._states[1])
         np.random.set_state(self._states[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
+from launcher.engine.build import build_strategy
+from launcher.engine.runtime import Runtime
 from launcher.errors import RunError
 from launcher.prepare import check_continuation
 from launcher.schema import Job, StrategyConfig
@@ -22,9 +26,11 @@ from tests.engine.engine_ranks import (
     kill,
     launch,
     make_job,
+    on_ranks,
     result_of,
     succeed,
 )
+from tests.engine.engine_toys import Normed, points
 
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
 DILOCO = {"name": "diloco", "inner_steps": 4}
@@ -218,6 +224,40 @@ def test_weights_to_begin_with_reach_every_strategy(tmp_path: Path) -> None:
     for name in ("fsdp", "powersgd", "diloco"):
         succeed(job_of(name, optimizer=still), tmp_path / name, 2, weights=str(tmp_path / "weights.pt"))
         assert_same_weights(final_weights(tmp_path / name), weights)
+
+
+def prepared(runtime: Runtime, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Return what each strategy makes of a network that every rank has drawn for itself, and whether it drew since."""
+    given = []
+    for job in jobs:
+        torch.manual_seed(runtime.rank)
+        model = Normed()
+        torch.nn.init.normal_(model.get_buffer("stem.1.running_mean"))
+        before = torch.get_rng_state()
+        strategy = build_strategy(job, model, runtime)
+        strategy.prepare(tuple(part[:20] for part in points(20, runtime.rank)))
+        with strategy.whole():
+            state = {name: as_whole(value) for name, value in model.state_dict().items()}
+        given.append({"drew": not torch.equal(before, torch.get_rng_state()), **state})
+    return given
+
+
+def as_whole(value: torch.Tensor) -> torch.Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+
+
+def test_all_ranks_begin_with_rank_0s_weights_and_buffers() -> None:
+    """Would be wrong: running statistics of rank 0 are saved, and the others have trained with their own."""
+    names = ["ddp", "powersgd", "local_sgd", "fsdp"]
+    jobs = [make_job(strategy=STRATEGIES[name]) for name in names] + [make_job(deterministic=True)]
+    first, *others = on_ranks(prepared, 2, jobs)
+    (alone,) = on_ranks(prepared, 1, jobs[:1])
+    for name, state, *same in zip([*names, "exact"], first, *others, strict=True):
+        assert not state.pop("drew"), name
+        for other in same:
+            assert not other.pop("drew"), name
+            assert_same_weights(state, other)
+        assert_same_weights(state, {key: value for key, value in alone[0].items() if key != "drew"})
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

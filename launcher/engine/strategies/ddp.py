@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 from launcher.config import StrategyConfig, TrainerConfig
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.compression import WIRE, cast_hook
-from launcher.engine.strategies.strategy import Record, Strategy, loss_of, mark_last, scale_by_count
+from launcher.engine.strategies.strategy import Record, Strategy, buffers_kept, loss_of, mark_last, scale_by_count
 from launcher.errors import UserCodeError
 
 
@@ -39,28 +38,23 @@ class DataParallel(Strategy):
         self._config = config or StrategyConfig()
         self._seed = trainer.seed
         self._wrapped: nn.Module = self._steps
-        self._parameters = list(model.parameters())  # walking the modules every step takes as long as the vote
         self._keeps_gradients = False
         self._idle = False  # whether this rank had no sample of the last batch
 
     def prepare(self, batch: Any) -> dict[str, Any]:
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        answer = self._warm_up(batch)
-        self._steps.used = [p for p in self.model.parameters() if p.grad is not None]
-        self.uses_all = all(p.grad is not None for p in self.model.parameters() if p.requires_grad)
-        if self.wraps and not self.runtime.alone:
-            self._keeps_gradients = self.uses_all
-            self._wrapped = self._in_ddp()
+        self._broadcast()
+        with buffers_kept(self.model):
+            answer = self._warm_up(self._steps, batch)
+            self._steps.used = [p for p in self._parameters if p.grad is not None]
+            self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)
+            if self.wraps and not self.runtime.alone:
+                self._keeps_gradients = self.uses_all
+                self._wrapped = self._in_ddp()
+                self._clear()
+                # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in
+                # the same order as one that was never stopped; with three workers or more the sums differ otherwise.
+                self._warm_up(self._wrapped, batch)
             self._clear()
-            # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in the
-            # same order as one that was never stopped; with three workers or more the sums differ otherwise.
-            self._warm_up(batch)
-        elif not self.wraps:
-            self._broadcast()
-        self._clear()
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(buffers[name])
         return answer
 
     def regroup(self) -> None:
@@ -70,9 +64,9 @@ class DataParallel(Strategy):
         gc.collect()  # and its hooks with it: it is part of cycles
         self._keeps_gradients = self.wraps and self.uses_all and not self.runtime.alone
         if self.wraps and not self.runtime.alone:
-            self._wrapped = self._in_ddp(synchronise=False)
+            self._wrapped = self._in_ddp()
 
-    def _in_ddp(self, synchronise: bool = True) -> DistributedDataParallel:
+    def _in_ddp(self) -> DistributedDataParallel:
         on_gpu = self.runtime.device.type == "cuda"
         static = bool(self._config.option("static_graph"))
         with warnings.catch_warnings():
@@ -82,7 +76,7 @@ class DataParallel(Strategy):
                 self._steps,
                 device_ids=[self.runtime.device] if on_gpu else None,
                 process_group=self.runtime.group,
-                init_sync=synchronise,
+                init_sync=False,  # all ranks hold the same already
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
                 bucket_cap_mb=self._config.option("bucket_mb"),
@@ -93,14 +87,6 @@ class DataParallel(Strategy):
             wrapped.register_comm_hook(self.runtime, cast_hook(WIRE[self._config.compression]))
         return wrapped
 
-    def _warm_up(self, batch: Any) -> dict[str, Any]:
-        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            with self.cast():
-                answer = self._wrapped(batch)
-            loss_of(answer)[0].backward()
-        return answer
-
     def _clear(self) -> None:
         """Forget the gradients. Where every parameter has one each step, its memory, a view of DDP's buckets, is kept.
 
@@ -110,12 +96,10 @@ class DataParallel(Strategy):
         if grads and self._keeps_gradients:
             torch._foreach_zero_(grads)
             return
-        for parameter in self._parameters:
-            parameter.grad = None
+        super()._clear()
 
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
         self._clear()
-        on_host = self.runtime.device.type == "cpu"
         total: torch.Tensor | float = 0.0
         weight = self.runtime.world_size / size
         pending = None
@@ -128,8 +112,7 @@ class DataParallel(Strategy):
                     answer = wrapped(batch)
                 loss, count = loss_of(answer)
                 total = total + (count.double() if isinstance(count, torch.Tensor) else count)
-                # On a GPU reading the loss would stop the device each step; there the sums are looked at when logged.
-                if on_host and not math.isfinite(loss.item()):
+                if self._is_bad(loss):
                     flags["bad"] = True
                 if last:
                     pending = self.runtime.vote(total, flags)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from launcher.config import TrainerConfig
 from launcher.engine.metrics import LIMBS, from_limbs, to_limbs
 from launcher.engine.runtime import Runtime, Vote
-from launcher.engine.strategies.strategy import Record, Strategy, loss_of
+from launcher.engine.strategies.strategy import Record, Strategy, buffers_kept, loss_of
 from launcher.errors import TrainingError
 
 _UNIT = 2.0**-40
@@ -37,16 +37,13 @@ class ExactDataParallel(Strategy):
     def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig, chunk: int) -> None:
         super().__init__(model, runtime, trainer)
         self._chunk = chunk
-        self._parameters: list[nn.Parameter] = []
         self._places: list[slice] = []
         self._sum = self._uses = self._count = torch.empty(0)
 
     def prepare(self, batch: Any) -> dict[str, Any]:
-        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        with torch.random.fork_rng(devices):
-            answer = self._steps(batch)
-            loss_of(answer)[0].backward()
+        self._broadcast()
+        with buffers_kept(self.model):
+            answer = self._warm_up(self._steps, batch)
         # Those without a gradient here too: another batch may take another way through the network.
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.uses_all = all(p.grad is not None for p in self._parameters)
@@ -57,10 +54,6 @@ class ExactDataParallel(Strategy):
         self._sum = torch.zeros(numel, dtype=torch.int64, device=self.runtime.device)
         self._uses, self._count = self._sum[ends[-1] : -LIMBS], self._sum[-LIMBS:]
         self._clear()
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(buffers[name])
-        self._broadcast()
         return answer
 
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
@@ -102,10 +95,6 @@ class ExactDataParallel(Strategy):
                 self._sum[place] += torch.round(grad.double() / _UNIT).long().reshape(-1)
         self._uses += torch.tensor([grad is not None for grad in grads], device=self._uses.device)
         return True
-
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
         if vote.ballots["overflow"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.blocks import blocks_of
 from launcher.engine.strategies.compression import WIRE
-from launcher.engine.strategies.strategy import Record, Strategy, all_finite, loss_of, scale_by_count
+from launcher.engine.strategies.strategy import Record, Strategy, all_finite, buffers_kept, loss_of, scale_by_count
 from launcher.errors import ConfigError
 
 
@@ -42,7 +41,6 @@ class FullySharded(Strategy):
     ) -> None:
         super().__init__(model, runtime, trainer)
         self._config, self._split = config, split
-        self._parameters: list[nn.Parameter] = []
         self._spare: Any = None  # a batch for the rounds in which this rank has none
         self._parts: list[FSDPModule] = []
         if config.option("cpu_offload") and runtime.device.type == "cpu":
@@ -54,19 +52,12 @@ class FullySharded(Strategy):
     def prepare(self, batch: Any) -> dict[str, Any]:
         self._broadcast()
         self._shard()
-        self._parameters = list(self.model.parameters())
+        self._parameters = list(self.model.parameters())  # this worker's parts
         self._spare = batch
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            with self.cast():
-                answer = self._steps(batch)
-            loss_of(answer)[0].backward()
+        with buffers_kept(self.model):
+            answer = self._warm_up(self._steps, batch)
         self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)
         self._clear()
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(buffers[name])
         return answer
 
     def _shard(self) -> None:
@@ -146,20 +137,15 @@ class FullySharded(Strategy):
     def drawable(self) -> nn.Module | None:
         return None
 
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
         self._clear()
-        on_host = self.runtime.device.type == "cpu"
         total: torch.Tensor | float = 0.0
         for batch in batches:
             with self.cast():
                 answer = self._steps(batch)
             loss, count = loss_of(answer)
             total = total + (count.double() if isinstance(count, torch.Tensor) else count)
-            if on_host and not math.isfinite(loss.item()):
+            if self._is_bad(loss):
                 flags["bad"] = True
             self._scaler.scale(loss / size).backward()
             record(answer)
@@ -199,6 +185,4 @@ class FullySharded(Strategy):
 
     def is_finite(self) -> bool:
         parts = [p.detach() for p in self._parameters]
-        fine = all_finite(part.to_local() if isinstance(part, DTensor) else part for part in parts)
-        bad = torch.tensor([0.0 if fine else 1.0], device=self.runtime.device)
-        return not bool(self.runtime.add_up(bad).item())
+        return self._on_every_rank(all_finite(p.to_local() if isinstance(p, DTensor) else p for p in parts))

@@ -68,9 +68,7 @@ class Replicas(DataParallel):
         return (self.runtime.add_up(norm.square()) / self.runtime.world_size).sqrt().squeeze(0)
 
     def is_finite(self) -> bool:
-        fine = super().is_finite() and all_finite(self._outer.weights)
-        bad = torch.tensor([0.0 if fine else 1.0], device=self.runtime.device)
-        return not bool(self.runtime.add_up(bad).item())
+        return self._on_every_rank(super().is_finite() and all_finite(self._outer.weights))
 
     @contextmanager
     def resting(self) -> Iterator[None]:

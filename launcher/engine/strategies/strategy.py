@@ -5,6 +5,7 @@ The loop hands over this rank's microbatches and learns what all ranks agreed on
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,11 +18,13 @@ from torch.optim import Optimizer
 from launcher.config import TrainerConfig
 from launcher.engine.metrics import ContractError, as_pair, check_answer
 from launcher.engine.order import Split
+from launcher.engine.randomness import own_randomness
 from launcher.engine.runtime import Runtime, Vote
 from launcher.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Record = Callable[[Mapping[str, Any]], None]
+_BROADCAST_BYTES = 250 * 2**20  # in one message, as DDP does it
 
 
 class Steps(nn.Module):
@@ -58,6 +61,7 @@ class Strategy(ABC):
         self._precision = DTYPES[trainer.precision]
         self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "float16")
         self._steps = Steps(model)
+        self._parameters = list(model.parameters())  # walking the modules every step takes as long as the vote
         self.uses_all = True
         if trainer.compile:
             # Kernels for shapes in general are made once the second shape is met, which is another chunk on every rank.
@@ -131,6 +135,8 @@ class Strategy(ABC):
         """Whether every weight is a finite number; the same on every rank."""
         return all_finite(p.detach() for p in self.model.parameters())
 
+    # ---- what strategies are made of --------------------------------------------------------------------------------
+
     _norm: torch.Tensor
 
     def _clip_and_step(self, optimizer: Optimizer, grads: list[torch.Tensor]) -> None:
@@ -154,10 +160,36 @@ class Strategy(ABC):
 
     def _broadcast(self) -> None:
         """Give all ranks the parameters and buffers of rank 0."""
-        if self.runtime.alone:
-            return
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            torch.distributed.broadcast(tensor.detach(), src=0, group=self.runtime.group)
+        tensors = [tensor.detach() for tensor in (*self.model.parameters(), *self.model.buffers())]
+        if tensors and not self.runtime.alone:
+            torch.distributed._broadcast_coalesced(self.runtime.group, tensors, _BROADCAST_BYTES, 0)
+
+    def _warm_up(self, network: nn.Module, batch: Any) -> dict[str, Any]:
+        """Run forward and backward over a batch with random states of its own; return the model's answer."""
+        with own_randomness(self.runtime.device):
+            with self.cast():
+                answer = network(batch)
+            loss_of(answer)[0].backward()
+        return answer
+
+    def _clear(self) -> None:
+        """Forget the gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _is_bad(self, loss: torch.Tensor) -> bool:
+        """Whether the loss is known not to be finite.
+
+        On a GPU reading it would stop the device each step; there the sums are looked at when logged.
+        """
+        return self.runtime.device.type == "cpu" and not math.isfinite(loss.item())
+
+    def _on_every_rank(self, fine: bool) -> bool:
+        """Whether it is so on every rank; each of them asks."""
+        bad = torch.tensor([0.0 if fine else 1.0], device=self.runtime.device)
+        return not bool(self.runtime.add_up(bad).item())
+
+    # ---- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what all ranks share."""
@@ -186,6 +218,18 @@ def casting(device: torch.device, precision: torch.dtype) -> AbstractContextMana
     if precision is torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=precision)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give the model's buffers (running statistics) their values back at the end of the block."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
