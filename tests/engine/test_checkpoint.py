@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -673,3 +675,24 @@ def test_without_safetensors_it_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "weights.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="pip install safetensors"):
         checkpoint.load_weights(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("supports_direct", [True, False])
+@pytest.mark.parametrize("length", [0, 1, 8191, 8192, 8193, 3 * 8192, 3 * 8192 + 5])
+def test_a_file_holds_what_was_given_however_the_disk_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, supports_direct: bool
+) -> None:
+    monkeypatch.setattr(files, "BLOCK_BYTES", 8192)
+    if not supports_direct:
+        original = fcntl.fcntl
+
+        def refusing(descriptor: Any, command: int, argument: int = 0) -> int:
+            if command == fcntl.F_SETFL and argument & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return original(descriptor, command, argument)
+
+        monkeypatch.setattr(fcntl, "fcntl", refusing)
+    content = random.Random(length).randbytes(length)
+    entry = files.write_file(tmp_path / "data", [content[at : at + 3000] for at in range(0, length, 3000)])
+    assert (tmp_path / "data").read_bytes() == content
+    assert (entry.size, entry.sha256) == (length, hashlib.sha256(content).hexdigest())
