@@ -17,7 +17,8 @@ from typing import Any
 
 from launcher import jobs
 from launcher.clusters import ray_jobs
-from launcher.clusters.existing import ExistingRay, look
+from launcher.clusters.existing import ExistingRay
+from launcher.clusters.gcs import look
 from launcher.clusters.needs import Needs
 from launcher.errors import ClusterError, LaunchError, Stopped, UserCodeError
 from launcher.plan import Plan

@@ -194,7 +194,8 @@ def cluster_of(
 ) -> EmbeddedRay | ExistingRay:
     """Return the Ray that the configuration names, to be entered. preload: a module to import while it starts."""
     if cluster.kind == "existing":
-        from launcher.clusters.existing import ExistingRay, address_of
+        from launcher.clusters.existing import ExistingRay
+        from launcher.clusters.gcs import address_of
 
         own = None if is_uri(directory) else directory  # on a store: every worker sees for itself
         gathers = directory.startswith("head://")

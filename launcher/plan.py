@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher.clusters import existing, local
+from launcher.clusters import capacity, gcs
 from launcher.clusters.rates import rate_of
 from launcher.config import Job
 from launcher.errors import ConfigError
@@ -135,10 +135,10 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
             "plan` without cluster.size need one of its nodes, with cluster=existing."
         )
     if job.cluster.kind == "existing" and ranks is None:
-        nodes = existing.look(existing.address_of(job.cluster.address))
+        nodes = gcs.look(gcs.address_of(job.cluster.address))
         cpus, gpus = int(sum(node.cpus for node in nodes)), int(sum(node.gpus for node in nodes))
     else:
-        cpus, gpus = local.resources()
+        cpus, gpus = capacity.resources()
     scaling = job.scaling
     use_gpu = scaling.device == "cuda" or (scaling.device == "auto" and gpus > 0)
     device = "cuda" if use_gpu else "cpu"
@@ -161,17 +161,17 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
         # On CPUs two workers show what there is to show; more would only share the same cores.
         fit = int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker))
         if nodes:
-            most = int(existing.room(nodes, scaling.cpus_per_worker, gpus_per_worker))
+            most = int(capacity.room(nodes, scaling.cpus_per_worker, gpus_per_worker))
             fit = most if use_gpu else min(2, most)
         workers = max(1, fit)
     if nodes:
-        existing.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
-        where = f"the existing cluster of {count(len(nodes), 'node')}: {existing.described(nodes)}"
+        capacity.check_feasible_on(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
+        where = f"the existing cluster of {count(len(nodes), 'node')}: {capacity.described(nodes)}"
         return Machines(
             "existing", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker, len(nodes)
         )
-    local.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
-    where = "the Ray of this session" if local.connected() else "this machine"
+    capacity.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
+    where = "the Ray of this session" if capacity.connected() else "this machine"
     return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.clusters import project
-from launcher.clusters.existing import Node
+from launcher.clusters.capacity import Node
 from launcher.errors import ClusterError, ConfigError
 
 INSTALL_SECONDS = 1800.0
@@ -113,7 +113,7 @@ def _work() -> Callable[[str, str, dict[str, Any]], str]:
 
         if home not in sys.path:
             sys.path.append(home)
-        from launcher.clusters.existing import adopt
+        from launcher.clusters.from_driver import adopt
 
         adopt()
         directory = calling if os.path.isdir(calling) else os.getcwd()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from launcher.clusters.existing import _as_client
+from launcher.clusters.gcs import as_client
 from launcher.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Jobs:
                 logging.getLogger(name).setLevel(logging.ERROR)
             self._client: JobSubmissionClient = JobSubmissionClient(url, headers=dict(self._headers))
         except Exception as error:
-            raise _refused(url, error) from None
+            raise refused(url, error) from None
 
     def put(self, key: str, content: bytes) -> None:
         """Keep `content` in the memory of the head, to be fetched with `take`. ClusterError where it is refused."""
@@ -88,7 +88,7 @@ class Jobs:
         try:
             requests.put(address, data=content, headers=self._headers, timeout=REQUEST_SECONDS).raise_for_status()
         except requests.RequestException as error:
-            raise _refused(self.url, error) from None
+            raise refused(self.url, error) from None
 
     def submit(
         self, job: str, entrypoint: str, environment: Mapping[str, str], modules: Sequence[Path] = (), **more: Any
@@ -104,7 +104,7 @@ class Jobs:
         try:
             self._client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=runtime)
         except Exception as error:
-            raise _refused(self.url, error) from None
+            raise refused(self.url, error) from None
 
     def status(self, job: str) -> str:
         """Return PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; GONE where the cluster knows no such job.
@@ -187,7 +187,7 @@ def take(address: str, key: str) -> bytes | None:
     """
     from ray._raylet import GcsClient
 
-    with _as_client():
+    with as_client():
         client = GcsClient(address=address)
         name = f"gcs://{key}".encode()
         found = client.internal_kv_get(name, None)
@@ -195,7 +195,7 @@ def take(address: str, key: str) -> bytes | None:
     return found
 
 
-def _refused(url: str, error: Exception) -> ClusterError:
+def refused(url: str, error: Exception) -> ClusterError:
     said = _line(error)
     if "401" in said or "403" in said or "token" in said.lower():
         cure = "Give this process the cluster's token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."

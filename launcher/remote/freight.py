@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import existing, project
+from launcher.clusters import compare, project
 from launcher.clusters.ray_jobs import OVER, Jobs, Unreachable
 from launcher.errors import ClusterError, ConfigError
 from launcher.phrases import size
@@ -92,7 +92,7 @@ def probe(jobs: Jobs, root: Path | None, calling: Path) -> Found:
 
     mark = f".probe-{secrets.token_hex(8)}"
     places = [path for path in (root, calling) if path is not None and os.access(path, os.W_OK)]
-    look = existing._facts()
+    look = compare.facts_of_a_node()
     arguments = (str(project.HOME), [str(calling / mark)], [str((root or calling) / mark)])
     code = (
         f"from __future__ import annotations\n{textwrap.dedent(inspect.getsource(look))}\n"
@@ -111,7 +111,7 @@ def probe(jobs: Jobs, root: Path | None, calling: Path) -> Found:
     own = look(str(project.HOME), [], [])
     differs = [
         f"{name} is {there[key] or 'missing'} there and {own[key] or 'missing'} here"
-        for key, name in existing._COMPARED.items()
+        for key, name in compare.COMPARED.items()
         if key != "project" and there[key] != own[key]
     ]
     if differs:

@@ -36,7 +36,8 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from launcher.clusters.existing import ExistingRay, interface_of
-from launcher.clusters.local import RAY_TRAIN_ENVIRONMENT, EmbeddedRay
+from launcher.clusters.local import EmbeddedRay
+from launcher.clusters.ray_adapted import RAY_TRAIN_ENVIRONMENT
 from launcher.errors import Regroup
 from launcher.runners import policies, ray_data
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
@@ -219,7 +220,7 @@ def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
 
         if home not in sys.path:
             sys.path.append(home)
-        importlib.import_module("launcher.clusters.existing").adopt()
+        importlib.import_module("launcher.clusters.from_driver").adopt()
         return importlib.import_module(module).work(pickle.loads(pickled))
 
     return enter

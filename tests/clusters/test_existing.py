@@ -10,18 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters.existing import Node, _facts, address_of, check_feasible, interface_of, room
-from launcher.errors import ClusterError, ResourceError
+from launcher.clusters.compare import facts_of_a_node
+from launcher.clusters.existing import interface_of
+from launcher.clusters.gcs import address_of
+from launcher.errors import ClusterError
 from tests.command import LAUNCH, PROJECT, Place, Result
 from tests.engine.engine_ranks import assert_same_weights, final_weights
 from tests.vmlab.lab import Lab
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("experiment=mnist_tiny", "logging.graph=false", "trainer.deterministic=true")
-
-
-def nodes(*shapes: tuple[float, float]) -> list[Node]:
-    return [Node(f"{n}", f"vm{n}", f"10.0.0.{n}", cpus, gpus) for n, (cpus, gpus) in enumerate(shapes, 1)]
 
 
 @pytest.mark.parametrize(
@@ -43,32 +41,16 @@ def test_without_an_address_it_says_what_to_write(asked: str | None, says: str) 
     assert "cluster.address=HOST:PORT" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("shapes", "each", "fit"),
-    [
-        ([(1, 0), (1, 0)], (1.0, 0.0), 2),
-        ([(3, 0), (3, 0)], (2.0, 0.0), 2),  # the CPUs that are left lie on two machines
-        ([(24, 1), (24, 2)], (1.0, 1.0), 3),
-        ([(2, 4), (24, 1)], (1.0, 1.0), 3),  # GPUs without a CPU
-    ],
-)
-def test_a_worker_sits_on_one_node(shapes: list[tuple[float, float]], each: tuple[float, float], fit: int) -> None:
-    assert room(nodes(*shapes), *each) == fit
-    check_feasible(fit, *each, nodes(*shapes))
-    with pytest.raises(ResourceError, match=f"{fit + 1} workers"):
-        check_feasible(fit + 1, *each, nodes(*shapes))
-
-
 def test_the_interface_is_the_one_that_carries_the_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.9") is None
 
 
 def test_a_digest_of_the_project_tells_another_version_of_it(tmp_path: Path) -> None:
-    own = _facts()(str(ROOT), [str(tmp_path)], [])
+    own = facts_of_a_node()(str(ROOT), [str(tmp_path)], [])
     assert re.fullmatch("[0-9a-f]{12}", own["project"])
     assert own["no_modules"] == []
-    assert _facts()(str(ROOT), [], [str(tmp_path / "absent")])["no_run"] == [str(tmp_path / "absent")]
+    assert facts_of_a_node()(str(ROOT), [], [str(tmp_path / "absent")])["no_run"] == [str(tmp_path / "absent")]
 
 
 def test_an_address_where_nobody_listens_is_told(here: Place) -> None:

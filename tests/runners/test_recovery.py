@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.clusters.local import resources
+from launcher.clusters.capacity import resources
 from launcher.engine.checkpoint import load_weights
 from tests.command import TOY, Place
 

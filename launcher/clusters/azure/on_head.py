@@ -114,7 +114,7 @@ def watch(nodes: int, gpus: int, idle_minutes: float, remove: bool) -> None:
 
 def report() -> dict[str, Any]:
     """Return what is known here: nodes, launches that failed, and what the autoscaler complains of."""
-    from launcher.clusters.existing import look
+    from launcher.clusters.gcs import look
 
     nodes: list[dict[str, Any]] = []
     why = ""
@@ -155,9 +155,9 @@ def _ask(count: int, gpus: int) -> None:
 
 @contextlib.contextmanager
 def _client() -> Any:
-    from launcher.clusters import existing
+    from launcher.clusters.gcs import as_client
 
-    with existing._as_client():
+    with as_client():
         from ray._raylet import GcsClient
 
         yield GcsClient(address=ADDRESS)

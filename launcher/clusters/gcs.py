@@ -1,0 +1,110 @@
+"""A Ray cluster that runs already, asked by its GCS: who lives there. Becomes no driver and starts nothing.
+
+The address is `cluster.address`, or RAY_ADDRESS. Its token is where Ray looks for it: RAY_AUTH_TOKEN,
+RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from launcher.clusters.capacity import Node
+from launcher.clusters.ray_adapted import environment_set, refresh_ray_settings
+from launcher.errors import ClusterError
+
+CONNECT_SECONDS = 5.0
+
+
+def address_of(asked: str | None) -> str:
+    """Return HOST:PORT of the cluster that is meant.
+
+    Raises:
+        ClusterError: none is named, or it is not HOST:PORT.
+    """
+    address = asked or os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        return address
+    found = f"cluster.address is {asked!r}" if asked else f"RAY_ADDRESS is {address!r}" if address else "none was given"
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{address} is the Ray Jobs API of a cluster, to which `launch train` sends single runs. Sweeps (-m) and "
+            "`launch plan` need cluster.address=HOST:PORT, on a node of that cluster."
+        )
+    raise ClusterError(
+        f"cluster=existing needs the address of a Ray cluster, and {found}. Write cluster.address=HOST:PORT as "
+        "`ray start --head` prints it (port 6379 by default), on a machine that is a node of that cluster."
+    )
+
+
+def look(address: str) -> list[Node]:
+    """Return the nodes that live, by address. Becomes no driver and starts nothing.
+
+    The address is `cluster.address`, or RAY_ADDRESS.
+        Raises:
+            ClusterError: nobody answers there, or without the right token only.
+    """
+    _require_answer(address)
+    from ray._raylet import GcsClient
+
+    with as_client():
+        try:
+            found = GcsClient(address=address).get_all_node_info(timeout=CONNECT_SECONDS)
+        except Exception as error:
+            raise refused(address, error) from None
+    nodes = [
+        Node(
+            id=key.hex(),
+            host=info.node_manager_hostname,
+            address=info.node_manager_address,
+            cpus=info.resources_total.get("CPU", 0.0),
+            gpus=info.resources_total.get("GPU", 0.0),
+        )
+        for key, info in found.items()
+        if info.state == 0  # alive
+    ]
+    return sorted(nodes, key=lambda node: node.address)
+
+
+def _require_answer(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"cluster=existing: nobody answers at {address} ({error.strerror or error}). Is Ray running there (`ray "
+            "status`), and is this its GCS address, with port 6379 by default?"
+        ) from None
+
+
+def refused(address: str, error: Exception) -> ClusterError:
+    said = " ".join(str(error).split())
+    if "token" in said.lower() or "UNAUTHENTICATED" in said:
+        cure = "Give this process the cluster's token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
+    elif "Version mismatch" in said:
+        cure = "Use the same versions here and on its nodes."
+    else:
+        cure = "`ray status` on a node shows whether the cluster is well."
+    return ClusterError(f"cluster=existing: the Ray cluster at {address} could not be used: {said[:400]} {cure}")
+
+
+@contextlib.contextmanager
+def as_client(more: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Have Ray's native part read how to authenticate: a client does not look for a token by itself."""
+    values = dict(more or {})
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    has_token = bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not has_token:  # Ray's native part would end this process
+        raise ClusterError(
+            "RAY_AUTH_MODE=token asks for a token, and there is none in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
+            "~/.ray/auth_token. Take it from the cluster's head node."
+        )
+    if has_token:
+        values.setdefault("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "token"))
+    with environment_set(values):
+        refresh_ray_settings()
+        yield
