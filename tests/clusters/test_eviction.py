@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from launcher.clusters.eviction import Agent, Metadata, Notice, Poll, notice_in
 from tests.clusters.scheduled_events import ScheduledEvents, body, event, reset
+from tests.waiting import wait_for
 
 NOW = 1_795_000_000.0
 
@@ -125,13 +125,6 @@ def service() -> Iterator[ScheduledEvents]:
         yield served
 
 
-def _until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
 def test_bad_answers_change_nothing_and_the_polling_goes_on(service: ScheduledEvents) -> None:
     """Each of these was seen as a withdrawal, or ended the thread, in some agent or other."""
     taken: list[Notice | None] = []
@@ -139,18 +132,18 @@ def test_bad_answers_change_nothing_and_the_polling_goes_on(service: ScheduledEv
     service.set(event(not_before=NOW + 30))
     poll = Poll(Metadata(service.url), None, 0.05, taken.append, lines.append)
     poll.start()
-    _until(lambda: taken)
+    wait_for(lambda: taken)
     asked = service.asked
     service.script(
         body("", 503), reset, body("not JSON"), body("{}"), body(b"\xff\xfe"), body("[]"), body("Gone", 410), body("1")
     )
-    _until(lambda: service.asked >= asked + 10)
+    wait_for(lambda: service.asked >= asked + 10)
     service.set(event(not_before=NOW + 30))  # another incarnation of the same
     asked = service.asked
-    _until(lambda: service.asked >= asked + 2)
+    wait_for(lambda: service.asked >= asked + 2)
     assert set(taken) == {_notice(NOW + 30)}
     service.set(event("gpu-2", not_before=NOW + 30))
-    _until(lambda: taken[-1] is None)
+    wait_for(lambda: taken[-1] is None)
     poll.end()
     assert poll.vm == "gpu-1"
     assert len(lines) == 2, f"silence and its end are told once: {lines}"
@@ -163,7 +156,7 @@ def test_a_slow_first_answer_is_waited_for(service: ScheduledEvents, monkeypatch
     asked: list[int] = []
     poll = Poll(Metadata(service.url), "gpu-1", 0.05, lambda notice: asked.append(service.asked), lambda text: None)
     poll.start()
-    _until(lambda: asked)
+    wait_for(lambda: asked)
     assert asked[0] == 1
     poll.end()
 
@@ -178,7 +171,7 @@ def test_the_program_hears_signals_while_an_answer_is_slow(service: ScheduledEve
     program = subprocess.Popen(
         [sys.executable, "-m", "launcher.clusters.eviction", *words], stderr=subprocess.PIPE, text=True
     )
-    _until(lambda: service.asked)
+    wait_for(lambda: service.asked)
     program.send_signal(number)
     _, said = program.communicate(timeout=60)
     assert program.returncode == 0

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from launcher.checks import check_values
 from launcher.clusters import keep, reaper
 from launcher.errors import ConfigError
 from launcher.schema import ClusterConfig, Job
+from tests.waiting import wait_for
 
 USE = """
 import sys, time
@@ -52,13 +52,6 @@ def address(process: subprocess.Popen[str]) -> str:
     return where
 
 
-def wait_until(true: object, seconds: float = 20) -> None:
-    latest = time.monotonic() + seconds
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() < latest
-        time.sleep(0.05)
-
-
 @pytest.mark.timeout(170)
 def test_the_next_command_uses_it_and_then_it_goes(private: Path) -> None:
     """Would be wrong: a token that others can read, a second command that starts or breaks something, a Ray that stays
@@ -81,7 +74,7 @@ def test_the_next_command_uses_it_and_then_it_goes(private: Path) -> None:
     assert third.wait(20) == 0
     second.kill()
     second.wait()
-    wait_until(lambda: not keep.in_use())
+    wait_for(lambda: not keep.in_use())
     assert keep.current() == kept
 
     other = use(0.01, SOMETHING="else")  # another environment: the workers would have the old one
@@ -90,8 +83,8 @@ def test_the_next_command_uses_it_and_then_it_goes(private: Path) -> None:
     assert not reaper.marked(kept.marker)
     newer = keep.current()
     assert newer is None or newer.keeper != kept.keeper
-    wait_until(lambda: keep.current() is None)  # 0.6 s without use
-    wait_until(lambda: newer is None or not reaper.marked(newer.marker))
+    wait_for(lambda: keep.current() is None)  # 0.6 s without use
+    wait_for(lambda: newer is None or not reaper.marked(newer.marker))
 
 
 @pytest.mark.timeout(100)
@@ -114,7 +107,7 @@ def test_status_names_it_and_down_ends_it_also_after_its_keeper_was_killed(priva
     kept = keep.current()
     assert kept is not None
     os.kill(kept.keeper, 9)
-    wait_until(lambda: not reaper.marked(kept.marker))
+    wait_for(lambda: not reaper.marked(kept.marker))
     assert (
         "nothing"
         in subprocess.run(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.clusters import reaper
 from launcher.clusters.local import EmbeddedRay
+from tests.waiting import wait_for
 
 
 def test_a_session_is_quiet_private_and_leaves_nothing(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_the_reaper_ends_what_carries_the_marker_with_its_children_and_nothing_e
     longer = subprocess.Popen(["sleep", "60"], env={"TEST_MARKER": "abcd"})
     bare = subprocess.Popen(["sleep", "60"], env={})
     try:
-        _wait_until(lambda: len(reaper.marked("TEST_MARKER=abc")) == 2)
+        wait_for(lambda: len(reaper.marked("TEST_MARKER=abc")) == 2)
         grandchild = next(pid for pid in reaper.marked("TEST_MARKER=abc") if pid != ours.pid)
         program = [sys.executable, "-I", "-S", reaper.__file__, "TEST_MARKER=abc", str(directory), str(os.getpid())]
         with subprocess.Popen(program, stdin=subprocess.PIPE) as watcher:
@@ -102,10 +103,3 @@ def _runs(pid: int) -> bool:
         return reaper._stat(pid)[0] != "Z"
     except OSError:
         return False
-
-
-def _wait_until(true: object) -> None:
-    deadline = time.monotonic() + 5
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -25,6 +25,7 @@ from launcher.clusters.local import EmbeddedRay
 from launcher.errors import DataError, LaunchError, NonFiniteLoss, Stopped, UserCodeError, WorkerLost
 from launcher.runners import reports
 from launcher.runners.signals import Interrupts
+from tests.waiting import wait_for
 
 CPUS = 2
 
@@ -254,10 +255,7 @@ def test_sigkill_of_the_driver_leaves_nothing_and_touches_nobody_else(tmp_path: 
 
         os.kill(driver.pid, signal.SIGKILL)
 
-        deadline = time.monotonic() + 10
-        while reaper.marked(marker) or Path(session).exists():
-            assert time.monotonic() < deadline, reaper.marked(marker)
-            time.sleep(0.1)
+        wait_for(lambda: not reaper.marked(marker) and not Path(session).exists(), 10, lambda: reaper.marked(marker))
         assert decoy.poll() is None
         while "training" not in foreign.stdout.readline():
             pass
@@ -287,10 +285,7 @@ def test_a_run_whose_supervision_dies_ends_and_says_so(tmp_path: Path, process: 
     assert named in last_line
     assert "run.resume=true" in last_line
     assert driver.returncode == 1
-    deadline = time.monotonic() + 10
-    while Path(session).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: not Path(session).exists(), 10, session)
 
 
 def reaper_name() -> str:

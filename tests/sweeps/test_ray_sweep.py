@@ -14,6 +14,7 @@ import pytest
 from sweep_fixtures import HERE, PROJECT, result, table
 
 import launcher
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -43,10 +44,7 @@ def test_a_killed_driver_and_its_ray_leave_a_sweep_that_goes_on(words: list[str]
     swept = ["optimizer.lr=range(0.05,0.65,0.05)", "model.nap=0.01"]
     command = [sys.executable, "-m", "launcher", "-m", "--config-dir", str(PROJECT), *words, *swept]
     driver = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "s" / "5" / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for((tmp_path / "s" / "5" / "metrics.jsonl").exists, 120)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     time.sleep(3)  # its Ray goes away with it
@@ -79,8 +77,7 @@ def test_new_groups_start_on_a_cluster_that_grows(words: list[str], tmp_path: Pa
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
         with ThreadPoolExecutor() as other:  # Ray starts nodes in the main thread alone
             sweep = other.submit(lambda: launcher.sweep(*words, *more, config_dir=PROJECT, quiet=True))
-            while not (tmp_path / "s" / "1").exists():
-                time.sleep(0.1)
+            wait_for((tmp_path / "s" / "1").exists, 120)
             cluster.add_node(num_cpus=2)
             found = sweep.result()
     finally:

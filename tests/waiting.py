@@ -1,0 +1,17 @@
+"""Waiting for what another process does, for as long as it may take and no longer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20.0, complaint: Callable[[], object] | str = "") -> None:
+    """Return as soon as the condition holds; fail with the complaint where it does not within so many seconds."""
+    latest = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > latest:
+            said = complaint if isinstance(complaint, str) else complaint()
+            raise AssertionError(f"it did not happen within {seconds:g} s: {said}")
+        time.sleep(0.05)
