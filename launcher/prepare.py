@@ -150,10 +150,7 @@ def _compose_like(request: Request, like: RunDirectory | None) -> Composition:
 
 def _continue(request: Request, directory: RunDirectory) -> Prepared:
     name = directory.name
-    if directory.status() == "running":
-        raise RunError(
-            f'The run "{name}" is running. Follow it with: launch logs {name}; stop it with: launch stop {name}.'
-        )
+    directory.require_idle()
     if (directory.path / "study.journal").is_file():
         raise RunError(f'"{name}" is a sweep: continue it with launch -m run.name={name} run.resume=true.')
     composition, changes = over_the_run(request, directory)

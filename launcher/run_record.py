@@ -70,6 +70,7 @@ class Record:
     def __init__(self, request: Request, prepared: Prepared | None = None, origin: Origin | None = None) -> None:
         self._request = request
         self._prepared = prepared
+        self._claims = prepared is None  # nobody but its sweep's driver begins a trial
         self._origin = origin
         self._begun = False
         self.marks = Marks([("configuration", request.started)])
@@ -100,7 +101,7 @@ class Record:
 
         Raises:
             RunError: the directory cannot be written, is another run's by now, or has no room for a checkpoint; the
-                budget of a run that is continued is spent.
+                budget of a run that is continued is spent, or somebody else continues it by now.
         """
         from launcher.engine.entry import Task
 
@@ -144,9 +145,11 @@ class Record:
 
     def _write(self, prepared: Prepared) -> None:
         directory, composition = prepared.directory, prepared.composition
-        # The file claims the name: of two commands at the same moment one fails here.
+        # Of two commands at the same moment one fails here: the file claims the name of a new run.
         if not prepared.resumes:
             directory.config.touch(exist_ok=False)
+        elif self._claims and self._mirrored is None:  # of a copy of what lies on a store nothing can be claimed
+            directory.claim()
         self._begun = True
         runs.write_text(directory.config, composition.to_yaml(directory.name))
         directory.clear_requests()

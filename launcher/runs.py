@@ -12,7 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,28 @@ class RunDirectory:
             return False
         return age < LOST_AFTER_SECONDS
 
+    def require_idle(self) -> None:
+        """Raise RunError where somebody works on the run."""
+        if self.status() == "running":
+            raise RunError(
+                f'The run "{self.name}" is running. Follow it with: launch logs {self.name}; stop it with: launch stop '
+                f"{self.name}."
+            )
+
+    def claim(self) -> None:
+        """Begin to work on a run that is continued: of several commands at the same moment one does.
+
+        The lock is held for this moment alone, and goes with its process; from then on the heartbeat says who works on
+        the run, so that neither a dead process nor another machine keeps it for ever.
+
+        Raises:
+            RunError: somebody works on it.
+        """
+        with _locked(self.config):
+            self.require_idle()
+            self.beat()
+            self.update_result(status="running")
+
     def request_stop(self) -> None:
         self._stop.touch()
 
@@ -201,6 +223,24 @@ class RunDirectory:
         if status == "running" and self._is_copied() and not self.is_alive():
             return "sent"
         return "lost" if status == "running" and not self.is_alive() else status
+
+
+@contextmanager
+def _locked(file: Path, patience: float = 5.0) -> Iterator[None]:
+    """Hold a file's lock, where its file system has locks and nobody has died on another machine with it."""
+    import fcntl
+
+    latest = time.monotonic() + patience
+    with file.open("r+") as held:
+        while time.monotonic() < latest:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:  # an object store that is mounted, for one
+                break
+        yield
 
 
 def _process_exists(pid: int) -> bool:

@@ -11,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launcher import jobs
+from launcher.runs import RunDirectory
 from tests.command import TOY, Place
 
 RESULT_KEYS = {
@@ -127,6 +130,22 @@ def stopped(here: Place) -> Place:
     result = here.result("a") | {"status": "stopped", "reason": "signal"}
     (here.runs / "a/result.json").write_text(json.dumps(result))
     return here
+
+
+def test_a_run_that_somebody_else_continues_meanwhile(stopped: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would be wrong: two commands that looked at the same moment, and now write the same directory."""
+    run, plan = RunDirectory(stopped.runs / "a"), jobs.make_plan
+
+    def while_another_begins(*arguments: Any) -> Any:
+        run.claim()
+        return plan(*arguments)
+
+    monkeypatch.setattr(jobs, "make_plan", while_another_begins)
+    words = run.overrides.read_text()
+    refused = stopped.here("--config-dir", "own", "run.name=a", "run.resume=true", "optimizer.lr=0.5")
+    assert (refused.status, refused.out) == (2, "")
+    assert 'The run "a" is running' in refused.err.splitlines()[-1]
+    assert (run.status(), run.overrides.read_text()) == ("running", words)
 
 
 @pytest.mark.parametrize(

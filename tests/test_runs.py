@@ -6,8 +6,12 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -101,6 +105,41 @@ def test_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
     make(tmp_path / "runs", "a", status="completed")
     with pytest.raises(ConfigError):
         runs.find(tmp_path / "runs", name)
+
+
+@pytest.mark.parametrize("before", ["stopped", "failed", "running"])
+def test_of_many_who_continue_a_run_at_once_one_does(before: str, tmp_path: Path) -> None:
+    """Would be wrong: two drivers that write one directory."""
+    run = make(tmp_path, "a", status=before)
+    together = Barrier(8)
+
+    def claims(_: int) -> bool:
+        together.wait()
+        try:
+            run.claim()
+        except RunError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as everybody:
+        assert sum(everybody.map(claims, range(8))) == 1
+    assert run.status() == "running"
+
+
+def test_who_died_with_a_run_in_hand_keeps_nobody_from_it(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", status="running")
+    code = """
+import os, sys
+from pathlib import Path
+from launcher import runs
+run = runs.RunDirectory(Path(sys.argv[1]))
+with runs._locked(run.config):
+    run.beat()
+    os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code, str(run.path)], check=True)
+    run.claim()
+    assert run.status() == "running"
 
 
 def test_the_nearest_name(tmp_path: Path) -> None:
