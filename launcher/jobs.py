@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import money, ranks
 from launcher.config import ClusterConfig, Job, peek
-from launcher.errors import LaunchError, Stopped
+from launcher.errors import LaunchError
 from launcher.mirror import local
 from launcher.phases import Marks
 from launcher.plan import Machines, Plan, make_plan
@@ -210,11 +210,7 @@ def ended_by_signals() -> Iterator[None]:
     """Have Ctrl-C and SIGTERM end what is under way, until a runner takes them over to end its run in order."""
     from launcher.runners.signals import Interrupts
 
-    class AtOnce(Interrupts):
-        def _take(self, number: int, frame: Any) -> None:
-            raise Stopped(number)
-
-    with AtOnce():
+    with Interrupts() as interrupts, interrupts.at_once():
         yield
 
 

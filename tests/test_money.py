@@ -81,6 +81,8 @@ def test_the_warning_comes_once_in_a_life() -> None:
         ({"kind": "existing"}, None),
         ({"kind": "existing", "size": "NC24ads_A100_v4"}, Rate(3.673, 0.192, 3)),
         ({"kind": "existing", "size": "NC24ads_A100_v4", "spot": True}, Rate(0.444, 0.192, 3)),
+        # Some nodes may come on demand, or be replaced so: no dollar is missing from the count.
+        ({"kind": "existing", "size": "NC24ads_A100_v4", "spot": "prefer"}, Rate(3.673, 0.192, 3)),
         ({"kind": "existing", "size": "NC24ads_A100_v4", "region": "westeurope"}, None),  # no price is known
         ({"kind": "none", "node_usd_per_hour": 2.0, "budget_usd": 5.0}, Rate(2.0, 0.0, 3, 5.0)),
         ({"kind": "existing", "node_usd_per_hour": 2.0, "head_usd_per_hour": 0.1}, Rate(2.0, 0.1, 3)),

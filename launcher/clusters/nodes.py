@@ -49,6 +49,11 @@ class Nodes:
         return self.size.price(self.region, spot=self.spot is not False)
 
     @property
+    def counted_price(self) -> Price | None:
+        """Of one node and hour in a run's cost: on demand where spot is only preferred, as nodes may come so."""
+        return self.size.price(self.region, spot=self.spot is True)
+
+    @property
     def head_price(self) -> Price | None:
         return self.head.price(self.region)
 

@@ -24,7 +24,7 @@ def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: 
     if cluster.size is None or cluster.kind not in RENTED:
         return None
     nodes = nodes or chosen(cluster, ask)
-    node, head = nodes.node_price, nodes.head_price
+    node, head = nodes.counted_price, nodes.head_price
     if node is not None and head is not None:
         return Rate(node.usd_per_hour, head.usd_per_hour, machines, cluster.budget_usd)
     if cluster.budget_usd is not None:

@@ -78,7 +78,9 @@ class Caller:
         try:
             if cluster.kind == "existing":
                 return self._on_url(str(cluster.address), values, interrupts)
-            return self._on_head(self._up(cluster), values, interrupts)
+            with interrupts.at_once():  # nothing of the run is there yet
+                head = self._up(cluster)
+            return self._on_head(head, values, interrupts)
         except BaseException:
             if not self._run.exists():  # refused before it began: the name stays free
                 place.forget(self._run, self._made)
@@ -96,7 +98,7 @@ class Caller:
         if cluster.kind == "azure":
             from launcher.clusters.azure.lifecycle import up
 
-            return up(cluster, self._note)
+            return up(cluster, self._note, self._prepared.job.scaling)
         from launcher.clusters import ssh
 
         return ssh.up(cluster, self._note, self._request.calling.absolute())

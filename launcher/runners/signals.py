@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
+
+from launcher.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What the user is told after the first.
@@ -25,6 +29,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.count = 0
         self.signal_number: int | None = None
+        self._at_once = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -37,7 +42,20 @@ class Interrupts:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Have a signal end what is under way with Stopped, where there is nothing to end in order."""
+        self._at_once = True
+        try:
+            if self.signal_number is not None:
+                raise Stopped(self.signal_number)
+            yield
+        finally:
+            self._at_once = False
+
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.count += 1
         if self.signal_number is None:
             self.signal_number = number
+        if self._at_once:
+            raise Stopped(number)

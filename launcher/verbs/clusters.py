@@ -34,11 +34,13 @@ def sizes(line: Line) -> int:
 
 def up(line: Line) -> int:
     from launcher import machines, prepare
+    from launcher.jobs import ended_by_signals
 
     if line.name is not None:
         raise ConfigError(f"launch up takes the name of a cluster as cluster.name={line.name}.")
     cluster = prepare.composed(line.request()).job.cluster
-    head = machines.up(cluster, say)
+    with ended_by_signals():  # SIGTERM like Ctrl-C: what was begun is ended here, and told
+        head = machines.up(cluster, say)
     say(f"The cluster {head.name} is up. SSH to its head: {shlex.join(head.ssh)}")
     print(head.name)
     return 0

@@ -136,3 +136,34 @@ def test_status_of_a_cluster_that_somebody_deleted(azure: Fake) -> None:
     fresh, notes = lifecycle.status(HEAD)
     assert fresh.usd_per_hour == 0.0
     assert notes == ["Azure has no machine of demo. `launch down demo` ends it."]
+
+
+def test_each_machine_costs_what_it_came_for() -> None:
+    """cluster.spot=prefer: which node is spot stands in the VM, not in the wish."""
+    from launcher.clusters import catalogue
+    from launcher.clusters.azure.joining import usd_per_hour
+
+    vms = {**catalogue.sizes(), **catalogue.heads()}
+    head = {"size": "Standard_D4s_v5", "spot": False, "state": "running"}
+    spot, plain, gone = ({**head, "size": A100, "spot": kind} for kind in (True, False, False))
+    gone["state"] = "deallocated"
+    assert usd_per_hour([head, spot, plain, gone], "eastus", vms) == pytest.approx(0.192 + 0.444 + 3.673)
+    assert usd_per_hour([head, {**head, "size": "Standard_M1"}], "eastus", vms) is None
+
+
+def test_a_cluster_that_is_there_with_another_size_is_not_taken(azure: Fake) -> None:
+    group(azure, **{"launch-cluster": "demo", "launch-size": "Standard_NC4as_T4_v3"})
+    with pytest.raises(ClusterError, match=r"is there with Standard_NC4as_T4_v3 in eastus.*asked for with .*NC24ads"):
+        lifecycle.up(CLUSTER, said)
+    with pytest.raises(ClusterError, match=r"in eastus, and was asked for with Standard_NC4as_T4_v3 in westeurope"):
+        lifecycle.up(replace(CLUSTER, size="Standard_NC4as_T4_v3", region="westeurope"), said)
+
+
+def test_a_cluster_that_is_going_is_waited_for(azure: Fake) -> None:
+    """Its watchdog has begun to delete it (cluster.down_after): nothing of it is taken for the new one."""
+    group(azure, **{"launch-cluster": "demo"})
+    azure.groups["launch-demo"]["properties"] = {"provisioningState": "Deleting"}
+    azure.usages["StandardNCADSA100v4Family"] = (0, 0)
+    with pytest.raises(ResourceError, match="StandardNCADSA100v4Family"):
+        lifecycle.up(CLUSTER, said)
+    assert azure.left("launch-demo") == []

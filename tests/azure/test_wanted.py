@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from launcher.clusters.azure import network, ray_yaml
-from launcher.clusters.azure.wanted import Wanted, wanted
+from launcher.clusters.azure.wanted import Wanted, for_run, wanted
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig
+from launcher.schema import ClusterConfig, ScalingConfig
 
 HERE = Path(__file__).parent
 SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
@@ -109,3 +109,25 @@ def test_alternatives_in_their_order() -> None:
 def test_what_cannot_be_wanted(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         wanted(ClusterConfig(kind="azure", **keys), ask=False)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "scaling", "most", "enough"),
+    [
+        ({"min_nodes": 0}, {}, 8, 1),
+        ({"min_nodes": 3}, {}, 8, 3),
+        ({}, {}, 8, 8),
+        ({"min_nodes": 0}, {"workers": 3}, 3, 3),
+        ({"min_nodes": 0}, {"workers": 3, "min_workers": 1}, 3, 1),
+        ({"min_nodes": 5}, {"workers": 3}, 5, 5),
+        ({"min_nodes": 0}, {"workers": 4, "gpus_per_worker": 0.5}, 2, 2),
+        ({"min_nodes": 0}, {"device": "cpu"}, 1, 1),
+        ({"min_nodes": 0}, {"workers": 99}, 8, 8),  # refused on the head, with what there is
+    ],
+)
+def test_a_run_waits_for_the_nodes_of_its_workers(
+    cluster: dict[str, Any], scaling: dict[str, Any], most: int, enough: int
+) -> None:
+    """With min_nodes=0 no GPU is there before a run asks: `auto` would find nothing to count."""
+    wish = for_run(the(nodes=8, **cluster), ScalingConfig(**scaling))
+    assert (wish.min_nodes, wish.enough) == (most, enough)

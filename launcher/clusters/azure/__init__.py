@@ -7,4 +7,6 @@ checks.py      credentials, quotas and sizes, asked before anything is created
 provider.py    Ray's Azure provider: workers get an identity of their own, failures are counted and kept
 on_head.py     what runs on the head: idle watchdog, and a report for `launch status`
 lifecycle.py   up, status and down
+making.py      `ray up` makes the head
+joining.py     the nodes that are waited for, and what they cost
 """

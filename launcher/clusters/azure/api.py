@@ -20,6 +20,7 @@ from launcher.errors import ClusterError
 SCOPE = "https://management.azure.com/.default"
 POLL_SECONDS = 2  # for what takes long, where Azure names no time
 _SECONDS = 60
+KIND_TAG = "ray-user-node-type"  # that Ray gives a VM: "head", or the kind of node
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Api:
                     {
                         "name": vm.name,
                         "size": vm.hardware_profile.vm_size,
-                        "kind": (vm.tags or {}).get("ray-user-node-type", ""),
+                        "kind": (vm.tags or {}).get(KIND_TAG, ""),
                         "spot": vm.priority == "Spot",
                         "state": states[0] if states else "creating",
                     }
@@ -183,7 +184,13 @@ class Api:
             pass
         return found
 
-    def public_address(self, group: str) -> str | None:
-        """Return the only public address of a group, which is the head's."""
-        found = [one.ip_address for one in self.network.public_ip_addresses.list(group) if one.ip_address]
-        return found[0] if found else None
+    def head_address(self, group: str) -> str | None:
+        """Return the public address of the head: that of its interface, as an interrupted launch leaves others."""
+        heads = [vm for vm in self.compute.virtual_machines.list(group) if (vm.tags or {}).get(KIND_TAG) == "head"]
+        for vm in heads:
+            interface = vm.network_profile.network_interfaces[0].id.rpartition("/")[2]
+            for place in self.network.network_interfaces.get(group, interface).ip_configurations:
+                if place.public_ip_address:
+                    name = place.public_ip_address.id.rpartition("/")[2]
+                    return str(self.network.public_ip_addresses.get(group, name).ip_address or "") or None
+        return None

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from launcher.clusters.azure.wanted import DIRECTORY, SPENT_FILE
 ADDRESS = "127.0.0.1:6379"
 SPENT = Path(SPENT_FILE)  # touched by a run that has stopped for its budget (`launcher.money`)
 WISH = Path(DIRECTORY) / "wish"  # how many nodes `launch up` waits for; its age is that of the wish
+LOCK = WISH.with_suffix(".lock")
 CONFIG = Path("~/ray_bootstrap_config.yaml")  # Ray's own copy of what `ray up` was told
 LOGS = Path("/tmp/ray/session_latest/logs")
 STEP_SECONDS = 5.0
 WISH_SECONDS = 1800.0  # that machines have to come and install what they need
 GRACE_SECONDS = 180.0  # that Ray has for what is its own task
+HOLD_SECONDS = 120.0  # that a run has to begin on the nodes that were waited for
+IDLE_TERMINATION = 1  # DRAIN_NODE_REASON_IDLE_TERMINATION of ray/core/generated/autoscaler.proto: busy nodes reject it
 _TAIL = 2000
 # What ssh says on the way to nodes, and nobody has to know.
 _CHATTER = re.compile(r"^(Shared )?[Cc]onnection to \S+ closed|^Warning: Permanently added")
@@ -40,10 +44,17 @@ _CHATTER = re.compile(r"^(Shared )?[Cc]onnection to \S+ closed|^Warning: Permane
 
 @dataclass(frozen=True)
 class Seen:
-    """The cluster at one moment. workers: nodes beside the head; busy: whether a job runs or a node is at work."""
+    """The cluster at one moment.
+
+    Attributes:
+        workers: nodes beside the head.
+        busy: whether a job runs or a node is at work.
+        alive: whether the head's Ray answers; where not, `workers` is a guess.
+    """
 
     workers: int
     busy: bool
+    alive: bool = True
 
 
 class Watch:
@@ -59,6 +70,7 @@ class Watch:
         self._busy_at = now
         self._asked = 0
         self._met = 0.0  # of the last wish that was met: when it was made
+        self._met_at = 0.0
 
     def step(self, seen: Seen, wish: int, wished_at: float, now: float, spent: bool = False) -> None:
         """wish: how many nodes are waited for, and since when (seconds since the epoch, as `now`).
@@ -66,16 +78,18 @@ class Watch:
         spent: a run has stopped for its budget since: nodes without work go at once.
         """
         self._busy_at = max(self._busy_at, now if seen.busy else 0.0, wished_at)
-        if seen.workers >= wish:
-            self._met = wished_at
-        waits = not spent and self._met < wished_at and now - wished_at < WISH_SECONDS
-        if waits:
+        if seen.workers >= wish and self._met < wished_at:
+            self._met, self._met_at = wished_at, now
+        waits = self._met < wished_at and now - wished_at < WISH_SECONDS
+        # Ray would take away nodes that were idle for long, just when somebody has asked for them.
+        held = wish > 0 and self._met == wished_at and now - self._met_at < HOLD_SECONDS
+        if seen.alive and not spent and (waits or held):
             self._act("ask", wish)
             self._asked = wish
-            # While machines are being made nothing is idle.
+            # While machines are being made, or a run begins on them, nothing is idle.
             self._busy_at = now
             return
-        if self._asked:
+        if self._asked and seen.alive:
             self._act("release", 0)
             self._asked = 0
         idle = now - self._busy_at
@@ -101,15 +115,33 @@ def watch(nodes: int, gpus: int, idle_minutes: float, remove: bool) -> None:
     watched = Watch(idle_minutes * 60, remove, act, time.time())
     while True:
         try:
-            wished_at = WISH.stat().st_mtime
-            spent = SPENT.exists() and SPENT.stat().st_mtime >= wished_at
-            seen = _seen()
-            watched.step(seen, int(WISH.read_text() or 0), wished_at, time.time(), spent)
-            if spent and not seen.workers:
-                SPENT.unlink(missing_ok=True)
+            with _alone():
+                step(watched)
         except Exception as error:  # Ray may be starting, Azure may be busy: the next step tries again
             print(f"{_now()} {type(error).__name__}: {error}", flush=True)
         time.sleep(STEP_SECONDS)
+
+
+def step(watched: Watch) -> None:
+    """Look, and do what is to be done. A wish that is made meanwhile waits for the lock, and finds what is left."""
+    wished_at = WISH.stat().st_mtime
+    spent = SPENT.exists() and SPENT.stat().st_mtime >= wished_at
+    try:
+        seen = _seen()
+    except Exception as error:  # a head whose Ray is dead does no work, and its nodes cost money
+        print(f"{_now()} {type(error).__name__}: {error}", flush=True)
+        seen = Seen(1, busy=False, alive=False)
+    watched.step(seen, int(WISH.read_text() or 0), wished_at, time.time(), spent)
+    if spent and not seen.workers:
+        SPENT.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hold the lock that whoever makes a wish takes as well (`joining`)."""
+    with LOCK.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def report() -> dict[str, Any]:
@@ -170,14 +202,37 @@ def _configured() -> Any:
 
 
 def _delete_workers() -> None:
+    """Delete the VMs of all nodes but those that have begun to work since they were looked at."""
     from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND
 
     from launcher.clusters.azure.provider import Provider
 
     config = _configured()
     provider = Provider(config["provider"], config["cluster_name"])
-    provider.terminate_nodes(provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_WORKER}))
+    machines = provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_WORKER})
+    busy = _drained_but([str(provider.internal_ip(name)) for name in machines])
+    provider.terminate_nodes([name for name in machines if provider.internal_ip(name) not in busy])
     provider.termination_executor.shutdown(wait=True)
+
+
+def _drained_but(addresses: Sequence[str]) -> set[str]:
+    """Have Ray give nothing more to the nodes of these addresses, and return those that are at work.
+
+    A machine that never joined, or whose Ray is dead, is at no work.
+    """
+    busy: set[str] = set()
+    try:
+        with _client() as client:
+            for key, info in client.get_all_node_info(timeout=5).items():
+                address = info.node_manager_address
+                if info.state == 0 and address in addresses:
+                    accepted, why = client.drain_node(key.hex(), IDLE_TERMINATION, "nothing to do", 0, timeout=5)
+                    if not accepted:
+                        print(f"{_now()} {address} stays: {why}", flush=True)
+                        busy.add(address)
+    except Exception as error:
+        print(f"{_now()} {type(error).__name__}: {error}", flush=True)
+    return busy
 
 
 def _delete_group() -> None:

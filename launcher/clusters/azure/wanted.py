@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from launcher.clusters.nodes import Nodes, chosen
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig
+from launcher.schema import ClusterConfig, ScalingConfig
 
 LONGEST_NAME = 40  # Ray puts 20 characters around it, and Azure cuts names of VMs at 64
 DEFAULT_NAME = "azure"
@@ -28,6 +29,7 @@ class Wanted:
     Attributes:
         nodes: GPU VMs and the head; `nodes.nodes` is the most of them.
         min_nodes: how many `up` waits for.
+        enough: how many of them do, where Azure has no more.
         zone: where all VMs lie; None until Azure has been asked which zones have the size.
         ssh_from: the address (CIDR) that may reach the head.
     """
@@ -39,6 +41,7 @@ class Wanted:
     idle_minutes: float
     down_after: bool
     launch_attempts: int
+    enough: int
     ssh_from: str | None = None
 
     @property
@@ -99,6 +102,7 @@ def wanted(cluster: ClusterConfig, ask: bool = True) -> list[Wanted]:
                 name=check_name(each.name),
                 nodes=nodes,
                 min_nodes=least,
+                enough=least,
                 zone=None if each.zone is None else str(each.zone),
                 idle_minutes=each.idle_minutes,
                 down_after=each.down_after,
@@ -107,6 +111,23 @@ def wanted(cluster: ClusterConfig, ask: bool = True) -> list[Wanted]:
             )
         )
     return found
+
+
+def for_run(wish: Wanted, scaling: ScalingConfig) -> Wanted:
+    """Return the cluster with as many nodes to wait for as the workers of a run sit on.
+
+    `cluster.min_nodes` is what the cluster keeps itself to: a run with scaling.workers=auto takes all nodes, and those
+    that are to be had where Azure has fewer, `min_nodes` at least.
+    """
+    size = wish.nodes.size
+    gpus = 0.0 if scaling.device == "cpu" else 1.0 if scaling.gpus_per_worker is None else scaling.gpus_per_worker
+    each = max(1, int(min(size.vcpus / scaling.cpus_per_worker, size.gpus / gpus if gpus else math.inf)))
+    if scaling.workers == "auto":
+        most, least = (wish.nodes.nodes, max(1, wish.min_nodes)) if gpus else (-(-2 // each), 1)
+    else:
+        most, least = -(-scaling.workers // each), -(-(scaling.min_workers or scaling.workers) // each)
+    most = min(wish.nodes.nodes, max(most, wish.min_nodes))
+    return replace(wish, min_nodes=most, enough=min(most, max(least, wish.min_nodes)))
 
 
 def _alternative(cluster: ClusterConfig, other: Any) -> ClusterConfig:
