@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from launcher.errors import ConfigError
 
 CLAIM = "claim://"
+READER = "Storage Blob Data Reader"
 _CACHE = "/var/cache/launch-blobfuse"  # leads to the local disk
 _SETTINGS = "/etc/launch-mounts"
 _OURS = ("bin", "boot", "dev", "etc", "home", "lib", "opt", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "var")
@@ -98,6 +99,24 @@ def _read(path: str, source: str) -> Mount:
             f"identity opens it (role Storage Blob Data Reader). For pods also {CLAIM}NAME, a volume claim."
         )
     return Mount(path, account, container, below)
+
+
+def role_lines(mounts: Sequence[Mount], principals: Mapping[str, str]) -> list[str]:
+    """Return the commands of `az` that let managed identities read what is mounted, one container each and no more.
+
+    The role cannot come and go with the cluster: it lies with the storage, in a resource group of the user's own.
+
+    Args:
+        principals: name of an identity -> id of its principal.
+    """
+    containers = sorted({(mount.account, mount.container) for mount in mounts if mount.claim is None})
+    return [
+        f"az role assignment create --assignee-object-id {principal} --assignee-principal-type ServicePrincipal "
+        f"--role '{READER}' --scope \"$(az storage account show --name {account} --query id --output tsv)"
+        f'/blobServices/default/containers/{container}"'
+        for account, container in containers
+        for _, principal in sorted(principals.items())
+    ]
 
 
 def blobfuse(mount: Mount, client_id: str | None = None) -> str:

@@ -55,6 +55,29 @@ def test_a_head_that_azure_refuses_is_told_and_nothing_is_left(azure: Fake) -> N
     assert list(heads.directory().iterdir()) == []
 
 
+def test_who_may_read_the_storage_is_told(azure: Fake) -> None:
+    """The identities have no role there, and launch gives none: the container's owner does, with these very lines."""
+    azure.refuse["Standard_D4s_v5", False] = ("InvalidParameter", "The value of parameter imageReference is invalid.")
+    told: list[str] = []
+    made: dict[str, str] = {}
+
+    def tell(line: str) -> None:
+        told.append(line)
+        for one in azure.of_type("microsoft.managedidentity/userassignedidentities"):
+            made[one["name"]] = one["properties"]["principalId"]
+
+    mounted = {"/data": "abfss://images@imagenet.dfs.core.windows.net/2012"}
+    with pytest.raises(MachineError):
+        lifecycle.up(replace(CLUSTER, mounts=mounted), tell)
+    assert [line.split()[5] for line in told if "az role" in line] == [made["demo-head"], made["demo-nodes"]]
+    (line, _) = (line for line in told if "az role" in line)
+    assert line.strip() == (
+        f"az role assignment create --assignee-object-id {made['demo-head']} --assignee-principal-type "
+        "ServicePrincipal --role 'Storage Blob Data Reader' --scope \"$(az storage account show --name imagenet "
+        '--query id --output tsv)/blobServices/default/containers/images"'
+    )
+
+
 def test_the_next_alternative_where_there_is_no_capacity(azure: Fake) -> None:
     """Each is tried where it stands in the list, and each failed one is removed before the next begins."""
     azure.refuse["Standard_D4s_v5", False] = ("ZonalAllocationFailed", "Allocation failed. No sufficient capacity.")

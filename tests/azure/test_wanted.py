@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,28 @@ def compare(name: str, text: str) -> None:
 def test_the_file_for_ray_up() -> None:
     """Every line of it decides what is created, who may come in, and what goes when idle."""
     compare("ray_up.yaml", ray_yaml.text(the(nodes=4, min_nodes=0, spot="prefer", down_after=True), LOCAL))
+
+
+def test_the_nodes_have_what_is_mounted() -> None:
+    """Those too that come later, in the place of an evicted one; and no key is in the file."""
+    mounts = {"/data": "abfss://images@imagenet.dfs.core.windows.net/2012"}
+    plain, mounted = (ray_yaml.ray_config(the(mounts=each), LOCAL) for each in ({}, mounts))
+    compare("mounts.sh", "\n".join(mounted["worker_setup_commands"]) + "\n")
+    assert {key for key in plain if plain[key] != mounted[key]} == {"worker_setup_commands"}
+
+
+def test_a_node_whose_storage_refuses_comes_nevertheless(tmp_path: Path) -> None:
+    """Otherwise Ray's autoscaler would make it again and again, at full price."""
+    (tmp_path / "command").write_text("")
+    for name in ("sudo", "blobfuse2", "apt-get", "mountpoint"):
+        (tmp_path / name).write_text("#!/bin/sh\necho no role >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    mounts = {"/data": "abfss://images@imagenet.dfs.core.windows.net/2012"}
+    (line,) = ray_yaml.ray_config(the(mounts=mounts), LOCAL)["worker_setup_commands"]
+    line = line.replace(ray_yaml.DIRECTORY, str(tmp_path)).replace("/var/cache", f"{tmp_path}/cache")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, "no role" in done.stdout) == (0, True)
 
 
 def test_the_network() -> None:
@@ -101,6 +125,7 @@ def test_alternatives_in_their_order() -> None:
     [
         ({}, "needs cluster.size"),
         ({"size": "Standard_NC6s_v3"}, "Azure retired it"),
+        ({"size": "NC24ads_A100_v4", "mounts": {"/data": "claim://images"}}, "a volume claim of Kubernetes"),
         ({"size": "NC24ads_A100_v4", "min_nodes": 2}, "cluster.min_nodes=2 is more than cluster.nodes=1"),
         ({"size": "NC24ads_A100_v4", "alternatives": [{"sise": "x"}]}, "'sise' is not known"),
         ({"size": "NC24ads_A100_v4", "alternatives": ["westeurope"]}, "'westeurope' is not known"),

@@ -160,6 +160,11 @@ class Api:
         except ResourceNotFoundError:
             return []
 
+    def principal(self, identity: str) -> str:
+        """Return the id by which roles are given to a managed identity, which is named by its resource id."""
+        found = self.resources.resources.get_by_id(identity, "2023-01-31")
+        return str(found.properties["principalId"])
+
     def machines(self, group: str) -> list[dict[str, Any]]:
         """Return the VMs of a group: name, size, kind ("head" or that of its nodes), spot, state (of its power)."""
         from azure.core.exceptions import ResourceNotFoundError

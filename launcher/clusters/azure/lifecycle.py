@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from launcher.clusters import catalogue, heads
+from launcher.clusters import catalogue, heads, mounts
 from launcher.clusters.azure import checks, here, network, ray_yaml
 from launcher.clusters.azure.api import Api, sign_in, told
 from launcher.clusters.azure.joining import complaint, report, usd_per_hour, wait
@@ -129,6 +129,11 @@ def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
         api.resources.resource_groups.create_or_update(wish.group, {"location": wish.nodes.region, "tags": tags})
     with told(f"Creating the network of {wish.name}"):
         api.deploy(wish.group, network.DEPLOYMENT, network.template(wish))
+        granted = _roles(api, wish)
+    if granted:
+        tell("Its machines may read what cluster.mounts names once you have said so, once for this cluster:")
+        for line in granted:
+            tell(f"  {line}")
     local = ray_yaml.Local(
         subscription=api.account.subscription, key=str(key), files=here.files(wish.name), azure=here.pins()
     )
@@ -143,6 +148,13 @@ def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
     head = _head(wish, address, api.account.subscription)
     heads.save(head)
     return head
+
+
+def _roles(api: Api, wish: Wanted) -> list[str]:
+    if not wish.mounts:
+        return []
+    base = network.ids(api.account.subscription, wish)
+    return mounts.role_lines(wish.mounts, {who: api.principal(base[who]) for who in ("head", "nodes")})
 
 
 def _head(wish: Wanted, address: str | None, subscription: str) -> Head:

@@ -2,7 +2,7 @@
 
 Ray's own template opens SSH to the whole world and gives every worker the right to change everything in the group.
 Here one address may reach SSH, the head's identity may create VMs in this group, and the nodes' identity has no right
-in it at all; storage is granted to it apart (`storage_role`).
+in it at all; storage is granted to it by its owner (`mounts.role_lines`).
 """
 
 from __future__ import annotations

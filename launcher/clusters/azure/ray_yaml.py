@@ -6,10 +6,12 @@ The token that all nodes share is made on the head, which hands it to the worker
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.clusters import mounts
 from launcher.clusters.azure import network
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, SPENT_FILE, USER, Wanted
 from launcher.clusters.catalogue import Vm
@@ -100,7 +102,7 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
             f"ln -sfn {TOKEN} {DIRECTORY}/token; ln -sfn {CODE} {DIRECTORY}/launch",
             *([f"{PYTHON} -m pip install --quiet {' '.join(local.azure)}"] if local.azure else []),
         ],
-        "worker_setup_commands": [],
+        "worker_setup_commands": _mounted(wanted),
         "head_start_ray_commands": [
             f"{PYTHON} -m ray.scripts.scripts stop",
             f"{_ENVIRONMENT} {SPENT_VARIABLE}={SPENT_FILE}; ulimit -n 65536; "
@@ -138,6 +140,17 @@ def _vm(vm: Vm, wanted: Wanted, spot: bool) -> dict[str, Any]:
         # maxPrice -1: up to the price on demand, so that only a want of capacity evicts.
         asked |= {"priority": "Spot", "evictionPolicy": "Delete", "billingProfile": {"maxPrice": -1}}
     return {"tags": wanted.tags, "azure_arm_parameters": asked}
+
+
+def _mounted(wanted: Wanted) -> list[str]:
+    """Return the lines by which a node that comes at any time has `cluster.mounts`.
+
+    A storage that refuses ends no node, which would be made again and again: what it says is in a file there, and the
+    run, which mounts what is missing before it begins, is refused with the same words.
+    """
+    lines = mounts.setup_lines(wanted.mounts)
+    script = shlex.quote("\n".join(["set -e", *lines]))
+    return [f"sh -c {script} > {DIRECTORY}/mounts.log 2>&1 || cat {DIRECTORY}/mounts.log"] if lines else []
 
 
 def _watchdog(wanted: Wanted) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import Any
 
+from launcher.clusters import mounts
+from launcher.clusters.mounts import Mount
 from launcher.clusters.nodes import Nodes, chosen
 from launcher.errors import ConfigError
 from launcher.schema import ClusterConfig, ScalingConfig
@@ -32,6 +34,7 @@ class Wanted:
         enough: how many of them do, where Azure has no more.
         zone: where all VMs lie; None until Azure has been asked which zones have the size.
         ssh_from: the address (CIDR) that may reach the head.
+        mounts: containers of Blob storage that every node shows as directories.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Wanted:
     launch_attempts: int
     enough: int
     ssh_from: str | None = None
+    mounts: tuple[Mount, ...] = ()
 
     @property
     def group(self) -> str:
@@ -87,11 +91,13 @@ def wanted(cluster: ClusterConfig, ask: bool = True) -> list[Wanted]:
         ask: Azure's public list for today's prices.
 
     Raises:
-        ConfigError: no size or an unknown or retired one, a bad name, or an alternative with an unknown key.
+        ConfigError: no size or an unknown or retired one, a bad name, a bad mount, or an alternative with an unknown
+            key.
     """
     if cluster.size is None:
         raise ConfigError("cluster=azure needs cluster.size=SIZE, the size of the GPU VMs; `launch sizes` lists them.")
-    found = []
+    found, mounted = [], tuple(mounts.read(cluster.mounts))
+    mounts.setup_lines(mounted)  # refuses what is none of a VM
     for each in [cluster, *(_alternative(cluster, one) for one in cluster.alternatives)]:
         nodes = chosen(each, ask)
         least = nodes.nodes if each.min_nodes is None else each.min_nodes
@@ -108,6 +114,7 @@ def wanted(cluster: ClusterConfig, ask: bool = True) -> list[Wanted]:
                 down_after=each.down_after,
                 launch_attempts=each.launch_attempts,
                 ssh_from=each.ssh_from,
+                mounts=mounted,
             )
         )
     return found
