@@ -161,14 +161,12 @@ def report(options: argparse.Namespace, points: list[dict[str, Any]]) -> Report:
 NODES = (1, 8, 32, 128, 1024)
 # GPT-2 of 124 M parameters, 16 sequences of 1,024 tokens a GPU and step: 6 FLOPs a parameter and token.
 PARAMETERS, TOKENS = 124e6, 16 * 1024
-# Dense half precision, TFLOP/s, of the makers' data sheets; a model that is well fed reaches 40 % of it.
-PEAK = {"T4": 65.0, "A100": 312.0, "H100": 835.0}
-REACHED = 0.4
 
 
 def paper() -> str:
     """Return the table of docs/scaling.md as Markdown."""
     from launcher.clusters.catalogue import sizes
+    from launcher.engine.peaks import peak_flops
 
     heads = [
         "size",
@@ -179,10 +177,10 @@ def paper() -> str:
     ]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for size in sizes().values():
-        peak = next((value for name, value in PEAK.items() if name in size.gpu), None)
+        peak = peak_flops(size.gpu, "float16")
         if size.status == "retired" or peak is None or not size.network_gbit:
             continue
-        compute = 6 * PARAMETERS * TOKENS / (peak * 1e12 * REACHED)
+        compute = 6 * PARAMETERS * TOKENS / (peak * cost.MFU)
         # The GPUs of a node sum among themselves first; one message a node travels.
         link = cost.Link.ethernet(size.network_gbit)
         cells = [size.name.removeprefix("Standard_"), f"{compute * 1e3:.0f}"]
