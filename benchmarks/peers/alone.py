@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from benchmarks import timed
-from benchmarks.peers.common import arguments, training_data
+from benchmarks.peers.common import arguments, first_step_arguments, steps, training_data
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--first-step", required=True, help="file for the time of the first step")
-    parser.add_argument("--limit", type=int, help="use so many of the training pictures")
+    parser = first_step_arguments(arguments(__doc__))
     parser.add_argument("--without-tensorboard", action="store_true", help="write nothing")
     options = parser.parse_args()
     writer = None
@@ -28,18 +26,13 @@ def main() -> None:
     loader = DataLoader(training_data(options.limit), batch_size=options.batch, shuffle=True)
     model = timed.ConvNet()
     optimizer = timed.AdamW(model.parameters(), lr=1e-3, first_step=options.first_step)
-    step = 0
-    while step < options.steps:
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            step += 1
-            if writer is not None and step % 50 == 0:
-                writer.add_scalar("train/loss", loss.item(), step)
-            if step == options.steps:
-                break
+    for step, (x, y) in steps(loader, options.steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if writer is not None and step % 50 == 0:
+            writer.add_scalar("train/loss", loss.item(), step)
     if writer is not None:
         writer.close()
 

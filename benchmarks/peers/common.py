@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from torch.utils.data import TensorDataset
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from benchmarks import timed
 from models.vision_data import Mnist
@@ -19,6 +22,35 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--directory", required=True, help="where TensorBoard's file goes")
     parser.add_argument("--turns", type=json.loads, help="what the stopwatch is told, see benchmarks/timed.py")
     return parser
+
+
+def first_step_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what those take whose first step is timed (benchmarks/startup.py)."""
+    parser.add_argument("--first-step", required=True, help="file for the time of the first step")
+    parser.add_argument("--limit", type=int, help="use so many of the training pictures")
+    return parser
+
+
+def shared_loader(data: Dataset[Any], batch: int, **how: Any) -> tuple[DataLoader[Any], DistributedSampler[Any]]:
+    """Return what a rank reads its part of every batch of `batch` samples with."""
+    sampler: DistributedSampler[Any] = DistributedSampler(data, shuffle=True)
+    return DataLoader(data, batch_size=batch // dist.get_world_size(), sampler=sampler, **how), sampler
+
+
+def steps(
+    loader: Iterable[Any], total: int, sampler: DistributedSampler[Any] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number of the step from 1, batch), over as many epochs as `total` steps take."""
+    step, epoch = 0, 0
+    while True:
+        if sampler is not None:
+            sampler.set_epoch(epoch)
+        for batch in loader:
+            step += 1
+            yield step, batch
+            if step == total:
+                return
+        epoch += 1
 
 
 def network(options: argparse.Namespace) -> timed.ConvNet:

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.peers.common import arguments, network, training_data
+from benchmarks.peers.common import arguments, network, shared_loader, steps, training_data
 
 
 def main() -> None:
@@ -22,32 +21,22 @@ def main() -> None:
     options = parser.parse_args()
 
     dist.init_process_group("gloo")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    data = training_data()
-    sampler: DistributedSampler = DistributedSampler(data, shuffle=True)
-    loader = DataLoader(data, batch_size=options.batch // world_size, sampler=sampler)
+    loader, sampler = shared_loader(training_data(), options.batch)
     model = network(options)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     model = model.to(memory_format=layout)  # type: ignore[call-overload]
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=options.tuned)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3, fused=True if options.tuned else None)
-    writer = SummaryWriter(options.directory) if rank == 0 else None
+    writer = SummaryWriter(options.directory) if dist.get_rank() == 0 else None
 
-    step, epoch = 0, 0
-    while step < options.steps:
-        sampler.set_epoch(epoch)
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(wrapped(x.to(memory_format=layout)), y)
-            loss.backward()
-            optimizer.step()
-            step += 1
-            if writer is not None and step % 50 == 0:
-                writer.add_scalar("train/loss", loss.item(), step)
-            if step == options.steps:
-                break
-        epoch += 1
+    for step, (x, y) in steps(loader, options.steps, sampler):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(wrapped(x.to(memory_format=layout)), y)
+        loss.backward()
+        optimizer.step()
+        if writer is not None and step % 50 == 0:
+            writer.add_scalar("train/loss", loss.item(), step)
     if writer is not None:
         writer.close()
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from benchmarks.peers.common import arguments, network, training_data
+from benchmarks.peers.common import arguments, network, steps, training_data
 
 
 def main() -> None:
@@ -24,18 +24,13 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    step = 0
-    while step < options.steps:
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            accelerator.backward(loss)
-            optimizer.step()
-            step += 1
-            if step % 50 == 0:
-                accelerator.log({"train/loss": loss.item()}, step=step)
-            if step == options.steps:
-                break
+    for step, (x, y) in steps(loader, options.steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        accelerator.backward(loss)
+        optimizer.step()
+        if step % 50 == 0:
+            accelerator.log({"train/loss": loss.item()}, step=step)
     accelerator.end_training()
 
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from benchmarks.peers.common import arguments
+from benchmarks.peers.common import arguments, first_step_arguments
 
 
 def train(config: dict[str, Any]) -> None:
     from benchmarks import timed
-    from benchmarks.peers.common import training_data
+    from benchmarks.peers.common import steps, training_data
 
     torch.manual_seed(0)
     workers = ray.train.get_context().get_world_size()
@@ -26,23 +26,15 @@ def train(config: dict[str, Any]) -> None:
     loader = ray.train.torch.prepare_data_loader(loader)
     model = ray.train.torch.prepare_model(timed.ConvNet())
     optimizer = timed.AdamW(model.parameters(), lr=1e-3, first_step=config["first_step"])
-    step = 0
-    while step < config["steps"]:
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            step += 1
-            if step == config["steps"]:
-                break
+    for _, (x, y) in steps(loader, config["steps"]):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--first-step", required=True, help="file for the time of the first step")
-    parser.add_argument("--limit", type=int, help="use so many of the training pictures")
-    options = parser.parse_args()
+    options = first_step_arguments(arguments(__doc__)).parse_args()
     trainer = ray.train.torch.TorchTrainer(
         train,
         train_loop_config={name: getattr(options, name) for name in ("steps", "batch", "first_step", "limit")},
