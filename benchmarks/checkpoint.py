@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
-from benchmarks.harness import Demand, Figures, Report, spread
+from benchmarks.figures import Demand, Figures, Report, Spread, spread
 from launcher.engine.checkpoint import Checkpointer, training_state
 
 SLOWDOWN = Demand(most=1.05)
@@ -137,8 +137,8 @@ def report(options: Any, training: Training, rounds: list[Figures]) -> Report:
             "rounds": options.rounds,
         },
     )
-    slowdown = harness.Spread([one["checkpoint"] / one["none"] for one in rounds])
-    block = harness.Spread([one["block"] / one["copy"] for one in rounds])
+    slowdown = Spread([one["checkpoint"] / one["none"] for one in rounds])
+    block = Spread([one["block"] / one["copy"] for one in rounds])
     found.rows = [
         row("a step without checkpoints, s", f"{each:.3f}"),
         row(f"{options.every} steps and a checkpoint / {options.every} steps", slowdown.text(3), SLOWDOWN, slowdown),

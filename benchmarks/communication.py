@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import harness, namespaces  # noqa: E402
+from benchmarks import namespaces  # noqa: E402
+from benchmarks.figures import Demand, ratio, spread  # noqa: E402
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -44,10 +45,10 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 # (rate, system): how many times faster than ddp it has to be.
 ASKED = {
-    ("1gbit", "ddp, bf16"): harness.Demand(least=1.4),
-    ("1gbit", "ddp, fp16"): harness.Demand(least=1.4),
-    ("1gbit", "diloco"): harness.Demand(least=3.0),
-    ("100mbit", "diloco"): harness.Demand(least=10.0),
+    ("1gbit", "ddp, bf16"): Demand(least=1.4),
+    ("1gbit", "ddp, fp16"): Demand(least=1.4),
+    ("1gbit", "diloco"): Demand(least=3.0),
+    ("100mbit", "diloco"): Demand(least=10.0),
 }
 _APART = [name for name, strategy in SYSTEMS.items() if "name" in strategy]
 _EVERY = 5  # steps between two evaluations
@@ -183,9 +184,9 @@ def table(rows: list[dict[str, Any]], systems: Sequence[str], rates: Sequence[st
                 lines.append(f"| {rate} | {name} | the target was not reached | | | | |")
                 met = met and (rate, name) not in ASKED
                 continue
-            steps, seconds = harness.spread(own, "steps"), harness.spread(own, "seconds")
-            more, faster = harness.ratio(own, base, "steps"), harness.ratio(base, own, "seconds")
-            demand = ASKED.get((rate, name), harness.Demand())
+            steps, seconds = spread(own, "steps"), spread(own, "seconds")
+            more, faster = ratio(own, base, "steps"), ratio(base, own, "seconds")
+            demand = ASKED.get((rate, name), Demand())
             met = met and demand.met_by(faster.median)
             cells = [rate, name, steps.text(0), seconds.text(1), more.text(2), faster.text(2)]
             lines.append(f"| {' | '.join([*cells, demand.text(faster.median)])} |")

@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.harness import Command, Failed, Figures, Report, Spread, Turns, ratio, torchrun
+from benchmarks.figures import Figures, Report, Spread, ratio
+from benchmarks.harness import Command, Failed, Turns, torchrun
 
 SKIPPED = 5  # steps of a turn before its time begins
 NETWORKS = {"convnet": "ConvNet", "mlp": "MLP"}

@@ -28,7 +28,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import gpu_language, harness
-from benchmarks.harness import Failed, Figures, Measure, Report, spread
+from benchmarks.figures import Figures, Report, spread
+from benchmarks.harness import Failed, Measure
 
 NETWORKS = {"convnet": [], "resnet18": ["model.channels=1", "model.size=28"]}
 VARIANTS = ("float32", "bfloat16", "float16", "float32,compile", "bfloat16,compile")

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.harness import Demand, Figures, Measure, Report, ratio, spread
+from benchmarks.figures import Demand, Figures, Report, ratio, spread
+from benchmarks.harness import Measure
 from models.language import GPT
 from models.language_data import Tokens
 

@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.harness import Demand, Failed, Figures, Measure, Report, Spread, spread, torchrun
+from benchmarks.figures import Demand, Figures, Report, Spread, spread
+from benchmarks.harness import Failed, Measure, torchrun
 
 DEMAND = Demand(most=0.02)
 LOG_EVERY = 20

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness, namespaces
-from benchmarks.harness import Demand, Report
+from benchmarks.figures import Demand, Report
 from launcher import cost
 
 RATES = ("100mbit", "1gbit")

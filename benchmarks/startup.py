@@ -23,7 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.harness import Demand, Failed, Figures, Measure, Report, ratio, spread
+from benchmarks.figures import Demand, Figures, Report, ratio, spread
+from benchmarks.harness import Failed, Measure
 
 RAY, BARE = "launch, 2 workers", "bare TorchTrainer, 2 workers"
 KEPT = "launch, Ray kept by the command before"

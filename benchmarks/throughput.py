@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness
-from benchmarks.harness import Command, Demand, Failed, Figures, Report, Spread, Turns, ratio, torchrun
+from benchmarks.figures import Demand, Figures, Report, Spread, ratio
+from benchmarks.harness import Command, Failed, Turns, torchrun
 from benchmarks.peers import plain_gpt
 
 LOG_EVERY = 50

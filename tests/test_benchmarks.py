@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import gpu, harness, throughput
 from benchmarks import input as waiting
-from benchmarks.harness import Demand, Failed, Spread, Turns
+from benchmarks.figures import Demand, Figures, Spread, ratio
+from benchmarks.harness import Failed, Turns
 
 ROOT = Path(__file__).resolve().parent.parent
 SAME = {"batch": [8, 1, 28, 28], "dtype": "float32", "workers": 2, "threads": 1, "parameters": 29322}
@@ -251,7 +252,7 @@ def test_rounds_hold_every_system_once_and_begin_with_another(tmp_path: Path) ->
     order: list[str] = []
 
     def measure(name: str) -> harness.Measure:
-        def one(folder: Path) -> harness.Figures:
+        def one(folder: Path) -> Figures:
             assert list(folder.iterdir()) == [], "a system finds what another has left"
             (folder / "left").touch()
             order.append(name)
@@ -267,7 +268,7 @@ def test_rounds_hold_every_system_once_and_begin_with_another(tmp_path: Path) ->
 def test_a_ratio_is_taken_within_each_round() -> None:
     fast = [{"rate": 10.0}, {"rate": 1.0}, {"rate": 30.0}]  # the machine was busy in the second round
     slow = [{"rate": 5.0}, {"rate": 0.5}, {"rate": 10.0}]
-    times = harness.ratio(fast, slow, "rate")
+    times = ratio(fast, slow, "rate")
     assert times.values == [2, 2, 3]
     assert (times.median, times.text(1)) == (2, "2.0 (2.0 … 2.5)")
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import commit, machine
+from benchmarks.figures import commit, machine
 from tests.faults.harness import Outcome, Trial
 from tests.faults.table import ROWS, play
 from tests.vmlab.lab import ROOT, Lab, why_not
