@@ -141,3 +141,18 @@ def test_a_spent_budget_ends_a_wish() -> None:
     acts = Acts()
     assert acts.at(5, workers=1) == [("ask", 2)]
     assert acts.at(10, workers=1, spent=True) == [("release", 0), ("workers", 1)]
+
+
+def test_what_the_autoscaler_complains_of_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason why nodes never come stands there alone; what ssh says on the way does not belong to it."""
+    monkeypatch.setattr(on_head, "LOGS", tmp_path)
+    monkeypatch.setattr(on_head, "ADDRESS", "127.0.0.1:9")
+    monkeypatch.setenv("LAUNCH_FAILURES", str(tmp_path / "failures"))
+    complaint = "ERROR azure: the policy 'no-gpu' forbids it"
+    chatter = ["Warning: Permanently added '10.77.0.5' (ED25519)", "Shared connection to 10.77.0.5 closed.", ""]
+    (tmp_path / "monitor.err").write_text("\n".join([*chatter, complaint, *chatter]))
+    told = on_head.report()
+    assert told["monitor_err"] == complaint
+    assert told["nodes"] == []
+    assert "127.0.0.1:9" in told["why_none"]
+    assert complaint in joining.complaint(told)

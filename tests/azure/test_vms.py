@@ -160,3 +160,14 @@ def test_the_cluster_ends_itself(there: Vms) -> None:
     done = there.launch("up", *WORDS, *words)
     assert done.status == 0, done.err
     await_(lambda: there.azure.left("launch-demo") == [], 120, there)
+
+
+@pytest.mark.parametrize("there", [2], indirect=True)
+def test_a_run_brings_its_nodes(there: Vms) -> None:
+    """cluster.min_nodes=0: no GPU VM stands before the run asks, `auto` finds one, and afterwards all of it goes."""
+    words = ["cluster.min_nodes=0", "cluster.idle_minutes=0.5", "cluster.down_after=true", "scaling.device=cpu"]
+    done = there.launch("train", "experiment=mnist_tiny", *WORDS, *words, "run.name=far")
+    assert done.status == 0, done.err[-3000:]
+    result = json.loads((Path(done.last) / "result.json").read_text())
+    assert (result["status"], result["workers"]) == ("completed", 2)
+    await_(lambda: there.azure.left("launch-demo") == [], 200, there)
