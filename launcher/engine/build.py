@@ -215,8 +215,8 @@ def caveats(model: nn.Module) -> list[str]:
     if normalised:
         lines.append(
             f"The network has {', '.join(normalised)}: its statistics are those of a worker's microbatch, so results "
-            "depend "
-            "on the number of workers (trainer.sync_batchnorm=true shares them on GPUs; group normalisation has none)."
+            "depend on the number of workers (trainer.sync_batchnorm=true shares them on GPUs; group normalisation has "
+            "none)."
         )
     random_layers = sorted(
         {type(m).__name__ for m in model.modules() if "Dropout" in type(m).__name__ and getattr(m, "p", True)}

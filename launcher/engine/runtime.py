@@ -257,8 +257,8 @@ def ranks_in_environment(environment: dict[str, str] | None = None) -> tuple[int
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise ConfigError(
                 f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks, and MASTER_ADDR or MASTER_PORT is not set. Export "
-                "both "
-                "before srun: MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) MASTER_PORT=29500."
+                "both before srun: MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) "
+                "MASTER_PORT=29500."
             )
     else:
         return None

@@ -100,8 +100,8 @@ class ExactDataParallel(Strategy):
         if vote.ballots["overflow"]:
             raise TrainingError(
                 f"trainer.deterministic=true adds gradients in fixed point, and one of them passed ±{_LIMIT:.0f} (or "
-                "is not a "
-                "number). Lower optimizer.lr or set trainer.clip_norm; or train with trainer.deterministic=false."
+                "is not a number). Lower optimizer.lr or set trainer.clip_norm; or train with "
+                "trainer.deterministic=false."
             )
         # Without a single token in the global batch the sum is zero, and so is the mean.
         count = max(from_limbs(self._count).item(), 1e-30)
