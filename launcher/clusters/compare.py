@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,14 +74,17 @@ def _ask(
 def facts_of_a_node() -> Callable[[str, list[str], list[str]], dict[str, Any]]:
     """Return a function that finds out what a node has.
 
-    A function within a function travels by value: our package may not be installed there, or be another.
+    A function within a function travels by value: our package may not be installed there, or be another. Through Ray Jobs
+    its source travels alone, so that it imports all that it needs itself.
     """
 
     def facts(home: str, python_path: list[str], directories: list[str]) -> dict[str, Any]:
         import hashlib
         import importlib.metadata
         import importlib.util
+        import os
         import platform
+        import sys
         from pathlib import Path
 
         def version(name: str) -> str:
