@@ -74,8 +74,8 @@ def _ask(
 def facts_of_a_node() -> Callable[[str, list[str], list[str]], dict[str, Any]]:
     """Return a function that finds out what a node has.
 
-    A function within a function travels by value: our package may not be installed there, or be another. Through Ray Jobs
-    its source travels alone, so that it imports all that it needs itself.
+    A function within a function travels by value: our package may not be installed there, or be another. Through Ray
+    Jobs its source travels alone, so that it imports all that it needs itself.
     """
 
     def facts(home: str, python_path: list[str], directories: list[str]) -> dict[str, Any]:
