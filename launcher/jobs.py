@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from launcher.clusters.local import EmbeddedRay
     from launcher.engine.entry import Task
     from launcher.engine.runtime import Runtime
+    from launcher.host_plan import HostPlan
     from launcher.node_plan import NodePlan
 
 Event = dict[str, Any]
@@ -130,6 +131,14 @@ def checked_node_plan(prepared: Prepared, observer: Observer, ask: bool = True) 
 
     with _trying(observer):
         return make_node_plan(prepared.job, ask, prepared.directory if prepared.resumes else prepared.like)
+
+
+def checked_host_plan(prepared: Prepared, observer: Observer) -> HostPlan:
+    """Make the plan for the hosts of cluster=ssh, likewise, without a connection to them."""
+    from launcher.host_plan import make_host_plan
+
+    with _trying(observer):
+        return make_host_plan(prepared.job)
 
 
 def _trying(observer: Observer) -> AbstractContextManager[object]:

@@ -5,6 +5,7 @@ Joins the engine's estimate of the job with what the place has that it is to run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,19 +129,19 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
             "cluster=kuberay came from a configuration file, and this command starts workers itself. Give it as a "
             "word: launch … cluster=kuberay makes a RayJob of the run."
         )
-    nodes = []
     if job.cluster.kind in ("ssh", "azure") and ranks is None:
         raise ConfigError(
-            f"cluster={job.cluster.kind}: `launch train` sends single runs to such a cluster. Sweeps (-m) and `launch "
-            "plan` without cluster.size need one of its nodes, with cluster=existing."
+            f"cluster={job.cluster.kind}: `launch train` sends single runs to such a cluster. Sweeps (-m) need one of "
+            "its nodes, with cluster=existing; `launch plan cluster=azure` needs cluster.size=SIZE."
         )
     if job.cluster.kind == "existing" and ranks is None:
         nodes = gcs.look(gcs.address_of(job.cluster.address))
-        cpus, gpus = int(sum(node.cpus for node in nodes)), int(sum(node.gpus for node in nodes))
-    else:
-        cpus, gpus = capacity.resources()
+        return seated_on(
+            job, nodes, f"the existing cluster of {count(len(nodes), 'node')}: {capacity.described(nodes)}"
+        )
+    cpus, gpus = capacity.resources()
     scaling = job.scaling
-    use_gpu = scaling.device == "cuda" or (scaling.device == "auto" and gpus > 0)
+    use_gpu = _uses_gpu(job, gpus)
     device = "cuda" if use_gpu else "cpu"
     if job.cluster.kind == "none" or ranks is not None:
         if ranks is None and scaling.workers not in ("auto", 1):
@@ -150,29 +151,49 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
             )
         where = "this process" if ranks is None else f"{ranks} processes started by torchrun or srun"
         return Machines("none", where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
-    if scaling.heal and use_gpu:
+    gpus_per_worker = _gpus_per_worker(job, use_gpu)
+    workers = scaling.workers
+    if workers == "auto":
+        # On CPUs two workers show what there is to show; more would only share the same cores.
+        workers = max(1, int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker)))
+    capacity.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
+    where = "the Ray of this session" if capacity.connected() else "this machine"
+    return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
+
+
+def seated_on(job: Job, nodes: Sequence[capacity.Node], where: str, cluster: str = "existing") -> Machines:
+    """Return how many workers there are on the nodes of a cluster.
+
+    Raises:
+        ResourceError: the nodes can never hold what was asked for.
+        ConfigError: healing was asked for on GPUs.
+    """
+    scaling = job.scaling
+    cpus, gpus = int(sum(node.cpus for node in nodes)), int(sum(node.gpus for node in nodes))
+    use_gpu = _uses_gpu(job, gpus)
+    gpus_per_worker = _gpus_per_worker(job, use_gpu)
+    workers = scaling.workers
+    if workers == "auto":
+        most = int(capacity.room(nodes, scaling.cpus_per_worker, gpus_per_worker))
+        workers = max(1, most if use_gpu else min(2, most))
+    capacity.check_feasible_on(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
+    device = "cuda" if use_gpu else "cpu"
+    return Machines(cluster, where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker, len(nodes))
+
+
+def _uses_gpu(job: Job, gpus: int) -> bool:
+    return job.scaling.device == "cuda" or (job.scaling.device == "auto" and gpus > 0)
+
+
+def _gpus_per_worker(job: Job, use_gpu: bool) -> float:
+    if job.scaling.heal and use_gpu:
         raise ConfigError(
             "scaling.heal=true was asked for where the workers compute on GPUs; healing in place is made for CPUs so "
             "far. Add scaling.device=cpu, or leave scaling.heal out."
         )
-    gpus_per_worker = (1.0 if scaling.gpus_per_worker is None else scaling.gpus_per_worker) if use_gpu else 0.0
-    workers = scaling.workers
-    if workers == "auto":
-        # On CPUs two workers show what there is to show; more would only share the same cores.
-        fit = int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker))
-        if nodes:
-            most = int(capacity.room(nodes, scaling.cpus_per_worker, gpus_per_worker))
-            fit = most if use_gpu else min(2, most)
-        workers = max(1, fit)
-    if nodes:
-        capacity.check_feasible_on(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
-        where = f"the existing cluster of {count(len(nodes), 'node')}: {capacity.described(nodes)}"
-        return Machines(
-            "existing", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker, len(nodes)
-        )
-    capacity.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
-    where = "the Ray of this session" if capacity.connected() else "this machine"
-    return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
+    if not use_gpu:
+        return 0.0
+    return 1.0 if job.scaling.gpus_per_worker is None else job.scaling.gpus_per_worker
 
 
 def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) -> Plan:

@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"engine", "clusters"} | LEAVES,
     "forecast": {"plan", "engine", "clusters"} | LEAVES,
     "node_plan": {"forecast", "plan", "engine", "clusters"} | LEAVES,
+    "host_plan": {"plan", "engine", "clusters"} | LEAVES,
     "node_tables": {"forecast", "node_plan", "plan", "clusters"} | LEAVES,
     "prepare": LEAVES,
     "ranks": {"engine"} | LEAVES,
@@ -53,7 +54,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "driver": {"jobs", "plan", "prepare", "clusters", "remote"} | LEAVES,
     "weights": {"prepare", "engine"} | LEAVES,
     "run_record": {"weights", "plan", "prepare", "engine"} | LEAVES,
-    "jobs": {"run_record", "remote", "runners", "engine", "clusters", "node_plan", "plan", "prepare", "ranks"} | LEAVES,
+    "jobs": {"run_record", "remote", "runners", "engine", "clusters", "plan", "prepare", "ranks"}
+    | {"node_plan", "host_plan"}
+    | LEAVES,
     "trained": {"weights", "remote", "jobs", "plan", "prepare", "ranks", "runners", "engine", "clusters"} | LEAVES,
     "show": {"jobs", "plan", "prepare", "terminal"} | LEAVES,
     "help": {"prepare"} | LEAVES,
@@ -74,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "listing",
         "machines",
         "clusters",
+        "host_plan",
         "node_tables",
         "sizes",
         "sweeps",

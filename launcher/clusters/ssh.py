@@ -127,6 +127,19 @@ def status(head: Head) -> tuple[Head, list[str]]:
     return replace(head, hosts=entries), said
 
 
+def written(cluster: ClusterConfig) -> list[dict[str, Any]]:
+    """Return the hosts that `up` would look after, each with what was written down of it. Connects to nothing.
+
+    Raises:
+        ConfigError, ClusterError: as `up`, where the hosts are not known or the cluster has another head.
+    """
+    name = cluster.name or KIND
+    heads.check_name(name)
+    known = next((head for head in heads.all_heads() if head.name == name), None)
+    entries = {entry["name"]: entry for entry in known.hosts} if known else {}
+    return [entries.get(host.name, {"name": host.name}) for host in _wanted(cluster, name, known)]
+
+
 def down(name: str, tell: Tell) -> None:
     """End every process of a cluster on every host, see that none is left, and forget it. May be repeated.
 

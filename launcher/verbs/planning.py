@@ -11,7 +11,9 @@ from launcher.output import results_alone
 from launcher.verbs import kubernetes
 
 if TYPE_CHECKING:
+    from launcher.host_plan import HostPlan
     from launcher.line import Line
+    from launcher.plan import Plan
     from launcher.prepare import Prepared
 
 
@@ -35,7 +37,7 @@ def plan(line: Line) -> int:
     if "multirun" in line.flags:
         kubernetes.refuse_sweep(line)
         return _plan_of_sweep(line)
-    from launcher.jobs import checked_plan
+    from launcher.jobs import checked_host_plan, checked_plan
     from launcher.prepare import prepare
     from launcher.show import Shown
     from launcher.terminal import Display
@@ -47,7 +49,11 @@ def plan(line: Line) -> int:
         if prepared.job.cluster.size is not None:
             return _plan_of_nodes(line, prepared, result)
         with Display() as display:
-            plan = checked_plan(prepared.job, Shown(display))
+            plan: Plan | HostPlan
+            if prepared.job.cluster.kind == "ssh":
+                plan = checked_host_plan(prepared, Shown(display))
+            else:
+                plan = checked_plan(prepared.job, Shown(display))
         if "json" in line.flags:
             facts = {"run": prepared.directory.name, "directory": prepared.directory.told()}
             result(json.dumps({**facts, **plan.to_dict()}, indent=2))
