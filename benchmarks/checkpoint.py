@@ -3,14 +3,14 @@
     python benchmarks/checkpoint.py         one process, float32, AdamW: 1.2 GB a checkpoint; about six minutes
 
 In one process, turn by turn: 20 steps without a checkpoint, then 20 steps of which the first follows a save, as the
-training loop does it (`Checkpointer.save`, in the background, with SHA-256 and fsync). The time of a turn ends when its
-last step is done and its checkpoint is on the disk. `copy` is nothing but the copying of the same tensors into memory
-that is there already; `block` is how long `save` keeps the loop. The first save, which also has to get that memory, is
-told apart. The CPU seconds of a save while nothing trains say what it takes from training whose threads use all cores,
-also on a machine where others work.
+training loop does it (`Checkpointer.save`, in the background, with checksums and fsync). The time of a turn ends when
+its last step is done and its checkpoint is on the disk. `copy` is nothing but the copying of the same tensors into
+memory that is there already; `block` is how long `save` keeps the loop. The first save, which also has to get that
+memory, is told apart. The CPU seconds of a save while nothing trains say what it takes from training whose threads use
+all cores, also on a machine where others work.
 
 A step on two cores is slow, but so is everything that a checkpoint costs, and both share the same cores: on a machine
-with a GPU the cores that hash and write have nothing else to do.
+with a GPU the cores that write have nothing else to do.
 """
 
 from __future__ import annotations

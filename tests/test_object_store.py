@@ -125,7 +125,7 @@ def test_what_a_stranger_planted_on_the_store_executes_and_overwrites_nothing(
     base = "a/checkpoints/step-00000008"
     listed = json.loads(container.read(f"{base}/manifest.json"))
     for place, name in (("00000020", "../../../../../stolen"), ("00000024", "/tmp/stolen"), ("00000028", ".metadata")):
-        forged = {**listed, "files": {**listed["files"], name: {"size": len(evil), "sha256": "0" * 64}}}
+        forged = {**listed, "files": {**listed["files"], name: {"size": len(evil), "xxh128": "0" * 32}}}
         container.write(f"a/checkpoints/step-{place}/manifest.json", json.dumps(forged).encode())
         container.write(f"a/checkpoints/step-{place}/.metadata", evil)
     for name in ("metadata.json", "state.json", "data-00000.bin", ".metadata"):

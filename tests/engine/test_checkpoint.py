@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import multiprocessing
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from torch import nn
 
 from launcher.engine import checkpoint
@@ -343,7 +343,7 @@ def rewrite(path: Path, name: str, change: Callable[[Any], Any] | bytes) -> None
         file.write_text(json.dumps(change(content) or content))
     manifest = json.loads((path / "manifest.json").read_text())
     content = file.read_bytes()
-    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"][name] = {"size": len(content), "xxh128": xxhash.xxh3_128_hexdigest(content)}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -361,7 +361,7 @@ def forge(**changes: Any) -> Callable[[Path], None]:
 def forge_manifest(name: str) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest["files"][name] = {"size": 1, "sha256": ""}
+        manifest["files"][name] = {"size": 1, "xxh128": ""}
         (path / "manifest.json").write_text(json.dumps(manifest))
 
     return change
@@ -695,4 +695,4 @@ def test_a_file_holds_what_was_given_however_the_disk_is_written(
     content = random.Random(length).randbytes(length)
     entry = files.write_file(tmp_path / "data", [content[at : at + 3000] for at in range(0, length, 3000)])
     assert (tmp_path / "data").read_bytes() == content
-    assert (entry.size, entry.sha256) == (length, hashlib.sha256(content).hexdigest())
+    assert (entry.size, entry.checksum) == (length, xxhash.xxh3_128_hexdigest(content))

@@ -7,7 +7,7 @@ On the disk:
         data-00000.bin …        raw bytes of tensors, one file per rank that had something to write
         metadata.json           where each tensor lies in them (`reader`)
         state.json              everything that is not a tensor (`nest`)
-        manifest.json           size and SHA-256 of the files above, written last
+        manifest.json           size and XXH128 of the files above, written last
       .step-00000120.tmp-1f…    being written
       .step-00000120.old-1f…    was in the way of a new checkpoint of the same step
       .step-00000120.gone-1f…   being deleted
@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import mmap
 import os
@@ -30,6 +29,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import xxhash
 
 from launcher.errors import CheckpointError
 
@@ -45,10 +46,10 @@ _DATA_FILE = re.compile(r"data-\d{5,9}\.bin")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of one file: its size in bytes and its SHA-256 in hexadecimal."""
+    """What the manifest says of one file: its size in bytes and its checksum, XXH128 in hexadecimal (xxhash.com)."""
 
     size: int
-    sha256: str
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -108,18 +109,18 @@ def verify(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     for name, entry in read_manifest(path).items():
-        digest = hashlib.sha256()
+        digest = xxhash.xxh3_128()
         with open_regular(path / name, entry.size) as stream:
             while block := stream.read(BLOCK_BYTES):
                 digest.update(block)
-        if digest.hexdigest() != entry.sha256:
+        if digest.hexdigest() != entry.checksum:
             raise CheckpointError(
-                f"{path / name} was altered after it was written (its SHA-256 differs from the manifest's)."
+                f"{path / name} was altered after it was written (its checksum differs from the manifest's)."
             )
 
 
 def newest_intact(directory: str | os.PathLike[str]) -> Newest:
-    """Return the newest checkpoint in `directory` whose files all have the size and SHA-256 that were recorded."""
+    """Return the newest checkpoint in `directory` whose files all have the size and checksum that were recorded."""
     skipped = []
     for path in reversed(available(directory).values()):
         try:
@@ -146,12 +147,12 @@ def read_manifest(path: Path) -> dict[str, FileEntry]:
         )
     entries = {}
     for name, entry in files.items():
-        size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        size, checksum = (entry.get("size"), entry.get("xxh128")) if isinstance(entry, dict) else (None, None)
         if name not in (METADATA, STATE) and not _DATA_FILE.fullmatch(name):
             raise CheckpointError(f"{manifest} names a file {name!r}, which no checkpoint has.")
-        if type(size) is not int or size < 0 or not isinstance(sha256, str):
-            raise CheckpointError(f"{manifest} gives no size and SHA-256 for {name}.")
-        entries[name] = FileEntry(size, sha256)
+        if type(size) is not int or size < 0 or not isinstance(checksum, str):
+            raise CheckpointError(f"{manifest} gives no size and checksum (xxh128) for {name}.")
+        entries[name] = FileEntry(size, checksum)
     if missing := {METADATA, STATE} - entries.keys():
         raise CheckpointError(f"{manifest} does not list {', '.join(sorted(missing))}.")
     return entries
@@ -198,8 +199,8 @@ def new_name(step: int, kind: str) -> str:
 
 
 def write_file(file: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a new file and make it durable; return its size and SHA-256. OSError as the system gives it."""
-    digest, size, filled = hashlib.sha256(), 0, 0
+    """Write a new file and make it durable; return its size and checksum. OSError as the system gives it."""
+    digest, size, filled = xxhash.xxh3_128(), 0, 0
     # Direct writing asks for memory that begins on a page.
     buffer = memoryview(mmap.mmap(-1, BLOCK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     with open(file, "xb", buffering=0) as stream:
@@ -251,7 +252,7 @@ def write_json(file: Path, content: Any) -> FileEntry:
 
 def write_manifest(path: Path, step: int, files: Mapping[str, FileEntry]) -> None:
     """Complete the directory `path`: from here on it would verify."""
-    entries = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in sorted(files.items())}
+    entries = {name: {"size": entry.size, "xxh128": entry.checksum} for name, entry in sorted(files.items())}
     write_json(path / MANIFEST, {"format": FORMAT, "step": step, "files": entries})
     sync_directory(path)
 

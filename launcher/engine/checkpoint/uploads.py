@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import xxhash
+
 from launcher.engine.checkpoint import files
 from launcher.errors import CheckpointError, StorageError
 from launcher.mirror import CHECKPOINTS, cache_of
@@ -178,7 +180,7 @@ class Uploads:
             if (upload.folder / name).exists():
                 target.put(name, upload.folder / name)
             else:
-                elsewhere.append(_receipt(upload.step, name, entry.sha256))
+                elsewhere.append(_receipt(upload.step, name, entry.checksum))
         self._await(elsewhere)
         there = target.entries()
         for name, entry in manifest.items():
@@ -338,14 +340,14 @@ def _alone(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _receipt(step: int, name: str, sha256: str) -> str:
-    return f"{_PARTS}/{files.name_of(step)}/{name}-{sha256[:32]}"
+def _receipt(step: int, name: str, checksum: str) -> str:
+    return f"{_PARTS}/{files.name_of(step)}/{name}-{checksum}"
 
 
 def _digest(file: Path) -> str:
-    """Return the SHA-256 of a part, which tells this save from an earlier one of the same step."""
+    """Return the checksum of a part, which tells this save from an earlier one of the same step."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def _in_checkpoint(name: str) -> bool:

@@ -40,12 +40,12 @@ from launcher.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a chunk lies: `size` and `sha256` are those of the whole file, for the manifest."""
+    """Where a chunk lies: `size` and `checksum` are those of the whole file, for the manifest."""
 
     file: str
     start: int
     size: int = 0
-    sha256: str = ""
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Writer(StorageWriter):
             with _told(file.parent.parent):
                 entry = files.write_file(file, blocks())
             results = [
-                WriteResult(item.index, _nbytes(item), Place(file.name, start, entry.size, entry.sha256))
+                WriteResult(item.index, _nbytes(item), Place(file.name, start, entry.size, entry.checksum))
                 for item, start in zip(plan.items, starts, strict=True)
             ]
         future.set_result(results)
@@ -167,7 +167,7 @@ class Writer(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         assert self.temporary is not None
         places: dict[MetadataIndex, Place] = {result.index: result.storage_data for part in results for result in part}
-        entries = {place.file: files.FileEntry(place.size, place.sha256) for place in places.values()}
+        entries = {place.file: files.FileEntry(place.size, place.checksum) for place in places.values()}
         for name, entry in entries.items():
             if self.scattered and not (self.temporary / name).exists():
                 continue  # its machine sends it to the store
