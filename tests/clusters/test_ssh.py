@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -221,7 +222,7 @@ def test_every_process_is_ended_also_one_that_left_its_family(shell: Shell, serv
     found = bootstrap.ask(shell, "stop", base=f"{server.home}/.launch", cluster="pair")
     assert found["left"] == []
     assert found["ended"] >= 1
-    assert process.wait(5) != 0
+    assert process.wait(5) == -signal.SIGKILL
     process.stdout.close()
     assert not (directory / "token").exists()
     assert bootstrap.ask(shell, "stop", base=f"{server.home}/.launch", cluster="pair") == {"left": [], "ended": 0}

@@ -55,10 +55,16 @@ def test_a_run_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
     assert found["checkpoint"] == str(runs / "two" / "checkpoints" / "step-00000010")
     assert any((runs / "two").glob("events.out.tfevents*"))
     assert "step 10/10" in done.err
-    alone: Result = there.launch(*TINY, "cluster=none", "run.name=one")
-    assert alone.status == 0, alone.err
-    assert_same_weights(final_weights(runs / "one"), final_weights(runs / "two"))
-    assert there.launch("evaluate", "two", "data=mnist", seconds=60).status in (0, 2)
+    here: tuple[tuple[str, ...], ...] = (
+        ("cluster=none",),
+        ("cluster=local", "scaling.workers=2", "scaling.cpus_per_worker=0.5"),
+    )
+    for kind in here:
+        alone: Result = there.launch(*TINY, *kind, f"run.name={kind[0]}")
+        assert alone.status == 0, alone.err
+        assert_same_weights(final_weights(Path(alone.last)), final_weights(runs / "two"))
+    evaluated = there.launch("evaluate", "two", "data=mnist", seconds=100)
+    assert evaluated.status == 0, evaluated.err
 
     again = there.launch(*TINY, *words, "run.name=two", "run.resume=true", "trainer.epochs=2", seconds=120)
     assert again.status == 0, again.err
