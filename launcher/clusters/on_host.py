@@ -17,6 +17,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -293,8 +294,18 @@ def _venv(version: str, place: Path) -> list[str]:
 
 def _run(words: list[str], sink: Any, log: Path) -> None:
     done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, check=False)
-    if done.returncode != 0:
-        raise Failed(f"the Python environment could not be made ({log} says more): {_tail(log)}")
+    if done.returncode == 0:
+        return
+    # Without its index pip goes on and complains of versions in the end.
+    lost = re.search(r"Retry\(total=0,.*connection broken by '(.*)': /", log.read_text(errors="replace"))
+    if lost is not None:
+        why = re.sub(r"<[^>]*>: ", "", lost[1])[-200:]
+        raise Failed(
+            f"the Python environment could not be made: pip does not reach its index from there ({why}). Let the host "
+            "reach PyPI, set its pip to a mirror (pip config set global.index-url URL), or name an environment that it "
+            f"has: cluster.python=/PATH/TO/python. {log} says more"
+        )
+    raise Failed(f"the Python environment could not be made ({log} says more): {_tail(log)}")
 
 
 def _versions(python: str) -> dict[str, str]:

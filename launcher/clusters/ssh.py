@@ -39,7 +39,7 @@ class _Host:
     name: str
     shell: Shell
     words: list[str]
-    touched: bool = False  # something was started there once, and may live
+    touched: bool = False  # something may have been started there, and may live
     leaving: bool = False  # it is no longer among the hosts, and could not be asked to end
     facts: dict[str, Any] = field(default_factory=dict)
     problem: HostError | None = None
@@ -87,7 +87,9 @@ def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
     each = _Each(name, hosts, tell)
     each.do(lambda host: ask(host.shell, "look", python, **place), but=first)
     each.do(lambda host: _have_python(host, python, environment, place, tell))
-    heads.save(_head(name, hosts, known))  # from here on `down` has something to end
+    for host in each.living():
+        host.touched = True
+    heads.save(_head(name, hosts, known))  # from here on `down` has something to end, and on which hosts
     _send(each, calling or Path.cwd(), tell)
 
     token = secrets.token_hex(32)
@@ -153,12 +155,12 @@ def down(name: str, tell: Tell) -> None:
     hosts = [_Host.of(entry) for entry in head.hosts]
     base, _, directory = head.directory.rpartition("/")
     answers = everywhere(hosts, lambda host: _stopped(host, base, directory))
+    ended = [host.name for host, answer in zip(hosts, answers, strict=True) if answer is None]
     problems = {host.name: answer for host, answer in zip(hosts, answers, strict=True) if answer is not None}
     # Where nothing was ever started nothing can be left.
     problems = {key: problem for key, problem in problems.items() if _entry(head, key).get("touched", True)}
     for host in hosts:
         host.shell.close()
-    ended = [host.name for host in hosts if host.name not in problems]
     if problems:
         heads.save(replace(head, hosts=[entry for entry in head.hosts if entry["name"] in problems]))
         done = f" Nothing is left on {', '.join(ended)}." if ended else ""
@@ -167,7 +169,8 @@ def down(name: str, tell: Tell) -> None:
             f"{name}` when the rest answers; if it never will, `launch down {name} --forget` forgets it."
         )
     heads.forget(name)
-    tell(f"Nothing of the cluster {name} runs on {', '.join(ended)} any more. Files stay in {head.directory}.")
+    where = f" on {', '.join(ended)}" if ended else ""
+    tell(f"Nothing of the cluster {name} runs{where} any more. Files stay in {head.directory}.")
 
 
 def place_of(calling: Path) -> str:
@@ -207,15 +210,17 @@ def _wanted(cluster: ClusterConfig, name: str, known: Head | None) -> list[_Host
     if not cluster.hosts:
         if known is None:
             raise ConfigError(
-                f"cluster=ssh needs hosts, and no cluster {name} is known whose hosts could be meant: "
-                "cluster.hosts=[HEAD,USER@HOST:PORT,…], the head first."
+                f"cluster=ssh needs hosts, and no cluster {name} is known whose hosts could be meant. Name them, the "
+                "head first: cluster.hosts=[HEAD,USER@HOST:PORT,…]."
             )
         return [_Host.of(entry) for entry in known.hosts if not entry.get("leaving")]
-    touched = {entry["name"]: entry.get("touched", True) for entry in known.hosts} if known else {}
+    entries = {entry["name"]: entry for entry in known.hosts} if known else {}
     hosts = []
     for host in cluster.hosts:
         words = destination(host, cluster.user, cluster.ssh_key, cluster.ssh_config)
-        hosts.append(_Host(host, Shell(words, host), words, touched.get(host, False)))
+        entry = entries.get(host, {"touched": False})
+        facts = {"address": entry.get("address", "")}  # by which Ray knows one that does not answer any more
+        hosts.append(_Host(host, Shell(words, host), words, entry.get("touched", True), facts=facts))
     if known is not None and known.ssh != hosts[0].words:
         raise ClusterError(
             f"The cluster {name} has another head ({' '.join(known.ssh)}). End it first, `launch down {name}`, or give "
@@ -262,8 +267,10 @@ def _send(each: _Each, calling: Path, tell: Tell) -> None:
     own, files = project.own_files(), project.files(calling)
     bytes_in_all = project.size(project.HOME, own) + project.size(calling, files)
     hosts = each.living()
+    each_of_them = " each" if len(hosts) > 1 else ""
     tell(
-        f"Sending launch and {calling} to {count(len(hosts), 'host')}: {size(bytes_in_all)} each, or what differs of it"
+        f"Sending launch and {calling} to {count(len(hosts), 'host')}: {size(bytes_in_all)}{each_of_them}, or what "
+        "differs of it"
     )
 
     def send(host: _Host) -> dict[str, Any]:
@@ -278,9 +285,7 @@ def _start(host: _Host, token: str, place: dict[str, Any], head: dict[str, Any] 
     """Have Ray run on a host, as the head or below `head`. Returns its node."""
     facts, node = host.facts, host.facts["node"]
     if node is not None and node["python"] == facts["python"] and head is None:
-        host.touched = True
         return dict(node)
-    host.touched = True
     given = {"base": place["base"], "cluster": place["cluster"], "python": facts["python"]}
     try:
         started = ask(
@@ -306,7 +311,8 @@ def _start(host: _Host, token: str, place: dict[str, Any], head: dict[str, Any] 
 def _left_behind(hosts: Sequence[_Host], known: Head | None, tell: Tell) -> list[_Host]:
     """End what runs on hosts that the cluster no longer has. Returns those where that was not possible."""
     names = {host.name for host in hosts}
-    gone = [_Host.of(entry) for entry in known.hosts if entry["name"] not in names] if known else []
+    others = [_Host.of(entry) for entry in known.hosts if entry["name"] not in names] if known else []
+    gone = [host for host in others if host.touched]  # in others nothing was ever started
     left = []
     base, _, directory = known.directory.rpartition("/") if known else ("", "", "")
     for host, problem in zip(gone, everywhere(gone, lambda host: _stopped(host, base, directory)), strict=True):
@@ -356,11 +362,15 @@ def _entry(head: Head, name: str) -> dict[str, Any]:
 
 
 def _lost(entries: Sequence[dict[str, Any]], nodes: Sequence[dict[str, Any]]) -> list[str]:
-    """Say which nodes the head's Ray has lost: the last time of each host."""
+    """Say which of the hosts the head's Ray has lost, and when last. Those that the cluster let go are none of them."""
     names = {entry["address"]: entry["name"] for entry in entries if entry.get("address")}
     last: dict[str, dict[str, Any]] = {}
     for node in nodes:
-        if not node["lives"] and node["ended"] >= last.get(node["address"], {"ended": 0})["ended"]:
+        if (
+            node["address"] in names
+            and not node["lives"]
+            and node["ended"] >= last.get(node["address"], {"ended": 0})["ended"]
+        ):
             last[node["address"]] = node
     back = {node["address"] for node in nodes if node["lives"]}
     said = []
@@ -368,5 +378,5 @@ def _lost(entries: Sequence[dict[str, Any]], nodes: Sequence[dict[str, Any]]) ->
         when = datetime.fromtimestamp(node["ended"]).strftime("%H:%M:%S")
         since = "; it has come back since" if address in back else ""
         why = f" ({' '.join(node['why'].split())[:200]})" if node["why"] else ""
-        said.append(f"Ray lost {names.get(address, address)} at {when}{why}{since}.")
+        said.append(f"Ray lost {names[address]} at {when}{why}{since}.")
     return said

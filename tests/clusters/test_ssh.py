@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters import bootstrap, heads, ssh
+from launcher.clusters import bootstrap, heads, on_host, ssh
 from launcher.clusters.bootstrap import Environment
 from launcher.clusters.shell import Shell
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
@@ -153,6 +153,16 @@ def test_an_environment_that_cannot_be_made_says_why(shell: Shell) -> None:
         Environment("2.1", "", "").make(shell, "~/.launch", "pair")
 
 
+def test_a_host_that_does_not_reach_the_index_is_told(tmp_path: Path) -> None:
+    """Would be wrong: what pip says in the end, that versions conflict, where a network is missing."""
+    words = [sys.executable, "-m", "pip", "install", "--retries=1", "--index-url=http://127.0.0.1:9/simple", "no-such"]
+    log = tmp_path / "log"
+    with log.open("w") as sink, pytest.raises(on_host.Failed, match=r"does not reach its index from there \(.*refused"):
+        on_host._run(words, sink, log)
+    with log.open("w") as sink, pytest.raises(on_host.Failed, match=r"could not be made \(.*log says more\): no space"):
+        on_host._run(["sh", "-c", "echo no space; exit 1"], sink, log)
+
+
 def test_the_environment_is_that_of_the_constraints() -> None:
     own = Environment.own()
     assert own == Environment.own()
@@ -199,13 +209,36 @@ def test_down_of_a_host_that_is_gone_can_be_repeated_or_forgotten(
     )
     with pytest.raises(MachineError, match=r"is not all down\. vm1 is there.*Nothing is left on here"):
         ssh.down("pair", print)
-    assert [host["name"] for host in heads.load("pair").hosts] == ["vm1"]
+    assert [host["name"] for host in heads.load("pair").hosts] == ["vm1"], "vm2 never had anything"
 
     (found,) = json.loads(here.here("status", "--json").out)
     assert (found["state"], found["hosts"][0]["state"]) == ("down", "dead")
     assert here.here("down").status == 1
     assert here.here("down", "--forget").status == 0
     assert heads.all_heads() == []
+
+
+def test_down_names_those_that_were_asked(server: servers.Server, tmp_path: Path) -> None:
+    servers.write_client(tmp_path / "config", {"vm1": "127.0.0.1:1"}, server.directory / "key", server.known_hosts)
+    never = {"name": "vm1", "ssh": ["ssh", "-F", str(tmp_path / "config"), "vm1"], "python": None, "touched": False}
+    fine = {"name": "here", "ssh": server.words, "python": None}
+    directory = f"{server.home}/.launch/pair"
+    heads.save(heads.Head("pair", "ssh", server.words, "/p", "10.0.0.1:6379", 8265, directory, hosts=[fine, never]))
+    told: list[str] = []
+    ssh.down("pair", told.append)
+    assert told == [f"Nothing of the cluster pair runs on here any more. Files stay in {directory}."]
+
+
+def test_what_ray_lost_is_told_of_the_clusters_own_hosts() -> None:
+    def node(address: str, ended: float, lives: bool = False) -> dict[str, Any]:
+        return {"address": address, "lives": lives, "ended": ended, "why": "no\n heartbeat" if not lives else ""}
+
+    hosts = [{"name": "vm1", "address": "10.0.0.1"}, {"name": "vm2", "address": "10.0.0.2"}, {"name": "vm3"}]
+    nodes = [node("10.0.0.2", 60.0), node("10.0.0.2", 120.0), node("10.0.0.1", 0.0, lives=True)]
+    (said,) = ssh._lost(hosts, [*nodes, node("10.0.0.9", 180.0)])
+    assert re.fullmatch(r"Ray lost vm2 at \d\d:02:00 \(no heartbeat\)\.", said), said
+    (said,) = ssh._lost(hosts, [*nodes, node("10.0.0.2", 0.0, lives=True)])
+    assert said.endswith("; it has come back since.")
 
 
 def test_every_process_is_ended_also_one_that_left_its_family(shell: Shell, server: servers.Server) -> None:

@@ -121,6 +121,8 @@ def test_a_host_that_comes_back_joins_and_one_that_is_named_no_more_leaves(there
     done = there.launch("up", *there.words("vm1", "vm2"))
     assert "vm3 is no longer among the hosts, and nothing of the cluster runs there any more" in done.err
     assert there.of_clusters(there.machines[2]) == []
+    (found,) = json.loads(there.launch("status", "--json").out)
+    assert [note for note in found["notes"] if "Ray lost vm2" not in note] == [], "it was let go, and not lost"
     # The head loses everything: what its nodes have is of no use without it.
     there.machines[0].kill()
     there.start_sshd(there.machines[0])
@@ -140,6 +142,11 @@ def test_an_interrupted_up_can_be_repeated_and_ended(there: Elsewhere, running: 
     wait_for(lambda: there.machines[0].find(running), 60, "Ray was not started")
     os.killpg(interrupted.pid, signal.SIGKILL)
     assert interrupted.wait() == -signal.SIGKILL, "up was not interrupted"
+    there.machines[0].cut()
+    done = there.launch("down", "ssh")
+    assert done.status == 1, done.err
+    assert "The cluster ssh is not all down. vm1 does not answer" in done.err
+    there.machines[0].mend()
     done = there.launch("down", "ssh")
     assert done.status == 0, done.err
     assert left(there) == {}
@@ -224,6 +231,10 @@ def test_a_machine_lost_during_training_costs_no_bit(there: Elsewhere) -> None:
     (cluster,) = json.loads(there.launch("status", "--json").out)
     assert any(note.startswith(f"Ray lost {lost.name} at ") for note in cluster["notes"])
     assert any(f"{lost.name} is there, and nothing listens" in note for note in cluster["notes"])
+    done = there.launch("up", *there.words())
+    assert f"{lost.name} is left out" in done.err
+    (cluster,) = json.loads(there.launch("status", "--json").out)
+    assert any(note.startswith(f"Ray lost {lost.name} at ") for note in cluster["notes"]), "its name is forgotten"
 
     assert there.launch(*job, "cluster=none", "run.name=one").status == 0
     assert_same_weights(final_weights(runs / "one"), final_weights(runs / "two"))
