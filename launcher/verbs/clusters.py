@@ -41,7 +41,8 @@ def up(line: Line) -> int:
     cluster = prepare.composed(line.request()).job.cluster
     with ended_by_signals():  # SIGTERM like Ctrl-C: what was begun is ended here, and told
         head = machines.up(cluster, say)
-    say(f"The cluster {head.name} is up. SSH to its head: {shlex.join(head.ssh)}")
+    words = f"cluster={head.kind}" + (f" cluster.name={head.name}" if head.name != head.kind else "")
+    say(f"The cluster {head.name} is up, and launch … {words} trains on it. SSH to its head: {shlex.join(head.ssh)}")
     print(head.name)
     return 0
 
