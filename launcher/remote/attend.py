@@ -27,15 +27,33 @@ def _place(run: RunDirectory) -> Place:
     return place
 
 
+def _is_gone(place: Place) -> bool:
+    """Whether its cluster is down, or forgotten."""
+    return place.head is not None and place.head not in [head.name for head in heads.all_heads()]
+
+
 @contextmanager
-def copied(run: RunDirectory) -> Iterator[None]:
+def copied(run: RunDirectory, note: Callable[[str], None] | None = None) -> Iterator[None]:
     """Have the files of a run that is driven elsewhere be copied to here meanwhile.
 
+    Args:
+        note: is told where that cannot be, since its cluster is down.
+
     Raises:
-        ClusterError: its head cannot be reached.
+        ClusterError: its head cannot be reached, or is gone before anything was copied.
     """
     place = _place(run)
     if place.head is None or place.directory is None:
+        yield
+        return
+    if _is_gone(place):
+        if not run.log.exists():
+            raise ClusterError(
+                f'The run "{run.name}" was sent to the cluster {place.head}, which is not known here any more (launch '
+                "down), and nothing of the run was copied before. Start it again under another run.name."
+            )
+        if note is not None:
+            note(f"The cluster {place.head} is not known here any more; this is what was copied from it.")
         yield
         return
     copies = Copies(heads.load(place.head).shell(), place.directory, run)
@@ -74,8 +92,13 @@ def stop(run: RunDirectory) -> str:
         RunError: it does not go on, or did not stop in ten minutes.
         ClusterError: its cluster cannot be reached.
     """
+    place = _place(run)
+    if _is_gone(place):
+        over = run.status() in FINAL
+        why = f"it is {run.status()}" if over else f"its cluster {place.head} is not known here any more (launch down)"
+        raise RunError(f'The run "{run.name}" is not running: {why}.')
     with copied(run):
-        _stop(run, _place(run))
+        _stop(run, place)
     if not run.exists():
         return f"{run.name} was stopped before it began."
     status = run.status()

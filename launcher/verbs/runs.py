@@ -52,7 +52,7 @@ def logs(line: Line) -> int:
     from launcher.remote import attend
     from launcher.terminal import Display
 
-    with attend.copied(run):
+    with attend.copied(run, say):
         with Display() as display:
             attend.until_it_begins(run, display.show)
         try:

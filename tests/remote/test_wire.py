@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launcher import cli
 from launcher.clusters.ray_jobs import Unreachable, checked_url
 from launcher.errors import ClusterError, DataError, UserCodeError, WorkerLost
 from launcher.remote import follow
@@ -72,7 +73,8 @@ class Dropping:
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(follow, "_RETRY_SECONDS", 0.0)
 
 
@@ -133,6 +135,26 @@ def test_the_place_of_a_run_is_kept_and_a_run_that_was_sent_is_found(tmp_path: P
     assert [one.name for one in list_runs(tmp_path)] == ["a"]
     (run.path / "remote.json").write_text("[]")
     assert place_of(run) is None
+
+
+def test_a_run_outlives_its_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After `launch down` its log is read from what was copied, and to stop it is a wrong request."""
+    words = ["a", f"run.root={tmp_path}"]
+    run = RunDirectory(tmp_path / "a")
+    run.create()
+    Place("launch-1", head="pair", directory="/there/a").write(run)
+    assert cli.run(["logs", *words]) == 2
+    assert "was sent to the cluster pair, which is not known here any more" in capsys.readouterr().err
+    assert cli.run(["stop", *words]) == 2
+    assert "is not running: its cluster pair is not known here" in capsys.readouterr().err
+    run.log.write_text("step 1\n")
+    run.config.write_text("")
+    (run.path / "result.json").write_text('{"status": "completed", "steps": 1}')
+    assert cli.run(["logs", *words]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, "what was copied from it" in shown.err) == ("step 1\n", True)
+    assert cli.run(["stop", *words]) == 2
+    assert "is not running: it is completed." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
