@@ -142,7 +142,11 @@ def _meant(request: Request) -> tuple[Composition | None, RunDirectory | None, R
 
 def _compose_like(request: Request, like: RunDirectory | None) -> Composition:
     assert like is not None
-    return compose([word for word in request.words if key_of(word) != "run.like"], request.config_dir, like.config)
+    words = [word for word in request.words if key_of(word) != "run.like"]
+    composition = compose(words, request.config_dir, like.config)
+    if like.is_sent and not any(key_of(word) == "run.root" for word in words):
+        composition.job.run.root = like.root  # the root that was recorded is a place on the head of its cluster
+    return composition
 
 
 # ---- going on -------------------------------------------------------------------------------------------------------

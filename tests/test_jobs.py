@@ -217,8 +217,12 @@ def test_like(here: Place) -> None:
     assert done.status == 0, done.err
     assert here.result("b")["steps"] == 3
     assert "width: 2" in (here.runs / "b/config.yaml").read_text()
+    (here.runs / "a" / "remote.json").write_text("{}")  # one that came back from a cluster names a place there
+    config = here.runs / "a" / "config.yaml"
+    config.write_text(re.sub(r"(?m)^  root: .*$", "  root: head:///on/the/head", config.read_text(), count=1))
     named = here.here("run.like=a")
-    assert Path(named.last).name.startswith("a-")
+    assert named.status == 0, named.err
+    assert (Path(named.last).parent, Path(named.last).name[:2]) == (here.runs, "a-")
 
 
 def test_weights_of_another_run(here: Place) -> None:

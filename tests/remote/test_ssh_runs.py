@@ -70,7 +70,11 @@ def test_a_run_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
     assert again.status == 0, again.err
     assert "Continuing from step 10." in again.err
     assert result(runs / "two")["steps"] == 20
+    like = there.launch("run.like=two", *words, "run.name=like", "trainer.epochs=1", seconds=120)
+    assert (like.status, like.last) == (0, str(runs / "like")), like.err
     assert there.launch("down", "ssh", seconds=60).status == 0
+    log = there.launch("logs", "two", "--no-follow", seconds=60)
+    assert (log.status, "completed after 20 steps" in log.out) == (0, True), log.err
 
 
 @pytest.mark.slow
