@@ -210,7 +210,7 @@ def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(there: Elsewhere, tm
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_machine_lost_during_training_costs_no_bit(there: Elsewhere) -> None:
-    """One worker a machine; the weights are those of one process and of two workers here; a planted secret is nowhere."""
+    """One worker a machine; the weights are those of one process and of two workers here; no secret is seen."""
     job = ["experiment=mnist", "trainer.epochs=6", "trainer.deterministic=true", "logging.graph=false"]
     runs, planted = there.calling / "runs", "pl4nted-" + "5ec7e7"
     assert there.launch("up", *there.words(), seconds=200).status == 0
