@@ -100,11 +100,14 @@ class Elsewhere(Lab):
             "-E",
             str(self._etc(host) / "sshd.log"),
         ]
-        host.start(command)
-        latest = time.monotonic() + 10
-        while not host.find(servers.SSHD):
-            assert time.monotonic() < latest, f"sshd of {host.name} did not start"
-            time.sleep(0.02)
+        log, latest = self._etc(host) / "sshd.log", time.monotonic() + 10
+        before = _listened(log)
+        process = host.start(command)
+        while _listened(log) == before:
+            assert time.monotonic() < latest, f"sshd of {host.name} does not listen: {log.read_text()[-500:]}"
+            if process.poll() is not None:  # the one before it has not let go of the port yet
+                process = host.start(command)
+            time.sleep(0.05)
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the laptop's: nothing of Ray, and places of its own."""
@@ -169,3 +172,8 @@ class Elsewhere(Lab):
         """Return the processes on a machine that are not its SSH server or a session of it."""
         own: Sequence[str] = (servers.SSHD, "sshd:", "nsenter ")
         return [words for words in host.processes().values() if words and not words.startswith(tuple(own))]
+
+
+def _listened(log: Path) -> int:
+    """Return how often a server has begun to listen."""
+    return log.read_text().count("Server listening on") if log.exists() else 0
