@@ -6,6 +6,7 @@ Rank facts come from here and never from the process group, so that a runner may
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -17,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from launcher.engine import connections
 from launcher.errors import ConfigError, ResourceError
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
@@ -73,6 +75,8 @@ class Runtime:
     apply: Callable[..., Iterator[Any]] = map  # what reads the parts of a stream, here or elsewhere, in their order
     membership: Any = None  # of a run that heals itself: see `engine.membership`
     _task_groups: list[Any] = field(default_factory=list)
+    # Where the ranks of `group` took each other's connections.
+    _listeners: set[connections.Address] = field(default_factory=set, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -141,6 +145,7 @@ class Runtime:
         self._task_groups.clear()
         if dist.is_initialized():
             dist.distributed_c10d._abort_process_group()
+            connections.cut(self._listeners)  # else whoever waits for this rank does so until the timeout
             # A group's destructor holds the interpreter while it waits for the group's thread, and that thread needs
             # the interpreter to let go of a tensor: a deadlock where the last reference goes while an operation is
             # failing. So it goes later, when every operation has long ended.
@@ -153,8 +158,13 @@ class Runtime:
         self.rank, self.world_size = rank, world_size
         self.owns_group = world_size > 1
         if self.owns_group:
+            assert store is not None
+            before = connections.listening()
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=wait)
             self.group = self.host_group = dist.group.WORLD
+            store.set(f"listeners/{rank}", json.dumps(sorted(connections.listening() - before)))
+            told = [json.loads(store.get(f"listeners/{other}")) for other in range(world_size)]
+            self._listeners = {(host, port) for addresses in told for host, port in addresses}
             dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, self.group)
 
     # ---- collectives ------------------------------------------------------------------------------------------------
