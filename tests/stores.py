@@ -136,6 +136,13 @@ class Container:
         infos = self.client.get_file_info(selector)
         return {info.path.removeprefix(start) for info in infos if info.type == fs.FileType.File}
 
+    def has_checkpoint(self, run: str) -> bool:
+        """Tell whether a checkpoint is complete: while a manifest is being written the store shows an empty file."""
+        from pyarrow import fs
+
+        selector = fs.FileSelector(f"{self.name}/runs/{run}/checkpoints", recursive=True, allow_not_found=True)
+        return any(one.base_name == "manifest.json" and one.size for one in self.client.get_file_info(selector))
+
     def read(self, name: str) -> bytes:
         with self.client.open_input_stream(f"{self.name}/runs/{name}") as stream:
             return bytes(stream.read())

@@ -155,7 +155,7 @@ def test_killed_and_continued_from_an_empty_cache_and_stopped_from_afar(
     env = container.environment(tmp_path / "dead")
     first = place.start(*TOY, root, "run.name=k", *slow, env=env)
     try:
-        first.wait_until(lambda: any("manifest" in name for name in container.names("k/checkpoints")))
+        first.wait_until(lambda: container.has_checkpoint("k"))
         first.signal(signal.SIGKILL)
     finally:
         first.close()

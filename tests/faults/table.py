@@ -298,7 +298,8 @@ def node_joins(trial: Trial) -> tuple[int, str]:
     trial.struck, trial.announced = time.time(), True
     machines_of(trial).hosts[1].start_ray()
     status = trial.finish()
-    assert trial.result()["world_sizes"] == [1, 2]
+    sizes = trial.result()["world_sizes"]
+    assert sizes == [1, 2], f"world sizes {sizes}:\n{trial.said()}"
     return status, "completed"
 
 
