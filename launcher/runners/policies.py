@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-from launcher.runners.room import alive_nodes, leaving_nodes, room, unreachable
+from launcher.runners.room import alive_nodes, room, rooms, unreachable
 
 NAMESPACE = b"launch"  # of the key-value store; the channel's
 # How a worker marks what it raises, since the controller knows none of our exceptions.
@@ -212,6 +213,11 @@ def suspects(failures: dict[int, Exception]) -> dict[int, str]:
 # ---- with how many workers ------------------------------------------------------------------------------------------
 
 
+def freed_less(found: dict[str, int], held: list[str]) -> bool:
+    """Whether a node has room for fewer workers than it held; of nodes that are gone or leaving nothing is asked."""
+    return any(node in found and found[node] < count for node, count in Counter(held).items())
+
+
 class Workers(ScalingPolicy):
     """As many workers as there is room for, between `min_workers` and `workers`."""
 
@@ -246,12 +252,11 @@ class Workers(ScalingPolicy):
         """Return for how many workers there is room, once what the last group held is free again."""
         ledger = self._ledger
         gone = ledger.gone()
-        there = {node["NodeID"] for node in alive_nodes()} - gone - leaving_nodes()
-        back = min(ledger.rules.workers, sum(node in there for node in ledger.held))
         end = time.monotonic() + FREED_SECONDS
-        while (count := room(ledger.rules.share, gone)) < back and time.monotonic() < end:
+        # Node by node: the room on one that has just come is not what the group held on another.
+        while freed_less(found := rooms(ledger.rules.share, gone), ledger.held) and time.monotonic() < end:
             time.sleep(0.1)
-        return count
+        return sum(found.values())
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         """Have a group that could be larger save and end; growing it is then the business of the next decision."""

@@ -44,8 +44,8 @@ def _answers(node: dict[str, Any]) -> bool:
     return False
 
 
-def room(share: dict[str, float], without: Set[str]) -> int:
-    """Return how many workers fit into what is free now on the nodes that stay.
+def rooms(share: dict[str, float], without: Set[str]) -> dict[str, int]:
+    """Return for each node that stays how many workers fit into what is free on it now.
 
     Args:
         share: what each worker reserves.
@@ -54,7 +54,12 @@ def room(share: dict[str, float], without: Set[str]) -> int:
     nodes = {node["NodeID"] for node in alive_nodes()} - leaving_nodes() - without
     free = ray._private.state.available_resources_per_node()
     needs = {name: amount for name, amount in share.items() if amount > 0}
-    return sum(
-        min(int(free[node].get(name, 0.0) / amount + 1e-6) for name, amount in needs.items())
-        for node in nodes & free.keys()
-    )
+    return {
+        node: min(int(free.get(node, {}).get(name, 0.0) / amount + 1e-6) for name, amount in needs.items())
+        for node in nodes
+    }
+
+
+def room(share: dict[str, float], without: Set[str]) -> int:
+    """Return how many workers fit into what is free now on the nodes that stay: the sum of `rooms`."""
+    return sum(rooms(share, without).values())
