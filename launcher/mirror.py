@@ -226,8 +226,8 @@ class Mirrored:
 
     def newest_checkpoint(self) -> str | None:
         """Return the URI of the newest complete checkpoint on the store; it is not verified."""
-        names = sorted(self.store.entries(CHECKPOINTS))
-        found = [name for name in names if name.endswith("/manifest.json") and "/step-" in name]
+        there = sorted(self.store.entries(CHECKPOINTS).items())
+        found = [name for name, entry in there if name.endswith("/manifest.json") and "/step-" in name and entry.size]
         return f"{self.store.uri}/{found[-1].rpartition('/')[0]}" if found else None
 
 
