@@ -1,4 +1,4 @@
-"""The driver of a run on the head of a cluster: an ordinary `train`, told line by line to whoever sent it.
+"""The driver of a run, or of a sweep, on the head of a cluster: as anywhere, and told line by line to whoever sent it.
 
     python -m launcher.driver JOB
 
@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from launcher import jobs
+from launcher import jobs, sweeps
 from launcher.clusters import ray_jobs
 from launcher.clusters.existing import ExistingRay
 from launcher.clusters.gcs import look
@@ -24,6 +24,7 @@ from launcher.errors import ClusterError, LaunchError, Stopped, UserCodeError
 from launcher.plan import Plan
 from launcher.prepare import Prepared, Request
 from launcher.remote.wire import Event, Writer
+from launcher.sweeps import elsewhere
 
 
 class Telling(jobs.Observer):
@@ -69,11 +70,20 @@ def _drive(job: str, observer: jobs.Observer) -> dict[str, Any]:
         os.chdir(order["calling"])
     _meet(Needs(**order["needs"]), address, observer)
     config_dir = Path(order["config_dir"]).absolute() if order["config_dir"] else None
-    outcome = jobs.train(Request(order["words"], config_dir, on_head=address), observer)
+    request = Request(order["words"], config_dir, on_head=address)
+    if order["sweep"]:
+        return _sweep(request, elsewhere.Telling(observer.event))
+    outcome = jobs.train(request, observer)
     status = 0
     if outcome.signal_number is not None and outcome.result.get("status") == "stopped":
         status = jobs.exit_status_of(outcome.signal_number)
     return {"status": status, "result": outcome.result, "signal": outcome.signal_number}
+
+
+def _sweep(request: Request, observer: elsewhere.Telling) -> dict[str, Any]:
+    outcome = sweeps.run(request, observer)
+    end = {"status": sweeps.exit_status(outcome), "result": outcome.result, "signal": outcome.signal_number}
+    return {**end, "more": elsewhere.ended(outcome)}
 
 
 def _meet(needs: Needs, address: str, observer: jobs.Observer) -> None:

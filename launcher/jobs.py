@@ -133,12 +133,12 @@ def checked_node_plan(prepared: Prepared, observer: Observer, ask: bool = True) 
         return make_node_plan(prepared.job, ask, prepared.directory if prepared.resumes else prepared.like)
 
 
-def checked_host_plan(prepared: Prepared, observer: Observer) -> HostPlan:
+def checked_host_plan(job: Job, observer: Observer) -> HostPlan:
     """Make the plan for the hosts of cluster=ssh, likewise, without a connection to them."""
     from launcher.host_plan import make_host_plan
 
     with _trying(observer):
-        return make_host_plan(prepared.job)
+        return make_host_plan(job)
 
 
 def _trying(observer: Observer) -> AbstractContextManager[object]:

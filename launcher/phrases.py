@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def goes_on(name: str) -> str:
+    """Return what is told when somebody leaves a run that is driven elsewhere."""
+    return f"{name} goes on without this command. Follow it with: launch logs {name}; stop it with: launch stop {name}"
+
+
 def duration(seconds: float) -> str:
     """Return seconds as `0.4s`, `12s`, `3m05s` or `2h07m`."""
     if seconds < 9.95:

@@ -121,8 +121,9 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
     """
     if job.cluster.size is not None and job.cluster.kind not in RENTED:
         raise ConfigError(
-            f"cluster.size={job.cluster.size} asks for VMs of Azure, and this launch creates none yet: `launch plan` "
-            "with the same words, without -m, works out what they do and cost. Leave cluster.size out to run here."
+            f"cluster.size={job.cluster.size} asks for VMs of Azure, and cluster={job.cluster.kind} has none: "
+            "cluster=azure rents them, and `launch plan` with the same words says what they would do and cost. Leave "
+            "cluster.size out to run here."
         )
     if job.cluster.kind == "kuberay":
         raise ConfigError(
@@ -131,8 +132,8 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
         )
     if job.cluster.kind in ("ssh", "azure") and ranks is None:
         raise ConfigError(
-            f"cluster={job.cluster.kind}: `launch train` sends single runs to such a cluster. Sweeps (-m) need one of "
-            "its nodes, with cluster=existing; `launch plan cluster=azure` needs cluster.size=SIZE."
+            f"cluster={job.cluster.kind}: `launch train` sends runs and sweeps to such a cluster; `launch plan "
+            "cluster=azure` needs cluster.size=SIZE."
         )
     if job.cluster.kind == "existing" and ranks is None:
         nodes = gcs.look(gcs.address_of(job.cluster.address))

@@ -69,10 +69,14 @@ def prepare(request: Request) -> Prepared:
         RunError: the run exists already, does not exist, is running, or cannot be continued with these words.
     """
     prepared = _prepared(request)
-    if request.on_head is not None:  # config.yaml keeps what its user wrote; here the workers are at hand
-        job = prepared.job
-        job.cluster = replace(job.cluster, kind="existing", address=request.on_head)
+    at_hand(request, prepared.job)
     return prepared
+
+
+def at_hand(request: Request, job: Job) -> None:
+    """Have a job whose driver is this head use the workers that are at hand; config.yaml keeps what its user wrote."""
+    if request.on_head is not None:
+        job.cluster = replace(job.cluster, kind="existing", address=request.on_head)
 
 
 def _prepared(request: Request) -> Prepared:

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.jobs import Observer, Outcome, begun, over_text
 from launcher.money import BUDGET, larger
-from launcher.phrases import count, duration, evaluated
+from launcher.phrases import count, duration, evaluated, goes_on
 from launcher.plan import Plan
 from launcher.prepare import Prepared
 from launcher.runs import RunDirectory
@@ -35,8 +35,7 @@ class Shown(Observer):
         self._display.say(f"{directory.name}: sent to {where}")
 
     def asked_to_end(self) -> str:
-        answer = self._display.ask("Ctrl-C: stop the run (after a checkpoint), or detach and let it go on? [s/d] ")
-        return "detach" if answer.strip().lower().startswith("d") else "stop"
+        return self._display.stop_or_detach()
 
     def event(self, event: dict[str, Any]) -> None:
         if event["kind"] == "begun":
@@ -61,9 +60,7 @@ def conclusion(outcome: Outcome, interactive: bool) -> list[str]:
     """Return the lines that end a run: what came of it, and what to do next."""
     name = outcome.directory.name
     if outcome.detached:
-        return [
-            f"{name} goes on without this command. Follow it with: launch logs {name}; stop it with: launch stop {name}"
-        ]
+        return [goes_on(name)]
     result = outcome.result
     paid = f" for {usd:,.2f} USD" if (usd := result.get("cost_usd")) else ""
     facts = [f"{result['status']} after {count(result['steps'], 'step')} in {duration(result['seconds'] or 0)}{paid}"]

@@ -139,6 +139,11 @@ class Store:
             raise StorageError(f"{uri} cannot be used: {_told(error)}. See docs/storage.md for credentials.") from None
         return cls(filesystem, path.rstrip("/"), uri, given if patience is None else min(given, patience))
 
+    @property
+    def on_the_driver(self) -> bool:
+        """Whether it is the disk of the machine that drives the run (`launcher.gathered`)."""
+        return self.uri.startswith("head://")
+
     def under(self, name: str) -> Store:
         return replace(self, path=f"{self.path}/{name}", uri=f"{self.uri}/{name}")
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.text import Text
 
@@ -24,6 +25,24 @@ _PHASES = {
     "model": "building the model",
     "training": "training",
 }
+
+
+def stop_or_detach(console: Console, what: str, live: Progress | Live | None) -> str:
+    """Ask what becomes of a run or a sweep elsewhere after Ctrl-C: "stop", also without a terminal, or "detach".
+
+    Args:
+        live: what is drawn on the terminal, and pauses meanwhile.
+    """
+    if not (sys.stdin is not None and sys.stdin.isatty() and console.file.isatty()):
+        return "stop"
+    if live is not None:
+        live.stop()
+    question = f"Ctrl-C: stop the {what} (after a checkpoint), or detach and let it go on? [s/d] "
+    console.print(Text(question), end="")
+    answer = sys.stdin.readline()
+    if live is not None:
+        live.start()
+    return "detach" if answer.strip().lower().startswith("d") else "stop"
 
 
 class Display:
@@ -73,17 +92,9 @@ class Display:
         elif kind == "phase":
             self._update(description=_PHASES.get(event["name"], event["name"]))
 
-    def ask(self, question: str) -> str:
-        """Return the line that is typed after a question; nothing where there is no terminal to ask on."""
-        if not (sys.stdin is not None and sys.stdin.isatty() and self._console.file.isatty()):
-            return ""
-        if self._bar is not None:
-            self._bar.stop()
-        self._console.print(Text(question), end="")
-        answer = sys.stdin.readline()
-        if self._bar is not None:
-            self._bar.start()
-        return answer
+    def stop_or_detach(self) -> str:
+        """Ask what becomes of a run elsewhere after Ctrl-C."""
+        return stop_or_detach(self._console, "run", self._bar)
 
     def say(self, text: str) -> None:
         """Print one line of our own."""

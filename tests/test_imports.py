@@ -41,7 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": LEAVES,
     "clusters": LEAVES,
     "runners": {"engine", "clusters", "terminal"} | LEAVES,
-    "sweeps": {"jobs", "run_record", "plan", "prepare", "ranks", "runners", "engine", "clusters", "terminal"} | LEAVES,
+    "sweeps": {"jobs", "run_record", "plan", "host_plan", "node_plan", "prepare", "ranks", "remote"}
+    | {"runners", "engine", "clusters", "terminal"}
+    | LEAVES,
     "plugins": {"prepare", "sweeps"} | LEAVES,
     "plan": {"engine", "clusters"} | LEAVES,
     "forecast": {"plan", "engine", "clusters"} | LEAVES,
@@ -51,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prepare": LEAVES,
     "ranks": {"engine"} | LEAVES,
     "remote": {"prepare", "clusters"} | LEAVES,
-    "driver": {"jobs", "plan", "prepare", "clusters", "remote"} | LEAVES,
+    "driver": {"sweeps", "jobs", "plan", "prepare", "clusters", "remote"} | LEAVES,
     "weights": {"prepare", "engine"} | LEAVES,
     "run_record": {"weights", "plan", "prepare", "engine"} | LEAVES,
     "jobs": {"run_record", "remote", "runners", "engine", "clusters", "plan", "prepare", "ranks"}
@@ -78,6 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "machines",
         "clusters",
         "host_plan",
+        "node_plan",
         "node_tables",
         "sizes",
         "sweeps",

@@ -340,11 +340,23 @@ def test_the_plan_for_programs(here: Place) -> None:
     assert here.files() == set(), "nothing is created"
 
 
-@pytest.mark.parametrize("verb", [["train"], ["plan", "-m", "optimizer.lr=0.1,0.2"]])
-def test_nothing_else_takes_such_a_cluster(verb: list[str], here: Place) -> None:
-    told = here.here(*verb, *TOY, "cluster.size=NC4as_T4_v3")
+def test_of_a_sweep_the_first_trial_is_planned(here: Place) -> None:
+    words = ("plan", "--offline", "-m", *TOY, "optimizer.lr=0.1,0.2", "cluster.size=NC4as_T4_v3", "run.name=s")
+    told = here.here(*words)
+    assert told.status == 0, told.err
+    for part in ("2 trials, a grid over optimizer.lr; min val/loss", "trial 1", "Quota needed", "runs/s/0"):
+        assert part in told.out
+    found = json.loads(here.here(*words, "--json").out)
+    assert found["grid"] == [["optimizer.lr=0.1"], ["optimizer.lr=0.2"]]
+    assert found["plan"]["nodes"]["size"] == "Standard_NC4as_T4_v3"
+    assert here.files() == set()
+
+
+@pytest.mark.parametrize("flags", [[], ["-m", "optimizer.lr=0.1,0.2"]])
+def test_nothing_else_takes_such_a_cluster(flags: list[str], here: Place) -> None:
+    told = here.here("train", *flags, *TOY, "cluster.size=NC4as_T4_v3")
     assert told.status == 2
-    assert "cluster.size=NC4as_T4_v3 asks for VMs of Azure, and this launch creates none yet" in told.err
+    assert "cluster.size=NC4as_T4_v3 asks for VMs of Azure, and cluster=none has none" in told.err
     assert "launch plan" in told.err
     assert here.files() == set()
 

@@ -32,8 +32,8 @@ def address_of(asked: str | None) -> str:
     found = f"cluster.address is {asked!r}" if asked else f"RAY_ADDRESS is {address!r}" if address else "none was given"
     if address.startswith(("http://", "https://")):
         raise ClusterError(
-            f"{address} is the Ray Jobs API of a cluster, to which `launch train` sends single runs. Sweeps (-m) and "
-            "`launch plan` need cluster.address=HOST:PORT, on a node of that cluster."
+            f"{address} is the Ray Jobs API of a cluster, to which `launch train` sends runs and sweeps. `launch plan` "
+            "needs cluster.address=HOST:PORT, on a node of that cluster."
         )
     raise ClusterError(
         f"cluster=existing needs the address of a Ray cluster, and {found}. Write cluster.address=HOST:PORT as "

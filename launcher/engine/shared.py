@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,21 @@ def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterato
         raise
     if sync is not None:
         sync.close()
+    if mirrored.store.on_the_driver:
+        _give_up_copies(directory, runtime, speaks)
+
+
+def _give_up_copies(directory: RunDirectory, runtime: Runtime, speaks: bool) -> None:
+    """Remove the checkpoints of a run that has ended from this machine, when all ranks have sent what they had.
+
+    The disk that keeps the run has them; machines that train one trial of a sweep after the other would fill up.
+    """
+    try:
+        runtime.gather(None)
+    except Exception:  # a rank was lost after its work was done; the copies stay until the run is continued
+        return
+    if speaks:
+        shutil.rmtree(directory.checkpoints, ignore_errors=True)
 
 
 def check_shared(directory: RunDirectory, store: Store | None, runtime: Runtime, hosts: list[str]) -> None:

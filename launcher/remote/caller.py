@@ -6,7 +6,7 @@ import contextlib
 import signal
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,22 @@ from launcher.remote.connection import through
 from launcher.remote.copies import Copies, bring
 from launcher.remote.place import Place
 from launcher.remote.wire import Event
+from launcher.schema import ScalingConfig
 
 STOP, DETACH = "stop", "detach"
 
 
 @dataclass(frozen=True)
 class Sent:
-    """How a run that was sent away has ended, or that nobody follows it any more (`detached`)."""
+    """How a run that was sent away has ended, or that nobody follows it any more (`detached`).
+
+    more: what else its driver tells of the end.
+    """
 
     result: dict[str, Any]
     signal_number: int | None = None
     detached: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class Caller:
@@ -44,6 +49,7 @@ class Caller:
         on_sent: called with the name of the cluster once the run is on its way.
         on_event: gets every event of the run.
         ask: called once Ctrl-C came: "stop" or "detach".
+        trials: the words are those of a sweep, with so many trials at a time at most.
     """
 
     def __init__(
@@ -53,10 +59,12 @@ class Caller:
         on_sent: Callable[[str], None],
         on_event: Callable[[Event], None],
         ask: Callable[[], str],
+        trials: int | None = None,
     ) -> None:
         self._request, self._prepared, self._on_sent = request, prepared, on_sent
-        self._on_event, self._ask = on_event, ask
+        self._on_event, self._ask, self._trials = on_event, ask, trials
         self._run = prepared.directory
+        self._config_dir = str(request.config_dir) if request.config_dir else None
         self._made: list[Path] = []
         self._needs: dict[str, Any] = {}
 
@@ -89,7 +97,7 @@ class Caller:
     def _on_url(self, address: str, values: dict[str, str], interrupts: Any) -> Sent:
         jobs = Jobs(checked_url(address), own_token())
         self._on_event({"kind": "phase", "name": "cluster"})
-        found = Place(freight.new_job(), jobs.url)
+        found = Place(freight.new_job(), jobs.url, config_dir=self._config_dir)
         self._write_down(found)
         self._submit(jobs, found, values)
         return self._attended(jobs, found, interrupts)
@@ -98,10 +106,18 @@ class Caller:
         if cluster.kind == "azure":
             from launcher.clusters.azure.lifecycle import up
 
-            return up(cluster, self._note, self._prepared.job.scaling)
+            return up(cluster, self._note, self._scaling())
         from launcher.clusters import ssh
 
         return ssh.up(cluster, self._note, self._request.calling.absolute())
+
+    def _scaling(self) -> ScalingConfig:
+        """Return how many workers there may be at a time: a cluster brings the nodes for them."""
+        scaling = self._prepared.job.scaling
+        if self._trials is None or scaling.workers == "auto":
+            return scaling
+        least = scaling.min_workers or scaling.workers
+        return replace(scaling, workers=scaling.workers * self._trials, min_workers=least)
 
     def _on_head(self, head: Head, values: dict[str, str], interrupts: Any) -> Sent:
         """Have the head of a cluster that is reached over SSH drive the run, and copy the run's files from there."""
@@ -112,7 +128,7 @@ class Caller:
             root, there = directory, f"{directory}/{self._run.name}"
             if len(head.hosts) != 1:  # no disk is known that all of them see
                 root = f"head://{directory}"
-        found = Place(freight.new_job(), head=head.name, directory=there)
+        found = Place(freight.new_job(), head=head.name, directory=there, config_dir=self._config_dir)
         self._write_down(found)
         if there is not None and self._prepared.resumes:
             bring(shell, there, self._run)
@@ -148,13 +164,13 @@ class Caller:
             if config_dir is not None and config is None:
                 config = f"{where}-config"
                 head.shell().send(config_dir, project.files(config_dir), config)
-            jobs.put(found.job, freight.order(words, where, config, values, needs=self._needs))
+            jobs.put(found.job, self._order(words, where, config, values))
             jobs.submit(found.job, freight.entrypoint("-m", "launcher.driver", found.job, python=python), {})
             return
         with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
             told, config, _ = freight.pack(calling, config_dir, Path(folder))
             self._note(f"Sending {told}.")
-            jobs.put(found.job, freight.order(words, None, config, values, needs=self._needs))
+            jobs.put(found.job, self._order(words, None, config, values))
             workdir = str(Path(folder) / "calling")
             if head is not None:  # VMs that come and go have launch from the head: in one place
                 driver = freight.entrypoint("-m", "launcher.driver", found.job, python=python)
@@ -162,6 +178,10 @@ class Caller:
                 return
             driver = freight.entrypoint(*freight.with_own("launcher.driver"), found.job)
             jobs.submit(found.job, driver, {}, [Path(folder) / freight.OWN], working_dir=workdir)
+
+    def _order(self, words: list[str], calling: str | None, config_dir: str | None, values: dict[str, str]) -> bytes:
+        more = {"needs": self._needs, "sweep": self._trials is not None}
+        return freight.order(words, calling, config_dir, values, **more)
 
     def _note(self, text: str) -> None:
         self._on_event({"kind": "note", "text": text})
@@ -198,7 +218,7 @@ class Caller:
         words = self._words(self._run.root)
         if seen.sees_calling and seen.same_project:
             where = str(config_dir) if config_dir else None
-            jobs.put(found.job, freight.order(words, str(calling), where, values, needs=self._needs))
+            jobs.put(found.job, self._order(words, str(calling), where, values))
             jobs.submit(found.job, driver, {"PYTHONPATH": str(project.HOME)})
             return
         self._send(jobs, found, words, values)
@@ -216,7 +236,7 @@ class Caller:
             if interrupts.signal_number == signal.SIGINT and self._ask() == DETACH:
                 raise _Detached
             handled = interrupts.count  # a Ctrl-C while it was asked belongs to the question
-            self._on_event({"kind": "note", "text": "Stopping: the run saves a checkpoint first."})
+            self._note(f"Stopping: {'its trials save' if self._trials else 'the run saves'} a checkpoint first.")
             with contextlib.suppress(Unreachable):
                 jobs.stop(found.job)
 
@@ -234,7 +254,7 @@ class Caller:
             raise error_of(error)
         if "stopped" in end:
             raise Stopped(interrupts.signal_number or end["stopped"])
-        return Sent(end["result"], interrupts.signal_number)
+        return Sent(end["result"], interrupts.signal_number, more=end.get("more", {}))
 
 
 def _quoted(value: str) -> str:

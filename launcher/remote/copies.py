@@ -18,20 +18,23 @@ from launcher.runs import REMOTE, RunDirectory, write_json
 
 EVERY_SECONDS = 5.0
 _LONGEST_SECONDS = 3600.0
-# Checkpoints and the heartbeat are copied in ways of their own; the rest belongs to one machine.
-_EXCLUDED = ("/checkpoints/", "/.heartbeat", f"/{REMOTE}", "/.probe*", "/.stop", "/.owner", "/.requests/", "*.tmp")
+# Checkpoints and heartbeats are copied in ways of their own; the rest belongs to one machine.
+_EXCLUDED = ("checkpoints/", ".heartbeat", f"/{REMOTE}", ".probe*", ".stop", ".owner", ".requests/", "*.tmp", "*.lock")
+# Of a run, or of a sweep and its trials: complete checkpoints, and heartbeats with their ages.
 _LISTED = """\
 cd {directory} 2>/dev/null || exit 0
 echo "there yes"
-for place in checkpoints/step-*; do [ -f "$place/manifest.json" ] && echo "step $(basename "$place")"; done
-[ -f .heartbeat ] || exit 0
-echo "age $(( $(date +%s) - $(stat -c %Y .heartbeat) ))"
-echo "beat $(tr -d '\\n' < .heartbeat)"
+for place in checkpoints/step-* */checkpoints/step-*; do [ -f "$place/manifest.json" ] && echo "step $place"; done
+for beat in .heartbeat */.heartbeat; do
+  [ -f "$beat" ] || continue
+  echo "beat $(( $(date +%s) - $(stat -c %Y "$beat") )) $beat $(tr -d '\\n' < "$beat")"
+done
+true
 """
 
 
 class Copies:
-    """One run, there and here.
+    """One run or one sweep, there and here.
 
     Args:
         shell: of the head.
@@ -68,14 +71,20 @@ class Copies:
         """
         with self._lock:
             listed = self._shell.run(_LISTED.format(directory=shlex.quote(self._directory)), what="looking at the run")
-            facts = [line.partition(" ")[::2] for line in listed.splitlines()]
+            facts = [line.split(" ", 1) for line in listed.splitlines()]
             if not facts:
                 return  # nothing is there yet
             options = [f"--exclude={pattern}" for pattern in _EXCLUDED]
             self._copy(f"{self._directory}/", self._run.path, options)
-            self._checkpoints({name for key, name in facts if key == "step"})
-            self._beat(dict(facts))
-            self._own_words()
+            self._checkpoints({Path(told) for key, told in facts if key == "step"})
+            for key, told in facts:
+                if key == "beat":
+                    self._beat(told)
+            for run in (self._run, *self._trials()):
+                self._own_words(run)
+
+    def _trials(self) -> list[RunDirectory]:
+        return [RunDirectory(found.parent) for found in self._run.path.glob("*/result.json")]
 
     def _copy(self, there: str, here: Path, options: Sequence[str] = ()) -> bool:
         """Tell whether all of it came: what was deleted there meanwhile did not, and the next time has what is left."""
@@ -87,36 +96,38 @@ class Copies:
             return False
         return True
 
-    def _checkpoints(self, there: set[str]) -> None:
-        folder = self._run.checkpoints
-        folder.mkdir(exist_ok=True)
-        here = {path.name for path in folder.glob("step-*")}
-        for name in sorted(there - here, reverse=True):  # the newest first
-            part = folder / f".{name}.part"
-            if self._copy(f"{self._directory}/checkpoints/{name}/", part) and (part / "manifest.json").is_file():
-                os.replace(part, folder / name)
+    def _checkpoints(self, there: set[Path]) -> None:
+        """Copy those that are there, the newest first, and remove those that are not kept there any more."""
+        top = self._run.path
+        here = {path.relative_to(top) for places in ("", "*/") for path in top.glob(f"{places}checkpoints/step-*")}
+        for place in sorted(there - here, key=lambda place: place.name, reverse=True):
+            part = top / place.parent / f".{place.name}.part"
+            part.parent.mkdir(parents=True, exist_ok=True)
+            if self._copy(f"{self._directory}/{place}/", part) and (part / "manifest.json").is_file():
+                os.replace(part, top / place)
             else:
                 shutil.rmtree(part, ignore_errors=True)
         if there:
-            for name in here - there:
-                shutil.rmtree(folder / name, ignore_errors=True)
+            for place in here - there:
+                shutil.rmtree(top / place, ignore_errors=True)
 
-    def _beat(self, facts: dict[str, str]) -> None:
-        """Have the heartbeat here be as old as the one there by the clock there."""
-        with suppress(KeyError, ValueError, OSError):
-            path = self._run.path / ".heartbeat"
-            write_json(path, json.loads(facts["beat"]))
-            when = time.time() - max(0, int(facts["age"]))
+    def _beat(self, told: str) -> None:
+        """Have a heartbeat here be as old as the one there by the clock there."""
+        with suppress(ValueError, OSError):
+            age, place, beat = told.split(" ", 2)
+            path = self._run.path / place
+            write_json(path, json.loads(beat))
+            when = time.time() - max(0, int(age))
             os.utime(path, (when, when))
 
-    def _own_words(self) -> None:
+    @staticmethod
+    def _own_words(run: RunDirectory) -> None:
         """Name the checkpoint by its place here."""
         with suppress(RunError, OSError):
-            result = self._run.result()
+            result = run.result()
             told = str(result.get("checkpoint") or "")
-            if told and not told.startswith(str(self._run.path)):
-                local = self._run.checkpoints / Path(told).name
-                write_json(self._run.path / "result.json", {**result, "checkpoint": str(local)})
+            if told and not told.startswith(str(run.path)):
+                write_json(run.path / "result.json", {**result, "checkpoint": str(run.checkpoints / Path(told).name)})
 
 
 def bring(shell: Shell, directory: str, run: RunDirectory) -> None:

@@ -26,12 +26,14 @@ class Place:
         address: URL of the cluster's Ray Jobs API; None where the cluster is known by its head.
         head: the cluster's name (`launcher.clusters.heads`), or None.
         directory: of the run on the head, where its files are copied from there; None where they are seen here.
+        config_dir: the configuration of one's own that it was sent with, as it lies here; a sweep is continued with it.
     """
 
     job: str
     address: str | None = None
     head: str | None = None
     directory: str | None = None
+    config_dir: str | None = None
 
     @property
     def where(self) -> str:

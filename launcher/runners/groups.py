@@ -38,6 +38,8 @@ from launcher.runners.tasks import Ended, Shape, fits
 TALK_SECONDS = 0.1
 # How long the ranks of a group may take to follow one that has failed, before the group is given up.
 FOLLOW_SECONDS = 8.0
+# What all groups may take to end: Ray Train's controller is asked for ten seconds, and is then killed.
+END_SECONDS = ray_train.ABORT_SECONDS + 10.0
 
 
 class Groups:
@@ -130,9 +132,16 @@ class Groups:
             group.interrupt()
 
     def close(self) -> None:
-        """End all groups at once. A Ray of our own ends right after; another one must get back what was reserved."""
+        """End all groups at once. A Ray of our own ends right after; another one must get back what was reserved.
+
+        That is waited for: Ray ends the whole process where one of its threads speaks to a Ray that was left.
+        """
         for group in self._groups:
             group.end(hurry=not self._cluster.existing)
+        if self._cluster.existing:
+            deadline = time.monotonic() + END_SECONDS
+            for group in self._groups:
+                group.join(deadline)
         self._groups = []
 
 
@@ -162,6 +171,7 @@ class _Group:
         self._renew = False
         self._finishing = False
         self._outcome: Any = None
+        self._ending: threading.Thread | None = None
         self._thread = threading.Thread(target=self._fit, name="launch-fit", daemon=True)
         self._thread.start()
 
@@ -214,7 +224,14 @@ class _Group:
         if hurry:
             self._trainer.end(hurry=lambda: True)
         else:
-            threading.Thread(target=self._trainer.end, kwargs={"hurry": lambda: False}, daemon=True).start()
+            self._ending = threading.Thread(target=self._trainer.end, kwargs={"hurry": lambda: False}, daemon=True)
+            self._ending.start()
+
+    def join(self, deadline: float) -> None:
+        """Wait until nothing of the group speaks to Ray any more, at most until `deadline` (monotonic)."""
+        for thread in (self._thread, self._ending):
+            if thread is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def look(self, on_event: Callable[[str, Event], None]) -> Ended | None:
         if self.key is None:

@@ -1,9 +1,10 @@
 """Sweeps: Hydra's syntax, Optuna's search, warm groups of workers.
 
     syntax      words -> axes                    space       axes -> Optuna's distributions, sampler, pruner
-    planning    what a sweep will do             study       the journal: ask, report, tell
+    meaning     which sweep the words mean       planning    what it does on the machines that there are
     plugin      Hydra makes the sweeper          driver      the loop
-    records     trials.csv, best.yaml, log.txt
+    study       the journal: ask, report, tell   records     trials.csv, best.yaml, log.txt
+    elsewhere   one that a cluster's head drives
     show        the terminal                     report      report.html
 
 Importing this package imports nothing else: the parts are looked up when they are used.
@@ -16,7 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from launcher.host_plan import HostPlan
+    from launcher.node_plan import NodePlan
     from launcher.prepare import Request
+    from launcher.sweeps.meaning import Meant
     from launcher.sweeps.observer import SweepObserver, SweepOutcome
     from launcher.sweeps.planning import Planned
 
@@ -29,10 +33,17 @@ def run(request: Request, observer: SweepObserver) -> SweepOutcome:
         Stopped: it was ended at once by a signal.
     """
     from launcher.jobs import ended_by_signals
+    from launcher.remote.place import is_elsewhere
+    from launcher.sweeps import elsewhere
+    from launcher.sweeps.meaning import read_sweep
+    from launcher.sweeps.planning import plan_sweep
     from launcher.sweeps.plugin import sweeper
 
     with ended_by_signals():
-        outcome: SweepOutcome = sweeper(plan(request, observer), observer).sweep(list(request.words))
+        meant = read_sweep(request)
+        if is_elsewhere(meant.cluster):
+            return elsewhere.run(meant, observer)
+        outcome: SweepOutcome = sweeper(plan_sweep(meant, observer), observer).sweep(list(request.words))
         return outcome
 
 
@@ -43,11 +54,30 @@ def drive(planned: Planned, observer: SweepObserver) -> SweepOutcome:
     return Driver(planned, observer).run()
 
 
-def plan(request: Request, observer: SweepObserver) -> Planned:
-    """Work out what `run` would do, and create nothing. Raises RequestError."""
-    from launcher.sweeps.planning import plan_sweep
+def plan(request: Request, observer: SweepObserver, ask: bool = True) -> tuple[Meant, Planned | HostPlan | NodePlan]:
+    """Work out what `run` would do, and create nothing.
 
-    return plan_sweep(request, observer)
+    Args:
+        ask: Azure's public list for today's prices.
+
+    Returns:
+        The sweep, and what it does where it runs: of machines that are not here, what its first trial does.
+
+    Raises:
+        RequestError: it cannot be done as asked.
+    """
+    from launcher.jobs import checked_host_plan, checked_node_plan
+    from launcher.prepare import Prepared
+    from launcher.sweeps.meaning import read_sweep
+    from launcher.sweeps.planning import check_values, plan_sweep
+
+    meant = read_sweep(request)
+    if meant.cluster.size is None and meant.cluster.kind != "ssh":
+        return meant, plan_sweep(meant, observer)
+    check_values(meant)
+    if meant.cluster.size is None:
+        return meant, checked_host_plan(meant.first.job, observer)
+    return meant, checked_node_plan(Prepared(meant.first, meant.directory), observer, ask)
 
 
 def exit_status(outcome: SweepOutcome) -> int:
@@ -60,42 +90,48 @@ def exit_status(outcome: SweepOutcome) -> int:
     return 1 if status == "failed" else 0
 
 
-def describe(planned: Planned, most: int = 200) -> dict[str, Any]:
+def describe(meant: Meant, planned: Planned | HostPlan | NodePlan, most: int = 200) -> dict[str, Any]:
     """Return what `launch plan -m` prints: the sweep, its first trials' words, and the plan of the first trial."""
     import itertools
 
+    from launcher.sweeps.planning import Planned
     from launcher.sweeps.space import grid
     from launcher.words import shown
 
     found: dict[str, Any] = {
-        "sweep": planned.directory.name,
-        "directory": str(planned.directory.path),
-        "sampler": planned.settings.sampler,
-        "pruner": planned.settings.pruner,
-        "objectives": {objective.tag: objective.direction for objective in planned.objectives},
-        "trials": planned.total,
-        "concurrency": planned.concurrency,
-        "keys": [axis.key for axis in planned.words.axes],
-        "plan": planned.plan.to_dict(),
+        "sweep": meant.directory.name,
+        "directory": str(meant.directory.path),
+        "sampler": meant.settings.sampler,
+        "pruner": meant.settings.pruner,
+        "objectives": {objective.tag: objective.direction for objective in meant.objectives},
+        "trials": meant.total,
+        "concurrency": planned.concurrency if isinstance(planned, Planned) else None,
+        "keys": [axis.key for axis in meant.words.axes],
+        "plan": (planned.plan if isinstance(planned, Planned) else planned).to_dict(),
     }
-    if planned.settings.sampler == "grid":
+    if meant.settings.sampler == "grid":
         found["grid"] = [
-            [shown(word) for word in planned.words.overrides(values)]
-            for values in itertools.islice(grid(planned.words), most)
+            [shown(word) for word in meant.words.overrides(values)]
+            for values in itertools.islice(grid(meant.words), most)
         ]
     return found
 
 
-def lines(planned: Planned) -> list[tuple[str, str]]:
-    """Return the plan of a sweep as (what, value) for people."""
-    from pathlib import Path
+def lines(meant: Meant, planned: Planned | HostPlan | NodePlan) -> list[tuple[str, str]]:
+    """Return the plan of a sweep as (what, value) for people; that of VMs has tables of its own."""
+    from launcher.host_plan import HostPlan
+    from launcher.sweeps.planning import Planned
 
-    about = describe(planned)
-    rows = [("sweep", str(Path(about["directory"]))), ("trials", planned.headline())]
+    about = describe(meant, planned)
+    told = planned.headline().text if isinstance(planned, Planned) else meant.told()
+    rows = [("sweep", about["directory"]), ("trials", told)]
     rows += [(f"trial {number}", " ".join(words)) for number, words in enumerate(about.get("grid", ()))]
-    if len(about.get("grid", ())) < planned.total and "grid" in about:
-        rows.append(("", f"and {planned.total - len(about['grid'])} more"))
-    return [*rows, ("the first trial", ""), *planned.plan.lines()]
+    if len(about.get("grid", ())) < meant.total and "grid" in about:
+        rows.append(("", f"and {meant.total - len(about['grid'])} more"))
+    rows.append(("the first trial", ""))
+    if isinstance(planned, Planned):
+        return [*rows, *planned.plan.lines()]
+    return [*rows, *planned.lines()] if isinstance(planned, HostPlan) else rows
 
 
 def as_words(params: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from launcher.engine.control import PRUNE, Watch
 from launcher.errors import LaunchError, RequestError, Stopped, UserCodeError, WorkerLost
 from launcher.jobs import cluster_of
+from launcher.mirror import OWNER
 from launcher.money import BUDGET, Bill, Rate, tell_owner
 from launcher.phrases import duration, number
 from launcher.plan import machines_of
@@ -66,13 +67,13 @@ class Driver:
     """Runs a planned sweep. `run` returns when nothing is left to do, or when somebody asked to stop."""
 
     def __init__(self, planned: Planned, observer: SweepObserver) -> None:
-        self._planned = planned
+        self._planned, self._meant = planned, planned.meant
         self._observer = observer
-        self._directory = planned.directory
+        self._directory = planned.meant.directory
         self._study: Study
         self._log: records.Log
         self._runner: Runner
-        self._origin = Origin.of(planned.request.calling)
+        self._origin = Origin.of(planned.meant.request.calling)
         self._trials: dict[int, Trial] = {}  # begun, not ended
         self._held: Trial | None = None  # drawn, waits for a place
         self._again: list[int] = []  # trials to be continued
@@ -91,9 +92,9 @@ class Driver:
         signal_number = None
         try:
             if self._left() == 0:
-                self._observer.planned(self._planned, finished=True)
+                self._observer.begun(self._directory, replace(self._planned.headline(), finished=True))
                 return self._outcome(None)
-            self._observer.planned(self._planned, finished=False)
+            self._observer.begun(self._directory, self._planned.headline())
             with Watch(self._directory) as watch, self._place_to_run() as (self._runner, interrupts):
                 self._loop(self._runner, interrupts, watch)
                 signal_number = interrupts.signal_number
@@ -111,26 +112,26 @@ class Driver:
     # ---- before and after -------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        planned, directory = self._planned, self._directory
+        meant, directory = self._meant, self._directory
         directory.create()
         directory.clear_requests()
         self._log = records.Log(directory.log)
         self._study = Study(
             directory.path,
-            planned.words,
-            planned.settings,
-            planned.objectives,
-            planned.total,
-            planned.evaluations,
-            None if planned.resumes else planned.recorded,
+            meant.words,
+            meant.settings,
+            meant.objectives,
+            meant.total,
+            self._planned.evaluations,
+            None if meant.resumes else meant.recorded,
         )
-        self._seconds_before = float(directory.result().get("seconds") or 0.0) if planned.resumes else 0.0
-        self._meter = Bill(self._seconds_before, planned.plan.rate).meter(directory.result(), self._began)
-        if planned.resumes:
+        self._seconds_before = float(directory.result().get("seconds") or 0.0) if meant.resumes else 0.0
+        self._meter = Bill(self._seconds_before, self._planned.plan.rate).meter(directory.result(), self._began)
+        if meant.resumes:
             self._settle()
         if self._left():
             self._write(status="running", **self._origin.facts)
-        self._log.line(f"{directory.name}: {planned.headline()}")
+        self._log.line(f"{directory.name}: {self._planned.headline().text}")
 
     def _settle(self) -> None:
         """Record what had ended when the driver went away, and note what had only begun."""
@@ -147,24 +148,26 @@ class Driver:
 
     def _left(self) -> int:
         """How many trials have not ended."""
-        return self._planned.total - sum(trial.state.is_finished() for trial in self._study.frozen())
+        return self._meant.total - sum(trial.state.is_finished() for trial in self._study.frozen())
 
     @contextmanager
     def _place_to_run(self) -> Iterator[tuple[Runner, Interrupts]]:
-        planned = self._planned
-        if planned.plan.machines.cluster == "none":
+        meant = self._meant
+        if self._planned.plan.machines.cluster == "none":
             from launcher.runners.sequential import Sequential
 
             with Interrupts() as interrupts:
                 yield Sequential(interrupts, self._event), interrupts
             return
         self._observer.event({"kind": "phase", "name": "ray"})
-        calling, verbose = [str(planned.request.calling)], "verbose=true" in planned.words.fixed
-        place = cluster_of(planned.cluster, calling, str(self._directory.path), verbose, "launcher.runners.groups")
+        calling, verbose = [str(meant.request.calling)], "verbose=true" in meant.words.fixed
+        place = cluster_of(
+            meant.cluster, calling, meant.task_directory(self._directory), verbose, "launcher.runners.groups"
+        )
         with Interrupts() as interrupts, place as cluster:
             from launcher.runners.groups import Groups
 
-            groups = Groups(cluster, self._event, planned.settings.concurrency)
+            groups = Groups(cluster, self._event, meant.settings.concurrency)
             try:
                 yield groups, interrupts
             finally:
@@ -231,7 +234,7 @@ class Driver:
             usual = shape_of(self._planned.plan.machines)
             if self._held is None:
                 # A search draws when somebody is free, and not before: by then it knows more.
-                if self._planned.settings.sampler != "grid" and not self._again and not runner.ready(usual):
+                if self._meant.settings.sampler != "grid" and not self._again and not runner.ready(usual):
                     return
                 self._held = self._next()
             trial = self._held
@@ -256,7 +259,7 @@ class Driver:
             values = self._study.values(self._study.frozen()[drawn.number])
             run = RunDirectory(self._directory.path / str(drawn.number))
             try:
-                composition = self._planned.compose(values)
+                composition = self._meant.compose(values)
                 shape = shape_of(machines_of(composition.job))
             except RequestError as error:
                 run.create()
@@ -265,12 +268,12 @@ class Driver:
                 continue
             job = composition.job
             job.run.name, job.run.root = str(drawn.number), str(self._directory.path)
-            job.logging.hparams = shown(values, self._planned.words)
+            job.logging.hparams = shown(values, self._meant.words)
             resumes = run.config.is_file()
             if resumes:
                 composition = replace(composition, words=[])  # overrides.yaml has them already
             prepared = Prepared(composition, run, resumes=resumes)
-            record = Record(replace(self._planned.request, started=time.time()), prepared, self._origin)
+            record = Record(replace(self._meant.request, started=time.time()), prepared, self._origin)
             return Trial(drawn.number, values, shape, record, run)
 
     def _begin(self, runner: Runner, trial: Trial) -> None:
@@ -282,12 +285,13 @@ class Driver:
             trial.directory.update_result(status="failed", error=f"{type(error).__name__}: {error}")
             self._finish(trial.number, trial.directory, trial.directory.result())
             return
-        task.started = trial.started
+        task.directory, task.started = self._meant.task_directory(trial.directory), trial.started
+        (trial.directory.path / OWNER).unlink(missing_ok=True)  # whoever trains it reads what was written here
         self._study.already_evaluated(
-            trial.number, records.evaluated_at(trial.directory, self._planned.objectives[0].tag)
+            trial.number, records.evaluated_at(trial.directory, self._meant.objectives[0].tag)
         )
         self._trials[trial.number] = trial
-        words = " ".join(self._planned.words.overrides(trial.values))
+        words = " ".join(self._meant.words.overrides(trial.values))
         self._log.line(f"trial {trial.number} begins: {words}")
         self._changed()
         runner.submit(str(trial.number), task, trial.shape)
@@ -306,7 +310,7 @@ class Driver:
         """Take an event of a trial: an evaluation may be its last."""
         trial = self._trials[int(key)]
         trial.heard = trial.heard or time.time()
-        tag = self._planned.objectives[0].tag
+        tag = self._meant.objectives[0].tag
         value = event["values"].get(tag) if event["kind"] == "progress" else None
         if value is not None and self._study.report(trial.number, event["step"], value) and not trial.pruning:
             trial.pruning = True
@@ -347,7 +351,7 @@ class Driver:
     def _finish(self, trial: int, run: RunDirectory, result: Mapping[str, Any]) -> None:
         """Tell the study how a trial has ended, and bring all files up to date."""
         status, error = str(result.get("status")), result.get("error")
-        tags = [objective.tag for objective in self._planned.objectives]
+        tags = [objective.tag for objective in self._meant.objectives]
         found = [(result.get("metrics") or {}).get(tag) for tag in tags]
         values = [value for value in found if value is not None and math.isfinite(value)]
         if status == "completed" and len(values) < len(tags):
@@ -358,21 +362,21 @@ class Driver:
         facts = {"seconds": result.get("seconds"), "steps": result.get("steps"), "error": error}
         self._study.finish(trial, state, values, facts)
         frozen = self._study.frozen()[trial]
-        parameters = shown(self._study.values(frozen), self._planned.words)
+        parameters = shown(self._study.values(frozen), self._meant.words)
         reached = records.objective(frozen)
         about = {"number": trial, "parameters": parameters, "objective": reached}
         run.update_result(trial=about, **({"status": "failed", "error": error} if state == "failed" else {}))
         if state == "failed":
             self._say(f"trial {trial} failed: {error}")
-            if self._planned.settings.fail_fast:
+            if self._meant.settings.fail_fast:
                 self._failure = f"Trial {trial} failed, and sweep.fail_fast=true: {error}"
         else:
             told = reached if isinstance(reached, list) else [] if reached is None else [reached]
             values_text = "  ".join(f"{tag} {number(value)}" for tag, value in zip(tags, told, strict=False))
-            words = " ".join(self._planned.words.overrides(self._study.values(frozen)))
+            words = " ".join(self._meant.words.overrides(self._study.values(frozen)))
             took = duration(float(result.get("seconds") or 0.0))
             self._say(f"trial {trial} {state} after {result.get('steps')} steps in {took}  {values_text}  {words}")
-        if self._planned.settings.keep == "best":
+        if self._meant.settings.keep == "best":
             ended = [other.number for other in self._study.frozen() if other.state.is_finished()]
             records.give_up_checkpoints(self._directory, self._study, ended)
         self._changed()
@@ -392,9 +396,7 @@ class Driver:
         """Bring trials.csv, best.yaml and result.json up to date, and show it."""
         rows = self._rows()
         with suppress(OSError):  # a full disk must not end what still trains; the journal is what counts
-            records.write_csv(
-                self._directory.path / "trials.csv", rows, [axis.key for axis in self._planned.words.axes]
-            )
+            records.write_csv(self._directory.path / "trials.csv", rows, [axis.key for axis in self._meant.words.axes])
             records.write_best(self._directory, self._study)
             self._write(status="running")
         best = self._study.best()
@@ -424,12 +426,12 @@ class Driver:
             "workers": self._planned.plan.machines.workers,
             "seconds": round(self._seconds_before + now - self._began, 3),
             "cost_usd": None if usd is None else round(usd, 6),
-            "trials": {"total": self._planned.total, **counts},
+            "trials": {"total": self._meant.total, **counts},
             "metrics": {},
             "best": None
             if best is None
             else {
-                "tag": self._planned.objectives[0].tag,
+                "tag": self._meant.objectives[0].tag,
                 "value": best.values[0],
                 "step": best.user_attrs.get("steps"),
                 "trial": best.number,

@@ -8,9 +8,18 @@ from typing import Any
 
 from launcher.jobs import Observer
 from launcher.runs import RunDirectory
-from launcher.sweeps.planning import Planned
 
 Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What is told of a sweep when it begins: a sentence, the swept keys, and how many trials it has."""
+
+    text: str
+    keys: list[str]
+    total: int
+    finished: bool = False
 
 
 class SweepObserver(Observer):
@@ -19,7 +28,7 @@ class SweepObserver(Observer):
     def event(self, event: Event) -> None:
         """Before the first trial: what the user's code prints while it is tried out, and phases."""
 
-    def planned(self, planned: Planned, finished: bool) -> None:
+    def begun(self, directory: RunDirectory, headline: Headline) -> None:
         """The sweep is known, and what it will do."""
 
     def trial(self, number: int, event: Event) -> None:
@@ -34,10 +43,14 @@ class SweepObserver(Observer):
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """How a sweep ended: its result.json, its trials (see `records.rows`), the best one's words, and the signal."""
+    """How a sweep ended: its result.json, its trials (see `records.rows`), the best one's words, and the signal.
+
+    detached: it goes on elsewhere, and nobody here follows it.
+    """
 
     result: dict[str, Any]
     directory: RunDirectory
     trials: list[dict[str, Any]]
     best: dict[str, Any] | None
     signal_number: int | None = None
+    detached: bool = False

@@ -13,7 +13,7 @@ def sweeper(planned: Planned, observer: SweepObserver) -> Any:
     from hydra.core.plugins import Plugins
     from omegaconf import OmegaConf
 
-    node = {"sweeper": planned.sweeper, "runtime": {"config_sources": []}}
+    node = {"sweeper": planned.meant.first.sweeper, "runtime": {"config_sources": []}}
     plugin: Any = Plugins.instance().instantiate_sweeper(
         hydra_context=None,  # type: ignore[arg-type]  # its loader and callbacks would act on what files say
         task_function=lambda _: None,

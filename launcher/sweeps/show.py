@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.money import BUDGET, larger
-from launcher.phrases import duration, number
-from launcher.sweeps.observer import SweepObserver, SweepOutcome
-from launcher.sweeps.planning import Planned
+from launcher.phrases import duration, goes_on, number
+from launcher.runs import RunDirectory
+from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.syntax import plain_text
+from launcher.terminal import stop_or_detach
 from launcher.words import shown
 
 _ROWS = 12  # of the table: those that run, and the newest ended
@@ -28,7 +29,7 @@ class SweepDisplay(SweepObserver):
     """Shows a sweep.
 
     Attributes:
-        planned: known once the sweep is.
+        directory: the sweep's, once it is known.
         finished: it had nothing left to do.
     """
 
@@ -42,7 +43,8 @@ class SweepDisplay(SweepObserver):
         self._drawn = 0.0
         self._estimated = False
         self._phase = "starting"
-        self.planned_sweep: Planned | None = None
+        self._total = 0
+        self.directory: RunDirectory | None = None
         self.finished = False
 
     def __enter__(self) -> SweepDisplay:
@@ -67,14 +69,21 @@ class SweepDisplay(SweepObserver):
         elif event["kind"] in ("line", "note"):
             self.say(event["text"])
 
-    def planned(self, planned: Planned, finished: bool) -> None:
-        self.planned_sweep, self.finished = planned, finished
-        self._keys = [axis.key for axis in planned.words.axes]
-        name = planned.directory.name
-        if finished:
-            self.say(f"{name} is finished: all of its {planned.total} trials have ended. There is nothing to do.")
+    def sent(self, directory: RunDirectory, where: str) -> None:
+        self.directory = directory
+        self.say(f"{directory.name}: sent to {where}")
+
+    def asked_to_end(self) -> str:
+        return stop_or_detach(self._console, "sweep", self._live)
+
+    def begun(self, directory: RunDirectory, headline: Headline) -> None:
+        self.directory, self.finished = directory, headline.finished
+        self._keys, self._total = headline.keys, headline.total
+        if headline.finished:
+            ended = f"all of its {headline.total} trials have ended"
+            self.say(f"{directory.name} is finished: {ended}. There is nothing to do.")
         else:
-            self.say(f"{name}: {planned.headline()}")
+            self.say(f"{directory.name}: {headline.text}")
 
     def trial(self, number: int, event: dict[str, Any]) -> None:
         if event["kind"] == "progress":
@@ -138,7 +147,7 @@ class SweepDisplay(SweepObserver):
         counts: dict[str, int] = {}
         for row in self._table:
             counts[row["state"]] = counts.get(row["state"], 0) + 1
-        total = self.planned_sweep.total if self.planned_sweep else len(self._table)
+        total = self._total or len(self._table)
         counts["waiting"] = total - sum(count for state, count in counts.items() if state != "waiting")
         order = ("running", "completed", "pruned", "failed", "stopped", "waiting")
         parts = [", ".join(f"{counts[state]} {state}" for state in order if counts.get(state))]
@@ -153,6 +162,8 @@ class SweepDisplay(SweepObserver):
 def conclusion(outcome: SweepOutcome) -> list[str]:
     """Return the lines that end a sweep: what came of it, and what to do next."""
     result, name = outcome.result, outcome.directory.name
+    if outcome.detached:
+        return [goes_on(name)]
     counts = {state: count for state, count in result["trials"].items() if state != "total"}
     summary = ", ".join(f"{count} {state}" for state, count in counts.items())
     lines = [

@@ -1,4 +1,4 @@
-"""Runs as RayJobs of Kubernetes: `plan` prints the manifest, `train` submits it and follows."""
+"""Runs and sweeps as RayJobs of Kubernetes: `plan` prints the manifest, `train` submits it and follows."""
 
 from __future__ import annotations
 
@@ -21,15 +21,6 @@ def is_meant(line: Line) -> bool:
     """Whether the words choose cluster=kuberay; the last one counts."""
     chosen = [word.partition("=")[2] for word in line.words if word.partition("=")[0] in ("cluster", "cluster.kind")]
     return bool(chosen) and chosen[-1] == KIND
-
-
-def refuse_sweep(line: Line) -> None:
-    """Raise ConfigError where a sweep is to become a RayJob."""
-    if is_meant(line):
-        raise ConfigError(
-            "-m was asked for with cluster=kuberay, which makes one RayJob of one run so far. Start the trials one by "
-            "one, or the sweep on a node of a cluster that runs already (cluster=existing)."
-        )
 
 
 def plan(line: Line, result: Callable[[str], None]) -> int:
@@ -80,11 +71,19 @@ def _job(line: Line) -> RayJob:
     from launcher.prepare import composed
     from launcher.schema import default_run_name
 
-    request = line.request()
+    request, ask = line.request(), "offline" not in line.flags
+    if "multirun" in line.flags:
+        from launcher.sweeps.meaning import read_sweep
+        from launcher.sweeps.planning import check_values
+
+        meant = read_sweep(request)
+        check_values(meant)
+        root = str(meant.directory.path.parent)
+        return ray_job(meant.cluster, meant.directory.name, root, ["-m", *_words(line)], ask)
     composition = composed(request)
     job = composition.job
     run = job.run.name or default_run_name(composition.choices, datetime.now())
-    return ray_job(job.cluster, run, job.run.root, _words(line), ask="offline" not in line.flags)
+    return ray_job(job.cluster, run, job.run.root, _words(line), ask)
 
 
 def _words(line: Line) -> list[str]:

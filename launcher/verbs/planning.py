@@ -13,29 +13,32 @@ from launcher.verbs import kubernetes
 if TYPE_CHECKING:
     from launcher.host_plan import HostPlan
     from launcher.line import Line
+    from launcher.node_plan import NodePlan
     from launcher.plan import Plan
     from launcher.prepare import Prepared
 
 
 def _plan_of_sweep(line: Line) -> int:
     from launcher import sweeps
+    from launcher.node_plan import NodePlan
     from launcher.sweeps.show import SweepDisplay
 
     with results_alone() as result:
         with SweepDisplay() as display:
-            planned = sweeps.plan(line.request(), display)
+            planned = sweeps.plan(line.request(), display, ask="offline" not in line.flags)
         if "json" in line.flags:
-            result(json.dumps(sweeps.describe(planned), indent=2))
+            result(json.dumps(sweeps.describe(*planned), indent=2))
             return 0
-        rows = sweeps.lines(planned)
+        rows = sweeps.lines(*planned)
         width = max(len(what) for what, _ in rows)
         result("\n".join(f"{what:<{width}}  {value}".rstrip() for what, value in rows))
+        if isinstance(planned[1], NodePlan):
+            _show_nodes(planned[1], f"{planned[0].directory.path}/0", result)
         return 0
 
 
 def plan(line: Line) -> int:
-    if "multirun" in line.flags:
-        kubernetes.refuse_sweep(line)
+    if "multirun" in line.flags and not kubernetes.is_meant(line):
         return _plan_of_sweep(line)
     from launcher.jobs import checked_host_plan, checked_plan
     from launcher.prepare import prepare
@@ -51,7 +54,7 @@ def plan(line: Line) -> int:
         with Display() as display:
             plan: Plan | HostPlan
             if prepared.job.cluster.kind == "ssh":
-                plan = checked_host_plan(prepared, Shown(display))
+                plan = checked_host_plan(prepared.job, Shown(display))
             else:
                 plan = checked_plan(prepared.job, Shown(display))
         if "json" in line.flags:
@@ -66,7 +69,6 @@ def plan(line: Line) -> int:
 
 def _plan_of_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]) -> int:
     from launcher.jobs import checked_node_plan
-    from launcher.node_tables import text
     from launcher.show import Shown
     from launcher.terminal import Display
 
@@ -76,5 +78,11 @@ def _plan_of_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]
     if "json" in line.flags:
         result(json.dumps({"run": prepared.directory.name, "directory": path, **plan.to_dict()}, indent=2))
     else:
-        result(text(plan, path, width=shutil.get_terminal_size((120, 24)).columns))
+        _show_nodes(plan, path, result)
     return 0
+
+
+def _show_nodes(plan: NodePlan, path: str, result: Callable[[str], None]) -> None:
+    from launcher.node_tables import text
+
+    result(text(plan, path, width=shutil.get_terminal_size((120, 24)).columns))

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 
 def train(line: Line) -> int:
-    if "multirun" in line.flags:
-        kubernetes.refuse_sweep(line)
+    if "multirun" in line.flags and not kubernetes.is_meant(line):
         return _sweep(line)
     from launcher import jobs, ranks, show
     from launcher.terminal import Display
@@ -80,8 +79,8 @@ def _sweep(line: Line) -> int:
             try:
                 outcome = sweeps.run(line.request(), display)
             except Stopped:
-                if display.planned_sweep is not None:
-                    result(str(display.planned_sweep.directory.path))
+                if display.directory is not None:
+                    result(str(display.directory.path))
                 raise
         if not display.finished:
             for text in conclusion(outcome):

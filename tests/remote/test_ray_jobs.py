@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import signal
@@ -60,6 +61,11 @@ def start(place: Place, cluster: JobsCluster, network: Network, *words: str, ter
     return place.start(*verb, *rest, terminal=terminal, env=env)
 
 
+def table(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def processes() -> str:
     found = list(Path("/proc").glob("[0-9]*/cmdline"))
     texts = []
@@ -115,6 +121,40 @@ def test_a_run_elsewhere_is_shown_as_if_it_were_here(place: Place, jobs_cluster:
     for root in (jobs_cluster.directory, place.directory):
         seen += [str(path) for path in root.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert seen == []
+
+
+def test_a_sweep_elsewhere_is_shown_stopped_and_continued(
+    place: Place, jobs_cluster: JobsCluster, network: Network
+) -> None:
+    """Would be wrong: a sweep that its caller alone can drive, numbers of its own, trials that are lost on the way."""
+    swept = ("-m", "optimizer.lr=0.1,0.2,0.3", "scaling.workers=1", "trainer.steps=16", "trainer.deterministic=true")
+    running_ = start(place, jobs_cluster, network, *swept, "run.name=s", "model.pause=0.1")
+    try:
+        running_.wait_for("trial 0 completed", 90)
+        network.cut()
+        running_.wait_for("does not answer; the run goes on there", 30)
+        network.mend()
+        running_.wait_for("answers again", 30)
+        running_.signal(signal.SIGINT)
+        first = running_.finish(60)
+    finally:
+        running_.close()
+    assert (first.status, first.last) == (130, str(place.runs / "s")), first.err
+    assert "s: 3 trials, a grid over optimizer.lr; 2 at a time on 1 CPU worker each" in first.err
+    assert "its trials save a checkpoint first" in first.err
+    assert "launch -m run.name=s run.resume=true" in first.err
+    assert place.result("s")["status"] == "stopped"
+
+    again = place.launch("-m", "run.name=s", "run.resume=true", seconds=90, RAY_AUTH_TOKEN=jobs_cluster.token)
+    assert (again.status, again.last) == (0, str(place.runs / "s")), again.err
+    assert "best: trial" in again.err
+    assert [row["state"] for row in table(place.runs / "s")] == ["completed"] * 3
+    own = ("--config-dir", "own", "experiment=toy", "model=spy", "run.name=here")
+    alone = place.launch(*own, *swept, seconds=60)
+    assert alone.status == 0, alone.err
+    assert [row["objective"] for row in table(place.runs / "s")] == [
+        row["objective"] for row in table(place.runs / "here")
+    ]
 
 
 @pytest.mark.slow

@@ -94,3 +94,38 @@ def test_a_laptop_that_goes_away_leaves_the_run_going(there: Elsewhere) -> None:
     assert found["status"] == "stopped"
     assert Path(str(found["checkpoint"])).is_dir()
     assert there.launch("down", "ssh", seconds=60).status == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_sweep_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
+    """Trials of two workers, one a host, and no disk that both see; the laptop goes away meanwhile."""
+    words = there.words()
+    swept = ("-m", *TINY, "optimizer.lr=1e-3,3e-3,1e-2", "checkpoint.every=5", "scaling.workers=2")
+    sweep = there.calling / "runs" / "grid"
+    laptop = there.start(*swept, *words, "run.name=grid", "trainer.epochs=3")
+    latest = time.monotonic() + 150
+    while "trial 0 completed" not in there.laptop.log():
+        assert time.monotonic() < latest, there.laptop.log()[-3000:]
+        time.sleep(0.5)
+    os.killpg(laptop.pid, signal.SIGKILL)
+    laptop.wait(10)
+    stopped = there.launch("stop", "grid", seconds=100)
+    assert stopped.status == 0, stopped.err
+    assert result(sweep)["status"] == "stopped"
+    done = there.launch("-m", "run.name=grid", "run.resume=true", seconds=200)
+    assert (done.status, done.last) == (0, str(sweep)), done.err
+
+    alone = there.launch(*swept[:-1], "run.name=here", "trainer.epochs=3", "cluster=none", seconds=100)
+    assert alone.status == 0, alone.err
+    for number in range(3):
+        found = result(sweep / str(number))
+        assert (found["status"], found["workers"], found["steps"]) == ("completed", 2, 30)
+        assert found["checkpoint"] == str(sweep / str(number) / "checkpoints" / "step-00000030")
+        assert any((sweep / str(number)).glob("events.out.tfevents*"))
+        assert_same_weights(final_weights(sweep.with_name("here") / str(number)), final_weights(sweep / str(number)))
+    evaluated = there.launch("evaluate", "grid/best", seconds=100)
+    assert evaluated.status == 0, evaluated.err
+    copies = [path for host in there.machines for path in there.own(host).glob(".cache/launch/**/step-*/manifest.json")]
+    assert copies == [], "checkpoints of trials that have ended fill the disks of the hosts"
+    assert there.launch("down", "ssh", seconds=60).status == 0

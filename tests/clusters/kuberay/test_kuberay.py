@@ -297,11 +297,22 @@ def test_plan_prints_the_manifest(here: Place, state: Path) -> None:
     assert not (state / "calls").exists(), "a plan asks no cluster"
 
 
+def test_a_sweep_is_a_rayjob_on_a_disk_that_all_pods_share(here: Place, state: Path) -> None:
+    more = ("-m", "optimizer.lr=0.1,0.2", "run.root=/shared/runs", "cluster.mounts={/shared: claim://disk}")
+    told = here.here("plan", "--offline", *ASK, *more)
+    assert told.status == 0, told.err
+    head = head_of(list(yaml.safe_load_all(told.out))[-1])
+    words = head["containers"][0]["env"][0]["value"]
+    assert words.startswith("launch train -m --config-dir own experiment=toy optimizer.lr=0.1,0.2 run.name=a1 ")
+    assert " run.root=/shared/runs cluster=existing " in words
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [
         (("+model.secret_key=hunter2",), "+model.secret_key=*** holds a secret"),
-        (("-m", "optimizer.lr=0.1,0.2"), "one RayJob of one run"),
+        (("-m", "optimizer.lr=0.1,0.2"), "a sweep keeps its study in a directory"),
+        (("-m", "optimizer.lr=0.1,0.2", "run.root=runs"), "would lie in a pod"),
         (("cluster.namespace=My NS",), "cluster.namespace is 'My NS'"),
         (("cluster.mounts={/data: 'https://ada.blob.core.windows.net/x?sig=hunter2'}",), "managed identity opens it"),
     ],
