@@ -60,7 +60,7 @@ _WARM_UP = 5  # steps before the clock starts
 
 def job_of(strategy: dict[str, Any], seed: int, steps: int, evaluate_every: int, lr: float) -> Any:
     from launcher.config import CheckpointConfig, Job, LoggingConfig, ScalingConfig, TrainerConfig
-    from launcher.schema import StrategyConfig
+    from launcher.config.schema import StrategyConfig
 
     return Job(
         model={"_target_": "models.vision.MLP", "width": 2000, "depth": 2},

@@ -1,4 +1,4 @@
-"""One to four workers over links of a chosen speed, beside what the cost model (launcher/cost.py) says of them.
+"""One to four workers over links of a chosen speed, beside what the cost model (launcher/engine/cost.py) says of them.
 
     python benchmarks/scaling.py                      100 Mbit/s and 1 Gbit/s, 1 to 4 workers, about two minutes
     python benchmarks/scaling.py --paper              8 to 1,024 nodes of the catalogue's sizes, without measuring
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import harness, namespaces
 from benchmarks.figures import Demand, Report
-from launcher import cost
+from launcher.engine import cost
 
 RATES = ("100mbit", "1gbit")
 WIDTH, BATCH = 1000, 128

@@ -36,20 +36,20 @@ def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bo
     import os
     from pathlib import Path
 
-    from launcher import jobs
     from launcher.errors import Stopped
+    from launcher.jobs import training
 
     chosen = config_dir or os.environ.get("LAUNCH_CONFIG_DIR")
-    request = jobs.Request(words, Path(chosen).expanduser().absolute() if chosen else None)
+    request = training.Request(words, Path(chosen).expanduser().absolute() if chosen else None)
     try:
         if quiet:
-            return jobs.train(request, jobs.Observer()).result
+            return training.train(request, training.Observer()).result
         from launcher.show import Shown, conclusion
         from launcher.terminal import Display
 
         with Display() as display:
             shown = Shown(display)
-            outcome = jobs.train(request, shown)
+            outcome = training.train(request, shown)
             if not shown.finished:
                 for text in conclusion(outcome, interactive=False):
                     display.say(text)

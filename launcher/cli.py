@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launcher import verbs
 from launcher.errors import ConfigError, LaunchError, Stopped
-from launcher.line import COMPOSING, USAGE, Line, parse
-from launcher.output import say, tell
+from launcher.verbs.line import COMPOSING, USAGE, Line, parse
+from launcher.verbs.output import say, tell
 
 if TYPE_CHECKING:
-    from launcher.help import Asked
+    from launcher.verbs.help import Asked
 
 
 def main() -> NoReturn:
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     except LaunchError as error:
         return tell(error, verbose)
     except Stopped as stopped:
-        from launcher.jobs import exit_status_of
+        from launcher.jobs.training import exit_status_of
 
         return exit_status_of(stopped.signal_number)
     except KeyboardInterrupt:
@@ -54,7 +54,7 @@ def _shows(line: Line) -> bool:
     """Show help, the version, or what one of Hydra's own flags shows; tell whether any of it was asked for."""
     flags = line.flags
     if "version" in flags:
-        from launcher.provenance import versions
+        from launcher.runs.provenance import versions
 
         print(" ".join(f"{name} {version}" for name, version in versions().items()))
         return True
@@ -62,7 +62,7 @@ def _shows(line: Line) -> bool:
     if "help" in flags and not of_job:
         print(USAGE, end="")
         return True
-    from launcher.help import Asked
+    from launcher.verbs.help import Asked
 
     asked = Asked(
         help="help" in flags,
@@ -81,7 +81,9 @@ def _shows(line: Line) -> bool:
 
 
 def _show(line: Line, asked: Asked) -> None:
-    from launcher import help, prepare, runs
+    from launcher import runs
+    from launcher.jobs import prepare
+    from launcher.verbs import help
 
     request = line.request()
     if line.name is None:

@@ -15,26 +15,27 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from launcher import jobs, sweeps
+from launcher import sweeps
 from launcher.clusters import ray_jobs
 from launcher.clusters.existing import ExistingRay
 from launcher.clusters.gcs import look
 from launcher.clusters.needs import Needs
 from launcher.errors import ClusterError, LaunchError, Stopped, UserCodeError
-from launcher.plan import Plan
-from launcher.prepare import Prepared, Request
-from launcher.remote.wire import Event, Writer
+from launcher.jobs import training
+from launcher.jobs.prepare import Prepared, Request
+from launcher.jobs.remote.wire import Event, Writer
+from launcher.planning.plan import Plan
 from launcher.sweeps import elsewhere
 
 
-class Telling(jobs.Observer):
+class Telling(training.Observer):
     """Passes everything on."""
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
 
     def prepared(self, prepared: Prepared, plan: Plan | None) -> None:
-        self._writer.send(jobs.begun(prepared, plan))
+        self._writer.send(training.begun(prepared, plan))
 
     def event(self, event: Event) -> None:
         self._writer.send(event)
@@ -51,7 +52,7 @@ def main() -> int:
         except LaunchError as error:
             end = {"status": error.exit_status, "error": told(error)}
         except Stopped as stopped:
-            end = {"status": jobs.exit_status_of(stopped.signal_number), "stopped": stopped.signal_number}
+            end = {"status": training.exit_status_of(stopped.signal_number), "stopped": stopped.signal_number}
         except Exception as error:
             text = "".join(traceback.format_exception(error))
             end = {"status": 1, "error": {"type": type(error).__name__, "message": str(error), "traceback": text}}
@@ -59,7 +60,7 @@ def main() -> int:
     return int(end["status"])
 
 
-def _drive(job: str, observer: jobs.Observer) -> dict[str, Any]:
+def _drive(job: str, observer: training.Observer) -> dict[str, Any]:
     address = os.environ.get("RAY_ADDRESS", "")
     content = ray_jobs.take(address, job)
     if content is None:
@@ -73,10 +74,10 @@ def _drive(job: str, observer: jobs.Observer) -> dict[str, Any]:
     request = Request(order["words"], config_dir, on_head=address)
     if order["sweep"]:
         return _sweep(request, elsewhere.Telling(observer.event))
-    outcome = jobs.train(request, observer)
+    outcome = training.train(request, observer)
     status = 0
     if outcome.signal_number is not None and outcome.result.get("status") == "stopped":
-        status = jobs.exit_status_of(outcome.signal_number)
+        status = training.exit_status_of(outcome.signal_number)
     return {"status": status, "result": outcome.result, "signal": outcome.signal_number}
 
 
@@ -86,7 +87,7 @@ def _sweep(request: Request, observer: elsewhere.Telling) -> dict[str, Any]:
     return {**end, "more": elsewhere.ended(outcome)}
 
 
-def _meet(needs: Needs, address: str, observer: jobs.Observer) -> None:
+def _meet(needs: Needs, address: str, observer: training.Observer) -> None:
     """Have every node get what the job needs, before anything of the calling directory is imported here."""
     if not needs:
         return
@@ -97,7 +98,7 @@ def _meet(needs: Needs, address: str, observer: jobs.Observer) -> None:
 
 
 def told(error: LaunchError) -> dict[str, Any]:
-    """Return an error as plain data; `launcher.remote.caller` makes it one again."""
+    """Return an error as plain data; `launcher.jobs.remote.caller` makes it one again."""
     text = error.traceback_text if isinstance(error, UserCodeError) else None
     return {"type": type(error).__name__, "message": str(error), "traceback": text}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import targets
+from launcher.config import targets
 from tests.command import here, place
 from tests.stores import container, emulator
 from tests.vmlab import lab

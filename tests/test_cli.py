@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import line, verbs
+from launcher import verbs
 from launcher.errors import ConfigError
+from launcher.verbs import line
 from tests.command import LAUNCH, TOY, Place
 
 # ---- taking a command line apart ------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher import config, keys, targets
+from launcher import config
+from launcher.config import keys, targets
 from launcher.engine.checkpoint import load_weights
-from launcher.line import parse
+from launcher.jobs.weights import best_checkpoint
 from launcher.runs import RunDirectory
-from launcher.weights import best_checkpoint
+from launcher.verbs.line import parse
 from tests.command import LAUNCH, Place
 
 ROOT = Path(__file__).resolve().parent.parent

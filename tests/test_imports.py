@@ -16,81 +16,35 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each part of launcher (a package or a module) and the other parts that it may import. A part that is not listed is
 # an error, so that a new one is placed here deliberately.
-LEAVES = {"errors", "schema", "keys", "words", "config", "targets", "runs", "provenance", "phrases", "phases", "cost"}
-LEAVES |= {"storage", "mirror", "money", "gathered", "checks"}
+LEAVES = {"errors", "config", "runs", "phrases", "phases", "money"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "checks": {"errors", "schema"},
-    "runs": {"errors", "schema", "checks"},
-    "gathered": set(),
-    "storage": {"errors", "gathered"},
-    "mirror": {"errors", "runs", "storage"},
-    "provenance": {"errors", "schema", "keys"},
     "phrases": set(),
     "phases": set(),
-    "cost": set(),
     "money": set(),
+    "config": {"errors"},
+    "runs": {"errors", "config"},
     "terminal": {"phrases"},
-    "targets": {"errors"},
-    "schema": {"errors"},
-    "keys": {"errors", "schema"},
-    "words": {"errors", "schema", "keys"},
-    "sources": {"errors", "schema", "keys"},
-    "own_hydra": {"errors", "schema", "keys", "words", "sources"},
-    "config": {"errors", "schema", "checks", "keys", "words", "sources", "own_hydra", "targets", "runs"},
     "engine": LEAVES,
     "clusters": LEAVES,
     "runners": {"engine", "clusters", "terminal"} | LEAVES,
-    "sweeps": {"jobs", "run_record", "plan", "host_plan", "node_plan", "prepare", "ranks", "remote"}
-    | {"runners", "engine", "clusters", "terminal"}
-    | LEAVES,
-    "plugins": {"prepare", "sweeps"} | LEAVES,
-    "plan": {"engine", "clusters"} | LEAVES,
-    "forecast": {"plan", "engine", "clusters"} | LEAVES,
-    "node_plan": {"forecast", "plan", "engine", "clusters"} | LEAVES,
-    "host_plan": {"plan", "engine", "clusters"} | LEAVES,
-    "node_tables": {"forecast", "node_plan", "plan", "clusters"} | LEAVES,
-    "prepare": LEAVES,
-    "ranks": {"engine"} | LEAVES,
-    "remote": {"prepare", "clusters"} | LEAVES,
-    "driver": {"sweeps", "jobs", "plan", "prepare", "clusters", "remote"} | LEAVES,
-    "weights": {"prepare", "engine"} | LEAVES,
-    "run_record": {"weights", "plan", "prepare", "engine"} | LEAVES,
-    "jobs": {"run_record", "remote", "runners", "engine", "clusters", "plan", "prepare", "ranks"}
-    | {"node_plan", "host_plan"}
-    | LEAVES,
-    "trained": {"weights", "remote", "jobs", "plan", "prepare", "ranks", "runners", "engine", "clusters"} | LEAVES,
-    "show": {"jobs", "plan", "prepare", "terminal"} | LEAVES,
-    "help": {"prepare"} | LEAVES,
-    "listing": {"terminal"} | LEAVES,
-    "sizes": {"clusters", "errors"},
-    "machines": {"clusters"} | LEAVES,
-    "line": {"prepare"} | LEAVES,
-    "output": {"ranks"} | LEAVES,
-    "verbs": {
-        "line",
-        "remote",
-        "output",
-        "jobs",
-        "plan",
-        "prepare",
-        "ranks",
-        "show",
-        "listing",
-        "machines",
-        "clusters",
-        "host_plan",
-        "node_plan",
-        "node_tables",
-        "sizes",
-        "sweeps",
-        "terminal",
-        "trained",
-    }
-    | LEAVES,
-    "cli": {"verbs", "line", "output", "help", "jobs", "prepare", "runs"} | LEAVES,
+    "planning": {"engine", "clusters"} | LEAVES,
+    "jobs": {"planning", "runners", "engine", "clusters"} | LEAVES,
+    "sweeps": {"jobs", "planning", "runners", "engine", "clusters", "terminal"} | LEAVES,
+    "plugins": {"sweeps", "jobs"} | LEAVES,
+    "driver": {"sweeps", "jobs", "planning", "clusters"} | LEAVES,
+    "show": {"jobs", "planning", "terminal"} | LEAVES,
+    "verbs": {"sweeps", "jobs", "planning", "clusters", "show", "terminal"} | LEAVES,
+    "cli": {"verbs", "jobs"} | LEAVES,
     "__main__": {"cli"},
-    "__init__": {"jobs", "sweeps", "show", "terminal", "errors"},
+    "__init__": {"sweeps", "jobs", "show", "terminal", "errors"},
+}
+# The rooms of a package, where their order matters: each may import those before it.
+WITHIN: dict[str, tuple[str, ...]] = {
+    "config": ("schema", "keys", "checks", "words", "search_path", "own_hydra", "targets", "composition", "__init__"),
+    "runs": ("directory", "gathered", "storage", "mirror", "provenance", "__init__"),
+    "planning": ("plan", "hosts", "forecast", "nodes", "tables"),
+    "jobs": ("prepare", "ranks", "weights", "record", "remote", "training", "trained"),
 }
 
 
@@ -122,10 +76,10 @@ RULES = (
         "launcher",
         ("hydra", "omegaconf"),
         but=(
-            "launcher.config",
-            "launcher.own_hydra",
-            "launcher.sources",
-            "launcher.help",
+            "launcher.config.composition",
+            "launcher.config.own_hydra",
+            "launcher.config.search_path",
+            "launcher.verbs.help",
             "launcher.plugins",
             "launcher.sweeps.plugin",
             "launcher.sweeps.syntax",
@@ -136,7 +90,7 @@ RULES = (
     Rule("models", ("launcher", "conf", "ray", "hydra", "omegaconf", "tests"), why="a model is plain PyTorch"),
     *(
         Rule(who, ("torch", "ray", "tensorboard"), at_import=True, why="`launch --help` answers at once")
-        for who in ("launcher.cli", "launcher.verbs", "launcher.config", "launcher.targets", "launcher.runs")
+        for who in ("launcher.cli", "launcher.verbs", "launcher.config", "launcher.runs")
     ),
 )
 
@@ -235,7 +189,22 @@ def check_direction(path: str, imports: list[Import], modules: set[str]) -> list
             broken.append(f"{path}:{seen.line} imports {seen.name}: the package itself is for users of the API")
         elif other != part and other not in MAY_IMPORT[part]:
             broken.append(f"{path}:{seen.line} imports {seen.name}: {part} may import {sorted(MAY_IMPORT[part])}")
+        elif other == part and len(words) > 2:
+            broken += check_rooms(path, seen, words[2])
     return broken
+
+
+def check_rooms(path: str, seen: Import, other: str) -> list[str]:
+    """Return what is wrong with an import from one room of a package to another."""
+    part, _, rest = path.removeprefix("launcher/").partition("/")
+    order, own = WITHIN.get(part, ()), rest.split("/")[0].removesuffix(".py")
+    if other == own or not order or other not in order:
+        return []
+    if own not in order:
+        return [f"{path}: {own!r} has no place in WITHIN[{part!r}] of {Path(__file__).name}; add it where it belongs"]
+    if order.index(other) < order.index(own):
+        return []
+    return [f"{path}:{seen.line} imports {seen.name}: in {part}, {own} comes before {other}"]
 
 
 def repository() -> dict[str, str]:
@@ -277,14 +246,16 @@ def test_the_table_has_no_cycle() -> None:
             "imports torch.cuda:",
         ),
         ("launcher/clusters/local.py", "from launcher.engine import runtime", "imports launcher.engine:"),
-        ("launcher/plan.py", "import ray", "imports ray:"),
+        ("launcher/planning/plan.py", "import ray", "imports ray:"),
         ("launcher/runners/in_process.py", "import hydra.utils", "imports hydra.utils:"),
-        ("launcher/runs.py", "from launcher.config import Job", "imports launcher.config:"),
+        ("launcher/runs/directory.py", "from launcher.jobs import prepare", "imports launcher.jobs:"),
         ("launcher/errors.py", "from launcher import runs", "imports launcher.runs:"),
-        ("launcher/runs.py", "def f():\n    import torch", "imports torch:"),
-        ("launcher/targets.py", "import torch", "imports torch:"),
+        ("launcher/runs/directory.py", "def f():\n    import torch", "imports torch:"),
+        ("launcher/config/targets.py", "import torch", "imports torch:"),
         ("launcher/cli.py", "try:\n    import ray\nexcept ImportError: ...", "imports ray:"),
         ("launcher/engine/data.py", "from models.vision import ConvNet", "imports models.vision:"),
+        ("launcher/runs/storage.py", "from launcher.runs import mirror", "in runs, storage comes before mirror"),
+        ("launcher/jobs/newcomer.py", "from launcher.jobs.prepare import Request", "'newcomer' has no place in WITHIN"),
         ("launcher/newcomer.py", "", "'newcomer' has no line in MAY_IMPORT"),
         ("models/vision.py", "def f():\n    from launcher.errors import DataError", "imports launcher.errors:"),
     ],
@@ -297,11 +268,11 @@ def test_a_planted_violation_is_found(path: str, source: str, expected: str) -> 
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("launcher/targets.py", "def f():\n    import torch"),
+        ("launcher/config/targets.py", "def f():\n    import torch"),
         ("launcher/runners/ray_train.py", "import ray.train.torch\nfrom launcher.engine import entry"),
         ("launcher/clusters/local.py", "import ray\nfrom launcher.errors import ResourceError"),
         ("launcher/engine/trainer.py", "import torch\nfrom launcher import __version__, runs\nfrom .data import x"),
-        ("launcher/help.py", "from hydra import compose\nfrom launcher.config import sources"),
+        ("launcher/verbs/help.py", "from hydra import compose\nfrom launcher.config import sources"),
         ("launcher/engine/trainer.py", "import raylib, rayon.train"),
         ("models/vision.py", "import torch\nfrom models import common"),
     ],

@@ -12,9 +12,9 @@ import pytest
 
 from launcher import money
 from launcher.clusters.rates import rate_of, words
+from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 from launcher.money import Bill, Meter, Rate
-from launcher.schema import ClusterConfig
 from tests.command import TOY, Place
 from tests.sweeps.sweep_fixtures import PROJECT as SWEEP_PROJECT
 

@@ -39,7 +39,7 @@ class ExistingRay:
         directory: the run's, which every node has to see; None where nothing is written.
         verbose: with Ray's messages.
         environment: names of variables that the workers get from this process.
-        gathers: workers on other machines write to the disk of this one (`launcher.gathered`).
+        gathers: workers on other machines write to the disk of this one (`launcher.runs.gathered`).
     """
 
     def __init__(

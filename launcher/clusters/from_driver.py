@@ -62,7 +62,7 @@ def serve_disk() -> Any:
         def __init__(self) -> None:
             if home not in sys.path:
                 sys.path.append(home)
-            from launcher.gathered import Disk
+            from launcher.runs.gathered import Disk
 
             self._disk = Disk()
 
@@ -89,7 +89,7 @@ def _reach_disk() -> None:
         return
     if ray.get(disk.node.remote(), timeout=NODE_SECONDS) == ray.get_runtime_context().get_node_id():
         return
-    from launcher import gathered
+    from launcher.runs import gathered
 
     def call(name: str, *arguments: Any) -> Any:
         try:

@@ -16,9 +16,9 @@ from typing import Any
 from launcher.clusters.mounts import Mount, read
 from launcher.clusters.nodes import Nodes, chosen
 from launcher.clusters.rates import words as rate_words
+from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig
-from launcher.storage import check_uri, is_uri
+from launcher.runs.storage import check_uri, is_uri
 
 LONGEST_NAME = 47  # of a RayJob: KubeRay makes others of it
 USER = 10001  # of the image, see the Dockerfile

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from launcher.clusters.nodes import Nodes, chosen
+from launcher.config.schema import RENTED, ClusterConfig
 from launcher.errors import ConfigError
 from launcher.money import Rate
-from launcher.schema import RENTED, ClusterConfig
 
 
 def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: Nodes | None = None) -> Rate | None:

@@ -23,9 +23,9 @@ from launcher.clusters import heads, project
 from launcher.clusters.bootstrap import BASE, Environment, ask, check_versions, everywhere
 from launcher.clusters.heads import Head
 from launcher.clusters.shell import Shell, destination
+from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
 from launcher.phrases import count, size
-from launcher.schema import ClusterConfig
 
 KIND = "ssh"
 START_SECONDS = 240.0  # with the wait for another command that is at work there

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from launcher.config import Job, StrategyConfig
-from launcher.cost import Link, Step
 from launcher.engine import probe
+from launcher.engine.cost import Link, Step
 from launcher.engine.kept import KeptBytes
 from launcher.engine.randomness import own_randomness
 from launcher.engine.runtime import Runtime

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher import targets
-from launcher.config import Job
+from launcher.config import Job, targets
 from launcher.engine.batches import channels_last
 from launcher.engine.data import Fetch, Loader
 from launcher.engine.datasets import Data, blocks_of, lengths_of

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from launcher import targets
-from launcher.config import Job
+from launcher.config import Job, targets
 from launcher.engine.failures import traceback_of_user
 from launcher.engine.progress import Progress
 from launcher.engine.runtime import Runtime

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher import targets
-from launcher.config import Job
+from launcher.config import Job, targets
 from launcher.engine import hardware
 from launcher.engine.build import (
     build_data,
@@ -29,12 +28,12 @@ from launcher.engine.runtime import Runtime
 from launcher.engine.shared import kept
 from launcher.engine.trainer import Trainer
 from launcher.errors import ConfigError, RequestError
-from launcher.mirror import local
 from launcher.money import Bill
 from launcher.phases import Marks
 from launcher.phrases import count, step_line
 from launcher.runs import RunDirectory
-from launcher.storage import is_uri
+from launcher.runs.mirror import local
+from launcher.runs.storage import is_uri
 
 
 @dataclass

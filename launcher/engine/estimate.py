@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from launcher import targets
-from launcher.config import Job
+from launcher.config import Job, targets
+from launcher.config.schema import STRATEGY_OPTIONS
 from launcher.engine.build import build_data, build_model, converter
 from launcher.engine.callbacks import check_callbacks
 from launcher.engine.data import Fetch, Loader
@@ -34,7 +34,6 @@ from launcher.engine.strategies.blocks import blocks_of, recompute
 from launcher.engine.strategies.compression import powersgd_bytes
 from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.errors import ConfigError, RequestError, UserCodeError, did_you_mean
-from launcher.schema import STRATEGY_OPTIONS
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from launcher import targets
+from launcher.config import targets
 from launcher.errors import ConfigError, did_you_mean
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.cost import Link
+from launcher.engine.cost import Link
 
 _REPEATS = 5
 _LARGEST = 4 * 2**20

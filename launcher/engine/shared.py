@@ -16,9 +16,9 @@ from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.control import Control
 from launcher.engine.runtime import Runtime
 from launcher.errors import RunError, StorageError
-from launcher.mirror import CHECKPOINTS, Mirrored, Sync
 from launcher.runs import RunDirectory
-from launcher.storage import Store
+from launcher.runs.mirror import CHECKPOINTS, Mirrored, Sync
+from launcher.runs.storage import Store
 
 # A run that fails waits so long for what is on its way to the store.
 SETTLE_SECONDS = 60.0

@@ -138,6 +138,20 @@ class Ledger:
         return self.failures > self.rules.max_failures
 
 
+class Inline:
+    """What Ray Train calls a reference to the training function, with the function in it.
+
+    Ray's own lies in the object store, from where each node brings it, and from whichever node has a copy: one that was
+    lost a moment ago is asked for ten seconds at a time, until Ray has given it up after half a minute.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = ray.cloudpickle.dumps(function)
+
+    def get(self) -> Any:
+        return ray.cloudpickle.loads(self._function)
+
+
 # ---- what is tried again --------------------------------------------------------------------------------------------
 
 

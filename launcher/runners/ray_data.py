@@ -63,7 +63,7 @@ def _task(function: bytes, home: str, python_path: list[str]) -> Callable[..., A
         if home not in sys.path:
             sys.path.append(home)
         from launcher.clusters.from_driver import adopt
-        from launcher.targets import add_calling_directory
+        from launcher.config.targets import add_calling_directory
 
         adopt()
 

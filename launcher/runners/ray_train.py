@@ -178,6 +178,7 @@ class Trainer(DataParallelTrainer):
         if not self._rules.lean:
             options["runtime_env"] = {"env_vars": RAY_TRAIN_ENVIRONMENT}
         policies.travel_by_value()
+        arguments["train_fn_ref"] = policies.Inline(arguments["train_fn_ref"].get())
         if self._heals:
             arguments["scaling_policy"] = policies.Workers(self.scaling_config, policies.Ledger(self._rules))
             self._controller = ray.remote(**options)(TrainController).remote(**arguments)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launcher.host_plan import HostPlan
-    from launcher.node_plan import NodePlan
-    from launcher.prepare import Request
+    from launcher.jobs.prepare import Request
+    from launcher.planning.hosts import HostPlan
+    from launcher.planning.nodes import NodePlan
     from launcher.sweeps.meaning import Meant
     from launcher.sweeps.observer import SweepObserver, SweepOutcome
     from launcher.sweeps.planning import Planned
@@ -32,8 +32,8 @@ def run(request: Request, observer: SweepObserver) -> SweepOutcome:
         RequestError: it cannot be done as asked; nothing was started.
         Stopped: it was ended at once by a signal.
     """
-    from launcher.jobs import ended_by_signals
-    from launcher.remote.place import is_elsewhere
+    from launcher.jobs.remote.place import is_elsewhere
+    from launcher.jobs.training import ended_by_signals
     from launcher.sweeps import elsewhere
     from launcher.sweeps.meaning import read_sweep
     from launcher.sweeps.planning import plan_sweep
@@ -66,8 +66,8 @@ def plan(request: Request, observer: SweepObserver, ask: bool = True) -> tuple[M
     Raises:
         RequestError: it cannot be done as asked.
     """
-    from launcher.jobs import checked_host_plan, checked_node_plan
-    from launcher.prepare import Prepared
+    from launcher.jobs.prepare import Prepared
+    from launcher.jobs.training import checked_host_plan, checked_node_plan
     from launcher.sweeps.meaning import read_sweep
     from launcher.sweeps.planning import check_values, plan_sweep
 
@@ -82,7 +82,7 @@ def plan(request: Request, observer: SweepObserver, ask: bool = True) -> tuple[M
 
 def exit_status(outcome: SweepOutcome) -> int:
     """Return 0 where trials were completed, 1 where the sweep failed, 130 or 143 where a signal stopped it."""
-    from launcher.jobs import exit_status_of
+    from launcher.jobs.training import exit_status_of
 
     status = outcome.result.get("status")
     if status == "stopped" and outcome.signal_number is not None:
@@ -94,9 +94,9 @@ def describe(meant: Meant, planned: Planned | HostPlan | NodePlan, most: int = 2
     """Return what `launch plan -m` prints: the sweep, its first trials' words, and the plan of the first trial."""
     import itertools
 
+    from launcher.config.words import shown
     from launcher.sweeps.planning import Planned
     from launcher.sweeps.space import grid
-    from launcher.words import shown
 
     found: dict[str, Any] = {
         "sweep": meant.directory.name,
@@ -119,7 +119,7 @@ def describe(meant: Meant, planned: Planned | HostPlan | NodePlan, most: int = 2
 
 def lines(meant: Meant, planned: Planned | HostPlan | NodePlan) -> list[tuple[str, str]]:
     """Return the plan of a sweep as (what, value) for people; that of VMs has tables of its own."""
-    from launcher.host_plan import HostPlan
+    from launcher.planning.hosts import HostPlan
     from launcher.sweeps.planning import Planned
 
     about = describe(meant, planned)
@@ -143,6 +143,6 @@ def as_words(params: Mapping[str, Any]) -> list[str]:
 
 def as_request(words: tuple[str, ...], trials: int | None, config_dir: Path | None) -> Request:
     """Return the request of the Python API."""
-    from launcher.prepare import Request
+    from launcher.jobs.prepare import Request
 
     return Request([*words, f"sweep.trials={trials}"] if trials is not None else list(words), config_dir)

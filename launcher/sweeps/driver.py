@@ -14,16 +14,16 @@ from typing import Any, Protocol
 
 from launcher.engine.control import PRUNE, Watch
 from launcher.errors import LaunchError, RequestError, Stopped, UserCodeError, WorkerLost
-from launcher.jobs import cluster_of
-from launcher.mirror import OWNER
+from launcher.jobs.prepare import Prepared
+from launcher.jobs.record import Origin, Record
+from launcher.jobs.training import cluster_of
 from launcher.money import BUDGET, Bill, Rate, tell_owner
 from launcher.phrases import duration, number
-from launcher.plan import machines_of
-from launcher.prepare import Prepared
-from launcher.run_record import Origin, Record
+from launcher.planning.plan import machines_of
 from launcher.runners.signals import Interrupts
 from launcher.runners.tasks import Ended, Shape
 from launcher.runs import RunDirectory
+from launcher.runs.mirror import OWNER
 from launcher.sweeps import records
 from launcher.sweeps.observer import SweepObserver, SweepOutcome
 from launcher.sweeps.planning import Planned, shape_of

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from launcher.prepare import Prepared
+from launcher.jobs.prepare import Prepared
 from launcher.runs import RunDirectory
 from launcher.sweeps.meaning import Meant
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
@@ -27,7 +27,7 @@ def run(meant: Meant, observer: SweepObserver) -> SweepOutcome:
         LaunchError: what its driver ended with.
         Stopped: a second signal; the sweep goes on stopping there.
     """
-    from launcher.remote.caller import Caller
+    from launcher.jobs.remote.caller import Caller
     from launcher.runners.signals import Interrupts
 
     check_values(meant)

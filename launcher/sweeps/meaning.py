@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from launcher import ranks, runs, targets
-from launcher.checks import check_run
-from launcher.config import Composition, SweepConfig, compose, default_run_name, peek, sources
+from launcher import runs
+from launcher.config import Composition, SweepConfig, compose, default_run_name, peek, sources, targets
+from launcher.config.checks import check_run
+from launcher.config.schema import ClusterConfig
+from launcher.config.words import shown
 from launcher.errors import ConfigError, RunError
-from launcher.prepare import Request, at_hand, key_of, root_of, run_like
-from launcher.remote.place import place_of
+from launcher.jobs import ranks
+from launcher.jobs.prepare import Request, at_hand, key_of, root_of, run_like
+from launcher.jobs.remote.place import place_of
 from launcher.runs import RunDirectory
-from launcher.schema import ClusterConfig
-from launcher.storage import check_uri, is_uri
+from launcher.runs.storage import check_uri, is_uri
 from launcher.sweeps import syntax
 from launcher.sweeps.space import distributions, sampler
 from launcher.sweeps.study import JOURNAL, Objective, Recorded, mend, recorded
 from launcher.sweeps.syntax import Choice, Value, Words
-from launcher.words import shown
 
 _ON_THE_DRIVER = "head://"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.jobs import Observer
+from launcher.jobs.training import Observer
 from launcher.runs import RunDirectory
 
 Event = dict[str, Any]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from launcher.config import Composition, SweepConfig, parse_interval
 from launcher.errors import ConfigError, did_you_mean
-from launcher.jobs import Observer, checked_plan
-from launcher.plan import Machines, Plan, machines_of
-from launcher.run_record import check_budget
+from launcher.jobs.record import check_budget
+from launcher.jobs.training import Observer, checked_plan
+from launcher.planning.plan import Machines, Plan, machines_of
 from launcher.runners.tasks import Shape, fits
 from launcher.sweeps.meaning import Meant
 from launcher.sweeps.observer import Headline

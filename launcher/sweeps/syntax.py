@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.config.words import shown
 from launcher.errors import ConfigError
-from launcher.words import shown
 
 Value = bool | int | float | str | None
 

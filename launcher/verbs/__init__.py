@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from launcher.line import Line
 from launcher.verbs import clusters, planning, runs, trained, training
+from launcher.verbs.line import Line
 
 RUN: dict[str, Callable[[Line], int]] = {
     "train": training.train,

@@ -7,14 +7,14 @@ import shlex
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
-from launcher.output import say
+from launcher.verbs.output import say
 
 if TYPE_CHECKING:
-    from launcher.line import Line
+    from launcher.verbs.line import Line
 
 
 def sizes(line: Line) -> int:
-    from launcher import sizes
+    from launcher.verbs import sizes
 
     if line.words:
         raise ConfigError(
@@ -33,8 +33,9 @@ def sizes(line: Line) -> int:
 
 
 def up(line: Line) -> int:
-    from launcher import machines, prepare
-    from launcher.jobs import ended_by_signals
+    from launcher.jobs import prepare
+    from launcher.jobs.training import ended_by_signals
+    from launcher.verbs import machines
 
     if line.name is not None:
         raise ConfigError(f"launch up takes the name of a cluster as cluster.name={line.name}.")
@@ -48,7 +49,7 @@ def up(line: Line) -> int:
 
 
 def status(line: Line) -> int:
-    from launcher import machines
+    from launcher.verbs import machines
 
     _no_words(line)
     clusters = machines.status(line.name)
@@ -57,7 +58,7 @@ def status(line: Line) -> int:
 
 
 def down(line: Line) -> int:
-    from launcher import machines
+    from launcher.verbs import machines
 
     _no_words(line)
     machines.down(line.name, say, forget="forget" in line.flags)
@@ -65,7 +66,7 @@ def down(line: Line) -> int:
 
 
 def _no_words(line: Line) -> None:
-    from launcher.words import shown
+    from launcher.config.words import shown
 
     if line.words:
         raise ConfigError(f'"{shown(line.words[0])}" means nothing to launch {line.verb}. Leave it out.')

@@ -8,11 +8,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError, TrainingError
-from launcher.output import say
+from launcher.verbs.output import say
 
 if TYPE_CHECKING:
     from launcher.clusters.kuberay import RayJob
-    from launcher.line import Line
+    from launcher.verbs.line import Line
 
 KIND = "kuberay"
 
@@ -68,8 +68,8 @@ def train(line: Line, result: Callable[[str], None]) -> int:
 
 def _job(line: Line) -> RayJob:
     from launcher.clusters.kuberay import ray_job
-    from launcher.prepare import composed
-    from launcher.schema import default_run_name
+    from launcher.config.schema import default_run_name
+    from launcher.jobs.prepare import composed
 
     request, ask = line.request(), "offline" not in line.flags
     if "multirun" in line.flags:
@@ -88,8 +88,8 @@ def _job(line: Line) -> RayJob:
 
 def _words(line: Line) -> list[str]:
     """Return the words for the command on the head: all but those about where it runs."""
-    from launcher.prepare import key_of
-    from launcher.words import shown
+    from launcher.config.words import shown
+    from launcher.jobs.prepare import key_of
 
     request = line.request()
     kept = [word for word in request.words if key_of(word).split(".")[0] != "cluster"]

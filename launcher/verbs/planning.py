@@ -7,20 +7,20 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launcher.output import results_alone
 from launcher.verbs import kubernetes
+from launcher.verbs.output import results_alone
 
 if TYPE_CHECKING:
-    from launcher.host_plan import HostPlan
-    from launcher.line import Line
-    from launcher.node_plan import NodePlan
-    from launcher.plan import Plan
-    from launcher.prepare import Prepared
+    from launcher.jobs.prepare import Prepared
+    from launcher.planning.hosts import HostPlan
+    from launcher.planning.nodes import NodePlan
+    from launcher.planning.plan import Plan
+    from launcher.verbs.line import Line
 
 
 def _plan_of_sweep(line: Line) -> int:
     from launcher import sweeps
-    from launcher.node_plan import NodePlan
+    from launcher.planning.nodes import NodePlan
     from launcher.sweeps.show import SweepDisplay
 
     with results_alone() as result:
@@ -40,8 +40,8 @@ def _plan_of_sweep(line: Line) -> int:
 def plan(line: Line) -> int:
     if "multirun" in line.flags and not kubernetes.is_meant(line):
         return _plan_of_sweep(line)
-    from launcher.jobs import checked_host_plan, checked_plan
-    from launcher.prepare import prepare
+    from launcher.jobs.prepare import prepare
+    from launcher.jobs.training import checked_host_plan, checked_plan
     from launcher.show import Shown
     from launcher.terminal import Display
 
@@ -68,7 +68,7 @@ def plan(line: Line) -> int:
 
 
 def _plan_of_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]) -> int:
-    from launcher.jobs import checked_node_plan
+    from launcher.jobs.training import checked_node_plan
     from launcher.show import Shown
     from launcher.terminal import Display
 
@@ -83,6 +83,6 @@ def _plan_of_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]
 
 
 def _show_nodes(plan: NodePlan, path: str, result: Callable[[str], None]) -> None:
-    from launcher.node_tables import text
+    from launcher.planning.tables import text
 
     result(text(plan, path, width=shutil.get_terminal_size((120, 24)).columns))

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError, RunError
-from launcher.output import say
 from launcher.runs import RunDirectory
+from launcher.verbs.output import say
 
 if TYPE_CHECKING:
-    from launcher.line import Line
+    from launcher.verbs.line import Line
 
 
 def _root(line: Line) -> Path:
     """Return the run root for a verb that composes no job; other words than `run.root` would mean nothing to it."""
-    from launcher.prepare import key_of, root_of, run_section
-    from launcher.words import shown
+    from launcher.config.words import shown
+    from launcher.jobs.prepare import key_of, root_of, run_section
 
     for word in line.words:
         if key_of(word) != "run.root":
@@ -28,7 +28,7 @@ def _root(line: Line) -> Path:
 
 
 def runs(line: Line) -> int:
-    from launcher.listing import rows, table
+    from launcher.verbs.listing import rows, table
 
     root = _root(line)
     found = rows(root)
@@ -41,7 +41,7 @@ def runs(line: Line) -> int:
 
 def logs(line: Line) -> int:
     from launcher import runs
-    from launcher.listing import follow
+    from launcher.verbs.listing import follow
 
     assert line.name is not None
     run = runs.find(_root(line), line.name)
@@ -49,7 +49,7 @@ def logs(line: Line) -> int:
     if not run.is_sent:
         follow(run, until_the_end)
         return 0
-    from launcher.remote import attend
+    from launcher.jobs.remote import attend
     from launcher.terminal import Display
 
     with attend.copied(run, say):
@@ -64,12 +64,12 @@ def logs(line: Line) -> int:
 
 def stop(line: Line) -> int:
     from launcher import runs
-    from launcher.listing import stop
+    from launcher.verbs.listing import stop
 
     assert line.name is not None
     run = runs.find(_root(line), line.name)
     if run.is_sent:
-        from launcher.remote import attend
+        from launcher.jobs.remote import attend
 
         say(attend.stop(run))
     else:
@@ -90,7 +90,7 @@ def board(line: Line) -> int:
     options = ["--logdir", str(root), "--host", host, "--port", port, "--reload_multifile=true", "--reload_interval=5"]
     command = [sys.executable, "-m", "tensorboard.main", *options]
     if shown != str(root):
-        from launcher.mirror import board
+        from launcher.runs.mirror import board
 
         return board(root, command, say)
     # One process less, and Ctrl-C reaches TensorBoard itself.

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import ConfigError, Stopped
-from launcher.output import results_alone
+from launcher.verbs.output import results_alone
 
 if TYPE_CHECKING:
-    from launcher.line import Line
+    from launcher.verbs.line import Line
 
 
 def evaluate(line: Line) -> int:
-    from launcher import jobs, ranks, trained
+    from launcher.jobs import ranks, trained, training
     from launcher.show import Shown
     from launcher.terminal import Display
 
     assert line.name is not None
     with results_alone() as result:
         if not ranks.speaks():
-            trained.evaluate(line.name, line.request(), jobs.Observer())
+            trained.evaluate(line.name, line.request(), training.Observer())
             return 0
         with Display() as display:
             metrics = trained.evaluate(line.name, line.request(), Shown(display))
@@ -31,7 +31,7 @@ def evaluate(line: Line) -> int:
 
 
 def predict(line: Line) -> int:
-    from launcher import ranks, trained
+    from launcher.jobs import ranks, trained
     from launcher.show import Shown
     from launcher.terminal import Display
 
@@ -54,8 +54,9 @@ def predict(line: Line) -> int:
 
 
 def export(line: Line) -> int:
-    from launcher import ranks, runs, trained
+    from launcher import runs
     from launcher.errors import ExportError
+    from launcher.jobs import ranks, trained
     from launcher.show import Shown
     from launcher.terminal import Display
 

@@ -7,31 +7,32 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from launcher.errors import LaunchError, Stopped
-from launcher.output import results_alone, say, tell
 from launcher.verbs import kubernetes
+from launcher.verbs.output import results_alone, say, tell
 
 if TYPE_CHECKING:
-    from launcher.jobs import Outcome
-    from launcher.line import Line
+    from launcher.jobs.training import Outcome
     from launcher.runs import RunDirectory
+    from launcher.verbs.line import Line
 
 
 def train(line: Line) -> int:
     if "multirun" in line.flags and not kubernetes.is_meant(line):
         return _sweep(line)
-    from launcher import jobs, ranks, show
+    from launcher import show
+    from launcher.jobs import ranks, training
     from launcher.terminal import Display
 
     with results_alone() as result:
         if kubernetes.is_meant(line):
             return kubernetes.train(line, result)
         if not ranks.speaks():
-            return _status(jobs.train(line.request(), jobs.Observer()))
+            return _status(training.train(line.request(), training.Observer()))
         with Display() as display:
             shown = show.Shown(display)
             outcome: Outcome | LaunchError | Stopped
             try:
-                outcome = jobs.train(line.request(), shown)
+                outcome = training.train(line.request(), shown)
             except (LaunchError, Stopped) as error:
                 if shown.directory is None or not shown.directory.exists():
                     raise  # before the start: nothing is there to be named
@@ -50,10 +51,11 @@ def _conclude_failure(
     error: LaunchError | Stopped, directory: RunDirectory, result: Callable[[str], None], verbose: bool
 ) -> int:
     """Tell how a run ended that had started, and where it lies."""
-    from launcher import jobs, show
+    from launcher import show
+    from launcher.jobs import training
 
     if isinstance(error, Stopped):
-        status = jobs.exit_status_of(error.signal_number)
+        status = training.exit_status_of(error.signal_number)
         say("stopped at once" if directory.result().get("steps") else "stopped before the first step")
     else:
         status = tell(error, verbose)
@@ -64,7 +66,7 @@ def _conclude_failure(
 
 
 def _status(outcome: Outcome) -> int:
-    from launcher.jobs import exit_status_of
+    from launcher.jobs.training import exit_status_of
 
     stopped = outcome.result.get("status", "stopped") == "stopped" and outcome.signal_number is not None
     return exit_status_of(outcome.signal_number) if stopped else 0

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.remote import jobs_cluster
+from tests.jobs.remote import jobs_cluster
 from tests.vmlab.lab import ROOT
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ import pytest
 from launcher.clusters import heads
 from launcher.clusters.azure import here, lifecycle
 from launcher.clusters.heads import Head
+from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, MachineError, ResourceError
-from launcher.schema import ClusterConfig
 from tests.azure.conftest import A100
 from tests.azure.fake import SUBSCRIPTION, Fake
 from tests.vmlab.lab import ROOT

@@ -13,8 +13,8 @@ import pytest
 
 from launcher.clusters.azure import network, ray_yaml
 from launcher.clusters.azure.wanted import Wanted, for_run, wanted
+from launcher.config.schema import ClusterConfig, ScalingConfig
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig, ScalingConfig
 
 HERE = Path(__file__).parent
 SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"

@@ -15,8 +15,8 @@ import pytest
 from launcher import cli
 from launcher.clusters import catalogue, prices
 from launcher.clusters.nodes import chosen
+from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig
 
 
 def item(name: str, usd: float, meter: str = "", **more: Any) -> dict[str, Any]:

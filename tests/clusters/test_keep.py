@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checks import check_values
 from launcher.clusters import keep, reaper
+from launcher.config.checks import check_values
+from launcher.config.schema import ClusterConfig, Job
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig, Job
 from tests.waiting import wait_for
 
 USE = """

@@ -6,8 +6,8 @@ import pytest
 
 from launcher.clusters import catalogue
 from launcher.clusters.nodes import chosen
+from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig
 
 A100 = "Standard_NC24ads_A100_v4"
 

@@ -18,8 +18,8 @@ import pytest
 from launcher.clusters import bootstrap, heads, on_host, ssh
 from launcher.clusters.bootstrap import Environment
 from launcher.clusters.shell import Shell
+from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
-from launcher.schema import ClusterConfig
 from tests import servers
 from tests.command import Place
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.namespaces import network, run, why_not
-from launcher.cost import Link, predict, predict_rare
 from launcher.engine.advice import Advice
+from launcher.engine.cost import Link, predict, predict_rare
 from launcher.runs import RunDirectory
 
 

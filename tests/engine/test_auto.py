@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from launcher.checks import check_values
+from launcher.config.checks import check_values
 from launcher.engine import hardware
 from launcher.engine.auto import Candidate, choose, settle
 from launcher.engine.runtime import Runtime

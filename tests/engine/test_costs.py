@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from launcher.cost import OVERLAP, Link, Step, predict, predict_rare, predict_sharded
+from launcher.config.schema import StrategyConfig, TrainerConfig
+from launcher.engine.cost import OVERLAP, Link, Step, predict, predict_rare, predict_sharded
 from launcher.engine.strategies import costs
-from launcher.schema import StrategyConfig, TrainerConfig
 
 LINK = Link(latency=1e-4, bandwidth=125e6)
 WHOLE = {"parameters": 400, "gradients": 400, "optimizer": 800}

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from launcher.config import Job, ScalingConfig, TrainerConfig
+from launcher.config.schema import StrategyConfig
 from launcher.engine.build import build_model, build_strategy
 from launcher.engine.metrics import as_pair
 from launcher.engine.optim import build_optimizer
 from launcher.engine.runtime import Runtime
-from launcher.schema import StrategyConfig
 from tests.engine.engine_ranks import on_ranks
 
 SMALL = {"width": 48, "layers": 3, "heads": 2, "context": 32, "vocabulary": 64}

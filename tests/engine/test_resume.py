@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from launcher.config.schema import Job
 from launcher.engine.checkpoint import available
 from launcher.engine.record import StepFile
-from launcher.schema import Job
 from tests.engine.engine_ranks import (
     Script,
     assert_same_log,

@@ -16,8 +16,8 @@ from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.runtime import Runtime
 from launcher.engine.shared import check_shared, kept
 from launcher.errors import RunError
-from launcher.mirror import local
 from launcher.runs import RunDirectory
+from launcher.runs.mirror import local
 from tests.engine.test_checkpoint_ranks import run
 from tests.stores import Container
 

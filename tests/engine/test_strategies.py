@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from launcher.config.schema import Job, StrategyConfig
 from launcher.engine.build import build_strategy
 from launcher.engine.runtime import Runtime
 from launcher.errors import RunError
-from launcher.prepare import check_continuation
-from launcher.schema import Job, StrategyConfig
+from launcher.jobs.prepare import check_continuation
 from tests.engine.engine_ranks import (
     Script,
     assert_same_run,

@@ -395,7 +395,7 @@ from pathlib import Path
 from launcher.engine.entry import Task, run
 from launcher.engine.runtime import Runtime
 from launcher.runs import RunDirectory
-from launcher.schema import CheckpointConfig, Job, LoggingConfig, TrainerConfig
+from launcher.config.schema import CheckpointConfig, Job, LoggingConfig, TrainerConfig
 
 class Silent:
     def requests(self): return frozenset()

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.figures import commit, machine
-from tests.faults.harness import Outcome, Trial
-from tests.faults.table import ROWS, play
+from tests.faults.harness import Outcome
+from tests.faults.table import ROWS, play, undisturbed
 from tests.vmlab.lab import ROOT, Lab, why_not
 
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -35,9 +35,7 @@ def main(words: list[str]) -> int:
                 rows = [row for row in rows if row.place != "machines"]
             else:
                 lab = stack.enter_context(Lab(3))
-        reference = Trial(folder(place, "reference"), None, "cluster=none", "model.seconds=0")
-        reference.start()
-        assert reference.finish() == 0, reference.said()
+        reference = undisturbed(place / "reference", "cluster=none", "model.seconds=0")
         for number, row in enumerate(rows):
             try:
                 outcome = play(row, folder(place, str(number)), lab, reference)

@@ -27,7 +27,10 @@ ELASTIC = ("scaling.min_workers=1",)
 
 @dataclass(frozen=True)
 class Row:
-    """One fault. `place`: none (in this process), local (two workers here), machines (two, with a node of Ray each)."""
+    """One fault. `place`: none (in this process), local (two workers here), machines (two, with a node of Ray each).
+
+    alike: it is compared with an undisturbed run of the same words, and not with the one that all others share.
+    """
 
     fault: str
     place: str
@@ -36,6 +39,7 @@ class Row:
     words: tuple[str, ...] = ()
     core: bool = False
     nodes: int = 2
+    alike: bool = False
 
     @property
     def id(self) -> str:
@@ -49,12 +53,23 @@ def play(row: Row, directory: Path, lab: Lab | None, reference: Trial) -> Outcom
         words += ["cluster=local", "scaling.workers=2"]
     if lab is not None:
         lab.restore(row.nodes)
+    if row.alike:
+        reference = undisturbed(directory / "reference", *words)
     trial = Trial(directory, lab if row.place == "machines" else None, *words)
     try:
         status, how = row.play(trial)
         return judge(trial, row.fault, status, reference, row.most_lost, how)
     finally:
         trial.close()
+
+
+def undisturbed(directory: Path, *words: str) -> Trial:
+    """Run the job alone, and return it."""
+    directory.mkdir(exist_ok=True)
+    trial = Trial(directory, None, *words)
+    trial.start()
+    assert trial.finish() == 0, trial.said()
+    return trial
 
 
 # ---- on one machine -------------------------------------------------------------------------------------------------
@@ -340,6 +355,13 @@ ROWS = (
     Row("disk full while saving", "none", disk_full),
     Row("driver killed", "local", driver_killed),
     Row("worker killed", "local", worker_killed(1), core=True),
+    Row(
+        "worker killed, without deterministic mode",
+        "local",
+        worker_killed(1),
+        words=("trainer.deterministic=false",),
+        alike=True,
+    ),
     Row("rank 0 killed", "local", worker_killed(0), core=True),
     Row("worker halted (SIGSTOP)", "local", worker_halted, words=("scaling.timeout=6",)),
     Row("two faults in a row", "local", killed_twice, 2 * UNANNOUNCED),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import Trial
-from tests.faults.table import ROWS, Row, play
+from tests.faults.table import ROWS, Row, play, undisturbed
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -15,10 +15,7 @@ pytestmark = pytest.mark.timeout(400)
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     """The undisturbed run."""
-    trial = Trial(tmp_path_factory.mktemp("reference"), None, "cluster=none", "model.seconds=0")
-    trial.start()
-    assert trial.finish() == 0, trial.said()
-    return trial
+    return undisturbed(tmp_path_factory.mktemp("reference"), "cluster=none", "model.seconds=0")
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from launcher.clusters.azure.joining import complaint, report, usd_per_hour, wai
 from launcher.clusters.azure.making import NoCapacity, ray_up
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, USER, Wanted, check_name, for_run, group_of, wanted
 from launcher.clusters.heads import Head
+from launcher.config.schema import ClusterConfig, ScalingConfig
 from launcher.errors import ClusterError, MachineError, ResourceError, Stopped
 from launcher.phrases import count
-from launcher.schema import ClusterConfig, ScalingConfig
 
 KIND = "azure"
 _ZONE, _SIZE = "launch-zone", "launch-size"  # tags of the group: what it was made for

@@ -12,8 +12,8 @@ from typing import Any
 from launcher.clusters import mounts
 from launcher.clusters.mounts import Mount
 from launcher.clusters.nodes import Nodes, chosen
+from launcher.config.schema import ClusterConfig, ScalingConfig
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig, ScalingConfig
 
 LONGEST_NAME = 40  # Ray puts 20 characters around it, and Azure cuts names of VMs at 64
 DEFAULT_NAME = "azure"

@@ -22,9 +22,9 @@ import xxhash
 
 from launcher.engine.checkpoint import files
 from launcher.errors import CheckpointError, StorageError
-from launcher.mirror import CHECKPOINTS, cache_of
 from launcher.runs import RunDirectory
-from launcher.storage import Entry, Store, WrongSize
+from launcher.runs.mirror import CHECKPOINTS, cache_of
+from launcher.runs.storage import Entry, Store, WrongSize
 
 _WAITING = 2  # saves that may wait to be sent from several machines
 _PARTS_SECONDS = 600.0  # how long rank 0 waits for what other machines send

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.cost import OVERLAP, Link, Step, predict, predict_rare, predict_sharded
+from launcher.config.schema import StrategyConfig, TrainerConfig
+from launcher.engine.cost import OVERLAP, Link, Step, predict, predict_rare, predict_sharded
 from launcher.phrases import size
-from launcher.schema import StrategyConfig, TrainerConfig
 
 
 def memory(config: StrategyConfig, workers: int, whole: dict[str, int]) -> dict[str, int]:

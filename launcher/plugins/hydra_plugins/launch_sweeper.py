@@ -63,7 +63,7 @@ class LaunchSweeper(Sweeper):
 
         if self._taken is not None:
             return sweeps.drive(*self._taken)
-        from launcher.prepare import Request
+        from launcher.jobs.prepare import Request
         from launcher.sweeps.show import SweepDisplay, conclusion
 
         with SweepDisplay() as display:

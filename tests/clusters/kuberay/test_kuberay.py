@@ -18,8 +18,8 @@ import yaml
 
 from launcher.clusters import kubectl as kubectl_module
 from launcher.clusters.kuberay import ENTRYPOINT, LONGEST_NAME, RayJob, manifests, name_of, ray_job, text
+from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
-from launcher.schema import ClusterConfig
 from tests.command import TOY, Place, Result
 
 HERE = Path(__file__).resolve().parent

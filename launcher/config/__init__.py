@@ -1,0 +1,55 @@
+"""Configuration: typed defaults, where it is read from, what words and values may be, and its composition.
+
+composition   words -> a `Job` of dataclasses       schema      every key, its type and its default
+search_path   the directories it is read from       own_hydra   Hydra, apart from the caller's
+words, keys   words and names of keys, judged       checks      what values may be
+targets       which classes may be named, and how they are built
+"""
+
+from launcher.config.composition import (
+    CONF,
+    CheckpointConfig,
+    ClusterConfig,
+    Composition,
+    Interval,
+    Job,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    Sources,
+    StrategyConfig,
+    SweepConfig,
+    TrainerConfig,
+    check_run_name,
+    check_values,
+    compose,
+    default_run_name,
+    hydra_for,
+    parse_interval,
+    peek,
+    sources,
+)
+
+__all__ = [
+    "CONF",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Composition",
+    "Interval",
+    "Job",
+    "LoggingConfig",
+    "RunConfig",
+    "ScalingConfig",
+    "Sources",
+    "StrategyConfig",
+    "SweepConfig",
+    "TrainerConfig",
+    "check_run_name",
+    "check_values",
+    "compose",
+    "default_run_name",
+    "hydra_for",
+    "parse_interval",
+    "peek",
+    "sources",
+]

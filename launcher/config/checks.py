@@ -1,0 +1,383 @@
+"""What the values of a configuration may be, beyond their types: one error for each rule, with key, value and cure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from launcher.config.schema import (
+    STRATEGY_OPTIONS,
+    CheckpointConfig,
+    ClusterConfig,
+    Job,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    StrategyConfig,
+    SweepConfig,
+    TrainerConfig,
+    parse_interval,
+)
+from launcher.errors import ConfigError, did_you_mean
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+MODES = ("min", "max")
+STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco", "auto")
+COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
+CLUSTERS = ("local", "none", "existing", "ssh", "azure", "kuberay")
+MOUNTING = ("ssh", "azure", "kuberay")  # of these, where cluster.mounts is made true
+SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
+PRUNERS = ("none", "asha", "hyperband", "median")
+KEEP = ("all", "best")
+MOST_TRACED = 100  # steps; some MB each
+
+
+def check_run_name(name: str, key: str = "run.name") -> None:
+    """Raise ConfigError unless `name` can be a directory of its own directly under the run root."""
+    bad = (
+        not name.strip()
+        or name != name.strip()
+        or name.startswith(".")
+        or ".." in name
+        or "/" in name
+        or "\\" in name
+        or not name.isprintable()
+        or len(name.encode()) > 200
+    )
+    if bad:
+        raise ConfigError(
+            f"{key} is {name!r}, but must be a plain directory name: not empty, at most 200 bytes, without /, \\, "
+            "two dots in a row, a dot in front, spaces around it, or control characters."
+        )
+
+
+def check_values(job: Job) -> None:
+    """Check every value that the schema's types alone cannot. Raises ConfigError with key, value and rule."""
+    check_run(job.run)
+    _check_trainer(job.trainer)
+    _check_scaling(job.scaling)
+    _check_checkpoint(job.checkpoint)
+    _check_strategy(job.strategy, job.trainer)
+    if job.scaling.heal:
+        _check_healing(job)
+    _check_cluster(job.cluster)
+    _check_logging(job.logging)
+    _check_sweep(job.sweep)
+    _check_classes(job)
+
+
+def _check_scaling(scaling: ScalingConfig) -> None:
+    workers = scaling.workers
+    if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ConfigError(f"scaling.workers is {workers!r}, but must be a whole number of at least 1, or auto.")
+    _one_of("scaling.device", scaling.device, DEVICES)
+    _above_zero("scaling.cpus_per_worker", scaling.cpus_per_worker)
+    if scaling.gpus_per_worker is not None:
+        _at_least("scaling.gpus_per_worker", scaling.gpus_per_worker, 0)
+    _check_elastic(scaling)
+
+
+def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    parse_interval(checkpoint.every, "checkpoint.every")
+    _at_least("checkpoint.keep", checkpoint.keep, 1)
+    _at_least("checkpoint.max_failures", checkpoint.max_failures, 0)
+    _one_of("checkpoint.mode", checkpoint.mode, MODES)
+
+
+def _check_logging(logging: LoggingConfig) -> None:
+    keys = logging.hparams
+    if not isinstance(keys, (list, dict)) or not all(isinstance(key, str) for key in keys):
+        raise ConfigError(f"logging.hparams is {keys!r}, but must be a list of keys, such as [optimizer.lr].")
+    _check_profile(logging.profile)
+
+
+def _check_classes(job: Job) -> None:
+    """Raise ConfigError where an open section names no class, or the learning rate is no such number."""
+    for section in ("model", "data", "optimizer"):
+        if "_target_" not in getattr(job, section):
+            raise ConfigError(
+                f"{section} names no class: choose one of the group, {section}=NAME, or give a mapping with `_target_`."
+            )
+    for name, section in job.callbacks.items():
+        if section is not None and not (isinstance(section, dict) and "_target_" in section):
+            raise ConfigError(
+                f"callbacks.{name} names no class: choose one of the group, callbacks=[ema], or give a mapping with "
+                "`_target_`."
+            )
+    rate = job.optimizer.get("lr")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf):
+        raise ConfigError(f"optimizer.lr is {rate!r}, but must be a number of at least 0.")
+
+
+def _check_elastic(scaling: ScalingConfig) -> None:
+    _above_zero("scaling.timeout", scaling.timeout)
+    fewest, workers = scaling.min_workers, scaling.workers
+    if fewest is None:
+        return
+    _at_least("scaling.min_workers", fewest, 1)
+    if workers == "auto":
+        raise ConfigError(
+            f"scaling.min_workers={fewest} says with how few workers a run goes on, and needs to know with how many at "
+            "most: add scaling.workers=NUMBER."
+        )
+    if fewest > workers:
+        raise ConfigError(f"scaling.min_workers={fewest} is more than scaling.workers={workers}. Lower it.")
+
+
+def check_run(run: RunConfig) -> None:
+    """Check the section `run`. Raises ConfigError with key, value and rule."""
+    if run.name is not None:
+        check_run_name(run.name)
+    if not run.root.strip():
+        raise ConfigError("run.root is empty, but must be the directory (or the URI) under which runs are written.")
+    if run.resume not in (True, False, "auto") or isinstance(run.resume, (int, float)) is not isinstance(
+        run.resume, bool
+    ):
+        raise ConfigError(f"run.resume is {run.resume!r}, but must be true, false or auto.")
+    if run.resume is not False and run.name is None:
+        raise ConfigError(
+            f"run.resume={str(run.resume).lower()} needs the name of the run that is to be continued: "
+            "add run.name=NAME (`launch runs` lists them)."
+        )
+    if run.resume is not False and run.like is not None:
+        raise ConfigError(
+            "run.resume continues a run, run.like starts a new one from another's configuration: give one of the two."
+        )
+
+
+def _check_sweep(sweep: SweepConfig) -> None:
+    _one_of("sweep.sampler", sweep.sampler, SAMPLERS)
+    _one_of("sweep.pruner", sweep.pruner, PRUNERS)
+    _one_of("sweep.keep", sweep.keep, KEEP)
+    _at_least("sweep.min_evaluations", sweep.min_evaluations, 1)
+    _at_least("sweep.reduction", sweep.reduction, 2)
+    for name in ("trials", "concurrency"):
+        value = getattr(sweep, name)
+        if value is not None:
+            _at_least(f"sweep.{name}", value, 1)
+    for direction in sweep.direction if isinstance(sweep.direction, list) else [sweep.direction]:
+        if direction is not None:
+            _one_of("sweep.direction", direction, MODES)
+
+
+def _check_healing(job: Job) -> None:
+    """Raise ConfigError where a run cannot go on with the workers that are left."""
+    name, compression = job.strategy.name, job.strategy.compression
+    if name != "ddp" or compression == "powersgd":
+        found = f"strategy={name}" if name != "ddp" else "strategy.compression=powersgd"
+        raise ConfigError(
+            f"scaling.heal=true was asked for with {found}, whose workers each hold what the others lack; a lost one "
+            "would take it away. Use strategy=ddp without powersgd, or leave scaling.heal out: a lost worker then "
+            "costs a restart from the newest checkpoint."
+        )
+    if job.cluster.kind == "none":
+        raise ConfigError(
+            "scaling.heal=true was asked for with cluster=none, where nobody starts a worker anew. Use cluster=local, "
+            "or leave it out."
+        )
+    if "://" in job.run.root and not job.run.root.startswith("file://"):
+        raise ConfigError(
+            f"scaling.heal=true was asked for with run.root={job.run.root}, an object store; workers that heal in "
+            "place share a directory so far. Give a path that all machines see, or leave scaling.heal out."
+        )
+    if job.scaling.device == "cuda":
+        raise ConfigError(
+            "scaling.heal=true was asked for with scaling.device=cuda; healing in place is made for workers on CPUs so "
+            "far. Leave scaling.heal out: a lost worker then costs a restart from the newest checkpoint."
+        )
+
+
+def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
+    name = strategy.name
+    _one_of("strategy.name", name, STRATEGIES)
+    _one_of("strategy.compression", strategy.compression, COMPRESSIONS, _SHORT)
+    for key, homes in STRATEGY_OPTIONS.items():
+        if getattr(strategy, key) is not None and name not in homes:
+            raise ConfigError(
+                f"strategy.{key} is an option of strategy={' and '.join(homes)}, but the strategy is {name}. "
+                "Leave it out, or choose that strategy."
+            )
+    if name == "auto" and strategy.compression != "none":
+        raise ConfigError(
+            f"strategy=auto chooses among strategies with the losses of ddp, and strategy.compression="
+            f"{strategy.compression} changes them. Name the strategy, or leave the compression out."
+        )
+    if strategy.compression == "powersgd" and name != "ddp":
+        raise ConfigError(
+            f"strategy.compression=powersgd compresses the gradients of strategy=ddp, but the strategy is {name}. Use "
+            f"strategy.compression=bf16 with {name}, or strategy=ddp."
+        )
+    if strategy.compression != "powersgd":
+        for key in ("powersgd_rank", "powersgd_after"):
+            if getattr(strategy, key) is not None:
+                raise ConfigError(f"strategy.{key} needs strategy.compression=powersgd; add it, or leave {key} out.")
+    if trainer.deterministic and (name not in ("ddp", "auto") or strategy.compression != "none"):
+        raise ConfigError(
+            "trainer.deterministic=true needs strategy=ddp and strategy.compression=none, whose sums do not depend on "
+            f"the number of workers; found strategy={name} with compression {strategy.compression}. Choose those, or "
+            "trainer.deterministic=false."
+        )
+    for key, least in (("powersgd_rank", 1), ("powersgd_after", 0), ("inner_steps", 1), ("overlap_steps", 0)):
+        if (value := getattr(strategy, key)) is not None:
+            _at_least(f"strategy.{key}", value, least)
+    for key in ("bucket_mb", "outer_lr"):
+        if (value := getattr(strategy, key)) is not None:
+            _above_zero(f"strategy.{key}", value)
+    if strategy.outer_momentum is not None and not 0 <= strategy.outer_momentum < 1:
+        raise ConfigError(f"strategy.outer_momentum is {strategy.outer_momentum}, but must be at least 0 and below 1.")
+    if name in ("local_sgd", "diloco") and strategy.option("overlap_steps") >= strategy.option("inner_steps"):
+        raise ConfigError(
+            f"strategy.overlap_steps is {strategy.overlap_steps}, but must be below strategy.inner_steps="
+            f"{strategy.option('inner_steps')}: what travels has to arrive before the workers meet again."
+        )
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    _one_of("cluster.kind", cluster.kind, CLUSTERS)
+    for name in cluster.env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            # Without the text itself: whoever writes NAME=VALUE here has put a secret where it will be kept.
+            raise ConfigError(
+                "cluster.env lists names of environment variables, such as [HF_TOKEN], and one of its entries is none. "
+                "Export the variable and write its name alone; the value is read from the environment."
+            )
+    _at_least("cluster.keep_minutes", cluster.keep_minutes, 0)
+    _at_least("cluster.nodes", cluster.nodes, 1)
+    _at_least("cluster.min_nodes", cluster.min_nodes or 0, 0)
+    _above_zero("cluster.idle_minutes", cluster.idle_minutes)
+    _at_least("cluster.launch_attempts", cluster.launch_attempts, 1)
+    _check_hosts(cluster)
+    if not (isinstance(cluster.spot, bool) or cluster.spot == "prefer"):
+        raise ConfigError(f"cluster.spot is {cluster.spot!r}, but must be true, false or prefer.")
+    if not re.fullmatch(r"[a-z]+[a-z0-9]*", cluster.region):
+        raise ConfigError(
+            f"cluster.region is {cluster.region!r}, but must be the name of an Azure region, small letters and digits, "
+            "such as eastus."
+        )
+    if cluster.budget_usd is not None:
+        _above_zero("cluster.budget_usd", cluster.budget_usd)
+    _check_rates(cluster)
+    _check_pods(cluster)
+    # cluster.region and cluster.head_size may stand in a configuration of one's own, for the day when they count.
+    if cluster.size is None:
+        for key, default in (("nodes", 1), ("spot", False)):
+            if (value := getattr(cluster, key)) != default:
+                shown = str(value).lower() if isinstance(value, bool) else value
+                raise ConfigError(
+                    f"cluster.{key}={shown} needs cluster.size=SIZE, the size of the VMs (`launch sizes` lists them): "
+                    "add it, or leave the key out."
+                )
+
+
+def _check_hosts(cluster: ClusterConfig) -> None:
+    if cluster.hosts and cluster.kind != "ssh":
+        raise ConfigError(f"cluster.hosts belongs to cluster=ssh, but the cluster is {cluster.kind}. Leave it out.")
+    for host in cluster.hosts:
+        if (
+            not re.fullmatch(r"([^@\s]+@)?(\[[^\]\s]+\](:\d+)?|[^@\s:]+(:\d+)?|[0-9a-fA-F:.%]+)", host)
+            or host[0] == "-"
+        ):
+            raise ConfigError(
+                f"cluster.hosts holds {host!r}, but a host is written [USER@]HOST[:PORT], such as ada@vm1:22."
+            )
+    twice = [host for host in cluster.hosts if cluster.hosts.count(host) > 1]
+    if twice:
+        raise ConfigError(f"cluster.hosts holds {twice[0]} twice. One host runs one node: name it once.")
+    if cluster.python is not None and not cluster.python.startswith("/"):
+        raise ConfigError(
+            f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
+            "/opt/launch/bin/python."
+        )
+
+
+def _check_pods(cluster: ClusterConfig) -> None:
+    if cluster.mounts and cluster.kind not in MOUNTING:
+        raise ConfigError(
+            f"cluster.mounts makes directories of the nodes of cluster={' and '.join(MOUNTING)}, but the cluster is "
+            f"{cluster.kind}. Leave it out; what is mounted there already is read by its path."
+        )
+    name = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    for key in ("namespace", "secret", "service_account"):
+        value = getattr(cluster, key)
+        if value is not None and not re.fullmatch(name, value):
+            raise ConfigError(f"cluster.{key} is {value!r}, but must be a name of Kubernetes, such as my-{key[:6]}.")
+    for key in ("image", "context"):
+        value = getattr(cluster, key)
+        if value is not None and (not value or value[0] == "-" or not value.isprintable() or " " in value):
+            raise ConfigError(f"cluster.{key} is {value!r}, but must be a name without spaces.")
+
+
+def _check_rates(cluster: ClusterConfig) -> None:
+    for key in ("node_usd_per_hour", "head_usd_per_hour"):
+        if (value := getattr(cluster, key)) is not None:
+            _at_least(f"cluster.{key}", value, 0)
+    if cluster.head_usd_per_hour and cluster.node_usd_per_hour is None:
+        raise ConfigError(
+            f"cluster.head_usd_per_hour={cluster.head_usd_per_hour:g} says what one machine costs beside the others: "
+            "add cluster.node_usd_per_hour=USD, what each of those costs."
+        )
+    if cluster.budget_usd is not None and cluster.size is None and cluster.node_usd_per_hour is None:
+        raise ConfigError(
+            f"cluster.budget_usd={cluster.budget_usd:g} needs to know what the machines cost: add cluster.size=SIZE "
+            "(`launch sizes` lists them) or cluster.node_usd_per_hour=USD, or leave the budget out."
+        )
+
+
+def _check_profile(steps: list[int] | None) -> None:
+    if steps is None:
+        return
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1] or steps[1] - steps[0] >= MOST_TRACED:
+        raise ConfigError(
+            f"logging.profile is {steps}, but must be the first and the last step of the trace, such as [10,15]: steps "
+            f"count from 1, and a trace of more than {MOST_TRACED} is too large for any viewer."
+        )
+
+
+def _check_trainer(trainer: TrainerConfig) -> None:
+    for name in ("epochs", "steps", "global_batch_size", "microbatch_size"):
+        value = getattr(trainer, name)
+        if value is not None:
+            _at_least(f"trainer.{name}", value, 1)
+    _one_of("trainer.precision", trainer.precision, PRECISIONS)
+    if trainer.deterministic and trainer.precision != "float32":
+        raise ConfigError(
+            f"trainer.deterministic=true needs trainer.precision=float32, but the precision is {trainer.precision}."
+        )
+    if trainer.clip_norm is not None:
+        _above_zero("trainer.clip_norm", trainer.clip_norm)
+    if not 0 <= trainer.seed < 2**63:
+        raise ConfigError(f"trainer.seed is {trainer.seed}, but must lie between 0 and 2**63 - 1.")
+    _at_least("trainer.overfit_batches", trainer.overfit_batches, 0)
+    parse_interval(trainer.log_every, "trainer.log_every")
+    parse_interval(trainer.evaluate_every, "trainer.evaluate_every")
+
+
+def _at_least(key: str, value: float, least: int) -> None:
+    if not least <= value < math.inf:
+        raise ConfigError(f"{key} is {value}, but must be at least {least}.")
+
+
+def _above_zero(key: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{key} is {value}, but must be a number above zero.")
+
+
+# What other tools call them.
+_USUAL = {
+    "minimize": "min",
+    "maximize": "max",
+    "gpu": "cuda",
+    "fp32": "float32",
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+}
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "powerSGD": "powersgd", "off": "none"}
+
+
+def _one_of(key: str, value: str, known: Sequence[str], usual: Mapping[str, str] = _USUAL) -> None:
+    if value not in known:
+        hint = did_you_mean(usual.get(value, value), known)
+        raise ConfigError(f"{key} is {value!r}, but must be one of {', '.join(known)}.{hint}")

@@ -1,0 +1,287 @@
+"""Composition of a `Job` from `conf/`, a user's own directory and the words of the command line, with Hydra.
+
+Few modules know Hydra and OmegaConf (`tests/test_imports.py` lists them), and all import them on use: everything else
+that imports a dataclass from here stays light. Composition reads files and the environment; it instantiates nothing,
+writes nothing, and leaves a Hydra that the caller uses for something else as it was. Hydra's own logging configuration,
+callbacks and launchers are never acted on, whatever a file says about them, and its sweeper is always ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.config import keys, targets
+from launcher.config.checks import check_run_name, check_values
+from launcher.config.own_hydra import PRIMARY, compose_with_hydra, initialize, own_hydra, wrong_type
+from launcher.config.schema import (
+    CheckpointConfig,
+    ClusterConfig,
+    Interval,
+    Job,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    StrategyConfig,
+    SweepConfig,
+    TrainerConfig,
+    default_run_name,
+    parse_interval,
+)
+from launcher.config.search_path import CONF, Sources, read_stored, sources, where_trusted
+from launcher.config.words import Plan, not_an_override, read_words, shown
+from launcher.errors import ConfigError, TrustError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = [
+    "CONF",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Composition",
+    "Interval",
+    "Job",
+    "LoggingConfig",
+    "RunConfig",
+    "ScalingConfig",
+    "Sources",
+    "StrategyConfig",
+    "SweepConfig",
+    "TrainerConfig",
+    "check_run_name",
+    "check_values",
+    "compose",
+    "default_run_name",
+    "hydra_for",
+    "parse_interval",
+    "peek",
+    "sources",
+]
+
+# The `_target_`s that a hydra section may name. Only the sweeper is ever built, for `-m` (`launcher.sweeps.plugin`).
+_HYDRA_TARGETS = frozenset(
+    ("hydra._internal.core_plugins.basic_launcher.BasicLauncher", "hydra_plugins.launch_sweeper.LaunchSweeper")
+)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What `compose` returns.
+
+    job: complete, typed, interpolations resolved. words: as given. choices: configuration group -> chosen option.
+    given: dotted keys and groups that the words name, without prefixes such as `+`. sweeper: `hydra.sweeper`, judged;
+    its `params` are what files want to be swept.
+    """
+
+    job: Job
+    words: list[str]
+    choices: dict[str, Any]
+    given: frozenset[str]
+    unresolved: dict[str, Any] = field(repr=False)
+    sweeper: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def to_yaml(self, run_name: str | None = None) -> str:
+        """Return the configuration as YAML for the run's directory, to be read again through `stored`.
+
+        run_name: the name that the run was given in the end.
+        """
+        from omegaconf import OmegaConf
+
+        tree = self.tree()
+        if run_name is not None:
+            tree["run"] = {**tree["run"], "name": run_name}
+        return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+    def tree(self, resolved: bool = False) -> dict[str, Any]:
+        """Return the configuration as plain data, fit to be shown and kept.
+
+        Literal secrets are ***, and `trust` is left out, since only a command line can give it. resolved: with the
+        values of interpolations instead of as they were written.
+        """
+        tree = dataclasses.asdict(self.job) if resolved else self.unresolved
+        masked = keys.mask({key: value for key, value in tree.items() if key != "trust"})
+        assert isinstance(masked, dict)
+        return masked
+
+    def shown_words(self) -> list[str]:
+        """Return the words with literal secrets as ***, fit for `overrides.yaml` and for the terminal."""
+        return [shown(word) for word in self.words]
+
+
+def compose(words: Sequence[str], config_dir: Path | None = None, stored: Path | None = None) -> Composition:
+    """Compose a job from the words of the command line; nothing is imported, instantiated or written.
+
+    config_dir: a user's own groups, which win over ours of the same name. stored: a run's `config.yaml`, used in place
+    of the groups; a group's word (`data=other`) then replaces the stored section as a whole, and the stored `run.name`,
+    `run.resume` and `run.like`, which belong to the command and not to the job, are dropped.
+
+    Raises ConfigError for what cannot be understood or breaks a rule, TrustError for a `_target_` outside the
+    allow-list or a `trust` that does not come from the command line.
+    """
+    where = sources(config_dir)
+    primary = None if stored is None else read_stored(Path(stored))
+    plan = _read_words(words, where, of_a_run=primary is not None)
+    with own_hydra():
+        composed = compose_with_hydra(plan, where, primary)
+        tree, unresolved = _resolve(composed)
+        hydra_tree = _hydra_node(composed)
+        choices = _choices(composed)
+    if tree.get("trust"):
+        raise TrustError(
+            f"trust is set to {tree['trust']} {where_trusted(where, stored)}. A configuration cannot vouch for "
+            "itself: give it on the command line, trust=[PACKAGE], if you know and trust that code."
+        )
+    tree["trust"] = unresolved["trust"] = list(plan.trust)
+    for part in (tree, unresolved):
+        _drop_wishes(part, plan.given)
+    for section, target in targets.find_targets(hydra_tree, "hydra"):
+        if target not in _HYDRA_TARGETS:
+            raise TrustError(f"{section}._target_ is {target!r}, but launch runs nothing that a hydra section names.")
+    targets.check(tree, plan.trust)
+    masked = keys.find_masked({key: value for key, value in tree.items() if key != "vars"})
+    if masked:
+        names = keys.find_masked(unresolved) or masked
+        raise ConfigError(
+            f"{', '.join(names)}: the value was a secret, which is never written to config.yaml. Give it again on the "
+            f"command line, {names[0]}=..., or refer to an environment variable, ${{oc.env:NAME}}."
+        )
+    job = _to_job(tree)
+    check_values(job)
+    return Composition(job, list(words), choices, plan.given, unresolved, hydra_tree["sweeper"])
+
+
+def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
+    """Return one section of what the words compose to (`run`: a RunConfig), where the rest may still lack values.
+
+    For what has to be known before it is known which configuration the words apply to. Raises ConfigError.
+    """
+    where = sources(config_dir)
+    with own_hydra():
+        composed = compose_with_hydra(_read_words(words, where, of_a_run=False), where, None)
+        tree, _ = _resolve(composed, only=section)
+    return _to_section(section, tree[section])
+
+
+@contextmanager
+def hydra_for(words: Sequence[str], config_dir: Path | None = None) -> Iterator[tuple[Any, str, list[str]]]:
+    """Give (Hydra's own `Hydra`, name of the primary configuration, overrides) for what only Hydra can show."""
+    where = sources(config_dir)
+    with own_hydra():
+        overrides = initialize(_read_words(words, where, of_a_run=False), where, None)
+        from hydra.core.global_hydra import GlobalHydra
+
+        yield GlobalHydra.instance().hydra, PRIMARY, overrides
+
+
+def _drop_wishes(tree: Mapping[str, Any], given: frozenset[str]) -> None:
+    """A word of the command line stands above what an overlay wishes for."""
+    for key in given:
+        section, _, name = key.partition(".")
+        holder = tree.get(section)
+        wishes = holder.get(targets.IF_TAKEN) if isinstance(holder, dict) else None
+        if isinstance(wishes, dict):
+            wishes.pop(name, None)
+
+
+# --- the words of the command line ------------------------------------------------------------------------------------
+
+
+def _read_words(words: Sequence[str], where: Sources, of_a_run: bool) -> Plan:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    groups = where.groups()
+    parsed = []
+    for word in words:
+        try:
+            parsed.append((word, parser.parse_override(word)))
+        except HydraException as error:
+            raise ConfigError(not_an_override(word, groups, str(error).splitlines()[0])) from None
+    return read_words(parsed, groups, None if of_a_run else _listed_groups(where))
+
+
+def _listed_groups(where: Sources) -> frozenset[str]:
+    """Return the groups in the defaults list of the primary config.yaml."""
+    content = where.read("config.yaml") or {}
+    found = set()
+    for item in content.get("defaults") or []:
+        for name in item if isinstance(item, Mapping) else []:
+            group = str(name).removeprefix("optional ").removeprefix("override ").partition("@")[0]
+            found.add(group.strip().lstrip("/"))
+    return frozenset(found)
+
+
+# --- from OmegaConf to plain data ------------------------------------------------------------------------------------
+
+
+def _resolve(composed: DictConfig, only: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration as plain data, with interpolations resolved and as they were written.
+
+    only: the one section whose interpolations are resolved.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        HydraConfig.instance().set_config(composed)  # for ${hydra:runtime.cwd}
+        own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        # Typed once more: a config.yaml of the user's own may have left out the schema.
+        typed = OmegaConf.merge(OmegaConf.structured(Job), own)
+        assert isinstance(typed, DictConfig)
+        unresolved = OmegaConf.to_container(typed, resolve=False)
+        OmegaConf.set_struct(typed, False)
+        typed["hydra"] = composed["hydra"]
+        tree = {}
+        for name in [only] if only else [item.name for item in dataclasses.fields(Job)]:
+            value = typed[name]
+            is_node = OmegaConf.is_config(value)
+            tree[name] = OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if is_node else value
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value yet (???). Give it: {error.full_key}=...") from error
+    except InterpolationResolutionError as error:
+        reason = " ".join(str(error).splitlines()[0].split())
+        if "Environment variable" in reason:
+            variable = reason.partition("Environment variable '")[2].partition("'")[0]
+            raise ConfigError(
+                f"{error.full_key} needs the environment variable {variable}, which is not set: set it, "
+                "or give the key a value."
+            ) from error
+        raise ConfigError(f"{error.full_key} cannot be interpolated: {reason}.") from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        if key and not keys.is_known(key):
+            raise ConfigError(f'There is no key "{key}".{keys.explain_unknown(key)}') from error
+        raise ConfigError(wrong_type(key, error) if key else " ".join(str(error).split())) from error
+    assert isinstance(unresolved, dict)
+    return tree, {str(key): value for key, value in unresolved.items()}
+
+
+def _hydra_node(composed: DictConfig) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(composed["hydra"], resolve=False)
+
+
+def _choices(composed: DictConfig) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(composed["hydra"]["runtime"]["choices"])
+    assert isinstance(found, dict)
+    return {str(k): v for k, v in found.items() if not str(k).startswith("hydra/") and v is not None}
+
+
+def _to_job(tree: Mapping[str, Any]) -> Job:
+    return Job(**{item.name: _to_section(item.name, tree[item.name]) for item in dataclasses.fields(Job)})
+
+
+def _to_section(name: str, value: Any) -> Any:
+    make = next(item.default_factory for item in dataclasses.fields(Job) if item.name == name)
+    kind = type(make()) if callable(make) else None
+    return kind(**value) if kind is not None and dataclasses.is_dataclass(kind) else value

@@ -1,0 +1,158 @@
+"""A Hydra of our own, apart from the caller's: composing, and what its errors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from launcher.config import keys
+from launcher.config.schema import Job
+from launcher.config.search_path import Sources
+from launcher.config.words import Plan
+from launcher.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SCHEMA = "launch_schema"  # the name of the typed schema in a defaults list
+PRIMARY = "launch_primary"
+
+
+@contextmanager
+def own_hydra() -> Iterator[None]:
+    """Give composition a Hydra of its own, and the caller's back afterwards.
+
+    Without this, a schema that a notebook keeps in the ConfigStore under the name `config` would be applied to our
+    config.yaml, and a Hydra that is initialised already would refuse ours.
+    """
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.plugins import Plugins
+    from hydra.core.utils import JobRuntime
+    from hydra.version import VersionBase
+    from omegaconf import OmegaConf
+
+    # Scans once per process and fills the ConfigStore: before ours is put in its place.
+    plugins = Plugins.instance()
+    plugins.register(import_module("hydra_plugins.launch_sweeper").LaunchSweeper)  # had it scanned before us
+    store = ConfigStore.instance()
+    own = {name: store.repo[name] for name in ("hydra", "_dummy_empty_config_.yaml")}
+    new: list[tuple[Any, str, Any]] = [
+        (GlobalHydra.instance(), "hydra", None),
+        (HydraConfig.instance(), "cfg", None),
+        (JobRuntime.instance(), "conf", OmegaConf.create()),
+        (VersionBase.instance(), "version_base", VersionBase.instance().version_base),
+        (store, "repo", own),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
+    for owner, name, value in new:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def compose_with_hydra(plan: Plan, where: Sources, primary: Mapping[str, Any] | None) -> DictConfig:
+    """Compose within `own_hydra`; `hydra` is a part of the answer. Raises ConfigError in our own terms."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        overrides = initialize(plan, where, primary)
+        return hydra.compose(PRIMARY, overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, where)) from error
+    except YAMLError as error:
+        raise ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.") from error
+    except (ValueError, KeyError, TypeError, OSError, AssertionError) as error:
+        raise ConfigError(f"The configuration cannot be composed: {error}.") from error
+
+
+def initialize(plan: Plan, where: Sources, primary: Mapping[str, Any] | None) -> list[str]:
+    """Tell Hydra where everything is. Returns the overrides that it is to be given."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    # Hydra looks for the primary configuration in its first directory alone, and a user's need not have one.
+    node = _stored_node(primary, plan.groups) if primary is not None else where.read("config.yaml") or {}
+    if "searchpath" in (node.get("hydra") or {}):
+        raise ConfigError("hydra.searchpath in config.yaml is not supported: --config-dir names the one directory.")
+    ConfigStore.instance().store(name=SCHEMA, node=Job)
+    ConfigStore.instance().store(name=PRIMARY, node=node)
+    hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
+    others = [directory.as_uri() for directory in where.directories[1:]]
+    # A `pkg://` among the search paths would import that package: the list is ours alone.
+    ours = ["hydra/sweeper=launch", *([f"hydra.searchpath={_quoted(others)}"] if others else [])]
+    return [*plan.overrides, *ours]
+
+
+def _quoted(values: Sequence[str]) -> str:
+    return "[" + ",".join("'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" for value in values) + "]"
+
+
+def _stored_node(content: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
+    """The stored content as a primary configuration in which every group of `groups` can be chosen anew."""
+    node: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()}
+    for group in groups:
+        *parents, last = group.split("/")
+        holder: Any = node
+        for parent in parents:
+            holder = holder.get(parent) if isinstance(holder, dict) else None
+        if isinstance(holder, dict):
+            holder.pop(last, None)
+    return {"defaults": [SCHEMA, "_self_", *({group: None} for group in dict.fromkeys(groups))], **node}
+
+
+def _explain(error: BaseException, where: Sources) -> str:
+    """Turn what Hydra or OmegaConf raised into one paragraph in our own terms."""
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationError
+
+    groups = where.groups()
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        key = getattr(link, "full_key", None) or ""
+        if isinstance(link, MissingConfigException) and link.missing_cfg_file:
+            group, _, option = link.missing_cfg_file.rpartition("/")
+            known = groups.get(group, [])
+            listing = f" There are: {', '.join(known)}." if known else ""
+            return (
+                f'There is no configuration file "{link.missing_cfg_file}.yaml" in '
+                f"{' or '.join(str(d) for d in where.directories)}.{did_you_mean(option, known)}{listing}"
+            )
+        if isinstance(link, (ConfigKeyError, ConfigAttributeError)) and key and not keys.is_known(key):
+            hint = keys.explain_unknown(key, groups)
+            if key in groups or key == "local":
+                hint = f' If {key} is a directory of yours, its files begin with "# @package _global_".'
+            return f'{_file_of(error)}there is no key "{key}".{hint}'
+        if isinstance(link, ValidationError) and key:
+            return f"{_file_of(error)}{wrong_type(key, link)}"
+    reason = next((text for text in (str(link).strip() for link in reversed(chain)) if text), type(error).__name__)
+    return f"{_file_of(error)}{' '.join(reason.partition('full_key:')[0].split())}"
+
+
+def wrong_type(key: str, error: BaseException) -> str:
+    """Return what a key must be, and what was found."""
+    found = " ".join(str(error).splitlines()[0].split()).rstrip(".")
+    expected = f"{key} must be {keys.type_name(key)}" if key in keys.LEAVES else key
+    return f"{expected}: {found}."
+
+
+def _file_of(error: BaseException) -> str:
+    """Hydra says `In 'experiment/mine': ...` where a file is to blame."""
+    text = str(error)
+    if not text.startswith("In '"):
+        return ""
+    name = text[4:].partition("'")[0]
+    return f"{'config' if name == PRIMARY else name}.yaml: "

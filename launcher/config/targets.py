@@ -1,0 +1,391 @@
+"""Which classes a configuration may name under `_target_`, and how they are built.
+
+A configuration may come from a stranger, so that a name in it must not be able to call things. A name is judged three
+times: by itself, before anything is imported (`check`); by what it turns out to be, a class of the kind that its
+section expects, defined in a module that is itself allowed (`resolve`); and by the keys beside it (`check_signature`).
+
+Allowed are `launcher.engine`, `models`, `torch.nn`, `torch.optim`, the modules that lie directly in the calling
+directory, and what `trust=[...]` names on the command line. All functions take plain dictionaries and lists.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from launcher.errors import ConfigError, TrustError, did_you_mean
+
+KINDS = ("model", "data", "optimizer", "scheduler", "callback")
+# What a callback has at least one of.
+HOOKS = ("on_start", "on_step", "on_evaluate", "on_end")
+# Of our own package only the engine holds things to be configured: a `launcher.cli` in a configuration is an attack.
+ALLOWED = ("launcher.engine", "models", "torch.nn", "torch.optim")
+# Keys that the engine reads itself and that never reach the constructor.
+RESERVED: dict[str, frozenset[str]] = {"optimizer": frozenset({"groups"})}
+# Arguments that only the engine can give, and those that it gives to whoever asks for them.
+SUPPLIED: dict[str, frozenset[str]] = {"optimizer": frozenset({"params"}), "scheduler": frozenset({"optimizer"})}
+OFFERED: dict[str, frozenset[str]] = {"scheduler": frozenset({"total_steps", "T_max"})}
+# What an overlay such as `debug=pdb` wishes for whatever class the section names: taken where the class takes it.
+IF_TAKEN = "_if_taken_"
+HYDRA_WORDS = ("_partial_", "_args_", "_convert_", "_recursive_", "_mode_")
+
+_HOME = Path(__file__).resolve().parents[2]
+_SHARED = ("models", "conf")  # our top-level packages whose names users are likely to take as well
+_calling: list[Path] = []
+
+
+def add_calling_directory(directory: str | Path) -> None:
+    """Make the modules of `directory` importable, before all others, and trusted.
+
+    A `models` or `conf` of the user's own wins over ours file by file, and ours stays importable below it.
+    """
+    path = Path(directory).resolve()
+    if path not in _calling:
+        _calling.insert(0, path)
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+    importlib.invalidate_caches()
+    if not any(isinstance(finder, _SharedPackages) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _SharedPackages())
+    for name in _SHARED:
+        module = sys.modules.get(name)
+        if module is not None:  # imported before this directory was known
+            module.__path__ = _shared_locations(name, list(getattr(module, "__path__", [])))
+
+
+class _SharedPackages(MetaPathFinder):
+    """Lets a user's `models` (a package, a bare folder or a file) and ours be one package, the user's files first."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname not in _SHARED:
+            return None
+        # Not by `sys.path`: an installed package that happens to be called `models` is neither the user's nor ours.
+        spec = PathFinder.find_spec(fullname, [str(directory) for directory in [*_calling, _HOME]])
+        if spec is not None:
+            spec.submodule_search_locations = _shared_locations(fullname, list(spec.submodule_search_locations or []))
+        return spec
+
+
+def _shared_locations(name: str, found: list[str]) -> list[str]:
+    wanted = [str(directory / name) for directory in [*_calling, _HOME] if (directory / name).is_dir()]
+    return list(dict.fromkeys([*wanted, *found]))
+
+
+def find_targets(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key of the section, value of its `_target_`) for every section of plain data."""
+    if isinstance(tree, Mapping):
+        if "_target_" in tree:
+            yield at, tree["_target_"]
+        for key, value in tree.items():
+            yield from find_targets(value, f"{at}.{key}" if at else str(key))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from find_targets(value, f"{at}.{index}" if at else str(index))
+
+
+def check(tree: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
+    """Judge every `_target_` in `tree` by its name alone; nothing is imported.
+
+    Raises TrustError for a name outside the allow-list, ConfigError for Hydra's `_partial_` and its like.
+    """
+    for section, target in find_targets(tree):
+        _check_name(target, section, trust)
+    for key in _hydra_words(tree):
+        raise ConfigError(
+            f"{key} is not understood: launch builds the class under `_target_` itself, from the keys beside it. "
+            "Leave the key out."
+        )
+
+
+def _hydra_words(tree: Any, at: str = "") -> Iterator[str]:
+    items: Iterator[tuple[Any, Any]] = iter(())
+    if isinstance(tree, Mapping):
+        items = iter(tree.items())
+    elif isinstance(tree, (list, tuple)):
+        items = iter(enumerate(tree))
+    for key, value in items:
+        name = f"{at}.{key}" if at else str(key)
+        if key in HYDRA_WORDS:
+            yield name
+        yield from _hydra_words(value, name)
+
+
+def _check_name(target: Any, section: str, trust: Sequence[str]) -> None:
+    key = f"{section}._target_" if section else "_target_"
+    if not isinstance(target, str):
+        raise TrustError(f"{key} must be the dotted name of a class, but is {target!r}.")
+    parts = target.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() and not part.startswith("__") for part in parts):
+        raise TrustError(f'{key} is "{target}", which is not the dotted name of a class (package.module.Class).')
+    if not _is_allowed(target, trust):
+        raise TrustError(
+            f'{key} names "{target}", which is outside of what a configuration may use: '
+            f"{', '.join(ALLOWED)}, and the modules of the directory where launch is called{_calling_text()}. "
+            f"If you know this code and trust it, add trust=[{parts[0]}] to the command line."
+        )
+
+
+def _calling_text() -> str:
+    return f" ({_calling[0]})" if _calling else ""
+
+
+def _is_allowed(name: str, trust: Sequence[str]) -> bool:
+    """Whether a dotted name (of a module or of something in it) lies inside the allow-list; imports nothing."""
+    if any(name == prefix or name.startswith(f"{prefix}.") for prefix in (*ALLOWED, *trust)):
+        return True
+    return _is_of_calling_directory(name)
+
+
+def _is_of_calling_directory(name: str) -> bool:
+    """Whether the top-level module of `name` is loaded from the calling directory itself.
+
+    Where it is really loaded from counts: a folder `torch` or a file `os.py` gives no trust to the installed module,
+    and neither does a virtual environment that happens to lie in the calling directory.
+    """
+    top, _, rest = name.partition(".")
+    if top == __package__:  # called in our own source tree: the launcher's insides are no more trusted than elsewhere
+        return False
+    try:
+        spec = importlib.util.find_spec(top)  # a top-level name: the import system only looks
+    except (ImportError, ValueError):
+        return False
+    if spec is None:
+        return False
+    if spec.origin is not None and spec.has_location:
+        file = Path(spec.origin)
+        entry = file.parent if file.stem == "__init__" else file
+        return _lies_in_calling(entry)
+    # A folder without __init__.py may be spread over several places: ask whether this part of it is the caller's.
+    child = rest.partition(".")[0]
+    for location in spec.submodule_search_locations or []:
+        if _lies_in_calling(Path(location)):
+            return any((Path(location) / file).exists() for file in (child, f"{child}.py")) if child else True
+    return False
+
+
+def _lies_in_calling(entry: Path) -> bool:
+    return Path(os.path.realpath(entry.parent)) in _calling
+
+
+def resolve(path: str, kind: str, trust: Sequence[str] = (), *, nested: bool = False) -> type:
+    """Import the class that `path` names and judge what it really is.
+
+    kind: one of KINDS. nested: the section lies inside another one, where any network may stand.
+    Raises TrustError for what is not allowed or not a class of the kind, ConfigError for what does not exist.
+    """
+    _check_name(path, "", trust)
+    found = _import(path)
+    name = getattr(found, "__qualname__", type(found).__name__)
+    if not isinstance(found, type):
+        raise TrustError(f'_target_ names "{path}", which is not a class. {_expected(kind, nested)}')
+    module = getattr(found, "__module__", "")
+    if not _is_allowed(f"{module}.{name}", trust) or not _is_at_home(module):
+        raise TrustError(
+            f'_target_ names "{path}", which is really {module}.{name} and outside of what a configuration may use. '
+            f"If you know this code and trust it, add trust=[{module.partition('.')[0]}] to the command line."
+        )
+    if not _is_of_kind(found, kind, nested):
+        raise TrustError(f'_target_ names "{path}", a class of the wrong kind. {_expected(kind, nested)}')
+    return found
+
+
+def _import(path: str) -> Any:
+    """Import the longest module that `path` begins with, then step through classes, never through other modules."""
+    parts = path.split(".")
+    module, count = _import_module(parts[0], path), 1
+    while count < len(parts) and hasattr(module, "__path__"):
+        name = ".".join(parts[: count + 1])
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            break
+        module, count = _import_module(name, path), count + 1
+    if count == len(parts):
+        raise TrustError(f'_target_ names "{path}", which is a module and not a class.')
+    found: Any = module
+    for index, part in enumerate(parts[count:], start=count):
+        if not hasattr(found, part):
+            known = [word for word in dir(found) if isinstance(getattr(found, word, None), type)]
+            owner = ".".join(parts[:index])
+            raise ConfigError(f'_target_ names "{path}", but {owner} has no "{part}".{did_you_mean(part, known)}')
+        found = getattr(found, part)
+        # Every module that another one imports is its attribute (`models.vision.torch.load`): such detours are closed.
+        if index < len(parts) - 1 and not isinstance(found, type):
+            raise TrustError(f'_target_ names "{path}", but "{part}" in it is neither a module of its own nor a class.')
+    return found
+
+
+def _import_module(name: str, path: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise ConfigError(f'_target_ names "{path}", but there is no module "{name}".') from error
+        raise ConfigError(
+            f'_target_ names "{path}", whose module "{name}" needs the package "{error.name}", which is not installed.'
+        ) from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        raise ConfigError(
+            f'_target_ names "{path}", but importing "{name}" raised {type(error).__name__}: {error}{where}.'
+        ) from error
+
+
+def _is_at_home(module: str) -> bool:
+    """Whether a module called `models...` is ours or the caller's, and not an installed package of the same name."""
+    top = module.partition(".")[0]
+    if top not in _SHARED:
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return False
+    places = [directory / name for directory in [*_calling, _HOME] for name in (top, f"{top}.py")]
+    return any(Path(os.path.abspath(file)).is_relative_to(place) for place in places)
+
+
+def _is_of_kind(found: type, kind: str, nested: bool) -> bool:
+    from torch import nn, optim
+
+    if kind == "data":
+        # Any class of a data module; of our own engine and of torch only networks, which do nothing when built.
+        own = found.__module__.partition(".")[0] in ("launcher", "torch")
+        return issubclass(found, nn.Module) or not own
+    if nested or kind == "model":
+        return issubclass(found, nn.Module)
+    if kind == "optimizer":
+        return issubclass(found, optim.Optimizer)
+    if kind == "scheduler":
+        return issubclass(found, optim.lr_scheduler.LRScheduler)
+    if kind == "callback":
+        return any(callable(getattr(found, hook, None)) for hook in HOOKS)
+    raise ValueError(f"unknown kind {kind!r}; known: {KINDS}")
+
+
+def _expected(kind: str, nested: bool) -> str:
+    if kind == "data":
+        return "Here a class of a data module is expected."
+    if nested or kind == "model":
+        return "Here a subclass of torch.nn.Module is expected."
+    if kind == "optimizer":
+        return "Here a subclass of torch.optim.Optimizer is expected."
+    if kind == "callback":
+        return f"Here a class with one of the methods {', '.join(HOOKS)} is expected."
+    return "Here a subclass of torch.optim.lr_scheduler.LRScheduler is expected."
+
+
+def check_signature(section: Mapping[str, Any], kind: str, trust: Sequence[str] = (), *, at: str = "") -> None:
+    """Check the keys beside `_target_` against the class's signature, nested sections included.
+
+    at: dotted key of the section for messages, by default `kind`. Raises ConfigError with the nearest name for a key
+    that the class does not take or needs and is not given; TrustError as `resolve` does.
+    """
+    _check_section(section, kind, trust, at or kind)
+
+
+def _check_section(section: Mapping[str, Any], kind: str, trust: Sequence[str], at: str, nested: bool = False) -> None:
+    if "_target_" not in section:
+        raise ConfigError(f"{at} names no class: it needs a `_target_`, for example {_example(kind)}.")
+    _check_name(section["_target_"], at, trust)
+    cls = resolve(section["_target_"], kind, trust, nested=nested)
+    label = section["_target_"]
+    reserved = frozenset() if nested else RESERVED.get(kind, frozenset())
+    supplied = frozenset() if nested else SUPPLIED.get(kind, frozenset())
+    offered = frozenset() if nested else OFFERED.get(kind, frozenset())
+    names, open_ended, required = _parameters(cls)
+    wished = section.get(IF_TAKEN, {})
+    if not isinstance(wished, Mapping):
+        raise ConfigError(f"{at}.{IF_TAKEN} must be a mapping of arguments to values, but is {wished!r}.")
+    keys = [str(key) for key in section if key not in ("_target_", IF_TAKEN) and key not in reserved]
+    for key in keys:
+        if key in supplied:
+            raise ConfigError(f"{at}.{key} is given by the engine and cannot be configured. Leave it out.")
+        if key not in names and not open_ended:
+            takes = ", ".join(name for name in names if name not in supplied) or "nothing"
+            raise ConfigError(f"{at}.{key} is not taken by {label}.{did_you_mean(key, names)} It takes: {takes}.")
+    for name in required:
+        if name not in keys and name not in supplied and name not in offered:
+            raise ConfigError(f"{at}.{name} is not set, and {label} needs it. Add {at}.{name}=...")
+    for key in [*keys, IF_TAKEN]:
+        for child, value in _sections(section.get(key), f"{at}.{key}"):
+            _check_section(value, kind, trust, child, nested=True)
+
+
+def _example(kind: str) -> str:
+    examples = {
+        "model": "models.vision.ConvNet",
+        "optimizer": "torch.optim.AdamW",
+        "scheduler": "launcher.engine.optim.WarmupCosine",
+        "callback": "launcher.engine.callbacks.Ema",
+    }
+    return examples.get(kind, "a data class of your own module")
+
+
+def _sections(value: Any, at: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the outermost sections with a `_target_` inside `value`."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            yield at, value
+            return
+        for key, item in value.items():
+            yield from _sections(item, f"{at}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _sections(item, f"{at}.{index}")
+
+
+def _parameters(cls: type) -> tuple[list[str], bool, list[str]]:
+    """Return (names that can be given by keyword, whether `**kwargs` takes any other, those without default)."""
+    try:
+        parameters = inspect.signature(cls).parameters.values()
+    except (TypeError, ValueError):  # written in C without a signature: nothing is known
+        return [], True, []
+    named = [item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+    open_ended = any(item.kind is item.VAR_KEYWORD for item in parameters)
+    return [item.name for item in named], open_ended, [item.name for item in named if item.default is item.empty]
+
+
+def accepts(section: Mapping[str, Any], kind: str, name: str, trust: Sequence[str] = ()) -> bool:
+    """Whether the class of a section takes an argument called `name`."""
+    names, open_ended, _ = _parameters(resolve(section["_target_"], kind, trust))
+    return open_ended or name in names
+
+
+def build(section: Mapping[str, Any], kind: str, trust: Sequence[str] = (), **extra: Any) -> Any:
+    """Check a section in every respect, build what is nested in it, then the object itself.
+
+    extra: arguments that the engine gives (`params`; `optimizer`, `total_steps`). `total_steps` goes only to a class
+    that takes it, and a value in the section wins over it. Keys in RESERVED[kind] are left out.
+    What the constructors themselves raise is passed on as it is.
+    """
+    check({kind: section}, trust)
+    check_signature(section, kind, trust)
+    cls = resolve(section["_target_"], kind, trust)
+    names, open_ended, _ = _parameters(cls)
+    offered = OFFERED.get(kind, frozenset())
+    given = {name: value for name, value in extra.items() if name not in offered or open_ended or name in names}
+    left_out = RESERVED.get(kind, frozenset()) | {"_target_", IF_TAKEN}
+    wished = {name: value for name, value in section.get(IF_TAKEN, {}).items() if name in names}
+    section = {**section, **wished}
+    keys = {str(key): _build_nested(value, kind, trust) for key, value in section.items() if key not in left_out}
+    return cls(**{**given, **keys})
+
+
+def _build_nested(value: Any, kind: str, trust: Sequence[str]) -> Any:
+    if isinstance(value, Mapping):
+        built = {key: _build_nested(item, kind, trust) for key, item in value.items() if key != "_target_"}
+        if "_target_" not in value:
+            return built
+        make: Callable[..., Any] = resolve(value["_target_"], kind, trust, nested=True)
+        return make(**{str(key): item for key, item in built.items()})
+    if isinstance(value, (list, tuple)):
+        return [_build_nested(item, kind, trust) for item in value]
+    return value

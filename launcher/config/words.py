@@ -1,0 +1,149 @@
+"""What the words of a command line ask for: options of groups, values of keys, and whom to trust.
+
+Each word is judged before Hydra sees it, so that a mistake is told with the nearest right word. Plain Python: the
+words come parsed (`hydra.core.override_parser.types.Override`) from `launcher.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.config import keys
+from launcher.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Plan:
+    """overrides: what Hydra is given. groups: the groups chosen among them. trust: packages trusted by the user.
+    given: every key and group that was named.
+    """
+
+    overrides: list[str]
+    groups: list[str]
+    trust: list[str]
+    given: frozenset[str]
+
+
+def shown(word: str) -> str:
+    """Return a word fit for the terminal and for files: a literal secret as ***, control characters escaped."""
+    key, equals, value = word.partition("=")
+    text = f"{key}{equals}{keys.mask(value, key.rpartition('.')[2])}"
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def read_words(
+    parsed: Sequence[tuple[str, Any]], groups: Mapping[str, list[str]], listed: frozenset[str] | None
+) -> Plan:
+    """Judge each (word, parsed override) and put the words into the form that Hydra is to be given.
+
+    groups: every group with its options. listed: the groups of the primary defaults list, None where a run's stored
+    configuration takes its place. Raises ConfigError.
+    """
+    overrides: list[str] = []
+    chosen: list[str] = []
+    trust: list[str] = []
+    for word, override in parsed:
+        key = override.key_or_group
+        if override.is_sweep_override():
+            raise ConfigError(
+                f'"{shown(word)}" names several values, which is a sweep: add -m for one run each, '
+                f"write {key}=[...] for a list, or quote the value for a text with a comma in it."
+            )
+        if word == "hydra/sweeper=launch":
+            continue  # the one that there is
+        if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            raise ConfigError(_about_hydra(word, key))
+        if key == "trust":
+            trust = _read_trust(override, word)
+        elif key in groups and not isinstance(override.value(), dict):
+            chosen.append(key)
+            overrides.append(_group_word(override, word, groups, listed))
+        else:
+            _check_key(override, word, groups)
+            # `++` sets a key that is there and adds one that is not: whether an open section takes the key is
+            # decided by the signature of its class, not by what its YAML happens to mention.
+            overrides.append(word if override.is_delete() else f"++{word.lstrip('+')}")
+    return Plan(overrides, chosen, trust, frozenset(override.key_or_group for _, override in parsed))
+
+
+def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
+    """Say why a word could not be read as an override."""
+    name, equals, _ = word.partition("=")
+    if not equals:
+        hint = did_you_mean(word, [*groups, *keys.LEAVES]) or keys.explain_unknown(word, groups)
+        if word in groups or keys.is_known(word):
+            hint = f" For example: {word}={(groups.get(word) or ['VALUE'])[0]}."
+        choices = [f"{group}={word}" for group, options in groups.items() if word in options]
+        if choices:
+            hint = f" Did you mean {' or '.join(choices)}?"
+        return f'"{shown(word)}" is not an override: write key=value or group=option.{hint}'
+    return (
+        f'"{shown(word)}" cannot be read ({reason}). A value with special characters needs quotes of its own inside '
+        f"those of the shell, such as '{shown(f'{name}=')}\"VALUE\"'."
+    )
+
+
+def _about_hydra(word: str, key: str) -> str:
+    hints = {
+        "hydra/sweeper": "launch -m has its own sweeper, and sweep=grid, random, tpe, gp, cmaes or nsga2 says how",
+        "hydra.run.dir": "run.root and run.name say where a run is written",
+        "hydra.sweep.dir": "run.root and run.name say where a run is written",
+        "hydra.verbose": "verbose=true shows more",
+        "hydra.searchpath": "--config-dir DIR adds a directory of your own",
+        "hydra.job.chdir": "the working directory is never changed",
+    }
+    hint = hints.get(key, "launch uses Hydra for composition alone")
+    return f'"{shown(word)}" has no effect: {hint}. Leave it out.'
+
+
+def _read_trust(override: Any, word: str) -> list[str]:
+    value = override.value()
+    names = [value] if isinstance(value, str) else value
+    if (
+        override.is_delete()
+        or not isinstance(names, list)
+        or not all(isinstance(name, str) and all(p.isidentifier() for p in name.split(".")) for name in names)
+    ):
+        raise ConfigError(f'"{shown(word)}" must be a list of package names, for example trust=[mypackage].')
+    return [str(name) for name in names]
+
+
+def _group_word(override: Any, word: str, groups: Mapping[str, list[str]], listed: frozenset[str] | None) -> str:
+    group, value = override.key_or_group, override.value()
+    if listed is None and group == "experiment":
+        raise ConfigError(
+            f'"{shown(word)}" cannot be applied to the configuration of a run that exists: an experiment is a whole '
+            "configuration of its own. Give the groups and keys that are to change, or start a new run."
+        )
+    if override.is_delete():
+        return word
+    if value is None:
+        return f"~{override.get_key_element().lstrip('+')}"
+    for option in value if isinstance(value, list) else [value]:
+        name = str(option).removesuffix(".yaml")
+        folder, _, stem = f"{group}/{name}".rpartition("/")
+        if stem not in groups.get(folder, []):
+            raise ConfigError(
+                f'"{shown(word)}": there is no {group} called "{name}".{did_you_mean(name, groups[group])} '
+                f"There are: {', '.join(groups[group])}."
+            )
+    body = word.lstrip("+")
+    # With and without `+` mean the same: a group of the defaults list is chosen, another one added.
+    return body if override.package or listed is None or group in listed else f"+{body}"
+
+
+def _check_key(override: Any, word: str, groups: Mapping[str, list[str]]) -> None:
+    key = override.key_or_group
+    if override.package is not None or "/" in key:
+        raise ConfigError(f'"{shown(word)}": there is no configuration group "{key}".{did_you_mean(key, groups)}')
+    if key.startswith("trust."):
+        raise ConfigError(f'"{shown(word)}" is not understood: write trust=[PACKAGE].')
+    if keys.is_known(key):
+        if override.is_delete() and key.partition(".")[0] not in keys.OPEN_SECTIONS:
+            raise ConfigError(
+                f'"{shown(word)}": {key} is part of every configuration and cannot be deleted. Set it instead.'
+            )
+        return
+    raise ConfigError(f'"{shown(word)}": there is no key "{key}".{keys.explain_unknown(key, groups)}')

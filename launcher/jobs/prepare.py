@@ -1,0 +1,310 @@
+"""Which run the words of a command mean, and with which configuration: a new one, one that goes on, one like another.
+
+Nothing is written here; `launcher.jobs.training` and `launcher.jobs.record` do what was decided.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+from launcher import runs
+from launcher.config import Composition, Job, RunConfig, compose, default_run_name, peek, targets
+from launcher.config.checks import check_run
+from launcher.config.schema import StrategyConfig
+from launcher.config.words import shown
+from launcher.errors import RequestError, RunError, StorageError
+from launcher.runs import RunDirectory, mirror
+from launcher.runs.storage import is_uri, plain_path
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Args:
+        words: Hydra overrides.
+        config_dir: a directory of the user's own configuration, or None.
+        calling: the directory where the command was given; its modules may be named in the configuration.
+        started: wall-clock time of the command.
+        on_head: HOST:PORT of the Ray cluster whose head this process drives the run on, for somebody elsewhere.
+    """
+
+    words: Sequence[str]
+    config_dir: Path | None = None
+    calling: Path = field(default_factory=Path.cwd)
+    started: float = field(default_factory=time.time)
+    on_head: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start, or one with nothing left to do (`finished`).
+
+    `changes` are the words that change something about a run that exists, fit for the terminal. `like` is the run that
+    `run.like` names.
+    """
+
+    composition: Composition
+    directory: RunDirectory
+    resumes: bool = False
+    finished: bool = False
+    changes: tuple[str, ...] = ()
+    like: RunDirectory | None = None
+
+    @property
+    def job(self) -> Job:
+        return self.composition.job
+
+
+def prepare(request: Request) -> Prepared:
+    """Compose the job and decide on its run.
+
+    Raises:
+        ConfigError, TrustError: the words or the configuration are wrong.
+        RunError: the run exists already, does not exist, is running, or cannot be continued with these words.
+    """
+    prepared = _prepared(request)
+    at_hand(request, prepared.job)
+    return prepared
+
+
+def at_hand(request: Request, job: Job) -> None:
+    """Have a job whose driver is this head use the workers that are at hand; config.yaml keeps what its user wrote."""
+    if request.on_head is not None:
+        job.cluster = replace(job.cluster, kind="existing", address=request.on_head)
+
+
+def _prepared(request: Request) -> Prepared:
+    new, resumed, like = _meant(request)
+    if resumed is not None:
+        return _continue(request, resumed)
+    composition = new or _compose_like(request, like)
+    root = root_of(composition.job.run.root)
+    name = composition.job.run.name
+    if name is None:
+        choices = composition.choices if like is None else {"experiment": _spoken(like)}
+        return Prepared(composition, _unused(RunDirectory(root / default_run_name(choices, datetime.now()))), like=like)
+    directory = RunDirectory(root / name)
+    if directory.exists():
+        raise RunError(
+            f'The run "{name}" exists already in {directory.root}. Continue it with run.resume=true, or choose another '
+            "run.name."
+        )
+    return Prepared(composition, directory, like=like)
+
+
+def composed(request: Request) -> Composition:
+    """Return the configuration that `train` would use, whether or not the run may start; for `--help` and `--cfg`."""
+    new, resumed, like = _meant(request)
+    if resumed is not None:
+        return over_the_run(request, resumed)[0]
+    return new or _compose_like(request, like)
+
+
+def run_section(request: Request) -> RunConfig:
+    """Return the section `run` of what the words compose to; other words may be meant for a run's own configuration."""
+    targets.add_calling_directory(request.calling)
+    try:
+        run: RunConfig = peek(request.words, request.config_dir, "run")
+    except RequestError:
+        run = peek([word for word in request.words if key_of(word).startswith("run.")], request.config_dir, "run")
+    check_run(run)
+    return run
+
+
+def _meant(request: Request) -> tuple[Composition | None, RunDirectory | None, RunDirectory | None]:
+    """Return (what a new run is composed to, the run that is continued, the run that is imitated): one of the three."""
+    targets.add_calling_directory(request.calling)
+    new: Composition | None = None
+    problem: RequestError | None = None
+    try:
+        new = compose(request.words, request.config_dir)
+        run = new.job.run
+    except RequestError as error:  # perhaps the words make sense over the configuration of a run that they name
+        problem = error
+        try:
+            run = run_section(request)
+        except RequestError:
+            raise problem from None
+    if run.resume is not False and run.name is not None:
+        directory = RunDirectory(root_of(run.root) / run.name)
+        if directory.exists():
+            return None, directory, None
+        if run.resume is True:
+            runs.find(root_of(run.root), run.name)  # raises, and names the nearest
+    if run.like is not None:
+        return None, None, run_like(run.root, run.like)
+    if problem is not None:
+        raise problem
+    return new, None, None
+
+
+def _compose_like(request: Request, like: RunDirectory | None) -> Composition:
+    assert like is not None
+    words = [word for word in request.words if key_of(word) != "run.like"]
+    composition = compose(words, request.config_dir, like.config)
+    if like.is_sent and not any(key_of(word) == "run.root" for word in words):
+        composition.job.run.root = like.root  # the root that was recorded is a place on the head of its cluster
+    return composition
+
+
+# ---- going on -------------------------------------------------------------------------------------------------------
+
+
+def _continue(request: Request, directory: RunDirectory) -> Prepared:
+    name = directory.name
+    directory.require_idle()
+    if (directory.path / "study.journal").is_file():
+        raise RunError(f'"{name}" is a sweep: continue it with launch -m run.name={name} run.resume=true.')
+    composition, changes = over_the_run(request, directory)
+    job = composition.job
+    old = compose([], request.config_dir, directory.config).job if changes else job
+    check_continuation(old, job, name)
+    job.run.name, job.run.root = name, directory.root
+    length = [(some.trainer.epochs, some.trainer.steps) for some in (old, job)]
+    finished = directory.result().get("status") == "completed" and length[0] == length[1]
+    return Prepared(composition, directory, resumes=True, finished=finished, changes=changes)
+
+
+def over_the_run(request: Request, directory: RunDirectory) -> tuple[Composition, tuple[str, ...]]:
+    """Return the run's own configuration under the words that are new to it, and those words fit for the terminal.
+
+    Raises:
+        RunError: the run has no configuration.
+        ConfigError, TrustError: the words, or what was stored, are wrong.
+    """
+    if not directory.config.is_file():
+        raise RunError(
+            f"{directory.config} is missing, so that nobody knows how the run was configured. Restore it, or start "
+            "a new run under another run.name."
+        )
+    targets.add_calling_directory(request.calling)
+    words = _new_words(request, directory)
+    composition = compose(words, request.config_dir, directory.config)
+    alone = composition.job.cluster.kind == "none" and "cluster" in composition.given
+    if alone and "scaling.workers" not in composition.given and composition.job.scaling.workers != "auto":
+        # The number belongs to the cluster that the run had.
+        words.append("scaling.workers=auto")
+        composition = compose(words, request.config_dir, directory.config)
+    return composition, tuple(shown(word) for word in words)
+
+
+def _new_words(request: Request, directory: RunDirectory) -> list[str]:
+    """Leave out what is in force already, so that the very command that started a run may be given again.
+
+    A word is in force when the run was given the same word and none about the same key after it. A secret is never left
+    out: its value was not kept.
+    """
+    in_force = {key_of(word): word for word in recorded_words(directory)}
+    words = [word for word in request.words if key_of(word) not in ("run.name", "run.resume", "run.root", "run.like")]
+    if "experiment" not in in_force and any(key_of(word) == "experiment" for word in words):
+        chosen = compose([], request.config_dir).choices.get("experiment")
+        in_force["experiment"] = f"experiment={chosen}"
+    return [word for word in words if in_force.get(key_of(word)) != word or shown(word) != word]
+
+
+def recorded_words(directory: RunDirectory) -> list[str]:
+    """Return the words of overrides.yaml; none where it is missing or is not a list of texts."""
+    try:
+        lines = directory.overrides.read_text().splitlines()
+        words = [json.loads(line[2:]) for line in lines if line.startswith("- ")]
+    except (OSError, ValueError):
+        return []
+    return [word for word in words if isinstance(word, str)]
+
+
+# What a checkpoint is bound to: changing it would not continue the run but start another.
+_BOUND = ("model", "data", "optimizer", "scheduler", "strategy")
+_BOUND_KEYS = ("seed", "global_batch_size", "overfit_batches", "deterministic", "precision")
+
+
+def check_continuation(old: Job, new: Job, name: str) -> None:
+    """Raise RunError where the words would break the saved state."""
+    changed = [section for section in _BOUND if _identity(getattr(old, section)) != _identity(getattr(new, section))]
+    changed += [f"trainer.{key}" for key in _BOUND_KEYS if getattr(old.trainer, key) != getattr(new.trainer, key)]
+    if changed:
+        raise RunError(
+            f'The run "{name}" cannot be continued with another {", ".join(changed)}: its checkpoints belong to what '
+            f"it was started with. Leave the word out, or start a new run from its configuration with run.like={name}."
+        )
+
+
+def check_same_model(old: Job, new: Job, name: str) -> None:
+    """Raise RunError where the words name another model than that of the run, whose weights would not be its."""
+    if not same_section(old.model, new.model):
+        raise RunError(
+            f'The run "{name}" cannot be used with another model: its checkpoints belong to what it was started with. '
+            f"Leave the word out, or start a new run with checkpoint.load={name}."
+        )
+
+
+def same_section(one: object, other: object) -> bool:
+    """Whether two sections mean the same data, or the same model."""
+    return _identity(one) == _identity(other)
+
+
+def _identity(section: object) -> object:
+    """What must stay: not the number of loader processes, nor the learning rate, which may be mended on the way.
+
+    Of a strategy, what a checkpoint holds: `ddp`, `fsdp` and what `auto` takes save the same, wherever it lies.
+    """
+    if isinstance(section, StrategyConfig):
+        alike = "ddp" if section.name in ("fsdp", "auto") else section.name
+        options = ("powersgd_rank", "inner_steps", "overlap_steps", "outer_lr", "outer_momentum")
+        return alike, section.compression, [getattr(section, key) for key in options]
+    if not isinstance(section, dict):
+        return section
+    return {key: value for key, value in section.items() if key not in ("num_workers", "lr")}
+
+
+# ---- names and places -----------------------------------------------------------------------------------------------
+
+
+def _spoken(run: RunDirectory) -> str:
+    """Return a run's name as part of another's: a trial is called after its sweep."""
+    sweep = run.path.parent
+    return f"{sweep.name}-{run.name}" if (sweep / "study.journal").is_file() else run.name
+
+
+def run_like(root: str, name: str) -> RunDirectory:
+    found = runs.find(root_of(root), name)
+    if (found.path / "study.journal").is_file():
+        raise RunError(f"run.like={name}: {name} is a sweep. Name one of its trials: {name}/best, or {name}/NUMBER.")
+    if not found.config.is_file():
+        raise RunError(f"{found.config} is missing; run.like={name} needs it.")
+    return found
+
+
+def root_of(root: str) -> Path:
+    """Return the run root as an absolute path: of one on an object store, its copy on this machine, brought up to date.
+
+    Raises:
+        ConfigError: it is a URI that cannot be used.
+        RunError: the store cannot be read.
+    """
+    if is_uri(root):
+        try:
+            return mirror.root_of(root)
+        except StorageError as error:  # told before anything is started
+            raise RunError(f"run.root={root} was asked for: {error}") from error
+    return Path(plain_path(root)).expanduser().absolute()
+
+
+def key_of(word: str) -> str:
+    """Return the key or group that a word of the command line is about."""
+    return word.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
+def _unused(directory: RunDirectory) -> RunDirectory:
+    """Return the directory, with a number behind its name when another run began in the same second."""
+    number = 1
+    candidate = directory
+    while candidate.path.exists():
+        number += 1
+        candidate = RunDirectory(directory.path.with_name(f"{directory.name}-{number}"))
+    return candidate

@@ -1,0 +1,244 @@
+"""A run's directory from the driver's side: claimed and filled before the start, and told how the run ended.
+
+What happens in between is written by rank 0 (`engine.record`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import money, runs
+from launcher.errors import RequestError, RunError, Stopped, StorageError
+from launcher.jobs.prepare import Prepared, Request, prepare
+from launcher.jobs.weights import weights_of
+from launcher.money import Bill, Rate
+from launcher.phases import Marks
+from launcher.phrases import size
+from launcher.planning.plan import Plan
+from launcher.runs import RunDirectory, provenance
+from launcher.runs.mirror import Mirrored
+
+if TYPE_CHECKING:
+    from launcher.engine.entry import Task
+
+_EMPTY_RESULT: dict[str, Any] = {
+    "status": "running",
+    "reason": None,
+    "error": None,
+    "steps": 0,
+    "epochs": 0.0,
+    "samples": 0,
+    "workers": None,
+    "world_sizes": [],
+    "restarts": 0,
+    "preemptions": 0,
+    "lost_steps": 0,
+    "seconds": 0.0,
+    "seconds_to_first_step": None,
+    "phases": None,
+    "samples_per_second": None,
+    "cost_usd": None,
+    "checkpoint": None,
+    "metrics": {},
+    "best": None,
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run comes from: what result.json says of it, and the uncommitted changes of the calling repository."""
+
+    facts: dict[str, Any]
+    patch: str
+
+    @classmethod
+    def of(cls, calling: Path) -> Origin:
+        facts = {"user": provenance.user(), "versions": provenance.versions(), "git": provenance.git(calling)}
+        return cls(facts, provenance.patch(calling))
+
+
+class Record:
+    """Writes a run's directory, and sees to it that result.json says how the run ended, whatever ended it."""
+
+    def __init__(self, request: Request, prepared: Prepared | None = None, origin: Origin | None = None) -> None:
+        self._request = request
+        self._prepared = prepared
+        self._claims = prepared is None  # nobody but its sweep's driver begins a trial
+        self._origin = origin
+        self._begun = False
+        self.marks = Marks([("configuration", request.started)])
+        self._made_root = False
+        self._bill = Bill()
+        self._mirrored: Mirrored | None = None
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self._begun:
+            # A disk that is full, or gone, must not hide the error that it led to.
+            with suppress(OSError, RunError, StorageError):
+                self.failed(error)
+
+    def prepare(self) -> Prepared:
+        self._prepared = prepare(self._request)
+        self._mirrored = Mirrored.of(self._prepared.directory)
+        if self._mirrored is not None and self._prepared.resumes:
+            self._mirrored.pull()
+        return self._prepared
+
+    def begin(self, plan: Plan | None, rate: Rate | None = None) -> Task:
+        """Write what is known before the start; with a plan, see whether there is room for it.
+
+        rate: what the machines cost, where no plan says so.
+
+        Raises:
+            RunError: the directory cannot be written, is another run's by now, or has no room for a checkpoint; the
+                budget of a run that is continued is spent, or somebody else continues it by now.
+        """
+        from launcher.engine.entry import Task
+
+        assert self._prepared is not None
+        prepared, directory = self._prepared, self._prepared.directory
+        weights = None if prepared.resumes else weights_of(prepared.job)
+        rate = plan.rate if plan is not None else rate
+        earlier = directory.result() if prepared.resumes else {}
+        check_budget(directory, earlier, rate)
+        self._bill = Bill(float(earlier.get("seconds") or 0.0), rate)
+        self._made_root = not directory.path.parent.exists()
+        try:
+            directory.create()
+            if plan is not None:
+                _check_room(directory, plan)
+            self._write(prepared)
+            if self._mirrored is not None:
+                self._mirrored.publish()
+        except FileExistsError as error:
+            raise RunError(
+                f'The run "{directory.name}" was started by somebody else at this moment. Choose another run.name.'
+            ) from error
+        except (OSError, RunError) as error:
+            self._take_back(directory)
+            if isinstance(error, RunError):
+                raise
+            raise RunError(
+                f"The run directory {directory.path} cannot be written: {error.strerror or error}. "
+                "Choose another place with run.root=DIRECTORY."
+            ) from error
+        return Task(
+            action="train",
+            job=replace(prepared.job, run=replace(prepared.job.run, name=directory.name)),
+            directory=directory.told(),
+            python_path=[str(self._request.calling)],
+            started=self._request.started,
+            weights=weights,
+            marks=self.marks,
+            bill=self._bill,
+        )
+
+    def _write(self, prepared: Prepared) -> None:
+        directory, composition = prepared.directory, prepared.composition
+        # Of two commands at the same moment one fails here: the file claims the name of a new run.
+        if not prepared.resumes:
+            directory.config.touch(exist_ok=False)
+        elif self._claims and self._mirrored is None:  # of a copy of what lies on a store nothing can be claimed
+            directory.claim()
+        self._begun = True
+        runs.write_text(directory.config, composition.to_yaml(directory.name))
+        directory.clear_requests()
+        _write_words(directory, composition.shown_words(), append=prepared.resumes)
+        origin = self._origin or Origin.of(self._request.calling)
+        (directory.path / "code.patch").write_text(origin.patch)
+        facts = origin.facts
+        if prepared.resumes:
+            earlier = {**_EMPTY_RESULT, **directory.result()}
+            directory.write_result({**earlier, **facts, "status": "running", "reason": None, "error": None})
+        else:
+            directory.write_result({**_EMPTY_RESULT, **facts})
+        directory.beat()
+
+    def _take_back(self, directory: RunDirectory) -> None:
+        """Leave nothing of a run that could not begin; what was there before stays."""
+        assert self._prepared is not None
+        if self._begun and not self._prepared.resumes:
+            if self._mirrored is not None:
+                with suppress(StorageError):
+                    self._mirrored.remove()
+            shutil.rmtree(directory.path, ignore_errors=True)
+        self._begun = False
+        with suppress(OSError):
+            directory.path.rmdir()
+        if self._made_root:
+            with suppress(OSError):
+                directory.path.parent.rmdir()
+
+    def failed(self, error: BaseException, keep: bool = False) -> None:
+        """Write how the run ended. keep: also what was refused before it began (a trial of a sweep) stays on disk."""
+        assert self._prepared is not None
+        directory = self._prepared.directory
+        if self._mirrored is not None:
+            with suppress(StorageError):
+                self._mirrored.pull()
+        checkpoint = _newest_checkpoint(directory, self._mirrored)
+        refused = isinstance(error, RequestError) and error.exit_status == 2 and checkpoint is None
+        if refused and not keep and not self._prepared.resumes:
+            # Told before anything was trained: the name stays free for the next try.
+            self._take_back(directory)
+            return
+        seconds = round(self._bill.seconds + time.time() - self._request.started, 3)
+        usd = self._bill.spent(directory.result(), seconds)
+        changes: dict[str, Any] = {"seconds": seconds, "cost_usd": usd, "checkpoint": checkpoint}
+        if isinstance(error, (Stopped, KeyboardInterrupt)):
+            directory.update_result(status="stopped", reason="signal", error=None, **changes)
+        else:
+            directory.update_result(status="failed", reason=None, error=f"{type(error).__name__}: {error}", **changes)
+        self.ended(said_here=True)
+
+    def ended(self, said_here: bool = False) -> None:
+        """Put what is said of the end there where the run lies, unless rank 0 has said it, on another machine."""
+        if self._mirrored is not None:
+            with suppress(StorageError):
+                if said_here or not self._mirrored.pull():
+                    self._mirrored.push_end()
+
+
+def _newest_checkpoint(directory: RunDirectory, mirrored: Mirrored | None) -> str | None:
+    from launcher.engine.checkpoint import newest_intact
+
+    if mirrored is not None:
+        with suppress(StorageError):
+            return mirrored.newest_checkpoint()
+    newest = newest_intact(directory.checkpoints).path
+    return None if newest is None else directory.told(newest)
+
+
+def _check_room(directory: RunDirectory, plan: Plan) -> None:
+    """Raise RunError where the disk has no room for a single checkpoint."""
+    needed = plan.memory["parameters"] + plan.memory["optimizer"]
+    free = shutil.disk_usage(directory.path).free
+    if free < needed:
+        raise RunError(
+            f"A checkpoint of this model takes {size(needed)}, and {directory.path.parent} has {size(free)} free. "
+            "Make room, or choose another place with run.root=DIRECTORY."
+        )
+
+
+def check_budget(directory: RunDirectory, result: dict[str, Any], rate: Rate | None) -> None:
+    """Raise RunError where a run that is to be continued has spent its budget."""
+    spent = result.get("cost_usd") or 0.0
+    if rate is not None and rate.budget is not None and spent >= rate.budget:
+        raise RunError(f"run.resume: {money.refused(directory.name, spent, rate)}")
+
+
+def _write_words(directory: RunDirectory, words: Sequence[str], append: bool) -> None:
+    """Write overrides.yaml: a list of words; what a resume added follows the words that started the run."""
+    lines = "".join(f"- {json.dumps(word)}\n" for word in words)
+    before = directory.overrides.read_text() if append and directory.overrides.exists() else ""
+    directory.overrides.write_text((before if before.strip() != "[]" else "") + lines or "[]\n")

@@ -1,0 +1,278 @@
+"""Sending a run to a cluster and following it from here."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from launcher import errors
+from launcher.clusters import mounts, project, rates
+from launcher.clusters.heads import Head
+from launcher.clusters.needs import Needs
+from launcher.clusters.ray_jobs import Jobs, Unreachable, checked_url, own_token
+from launcher.clusters.ssh import place_of as place_on_host
+from launcher.config import ClusterConfig
+from launcher.config.schema import ScalingConfig
+from launcher.errors import HostError, LaunchError, RunError, Stopped, UserCodeError
+from launcher.jobs.prepare import Prepared, Request, key_of
+from launcher.jobs.remote import follow, freight, place
+from launcher.jobs.remote.connection import through
+from launcher.jobs.remote.copies import Copies, bring
+from launcher.jobs.remote.place import Place
+from launcher.jobs.remote.wire import Event
+
+STOP, DETACH = "stop", "detach"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """How a run that was sent away has ended, or that nobody follows it any more (`detached`).
+
+    more: what else its driver tells of the end.
+    """
+
+    result: dict[str, Any]
+    signal_number: int | None = None
+    detached: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+class Caller:
+    """One run on a cluster, from this end.
+
+    Args:
+        on_sent: called with the name of the cluster once the run is on its way.
+        on_event: gets every event of the run.
+        ask: called once Ctrl-C came: "stop" or "detach".
+        trials: the words are those of a sweep, with so many trials at a time at most.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        prepared: Prepared,
+        on_sent: Callable[[str], None],
+        on_event: Callable[[Event], None],
+        ask: Callable[[], str],
+        trials: int | None = None,
+    ) -> None:
+        self._request, self._prepared, self._on_sent = request, prepared, on_sent
+        self._on_event, self._ask, self._trials = on_event, ask, trials
+        self._run = prepared.directory
+        self._config_dir = str(request.config_dir) if request.config_dir else None
+        self._made: list[Path] = []
+        self._needs: dict[str, Any] = {}
+
+    def train(self, interrupts: Any) -> Sent:
+        """Send the run off and follow it to its end.
+
+        Args:
+            interrupts: counts signals (`runners.signals.Interrupts`), entered already.
+
+        Raises:
+            RequestError: it cannot be done as asked; nothing was started.
+            LaunchError: what the driver ended with.
+            Stopped: a second signal; the run goes on stopping there.
+        """
+        cluster = self._prepared.job.cluster
+        values = freight.environment(cluster.env)
+        mounted = mounts.setup_lines(mounts.read(cluster.mounts))
+        self._needs = asdict(Needs.of(self._request.calling, [*mounted, *cluster.setup], cluster.env))
+        try:
+            if cluster.kind == "existing":
+                return self._on_url(str(cluster.address), values, interrupts)
+            with interrupts.at_once():  # nothing of the run is there yet
+                head = self._up(cluster)
+            return self._on_head(head, values, interrupts)
+        except BaseException:
+            if not self._run.exists():  # refused before it began: the name stays free
+                place.forget(self._run, self._made)
+            raise
+
+    def _on_url(self, address: str, values: dict[str, str], interrupts: Any) -> Sent:
+        jobs = Jobs(checked_url(address), own_token())
+        self._on_event({"kind": "phase", "name": "cluster"})
+        found = Place(freight.new_job(), jobs.url, config_dir=self._config_dir)
+        self._write_down(found)
+        self._submit(jobs, found, values)
+        return self._attended(jobs, found, interrupts)
+
+    def _up(self, cluster: ClusterConfig) -> Head:
+        if cluster.kind == "azure":
+            from launcher.clusters.azure.lifecycle import up
+
+            return up(cluster, self._note, self._scaling())
+        from launcher.clusters import ssh
+
+        return ssh.up(cluster, self._note, self._request.calling.absolute())
+
+    def _scaling(self) -> ScalingConfig:
+        """Return how many workers there may be at a time: a cluster brings the nodes for them."""
+        scaling = self._prepared.job.scaling
+        if self._trials is None or scaling.workers == "auto":
+            return scaling
+        least = scaling.min_workers or scaling.workers
+        return replace(scaling, workers=scaling.workers * self._trials, min_workers=least)
+
+    def _on_head(self, head: Head, values: dict[str, str], interrupts: Any) -> Sent:
+        """Have the head of a cluster that is reached over SSH drive the run, and copy the run's files from there."""
+        calling, shell = self._request.calling.absolute(), head.shell()
+        directory = f"{head.directory}/runs/{Path(place_on_host(calling)).name}"
+        root, there = self._run.root, None
+        if self._run.uri is None:
+            root, there = directory, f"{directory}/{self._run.name}"
+            if len(head.hosts) != 1:  # no disk is known that all of them see
+                root = f"head://{directory}"
+        found = Place(freight.new_job(), head=head.name, directory=there, config_dir=self._config_dir)
+        self._write_down(found)
+        if there is not None and self._prepared.resumes:
+            bring(shell, there, self._run)
+        with through(head) as jobs:
+            cost = rates.words(self._prepared.job.cluster, head.usd_per_hour, len(head.hosts) or 1)
+            words = [*self._words(root), *cost]
+            self._send(jobs, found, words, values, head)
+            copies = Copies(shell, there, self._run) if there is not None else None
+            if copies is None or self._prepared.job.cluster.detach:
+                return self._attended(jobs, found, interrupts)
+            copies.start()
+            try:
+                sent = self._attended(jobs, found, interrupts)
+            except BaseException:
+                with contextlib.suppress(HostError):
+                    copies.close()
+                raise
+            try:
+                copies.close(last=not sent.detached)
+            except HostError as error:
+                self._note(f"Its files are not all here yet; `launch logs {self._run.name}` copies them. {error}")
+            return replace(sent, result=self._run.result() or sent.result) if sent.result else sent
+
+    def _send(
+        self, jobs: Jobs, found: Place, words: list[str], values: dict[str, str], head: Head | None = None
+    ) -> None:
+        """Start the driver; where no copy of the project lies on the nodes, it is sent through Ray Jobs."""
+        python = head.python if head is not None else None
+        calling, config_dir = self._request.calling.absolute(), self._request.config_dir
+        if head is not None and head.kind == "ssh":
+            where = f"{head.directory}/{place_on_host(calling)}"
+            config = str(config_dir.relative_to(calling)) if config_dir and config_dir.is_relative_to(calling) else None
+            if config_dir is not None and config is None:
+                config = f"{where}-config"
+                head.shell().send(config_dir, project.files(config_dir), config)
+            jobs.put(found.job, self._order(words, where, config, values))
+            jobs.submit(found.job, freight.entrypoint("-m", "launcher.driver", found.job, python=python), {})
+            return
+        with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
+            told, config, _ = freight.pack(calling, config_dir, Path(folder))
+            self._note(f"Sending {told}.")
+            jobs.put(found.job, self._order(words, None, config, values))
+            workdir = str(Path(folder) / "calling")
+            if head is not None:  # VMs that come and go have launch from the head: in one place
+                driver = freight.entrypoint("-m", "launcher.driver", found.job, python=python)
+                jobs.submit(found.job, driver, {"PYTHONPATH": f"{head.directory}/launch"}, working_dir=workdir)
+                return
+            driver = freight.entrypoint(*freight.with_own("launcher.driver"), found.job)
+            jobs.submit(found.job, driver, {}, [Path(folder) / freight.OWN], working_dir=workdir)
+
+    def _order(self, words: list[str], calling: str | None, config_dir: str | None, values: dict[str, str]) -> bytes:
+        more = {"needs": self._needs, "sweep": self._trials is not None}
+        return freight.order(words, calling, config_dir, values, **more)
+
+    def _note(self, text: str) -> None:
+        self._on_event({"kind": "note", "text": text})
+
+    def _write_down(self, found: Place) -> None:
+        """Write where the run is driven into its directory."""
+        self._made = [path for path in (self._run.path, *self._run.path.parents) if not path.exists()]
+        self._run.create()
+        found.write(self._run)
+
+    def _attended(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
+        self._on_sent(found.where)
+        if self._prepared.job.cluster.detach:
+            return Sent({}, detached=True)
+        return self._followed(jobs, found, interrupts)
+
+    def _words(self, root: str) -> list[str]:
+        own = ("run.name", "run.root")
+        kept = [word for word in self._request.words if key_of(word) not in own]
+        return [*kept, f"run.name={_quoted(self._run.name)}", f"run.root={_quoted(root)}"]
+
+    def _submit(self, jobs: Jobs, found: Place, values: dict[str, str]) -> None:
+        """Compare, send what the cluster does not have, and start the driver there."""
+        calling, config_dir = self._request.calling.absolute(), self._request.config_dir
+        on_store = self._run.uri is not None
+        seen = freight.probe(jobs, None if on_store else self._run.path, calling)
+        if not on_store and not seen.sees_root:
+            raise RunError(
+                f"The head of the cluster at {jobs.url} does not see {self._run.root}, so that the run would not come "
+                "back from there. Mount one directory under the same path on both sides and name it with run.root=…, "
+                "or use an object store (run.root=abfss://…, see docs/storage.md)."
+            )
+        driver = freight.entrypoint("-m", "launcher.driver", found.job)
+        words = self._words(self._run.root)
+        if seen.sees_calling and seen.same_project:
+            where = str(config_dir) if config_dir else None
+            jobs.put(found.job, self._order(words, str(calling), where, values))
+            jobs.submit(found.job, driver, {"PYTHONPATH": str(project.HOME)})
+            return
+        self._send(jobs, found, words, values)
+
+    def _followed(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
+        handled = 0
+
+        def poll() -> None:
+            nonlocal handled
+            if interrupts.count == handled:
+                return
+            first, handled = handled == 0, interrupts.count
+            if not first:
+                raise Stopped(interrupts.signal_number)
+            if interrupts.signal_number == signal.SIGINT and self._ask() == DETACH:
+                raise _Detached
+            handled = interrupts.count  # a Ctrl-C while it was asked belongs to the question
+            self._note(f"Stopping: {'its trials save' if self._trials else 'the run saves'} a checkpoint first.")
+            with contextlib.suppress(Unreachable):
+                jobs.stop(found.job)
+
+        try:
+            for event in follow.events(jobs, found.job, found.where, poll, self._run.name):
+                if event["kind"] == "end":
+                    return self._ended(event, interrupts)
+                self._on_event(event)
+        except _Detached:
+            return Sent({}, detached=True)
+        raise AssertionError
+
+    def _ended(self, end: Event, interrupts: Any) -> Sent:
+        if error := end.get("error"):
+            raise error_of(error)
+        if "stopped" in end:
+            raise Stopped(interrupts.signal_number or end["stopped"])
+        return Sent(end["result"], interrupts.signal_number, more=end.get("more", {}))
+
+
+def _quoted(value: str) -> str:
+    """Return a value as Hydra reads it from a word, whatever characters it has."""
+    return '"' + value.replace('"', '\\"') + '"'
+
+
+class _Detached(Exception):
+    pass
+
+
+def error_of(told: dict[str, Any]) -> LaunchError:
+    """Return the error that the driver told of, as the class that it had there."""
+    kind = getattr(errors, str(told["type"]), None)
+    if kind is UserCodeError:
+        return UserCodeError(told["message"], told["traceback"] or "")
+    if isinstance(kind, type) and issubclass(kind, LaunchError):
+        made = kind.__new__(kind)
+        Exception.__init__(made, told["message"])
+        return made
+    return UserCodeError(f"{told['type']}: {told['message']}", told["traceback"] or "")

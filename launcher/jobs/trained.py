@@ -1,0 +1,169 @@
+"""What is done with a run that was trained: evaluate, predict, export. Its own configuration holds, under the words.
+
+Another model is refused, since the weights would not be its. Other data break nothing here: `evaluate` tries on a few
+samples whether the network takes them before anything is started.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher import runs
+from launcher.config import ClusterConfig, Composition, compose
+from launcher.engine.entry import Task
+from launcher.errors import StorageError
+from launcher.jobs import ranks
+from launcher.jobs.prepare import Request, check_same_model, over_the_run, root_of, run_section, same_section
+from launcher.jobs.remote.place import is_elsewhere
+from launcher.jobs.training import Observer, device_of, ended_by_signals, over_text, run_task
+from launcher.jobs.weights import best_checkpoint
+from launcher.planning.plan import machines_of
+from launcher.runs import RunDirectory
+from launcher.runs.mirror import written
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run, its configuration under the words, and the checkpoint that is used."""
+
+    run: RunDirectory
+    composition: Composition
+    checkpoint: Path
+    other_data: bool
+
+    def task(self, action: Any, request: Request, alone: bool = False, **more: Any) -> Task:
+        """alone: in this process, whatever the run was trained on; so is that of a cluster elsewhere."""
+        job = self.composition.job
+        if alone or is_elsewhere(job.cluster):
+            job = replace(job, cluster=ClusterConfig("none"), scaling=replace(job.scaling, workers="auto"))
+        return Task(
+            action=action,
+            job=job,
+            directory=self.run.told(),
+            python_path=[str(request.calling)],
+            started=request.started,
+            weights=self.run.told(self.checkpoint),
+            **more,
+        )
+
+
+def find(name: str, request: Request, observer: Observer, doing: str) -> Trained:
+    """Return the run called `name` with its best checkpoint.
+
+    Raises:
+        RunError: there is no such run, it has no checkpoint, or the words name another model.
+        ConfigError, TrustError: the words, or what was stored, are wrong.
+    """
+    run = runs.find(root_of(run_section(request).root), name)
+    composition, changes = over_the_run(request, run)
+    other_data = False
+    if changes:
+        stored = compose([], request.config_dir, run.config).job
+        check_same_model(stored, composition.job, name)
+        other_data = not same_section(stored.data, composition.job.data)
+        observer.event({"kind": "note", "text": over_text(changes)})
+    checkpoint = best_checkpoint(run)
+    observer.event({"kind": "note", "text": f"{doing} {run.told(checkpoint)}"})
+    return Trained(run, composition, checkpoint, other_data)
+
+
+def evaluate(name: str, request: Request, observer: Observer) -> dict[str, float]:
+    """Evaluate a run's best checkpoint on its validation and test sets, each sample once. Returns metrics by tag.
+
+    They are also appended to the run's `evaluations.jsonl`, with the time, the step and the words.
+
+    Raises:
+        RequestError: see `find`, or the network does not fit other data.
+        TrainingError: it started and failed.
+        Stopped: it was ended by a signal.
+    """
+    facts = ranks.in_environment()
+    with ended_by_signals():
+        if facts is None:
+            trained = find(name, request, observer, "Evaluating")
+            _check_data(trained, observer)
+            task = trained.task("evaluate", request)
+            metrics = run_task(task, machines_of(task.job), observer.event)[0]
+            _append(trained, metrics, observer)
+            return metrics
+        from launcher.runners import in_process
+
+        with ranks.joined(facts, device_of(request)) as runtime:
+            trained = find(name, request, observer if runtime.is_first else Observer(), "Evaluating")
+            _check_data(trained, observer)
+            with in_process.DirectControl(observer.event, shared=True) as control:
+                metrics = in_process.run(trained.task("evaluate", request), runtime, control)
+            if runtime.is_first:
+                _append(trained, metrics, observer)
+            return metrics
+
+
+def predict(name: str, request: Request, path: str, observer: Observer, take: Callable[[dict[str, Any]], None]) -> None:
+    """Hand what a run's best checkpoint makes of every input at `path` to `take`, one after the other.
+
+    Raises:
+        RequestError: see `find`; the data or the model knows no predictions, or an input is missing, damaged or unfit.
+        UserCodeError: `predict_step` failed.
+    """
+    with ended_by_signals():
+        task = find(name, request, observer, "Predicting with").task("predict", request, alone=True, inputs=path)
+
+        def hear(event: dict[str, Any]) -> None:
+            if event["kind"] == "prediction":
+                take(event["value"])
+            else:
+                observer.event(event)
+
+        run_task(task, machines_of(task.job), hear)
+
+
+def export(name: str, request: Request, observer: Observer, begun: Callable[[Path], None]) -> Path:
+    """Write a run's best weights and its network into its folder `export`, which is returned.
+
+    Args:
+        begun: is told the folder when all is ready; what fails from then on leaves the weights there.
+
+    Raises:
+        RequestError: see `find`.
+        ExportError: the network cannot be exported; its weights are written.
+    """
+    with ended_by_signals():
+        trained = find(name, request, observer, "Exporting")
+        task = trained.task("export", request, alone=True)
+        # The same program serves on every device; here it is tried on the one that every machine has.
+        task.job = replace(task.job, scaling=replace(task.job.scaling, device="cpu"))
+        folder = trained.run.path / "export"
+        with written(trained.run):
+            begun(folder)
+            run_task(task, machines_of(task.job), observer.event)
+        return folder
+
+
+def _check_data(trained: Trained, observer: Observer) -> None:
+    """Raise ConfigError where the network does not take data other than those of the run."""
+    if not trained.other_data:
+        return
+    from launcher.engine.estimate import check_fit
+
+    observer.event({"kind": "phase", "name": "check"})
+    check_fit(trained.composition.job, trained.run.name)
+
+
+def _append(trained: Trained, metrics: dict[str, float], observer: Observer) -> None:
+    entry = {
+        "time": time.time(),
+        "step": int(trained.checkpoint.name.rpartition("-")[2]),
+        "words": trained.composition.shown_words(),
+        **{tag: value if value == value and abs(value) != float("inf") else None for tag, value in metrics.items()},
+    }
+    try:
+        with written(trained.run), (trained.run.path / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    except (OSError, StorageError) as error:  # somebody else's run can be looked at all the same
+        why = str(getattr(error, "strerror", None) or error).rstrip(".")
+        observer.event({"kind": "note", "text": f"Not kept in evaluations.jsonl: {why}."})

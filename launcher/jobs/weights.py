@@ -1,0 +1,57 @@
+"""Which weights of other runs are meant: the best of a run or of a sweep, or those of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher import runs
+from launcher.config import Job
+from launcher.errors import RequestError, RunError, did_you_mean
+from launcher.jobs.prepare import root_of
+from launcher.runs import RunDirectory
+
+
+def weights_of(job: Job) -> str | None:
+    """Return the path of the weights that `checkpoint.load` names: the best of a run or a sweep, or a file."""
+    source = job.checkpoint.load
+    if source is None:
+        return None
+    path = Path(source).expanduser()
+    if path.is_file() or (path / "state.json").is_file():
+        return str(path.absolute())
+    root = root_of(job.run.root)
+    try:
+        run = runs.find(root, source)
+    except RequestError:
+        pass
+    else:
+        return run.told(best_checkpoint(run))
+    known = [other.name for other in runs.list_runs(root)]
+    raise RunError(
+        f"checkpoint.load={source}: there is no such run in {root} and no such file.{did_you_mean(source, known)}"
+    )
+
+
+def best_checkpoint(run: RunDirectory) -> Path:
+    """Return the checkpoint with the best monitored value, or the newest intact one where none is monitored.
+
+    Raises:
+        RunError: the run has none.
+    """
+    from launcher.engine.checkpoint import available, newest_intact, verify
+
+    best = run.result().get("best") or {}
+    if run.uri is not None:
+        from launcher.engine.checkpoint.uploads import fetch
+
+        found = fetch(run, best.get("step"))
+        if found is not None:
+            return found
+    path = available(run.checkpoints).get(best.get("step", -1))
+    if path is not None:
+        verify(path)
+        return path
+    newest = newest_intact(run.checkpoints)
+    if newest.path is None:
+        raise RunError(f'The run "{run.name}" has no checkpoint that can be used. {newest.explain()}'.strip())
+    return newest.path

@@ -1,0 +1,279 @@
+"""The plan of a run: what `train` will do, as a value. Nothing is created by making one.
+
+Joins the engine's estimate of the job with what the place has that it is to run in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from launcher.clusters import capacity, gcs
+from launcher.clusters.rates import rate_of
+from launcher.config import Job
+from launcher.config.schema import RENTED
+from launcher.errors import ConfigError
+from launcher.money import Rate
+from launcher.phases import Marks
+from launcher.phrases import count, size
+
+if TYPE_CHECKING:
+    from launcher.engine.estimate import Estimate
+
+_AUTO = " (at the start: ddp, or fsdp where a worker cannot hold the network; the figures here are those of ddp)"
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the workers sit. `cluster` is the configuration's word; CPUs and GPUs are those of the whole cluster."""
+
+    cluster: str
+    description: str
+    cpus: int
+    gpus: int
+    workers: int
+    device: str
+    cpus_per_worker: float
+    gpus_per_worker: float
+    nodes: int = 1
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batch arithmetic. `per_worker` and `microbatches` are the largest of any worker."""
+
+    global_batch_size: int
+    per_worker: int
+    microbatch_size: int
+    microbatches: int
+    steps_per_epoch: int
+    epochs: float
+    steps: int
+    last_batch_size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `train` would do. Bytes are those of one worker; `memory["total"]` leaves out the framework's own."""
+
+    machines: Machines
+    batches: Batches
+    data: dict[str, int]
+    parameters: int
+    memory: dict[str, int]
+    strategy: str
+    communication: str
+    gradient_bytes_per_step: int
+    flops_per_sample: float | None
+    tags: tuple[str, ...]
+    usd_per_hour: float
+    rate: Rate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def headline(self) -> str:
+        """Return the one line that `train` begins with."""
+        m, b = self.machines, self.batches
+        workers = count(m.workers, f"{'GPU' if m.device == 'cuda' else 'CPU'} worker")
+        return (
+            f"{workers} ({m.description}), global batch {b.global_batch_size} = {self._shares()}, "
+            f"{count(b.steps, 'step')} ({count(b.epochs, 'epoch')} of {b.steps_per_epoch})"
+            + (f", {self.usd_per_hour:.2f} USD/h" if self.rate is not None else "")
+        )
+
+    def _shares(self) -> str:
+        workers, most = self.machines.workers, self.batches.per_worker
+        even = workers * most == self.batches.global_batch_size
+        return f"{workers} x {'' if even else 'at most '}{most}"
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the plan as (what, value) for people."""
+        m, b = self.machines, self.batches
+        memory = ", ".join(f"{name} {size(part)}" for name, part in self.memory.items())
+        length = f"{count(b.steps, 'step')} = {count(b.epochs, 'epoch')} of {b.steps_per_epoch}"
+        accumulated = f" in {b.microbatches} microbatches of {b.microbatch_size}" if b.microbatches > 1 else ""
+        return [
+            ("where", m.description),
+            ("workers", f"{m.workers} on {m.device}, {m.cpus_per_worker:g} CPU and {m.gpus_per_worker:g} GPU each"),
+            ("global batch", f"{b.global_batch_size} samples = {self._shares()}{accumulated}"),
+            ("length", f"{length} (the last batch has {b.last_batch_size})"),
+            ("data", ", ".join(f"{name} {count:,}" for name, count in self.data.items())),
+            ("network", f"{self.parameters:,} parameters"),
+            ("memory a worker", memory),
+            ("strategy", self.strategy + (_AUTO if self.strategy == "auto" else "")),
+            ("communication", self.communication if m.workers > 1 else "none (one worker)"),
+            ("tags", ", ".join(self.tags)),
+            ("cost", f"{self.usd_per_hour:.2f} USD/h"),
+        ]
+
+
+def machines_of(job: Job, ranks: int | None = None) -> Machines:
+    """Decide where the workers sit and how many there are.
+
+    Args:
+        ranks: how many processes torchrun or srun started, or None.
+
+    Raises:
+        ResourceError: the machine can never hold what was asked for.
+        ConfigError: several workers without anything that starts them, or VMs that nothing creates.
+    """
+    if job.cluster.size is not None and job.cluster.kind not in RENTED:
+        raise ConfigError(
+            f"cluster.size={job.cluster.size} asks for VMs of Azure, and cluster={job.cluster.kind} has none: "
+            "cluster=azure rents them, and `launch plan` with the same words says what they would do and cost. Leave "
+            "cluster.size out to run here."
+        )
+    if job.cluster.kind == "kuberay":
+        raise ConfigError(
+            "cluster=kuberay came from a configuration file, and this command starts workers itself. Give it as a "
+            "word: launch … cluster=kuberay makes a RayJob of the run."
+        )
+    if job.cluster.kind in ("ssh", "azure") and ranks is None:
+        raise ConfigError(
+            f"cluster={job.cluster.kind}: `launch train` sends runs and sweeps to such a cluster; `launch plan "
+            "cluster=azure` needs cluster.size=SIZE."
+        )
+    if job.cluster.kind == "existing" and ranks is None:
+        nodes = gcs.look(gcs.address_of(job.cluster.address))
+        return seated_on(
+            job, nodes, f"the existing cluster of {count(len(nodes), 'node')}: {capacity.described(nodes)}"
+        )
+    cpus, gpus = capacity.resources()
+    scaling = job.scaling
+    use_gpu = _uses_gpu(job, gpus)
+    device = "cuda" if use_gpu else "cpu"
+    if job.cluster.kind == "none" or ranks is not None:
+        if ranks is None and scaling.workers not in ("auto", 1):
+            raise ConfigError(
+                f"scaling.workers={scaling.workers} was asked for with cluster=none, which is this one process. "
+                f"Use cluster=local, or start them with: torchrun --nproc-per-node={scaling.workers} -m launcher ..."
+            )
+        where = "this process" if ranks is None else f"{ranks} processes started by torchrun or srun"
+        return Machines("none", where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
+    gpus_per_worker = _gpus_per_worker(job, use_gpu)
+    workers = scaling.workers
+    if workers == "auto":
+        # On CPUs two workers show what there is to show; more would only share the same cores.
+        workers = max(1, int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker)))
+    capacity.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
+    where = "the Ray of this session" if capacity.connected() else "this machine"
+    return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
+
+
+def seated_on(job: Job, nodes: Sequence[capacity.Node], where: str, cluster: str = "existing") -> Machines:
+    """Return how many workers there are on the nodes of a cluster.
+
+    Raises:
+        ResourceError: the nodes can never hold what was asked for.
+        ConfigError: healing was asked for on GPUs.
+    """
+    scaling = job.scaling
+    cpus, gpus = int(sum(node.cpus for node in nodes)), int(sum(node.gpus for node in nodes))
+    use_gpu = _uses_gpu(job, gpus)
+    gpus_per_worker = _gpus_per_worker(job, use_gpu)
+    workers = scaling.workers
+    if workers == "auto":
+        most = int(capacity.room(nodes, scaling.cpus_per_worker, gpus_per_worker))
+        workers = max(1, most if use_gpu else min(2, most))
+    capacity.check_feasible_on(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
+    device = "cuda" if use_gpu else "cpu"
+    return Machines(cluster, where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker, len(nodes))
+
+
+def _uses_gpu(job: Job, gpus: int) -> bool:
+    return job.scaling.device == "cuda" or (job.scaling.device == "auto" and gpus > 0)
+
+
+def _gpus_per_worker(job: Job, use_gpu: bool) -> float:
+    if job.scaling.heal and use_gpu:
+        raise ConfigError(
+            "scaling.heal=true was asked for where the workers compute on GPUs; healing in place is made for CPUs so "
+            "far. Add scaling.device=cpu, or leave scaling.heal out."
+        )
+    if not use_gpu:
+        return 0.0
+    return 1.0 if job.scaling.gpus_per_worker is None else job.scaling.gpus_per_worker
+
+
+def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) -> Plan:
+    """Look at the job and at where it is to run, and work out everything that follows.
+
+    Raises:
+        RequestError: it cannot be done as asked; see `machines_of` and `engine.estimate`.
+    """
+    machines = machines_of(job, ranks)
+    rate = rate_of(job.cluster, machines.nodes)
+    marks = marks or Marks()
+    marks.begin("imports")
+    if machines.cluster == "none":
+        from launcher.engine.runtime import choose_device
+
+        choose_device(job.scaling.device, 0)
+    from launcher.engine.estimate import estimate
+
+    marks.begin("check")
+    plan = plan_on(job, machines, estimate(job))
+    return plan if rate is None else replace(plan, rate=rate, usd_per_hour=round(rate.an_hour(), 6))
+
+
+def plan_on(job: Job, machines: Machines, found: Estimate) -> Plan:
+    """Join what the job needs with the machines that it is to run on.
+
+    Raises:
+        ConfigError: the batch arithmetic cannot be met.
+    """
+    from launcher.engine.build import build_split, check_batch
+    from launcher.engine.order import Order
+    from launcher.engine.strategies import costs
+
+    check_batch(job, found.train_samples, machines.workers)
+    trainer = job.trainer
+    order = Order(found.train_samples, trainer.global_batch_size, trainer.seed, trainer.overfit_batches)
+    share = build_split(job).share(trainer.global_batch_size, 0, machines.workers)
+    steps = trainer.steps or trainer.epochs * order.steps_per_epoch
+    profile = job.logging.profile
+    if profile is not None and profile[1] > steps:
+        raise ConfigError(f"logging.profile={profile}: the run has {steps} steps. Choose earlier ones.")
+    microbatch = max(stop - start for start, stop in share)
+    kept = {
+        "parameters": found.parameter_bytes,
+        "gradients": found.gradient_bytes,
+        "optimizer": found.optimizer_bytes,
+    }
+    memory = costs.memory(job.strategy, machines.workers, kept)
+    memory["activations"] = found.activation_bytes_per_sample * microbatch
+    travels, communication = costs.traffic(
+        job.strategy, trainer, found.parameter_bytes, found.gradient_bytes, len(share)
+    )
+    compression = job.strategy.compression
+    return Plan(
+        machines=machines,
+        batches=Batches(
+            global_batch_size=trainer.global_batch_size,
+            per_worker=share[-1][1] - share[0][0],
+            microbatch_size=microbatch,
+            microbatches=len(share),
+            steps_per_epoch=order.steps_per_epoch,
+            epochs=round(steps / order.steps_per_epoch, 4),
+            steps=steps,
+            last_batch_size=order.batch_size(order.steps_per_epoch - 1),
+        ),
+        data=_sizes(found.train_samples, found.val_samples, found.test_samples),
+        parameters=found.parameters,
+        memory={**memory, "total": sum(memory.values())},
+        strategy=job.strategy.name + (f" with compression {compression}" if compression != "none" else ""),
+        communication=communication,
+        gradient_bytes_per_step=travels,
+        flops_per_sample=found.flops_per_sample,
+        tags=found.tags,
+        usd_per_hour=0.0,
+    )
+
+
+def _sizes(train: int, val: dict[str, int], test: dict[str, int]) -> dict[str, int]:
+    sizes = {"train": train}
+    for kind, sets in (("val", val), ("test", test)):
+        sizes.update({f"{kind}/{name}" if name else kind: count for name, count in sets.items()})
+    return sizes

@@ -1,0 +1,304 @@
+"""A run on disk: its directory, `result.json`, heartbeat, requests to stop, and the listing of a run root.
+
+Free of torch and Ray, so that `launch runs` answers at once. The layout is in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.config.checks import check_run_name
+from launcher.errors import RunError, did_you_mean
+
+HEARTBEAT_SECONDS = 5.0
+# A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.
+LOST_AFTER_SECONDS = 60.0
+FINAL = ("completed", "stopped", "pruned", "failed")
+REMOTE = "remote.json"  # in the directory of a run that is driven elsewhere: where
+MARK = ".store"  # in a run root that is the copy of one on an object store: its URI
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON; see `write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old or the new file, never a part.
+
+    Where a full disk has no room for both, the old one is written over: that a run failed must still be said.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            raise
+        with path.open("r+") as file:
+            file.write(text)
+            file.truncate()
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where one run lives: `<run.root>/<run.name>`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def uri(self) -> str | None:
+        """Where the run lies on an object store, or None."""
+        try:
+            return f"{(self.path.parent / MARK).read_text()}/{self.name}"
+        except OSError:
+            return None
+
+    @property
+    def root(self) -> str:
+        """The run root as run.root names it: a path, or a URI."""
+        uri = self.uri
+        return str(self.path.parent) if uri is None else uri.rpartition("/")[0]
+
+    def told(self, path: Path | None = None) -> str:
+        """Return the run, or a path below it, as it is told to people: by its URI where it lies on an object store."""
+        uri = self.uri
+        if uri is None:
+            return str(path or self.path)
+        return uri if path is None else f"{uri}/{path.relative_to(self.path).as_posix()}"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        return self.path / "overrides.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def _result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def _heartbeat(self) -> Path:
+        return self.path / ".heartbeat"
+
+    @property
+    def _stop(self) -> Path:
+        return self.path / ".stop"
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether it was sent to a cluster, by whose head it is driven (`launcher.jobs.remote.place`)."""
+        return (self.path / REMOTE).is_file()
+
+    def _is_copied(self) -> bool:
+        """Whether files of the run come from elsewhere now and then: a silent one may still go on."""
+        try:
+            return bool(json.loads((self.path / REMOTE).read_text()).get("directory"))
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def exists(self) -> bool:
+        return self.config.is_file() or self._result.is_file()
+
+    def create(self) -> None:
+        """Make the directory and prove that it can be written.
+
+        Raises:
+            RunError: it cannot be created or written.
+        """
+        probe = self.path / ".probe"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                probe.write_bytes(b"x")
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"The run directory {self.path} cannot be written: {error.strerror or error}. "
+                "Choose another place with run.root=DIRECTORY."
+            ) from error
+
+    def result(self) -> dict[str, Any]:
+        """Return the content of `result.json`, or an empty mapping where there is none."""
+        try:
+            content = json.loads(self._result.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self._result} cannot be read: {error}. Restore it or remove the run.") from error
+        return content if isinstance(content, dict) else {}
+
+    def write_result(self, content: dict[str, Any]) -> None:
+        write_json(self._result, content)
+
+    def update_result(self, **changes: Any) -> dict[str, Any]:
+        content = {**self.result(), **changes}
+        self.write_result(content)
+        return content
+
+    def beat(self) -> None:
+        """Say that this process is alive and works on the run."""
+        write_json(self._heartbeat, {"host": socket.gethostname(), "pid": os.getpid()})
+
+    def is_alive(self) -> bool:
+        """Tell whether somebody works on the run: a fresh heartbeat, of a process that is not known to be gone."""
+        try:
+            age = time.time() - self._heartbeat.stat().st_mtime
+            writer = json.loads(self._heartbeat.read_text())
+        except (OSError, ValueError):
+            return False
+        if writer.get("host") == socket.gethostname() and not _process_exists(int(writer.get("pid", 0))):
+            return False
+        return age < LOST_AFTER_SECONDS
+
+    def require_idle(self) -> None:
+        """Raise RunError where somebody works on the run."""
+        if self.status() == "running":
+            raise RunError(
+                f'The run "{self.name}" is running. Follow it with: launch logs {self.name}; stop it with: launch stop '
+                f"{self.name}."
+            )
+
+    def claim(self) -> None:
+        """Begin to work on a run that is continued: of several commands at the same moment one does.
+
+        The lock is held for this moment alone, and goes with its process; from then on the heartbeat says who works on
+        the run, so that neither a dead process nor another machine keeps it for ever.
+
+        Raises:
+            RunError: somebody works on it.
+        """
+        with _locked(self.config):
+            self.require_idle()
+            self.beat()
+            self.update_result(status="running")
+
+    def request_stop(self) -> None:
+        self._stop.touch()
+
+    def stop_requested(self) -> bool:
+        return self._stop.exists()
+
+    def clear_requests(self) -> None:
+        with suppress(FileNotFoundError):
+            self._stop.unlink()
+
+    def status(self) -> str:
+        """Return the status of `result.json`, or `lost` where it says running and nobody works on it.
+
+        `sent`: it was sent to a cluster, and nothing has come back yet, or not lately.
+        """
+        status = str(self.result().get("status", "sent" if self.is_sent else "unknown"))
+        if status == "running" and self._is_copied() and not self.is_alive():
+            return "sent"
+        return "lost" if status == "running" and not self.is_alive() else status
+
+
+@contextmanager
+def _locked(file: Path, patience: float = 5.0) -> Iterator[None]:
+    """Hold a file's lock, where its file system has locks and nobody has died on another machine with it."""
+    import fcntl
+
+    latest = time.monotonic() + patience
+    with file.open("r+") as held:
+        while time.monotonic() < latest:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:  # an object store that is mounted, for one
+                break
+        yield
+
+
+def _process_exists(pid: int) -> bool:
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def find(root: str | Path, name: str) -> RunDirectory:
+    """Return the run called `name` (a run, SWEEP/NUMBER or SWEEP/best) under `root`.
+
+    Raises:
+        ConfigError: no run can have this name.
+        RunError: there is none; names the nearest.
+    """
+    for part in name.split("/"):
+        check_run_name(part, "the name of a run")
+    base = Path(root).expanduser().absolute()
+    sweep, _, last = name.rpartition("/")
+    run = RunDirectory(base / sweep / _best_of(base / sweep, sweep) if sweep and last == "best" else base / name)
+    if not run.exists() and not run.is_sent:
+        known = [other.name for other in list_runs(root)]
+        listed = f" It holds {len(known)} run(s)." if known else " It holds no runs."
+        raise RunError(
+            f'There is no run "{name}" in {RunDirectory(base / "run").root}.{listed}{did_you_mean(name, known)}'
+        )
+    return run
+
+
+def list_runs(root: str | Path) -> Iterator[RunDirectory]:
+    """Yield the runs under `root`, oldest first."""
+    base = Path(root).expanduser().absolute()
+    if not base.is_dir():
+        return
+    runs = [RunDirectory(path) for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    yield from sorted((run for run in runs if run.exists() or run.is_sent), key=lambda run: (_begun(run), run.name))
+
+
+def _best_of(sweep: Path, name: str) -> str:
+    """Return the number of a sweep's best trial."""
+    try:
+        found = re.search(r"^number: (\d+)$", (sweep / "best.yaml").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is None:
+        what = "no trial of it has been completed" if (sweep / "study.journal").exists() else f'"{name}" is no sweep'
+        raise RunError(f"{name}/best: {what}. `launch runs` lists what there is.")
+    return found[1]
+
+
+def _begun(run: RunDirectory) -> float:
+    """When the run was started, or continued for the last time."""
+    with suppress(OSError):
+        return run.config.stat().st_mtime
+    return 0.0

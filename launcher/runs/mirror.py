@@ -1,0 +1,357 @@
+"""A run root on an object store, and its copy on this machine.
+
+Everything works on the copy, a directory like any other: the engine writes there, `launch runs` reads there. This
+module carries files between the two. Checkpoints have a way of their own (`engine.checkpoint.uploads`).
+
+    $XDG_CACHE_HOME/launch/roots/<name>-<hash of the URI>/
+      .store                the URI
+      <run>/                as in any run root, and
+        .owner              this copy belongs to the machine that wrote the run last; the store has the same file
+
+Whoever is going to write a run claims it: pulls what others wrote, then leaves a token here and on the store. As long
+as the store has this very token, nobody else wrote since, and the copy holds at least what the store has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import RunError, StorageError
+from launcher.runs import MARK, RunDirectory, write_text
+from launcher.runs.storage import Entry, Store, WrongSize, check_uri, is_uri
+
+CHECKPOINTS = "checkpoints"
+OWNER = ".owner"
+_REQUESTS = ".requests"  # on the store: what other machines ask of the run
+SYNC_SECONDS = 5.0
+# An operation that the user waits for, with nothing trained yet, is given up sooner than one of a run.
+HASTY_SECONDS = 15.0
+# What tells which runs there are and how they are; everything else of a run is copied when it is asked for.
+FACTS = ("config.yaml", "overrides.yaml", "result.json", ".heartbeat")
+_THREADS = 16
+_REFRESH_SECONDS = 2.0
+_OLD_SECONDS = 3600.0
+_BOARD_SECONDS = 10.0
+_refreshed: dict[str, float] = {}
+
+
+def cache_of(uri: str) -> Path:
+    """Return the directory of this machine that mirrors a run root, made if need be. RunError where it cannot be made.
+
+    It lies in $XDG_CACHE_HOME (~/.cache); where that cannot be written, in the temporary folder.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    bases = [Path(given) / "launch"] if given else [Path.home() / ".cache" / "launch"]
+    bases.append(Path(tempfile.gettempdir()) / f"launch-of-{os.getuid()}")
+    name = f"{re.sub(r'[^A-Za-z0-9.]+', '-', uri)[-60:].strip('-')}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
+    problem: OSError | None = None
+    for base in bases:
+        root = base / "roots" / name
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if base.lstat().st_uid != os.getuid() or stat.S_ISLNK(base.lstat().st_mode):
+                continue  # somebody else's, in a folder where everybody may write
+            if not (root / MARK).exists():
+                temporary = root / f"{MARK}.{os.getpid()}.tmp"
+                temporary.write_text(uri)
+                os.replace(temporary, root / MARK)
+        except OSError as error:
+            problem = error
+            continue
+        return root
+    why = f": {problem.strerror}" if problem else ""
+    raise RunError(
+        f"There is no place for the local copy of {uri}: {bases[0]} cannot be written{why}. Set XDG_CACHE_HOME."
+    )
+
+
+def local(place: str) -> Path:
+    """Return the directory of this machine for a run that is named by its path or its URI, made if need be."""
+    if not is_uri(place):
+        return Path(place)
+    root, _, name = place.rpartition("/")
+    path = cache_of(root) / name
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def root_of(uri: str) -> Path:
+    """Return the local copy of a run root, with the facts of all its runs as the store has them now.
+
+    Raises:
+        ConfigError: the URI is none that can be used.
+        RunError: the store cannot be read.
+    """
+    uri = check_uri(uri)
+    root = cache_of(uri)
+    if time.monotonic() - _refreshed.get(uri, -_REFRESH_SECONDS) >= _REFRESH_SECONDS:
+        refresh(root)
+        _refreshed[uri] = time.monotonic()
+    return root
+
+
+def refresh(root: Path, wanted: Callable[[str], bool] | None = None) -> None:
+    """Copy the files of all runs whose name is `wanted` (the facts) from the store, but for the runs owned here."""
+    store = Store.open((root / MARK).read_text(), HASTY_SECONDS)
+    try:
+        entries = store.entries()
+        by_run: dict[str, dict[str, Entry]] = {}
+        for name, entry in entries.items():
+            run, _, rest = name.partition("/")
+            if rest and not run.startswith("."):
+                by_run.setdefault(run, {})[rest] = entry
+        for run, files in by_run.items():
+            if not _owned(store.under(run), root / run, files):
+                chosen = {name: e for name, e in files.items() if (wanted(name) if wanted else name in FACTS)}
+                _copy(store.under(run), root / run, chosen)
+    except StorageError as error:
+        raise RunError(f"The run root cannot be read. {error} See docs/storage.md for what it needs.") from None
+    for path in root.iterdir():  # copies of runs that somebody removed from the store; one that begins is young
+        old = path.is_dir() and path.stat().st_mtime < time.time() - _OLD_SECONDS
+        if old and path.name not in by_run and not (path / OWNER).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _owned(store: Store, run: Path, files: Iterable[str]) -> bool:
+    """Whether nobody but this machine has written the run since this machine did; `files` are those on the store."""
+    with contextlib.suppress(FileNotFoundError):
+        return OWNER in files and (run / OWNER).read_bytes() == store.read(OWNER)
+    return False
+
+
+def _copy(store: Store, run: Path, files: Mapping[str, Entry]) -> None:
+    """Copy files that differ in size or time. An empty one is being written at this moment: the old one stays."""
+
+    def one(name: str, entry: Entry) -> None:
+        target = run / name
+        with contextlib.suppress(FileNotFoundError):
+            found = target.lstat()
+            if found.st_size == entry.size and abs(found.st_mtime - entry.mtime) < 1e-3:
+                return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError, WrongSize):  # removed or written meanwhile: the next time has it
+            store.get(name, target, entry.size)
+            os.utime(target, (entry.mtime, entry.mtime))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(lambda item: one(*item), [item for item in files.items() if item[1].size]))
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file belongs to what is mirrored: neither a checkpoint nor a file that is being written."""
+    ours = (f"{CHECKPOINTS}/", f"{_REQUESTS}/", OWNER, ".probe", ".stop")
+    return not (name.startswith(ours) or name.endswith((".tmp", ".lock")))
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """One run that lies on a store, and its copy here."""
+
+    run: RunDirectory
+    store: Store
+
+    @classmethod
+    def of(cls, run: RunDirectory, patience: float | None = None) -> Mirrored | None:
+        """Return it where the run's root is the copy of one on a store, else None."""
+        return None if run.uri is None else cls(run, Store.open(run.uri, patience))
+
+    def pull(self) -> bool:
+        """Copy everything but checkpoints to this machine, unless nobody else wrote since; tell whether that was so.
+
+        Checkpoints here that the store does not have belong to a history that another machine has left.
+        """
+        files = self.store.entries()
+        if not files or _owned(self.store, self.run.path, files):
+            return False
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        for name in _files(self.run.path):
+            if name not in files:
+                (self.run.path / name).unlink(missing_ok=True)
+        for path in self.run.checkpoints.glob("*step-*"):
+            if f"{CHECKPOINTS}/{path.name}/manifest.json" not in files:
+                shutil.rmtree(path, ignore_errors=True)
+        _copy(self.store, self.run.path, {name: entry for name, entry in files.items() if _is_own(name)})
+        return True
+
+    def claim(self) -> None:
+        """Say, here and on the store, that this machine writes the run from now on. Call `pull` first."""
+        token = secrets.token_hex(8)
+        self.store.put_bytes(OWNER, token.encode())
+        write_text(self.run.path / OWNER, token)
+
+    def push(self, names: Iterable[str] | None = None) -> None:
+        """Copy files, or all but checkpoints, to the store."""
+        for name in _files(self.run.path) if names is None else names:
+            with contextlib.suppress(FileNotFoundError):
+                self.store.put(name, self.run.path / name)
+
+    def publish(self) -> None:
+        """Claim a run that begins and put there what is known of it. RunError where that cannot be done."""
+        try:
+            self.claim()
+            self.push()
+            self.store.remove(_REQUESTS)
+        except StorageError as error:
+            raise RunError(f"The run root cannot be written. {error} See docs/storage.md for what it needs.") from None
+
+    def push_end(self) -> None:
+        """Put what is said of the end of a run there. Where another machine wrote it, this one takes it over."""
+        if not _owned(self.store, self.run.path, self.store.entries(recursive=False)):
+            self.claim()
+        self.push(["log.txt", "result.json"])
+
+    def remove(self) -> None:
+        """Remove what a run that could not begin has put there."""
+        self.store.remove()
+
+    def request_stop(self) -> None:
+        self.store.put_bytes(f"{_REQUESTS}/stop", b"stop")
+
+    def stop_requested(self) -> bool:
+        return bool(self.store.entries(_REQUESTS))
+
+    def newest_checkpoint(self) -> str | None:
+        """Return the URI of the newest complete checkpoint on the store; it is not verified."""
+        there = sorted(self.store.entries(CHECKPOINTS).items())
+        found = [name for name, entry in there if name.endswith("/manifest.json") and "/step-" in name and entry.size]
+        return f"{self.store.uri}/{found[-1].rpartition('/')[0]}" if found else None
+
+
+@contextlib.contextmanager
+def written(run: RunDirectory) -> Iterator[None]:
+    """Around whatever adds to a run that was trained: what a store has comes first, and what is new goes there."""
+    mirrored = Mirrored.of(run)
+    if mirrored is None:
+        yield
+        return
+    mirrored.pull()
+    before = {name: _signature(run.path / name) for name in _files(run.path)}
+    mirrored.claim()
+    try:
+        yield
+    finally:
+        mirrored.push([name for name in _files(run.path) if _signature(run.path / name) != before.get(name)])
+
+
+def following(run: RunDirectory) -> Callable[[], None]:
+    """Return what brings result.json, heartbeat and log.txt of a run up to date, at most every two seconds."""
+    mirrored = Mirrored.of(run, HASTY_SECONDS)
+    last = -_REFRESH_SECONDS
+
+    def follow() -> None:
+        nonlocal last
+        if mirrored is None or time.monotonic() - last < _REFRESH_SECONDS:
+            return
+        last = time.monotonic()
+        files = mirrored.store.entries(recursive=False)
+        if not _owned(mirrored.store, run.path, files):
+            _copy(mirrored.store, run.path, {n: e for n, e in files.items() if n in (*FACTS, "log.txt")})
+
+    return follow
+
+
+def board(root: Path, command: list[str], say: Callable[[str], None]) -> int:
+    """Run TensorBoard over the copy of a run root, and bring what runs write elsewhere, until it ends."""
+
+    def shown(name: str) -> bool:
+        return name in FACTS or "events.out.tfevents" in name.rpartition("/")[2]
+
+    refresh(root, shown)
+    process = subprocess.Popen(command)
+    told = False
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_BOARD_SECONDS)
+            try:
+                refresh(root, shown)
+                told = False
+            except RunError as error:
+                if not told:
+                    say(f"{error} It is tried again.")
+                told = True
+    except KeyboardInterrupt:  # it has come to TensorBoard as well
+        return process.wait()
+    finally:
+        process.terminate()
+
+
+def _files(run: Path) -> list[str]:
+    found = []
+    for folder, folders, names in os.walk(run):
+        relative = os.path.relpath(folder, run)
+        if relative == ".":
+            folders[:] = [name for name in folders if name != CHECKPOINTS]
+        for name in names:
+            path = name if relative == "." else f"{relative}/{name}"
+            if _is_own(path) and not os.path.islink(os.path.join(folder, name)):
+                found.append(path)
+    return sorted(found, key=lambda name: (name == "result.json", name))  # result.json last: it says how the run ended
+
+
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class Sync:
+    """A thread that copies what a run writes to the store every few seconds, and looks there for `launch stop`.
+
+    A large file that grows is not sent over and over: all its transfers take at most a twentieth of the time.
+
+    Args:
+        only: local name -> name on the store, where this machine does not write the run but has something to add.
+    """
+
+    def __init__(self, mirrored: Mirrored, only: Mapping[str, str] | None = None, every: float = SYNC_SECONDS) -> None:
+        self._mirrored, self._only, self._every = mirrored, only, every
+        self._sent: dict[str, tuple[int, int, int] | None] = {}
+        self._not_before: dict[str, float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="launch-sync", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Send what is left. StorageError where that fails after all tries."""
+        self._ended.set()
+        self._thread.join()
+        self._send(last=True)
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._every):
+            # The store is away for longer than its operations are tried: what is left is sent later.
+            with contextlib.suppress(StorageError, OSError):
+                self._send()
+                if self._only is None and self._mirrored.stop_requested():
+                    self._mirrored.run.request_stop()
+
+    def _send(self, last: bool = False) -> None:
+        path = self._mirrored.run.path
+        for name in list(self._only) if self._only is not None else _files(path):
+            signature, began = _signature(path / name), time.monotonic()
+            if signature is None or signature == self._sent.get(name):
+                continue
+            if not last and began < self._not_before.get(name, 0.0):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                self._mirrored.store.put(self._only[name] if self._only else name, path / name)
+                self._sent[name] = signature
+            now = time.monotonic()
+            self._not_before[name] = now + 20 * (now - began)

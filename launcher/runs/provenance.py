@@ -1,0 +1,74 @@
+"""Where a run comes from: user, versions, and the state of the calling repository."""
+
+from __future__ import annotations
+
+import getpass
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launcher.config import keys
+
+_PACKAGES = ("launch-train", "torch", "ray", "hydra-core", "tensorboard")
+# A diff longer than this is somebody's data, not code.
+_LARGEST_PATCH = 10 * 2**20
+
+
+def user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without an entry for this user id
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of what the run depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git(directory: Path) -> dict[str, Any] | None:
+    """Return commit and branch of the repository around `directory`, and whether it has uncommitted changes."""
+    commit = _git(directory, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {
+        "commit": commit.strip(),
+        "branch": (_git(directory, "rev-parse", "--abbrev-ref", "HEAD") or "").strip(),
+        "dirty": bool((_git(directory, "status", "--porcelain", "--untracked-files=no") or "").strip()),
+    }
+
+
+def patch(directory: Path) -> str:
+    """Return the uncommitted changes of the repository around `directory`; empty without any, or without one."""
+    text = _git(directory, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
+    # With a key in it the patch no longer applies; but a run's directory is shared, and a key is not.
+    text = "".join(line[:1] + _masked(line[1:]) for line in text.splitlines(keepends=True))
+    return text if len(text) <= _LARGEST_PATCH else text[:_LARGEST_PATCH] + "\n# cut here: longer than 10 MiB\n"
+
+
+def _masked(line: str) -> str:
+    masked = str(keys.mask(line))
+    return masked if masked == line else f"{masked}\n"
+
+
+def _git(directory: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *words],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or a repository on a dead network drive
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,140 @@
+"""`launch runs`, `logs` and `stop`: what a run root tells without training anything."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import RunError
+from launcher.runs import FINAL, RunDirectory, list_runs
+from launcher.runs.mirror import Mirrored, following
+
+_STOP_SECONDS = 600.0
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    """Return one mapping a run under `root`, oldest first."""
+    found = []
+    for run in list_runs(root):
+        try:
+            result, status = run.result(), run.status()
+        except RunError:  # one damaged file must not hide the other runs
+            result, status = {}, "unreadable"
+        metrics = result.get("metrics") or {}
+        found.append(
+            {
+                "name": run.name,
+                "status": status,
+                "reason": result.get("reason"),
+                "steps": result.get("steps"),
+                "loss": metrics.get("train/loss"),
+                "best": result.get("best"),
+                "workers": result.get("workers"),
+                "seconds": result.get("seconds"),
+                "cost_usd": result.get("cost_usd"),
+                "error": result.get("error"),
+                "directory": run.told(),
+            }
+        )
+    return found
+
+
+def table(found: list[dict[str, Any]], root: Path) -> None:
+    """Print the runs for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from launcher.phrases import duration
+
+    if not found:
+        print(f"No runs in {RunDirectory(root / 'run').root}.", file=sys.stderr)
+        return
+    grid = Table(box=None, pad_edge=False)
+    for heading, justify in (
+        ("run", "left"),
+        ("state", "left"),
+        ("step", "right"),
+        ("train/loss", "right"),
+        ("best", "left"),
+        ("workers", "right"),
+        ("time", "right"),
+        ("USD", "right"),
+    ):
+        grid.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for row in found:
+        best = row["best"]
+        grid.add_row(
+            row["name"],
+            row["status"],
+            _text(row["steps"]),
+            "" if row["loss"] is None else f"{row['loss']:.4f}",
+            f"{best['tag']} {best['value']:.4f} at {best['step']}" if best else "",
+            _text(row["workers"]),
+            duration(row["seconds"]) if row["seconds"] else "",
+            "" if row["cost_usd"] is None else f"{row['cost_usd']:.2f}",
+        )
+    # Not on a terminal: as wide as it needs, so that nothing is cut off in a pipe.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=400)
+    console.print(grid)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def follow(run: RunDirectory, until_the_end: bool = True) -> None:
+    """Print log.txt and, while the run goes on, what is added to it."""
+    refresh = following(run)
+    refresh()
+    if not run.log.exists() and run.status() != "running":
+        raise RunError(f'The run "{run.name}" has printed nothing: there is no {run.log}.')
+    while not run.log.exists():
+        time.sleep(0.2)
+        refresh()
+    place = 0
+    while True:
+        refresh()
+        going_on = run.status() == "running"  # asked before reading: what is written last is still read
+        with run.log.open(errors="replace") as log:  # the copy of one on a store is replaced as a whole
+            log.seek(place)
+            sys.stdout.write(log.read())
+            place = log.tell()
+        sys.stdout.flush()
+        if not (going_on and until_the_end):
+            return
+        time.sleep(0.3)
+
+
+def stop(run: RunDirectory) -> str:
+    """Have a run save a checkpoint and stop, and wait for it. Returns what came of it.
+
+    Raises:
+        RunError: it does not run, or did not stop in ten minutes.
+    """
+    refresh = following(run)
+    refresh()
+    status = run.status()
+    if status == "lost":
+        raise RunError(
+            f'The run "{run.name}" says that it is running, but nothing works on it any more. '
+            f"Continue it with: launch run.name={run.name} run.resume=true."
+        )
+    if status != "running":
+        raise RunError(f'The run "{run.name}" is not running: it is {status}.')
+    mirrored = Mirrored.of(run)
+    if mirrored is not None:
+        mirrored.request_stop()
+    run.request_stop()
+    deadline = time.monotonic() + _STOP_SECONDS
+    while time.monotonic() < deadline:
+        refresh()
+        status = run.status()
+        if status in FINAL or status == "lost":
+            return f"{run.name} is {status} at step {run.result().get('steps')}."
+        time.sleep(0.2)
+    raise RunError(
+        f'The run "{run.name}" did not stop within {_STOP_SECONDS:.0f} s; it may be in a long step. The request stays; '
+        f"see: launch logs {run.name}."
+    )

@@ -1,0 +1,380 @@
+"""`launch plan` for VMs of the catalogue: what fits, how long, for how much, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.clusters.nodes import Nodes, chosen
+from launcher.config.schema import ClusterConfig, Job, ScalingConfig, StrategyConfig, TrainerConfig
+from launcher.engine import cost
+from launcher.engine.estimate import Ahead, Estimate
+from launcher.errors import ConfigError, ResourceError
+from launcher.planning import forecast
+from launcher.planning.nodes import NodePlan, node_plan_of
+from launcher.planning.tables import text
+from tests.command import TOY, Place
+
+GOLDEN = Path(__file__).with_name("node_plan.txt")
+MIB = 2**20
+T4, A100, FOUR_T4, FOUR_A100 = "NC4as_T4_v3", "NC24ads_A100_v4", "NC64as_T4_v3", "NC96ads_A100_v4"
+
+
+def network(parameters: int, per_sample: float, flops: float | None, **more: Any) -> Estimate:
+    """A network trained with AdamW; per_sample: MiB that autograd keeps, of which a quarter is the largest piece."""
+    nbytes = 4 * parameters
+    ahead = Ahead(
+        kept_per_sample=int(per_sample * MIB),
+        kept_once=2 * parameters,
+        largest_per_sample=int(per_sample * MIB / 4),
+        gathered=parameters,
+        powersgd=nbytes // 150,
+        blocks=12,
+        flops_per_sample=1e9,
+    )
+    return Estimate(
+        train_samples=100_000,
+        val_samples={"": 1_000},
+        test_samples={},
+        parameters=parameters,
+        trained_parameters=parameters,
+        parameter_bytes=nbytes,
+        gradient_bytes=nbytes,
+        optimizer_bytes=2 * nbytes,
+        activation_bytes_per_sample=int(per_sample * MIB),
+        flops_per_sample=flops,
+        tags=("train/loss", "val/loss"),
+        ahead=replace(ahead, **more),
+    )
+
+
+# What `launch plan experiment=gpt2` finds: 124 million parameters, 1,024 tokens a sample, bfloat16.
+GPT2 = network(123_587_328, 728.0, 875.17e9, largest_per_sample=int(196.5 * MIB), gathered=91_226_112)
+SMALL = network(29_322, 0.1, 2e6)
+HUGE = network(7_000_000_000, 900.0, 6 * 7e9 * 1024, gathered=1_000_000_000)
+
+
+def job_for(cluster: dict[str, Any], strategy: str | StrategyConfig = "ddp", **trainer: Any) -> Job:
+    given = {"global_batch_size": 64, "microbatch_size": 16, "precision": "float16", "steps": 1_000, **trainer}
+    config = StrategyConfig(strategy) if isinstance(strategy, str) else strategy
+    return Job(cluster=ClusterConfig(**cluster), strategy=config, trainer=TrainerConfig(**given))
+
+
+def planned(found: Estimate, job: Job) -> NodePlan:
+    nodes = chosen(job.cluster, ask=False)
+    return node_plan_of(job, nodes, *forecast.seat(job, nodes), found)
+
+
+def fitting(made: NodePlan) -> dict[str, bool]:
+    return {one.strategy: one.fits for one in made.forecasts}
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "size", "nodes", "microbatch", "fits", "most"),
+    [
+        (SMALL, T4, 1, 16, True, 64),
+        (GPT2, T4, 1, 16, False, 13),
+        (GPT2, T4, 1, 8, True, 13),
+        (GPT2, A100, 1, 16, True, 64),
+        (HUGE, A100, 1, 1, False, 0),
+        (HUGE, A100, 8, 1, False, 0),
+    ],
+)
+def test_what_fits(found: Estimate, size: str, nodes: int, microbatch: int, fits: bool, most: int) -> None:
+    made = planned(found, job_for({"size": size, "nodes": nodes}, microbatch_size=microbatch))
+    assert (made.forecast.fits, made.forecast.largest_microbatch) == (fits, most)
+    assert sum(made.forecast.memory.values()) == made.forecast.needs
+    assert fits == (made.forecast.needs <= made.forecast.room)
+    assert (f"trainer.microbatch_size={most}" in " ".join(made.notes)) == (not fits and most > 0)
+
+
+def test_a_network_that_no_gpu_holds_is_divided() -> None:
+    """7 billion parameters with AdamW are 112 GB: a GPU of 80 GiB holds them with FSDP over eight."""
+    made = planned(HUGE, job_for({"size": A100, "nodes": 8}, "auto", microbatch_size=4))
+    assert {name for name, fits in fitting(made).items() if fits} == {"fsdp"}
+    assert (made.chosen, made.best) == ("fsdp", "fsdp")
+    assert planned(HUGE, job_for({"size": A100, "nodes": 8}, microbatch_size=4)).notes[0].count("strategy=fsdp") == 1
+
+
+def test_the_parts_are_those_of_the_worker() -> None:
+    made = planned(GPT2, job_for({"size": A100, "nodes": 4}, "fsdp"))
+    memory = made.forecast.memory
+    assert memory["parameters"] == GPT2.parameter_bytes // 4
+    assert memory["gathered"] == 91_226_112
+    assert memory["activations"] == 16 * 728 * MIB
+    assert "kept once" not in memory, "FSDP casts what it gathers; there is no second copy"
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_are_those_of_the_cost_model() -> None:
+    """Those that benchmarks/scaling.py sets beside measured steps, and that a run is advised by."""
+    made = planned(GPT2, job_for({"size": A100, "nodes": 4}))
+    computing = 875.17e9 * 16 / (312e12 * cost.MFU)
+    link = cost.Link.ethernet(20)
+    nbytes = GPT2.gradient_bytes
+    expected = {
+        "ddp": cost.predict(computing, nbytes, 4, link),
+        "ddp, compression=bf16": cost.predict(computing, nbytes / 2, 4, link),
+        "ddp, compression=powersgd": cost.predict(computing, nbytes // 150, 4, link, overlap=0.0),
+        "fsdp": cost.predict_sharded(computing, nbytes / 2, nbytes, 4, link, messages=13),
+        "local_sgd": cost.predict_rare(computing, nbytes, 4, link, 8),
+        "diloco": cost.predict_rare(computing, nbytes, 4, link, 20),
+    }
+    assert made.computing.seconds == pytest.approx(computing)
+    found = {one.strategy: (one.seconds_per_step, one.communication_share) for one in made.forecasts}
+    assert found == {name: pytest.approx((step.seconds, step.share)) for name, step in expected.items()}
+    assert made.best == min(expected, key=lambda name: expected[name].seconds)
+    assert made.best_exact == "ddp"
+    assert made.seconds == pytest.approx(1_000 * expected["ddp"].seconds)
+    assert made.seconds_per_epoch == pytest.approx(-(-100_000 // 64) * expected["ddp"].seconds)
+
+
+def test_only_the_last_microbatch_hides_gradients() -> None:
+    whole = planned(GPT2, job_for({"size": A100, "nodes": 4}))
+    parts = planned(GPT2, job_for({"size": A100, "nodes": 4}, microbatch_size=4))
+    assert parts.computing.seconds == whole.computing.seconds
+    hidden = 0.5 * (whole.computing.seconds or 0)
+    difference = (parts.forecast.seconds_per_step or 0) - (whole.forecast.seconds_per_step or 0)
+    assert difference == pytest.approx(hidden * 3 / 4)
+
+
+def test_one_gpu_waits_for_nobody() -> None:
+    made = planned(GPT2, job_for({"size": A100}))
+    assert made.link is None
+    assert [one.strategy for one in made.forecasts] == ["ddp"]
+    assert (made.forecast.communication_share, made.forecast.bytes_per_step) == (0.0, 0)
+    assert made.forecast.seconds_per_step == made.computing.seconds
+
+
+@pytest.mark.parametrize(
+    ("size", "nodes", "latency", "bandwidth"),
+    [
+        (FOUR_A100, 1, cost.PCIE_LATENCY, 15.75e9),  # PCI Express 4.0, half its rate
+        (FOUR_T4, 1, cost.PCIE_LATENCY, 7.875e9),
+        (FOUR_A100, 2, (2 * 50e-6 + 6 * 20e-6) / 8, 80e9 / 8 * 0.94),  # the network is the narrower one
+        (A100, 2, 50e-6, 20e9 / 8 * 0.94),
+    ],
+)
+def test_the_ring_is_as_wide_as_its_narrowest_link(size: str, nodes: int, latency: float, bandwidth: float) -> None:
+    made = planned(GPT2, job_for({"size": size, "nodes": nodes}, microbatch_size=8))
+    assert made.link is not None
+    assert (made.link.latency, made.link.bandwidth) == (pytest.approx(latency), pytest.approx(bandwidth))
+
+
+@pytest.mark.parametrize(
+    ("found", "size", "precision", "source", "note"),
+    [
+        (GPT2, T4, "float16", "the model", None),
+        (replace(GPT2, flops_per_sample=None), A100, "bfloat16", "counted", "launching of its kernels"),
+        (GPT2, T4, "bfloat16", "the model", "no bfloat16 Tensor cores"),
+        (network(10, 0.1, None, flops_per_sample=None), A100, "float32", None, "no flops_per_sample"),
+        (SMALL, A100, "bfloat16", "the model", "lower bounds"),
+    ],
+)
+def test_what_times_rest_on(found: Estimate, size: str, precision: str, source: str | None, note: str | None) -> None:
+    made = planned(found, job_for({"size": size, "nodes": 2}, precision=precision, microbatch_size=4))
+    assert made.computing.flops_from == source
+    unknown = made.computing.peak_flops is None or source is None
+    assert [value is None for value in (made.seconds, made.usd, made.best)] == [unknown] * 3
+    assert made.plan.to_dict()["batches"]["per_worker"] == 32
+    if note is not None:
+        assert note in " ".join(made.notes)
+
+
+def test_what_an_earlier_run_reached_is_taken() -> None:
+    job = job_for({"size": A100})
+    nodes = chosen(job.cluster, ask=False)
+    made = node_plan_of(job, nodes, *forecast.seat(job, nodes), GPT2, forecast.Reached("first", 0.5))
+    assumed = planned(GPT2, job).computing
+    assert assumed.mfu_from == "assumed"
+    assert made.computing.mfu_from == "first"
+    assert made.computing.seconds == pytest.approx((assumed.seconds or 0) * cost.MFU / 0.5)
+    assert "at what first reached, 50% of the A100 PCIe" in text(made, "runs/x", 300)
+
+
+def test_the_earlier_run_is_the_one_that_is_imitated_or_continued(here: Place) -> None:
+    assert here.here(*TOY, "run.name=first").status == 0
+    result = here.runs / "first/result.json"
+    facts = json.loads(result.read_text())
+    result.write_text(json.dumps({**facts, "metrics": {**facts["metrics"], "throughput/mfu": 0.25}}))
+    cluster = ("cluster.size=NC4as_T4_v3", "scaling.device=auto", "--offline", "--json", "--config-dir", "own")
+    told = here.here("plan", "run.like=first", *cluster)
+    assert told.status == 0, told.err
+    computing = json.loads(told.out)["computing"]
+    assert (computing["mfu"], computing["mfu_from"]) == (0.25, "first")
+
+
+# ---- machines and money ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cluster", "scaling", "sits"),
+    [
+        ({"size": FOUR_T4, "nodes": 3}, {}, (4, 4, 4)),
+        ({"size": FOUR_T4, "nodes": 3}, {"workers": 5}, (4, 1, 0)),
+        ({"size": T4, "nodes": 2}, {"gpus_per_worker": 0.5}, (2, 2)),
+        ({"size": FOUR_A100}, {"gpus_per_worker": 2.0, "device": "cuda"}, (2,)),
+        ({"size": T4}, {"cpus_per_worker": 4.0}, (1,)),
+    ],
+)
+def test_where_workers_sit(cluster: dict[str, Any], scaling: dict[str, Any], sits: tuple[int, ...]) -> None:
+    job = replace(job_for(cluster), scaling=ScalingConfig(**scaling))
+    machines, found = forecast.seat(job, chosen(job.cluster, ask=False))
+    assert (found, machines.workers, machines.device) == (sits, sum(sits), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "error", "expected"),
+    [
+        ({"workers": 9}, ResourceError, r"9 was asked for, .* hold 8 \(4 each\)\. Ask for cluster\.nodes=3"),
+        ({"gpus_per_worker": 5.0}, ResourceError, "has 64 and 4"),
+        ({"cpus_per_worker": 65.0}, ResourceError, "has 64 and 4"),
+        ({"device": "cpu"}, ConfigError, "paid for its GPUs"),
+        ({"gpus_per_worker": 0.0}, ConfigError, "paid for its GPUs"),
+    ],
+)
+def test_workers_that_cannot_sit_are_refused(scaling: dict[str, Any], error: type[Exception], expected: str) -> None:
+    job = replace(job_for({"size": FOUR_T4, "nodes": 2}), scaling=ScalingConfig(**scaling))
+    with pytest.raises(error, match=expected):
+        forecast.seat(job, chosen(job.cluster, ask=False))
+
+
+def test_what_a_run_costs_and_what_a_budget_buys() -> None:
+    made = planned(GPT2, job_for({"size": A100, "nodes": 4, "budget_usd": 1.0}))
+    rate = 4 * 3.673 + 0.192
+    assert made.nodes.usd_per_hour == pytest.approx(rate)
+    assert made.usd == pytest.approx((made.seconds or 0) / 3600 * rate)
+    budget = made.budget
+    assert budget is not None
+    assert budget.hours == pytest.approx(1 / rate, abs=1e-4)
+    assert budget.enough is False
+    assert any("cluster.budget_usd=1 is less than the run would cost" in note for note in made.notes)
+    enough = planned(GPT2, job_for({"size": A100, "nodes": 4, "budget_usd": 1_000.0}))
+    assert enough.budget is not None
+    assert enough.budget.enough is True
+    assert not any("budget" in note for note in enough.notes)
+
+
+def test_a_price_that_is_not_known_is_said_and_not_invented() -> None:
+    made = planned(GPT2, job_for({"size": A100, "nodes": 2, "region": "westus3"}))
+    told = made.to_dict()
+    assert (told["nodes_usd_per_hour"], told["usd_per_hour"], told["usd"]) == (None, None, None)
+    assert told["head_usd_per_hour"] == 0.192
+    assert "The price of Standard_NC24ads_A100_v4 in westus3 is not known; it is known in eastus." in made.notes
+    assert "unknown" in text(made, "runs/x", 120)
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_for_people() -> None:
+    """Golden text; `t.GOLDEN.write_text(t.shown())` writes it anew, with this module as `t`."""
+    assert shown() == GOLDEN.read_text()
+
+
+def shown() -> str:
+    cluster = {"size": FOUR_A100, "nodes": 2, "spot": "prefer", "budget_usd": 1.0}
+    job = job_for(cluster, precision="bfloat16", global_batch_size=256, microbatch_size=16)
+    return text(planned(GPT2, job), "runs/gpt2", 120) + "\n"
+
+
+@pytest.mark.parametrize("width", [40, 80, 300])
+def test_names_are_whole_on_any_terminal(width: int) -> None:
+    """People copy them. On a narrow one they are folded, not cut."""
+    told = text(planned(GPT2, job_for({"size": A100, "nodes": 4})), "runs/gpt2", width)
+    assert "…" not in told
+    assert max(len(line) for line in told.splitlines()) <= width
+
+
+def test_the_plan_for_programs(here: Place) -> None:
+    words = (*TOY, "scaling.device=auto", "cluster.size=Standard_NC64as_T4_v3", "cluster.nodes=2", "--offline")
+    told = here.here("plan", *words, "--json")
+    assert told.status == 0, told.err
+    plan = json.loads(told.out)
+    whole, name, flag = int, str, bool
+    schema: dict[str, Any] = {
+        "run": name,
+        "directory": name,
+        "machines": {"cluster": name, "description": name, "cpus": whole, "gpus": whole, "workers": whole},
+        "batches": {"global_batch_size": whole, "per_worker": whole, "microbatches": whole, "steps": whole},
+        "parameters": whole,
+        "gradient_bytes_per_step": whole,
+        "nodes": {"size": name, "count": whole, "gpu": name, "head_size": name, "region": name, "spot": flag},
+        "link": {"latency": float, "bandwidth": float},
+        "computing": {"mfu": float, "mfu_from": name},
+        "strategies": list,
+        "chosen": name,
+        "fits": flag,
+        "nodes_usd_per_hour": float,
+        "head_usd_per_hour": float,
+        "usd_per_hour": float,
+        "prices": {"Standard_NC64as_T4_v3": {"source": name, "date": name, "usd_per_hour": float}},
+        "prices_from": name,
+        "quotas": list,
+        "would_create": list,
+        "notes": list,
+    }
+
+    def check(value: Any, expected: Any, at: str) -> None:
+        if isinstance(expected, dict):
+            for key, inner in expected.items():
+                check(value[key], inner, f"{at}.{key}")
+        else:
+            assert isinstance(value, expected), at
+
+    check(plan, schema, "plan")
+    assert plan["nodes"]["workers"] == [4, 4]
+    assert plan["machines"]["workers"] == 8
+    assert plan["usd_per_hour"] == pytest.approx(2 * 4.352 + 0.192)
+    for one in plan["strategies"]:
+        check(one, {"strategy": name, "memory": dict, "needs": whole, "fits": flag, "bytes_per_step": whole}, "one")
+    assert [one["vcpus"] for one in plan["quotas"]] == [128, 4, 132]
+    assert here.files() == set(), "nothing is created"
+
+
+def test_of_a_sweep_the_first_trial_is_planned(here: Place) -> None:
+    words = ("plan", "--offline", "-m", *TOY, "optimizer.lr=0.1,0.2", "cluster.size=NC4as_T4_v3", "run.name=s")
+    told = here.here(*words)
+    assert told.status == 0, told.err
+    for part in ("2 trials, a grid over optimizer.lr; min val/loss", "trial 1", "Quota needed", "runs/s/0"):
+        assert part in told.out
+    found = json.loads(here.here(*words, "--json").out)
+    assert found["grid"] == [["optimizer.lr=0.1"], ["optimizer.lr=0.2"]]
+    assert found["plan"]["nodes"]["size"] == "Standard_NC4as_T4_v3"
+    assert here.files() == set()
+
+
+@pytest.mark.parametrize("flags", [[], ["-m", "optimizer.lr=0.1,0.2"]])
+def test_nothing_else_takes_such_a_cluster(flags: list[str], here: Place) -> None:
+    told = here.here("train", *flags, *TOY, "cluster.size=NC4as_T4_v3")
+    assert told.status == 2
+    assert "cluster.size=NC4as_T4_v3 asks for VMs of Azure, and cluster=none has none" in told.err
+    assert "launch plan" in told.err
+    assert here.files() == set()
+
+
+def test_sizes_that_cannot_be_had(here: Place) -> None:
+    for size, expected in (("NC6s_v3", "Take Standard_NC24ads_A100_v4 instead"), ("NC24ads_A10_v4", "Did you mean")):
+        told = here.here("plan", *TOY, f"cluster.size={size}", "--offline")
+        assert (told.status, told.out) == (2, "")
+        assert expected in told.err
+
+
+def kinds(nodes: Nodes) -> dict[str, int]:
+    return {one["kind"]: one["count"] for one in nodes.resources()}
+
+
+def test_every_vm_has_what_it_needs() -> None:
+    found = kinds(chosen(ClusterConfig(size=A100, nodes=3), ask=False))
+    assert (found["node"], found["head"]) == (3, 1)
+    assert found["network interface"] == found["system disk"] == 4
+    assert found["public address"] == 1
