@@ -7,9 +7,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-_NEVER = {".git", "runs", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
+_NEVER = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 HOME = Path(__file__).resolve().parents[2]  # where launch itself lies
 OWN = ("launcher", "models", "conf")
+_RUNS = "runs/"  # in a calling directory; a package of that name elsewhere is a package
 
 
 def files(directory: Path) -> list[str]:
@@ -25,7 +26,8 @@ def files(directory: Path) -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         listed = None
     found = sorted(set(listed)) if listed is not None else _walked(directory)
-    return [name for name in found if name and not _NEVER & set(name.split("/")) and _is_file(directory, name)]
+    wanted = [name for name in found if name and not name.startswith(_RUNS) and not _NEVER & set(name.split("/"))]
+    return [name for name in wanted if _is_file(directory, name)]
 
 
 def own_files() -> list[str]:
