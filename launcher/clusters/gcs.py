@@ -46,8 +46,8 @@ def address_of(asked: str | None) -> str:
 def look(address: str) -> list[Node]:
     """Return the nodes that live, by address. Becomes no driver and starts nothing.
 
-    Ray believes in a machine that fell silent for a minute more: of the nodes it knows those count that can be connected
-    to, unless none can be, since this machine reaches the head alone.
+    Ray believes in a machine that fell silent for a minute more: of the nodes it knows those count that can be
+    connected to, unless none can be, since this machine reaches the head alone.
 
     Args:
         address: `cluster.address`, or RAY_ADDRESS.
