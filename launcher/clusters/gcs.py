@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launcher.clusters.capacity import Node
@@ -17,6 +18,7 @@ from launcher.clusters.ray_adapted import environment_set, refresh_ray_settings
 from launcher.errors import ClusterError
 
 CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 1.5  # for a connection to a node; the first packet may be lost, the second goes after one
 
 
 def address_of(asked: str | None) -> str:
@@ -44,9 +46,14 @@ def address_of(asked: str | None) -> str:
 def look(address: str) -> list[Node]:
     """Return the nodes that live, by address. Becomes no driver and starts nothing.
 
-    The address is `cluster.address`, or RAY_ADDRESS.
-        Raises:
-            ClusterError: nobody answers there, or without the right token only.
+    Ray believes in a machine that fell silent for a minute more: of the nodes it knows those count that can be
+    connected to, unless none can be, since this machine reaches the head alone.
+
+    Args:
+        address: `cluster.address`, or RAY_ADDRESS.
+
+    Raises:
+        ClusterError: nobody answers there, or without the right token only.
     """
     _require_answer(address)
     from ray._raylet import GcsClient
@@ -56,6 +63,9 @@ def look(address: str) -> list[Node]:
             found = GcsClient(address=address).get_all_node_info(timeout=CONNECT_SECONDS)
         except Exception as error:
             raise refused(address, error) from None
+    alive = [(key, info) for key, info in found.items() if info.state == 0]
+    with ThreadPoolExecutor(max(1, min(32, len(alive)))) as pool:
+        answers = list(pool.map(lambda one: _answers(one[1].node_manager_address, one[1].node_manager_port), alive))
     nodes = [
         Node(
             id=key.hex(),
@@ -64,10 +74,17 @@ def look(address: str) -> list[Node]:
             cpus=info.resources_total.get("CPU", 0.0),
             gpus=info.resources_total.get("GPU", 0.0),
         )
-        for key, info in found.items()
-        if info.state == 0  # alive
+        for (key, info), answers_here in zip(alive, answers, strict=True)
+        if answers_here or not any(answers)
     ]
     return sorted(nodes, key=lambda node: node.address)
+
+
+def _answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, port), ANSWER_SECONDS).close()
+        return True
+    return False
 
 
 def _require_answer(address: str) -> None:

@@ -18,7 +18,7 @@ from launcher.clusters.nodes import Nodes, chosen
 from launcher.clusters.rates import words as rate_words
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
-from launcher.runs.storage import check_uri, is_uri
+from launcher.runs.storage import check_uri, is_gathered, is_uri
 
 LONGEST_NAME = 47  # of a RayJob: KubeRay makes others of it
 USER = 10001  # of the image, see the Dockerfile
@@ -106,7 +106,7 @@ def name_of(run: str) -> str:
 
 
 def _check_root(root: str, mounts: Sequence[Mount]) -> None:
-    if is_uri(root) and not root.startswith("head://"):
+    if is_uri(root) and not is_gathered(root):
         check_uri(root)
         return
     claims = [mount.path for mount in mounts if mount.claim is not None]

@@ -141,7 +141,7 @@ class Jobs:
             raise Unreachable(_line(error)) from None
 
     def tail(self, job: str, skip: int, pause: float = 0.5) -> Iterator[str | None]:
-        """Yield what a job prints after its first `skip` characters until it ends; None after each pause without any.
+        """Yield what a job prints after its first `skip` characters until it ends; None after a pause without a word.
 
         Raises:
             Unreachable: the connection is lost.
@@ -165,7 +165,7 @@ class Jobs:
                 finally:
                     following = None
                 kept, skip = text[skip:], max(0, skip - len(text))
-                yield kept or None
+                yield kept  # nothing, where all of it was read before: the connection lives
         finally:
             if following is not None:
                 following.cancel()

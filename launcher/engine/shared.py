@@ -18,7 +18,7 @@ from launcher.engine.runtime import Runtime
 from launcher.errors import RunError, StorageError
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import CHECKPOINTS, Mirrored, Sync
-from launcher.runs.storage import Store
+from launcher.runs.storage import Store, is_gathered
 
 # A run that fails waits so long for what is on its way to the store.
 SETTLE_SECONDS = 60.0
@@ -77,9 +77,11 @@ def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterato
             with contextlib.suppress(StorageError, OSError):
                 sync.close()
         raise
+    finally:
+        uploads.close()
     if sync is not None:
         sync.close()
-    if mirrored.store.on_the_driver:
+    if is_gathered(mirrored.store.uri):
         _give_up_copies(directory, runtime, speaks)
 
 

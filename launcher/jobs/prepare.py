@@ -19,7 +19,7 @@ from launcher.config.schema import StrategyConfig
 from launcher.config.words import shown
 from launcher.errors import RequestError, RunError, StorageError
 from launcher.runs import RunDirectory, mirror
-from launcher.runs.storage import is_uri, plain_path
+from launcher.runs.storage import check_uri, disk_path, is_gathered, is_uri, plain_path
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _spoken(run: RunDirectory) -> str:
 
 
 def run_like(root: str, name: str) -> RunDirectory:
-    found = runs.find(root_of(root), name)
+    found = runs.find(where_others_are(root), name)
     if (found.path / "study.journal").is_file():
         raise RunError(f"run.like={name}: {name} is a sweep. Name one of its trials: {name}/best, or {name}/NUMBER.")
     if not found.config.is_file():
@@ -293,6 +293,14 @@ def root_of(root: str) -> Path:
         except StorageError as error:  # told before anything is started
             raise RunError(f"run.root={root} was asked for: {error}") from error
     return Path(plain_path(root)).expanduser().absolute()
+
+
+def where_others_are(root: str) -> Path:
+    """Return the directory where other runs of a root are looked up, as `root_of`.
+
+    Of a gathered one it is the place itself: what `run.like` and `checkpoint.load` name lies on the driver's machine.
+    """
+    return disk_path(check_uri(root)) if is_gathered(root) else root_of(root)
 
 
 def key_of(word: str) -> str:

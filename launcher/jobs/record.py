@@ -94,10 +94,12 @@ class Record:
             self._mirrored.pull()
         return self._prepared
 
-    def begin(self, plan: Plan | None, rate: Rate | None = None) -> Task:
+    def begin(self, plan: Plan | None, rate: Rate | None = None, root: str | None = None) -> Task:
         """Write what is known before the start; with a plan, see whether there is room for it.
 
-        rate: what the machines cost, where no plan says so.
+        Args:
+            rate: what the machines cost, where no plan says so.
+            root: where `checkpoint.load` looks for runs, if not in the job's own run root.
 
         Raises:
             RunError: the directory cannot be written, is another run's by now, or has no room for a checkpoint; the
@@ -107,7 +109,7 @@ class Record:
 
         assert self._prepared is not None
         prepared, directory = self._prepared, self._prepared.directory
-        weights = None if prepared.resumes else weights_of(prepared.job)
+        weights = weights_of(prepared.job, root) if self._begins() else None
         rate = plan.rate if plan is not None else rate
         earlier = directory.result() if prepared.resumes else {}
         check_budget(directory, earlier, rate)
@@ -142,6 +144,14 @@ class Record:
             marks=self.marks,
             bill=self._bill,
         )
+
+    def _begins(self) -> bool:
+        """Whether the run is at step 0: a new one, or one that is continued and had not saved yet."""
+        assert self._prepared is not None
+        prepared = self._prepared
+        if prepared.job.checkpoint.load is None or not prepared.resumes:
+            return True
+        return _newest_checkpoint(prepared.directory, self._mirrored) is None
 
     def _write(self, prepared: Prepared) -> None:
         directory, composition = prepared.directory, prepared.composition

@@ -24,7 +24,7 @@ from launcher.phases import Marks
 from launcher.planning.plan import Machines, Plan, make_plan
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
-from launcher.runs.storage import is_uri
+from launcher.runs.storage import is_gathered, is_uri
 
 if TYPE_CHECKING:
     from launcher.clusters.existing import ExistingRay
@@ -208,8 +208,9 @@ def cluster_of(
         from launcher.clusters.gcs import address_of
 
         own = None if is_uri(directory) else directory  # on a store: every worker sees for itself
-        gathers = directory.startswith("head://")
-        return ExistingRay(address_of(cluster.address), python_path, own, verbose, cluster.env, gathers)
+        return ExistingRay(
+            address_of(cluster.address), python_path, own, verbose, cluster.env, gathers=is_gathered(directory)
+        )
     from launcher.clusters.local import EmbeddedRay
 
     return EmbeddedRay(verbose=verbose, preload=(preload,), keep_minutes=cluster.keep_minutes)

@@ -7,28 +7,34 @@ from pathlib import Path
 from launcher import runs
 from launcher.config import Job
 from launcher.errors import RequestError, RunError, did_you_mean
-from launcher.jobs.prepare import root_of
+from launcher.jobs.prepare import where_others_are
 from launcher.runs import RunDirectory
+from launcher.runs.storage import disk_uri, is_gathered
 
 
-def weights_of(job: Job) -> str | None:
-    """Return the path of the weights that `checkpoint.load` names: the best of a run or a sweep, or a file."""
-    source = job.checkpoint.load
+def weights_of(job: Job, root: str | None = None) -> str | None:
+    """Return the place of the weights that `checkpoint.load` names: the best of a run or a sweep, or a file.
+
+    Args:
+        root: where runs are looked up; None: in the job's own run root.
+    """
+    source, root = job.checkpoint.load, root or job.run.root
     if source is None:
         return None
     path = Path(source).expanduser()
     if path.is_file() or (path / "state.json").is_file():
         return str(path.absolute())
-    root = root_of(job.run.root)
+    others = where_others_are(root)
     try:
-        run = runs.find(root, source)
+        run = runs.find(others, source)
     except RequestError:
         pass
     else:
-        return run.told(best_checkpoint(run))
-    known = [other.name for other in runs.list_runs(root)]
+        found = best_checkpoint(run)
+        return disk_uri(found) if is_gathered(root) else run.told(found)
+    known = [other.name for other in runs.list_runs(others)]
     raise RunError(
-        f"checkpoint.load={source}: there is no such run in {root} and no such file.{did_you_mean(source, known)}"
+        f"checkpoint.load={source}: there is no such run in {others} and no such file.{did_you_mean(source, known)}"
     )
 
 

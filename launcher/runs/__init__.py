@@ -1,10 +1,10 @@
 """Runs where they lie: on this disk, on an object store, or on the disk of the machine that drives them.
 
-    directory    one run on this disk: result.json, heartbeat, requests; the runs of a root
-    storage      run roots on object stores: what their URIs mean, operations that are tried again
-    mirror       such a root and its copy on this machine
-    gathered     run.root=head:///PATH: one machine's disk, for all others
-    provenance   where a run comes from: user, versions, commit
+directory    one run on this disk: result.json, heartbeat, requests; the runs of a root
+storage      run roots on object stores: what their URIs mean, operations that are tried again
+mirror       such a root and its copy on this machine
+gathered     run.root=head:///PATH: one machine's disk, for all others
+provenance   where a run comes from: user, versions, commit
 """
 
 from launcher.runs.directory import (

@@ -120,10 +120,16 @@ class RunDirectory:
         """Whether it was sent to a cluster, by whose head it is driven (`launcher.jobs.remote.place`)."""
         return (self.path / REMOTE).is_file()
 
+    @property
+    def sent(self) -> RunDirectory | None:
+        """What was sent to a cluster: the run, or the sweep whose trial it is; None of one that is driven here."""
+        return next((one for one in (self, RunDirectory(self.path.parent)) if one.is_sent), None)
+
     def _is_copied(self) -> bool:
         """Whether files of the run come from elsewhere now and then: a silent one may still go on."""
+        sent = self.sent
         try:
-            return bool(json.loads((self.path / REMOTE).read_text()).get("directory"))
+            return sent is not None and bool(json.loads((sent.path / REMOTE).read_text()).get("directory"))
         except (OSError, ValueError, AttributeError):
             return False
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from launcher.errors import ConfigError, StorageError
 
@@ -36,6 +36,21 @@ Answer = TypeVar("Answer")
 
 def is_uri(root: str) -> bool:
     return "://" in root and not root.startswith("file://")
+
+
+def is_gathered(root: str) -> bool:
+    """Whether it is the disk of the machine that drives the run (`launcher.runs.gathered`)."""
+    return root.startswith("head://")
+
+
+def disk_path(uri: str) -> Path:
+    """Return the directory of the driver's machine that such a URI means."""
+    return Path(unquote(urlsplit(uri).path))
+
+
+def disk_uri(path: Path) -> str:
+    """Return the URI by which all machines find what lies on the disk of the driver's."""
+    return f"head://{quote(str(path))}"
 
 
 def plain_path(root: str) -> str:
@@ -85,10 +100,10 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
     from pyarrow import fs
 
     parts = urlsplit(uri)
-    if parts.scheme == "head":
+    if is_gathered(uri):
         from launcher.runs import gathered
 
-        return gathered.filesystem(), unquote(parts.path)
+        return gathered.filesystem(), str(disk_path(uri))
     if not parts.scheme.startswith("abfs"):
         found, path = fs.FileSystem.from_uri(uri)
         return found, path
@@ -138,11 +153,6 @@ class Store:
         except (OSError, ValueError) as error:
             raise StorageError(f"{uri} cannot be used: {_told(error)}. See docs/storage.md for credentials.") from None
         return cls(filesystem, path.rstrip("/"), uri, given if patience is None else min(given, patience))
-
-    @property
-    def on_the_driver(self) -> bool:
-        """Whether it is the disk of the machine that drives the run (`launcher.runs.gathered`)."""
-        return self.uri.startswith("head://")
 
     def under(self, name: str) -> Store:
         return replace(self, path=f"{self.path}/{name}", uri=f"{self.uri}/{name}")

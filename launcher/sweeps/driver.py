@@ -190,17 +190,8 @@ class Driver:
             write_report(self._directory, self._study)
 
     def _outcome(self, signal_number: int | None) -> SweepOutcome:
-        best = self._study.best()
-        found = None
-        if best is not None:
-            values = self._study.values(best)
-            found = {
-                "number": best.number,
-                "objective": records.objective(best),
-                "overrides": self._study.words.overrides(values),
-                "parameters": shown(values, self._study.words),
-            }
-        return SweepOutcome(self._directory.result(), self._directory, self._rows(), found, signal_number)
+        result, found = self._directory.result(), records.best(self._study)
+        return SweepOutcome(result, self._directory, self._rows(), found, signal_number, self._meant.root)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -279,7 +270,7 @@ class Driver:
     def _begin(self, runner: Runner, trial: Trial) -> None:
         trial.started = time.time()
         try:
-            task = trial.record.begin(None, self._rate_of(trial.shape))
+            task = trial.record.begin(None, self._rate_of(trial.shape), self._meant.root)
         except RequestError as error:  # no weights to begin with, a full disk
             trial.directory.create()
             trial.directory.update_result(status="failed", error=f"{type(error).__name__}: {error}")

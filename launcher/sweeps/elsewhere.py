@@ -6,45 +6,81 @@ head's end      Telling    a SweepObserver -> events          ended      an outc
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from launcher.errors import ConfigError
 from launcher.jobs.prepare import Prepared
 from launcher.runs import RunDirectory
+from launcher.runs.storage import is_gathered
+from launcher.sweeps import records
 from launcher.sweeps.meaning import Meant
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.planning import check_values
+from launcher.sweeps.study import Study
 
 Event = dict[str, Any]
+PROGRESS_SECONDS = 2.0  # between two signs of progress of a trial without values
+ROWS = 500  # of the table in one event: a line of a job's log has a length that Ray still sends
 
 
 def run(meant: Meant, observer: SweepObserver) -> SweepOutcome:
     """Send a sweep to the cluster that its configuration names, and follow it.
 
     Raises:
-        ConfigError: a value cannot be; nothing was started.
+        ConfigError: a value cannot be, or run.root is none for this; nothing was started.
         LaunchError: what its driver ended with.
         Stopped: a second signal; the sweep goes on stopping there.
     """
     from launcher.jobs.remote.caller import Caller
     from launcher.runners.signals import Interrupts
 
+    if is_gathered(meant.root):
+        raise ConfigError(
+            f"run.root={meant.root} was asked for with cluster={meant.cluster.kind}, whose head drives it. Leave "
+            "it out: the trials are gathered there and come back to a directory here."
+        )
     check_values(meant)
-    directory, heard = meant.directory, Heard(meant.directory, observer)
+    left = meant.total - _ended(meant)
+    if not left:  # no machine is rented for that
+        return _finished(meant, observer)
+    heard = Heard(meant.directory, observer)
 
     def sent(where: str) -> None:
-        observer.sent(directory, where)
+        observer.sent(meant.directory, where)
 
-    prepared = Prepared(meant.first, directory, resumes=meant.resumes)
+    prepared = Prepared(meant.first, meant.directory, resumes=meant.resumes)
+    most = min(left, meant.settings.concurrency or left)
     with Interrupts() as interrupts:
-        most = min(meant.total, meant.settings.concurrency or meant.total)
         caller = Caller(meant.request, prepared, sent, heard.event, observer.asked_to_end, trials=most)
         ended = caller.train(interrupts)
-    more = ended.more
     return SweepOutcome(
-        ended.result, directory, more.get("trials", []), more.get("best"), ended.signal_number, ended.detached
+        ended.result,
+        meant.directory,
+        heard.table(),
+        ended.more.get("best"),
+        ended.signal_number,
+        meant.root,
+        ended.detached,
     )
+
+
+def _finished(meant: Meant, observer: SweepObserver) -> SweepOutcome:
+    study = Study(meant.directory.path, meant.words, meant.settings, meant.objectives, meant.total, None, None)
+    keys = [axis.key for axis in meant.words.axes]
+    observer.begun(meant.directory, Headline(meant.told(), keys, meant.total, finished=True))
+    result = meant.directory.result()
+    return SweepOutcome(result, meant.directory, records.rows(study), records.best(study), root=meant.root)
+
+
+def _ended(meant: Meant) -> int:
+    """Return how many trials have ended, as far as it is known here."""
+    if not meant.resumes:
+        return 0
+    counts = meant.directory.result().get("trials") or {}
+    return sum(counts.get(state, 0) for state in ("completed", "pruned", "failed"))
 
 
 class Heard:
@@ -54,15 +90,20 @@ class Heard:
         self._directory, self._observer = directory, observer
         self._rows: dict[int, dict[str, Any]] = {}
 
+    def table(self) -> list[dict[str, Any]]:
+        """Return what is known of all trials, by number."""
+        return [self._rows[number] for number in sorted(self._rows)]
+
     def event(self, event: Event) -> None:
         kind = event["kind"]
         if kind == "begun":
             self._observer.begun(self._directory, Headline(**event["headline"]))
         elif kind == "trial":
             self._observer.trial(event["number"], event["event"])
-        elif kind == "changed":
+        elif kind in ("rows", "changed"):
             self._rows.update({row["number"]: row for row in event["rows"]})
-            self._observer.changed([self._rows[number] for number in sorted(self._rows)], event["facts"])
+            if kind == "changed":
+                self._observer.changed(self.table(), event["facts"])
         elif kind == "said":
             self._observer.say(event["text"])
         else:
@@ -70,11 +111,12 @@ class Heard:
 
 
 class Telling(SweepObserver):
-    """Makes events of what an observer is told."""
+    """Makes events of what an observer is told: few and short ones, since whoever comes back reads all of them."""
 
     def __init__(self, send: Callable[[Event], None]) -> None:
         self._send = send
         self._rows: dict[int, dict[str, Any]] = {}
+        self._told: dict[int, float] = {}  # when a trial's progress was told last
 
     def event(self, event: Event) -> None:
         self._send(event)
@@ -83,11 +125,19 @@ class Telling(SweepObserver):
         self._send({"kind": "begun", "headline": asdict(headline)})
 
     def trial(self, number: int, event: Event) -> None:
+        if event["kind"] == "progress":
+            now = time.monotonic()
+            if not event["values"] and now - self._told.get(number, -PROGRESS_SECONDS) < PROGRESS_SECONDS:
+                return
+            self._told[number] = now
         self._send({"kind": "trial", "number": number, "event": event})
 
     def changed(self, table: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
         rows = [row for row in table if self._rows.get(row["number"]) != row]
         self._rows.update({row["number"]: row for row in rows})
+        while len(rows) > ROWS:
+            self._send({"kind": "rows", "rows": rows[:ROWS]})
+            rows = rows[ROWS:]
         self._send({"kind": "changed", "rows": rows, "facts": dict(facts)})
 
     def say(self, text: str) -> None:
@@ -95,5 +145,5 @@ class Telling(SweepObserver):
 
 
 def ended(outcome: SweepOutcome) -> dict[str, Any]:
-    """Return what is told of a sweep's end beside its result."""
-    return {"trials": outcome.trials, "best": outcome.best}
+    """Return what is told of a sweep's end beside its result; its trials are known."""
+    return {"best": outcome.best}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
 
 from launcher import runs
 from launcher.config import Composition, SweepConfig, compose, default_run_name, peek, sources, targets
@@ -19,24 +18,23 @@ from launcher.config.schema import ClusterConfig
 from launcher.config.words import shown
 from launcher.errors import ConfigError, RunError
 from launcher.jobs import ranks
-from launcher.jobs.prepare import Request, at_hand, key_of, root_of, run_like
+from launcher.jobs.prepare import Request, at_hand, key_of, run_like, where_others_are
+from launcher.jobs.remote.attend import bring_here
 from launcher.jobs.remote.place import place_of
 from launcher.runs import RunDirectory
-from launcher.runs.storage import check_uri, is_uri
+from launcher.runs.storage import disk_uri, is_gathered, is_uri
 from launcher.sweeps import syntax
 from launcher.sweeps.space import distributions, sampler
 from launcher.sweeps.study import JOURNAL, Objective, Recorded, mend, recorded
 from launcher.sweeps.syntax import Choice, Value, Words
-
-_ON_THE_DRIVER = "head://"
 
 
 @dataclass(frozen=True)
 class Meant:
     """A sweep that is meant, wherever it is driven. `first` is its first trial, `total` counts all of them.
 
-    gathers: its directory lies on the disk of the machine that drives it, where other machines have no part of it
-    (run.root=head:///PATH).
+    root: run.root as it was said. Where that is `head:///PATH` the sweep lies on the disk of the machine that drives
+    it, and machines of its workers have no part of it.
     """
 
     request: Request
@@ -48,7 +46,7 @@ class Meant:
     first: Composition
     stored: Path | None
     recorded: Recorded
-    gathers: bool = False
+    root: str
     resumes: bool = False
 
     @property
@@ -75,7 +73,7 @@ class Meant:
 
     def task_directory(self, run: RunDirectory) -> str:
         """Return a trial's directory as its workers find it."""
-        return f"{_ON_THE_DRIVER}{quote(str(run.path))}" if self.gathers else str(run.path)
+        return disk_uri(run.path) if is_gathered(self.root) else str(run.path)
 
 
 def read_sweep(request: Request) -> Meant:
@@ -93,18 +91,19 @@ def read_sweep(request: Request) -> Meant:
     words = syntax.plain_words(request.words)
     run = peek([word for word in words if key_of(word).startswith("run.")], request.config_dir, "run")
     check_run(run)
-    gathers = run.root.startswith(_ON_THE_DRIVER)
-    if is_uri(run.root) and not gathers:
+    if is_uri(run.root) and not is_gathered(run.root):
         raise ConfigError(
             f"run.root={run.root}: a sweep keeps its study in a directory, which an object store does not serve. Give "
             "a path that all machines share (or head:///PATH, where they share none), and copy the best run when it "
             "is done."
         )
-    root = Path(unquote(urlsplit(check_uri(run.root)).path)) if gathers else root_of(run.root)
+    root = where_others_are(run.root)
     if run.resume is not False and run.name is not None:
         directory = RunDirectory(root / run.name)
+        if directory.is_sent and request.on_head is None and not directory.exists():
+            bring_here(directory)
         if (directory.path / JOURNAL).is_file():
-            return _continued(request, words, directory, gathers)
+            return _continued(request, words, directory, run.root)
         if directory.exists():
             raise RunError(f'"{run.name}" is a single run: continue it without -m.')
         if run.resume is True:
@@ -113,7 +112,7 @@ def read_sweep(request: Request) -> Meant:
         raise RunError(
             f'"{run.name}" exists already in {root}. Continue it with run.resume=true, or choose another run.name.'
         )
-    return _meant(request, words, None if run.name is None else RunDirectory(root / run.name), root, gathers)
+    return _meant(request, words, None if run.name is None else RunDirectory(root / run.name), run.root)
 
 
 def _is_taken(path: Path, request: Request) -> bool:
@@ -121,7 +120,7 @@ def _is_taken(path: Path, request: Request) -> bool:
     return path.exists() and not (request.on_head and {file.name for file in path.iterdir()} <= {runs.REMOTE})
 
 
-def _continued(request: Request, words: list[str], directory: RunDirectory, gathers: bool) -> Meant:
+def _continued(request: Request, words: list[str], directory: RunDirectory, root: str) -> Meant:
     name = directory.name
     if directory.status() == "running":
         raise RunError(f'The sweep "{name}" is running. Stop it with: launch stop {name}.')
@@ -132,7 +131,7 @@ def _continued(request: Request, words: list[str], directory: RunDirectory, gath
     if request.config_dir is None and config_dir is not None:
         request = replace(request, config_dir=Path(config_dir))
     merged = _merged(before.words, words, name)
-    return replace(_meant(request, merged, directory, directory.path.parent, gathers), resumes=True)
+    return replace(_meant(request, merged, directory, root), resumes=True)
 
 
 def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]:
@@ -142,20 +141,20 @@ def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]
         key = key_of(word)
         if shown(word) in words:  # a secret was not kept, and is given again
             words[words.index(shown(word))] = word
-        elif key in ("sweep", "verbose", "cluster.budget_usd") or key.startswith("sweep."):
+        elif key.partition(".")[0] in ("sweep", "cluster", "verbose"):
             words = [other for other in words if key_of(other) != key] + [word]
         elif not key.startswith("run."):
             raise RunError(
                 f'The sweep "{name}" cannot be continued with {shown(word)}: its trials would no longer be comparable. '
-                "Leave the word out (sweep.*, cluster.budget_usd and verbose may change), or start a new sweep."
+                "Leave the word out (sweep.*, cluster.* and verbose may change), or start a new sweep."
             )
     return words
 
 
-def _meant(request: Request, words: list[str], directory: RunDirectory | None, root: Path, gathers: bool) -> Meant:
+def _meant(request: Request, words: list[str], directory: RunDirectory | None, root: str) -> Meant:
     stored = _like(words, root)
-    if stored is not None:
-        words = [word for word in words if key_of(word) != "run.like"]
+    said = [shown(word) for word in words]
+    words = [word for word in words if key_of(word) != "run.like"]
     groups = sources(request.config_dir).groups()
     space = syntax.read(words, {}, groups)
     first = _compose(request, space.first(), stored)
@@ -174,7 +173,7 @@ def _meant(request: Request, words: list[str], directory: RunDirectory | None, r
             "that loses a worker fails by itself and the others go on."
         )
     if directory is None:
-        directory = _unused(root, default_run_name(first.choices, datetime.now()))
+        directory = _unused(where_others_are(root), default_run_name(first.choices, datetime.now()))
     config_dir = str(request.config_dir) if request.config_dir else None
     return Meant(
         request=request,
@@ -185,8 +184,8 @@ def _meant(request: Request, words: list[str], directory: RunDirectory | None, r
         total=total,
         first=first,
         stored=stored,
-        recorded=Recorded(tuple(shown(word) for word in words), config_dir),
-        gathers=gathers,
+        recorded=Recorded(tuple(said), config_dir),
+        root=root,
     )
 
 
@@ -196,9 +195,9 @@ def _compose(request: Request, words: Sequence[str], stored: Path | None) -> Com
     return composition
 
 
-def _like(words: Sequence[str], root: Path) -> Path | None:
+def _like(words: Sequence[str], root: str) -> Path | None:
     name = next((word.partition("=")[2] for word in words if key_of(word) == "run.like"), None)
-    return None if name is None else run_like(str(root), name).config
+    return None if name is None else run_like(root, name).config
 
 
 def _of_trials(words: Sequence[str]) -> list[str]:

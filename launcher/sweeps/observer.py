@@ -45,7 +45,7 @@ class SweepObserver(Observer):
 class SweepOutcome:
     """How a sweep ended: its result.json, its trials (see `records.rows`), the best one's words, and the signal.
 
-    detached: it goes on elsewhere, and nobody here follows it.
+    root: run.root as it was said. detached: it goes on elsewhere, and nobody here follows it.
     """
 
     result: dict[str, Any]
@@ -53,4 +53,5 @@ class SweepOutcome:
     trials: list[dict[str, Any]]
     best: dict[str, Any] | None
     signal_number: int | None = None
+    root: str = "runs"
     detached: bool = False

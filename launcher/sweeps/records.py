@@ -58,6 +58,20 @@ def objective(trial: FrozenTrial) -> float | list[float] | None:
     return None
 
 
+def best(study: Study) -> dict[str, Any] | None:
+    """Return the best trial: number, what it has reached, words and parameters; None where none is completed."""
+    found = study.best()
+    if found is None:
+        return None
+    values = study.values(found)
+    return {
+        "number": found.number,
+        "objective": objective(found),
+        "overrides": study.words.overrides(values),
+        "parameters": shown(values, study.words),
+    }
+
+
 def write_csv(path: Path, found: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
     """Write trials.csv: a reader sees the old or the new one. Several objectives are separated by semicolons."""
     text = io.StringIO()

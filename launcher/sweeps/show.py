@@ -172,7 +172,7 @@ def conclusion(outcome: SweepOutcome) -> list[str]:
     if outcome.best is not None:
         words = " ".join(shown(word) for word in outcome.best["overrides"])
         lines.append(f"best: trial {outcome.best['number']}, {_objective(outcome.best['objective'])}  {words}")
-    root = "" if outcome.directory.path.parent.name == "runs" else f" run.root={outcome.directory.path.parent}"
+    root = "" if outcome.root == "runs" else f" run.root={outcome.root}"
     if result["status"] == "stopped":
         spent = result.get("reason") == BUDGET
         more = f" {larger(result['cost_usd'])}" if spent else ""

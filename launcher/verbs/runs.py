@@ -46,15 +46,16 @@ def logs(line: Line) -> int:
     assert line.name is not None
     run = runs.find(_root(line), line.name)
     until_the_end = "no_follow" not in line.flags
-    if not run.is_sent:
+    sent = run.sent
+    if sent is None:
         follow(run, until_the_end)
         return 0
     from launcher.jobs.remote import attend
     from launcher.terminal import Display
 
-    with attend.copied(run, say):
+    with attend.copied(sent, say) as copies:
         with Display() as display:
-            attend.until_it_begins(run, display.show)
+            attend.until_it_begins(sent, display.show, copies)
         try:
             follow(run, until_the_end)
         except KeyboardInterrupt:
@@ -68,12 +69,13 @@ def stop(line: Line) -> int:
 
     assert line.name is not None
     run = runs.find(_root(line), line.name)
-    if run.is_sent:
+    sent = run.sent
+    if sent is None:
+        say(stop(run))
+    else:
         from launcher.jobs.remote import attend
 
-        say(attend.stop(run))
-    else:
-        say(stop(run))
+        say(attend.stop(run) if sent == run else attend.stop_trial(run, sent, stop))
     print(run.told())
     return 0
 

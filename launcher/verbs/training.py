@@ -81,7 +81,7 @@ def _sweep(line: Line) -> int:
             try:
                 outcome = sweeps.run(line.request(), display)
             except Stopped:
-                if display.directory is not None:
+                if display.directory is not None and display.directory.exists():
                     result(str(display.directory.path))
                 raise
         if not display.finished:

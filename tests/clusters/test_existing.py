@@ -101,6 +101,12 @@ def test_two_machines_train_as_one_process_does_and_the_cluster_stays(cluster: L
 
     wait_for(lambda: not left(), 20, left)  # Ray ends the actors of a driver that has gone, in its own time
 
+    cluster.hosts[1].cut()  # Ray believes in it for a minute more; a command that is given now must not
+    plan = launch(cluster, directory, "plan", *TINY, "--json")
+    assert plan.status == 0, plan.err
+    assert cluster.hosts[1].name not in json.loads(plan.out)["machines"]["description"]
+    assert len(cluster.nodes()) == 2
+
 
 @pytest.mark.timeout(240)
 def test_what_differs_on_a_node_is_told_before_training(cluster: Lab, directory: Path, tmp_path: Path) -> None:

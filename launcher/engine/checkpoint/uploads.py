@@ -71,6 +71,7 @@ class Uploads:
         self._sent: int | None = None
         self._took: deque[float] = deque(maxlen=3)  # seconds from being submitted to being there
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     # ---- sending ----------------------------------------------------------------------------------------------------
 
@@ -131,10 +132,18 @@ class Uploads:
                     "run.resume=true."
                 ) from None
 
+    def close(self) -> None:
+        """Let go of the thread, once nothing waits any more; what could not be sent is not tried again."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._waiting))
+                self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
+                if not self._waiting:
+                    return
                 upload = self._running = self._waiting.pop(0 if self.scattered else -1)
                 self._changed.notify_all()
             error: StorageError | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,11 +14,12 @@ from launcher.jobs.remote import follow
 from launcher.jobs.remote.caller import error_of
 from launcher.jobs.remote.connection import connected
 from launcher.jobs.remote.copies import Copies
-from launcher.jobs.remote.place import Place, place_of
+from launcher.jobs.remote.place import Place, forget, place_of
 from launcher.jobs.remote.wire import Event
 from launcher.runs import FINAL, RunDirectory
 
 _STOP_SECONDS = 600.0
+_BEGIN_SECONDS = 60.0  # from the word that a run begins to its first line of log.txt
 
 
 def _place(run: RunDirectory) -> Place:
@@ -33,18 +35,22 @@ def _is_gone(place: Place) -> bool:
 
 
 @contextmanager
-def copied(run: RunDirectory, note: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Have the files of a run that is driven elsewhere be copied to here meanwhile.
+def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: bool = True) -> Iterator[Copies | None]:
+    """Have the files of a run that is driven elsewhere be copied to here meanwhile, and at the end.
 
     Args:
         note: is told where that cannot be, since its cluster is down.
+        first: at the beginning as well.
+
+    Yields:
+        What copies; None where nothing has to be, or nothing can be.
 
     Raises:
         ClusterError: its head cannot be reached, or is gone before anything was copied.
     """
     place = _place(run)
     if place.head is None or place.directory is None:
-        yield
+        yield None
         return
     if _is_gone(place):
         if not run.log.exists():
@@ -54,30 +60,47 @@ def copied(run: RunDirectory, note: Callable[[str], None] | None = None) -> Iter
             )
         if note is not None:
             note(f"The cluster {place.head} is not known here any more; this is what was copied from it.")
-        yield
+        yield None
         return
     copies = Copies(heads.load(place.head).shell(), place.directory, run)
-    copies.fetch()
+    if first:
+        copies.fetch()
     copies.start()
     try:
-        yield
+        yield copies
     finally:
         with suppress(HostError):
             copies.close()
 
 
-def until_it_begins(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
+def bring_here(run: RunDirectory) -> None:
+    """Copy what there is of a run that was sent, once. ClusterError where its head cannot be reached, or is gone."""
+    with copied(run, first=False):
+        pass
+
+
+def until_it_begins(run: RunDirectory, on_event: Callable[[Event], None], copies: Copies | None) -> None:
     """Follow a run that was sent until it has written its first lines.
 
     Raises:
-        LaunchError: what it ended with before that.
+        LaunchError: what it ended with before that; its name is free again.
     """
     if run.log.exists() or run.exists():
         return
+    _hear_of_it(run, on_event)
+    latest = time.monotonic() + _BEGIN_SECONDS
+    while copies is not None and not run.log.exists() and time.monotonic() < latest:
+        copies.fetch()
+        time.sleep(0.3)
+
+
+def _hear_of_it(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
     place = _place(run)
     with connected(place) as jobs:
         for event in follow.events(jobs, place.job, place.where, lambda: None, run.name):
             if event["kind"] == "end" and "error" in event:
+                if not run.exists():
+                    forget(run, [run.path])
                 raise error_of(event["error"])
             if event["kind"] in ("begun", "end") and (run.exists() or place.directory):
                 return
@@ -97,12 +120,39 @@ def stop(run: RunDirectory) -> str:
         over = run.status() in FINAL
         why = f"it is {run.status()}" if over else f"its cluster {place.head} is not known here any more (launch down)"
         raise RunError(f'The run "{run.name}" is not running: {why}.')
-    with copied(run):
+    with copied(run, first=False):  # what there is to copy must not delay it
         _stop(run, place)
     if not run.exists():
         return f"{run.name} was stopped before it began."
     status = run.status()
     return f"{run.name} is {status if status in FINAL else 'stopped'} at step {run.result().get('steps')}."
+
+
+def stop_trial(run: RunDirectory, sweep: RunDirectory, stop_here: Callable[[RunDirectory], str]) -> str:
+    """Have one trial of a sweep that was sent save a checkpoint and stop, and wait for it. Returns what came of it.
+
+    Args:
+        stop_here: does so with a run whose directory this machine and the cluster share.
+
+    Raises:
+        RunError: it does not go on, or did not stop in ten minutes.
+        ClusterError: its cluster cannot be reached.
+    """
+    place = _place(sweep)
+    if place.head is None or place.directory is None:  # its directory is seen here
+        return stop_here(run)
+    with copied(sweep) as copies:
+        if copies is None or run.status() in FINAL:
+            raise RunError(f'The run "{run.name}" is not running: it is {run.status()}.')
+        there = shlex.quote(f"{place.directory}/{run.name}")
+        asked = f"cd {there} && touch .stop && mkdir -p .requests && touch .requests/stop && echo stop > .requests/stop"
+        heads.load(place.head).shell().run(asked, what="asking the trial to stop")
+        deadline = time.monotonic() + _STOP_SECONDS
+        while run.status() not in FINAL:
+            if time.monotonic() > deadline:
+                raise RunError(f'The run "{run.name}" did not stop within {_STOP_SECONDS:.0f} s. The request stays.')
+            time.sleep(0.5)
+    return f"{run.name} is {run.status()} at step {run.result().get('steps')}."
 
 
 def _stop(run: RunDirectory, place: Place) -> None:

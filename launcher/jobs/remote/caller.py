@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import signal
 import tempfile
 from collections.abc import Callable
@@ -14,16 +15,16 @@ from launcher import errors
 from launcher.clusters import mounts, project, rates
 from launcher.clusters.heads import Head
 from launcher.clusters.needs import Needs
-from launcher.clusters.ray_jobs import Jobs, Unreachable, checked_url, own_token
+from launcher.clusters.ray_jobs import OVER, Jobs, Unreachable, checked_url, own_token
 from launcher.clusters.ssh import place_of as place_on_host
 from launcher.config import ClusterConfig
 from launcher.config.schema import ScalingConfig
-from launcher.errors import HostError, LaunchError, RunError, Stopped, UserCodeError
+from launcher.errors import ClusterError, HostError, LaunchError, RunError, Stopped, UserCodeError
 from launcher.jobs.prepare import Prepared, Request, key_of
 from launcher.jobs.remote import follow, freight, place
 from launcher.jobs.remote.connection import through
 from launcher.jobs.remote.copies import Copies, bring
-from launcher.jobs.remote.place import Place
+from launcher.jobs.remote.place import Place, place_of
 from launcher.jobs.remote.wire import Event
 
 STOP, DETACH = "stop", "detach"
@@ -65,6 +66,9 @@ class Caller:
         self._on_event, self._ask, self._trials = on_event, ask, trials
         self._run = prepared.directory
         self._config_dir = str(request.config_dir) if request.config_dir else None
+        self._before = place_of(prepared.directory)
+        self._begun = False  # the driver there has the run in hand
+        self._copies: Copies | None = None
         self._made: list[Path] = []
         self._needs: dict[str, Any] = {}
 
@@ -89,14 +93,33 @@ class Caller:
             with interrupts.at_once():  # nothing of the run is there yet
                 head = self._up(cluster)
             return self._on_head(head, values, interrupts)
-        except BaseException:
-            if not self._run.exists():  # refused before it began: the name stays free
+        except BaseException as error:
+            refused = isinstance(error, LaunchError) and not self._begun
+            if refused and self._before is not None:  # where it was driven before is still where it is to be found
+                self._before.write(self._run)
+            elif not self._run.exists():  # refused before it began: the name stays free
                 place.forget(self._run, self._made)
             raise
+
+    def _check_idle(self, jobs: Jobs, where: str) -> None:
+        """Raise RunError where the run's last driver is still at work there: what is known of it here may be old."""
+        before = self._before
+        if before is None or before.where != where:
+            return
+        try:
+            status = jobs.status(before.job)
+        except Unreachable as problem:
+            raise ClusterError(f"{where} does not answer: {problem}") from None
+        if status not in (*OVER, "GONE"):
+            name = self._run.name
+            raise RunError(
+                f'"{name}" is running on {where}. Follow it with: launch logs {name}; stop it with: launch stop {name}.'
+            )
 
     def _on_url(self, address: str, values: dict[str, str], interrupts: Any) -> Sent:
         jobs = Jobs(checked_url(address), own_token())
         self._on_event({"kind": "phase", "name": "cluster"})
+        self._check_idle(jobs, jobs.url)
         found = Place(freight.new_job(), jobs.url, config_dir=self._config_dir)
         self._write_down(found)
         self._submit(jobs, found, values)
@@ -129,22 +152,22 @@ class Caller:
             if len(head.hosts) != 1:  # no disk is known that all of them see
                 root = f"head://{directory}"
         found = Place(freight.new_job(), head=head.name, directory=there, config_dir=self._config_dir)
-        self._write_down(found)
-        if there is not None and self._prepared.resumes:
-            bring(shell, there, self._run)
         with through(head) as jobs:
+            self._check_idle(jobs, head.name)
+            self._write_down(found)
+            if there is not None and self._prepared.resumes:
+                bring(shell, there, self._run)
             cost = rates.words(self._prepared.job.cluster, head.usd_per_hour, len(head.hosts) or 1)
             words = [*self._words(root), *cost]
             self._send(jobs, found, words, values, head)
-            copies = Copies(shell, there, self._run) if there is not None else None
-            if copies is None or self._prepared.job.cluster.detach:
+            if there is None or self._prepared.job.cluster.detach:
                 return self._attended(jobs, found, interrupts)
-            copies.start()
+            copies = self._copies = Copies(shell, there, self._run)
             try:
                 sent = self._attended(jobs, found, interrupts)
             except BaseException:
                 with contextlib.suppress(HostError):
-                    copies.close()
+                    copies.close(last=self._begun)  # of one that was refused another run may lie there
                 raise
             try:
                 copies.close(last=not sent.detached)
@@ -162,7 +185,7 @@ class Caller:
             where = f"{head.directory}/{place_on_host(calling)}"
             config = str(config_dir.relative_to(calling)) if config_dir and config_dir.is_relative_to(calling) else None
             if config_dir is not None and config is None:
-                config = f"{where}-config"
+                config = f"{where}-config-{hashlib.sha256(str(config_dir).encode()).hexdigest()[:6]}"
                 head.shell().send(config_dir, project.files(config_dir), config)
             jobs.put(found.job, self._order(words, where, config, values))
             jobs.submit(found.job, freight.entrypoint("-m", "launcher.driver", found.job, python=python), {})
@@ -244,6 +267,10 @@ class Caller:
             for event in follow.events(jobs, found.job, found.where, poll, self._run.name):
                 if event["kind"] == "end":
                     return self._ended(event, interrupts)
+                if event["kind"] == "begun":
+                    self._begun = True
+                    if self._copies is not None:
+                        self._copies.start()
                 self._on_event(event)
         except _Detached:
             return Sent({}, detached=True)

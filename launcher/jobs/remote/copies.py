@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -18,18 +19,18 @@ from launcher.runs import REMOTE, RunDirectory, write_json
 
 EVERY_SECONDS = 5.0
 _LONGEST_SECONDS = 3600.0
-# Checkpoints and heartbeats are copied in ways of their own; the rest belongs to one machine.
-_EXCLUDED = ("checkpoints/", ".heartbeat", f"/{REMOTE}", ".probe*", ".stop", ".owner", ".requests/", "*.tmp", "*.lock")
-# Of a run, or of a sweep and its trials: complete checkpoints, and heartbeats with their ages.
+# Checkpoints, heartbeats and results are copied in ways of their own; the rest belongs to one machine.
+_OF_A_RUN = ("checkpoints/", ".heartbeat", "result.json", ".probe*", ".stop", ".owner", ".requests/")
+_EXCLUDED = (*(f"/{name}" for name in _OF_A_RUN), f"/{REMOTE}", "*.tmp", "*.lock", "*.gathering")
+# Of a run, or of a sweep and its trials: complete checkpoints, results with the times of their last changes, heartbeats
+# that are not old with their ages. Few processes, however many trials there are.
 _LISTED = """\
 cd {directory} 2>/dev/null || exit 0
-echo "there yes"
-for place in checkpoints/step-* */checkpoints/step-*; do [ -f "$place/manifest.json" ] && echo "step $place"; done
-for beat in .heartbeat */.heartbeat; do
-  [ -f "$beat" ] || continue
-  echo "beat $(( $(date +%s) - $(stat -c %Y "$beat") )) $beat $(tr -d '\\n' < "$beat")"
-done
-true
+echo "now $(date +%s)"
+[ -f study.journal ] && echo sweep
+for place in checkpoints/step-* */checkpoints/step-*; do [ -f "$place/manifest.json" ] && echo "step - $place"; done
+find . -maxdepth 2 -name result.json -printf 'result %T@ %P\\n'
+find . -maxdepth 2 -name .heartbeat -mmin -5 -printf 'beat %T@ %P\\n'
 """
 
 
@@ -43,6 +44,7 @@ class Copies:
 
     def __init__(self, shell: Shell, directory: str, run: RunDirectory) -> None:
         self._shell, self._directory, self._run = shell, directory, run
+        self._results: dict[str, str] = {}  # place -> when the one that was copied had changed
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._keep, name="launch-copies", daemon=True)
@@ -71,20 +73,17 @@ class Copies:
         """
         with self._lock:
             listed = self._shell.run(_LISTED.format(directory=shlex.quote(self._directory)), what="looking at the run")
-            facts = [line.split(" ", 1) for line in listed.splitlines()]
-            if not facts:
+            lines = listed.splitlines()
+            if not lines:
                 return  # nothing is there yet
-            options = [f"--exclude={pattern}" for pattern in _EXCLUDED]
-            self._copy(f"{self._directory}/", self._run.path, options)
-            self._checkpoints({Path(told) for key, told in facts if key == "step"})
-            for key, told in facts:
-                if key == "beat":
-                    self._beat(told)
-            for run in (self._run, *self._trials()):
-                self._own_words(run)
-
-    def _trials(self) -> list[RunDirectory]:
-        return [RunDirectory(found.parent) for found in self._run.path.glob("*/result.json")]
+            now, sweep = int(lines[0].split()[1]), "sweep" in lines[:2]
+            excluded = [*_EXCLUDED, *(f"/*/{name}" for name in _OF_A_RUN if sweep)]
+            self._copy(f"{self._directory}/", self._run.path, [f"--exclude={pattern}" for pattern in excluded])
+            beats, results, steps = (_facts(lines, kind, sweep) for kind in ("beat", "result", "step"))
+            for place, when in beats.items():
+                self._beat(place, now - float(when))
+            self._copy_results(results)
+            self._checkpoints({Path(place) for place in steps})
 
     def _copy(self, there: str, here: Path, options: Sequence[str] = ()) -> bool:
         """Tell whether all of it came: what was deleted there meanwhile did not, and the next time has what is left."""
@@ -95,6 +94,34 @@ class Copies:
                 raise
             return False
         return True
+
+    def _beat(self, place: str, age: float) -> None:
+        """Have a heartbeat here be as old as the one there by the clock there. Whose it is matters there alone."""
+        with suppress(OSError):
+            path = self._run.path / place
+            write_json(path, {"host": "", "pid": 0})
+            when = time.time() - max(0.0, age)
+            os.utime(path, (when, when))
+
+    def _copy_results(self, there: dict[str, str]) -> None:
+        """Copy the results that have changed, and name their checkpoints by their place here."""
+        changed = [place for place, when in there.items() if self._results.get(place) != when]
+        if not changed:
+            return
+        with tempfile.NamedTemporaryFile("w", prefix="launch-results-") as names:
+            names.write("".join(f"{place}\n" for place in changed))
+            names.flush()
+            if not self._copy(f"{self._directory}/", self._run.path, [f"--files-from={names.name}"]):
+                return
+        for place in changed:
+            run = RunDirectory((self._run.path / place).parent)
+            with suppress(RunError, OSError):
+                result = run.result()
+                told = str(result.get("checkpoint") or "")
+                if told and not told.startswith(str(run.path)):
+                    result["checkpoint"] = str(run.checkpoints / Path(told).name)
+                    run.write_result(result)
+            self._results[place] = there[place]
 
     def _checkpoints(self, there: set[Path]) -> None:
         """Copy those that are there, the newest first, and remove those that are not kept there any more."""
@@ -111,23 +138,16 @@ class Copies:
             for place in here - there:
                 shutil.rmtree(top / place, ignore_errors=True)
 
-    def _beat(self, told: str) -> None:
-        """Have a heartbeat here be as old as the one there by the clock there."""
-        with suppress(ValueError, OSError):
-            age, place, beat = told.split(" ", 2)
-            path = self._run.path / place
-            write_json(path, json.loads(beat))
-            when = time.time() - max(0, int(age))
-            os.utime(path, (when, when))
 
-    @staticmethod
-    def _own_words(run: RunDirectory) -> None:
-        """Name the checkpoint by its place here."""
-        with suppress(RunError, OSError):
-            result = run.result()
-            told = str(result.get("checkpoint") or "")
-            if told and not told.startswith(str(run.path)):
-                write_json(run.path / "result.json", {**result, "checkpoint": str(run.checkpoints / Path(told).name)})
+def _facts(lines: Sequence[str], kind: str, sweep: bool) -> dict[str, str]:
+    """Return place -> time of what was listed. Folders of a run are the user's, those of a sweep its trials."""
+    found = {}
+    for line in lines:
+        if line.startswith(f"{kind} "):
+            _, when, place = line.split(" ", 2)
+            if sweep or place.count("/") == (kind == "step"):
+                found[place] = when
+    return found
 
 
 def bring(shell: Shell, directory: str, run: RunDirectory) -> None:

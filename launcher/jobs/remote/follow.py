@@ -87,6 +87,6 @@ def _without_a_word(jobs: Jobs, job: str, status: str, where: str, name: str, re
     if status == "GONE":
         return (
             f"{where} knows nothing of the job {job}: its head was started anew. What the run has saved is kept; "
-            f"continue it with: launch run.name={name} run.resume=true."
+            f"continue it with run.name={name} run.resume=true."
         )
     return f"The driver of the run on {where} (job {job}) ended without a word, as {status}. Its last lines: {text}"
