@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters import bootstrap, heads, on_host, ssh
+from launcher.clusters import bootstrap, heads, on_host, project, ssh
 from launcher.clusters.bootstrap import Environment
 from launcher.clusters.shell import Shell
 from launcher.config.schema import ClusterConfig
@@ -48,6 +48,15 @@ def shell(server: servers.Server) -> Iterator[Shell]:
 
 def config(server: servers.Server, *hosts: str, **keys: str) -> ClusterConfig:
     return ClusterConfig(kind="ssh", hosts=list(hosts), ssh_config=str(server.config), **keys)  # type: ignore[arg-type]
+
+
+def test_what_is_sent_of_a_project(tmp_path: Path) -> None:
+    """Would be wrong: gigabytes of runs that are sent along, or a package that is left out since it is called so."""
+    for name in ("train.py", "runs/a/result.json", "src/runs/table.py", ".venv/bin/python", "src/__pycache__/x.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert project.files(tmp_path) == ["src/runs/table.py", "train.py"]
+    assert "launcher/runs/__init__.py" in project.own_files()
 
 
 # ---- what is asked for ----------------------------------------------------------------------------------------------

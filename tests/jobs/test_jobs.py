@@ -415,3 +415,20 @@ def test_a_disk_that_fills_up(here: Place, small_disk: Path) -> None:
     (run / "metrics.jsonl").unlink()
     again = here.here("evaluate", "a", f"run.root={small_disk}/runs")
     assert again.status == 0, again.err
+
+
+def test_weights_to_begin_with_are_not_forgotten_by_a_run_that_had_saved_nothing(place: Place) -> None:
+    """Would be wrong: a run that was killed before its first checkpoint, and is continued from random weights."""
+    assert place.launch(*TOY, "run.name=base").status == 0
+    words = (*TOY, "checkpoint.load=base", "checkpoint.every=1000", "trainer.log_every=1")
+    kill = "+callbacks.accidents={_target_: toy.Accidents, happen: [{rank: 0, step: 2, name: KILL}]}"
+    assert place.launch(*words, "run.name=killed", kill).status != 0
+    assert not list((place.runs / "killed/checkpoints").glob("step-*"))
+    resumed = place.launch(*words, "run.name=killed", kill, "run.resume=true")
+    assert resumed.status == 0, resumed.err
+    assert place.launch(*words, "run.name=whole").status == 0
+    killed, whole = (
+        [json.loads(line).get("train/loss") for line in (place.runs / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("killed", "whole")
+    )
+    assert killed == whole

@@ -151,6 +151,26 @@ def test_another_run_begins_with_the_weights_of_the_best(sweep: Sweep, words: li
     assert begins["metrics"]["val/loss"] == found["best"]["objective"]
 
 
+def validations(run: Path) -> list[float]:
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [entry["val/loss"] for entry in entries if "val/loss" in entry]
+
+
+def test_a_sweep_like_a_run_stays_like_it_when_it_is_continued(sweep: Sweep, words: list[str], tmp_path: Path) -> None:
+    """Would be wrong: trials after a resume that train the default job; weights looked for within the sweep."""
+    import launcher
+
+    launcher.launch(*words, "run.name=base", "trainer.epochs=2", config_dir=PROJECT, quiet=True)
+    root = f"run.root={tmp_path}"
+    more = ("run.name=s", "run.like=base", "checkpoint.load=base", "sweep=random", "optimizer.lr=interval(0.1,0.2)")
+    launcher.sweep(root, *more, trials=1, config_dir=PROJECT, quiet=True)
+    found = launcher.sweep(root, "run.name=s", "run.resume=true", "cluster=none", trials=2, quiet=True)
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 2
+    for trial in range(2):
+        assert result(tmp_path / "s", trial)["epochs"] == 2.0
+        assert validations(tmp_path / "s" / str(trial))[0] < validations(tmp_path / "base")[-1]
+
+
 @pytest.mark.parametrize(
     ("more", "kind", "message"),
     [

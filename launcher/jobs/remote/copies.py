@@ -83,7 +83,7 @@ class Copies:
             for place, when in beats.items():
                 self._beat(place, now - float(when))
             self._copy_results(results)
-            self._checkpoints({Path(place) for place in steps})
+            self._checkpoints({Path(place) for place in steps}, ("", "*/") if sweep else ("",))
 
     def _copy(self, there: str, here: Path, options: Sequence[str] = ()) -> bool:
         """Tell whether all of it came: what was deleted there meanwhile did not, and the next time has what is left."""
@@ -123,10 +123,10 @@ class Copies:
                     run.write_result(result)
             self._results[place] = there[place]
 
-    def _checkpoints(self, there: set[Path]) -> None:
+    def _checkpoints(self, there: set[Path], runs: Sequence[str]) -> None:
         """Copy those that are there, the newest first, and remove those that are not kept there any more."""
         top = self._run.path
-        here = {path.relative_to(top) for places in ("", "*/") for path in top.glob(f"{places}checkpoints/step-*")}
+        here = {path.relative_to(top) for run in runs for path in top.glob(f"{run}checkpoints/step-*")}
         for place in sorted(there - here, key=lambda place: place.name, reverse=True):
             part = top / place.parent / f".{place.name}.part"
             part.parent.mkdir(parents=True, exist_ok=True)

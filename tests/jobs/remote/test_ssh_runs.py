@@ -85,6 +85,10 @@ def test_a_laptop_that_goes_away_leaves_the_run_going(there: Elsewhere) -> None:
     os.killpg(laptop.pid, signal.SIGKILL)
     laptop.wait(10)
     before = len((run / "metrics.jsonl").read_text())
+    long_ago = time.time() - 1000  # as if the laptop had been away for longer than a run may be silent
+    os.utime(run / ".heartbeat", (long_ago, long_ago))
+    again = there.launch("run.name=away", "run.resume=true", seconds=60)
+    assert (again.status, "is running on ssh" in again.err) == (2, True), again.err
     listed = there.launch("logs", "away", "--no-follow", seconds=60)
     assert listed.status == 0, listed.err
     assert len((run / "metrics.jsonl").read_text()) > before, "the run has not gone on"
@@ -126,6 +130,36 @@ def test_a_sweep_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
         assert_same_weights(final_weights(sweep.with_name("here") / str(number)), final_weights(sweep / str(number)))
     evaluated = there.launch("evaluate", "grid/best", seconds=100)
     assert evaluated.status == 0, evaluated.err
+    more = ("run.like=grid/best", "checkpoint.load=grid/best", "optimizer.lr=1e-9", "trainer.epochs=1", "run.name=more")
+    begun = there.launch(*more, seconds=100)
+    assert begun.status == 0, begun.err
+    best = json.loads((sweep / "result.json").read_text())["best"]["value"]
+    assert abs(result(sweep.with_name("more"))["metrics"]["val/loss"] - best) < 1e-3  # type: ignore[index]
     copies = [path for host in there.machines for path in there.own(host).glob(".cache/launch/**/step-*/manifest.json")]
     assert copies == [], "checkpoints of trials that have ended fill the disks of the hosts"
+    assert there.launch("down", "ssh", seconds=60).status == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_trial_of_a_sweep_elsewhere_is_followed_and_stopped(there: Elsewhere) -> None:
+    """Detached, by names: of the trial, which ends as far as it came, and then of the sweep."""
+    words = there.words(there.machines[0].name)
+    swept = ("-m", *LONG, *words, "cluster=ssh", "optimizer.lr=0.1,0.2", "scaling.workers=1", "cluster.detach=true")
+    sent = there.launch(*swept, "sweep.concurrency=1", "run.name=night", seconds=100)
+    assert sent.status == 0, sent.err
+    assert "launch logs night" in sent.err
+    sweep = there.calling / "runs" / "night"
+    latest = time.monotonic() + 90
+    while not (sweep / "0" / "metrics.jsonl").exists():
+        assert time.monotonic() < latest, there.launch("logs", "night", "--no-follow").err
+        there.launch("logs", "night", "--no-follow", seconds=60)
+        time.sleep(1)
+    shown = there.launch("logs", "night/0", "--no-follow", seconds=60)
+    assert (shown.status, "step" in shown.out) == (0, True), shown.err
+    stopped = there.launch("stop", "night/0", seconds=100)
+    assert (stopped.status, "0 is stopped at step" in stopped.err) == (0, True), stopped.err
+    ended = there.launch("stop", "night", seconds=100)
+    assert ended.status == 0, ended.err
+    assert [result(sweep / name)["status"] for name in (".", "0")] == ["stopped", "stopped"]
     assert there.launch("down", "ssh", seconds=60).status == 0
