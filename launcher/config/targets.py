@@ -153,7 +153,9 @@ def _is_of_calling_directory(name: str) -> bool:
     and neither does a virtual environment that happens to lie in the calling directory.
     """
     top, _, rest = name.partition(".")
-    if top == __package__:  # called in our own source tree: the launcher's insides are no more trusted than elsewhere
+    if (
+        top == __name__.partition(".")[0]
+    ):  # called in our own source tree: the launcher's insides are no more trusted than elsewhere
         return False
     try:
         spec = importlib.util.find_spec(top)  # a top-level name: the import system only looks

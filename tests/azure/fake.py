@@ -22,12 +22,12 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.azure.proxy import HOST, Refusal, certificates, handler
+from tests.servers import HttpServer
 
 SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
 TENANT = "99999999-1111-2222-3333-444444444444"
@@ -99,9 +99,7 @@ class Fake:
         self.identities: dict[str, str] = {}  # of VMs: token -> name
         self._lock = threading.RLock()
         self._numbers = itertools.count(4)
-        self.server: Callable[[Any], ThreadingHTTPServer] = lambda handler: ThreadingHTTPServer(
-            (self.listen, 0), handler
-        )
+        self.server: Callable[[Any], HttpServer] = lambda handler: HttpServer((self.listen, 0), handler)
 
     def __enter__(self) -> Fake:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +118,6 @@ class Fake:
         )
         self._az.chmod(self._az.stat().st_mode | stat.S_IXUSR)
         self._server = self.server(handler(self.answer, self._context))
-        self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from launcher.clusters import catalogue
 from launcher.clusters.azure.wanted import DIRECTORY, USER
 from tests.azure.fake import Fake, nic_of
 from tests.command import Result
+from tests.servers import HttpServer
 from tests.vmlab import lab
 from tests.vmlab.lab import ROOT, Host, Lab
 
@@ -108,15 +108,15 @@ class Vms(Lab):
         )
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def _server(self, handler: Any) -> ThreadingHTTPServer:
+    def _server(self, handler: Any) -> HttpServer:
         """Return a server that listens on the laptop: a socket stays in the network where it was made."""
-        made: list[ThreadingHTTPServer] = []
+        made: list[HttpServer] = []
 
         def make() -> None:
             with open(f"/var/run/netns/{self.laptop._link.name}") as there:
                 libc = ctypes.CDLL(None, use_errno=True)
                 assert libc.setns(there.fileno(), _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-            made.append(ThreadingHTTPServer((self.laptop.address, 0), handler))
+            made.append(HttpServer((self.laptop.address, 0), handler))
 
         thread = threading.Thread(target=make)  # its network is this thread's own
         thread.start()

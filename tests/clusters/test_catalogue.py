@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -17,6 +17,7 @@ from launcher.clusters import catalogue, prices
 from launcher.clusters.nodes import chosen
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
+from tests.servers import HttpServer
 
 
 def item(name: str, usd: float, meter: str = "", **more: Any) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class PriceList:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = HttpServer(("127.0.0.1", 0), Handler)
         self.host = f"127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()

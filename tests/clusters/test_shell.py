@@ -224,7 +224,7 @@ class _Echo(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web() -> Iterator[int]:
-    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Echo)
+    serving = servers.HttpServer(("127.0.0.1", 0), _Echo)
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     yield serving.server_address[1]
     serving.shutdown()

@@ -155,7 +155,7 @@ def test_trust_is_for_whole_names() -> None:
 
 def test_checking_imports_nothing() -> None:
     code = (
-        "import sys; from launcher import targets; targets.add_calling_directory('.');"
+        "import sys; from launcher.config import targets; targets.add_calling_directory('.');"
         "targets.check({'model': {'_target_': 'models.vision.ConvNet'}, 'optimizer': {'_target_': 'torch.optim.SGD'}});"
         "assert not {'torch', 'models', 'hydra', 'omegaconf'} & set(sys.modules)"
     )
@@ -367,7 +367,7 @@ def test_everything_again_in_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("from models.vision import ConvNet\nclass Mine(ConvNet): ...\n")
     code = (
-        "from launcher import targets; targets.add_calling_directory('.');"
+        "from launcher.config import targets; targets.add_calling_directory('.');"
         "print(targets.build({'_target_': 'models.Mine', 'width': 4}, 'model').__class__.__mro__[1].__module__)"
     )
     environment = {**os.environ, "PYTHONPATH": str(HOME)}

@@ -131,7 +131,7 @@ def test_who_died_with_a_run_in_hand_keeps_nobody_from_it(tmp_path: Path) -> Non
     code = """
 import os, sys
 from pathlib import Path
-from launcher import runs
+from launcher.runs import directory as runs
 run = runs.RunDirectory(Path(sys.argv[1]))
 with runs._locked(run.config):
     run.beat()
