@@ -162,7 +162,6 @@ def test_an_interrupted_up_can_be_repeated_and_ended(there: Elsewhere, running: 
     assert left(there) == {}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("there", [(2, "100mbit")], indirect=True)
 def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(there: Elsewhere, tmp_path: Path) -> None:
@@ -207,7 +206,6 @@ def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(there: Elsewhere, tm
 # ---- a run on them --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_machine_lost_during_training_costs_no_bit(there: Elsewhere) -> None:
     """One worker a machine; the weights are those of one process and of two workers here; no secret is seen."""

@@ -42,7 +42,6 @@ def wait_until(there: Elsewhere, run: Path, step: int, seconds: float = 60) -> N
         time.sleep(0.5)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
     words = there.words()
@@ -130,13 +129,13 @@ def test_a_sweep_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
         assert_same_weights(final_weights(sweep.with_name("here") / str(number)), final_weights(sweep / str(number)))
     evaluated = there.launch("evaluate", "grid/best", seconds=100)
     assert evaluated.status == 0, evaluated.err
+    copies = [path for host in there.machines for path in there.own(host).glob(".cache/launch/**/step-*/manifest.json")]
+    assert copies == [], "checkpoints of trials that have ended fill the disks of the hosts"
     more = ("run.like=grid/best", "checkpoint.load=grid/best", "optimizer.lr=1e-9", "trainer.epochs=1", "run.name=more")
     begun = there.launch(*more, seconds=100)
     assert begun.status == 0, begun.err
     best = json.loads((sweep / "result.json").read_text())["best"]["value"]
     assert abs(result(sweep.with_name("more"))["metrics"]["val/loss"] - best) < 1e-3  # type: ignore[index]
-    copies = [path for host in there.machines for path in there.own(host).glob(".cache/launch/**/step-*/manifest.json")]
-    assert copies == [], "checkpoints of trials that have ended fill the disks of the hosts"
     assert there.launch("down", "ssh", seconds=60).status == 0
 
 
