@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from launcher.engine.checkpoint import available
 from launcher.engine.control import PRUNE, Watch
 from launcher.errors import LaunchError, RequestError, Stopped, UserCodeError, WorkerLost
 from launcher.jobs.prepare import Prepared
@@ -330,13 +331,19 @@ class Driver:
         self._finish(trial.number, run, result)
 
     def _retry(self, trial: Trial, error: LaunchError, stopping: bool) -> bool:
-        """Continue a trial whose worker was lost from its checkpoint, once."""
-        attributes = self._study.frozen()[trial.number].user_attrs
-        if not isinstance(error, WorkerLost) or attributes.get("retries") or stopping:
+        """Continue a trial whose worker was lost from its checkpoint, as often as a run of its own would."""
+        if not isinstance(error, WorkerLost) or stopping:
             return False
-        self._study.note(trial.number, "retries", 1)
+        attributes, most = self._study.frozen()[trial.number].user_attrs, self._meant.first.job.checkpoint.max_failures
+        saved = max(available(trial.directory.checkpoints), default=0)
+        got_on = saved > attributes.get("retried_from", -1)
+        failures = 1 if got_on else attributes.get("retries", 0) + 1  # in a row
+        if failures > most:
+            return False
+        self._study.note(trial.number, "retries", failures)
+        self._study.note(trial.number, "retried_from", saved)
         self._again.append(trial.number)
-        self._say(f"trial {trial.number}: {error} It is continued once.")
+        self._say(f"trial {trial.number}: {error} It is continued (failure {failures}, of at most {most} in a row).")
         return True
 
     def _finish(self, trial: int, run: RunDirectory, result: Mapping[str, Any]) -> None:
