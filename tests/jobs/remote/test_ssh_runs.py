@@ -162,3 +162,22 @@ def test_one_trial_of_a_sweep_elsewhere_is_followed_and_stopped(there: Elsewhere
     assert ended.status == 0, ended.err
     assert [result(sweep / name)["status"] for name in (".", "0")] == ["stopped", "stopped"]
     assert there.launch("down", "ssh", seconds=60).status == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_machine_lost_during_a_sweep_costs_no_trial(there: Elsewhere) -> None:
+    """Would be wrong: a trial that fails with its machine, or that waits for ever for one that Ray still believes in."""
+    swept = ("-m", *TINY, "optimizer.lr=1e-3,2e-3,3e-3,1e-2", "trainer.epochs=40", "checkpoint.every=20")
+    one_a_host = ("scaling.workers=1", "scaling.cpus_per_worker=2")
+    sweep = there.calling / "runs" / "lossy"
+    driver = there.start(*swept, *one_a_host, *there.words(), "run.name=lossy")
+    wait_until(there, sweep / "1", 40, 150)
+    there.machines[1].kill()
+    assert driver.wait(200) == 0, there.laptop.log()[-3000:]
+    assert "It is continued (failure 1" in there.laptop.log()
+    alone = there.launch(*swept, "run.name=here", "cluster=none", seconds=100)
+    assert alone.status == 0, alone.err
+    for number in range(4):
+        assert result(sweep / str(number))["status"] == "completed"
+        assert_same_weights(final_weights(sweep.with_name("here") / str(number)), final_weights(sweep / str(number)))
