@@ -23,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import ray
 from ray import cloudpickle
 
 from launcher.clusters.existing import ExistingRay
@@ -32,12 +31,14 @@ from launcher.errors import LaunchError
 from launcher.runners import ray_train
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
 from launcher.runners.ray_train import Event, Order
+from launcher.runners.room import alive_nodes, unreachable
 from launcher.runners.tasks import Ended, Shape, fits
 
 # Pruning is decided by the driver between two evaluations: what it takes to hear and to answer is trained for nothing.
 TALK_SECONDS = 0.1
 # How long the ranks of a group may take to follow one that has failed, before the group is given up.
 FOLLOW_SECONDS = 8.0
+LOOK_AGAIN_SECONDS = 2.0  # between two looks at the machines of a cluster
 # What all groups may take to end: Ray Train's controller is asked for ten seconds, and is then killed.
 END_SECONDS = ray_train.ABORT_SECONDS + 10.0
 
@@ -97,10 +98,13 @@ class Groups:
         return next((group for group in self._groups if group.idle and group.shape == shape), None)
 
     def _room(self) -> tuple[float, float]:
-        """CPUs and GPUs that there are now: a cluster that is not ours may grow."""
-        if self._cluster.existing and time.monotonic() - self._asked > 2.0:
-            total = ray.cluster_resources()
-            self._available, self._asked = (total.get("CPU", 0.0), total.get("GPU", 0.0)), time.monotonic()
+        """CPUs and GPUs that there are now: a cluster that is not ours may grow, and lose machines."""
+        if self._cluster.existing and time.monotonic() - self._asked > LOOK_AGAIN_SECONDS:
+            nodes = alive_nodes()
+            gone = unreachable(nodes)  # Ray believes in them for a minute more
+            has = [node["Resources"] for node in nodes if node["NodeID"] not in gone]
+            self._available = (sum(each.get("CPU", 0.0) for each in has), sum(each.get("GPU", 0.0) for each in has))
+            self._asked = time.monotonic()
         return self._available
 
     def release(self) -> None:

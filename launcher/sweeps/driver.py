@@ -343,7 +343,8 @@ class Driver:
         self._study.note(trial.number, "retries", failures)
         self._study.note(trial.number, "retried_from", saved)
         self._again.append(trial.number)
-        self._say(f"trial {trial.number}: {error} It is continued (failure {failures}, of at most {most} in a row).")
+        why = str(error).partition(" Continue the run ")[0]  # that is what is done
+        self._say(f"trial {trial.number}: {why} It is continued (failure {failures}, of at most {most} in a row).")
         return True
 
     def _finish(self, trial: int, run: RunDirectory, result: Mapping[str, Any]) -> None:
