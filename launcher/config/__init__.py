@@ -6,29 +6,23 @@ words, keys   words and names of keys, judged       checks      what values may 
 targets       which classes may be named, and how they are built
 """
 
-from launcher.config.composition import (
-    CONF,
+from launcher.config.checks import check_run_name, check_values
+from launcher.config.composition import Composition, compose, hydra_for, peek
+from launcher.config.schema import (
     CheckpointConfig,
     ClusterConfig,
-    Composition,
     Interval,
     Job,
     LoggingConfig,
     RunConfig,
     ScalingConfig,
-    Sources,
     StrategyConfig,
     SweepConfig,
     TrainerConfig,
-    check_run_name,
-    check_values,
-    compose,
     default_run_name,
-    hydra_for,
     parse_interval,
-    peek,
-    sources,
 )
+from launcher.config.search_path import CONF, Sources, sources
 
 __all__ = [
     "CONF",

@@ -16,52 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config import keys, targets
-from launcher.config.checks import check_run_name, check_values
+from launcher.config.checks import check_values
 from launcher.config.own_hydra import PRIMARY, compose_with_hydra, initialize, own_hydra, wrong_type
-from launcher.config.schema import (
-    CheckpointConfig,
-    ClusterConfig,
-    Interval,
-    Job,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-    StrategyConfig,
-    SweepConfig,
-    TrainerConfig,
-    default_run_name,
-    parse_interval,
-)
-from launcher.config.search_path import CONF, Sources, read_stored, sources, where_trusted
+from launcher.config.schema import Job
+from launcher.config.search_path import Sources, read_stored, sources, where_trusted
 from launcher.config.words import Plan, not_an_override, read_words, shown
 from launcher.errors import ConfigError, TrustError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-__all__ = [
-    "CONF",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "Composition",
-    "Interval",
-    "Job",
-    "LoggingConfig",
-    "RunConfig",
-    "ScalingConfig",
-    "Sources",
-    "StrategyConfig",
-    "SweepConfig",
-    "TrainerConfig",
-    "check_run_name",
-    "check_values",
-    "compose",
-    "default_run_name",
-    "hydra_for",
-    "parse_interval",
-    "peek",
-    "sources",
-]
 
 # The `_target_`s that a hydra section may name. Only the sweeper is ever built, for `-m` (`launcher.sweeps.plugin`).
 _HYDRA_TARGETS = frozenset(
