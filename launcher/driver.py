@@ -78,13 +78,12 @@ def _drive(job: str, observer: training.Observer) -> dict[str, Any]:
     status = 0
     if outcome.signal_number is not None and outcome.result.get("status") == "stopped":
         status = training.exit_status_of(outcome.signal_number)
-    return {"status": status, "result": outcome.result, "signal": outcome.signal_number}
+    return {"status": status, "result": outcome.result}
 
 
 def _sweep(request: Request, observer: elsewhere.Telling) -> dict[str, Any]:
     outcome = sweeps.run(request, observer)
-    end = {"status": sweeps.exit_status(outcome), "result": outcome.result, "signal": outcome.signal_number}
-    return {**end, "more": elsewhere.ended(outcome)}
+    return {"status": sweeps.exit_status(outcome), "result": outcome.result, "more": elsewhere.ended(outcome)}
 
 
 def _meet(needs: Needs, address: str, observer: training.Observer) -> None:

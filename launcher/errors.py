@@ -16,6 +16,7 @@
         ├── ExportError            the network cannot be written as an exported program
         ├── StorageError           an object store cannot be read or written
         ├── WorkerLost             a worker process died or stopped answering
+        │   └── OutOfMemory        it was ended, since its machine had no memory left
         ├── Regroup                the workers have saved and ended, to be started again (never told to the user)
         └── UserCodeError          the user's own code raised; carries the user's traceback
 
@@ -106,6 +107,10 @@ class StorageError(TrainingError):
 
 class WorkerLost(TrainingError):
     pass
+
+
+class OutOfMemory(WorkerLost):
+    """A worker was ended since the memory of its machine was nearly used up: tried again, it would be again."""
 
 
 class Regroup(TrainingError):

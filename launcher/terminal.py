@@ -16,7 +16,7 @@ from rich.text import Text
 
 from launcher.phrases import evaluated, facts, step_line
 
-_PHASES = {
+PHASES = {
     "check": "looking at data and model",
     "cluster": "asking the cluster",
     "ray": "starting Ray",
@@ -90,7 +90,7 @@ class Display:
         elif kind == "note":
             self.say(str(event["text"]))
         elif kind == "phase":
-            self._update(description=_PHASES.get(event["name"], event["name"]))
+            self._update(description=PHASES.get(event["name"], event["name"]))
 
     def stop_or_detach(self) -> str:
         """Ask what becomes of a run elsewhere after Ctrl-C."""

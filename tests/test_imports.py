@@ -1,4 +1,4 @@
-"""Who may import whom: `cli -> verbs -> sweeps -> runners -> {clusters, engine}`, and everything may use the leaves.
+"""Who may import whom: `cli -> verbs -> sweeps -> jobs -> planning, runners -> {clusters, engine}`, all use the leaves.
 
 The imports are read, not run, so that one inside a function, in a branch that this machine never takes, or under
 TYPE_CHECKING counts like any other.

@@ -19,7 +19,7 @@ from pathlib import Path
 from launcher.clusters.capacity import described
 from launcher.clusters.compare import compare
 from launcher.clusters.from_driver import serve_disk, share_environment
-from launcher.clusters.gcs import as_client, look, refused
+from launcher.clusters.gcs import as_client, is_here, look, refused
 from launcher.clusters.ray_adapted import (
     RAY_TRAIN_ENVIRONMENT,
     private_directory,
@@ -93,7 +93,7 @@ class ExistingRay:
         import ray
 
         nodes = look(self.address)
-        own = next((node.address for node in nodes if _is_here(node.address)), None)
+        own = next((node.address for node in nodes if is_here(node.address)), None)
         if own is None:  # Ray's native part would end this process
             raise ClusterError(
                 f"cluster=existing: this machine ({socket.gethostname()}) is no node of the Ray cluster at "
@@ -120,17 +120,6 @@ class ExistingRay:
                 ray.shutdown()
             self._connected = False
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _is_here(address: str) -> bool:
-    """Whether this machine has the address: only then can it be listened on."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return True
 
 
 def interface_of(address: str) -> str | None:

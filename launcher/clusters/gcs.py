@@ -47,7 +47,7 @@ def look(address: str) -> list[Node]:
     """Return the nodes that live, by address. Becomes no driver and starts nothing.
 
     Ray believes in a machine that fell silent for a minute more: of the nodes it knows those count that can be
-    connected to, unless none can be, since this machine reaches the head alone.
+    connected to. A machine that is no node of the cluster, and may reach the head alone, takes Ray's word.
 
     Args:
         address: `cluster.address`, or RAY_ADDRESS.
@@ -64,8 +64,10 @@ def look(address: str) -> list[Node]:
         except Exception as error:
             raise refused(address, error) from None
     alive = [(key, info) for key, info in found.items() if info.state == 0]
-    with ThreadPoolExecutor(max(1, min(32, len(alive)))) as pool:
-        answers = list(pool.map(lambda one: _answers(one[1].node_manager_address, one[1].node_manager_port), alive))
+    answers = [True] * len(alive)
+    if any(is_here(info.node_manager_address) for _, info in alive):
+        with ThreadPoolExecutor(min(32, len(alive))) as pool:
+            answers = list(pool.map(lambda one: _answers(one[1].node_manager_address, one[1].node_manager_port), alive))
     nodes = [
         Node(
             id=key.hex(),
@@ -74,13 +76,25 @@ def look(address: str) -> list[Node]:
             cpus=info.resources_total.get("CPU", 0.0),
             gpus=info.resources_total.get("GPU", 0.0),
         )
-        for (key, info), answers_here in zip(alive, answers, strict=True)
-        if answers_here or not any(answers)
+        for (key, info), answered in zip(alive, answers, strict=True)
+        if answered
     ]
     return sorted(nodes, key=lambda node: node.address)
 
 
+def is_here(address: str) -> bool:
+    """Whether this machine has the address: only then can it be listened on."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
 def _answers(host: str, port: int) -> bool:
+    # As `runners.room` has it, which travels by value and may import nothing.
     with contextlib.suppress(OSError):
         socket.create_connection((host, port), ANSWER_SECONDS).close()
         return True

@@ -1,9 +1,10 @@
 """Composition of a `Job` from `conf/`, a user's own directory and the words of the command line, with Hydra.
 
 Few modules know Hydra and OmegaConf (`tests/test_imports.py` lists them), and all import them on use: everything else
-that imports a dataclass from this package stays light. Composition reads files and the environment; it instantiates nothing,
-writes nothing, and leaves a Hydra that the caller uses for something else as it was. Hydra's own logging configuration,
-callbacks and launchers are never acted on, whatever a file says about them, and its sweeper is always ours.
+that imports a dataclass from this package stays light. Composition reads files and the environment; it instantiates
+nothing, writes nothing, and leaves a Hydra that the caller uses for something else as it was. Hydra's own logging
+configuration, callbacks and launchers are never acted on, whatever a file says about them, and its sweeper is always
+ours.
 """
 
 from __future__ import annotations

@@ -59,8 +59,6 @@ def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterato
         files.clean(directory.checkpoints)
     host = re.sub(r"[^A-Za-z0-9.-]", "-", hosts[runtime.rank])
     sync = Sync(mirrored, None if runtime.is_first else {"log.txt": f"log-{host}.txt"}) if speaks else None
-    if sync is not None and own_machine and not runtime.is_first:
-        sync = None
     uploads = Uploads(
         mirrored.store.under(CHECKPOINTS),
         directory.checkpoints,

@@ -135,6 +135,11 @@ def _meant(request: Request) -> tuple[Composition | None, RunDirectory | None, R
         directory = RunDirectory(root_of(run.root) / run.name)
         if directory.exists():
             return None, directory, None
+        if directory.is_sent and request.on_head is None:
+            raise RunError(
+                f'The run "{run.name}" was sent to a cluster, and nothing of it is here yet. Bring it with: launch '
+                f"logs {run.name}."
+            )
         if run.resume is True:
             runs.find(root_of(run.root), run.name)  # raises, and names the nearest
     if run.like is not None:

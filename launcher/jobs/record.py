@@ -161,6 +161,8 @@ class Record:
         elif self._claims and self._mirrored is None:  # of a copy of what lies on a store nothing can be claimed
             directory.claim()
         self._begun = True
+        if self._request.on_head is None:
+            (directory.path / runs.REMOTE).unlink(missing_ok=True)  # from now on it is driven here
         runs.write_text(directory.config, composition.to_yaml(directory.name))
         directory.clear_requests()
         _write_words(directory, composition.shown_words(), append=prepared.resumes)

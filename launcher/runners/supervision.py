@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup
 
 from launcher.clusters.existing import ExistingRay
 from launcher.clusters.local import EmbeddedRay
-from launcher.errors import LaunchError, ResourceError, Stopped, TrainingError, WorkerLost
+from launcher.errors import LaunchError, OutOfMemory, ResourceError, Stopped, TrainingError, WorkerLost
 from launcher.runners import policies, preemption
 from launcher.runners.channel import DriverEnd, publish
 from launcher.runners.reports import Event, crash_of, rebuild
@@ -283,14 +283,15 @@ def explain(
         return rebuild(min(genuine, key=lambda event: event["time"]))
     suspects = suspects or (policies.suspects(outcome.worker_failures) if isinstance(outcome, WorkerGroupError) else {})
     if suspects:
-        cure = "Continue the run from its newest checkpoint with run.resume=true"
+        kind, cure = WorkerLost, "Continue the run from its newest checkpoint with run.resume=true"
         if "memory" in suspects.values():
             suspects = {rank: how for rank, how in suspects.items() if how == "memory"}
-            cure = (
+            kind, cure = (
+                OutOfMemory,
                 "Lower trainer.microbatch_size, data.num_workers or scaling.workers, and continue from the newest "
-                "checkpoint with run.resume=true"
+                "checkpoint with run.resume=true",
             )
-        return WorkerLost(f"{what_happened(suspects, workers, limits)}. {cure}.")
+        return kind(f"{what_happened(suspects, workers, limits)}. {cure}.")
     if errors:
         return rebuild(min(errors, key=lambda event: event["time"]))
     if isinstance(outcome, ray.exceptions.RayActorError):

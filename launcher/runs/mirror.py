@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import RunError, StorageError
-from launcher.runs import MARK, RunDirectory, write_text
+from launcher.runs.directory import MARK, RunDirectory, write_text
 from launcher.runs.storage import Entry, Store, WrongSize, check_uri, is_uri
 
 CHECKPOINTS = "checkpoints"

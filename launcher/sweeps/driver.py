@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from launcher.engine.checkpoint import available
 from launcher.engine.control import PRUNE, Watch
-from launcher.errors import LaunchError, RequestError, Stopped, UserCodeError, WorkerLost
+from launcher.errors import LaunchError, OutOfMemory, RequestError, Stopped, UserCodeError, WorkerLost
 from launcher.jobs.prepare import Prepared
 from launcher.jobs.record import Origin, Record
 from launcher.jobs.training import cluster_of
@@ -23,7 +23,7 @@ from launcher.phrases import duration, number
 from launcher.planning.plan import machines_of
 from launcher.runners.signals import Interrupts
 from launcher.runners.tasks import Ended, Shape
-from launcher.runs import RunDirectory
+from launcher.runs import REMOTE, RunDirectory
 from launcher.runs.mirror import OWNER
 from launcher.sweeps import records
 from launcher.sweeps.observer import SweepObserver, SweepOutcome
@@ -94,6 +94,7 @@ class Driver:
         try:
             if self._left() == 0:
                 self._observer.begun(self._directory, replace(self._planned.headline(), finished=True))
+                self._show()
                 return self._outcome(None)
             self._observer.begun(self._directory, self._planned.headline())
             with Watch(self._directory) as watch, self._place_to_run() as (self._runner, interrupts):
@@ -116,6 +117,8 @@ class Driver:
         meant, directory = self._meant, self._directory
         directory.create()
         directory.clear_requests()
+        if meant.request.on_head is None:
+            (directory.path / REMOTE).unlink(missing_ok=True)  # from now on it is driven here
         self._log = records.Log(directory.log)
         self._study = Study(
             directory.path,
@@ -149,7 +152,7 @@ class Driver:
 
     def _left(self) -> int:
         """How many trials have not ended."""
-        return self._meant.total - sum(trial.state.is_finished() for trial in self._study.frozen())
+        return max(0, self._meant.total - sum(trial.state.is_finished() for trial in self._study.frozen()))
 
     @contextmanager
     def _place_to_run(self) -> Iterator[tuple[Runner, Interrupts]]:
@@ -332,7 +335,7 @@ class Driver:
 
     def _retry(self, trial: Trial, error: LaunchError, stopping: bool) -> bool:
         """Continue a trial whose worker was lost from its checkpoint, as often as a run of its own would."""
-        if not isinstance(error, WorkerLost) or stopping:
+        if not isinstance(error, WorkerLost) or isinstance(error, OutOfMemory) or stopping:
             return False
         attributes, most = self._study.frozen()[trial.number].user_attrs, self._meant.first.job.checkpoint.max_failures
         saved = max(available(trial.directory.checkpoints), default=0)
@@ -398,10 +401,12 @@ class Driver:
             records.write_csv(self._directory.path / "trials.csv", rows, [axis.key for axis in self._meant.words.axes])
             records.write_best(self._directory, self._study)
             self._write(status="running")
+        self._show()
+
+    def _show(self) -> None:
         best = self._study.best()
-        self._observer.changed(
-            rows, {"best": None if best is None else best.number, "seconds_left": self._seconds_left()}
-        )
+        facts = {"best": None if best is None else best.number, "seconds_left": self._seconds_left()}
+        self._observer.changed(self._rows(), facts)
 
     def _seconds_left(self) -> float | None:
         if not self._durations:

@@ -39,12 +39,12 @@ def run(meant: Meant, observer: SweepObserver) -> SweepOutcome:
 
     if is_gathered(meant.root):
         raise ConfigError(
-            f"run.root={meant.root} was asked for with cluster={meant.cluster.kind}, whose head drives it. Leave "
-            "it out: the trials are gathered there and come back to a directory here."
+            f"run.root={meant.root} was asked for with cluster={meant.cluster.kind}, whose head drives it. Name a "
+            "directory here, or leave it out: the sweep comes back to it."
         )
     check_values(meant)
     left = meant.total - _ended(meant)
-    if not left:  # no machine is rented for that
+    if left <= 0:  # no machine is rented for that
         return _finished(meant, observer)
     heard = Heard(meant.directory, observer)
 

@@ -94,8 +94,8 @@ def read_sweep(request: Request) -> Meant:
     if is_uri(run.root) and not is_gathered(run.root):
         raise ConfigError(
             f"run.root={run.root}: a sweep keeps its study in a directory, which an object store does not serve. Give "
-            "a path that all machines share (or head:///PATH, where they share none), and copy the best run when it "
-            "is done."
+            "a path, and copy the best run when it is done. (With cluster=existing all machines share it, or gather "
+            "the sweep with head:///PATH; with cluster=ssh and azure it comes back to it.)"
         )
     root = where_others_are(run.root)
     if run.resume is not False and run.name is not None:
@@ -106,6 +106,8 @@ def read_sweep(request: Request) -> Meant:
             return _continued(request, words, directory, run.root)
         if directory.exists():
             raise RunError(f'"{run.name}" is a single run: continue it without -m.')
+        if directory.is_sent and request.on_head is None:
+            raise RunError(f'The sweep "{run.name}" was sent to a cluster, and has not begun there yet.')
         if run.resume is True:
             runs.find(root, run.name)  # raises, and names the nearest
     if run.name is not None and _is_taken(root / run.name, request):
@@ -141,6 +143,8 @@ def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]
         key = key_of(word)
         if shown(word) in words:  # a secret was not kept, and is given again
             words[words.index(shown(word))] = word
+        elif key == "cluster":  # its keys belong to the one before
+            words = [other for other in words if key_of(other).partition(".")[0] != key] + [word]
         elif key.partition(".")[0] in ("sweep", "cluster", "verbose"):
             words = [other for other in words if key_of(other) != key] + [word]
         elif not key.startswith("run."):

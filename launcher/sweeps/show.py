@@ -18,10 +18,9 @@ from launcher.phrases import duration, goes_on, number
 from launcher.runs import RunDirectory
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.syntax import plain_text
-from launcher.terminal import stop_or_detach
+from launcher.terminal import PHASES, stop_or_detach
 
 _ROWS = 12  # of the table: those that run, and the newest ended
-_PHASES = {"check": "looking at data and model", "ray": "starting Ray", "workers": "starting workers"}
 _STYLES = {"completed": "green", "failed": "red", "pruned": "yellow", "running": "cyan"}
 
 
@@ -64,7 +63,7 @@ class SweepDisplay(SweepObserver):
 
     def event(self, event: dict[str, Any]) -> None:
         if event["kind"] == "phase":
-            self._phase = _PHASES.get(event["name"], event["name"])
+            self._phase = PHASES.get(event["name"], event["name"])
             self._draw()
         elif event["kind"] in ("line", "note"):
             self.say(event["text"])

@@ -1,4 +1,10 @@
-"""What each verb does, one file a kind. Heavy imports wait within the functions until a verb needs them."""
+"""What each verb does. Heavy imports wait within the functions until a verb needs them.
+
+training, planning, trained, runs, clusters, kubernetes     the verbs, by kind
+line       words and flags -> a verb          help       what Hydra shows
+output     what goes to which output          listing    runs, logs, stop
+sizes      the catalogue, printed             machines   the clusters of this user
+"""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_a_finished_sweep_brings_up_no_cluster(sweep: Sweep, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["run.root=head:///var/runs"], "Leave it out"),
+        (["run.root=head:///var/runs"], "or leave it out"),
         (["optimizer.lr=0.1,high"], "optimizer.lr is 'high'"),
     ],
 )

@@ -1,6 +1,9 @@
 """Runs elsewhere: the command is given here, its driver works on the head of a cluster.
 
-    caller.py     sends a run off, follows it, asks it to stop
+    caller.py     sends a run or a sweep off, and follows it
+    attend.py     `launch logs` and `stop` of one that was sent
+    connection.py the way to its cluster's Ray Jobs
+    copies.py     its files, copied to here while it goes on
     place.py      remote.json in the run's directory: which job on which cluster
     wire.py       events of a run as lines of the job's log
     follow.py     reads those lines, over networks that drop

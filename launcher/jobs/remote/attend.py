@@ -74,9 +74,10 @@ def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: 
 
 
 def bring_here(run: RunDirectory) -> None:
-    """Copy what there is of a run that was sent, once. ClusterError where its head cannot be reached, or is gone."""
-    with copied(run, first=False):
-        pass
+    """Copy what there is of a run that was sent, once. LaunchError where its head cannot be reached, or is gone."""
+    place = _place(run)
+    if place.head is not None and place.directory is not None:
+        Copies(heads.load(place.head).shell(), place.directory, run).fetch()
 
 
 def until_it_begins(run: RunDirectory, on_event: Callable[[Event], None], copies: Copies | None) -> None:

@@ -19,15 +19,16 @@ from launcher.clusters.ray_jobs import OVER, Jobs, Unreachable, checked_url, own
 from launcher.clusters.ssh import place_of as place_on_host
 from launcher.config import ClusterConfig
 from launcher.config.schema import ScalingConfig
-from launcher.errors import ClusterError, HostError, LaunchError, RunError, Stopped, UserCodeError
+from launcher.errors import HostError, LaunchError, RunError, Stopped, UserCodeError, WorkerLost
 from launcher.jobs.prepare import Prepared, Request, key_of
 from launcher.jobs.remote import follow, freight, place
-from launcher.jobs.remote.connection import through
+from launcher.jobs.remote.connection import connected, through
 from launcher.jobs.remote.copies import Copies, bring
 from launcher.jobs.remote.place import Place, place_of
 from launcher.jobs.remote.wire import Event
+from launcher.runs.storage import disk_uri
 
-STOP, DETACH = "stop", "detach"
+DETACH = "detach"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Caller:
         self._run = prepared.directory
         self._config_dir = str(request.config_dir) if request.config_dir else None
         self._before = place_of(prepared.directory)
+        self._submitted = False
         self._begun = False  # the driver there has the run in hand
+        self._ended_there = False
         self._copies: Copies | None = None
         self._made: list[Path] = []
         self._needs: dict[str, Any] = {}
@@ -94,32 +97,39 @@ class Caller:
                 head = self._up(cluster)
             return self._on_head(head, values, interrupts)
         except BaseException as error:
-            refused = isinstance(error, LaunchError) and not self._begun
+            lost = isinstance(error, WorkerLost) and self._submitted and not self._ended_there
+            refused = isinstance(error, LaunchError) and not self._begun and not lost
             if refused and self._before is not None:  # where it was driven before is still where it is to be found
                 self._before.write(self._run)
-            elif not self._run.exists():  # refused before it began: the name stays free
+            elif not self._run.exists() and not lost:  # refused before it began: the name stays free
                 place.forget(self._run, self._made)
             raise
 
-    def _check_idle(self, jobs: Jobs, where: str) -> None:
-        """Raise RunError where the run's last driver is still at work there: what is known of it here may be old."""
+    def _check_idle(self) -> None:
+        """Raise RunError where the run's last driver is still at work: what is known of it here may be old."""
         before = self._before
-        if before is None or before.where != where:
+        if before is None:
             return
         try:
-            status = jobs.status(before.job)
-        except Unreachable as problem:
-            raise ClusterError(f"{where} does not answer: {problem}") from None
+            with connected(before) as jobs:
+                status = jobs.status(before.job)
+        except (
+            LaunchError,
+            Unreachable,
+        ):  # that cluster is gone, or out of reach for good: the run may go on elsewhere
+            self._note(f"{before.where}, where {self._run.name} was driven before, does not answer.")
+            return
         if status not in (*OVER, "GONE"):
             name = self._run.name
             raise RunError(
-                f'"{name}" is running on {where}. Follow it with: launch logs {name}; stop it with: launch stop {name}.'
+                f'"{name}" is running on {before.where}. Follow it with: launch logs {name}; stop it with: launch stop '
+                f"{name}."
             )
 
     def _on_url(self, address: str, values: dict[str, str], interrupts: Any) -> Sent:
         jobs = Jobs(checked_url(address), own_token())
         self._on_event({"kind": "phase", "name": "cluster"})
-        self._check_idle(jobs, jobs.url)
+        self._check_idle()
         found = Place(freight.new_job(), jobs.url, config_dir=self._config_dir)
         self._write_down(found)
         self._submit(jobs, found, values)
@@ -150,10 +160,10 @@ class Caller:
         if self._run.uri is None:
             root, there = directory, f"{directory}/{self._run.name}"
             if len(head.hosts) != 1:  # no disk is known that all of them see
-                root = f"head://{directory}"
+                root = disk_uri(Path(directory))
         found = Place(freight.new_job(), head=head.name, directory=there, config_dir=self._config_dir)
         with through(head) as jobs:
-            self._check_idle(jobs, head.name)
+            self._check_idle()
             self._write_down(found)
             if there is not None and self._prepared.resumes:
                 bring(shell, there, self._run)
@@ -216,6 +226,7 @@ class Caller:
         found.write(self._run)
 
     def _attended(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
+        self._submitted = True
         self._on_sent(found.where)
         if self._prepared.job.cluster.detach:
             return Sent({}, detached=True)
@@ -277,6 +288,7 @@ class Caller:
         raise AssertionError
 
     def _ended(self, end: Event, interrupts: Any) -> Sent:
+        self._ended_there = True
         if error := end.get("error"):
             raise error_of(error)
         if "stopped" in end:
