@@ -113,10 +113,7 @@ class Caller:
         try:
             with connected(before) as jobs:
                 status = jobs.status(before.job)
-        except (
-            LaunchError,
-            Unreachable,
-        ):  # that cluster is gone, or out of reach for good: the run may go on elsewhere
+        except (LaunchError, Unreachable):  # a cluster that is gone must not keep the run
             self._note(f"{before.where}, where {self._run.name} was driven before, does not answer.")
             return
         if status not in (*OVER, "GONE"):
