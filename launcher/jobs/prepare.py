@@ -88,7 +88,7 @@ def _prepared(request: Request) -> Prepared:
     name = composition.job.run.name
     if name is None:
         choices = composition.choices if like is None else {"experiment": _spoken(like)}
-        return Prepared(composition, _unused(RunDirectory(root / default_run_name(choices, datetime.now()))), like=like)
+        return Prepared(composition, unused(RunDirectory(root / default_run_name(choices, datetime.now()))), like=like)
     directory = RunDirectory(root / name)
     if directory.exists():
         raise RunError(
@@ -313,7 +313,7 @@ def key_of(word: str) -> str:
     return word.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
-def _unused(directory: RunDirectory) -> RunDirectory:
+def unused(directory: RunDirectory) -> RunDirectory:
     """Return the directory, with a number behind its name when another run began in the same second."""
     number = 1
     candidate = directory

@@ -18,7 +18,7 @@ from launcher.config.schema import ClusterConfig
 from launcher.config.words import shown
 from launcher.errors import ConfigError, RunError
 from launcher.jobs import ranks
-from launcher.jobs.prepare import Request, at_hand, key_of, run_like, where_others_are
+from launcher.jobs.prepare import Request, at_hand, key_of, run_like, unused, where_others_are
 from launcher.jobs.remote.attend import bring_here
 from launcher.jobs.remote.place import place_of
 from launcher.runs import RunDirectory
@@ -177,7 +177,7 @@ def _meant(request: Request, words: list[str], directory: RunDirectory | None, r
             "that loses a worker fails by itself and the others go on."
         )
     if directory is None:
-        directory = _unused(where_others_are(root), default_run_name(first.choices, datetime.now()))
+        directory = unused(RunDirectory(where_others_are(root) / default_run_name(first.choices, datetime.now())))
     config_dir = str(request.config_dir) if request.config_dir else None
     return Meant(
         request=request,
@@ -263,11 +263,3 @@ def _check_searchable(settings: SweepConfig, space: Words, objectives: Sequence[
         raise ConfigError("sweep.pruner needs one objective: leave it out, or give a single sweep.metric.")
     if len(objectives) > 1 and settings.sampler in ("cmaes", "gp"):
         raise ConfigError(f"sweep={settings.sampler} has one objective. For several use sweep=nsga2.")
-
-
-def _unused(root: Path, name: str) -> RunDirectory:
-    candidate, number = root / name, 1
-    while candidate.exists():
-        number += 1
-        candidate = root / f"{name}-{number}"
-    return RunDirectory(candidate)
