@@ -24,7 +24,10 @@ from launcher.verbs.line import parse
 from tests.command import LAUNCH, Place
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *(ROOT / "docs").glob("*.md")]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *(ROOT / "docs").glob("*.md"),
+]
 README, EXTENDING = ROOT / "README.md", ROOT / "docs/extending.md"
 # Keys that are shown because they are wrong.
 WRONG_KEYS = {"trainer.max_epochs"}
