@@ -1,13 +1,11 @@
-"""What a job needs, found out by looking: its data, its network, and one small batch through both.
+"""What a job needs in samples, parameters and bytes, measured by building its data and its network.
 
-This is the start check too: wrong data, a model that breaks the contract or a monitor that does not exist are told
-here, before any worker is started.
+The start check (`start_check.py`) is part of it.
 """
 
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -18,28 +16,29 @@ from torch import nn
 
 from launcher.config import Job, targets
 from launcher.config.schema import STRATEGY_OPTIONS
-from launcher.engine.build import build_data, build_model, converter
+from launcher.engine.build import build_data, build_model
 from launcher.engine.callbacks import check_callbacks
-from launcher.engine.data import Fetch, Loader
 from launcher.engine.datasets import Data
-from launcher.engine.evaluation import summarize, validation_answer
-from launcher.engine.failures import is_foreign, translate
+from launcher.engine.failures import translate
 from launcher.engine.kept import KeptBytes
-from launcher.engine.metrics import Sums, check_answer
 from launcher.engine.optim import build_optimizer, parameter_groups
 from launcher.engine.peaks import flops_per_sample
 from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
+from launcher.engine.start_check import (
+    SAMPLES,
+    check_monitor,
+    small_batch,
+    try_training,
+    try_validation,
+    without_sync_batchnorm,
+)
 from launcher.engine.strategies.blocks import blocks_of, recompute
 from launcher.engine.strategies.compression import powersgd_bytes
 from launcher.engine.strategies.strategy import DTYPES, casting
-from launcher.errors import ConfigError, RequestError, UserCodeError, did_you_mean
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
-
-_SAMPLES = 2  # some layers refuse a batch of one
-_TRIED = 64  # samples of other data than those of the run: labels that it does not know may come late
 
 
 @dataclass(frozen=True)
@@ -116,21 +115,17 @@ def _estimate(job: Job, ahead: bool) -> Estimate:
             targets.check_signature(section, kind, job.trust)
     data = build_data(job)
     runtime = Runtime.single("cpu")
-    cpu_job = job if not job.trainer.sync_batchnorm else _without_sync_batchnorm(job)
+    cpu_job = job if not job.trainer.sync_batchnorm else without_sync_batchnorm(job)
     model = build_model(cpu_job, runtime)
     of_optimizer = optimizer_bytes(job, model)
     counter = _flop_counter() if ahead else None
     if ahead and job.strategy.activation_checkpointing:
         recompute(model, job.strategy.blocks)
     with counter or nullcontext(), _as_trained(job, runtime) if ahead else nullcontext():
-        kept, train = _train_names(job, model, data, runtime)
+        kept, train = try_training(job, model, data, runtime)
     tags = [f"train/{name}" for name in train]
-    for name in data.val:
-        tags += [
-            f"val/{name}/{metric}" if name else f"val/{metric}"
-            for metric in _val_names(job, model, data, name, runtime)
-        ]
-    _check_monitor(job, tags, data)
+    tags += try_validation(job, model, data, runtime)
+    check_monitor(job, tags, data)
     check_callbacks(job, tags)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Estimate(
@@ -142,7 +137,7 @@ def _estimate(job: Job, ahead: bool) -> Estimate:
         parameter_bytes=_bytes(model.parameters()),
         gradient_bytes=_bytes(trained),
         optimizer_bytes=of_optimizer,
-        activation_bytes_per_sample=kept.total // _SAMPLES,
+        activation_bytes_per_sample=kept.total // SAMPLES,
         flops_per_sample=flops_per_sample(model),
         tags=tuple(tags),
         ahead=_ahead(job, model, data, runtime, kept, counter.get_total_flops()) if counter else None,
@@ -155,38 +150,14 @@ def _flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False)
 
 
-def _without_sync_batchnorm(job: Job) -> Job:
-    from dataclasses import replace
-
-    return replace(job, trainer=replace(job.trainer, sync_batchnorm=False))
-
-
 def _bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _batch(job: Job, data: Data, dataset: Any, model: nn.Module, runtime: Runtime, samples: int = _SAMPLES) -> Any:
-    augment = data.augment if dataset is data.train else None
-    fetch = Fetch(dataset, data.collate, job.trainer.seed, augment)
-    loader = Loader(fetch, runtime.device, 0, converter(model))
-    return next(loader.once(0, torch.arange(min(samples, len(dataset)))))
-
-
-def _train_names(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tuple[KeptBytes, list[str]]:
-    """Return what autograd keeps for the small batch, and the names that `training_step` returns."""
-    kept = KeptBytes(model)
-    batch = _batch(job, data, data.train, model, runtime)
-    with kept.counted():
-        answer = check_answer(said_in_words(model.training_step, batch))
-    sums = Sums(runtime.device)
-    sums.add(answer)
-    return kept, sums.names
-
-
 def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: KeptBytes, flops: int) -> Ahead:
     """See `Ahead`. whole, flops: what the small batch kept, and what its forward pass cost."""
-    one, once, largest = KeptBytes(model), 0, whole.largest // _SAMPLES
-    batch = _batch(job, data, data.train, model, runtime, 1)
+    one, once, largest = KeptBytes(model), 0, whole.largest // SAMPLES
+    batch = small_batch(job, data, data.train, model, runtime, 1)
     with suppress(Exception), _as_trained(job, runtime), one.counted():  # some layers refuse a batch of one
         model.training_step(batch)  # type: ignore[operator]
         once = max(0, 2 * one.total - whole.total)
@@ -197,74 +168,18 @@ def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: Kept
     weights = sum(p.numel() for p in model.parameters())
     width = 4 if job.trainer.precision == "float32" else 2
     return Ahead(
-        kept_per_sample=(whole.total - once) // _SAMPLES,
+        kept_per_sample=(whole.total - once) // SAMPLES,
         kept_once=once,
         largest_per_sample=largest,
         gathered=width * (weights - sum(inside) + max(inside, default=0)),
         powersgd=powersgd_bytes(trained, strategy.powersgd_rank or STRATEGY_OPTIONS["powersgd_rank"]["ddp"]),
         blocks=len(blocks),
-        flops_per_sample=flops * 3 / _SAMPLES or None,
+        flops_per_sample=flops * 3 / SAMPLES or None,
     )
 
 
 def _as_trained(job: Job, runtime: Runtime) -> AbstractContextManager[Any]:
     return casting(runtime.device, DTYPES[job.trainer.precision])
-
-
-def _val_names(job: Job, model: nn.Module, data: Data, name: str, runtime: Runtime) -> list[str]:
-    batch = _batch(job, data, data.val[name], model, runtime)
-    model.eval()
-    with torch.no_grad():
-        sums = Sums(runtime.device)
-        sums.add(said_in_words(validation_answer, model, batch))
-    model.train()
-    totals = sums.reduce(runtime)
-    scalars = [metric for metric, (total, _) in totals.items() if total.ndim == 0]
-    return [*scalars, *summarize(model, totals)]
-
-
-def said_in_words(step: Any, *arguments: Any) -> Any:
-    """Call `step`. A ValueError that the model raises itself, in a `raise` of its own, says why data does not fit it.
-
-    Raises:
-        ConfigError: with those words, and not as a bug with its traceback.
-    """
-    try:
-        return step(*arguments)
-    except ValueError as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        if is_foreign(last.filename) or not (last.line or "").startswith("raise "):
-            raise
-        raise ConfigError(str(error)) from error
-
-
-def check_fit(job: Job, name: str) -> None:
-    """Raise ConfigError where the network of the run `name` does not take a small batch of each of the job's sets."""
-    data = build_data(job)
-    runtime = Runtime.single("cpu")
-    model = build_model(_without_sync_batchnorm(job), runtime).eval()
-    for dataset in (*data.val.values(), *data.test.values()):
-        try:
-            with torch.no_grad():
-                batch = _batch(job, data, dataset, model, runtime, _TRIED)
-                validation_answer(model, batch)
-        except RequestError:
-            raise
-        except Exception as error:
-            what = f"{type(error).__name__}: " if not isinstance(error, (ValueError, UserCodeError)) else ""
-            raise ConfigError(
-                f'The network of the run "{name}" does not fit data._target_={job.data["_target_"]}: {what}{error} '
-                "Choose data of the same kind as those that it was trained on."
-            ) from error
-
-
-def _check_monitor(job: Job, tags: list[str], data: Data) -> None:
-    monitor = job.checkpoint.monitor
-    if monitor is None or monitor in tags or (not data.val and monitor == "val/loss"):
-        return
-    raise ConfigError(
-        f"checkpoint.monitor={monitor} is no tag of this job; there are {', '.join(tags)}.{did_you_mean(monitor, tags)}"
-    )
 
 
 def optimizer_bytes(job: Job, model: nn.Module) -> int:

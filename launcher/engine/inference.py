@@ -20,8 +20,8 @@ from launcher.engine.checkpoint import load_weights
 from launcher.engine.control import Control
 from launcher.engine.data import Fetch, Loader
 from launcher.engine.datasets import Data
-from launcher.engine.estimate import said_in_words
 from launcher.engine.runtime import Runtime
+from launcher.engine.start_check import said_in_words
 from launcher.engine.strategies.strategy import DTYPES
 from launcher.errors import ConfigError, DataError, ExportError, UserCodeError
 

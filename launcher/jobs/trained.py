@@ -148,7 +148,7 @@ def _check_data(trained: Trained, observer: Observer) -> None:
     """Raise ConfigError where the network does not take data other than those of the run."""
     if not trained.other_data:
         return
-    from launcher.engine.estimate import check_fit
+    from launcher.engine.start_check import check_fit
 
     observer.event({"kind": "phase", "name": "check"})
     check_fit(trained.composition.job, trained.run.name)
