@@ -7,15 +7,14 @@ a cluster's token lies on its nodes and is read over SSH when it is needed.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import keep
 from launcher.clusters.shell import Shell
 from launcher.errors import ClusterError, did_you_mean
+from launcher.runs import user_state
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,7 @@ class Head:
 
 def directory() -> Path:
     """Return where the clusters are written down."""
-    given = os.environ.get("XDG_STATE_HOME")
-    base = Path(given) if given and Path(given).is_absolute() else Path.home() / ".local" / "state"
-    return base / "launch" / "clusters"
+    return user_state.directory() / "clusters"
 
 
 def save(head: Head) -> None:
@@ -65,8 +62,7 @@ def save(head: Head) -> None:
     """
     path = _path(head.name)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        keep.write_private(path, json.dumps(asdict(head), indent=2) + "\n")
+        user_state.write_private(path, json.dumps(asdict(head), indent=2) + "\n")
     except OSError as error:
         raise ClusterError(
             f"The cluster {head.name} could not be written down in {path.parent} ({error.strerror}), and without that "

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +163,8 @@ class Record:
         self._begun = True
         if self._request.on_head is None:
             (directory.path / runs.REMOTE).unlink(missing_ok=True)  # from now on it is driven here
+            if self._claims:  # of a trial its sweep's driver does
+                runs.user_state.record_cluster(directory, asdict(prepared.job.cluster))
         runs.write_text(directory.config, composition.to_yaml(directory.name))
         directory.clear_requests()
         _write_words(directory, composition.shown_words(), append=prepared.resumes)

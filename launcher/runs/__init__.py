@@ -1,12 +1,14 @@
 """Runs where they lie: on this disk, on an object store, or on the disk of the machine that drives them.
 
 directory    one run on this disk: result.json, heartbeat, requests; the runs of a root
+user_state   the user's own record of runs, in the state directory
 storage      run roots on object stores: what their URIs mean, operations that are tried again
 mirror       such a root and its copy on this machine
 gathered     run.root=head:///PATH: one machine's disk, for all others
 provenance   where a run comes from: user, versions, commit
 """
 
+from launcher.runs import user_state
 from launcher.runs.directory import (
     FINAL,
     HEARTBEAT_SECONDS,
@@ -29,6 +31,7 @@ __all__ = [
     "RunDirectory",
     "find",
     "list_runs",
+    "user_state",
     "write_json",
     "write_text",
 ]

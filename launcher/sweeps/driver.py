@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from launcher.engine.checkpoint import available
@@ -23,7 +23,7 @@ from launcher.phrases import duration, number
 from launcher.planning.plan import machines_of
 from launcher.runners.signals import Interrupts
 from launcher.runners.tasks import Ended, Shape
-from launcher.runs import REMOTE, RunDirectory
+from launcher.runs import REMOTE, RunDirectory, user_state
 from launcher.runs.mirror import OWNER
 from launcher.sweeps import records
 from launcher.sweeps.observer import SweepObserver, SweepOutcome
@@ -119,6 +119,7 @@ class Driver:
         directory.clear_requests()
         if meant.request.on_head is None:
             (directory.path / REMOTE).unlink(missing_ok=True)  # from now on it is driven here
+            user_state.record_cluster(directory, asdict(meant.cluster))
         self._log = records.Log(directory.log)
         self._study = Study(
             directory.path,

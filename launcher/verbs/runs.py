@@ -15,16 +15,30 @@ from launcher.verbs.output import say
 if TYPE_CHECKING:
     from launcher.verbs.line import Line
 
+ADDRESS = "cluster.address"
+
 
 def _root(line: Line) -> Path:
     """Return the run root for a verb that composes no job; other words than `run.root` would mean nothing to it."""
     from launcher.config.words import shown
     from launcher.jobs.prepare import key_of, root_of, run_section
 
+    taken = ("run.root", ADDRESS) if line.verb in ("logs", "stop") else ("run.root",)
     for word in line.words:
-        if key_of(word) != "run.root":
+        if key_of(word) not in taken:
             raise ConfigError(f'"{shown(word)}" means nothing to launch {line.verb}; it takes run.root=DIRECTORY.')
     return root_of(run_section(line.request()).root)
+
+
+def _confirm_address(line: Line, sent: RunDirectory) -> None:
+    """Record the cluster of a run that was sent where the command line names its address."""
+    for word in line.words:
+        key, _, address = word.partition("=")
+        if key == ADDRESS:
+            from launcher.clusters.ray_jobs import own_token
+            from launcher.jobs.remote.place import confirm
+
+            confirm(sent, address, own_token())
 
 
 def runs(line: Line) -> int:
@@ -51,8 +65,14 @@ def logs(line: Line) -> int:
         follow(run, until_the_end)
         return 0
     from launcher.jobs.remote import attend
+    from launcher.jobs.remote.place import why_not_followed
     from launcher.terminal import Display
 
+    _confirm_address(line, sent)
+    if run.log.exists() and (why := why_not_followed(sent)):
+        say(why)
+        follow(run, until_the_end=False)
+        return 0
     with attend.copied(sent, say) as copies:
         with Display() as display:
             attend.until_it_begins(sent, display.show, copies)
@@ -75,6 +95,7 @@ def stop(line: Line) -> int:
     else:
         from launcher.jobs.remote import attend
 
+        _confirm_address(line, sent)
         say(attend.stop(run) if sent == run else attend.stop_trial(run, sent, stop))
     print(run.told())
     return 0

@@ -14,19 +14,12 @@ from launcher.jobs.remote import follow
 from launcher.jobs.remote.caller import error_of
 from launcher.jobs.remote.connection import connected
 from launcher.jobs.remote.copies import Copies
-from launcher.jobs.remote.place import Place, forget, place_of
+from launcher.jobs.remote.place import Place, forget, required_place
 from launcher.jobs.remote.wire import Event
 from launcher.runs import FINAL, RunDirectory
 
 _STOP_SECONDS = 600.0
 _BEGIN_SECONDS = 60.0  # from the word that a run begins to its first line of log.txt
-
-
-def _place(run: RunDirectory) -> Place:
-    place = place_of(run)
-    if place is None:
-        raise RunError(f"{run.path / 'remote.json'} is damaged, so that nobody knows where the run is driven.")
-    return place
 
 
 def _is_gone(place: Place) -> bool:
@@ -48,7 +41,7 @@ def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: 
     Raises:
         ClusterError: its head cannot be reached, or is gone before anything was copied.
     """
-    place = _place(run)
+    place = required_place(run)
     if place.head is None or place.directory is None:
         yield None
         return
@@ -75,7 +68,7 @@ def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: 
 
 def bring_here(run: RunDirectory) -> None:
     """Copy what there is of a run that was sent, once. LaunchError where its head cannot be reached, or is gone."""
-    place = _place(run)
+    place = required_place(run)
     if place.head is not None and place.directory is not None:
         Copies(heads.load(place.head).shell(), place.directory, run).fetch()
 
@@ -96,8 +89,8 @@ def until_it_begins(run: RunDirectory, on_event: Callable[[Event], None], copies
 
 
 def _hear_of_it(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
-    place = _place(run)
-    with connected(place) as jobs:
+    place = required_place(run)
+    with connected(run) as jobs:
         for event in follow.events(jobs, place.job, place.where, lambda: None, run.name):
             if event["kind"] == "end" and "error" in event:
                 if not run.exists():
@@ -116,7 +109,7 @@ def stop(run: RunDirectory) -> str:
         RunError: it does not go on, or did not stop in ten minutes.
         ClusterError: its cluster cannot be reached.
     """
-    place = _place(run)
+    place = required_place(run)
     if _is_gone(place):
         over = run.status() in FINAL
         why = f"it is {run.status()}" if over else f"its cluster {place.head} is not known here any more (launch down)"
@@ -139,7 +132,7 @@ def stop_trial(run: RunDirectory, sweep: RunDirectory, stop_here: Callable[[RunD
         RunError: it does not go on, or did not stop in ten minutes.
         ClusterError: its cluster cannot be reached.
     """
-    place = _place(sweep)
+    place = required_place(sweep)
     if place.head is None or place.directory is None:  # its directory is seen here
         return stop_here(run)
     with copied(sweep) as copies:
@@ -157,7 +150,7 @@ def stop_trial(run: RunDirectory, sweep: RunDirectory, stop_here: Callable[[RunD
 
 
 def _stop(run: RunDirectory, place: Place) -> None:
-    with connected(place) as jobs:
+    with connected(run) as jobs:
         try:
             status = jobs.status(place.job)
             if status in (*OVER, "GONE"):

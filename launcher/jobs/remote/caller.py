@@ -26,6 +26,7 @@ from launcher.jobs.remote.connection import connected, through
 from launcher.jobs.remote.copies import Copies, bring
 from launcher.jobs.remote.place import Place, place_of
 from launcher.jobs.remote.wire import Event
+from launcher.runs import user_state
 from launcher.runs.storage import disk_uri
 
 DETACH = "detach"
@@ -67,7 +68,7 @@ class Caller:
         self._on_event, self._ask, self._trials = on_event, ask, trials
         self._run = prepared.directory
         self._config_dir = str(request.config_dir) if request.config_dir else None
-        self._before = place_of(prepared.directory)
+        self._before, self._recorded = place_of(prepared.directory), user_state.lookup(prepared.directory)
         self._submitted = False
         self._begun = False  # the driver there has the run in hand
         self._ended_there = False
@@ -100,7 +101,8 @@ class Caller:
             lost = isinstance(error, WorkerLost) and self._submitted and not self._ended_there
             refused = isinstance(error, LaunchError) and not self._begun and not lost
             if refused and self._before is not None:  # where it was driven before is still where it is to be found
-                self._before.write(self._run)
+                assert self._recorded is not None
+                self._before.write(self._run, cluster=self._recorded.cluster, token=self._recorded.token)
             elif not self._run.exists() and not lost:  # refused before it began: the name stays free
                 place.forget(self._run, self._made)
             raise
@@ -111,7 +113,7 @@ class Caller:
         if before is None:
             return
         try:
-            with connected(before) as jobs:
+            with connected(self._run) as jobs:
                 status = jobs.status(before.job)
         except (LaunchError, Unreachable):  # a cluster that is gone must not keep the run
             self._note(f"{before.where}, where {self._run.name} was driven before, does not answer.")
@@ -124,11 +126,12 @@ class Caller:
             )
 
     def _on_url(self, address: str, values: dict[str, str], interrupts: Any) -> Sent:
-        jobs = Jobs(checked_url(address), own_token())
+        token = own_token()
+        jobs = Jobs(checked_url(address), token)
         self._on_event({"kind": "phase", "name": "cluster"})
         self._check_idle()
         found = Place(freight.new_job(), jobs.url, config_dir=self._config_dir)
-        self._write_down(found)
+        self._write_down(found, token)
         self._submit(jobs, found, values)
         return self._attended(jobs, found, interrupts)
 
@@ -216,11 +219,12 @@ class Caller:
     def _note(self, text: str) -> None:
         self._on_event({"kind": "note", "text": text})
 
-    def _write_down(self, found: Place) -> None:
-        """Write where the run is driven into its directory."""
+    def _write_down(self, found: Place, token: str | None = None) -> None:
+        """Write where the run is driven into its directory, and record it for this user."""
         self._made = [path for path in (self._run.path, *self._run.path.parents) if not path.exists()]
         self._run.create()
-        found.write(self._run)
+        cluster, known = asdict(self._prepared.job.cluster), token and user_state.fingerprint(token)
+        found.write(self._run, cluster=cluster, token=known)
 
     def _attended(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
         self._submitted = True

@@ -9,22 +9,40 @@ from contextlib import contextmanager
 from launcher.clusters import heads
 from launcher.clusters.heads import Head
 from launcher.clusters.ray_jobs import Jobs, checked_url, own_token
-from launcher.jobs.remote.place import Place
+from launcher.errors import ClusterError
+from launcher.jobs.remote.place import required_place
+from launcher.runs import RunDirectory, user_state
 
 
 @contextmanager
-def connected(place: Place) -> Iterator[Jobs]:
+def connected(run: RunDirectory) -> Iterator[Jobs]:
     """Yield the Ray Jobs API of a run's cluster; through a tunnel where the cluster is known by its head.
 
     Raises:
-        ClusterError: it cannot be reached, or nobody knows a cluster of this name any more.
+        ClusterError: it cannot be reached, its head is not known any more, or this environment has another token.
+        RunError: this user's record does not confirm where the run was sent.
     """
+    place = required_place(run)
     if place.head is not None:
         with through(heads.load(place.head)) as jobs:
             yield jobs
         return
     assert place.address is not None
-    yield Jobs(checked_url(place.address), own_token())
+    yield Jobs(checked_url(place.address), _token_for(run, place.address))
+
+
+def _token_for(run: RunDirectory, address: str) -> str | None:
+    """Return the token for the cluster that a run was sent to: the one it was sent with, and no other."""
+    record, token = user_state.lookup(run), own_token()
+    if record is None or record.token is None or token is None:  # the cluster asked for none, or there is none
+        return None
+    if user_state.fingerprint(token) != record.token:
+        raise ClusterError(
+            f'"{run.name}" was sent to {address} with another token than this environment has now, and a token is sent '
+            "only to the cluster that it was given for. Set RAY_AUTH_TOKEN to the token of that cluster; if this is "
+            f"its new token, confirm it by adding cluster.address={address} to launch logs or launch stop."
+        )
+    return token
 
 
 @contextmanager

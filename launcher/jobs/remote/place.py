@@ -1,4 +1,8 @@
-"""remote.json in a run's directory: on which cluster, and as which job, the run is driven."""
+"""Where a run was sent: its cluster and its job there, in remote.json of the run and in the user's state directory.
+
+remote.json tells everyone who reads the run's directory that the run is elsewhere. A command connects only to what the
+record in the state directory (`launcher.runs.user_state`) confirms, since a run's directory may come from a stranger.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from launcher.config.schema import ClusterConfig
-from launcher.runs import REMOTE, RunDirectory, write_json
+from launcher.errors import RunError
+from launcher.runs import REMOTE, RunDirectory, user_state, write_json
 
 
 def is_elsewhere(cluster: ClusterConfig) -> bool:
@@ -39,21 +45,77 @@ class Place:
     def where(self) -> str:
         return self.head or self.address or ""
 
-    def write(self, run: RunDirectory) -> None:
+    def write(self, run: RunDirectory, **more: Any) -> None:
+        """Write remote.json, and record the place for this user. more: other fields of the record.
+
+        Raises:
+            RunError: the state directory cannot be written.
+        """
+        user_state.save(run, place=asdict(self), **more)
         write_json(run.path / REMOTE, asdict(self))
 
 
 def place_of(run: RunDirectory) -> Place | None:
-    """Return where a run is driven, or was; None for one that was driven here."""
-    with suppress(OSError, ValueError, TypeError, AttributeError):
+    """Return where a run is driven, or was; None for one that was driven here, or that this user did not send."""
+    return None if why_not_followed(run) else _recorded(run)
+
+
+def required_place(run: RunDirectory) -> Place:
+    """Return where a run that was sent is driven. RunError where this user's record does not confirm it."""
+    if why := why_not_followed(run):
+        raise RunError(why)
+    place = _recorded(run)
+    assert place is not None
+    return place
+
+
+def why_not_followed(run: RunDirectory) -> str | None:
+    """Return the reason why what remote.json says of a run is not used; None where the record confirms it."""
+    recorded, stated = _recorded(run), _stated(run)
+    if recorded is not None and stated == asdict(recorded):
+        return None
+    address = stated.get("address")
+    cure = f", or add cluster.address={address} if that is a cluster of yours" if address else ""
+    return (
+        f'The file {REMOTE} says that the run "{run.name}" was sent to a cluster, but {user_state.directory()} has no '
+        "record of it, and a token is not sent where a file says. Follow the run as the user and on the machine that "
+        f"sent it{cure}."
+    )
+
+
+def confirm(run: RunDirectory, address: str, token: str | None) -> None:
+    """Record that a run is on the cluster at this URL, which the user has named on the command line.
+
+    Raises:
+        RunError: the run was not sent there.
+    """
+    stated = _stated(run)
+    if stated.get("address") != address.rstrip("/") or not isinstance(stated.get("job"), str):
+        raise RunError(f'The run "{run.name}" was not sent to {address}. Leave cluster.address out.')
+    fields_of_record = {} if place_of(run) else {"place": asdict(Place(stated["job"], address.rstrip("/")))}
+    user_state.save(run, token=token and user_state.fingerprint(token), **fields_of_record)
+
+
+def _stated(run: RunDirectory) -> dict[str, Any]:
+    """Return what remote.json says, which may be anything."""
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads((run.path / REMOTE).read_text())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _recorded(run: RunDirectory) -> Place | None:
+    record = user_state.lookup(run)
+    with suppress(TypeError):
         known = {each.name for each in fields(Place)}
-        return Place(**{key: value for key, value in content.items() if key in known})
+        if record is not None and record.place is not None:
+            return Place(**{key: value for key, value in record.place.items() if key in known})
     return None
 
 
 def forget(run: RunDirectory, made: list[Path]) -> None:
     """Take back what was written for a run that never began; `made` are the directories that were made for it."""
+    user_state.forget(run)
     (run.path / REMOTE).unlink(missing_ok=True)
     for path in made:
         with suppress(OSError):
