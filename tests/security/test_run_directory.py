@@ -1,0 +1,123 @@
+"""A run's directory that comes from a stranger: it names no address, and nothing is written through its links."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import cli
+from launcher.jobs.remote.place import Place, place_of
+from launcher.runs import RunDirectory, user_state
+
+TOKEN = "token-of-the-user's-own-cluster"
+
+
+class Listener(http.server.ThreadingHTTPServer):
+    """A server that keeps the headers of every request."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.requests = 0
+        listener = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                listener.requests += 1
+                listener.tokens += [self.headers["Authorization"]] if "Authorization" in self.headers else []
+                self.send_error(404)
+
+            do_POST = do_PUT = do_GET
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    made = Listener()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """A run that was sent to a cluster, as its remote.json says."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    made = RunDirectory(tmp_path / "runs" / "a")
+    made.create()
+    return made
+
+
+def _planted(run: RunDirectory, **content: Any) -> Place:
+    place = Place("launch-1", **content)
+    (run.path / "remote.json").write_text(json.dumps(asdict(place)))
+    return place
+
+
+@pytest.mark.parametrize("verb", ["logs", "stop"])
+def test_a_run_does_not_decide_where_a_token_goes(
+    run: RunDirectory, listener: Listener, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _planted(run, address=listener.url)
+    assert cli.run([verb, "a", f"run.root={run.path.parent}"]) == 2
+    assert (listener.requests, listener.tokens) == (0, [])
+    assert "remote.json" in capsys.readouterr().err
+
+
+def test_a_record_of_another_run_confirms_nothing(run: RunDirectory, listener: Listener) -> None:
+    """Neither that of the same path with another place, nor that of another path with the same place."""
+    user_state.save(run, place=asdict(Place("launch-1", "http://127.0.0.1:9")), token=user_state.fingerprint(TOKEN))
+    stolen = _planted(run, address=listener.url)
+    other = RunDirectory(run.path.parent / "b")
+    user_state.save(other, place=asdict(stolen))
+    assert place_of(run) is None
+    assert cli.run(["logs", "a", f"run.root={run.path.parent}"]) == 2
+    assert listener.requests == 0
+
+
+@pytest.mark.parametrize(("sent_with", "received"), [(TOKEN, True), ("token of that cluster", False), (None, False)])
+def test_a_token_goes_only_to_the_cluster_it_was_given_for(
+    run: RunDirectory, listener: Listener, sent_with: str | None, received: bool
+) -> None:
+    place = Place("launch-1", listener.url)
+    place.write(run, token=sent_with and user_state.fingerprint(sent_with))
+    assert cli.run(["stop", "a", f"run.root={run.path.parent}"]) == 2
+    assert (f"Bearer {TOKEN}" in listener.tokens) is received
+
+
+def test_a_word_of_the_command_line_confirms_an_address(run: RunDirectory, listener: Listener) -> None:
+    """For a run that was sent from another machine, and for a cluster that has another token since."""
+    _planted(run, address=listener.url)
+    words = ["stop", "a", f"run.root={run.path.parent}"]
+    assert cli.run([*words, "cluster.address=http://127.0.0.1:9"]) == 2
+    assert listener.requests == 0
+    assert cli.run([*words, f"cluster.address={listener.url}"]) == 2  # this server has no such job
+    assert set(listener.tokens) == {f"Bearer {TOKEN}"}
+    assert place_of(run) == Place("launch-1", listener.url)
+
+
+def test_what_was_copied_of_a_run_is_shown_without_a_connection(
+    run: RunDirectory, listener: Listener, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _planted(run, address=listener.url)
+    run.log.write_text("step 1\n")
+    assert cli.run(["logs", "a", f"run.root={run.path.parent}"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "step 1\n"
+    assert "remote.json" in shown.err
+    assert listener.requests == 0
