@@ -264,7 +264,8 @@ def _have_python(
 
 def _send(each: _Each, calling: Path, tell: Tell) -> None:
     """Send launch itself and the calling directory to every host, below the cluster's directory."""
-    own, files = project.own_files(), project.files(calling)
+    own, chosen = project.own_files(), project.select(calling)
+    files = chosen.files
     bytes_in_all = project.size(project.HOME, own) + project.size(calling, files)
     hosts = each.living()
     each_of_them = " each" if len(hosts) > 1 else ""
@@ -272,6 +273,8 @@ def _send(each: _Each, calling: Path, tell: Tell) -> None:
         f"Sending launch and {calling} to {count(len(hosts), 'host')}: {size(bytes_in_all)}{each_of_them}, or what "
         "differs of it"
     )
+    if withheld := chosen.withheld():
+        tell(withheld)
 
     def send(host: _Host) -> dict[str, Any]:
         host.shell.send(project.HOME, own, f"{host.facts['directory']}/launch")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import keys
+from launcher.runs.secret_files import is_secret_path
 
 _PACKAGES = ("launch-train", "torch", "ray", "hydra-core", "tensorboard")
 # A diff longer than this is somebody's data, not code.
@@ -48,7 +49,10 @@ def git(directory: Path) -> dict[str, Any] | None:
 
 def patch(directory: Path) -> str:
     """Return the uncommitted changes of the repository around `directory`; empty without any, or without one."""
-    text = _git(directory, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
+    changed = (_git(directory, "diff", "HEAD", "--name-only", "-z") or "").split("\0")
+    secret = [f":(top,exclude,literal){name}" for name in changed if name and is_secret_path(name)]
+    only = ["--", ":(top)", *secret] if secret else []
+    text = _git(directory, "diff", "HEAD", "--no-color", "--no-ext-diff", *only) or ""
     # With a key in it the patch no longer applies; but a run's directory is shared, and a key is not.
     text = "".join(line[:1] + _masked(line[1:]) for line in text.splitlines(keepends=True))
     return text if len(text) <= _LARGEST_PATCH else text[:_LARGEST_PATCH] + "\n# cut here: longer than 10 MiB\n"

@@ -55,7 +55,7 @@ def test_what_is_sent_of_a_project(tmp_path: Path) -> None:
     for name in ("train.py", "runs/a/result.json", "src/runs/table.py", ".venv/bin/python", "src/__pycache__/x.pyc"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    assert project.files(tmp_path) == ["src/runs/table.py", "train.py"]
+    assert project.select(tmp_path).files == ["src/runs/table.py", "train.py"]
     assert "launcher/runs/__init__.py" in project.own_files()
 
 

@@ -16,6 +16,7 @@ from launcher.clusters.azure import network
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, SPENT_FILE, USER, Wanted
 from launcher.clusters.catalogue import Vm
 from launcher.money import SPENT_VARIABLE
+from launcher.runs import secret_files
 
 PORT = 6379
 DASHBOARD = 8265
@@ -92,7 +93,7 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
         "available_node_types": types,
         "head_node_type": HEAD,
         "file_mounts": dict(local.files),
-        "rsync_exclude": ["__pycache__"],
+        "rsync_exclude": ["__pycache__", *secret_files.PATTERNS],
         "cluster_synced_files": [TOKEN],
         "initialization_commands": [],
         "setup_commands": _SETUP,

@@ -196,14 +196,17 @@ class Caller:
             config = str(config_dir.relative_to(calling)) if config_dir and config_dir.is_relative_to(calling) else None
             if config_dir is not None and config is None:
                 config = f"{where}-config-{hashlib.sha256(str(config_dir).encode()).hexdigest()[:6]}"
-                head.shell().send(config_dir, project.files(config_dir), config)
+                chosen = project.select(config_dir)
+                self._note_withheld(chosen.withheld())
+                head.shell().send(config_dir, chosen.files, config)
             jobs.put(found.job, self._order(words, where, config, values))
             jobs.submit(found.job, freight.entrypoint("-m", "launcher.driver", found.job, python=python), {})
             return
         with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
-            told, config, _ = freight.pack(calling, config_dir, Path(folder))
-            self._note(f"Sending {told}.")
-            jobs.put(found.job, self._order(words, None, config, values))
+            packed = freight.pack(calling, config_dir, Path(folder))
+            self._note(f"Sending {packed.what}.")
+            self._note_withheld(packed.withheld)
+            jobs.put(found.job, self._order(words, None, packed.config_dir, values))
             workdir = str(Path(folder) / "calling")
             if head is not None:  # VMs that come and go have launch from the head: in one place
                 driver = freight.entrypoint("-m", "launcher.driver", found.job, python=python)
@@ -218,6 +221,10 @@ class Caller:
 
     def _note(self, text: str) -> None:
         self._on_event({"kind": "note", "text": text})
+
+    def _note_withheld(self, text: str) -> None:
+        if text:
+            self._note(text)
 
     def _write_down(self, found: Place, token: str | None = None) -> None:
         """Write where the run is driven into its directory, and record it for this user."""

@@ -148,32 +148,45 @@ def _answer(jobs: Jobs, job: str, mark: str) -> dict[str, Any]:
     return answer
 
 
-def pack(calling: Path, config_dir: Path | None, target: Path) -> tuple[str, str | None, int]:
-    """Copy the calling directory, a configuration beside it and launch itself to `target`, to be sent to a cluster.
+@dataclass(frozen=True)
+class Freight:
+    """What `pack` has put together.
 
-    Returns what was copied in words, the configuration's place relative to the calling directory, and all bytes.
+    what: in words. withheld: a sentence on the files that stay here, or nothing. config_dir: the configuration's place
+    relative to the calling directory. size: bytes.
     """
-    names = project.files(calling)
-    place = _copy(calling, names, target / "calling")
-    total = project.size(calling, names)
+
+    what: str
+    withheld: str
+    config_dir: str | None
+    size: int
+
+
+def pack(calling: Path, config_dir: Path | None, target: Path) -> Freight:
+    """Copy the calling directory, a configuration beside it and launch itself to `target`, to be sent to a cluster."""
+    chosen = project.select(calling)
+    place = _copy(calling, chosen.files, target / "calling")
+    total = project.size(calling, chosen.files)
+    withheld = [chosen.withheld()]
     relative: str | None = None
     if config_dir is not None:
         if config_dir.is_relative_to(calling):
             relative = str(config_dir.relative_to(calling))
         else:
             relative = ".launch-config"
-            more = project.files(config_dir)
-            _copy(config_dir, more, place / relative)
-            total += project.size(config_dir, more)
+            more = project.select(config_dir)
+            _copy(config_dir, more.files, place / relative)
+            total += project.size(config_dir, more.files)
+            withheld.append(more.withheld())
     own = project.own_files()
     _copy(project.HOME, own, target / OWN)
     (target / OWN / "__init__.py").touch()
     total += project.size(project.HOME, own)
-    return f"{calling} and launch itself, {size(total)}", relative, total
+    return Freight(f"{calling} and launch itself, {size(total)}", " ".join(filter(None, withheld)), relative, total)
 
 
 def _copy(source: Path, names: Sequence[str], target: Path) -> Path:
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / name, target / name)
