@@ -17,10 +17,10 @@ from launcher.config import Job, StrategyConfig
 from launcher.engine import probe
 from launcher.engine.cost import Link, Step
 from launcher.engine.kept import KeptBytes
-from launcher.engine.randomness import own_randomness
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies import costs
-from launcher.engine.strategies.strategy import buffers_kept, loss_of
+from launcher.engine.strategies.strategy import loss_of
+from launcher.engine.untouched import untouched
 from launcher.phrases import number
 
 _WORTH_TELLING = 0.05  # of the step waits for the network
@@ -137,17 +137,13 @@ def _pass(
     """Return the seconds of one forward and backward pass, the quickest of some, and the bytes kept between the two."""
     kept = KeptBytes(model)
     times = []
-    try:
-        with buffers_kept(model), own_randomness(device):
-            for again in range(1 + _TIMED):
-                began = time.perf_counter()
-                with cast(), nullcontext() if again else kept.counted():
-                    answer = model.training_step(batch)  # type: ignore[operator]
-                loss_of(answer)[0].backward()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                times.append(time.perf_counter() - began)
-    finally:
-        for parameter in model.parameters():
-            parameter.grad = None
+    with untouched(model, device):
+        for again in range(1 + _TIMED):
+            began = time.perf_counter()
+            with cast(), nullcontext() if again else kept.counted():
+                answer = model.training_step(batch)  # type: ignore[operator]
+            loss_of(answer)[0].backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
     return min(times[1:]), kept.total

@@ -36,6 +36,7 @@ from launcher.engine.start_check import (
 from launcher.engine.strategies.blocks import blocks_of, recompute
 from launcher.engine.strategies.compression import powersgd_bytes
 from launcher.engine.strategies.strategy import DTYPES, casting
+from launcher.engine.untouched import untouched
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -158,7 +159,12 @@ def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: Kept
     """See `Ahead`. whole, flops: what the small batch kept, and what its forward pass cost."""
     one, once, largest = KeptBytes(model), 0, whole.largest // SAMPLES
     batch = small_batch(job, data, data.train, model, runtime, 1)
-    with suppress(Exception), _as_trained(job, runtime), one.counted():  # some layers refuse a batch of one
+    with (
+        untouched(model),
+        suppress(Exception),
+        _as_trained(job, runtime),
+        one.counted(),
+    ):  # some layers refuse a batch of one
         model.training_step(batch)  # type: ignore[operator]
         once = max(0, 2 * one.total - whole.total)
         largest = max(0, whole.largest - one.largest)  # where both are the same, it does not grow with the samples

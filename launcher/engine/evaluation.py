@@ -15,6 +15,7 @@ from launcher.engine.metrics import Sums, check_answer, means
 from launcher.engine.order import Split, keys_of_evaluation
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy
+from launcher.engine.untouched import evaluating
 from launcher.errors import TrainingError, UserCodeError
 
 
@@ -57,17 +58,11 @@ class Evaluator:
         """Return the global metrics by tag, on every rank. Every module is in the mode that it was in afterwards."""
         results: dict[str, float] = {}
         model = self._strategy.model
-        resting = [module for module in model.modules() if not module.training]
-        model.eval()
-        try:
+        with evaluating(model):
             for name, evaluated in self._sets.items():
                 prefix = f"{self._tag}/{name}/" if name else f"{self._tag}/"
                 found = self._one(evaluated, prefix)
                 results.update({prefix + metric: value for metric, value in found.items()})
-        finally:
-            model.train()
-            for module in resting:  # the user may keep a frozen part in evaluation mode
-                module.training = False
         return results
 
     def _one(self, evaluated: Evaluated, prefix: str) -> dict[str, float]:

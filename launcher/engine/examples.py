@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.engine.randomness import own_randomness, seed_everything
+from launcher.engine.randomness import seed_everything
+from launcher.engine.untouched import untouched
 from launcher.errors import UserCodeError
 
 Show = Callable[[Mapping[str, Any]], None]
@@ -29,6 +30,7 @@ class Examples:
     """
 
     def __init__(self, model: nn.Module, show: Show, tell: Callable[[str], None], seed: int) -> None:
+        self._model = model
         self._function = getattr(model, "examples", None)
         self._show, self._tell, self._seed = show, tell, seed
 
@@ -42,7 +44,7 @@ class Examples:
             return
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
         try:
-            with own_randomness(device):
+            with untouched(self._model, device), torch.no_grad():
                 seed_everything(self._seed)
                 answer = self._function(batch)
             if not isinstance(answer, Mapping):

@@ -6,12 +6,10 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from launcher.config import Job
 from launcher.engine.control import Control
@@ -88,7 +86,6 @@ class Recorder:
         bill: the seconds of the run before that, and what its machines cost.
         machines: how many there are now.
         resumed_at: the step that the run continues from, or None for a new run.
-        draw: gives (model, batch) for the graph, once; no model where it cannot be drawn.
     """
 
     def __init__(
@@ -104,7 +101,6 @@ class Recorder:
         total_steps: int,
         steps_per_epoch: int,
         resumed_at: int | None,
-        draw: Callable[[], tuple[nn.Module | None, Any]],
     ) -> None:
         self._directory = directory
         self._job = job
@@ -112,7 +108,6 @@ class Recorder:
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._resumed_at = resumed_at
-        self._draw = draw
         self._began = started
         self._marks = marks
         self._phases: dict[str, float] | None = None
@@ -126,8 +121,11 @@ class Recorder:
         self._ended_well = False
         self._loss: float | None = None
 
-    def first_step(self) -> None:
-        """Note that the first step is done. What can wait until then (TensorBoard's import) happens here."""
+    def first_step(self, drawing: tuple[Any, Any] | None) -> None:
+        """Note that the first step is done. What can wait until then (TensorBoard's import) happens here.
+
+        drawing: the traced network and its arguments, see `drawing.traced_step`.
+        """
         now = time.time()
         self.seconds_to_first_step = now - self._began
         self._phases = self._marks.seconds(now)
@@ -138,10 +136,8 @@ class Recorder:
             self._board = TensorBoard(self._directory.path, purge)
             if self._resumed_at is None:
                 self._board.configuration(self._directory.config.read_text() if self._directory.config.exists() else "")
-                if self._job.logging.graph:
-                    model, batch = self._draw()
-                    if model is not None:
-                        self._board.graph(model, batch)
+                if drawing is not None:
+                    self._board.graph(*drawing)
             self._hyperparameters(self._board)
 
     @property

@@ -22,6 +22,7 @@ from launcher.engine.failures import is_foreign
 from launcher.engine.kept import KeptBytes
 from launcher.engine.metrics import Sums, check_answer
 from launcher.engine.runtime import Runtime
+from launcher.engine.untouched import evaluating, untouched
 from launcher.errors import ConfigError, RequestError, UserCodeError, did_you_mean
 
 SAMPLES = 2  # some layers refuse a batch of one
@@ -32,7 +33,7 @@ def try_training(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> tu
     """Return what autograd keeps for the small batch, and the names that `training_step` returns."""
     kept = KeptBytes(model)
     batch = small_batch(job, data, data.train, model, runtime)
-    with kept.counted():
+    with untouched(model), kept.counted():
         answer = check_answer(said_in_words(model.training_step, batch))
     sums = Sums(runtime.device)
     sums.add(answer)
@@ -50,11 +51,9 @@ def try_validation(job: Job, model: nn.Module, data: Data, runtime: Runtime) -> 
 
 def _val_names(job: Job, model: nn.Module, data: Data, name: str, runtime: Runtime) -> list[str]:
     batch = small_batch(job, data, data.val[name], model, runtime)
-    model.eval()
-    with torch.no_grad():
+    with untouched(model), evaluating(model), torch.no_grad():
         sums = Sums(runtime.device)
         sums.add(said_in_words(validation_answer, model, batch))
-    model.train()
     totals = sums.reduce(runtime)
     scalars = [metric for metric, (total, _) in totals.items() if total.ndim == 0]
     return [*scalars, *summarize(model, totals)]

@@ -36,6 +36,7 @@ from launcher.engine.checkpoint import Checkpointer, Newest
 from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.control import CHECKPOINT, PRUNE, REGROUP, STOP, Control, Watch
 from launcher.engine.datasets import Data
+from launcher.engine.drawing import traced_step
 from launcher.engine.examples import Examples
 from launcher.engine.metrics import Sums, as_pair, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
@@ -144,6 +145,7 @@ class Trainer:
         self._started, self._marks, self._bill = started, marks or Marks(), bill or Bill()
         self._recorder: Recorder | None = None
         self._saved_step: int | None = None
+        self._continues = True
         self._flags: dict[str, bool] = {}
         self._reason: str | None = None
         self._rate = learning_rate(self.optimizer)
@@ -185,11 +187,11 @@ class Trainer:
             Regroup: all ranks have saved and end, as they were asked to.
         """
         resumed_at = self._resume()
+        self._continues = self.runtime.broadcast(resumed_at is not None)
         if self.advice is not None and self.runtime.is_first and (line := self.advice.line()):
             self.control.emit({"kind": "note", "text": line})
         watch = Watch(self.directory)
         if not self.runtime.is_first:
-            self.first_batch = None
             return self._loop_and_settle(watch)
         self._record_from(resumed_at)
         try:
@@ -212,7 +214,6 @@ class Trainer:
             total_steps=self.total_steps,
             steps_per_epoch=self.order.steps_per_epoch,
             resumed_at=step,
-            draw=lambda: (self.strategy.drawable(), self.first_batch),
         )
         if taken_over:
             self._recorder.take_over()
@@ -393,15 +394,24 @@ class Trainer:
     def _note_step(self, done: Done) -> None:
         recorder = self._recorder
         self.throughput.step(done.size)
+        drawing = self._drawing()
         if recorder is not None:
             if recorder.seconds_to_first_step is None:
                 with self.throughput.pause():
-                    recorder.first_step()
-                self.first_batch = None  # its memory
+                    recorder.first_step(drawing)
             recorder.step(self.progress, self.throughput)
         self.callbacks.call("on_step")
         if self._ended or done.ballots["log"] or self.log_every.due(self.progress):
             done.values.update(self._log())
+
+    def _drawing(self) -> tuple[Any, Any] | None:
+        """Return the traced network after the first step of a new run, for TensorBoard; every rank traces it."""
+        batch, self.first_batch = self.first_batch, None  # its memory
+        logging, network = self.job.logging, self.strategy.drawable()
+        if batch is None or network is None or not (logging.tensorboard and logging.graph) or self._continues:
+            return None
+        with self.throughput.pause():
+            return traced_step(network, batch, self.runtime.device)
 
     @property
     def _ended(self) -> bool:

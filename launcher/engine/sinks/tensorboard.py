@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from launcher.engine.batches import tree_map
+from launcher.engine.drawing import quietly
 
 _FORMS = (
     "an example is a picture (a tensor (C, H, W) or (N, C, H, W) of bytes or of floats from 0 to 1, with 1 or 3 "
@@ -111,21 +110,13 @@ class TensorBoard:
         value = Summary.Value(tag=getattr(metadata, tag), metadata=SummaryMetadata(plugin_data=plugin))
         self._file.add_summary(Summary(value=[value]))
 
-    def graph(self, model: nn.Module, batch: Any) -> bool:
-        """Draw the network when it can be traced; tell whether it could. Training goes on either way."""
-        with warnings.catch_warnings(), torch.random.fork_rng([]), torch.no_grad():
-            warnings.simplefilter("ignore")
-            try:
-                from torch.utils.tensorboard._pytorch_graph import graph
+    def graph(self, traced: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        """Draw a network that `drawing.traced_step` has traced; nothing is drawn where torch cannot read the trace."""
+        from torch.utils.tensorboard._pytorch_graph import graph
 
-                step = TrainingStep(model, batch)
-                with contextlib.redirect_stdout(io.StringIO()):  # it prints the batch when it fails
-                    definition = graph(step, step.tensors, use_strict_trace=False)
-                self._file.add_graph(definition)
-            # Tracing runs the user's code under a tracer: any failure there says only that the picture cannot be drawn.
-            except Exception:
-                return False
-        return True
+        with warnings.catch_warnings(), quietly(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")
+            self._file.add_graph(graph(traced, arguments))  # tracing what is traced already changes nothing
 
     def close(self, ended_well: bool = True) -> None:
         if self._has_hyperparameters:
@@ -164,21 +155,3 @@ def _sound(tag: str, wave: torch.Tensor, rate: Any) -> torch.Tensor:
     if wave.ndim != 1 or not wave.numel() or not wave.is_floating_point() or not float(rate) >= 1:
         raise ValueError(f"{tag} is audio {tuple(wave.shape)} of {wave.dtype} at {rate} samples a second; {_FORMS}")
     return wave.detach().float().cpu().nan_to_num().clamp(-1, 1)[None]
-
-
-class TrainingStep(nn.Module):
-    """The model's training step as a function of the batch's tensors, since tracing knows neither numbers nor text
-    beside them, that returns a tensor. The drawing is named after this class."""
-
-    def __init__(self, model: nn.Module, batch: Any) -> None:
-        super().__init__()
-        self.model, self._batch = model, batch
-        found: list[torch.Tensor] = []
-        tree_map(found.append, batch)
-        self.tensors = tuple(found)
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        following = iter(tensors)
-        batch = tree_map(lambda _: next(following), self._batch)
-        loss = self.model.training_step(batch)["loss"]  # type: ignore[operator]
-        return loss[0] if isinstance(loss, tuple) else loss

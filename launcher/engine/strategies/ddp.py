@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from launcher.config import StrategyConfig, TrainerConfig
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.compression import WIRE, cast_hook
-from launcher.engine.strategies.strategy import Record, Strategy, buffers_kept, loss_of, mark_last, scale_by_count
+from launcher.engine.strategies.strategy import Record, Strategy, loss_of, mark_last, scale_by_count
+from launcher.engine.untouched import untouched
 from launcher.errors import UserCodeError
 
 
@@ -43,18 +44,17 @@ class DataParallel(Strategy):
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         self._broadcast()
-        with buffers_kept(self.model):
+        with untouched(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
             self._steps.used = [p for p in self._parameters if p.grad is not None]
             self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)
             if self.wraps and not self.runtime.alone:
                 self._keeps_gradients = self.uses_all
                 self._wrapped = self._in_ddp()
-                self._clear()
+                super()._clear()
                 # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in
                 # the same order as one that was never stopped; with three workers or more the sums differ otherwise.
                 self._warm_up(self._wrapped, batch)
-            self._clear()
         return answer
 
     def regroup(self) -> None:

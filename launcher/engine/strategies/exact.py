@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from launcher.config import TrainerConfig
 from launcher.engine.metrics import LIMBS, from_limbs, to_limbs
 from launcher.engine.runtime import Runtime, Vote
-from launcher.engine.strategies.strategy import Record, Strategy, buffers_kept, loss_of
+from launcher.engine.strategies.strategy import Record, Strategy, loss_of
+from launcher.engine.untouched import untouched
 from launcher.errors import TrainingError
 
 _UNIT = 2.0**-40
@@ -42,18 +43,17 @@ class ExactDataParallel(Strategy):
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         self._broadcast()
-        with buffers_kept(self.model):
+        with untouched(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
-        # Those without a gradient here too: another batch may take another way through the network.
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.uses_all = all(p.grad is not None for p in self._parameters)
+            # Those without a gradient here too: another batch may take another way through the network.
+            self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self.uses_all = all(p.grad is not None for p in self._parameters)
         ends = list(accumulate(p.numel() for p in self._parameters))
         self._places = [slice(end - p.numel(), end) for p, end in zip(self._parameters, ends, strict=True)]
         # Behind the gradients: in how many chunks each parameter had one, and the count behind the loss.
         numel = ends[-1] + len(ends) + LIMBS
         self._sum = torch.zeros(numel, dtype=torch.int64, device=self.runtime.device)
         self._uses, self._count = self._sum[ends[-1] : -LIMBS], self._sum[-LIMBS:]
-        self._clear()
         return answer
 
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:

@@ -19,7 +19,8 @@ from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.blocks import blocks_of
 from launcher.engine.strategies.compression import WIRE
-from launcher.engine.strategies.strategy import Record, Strategy, all_finite, buffers_kept, loss_of, scale_by_count
+from launcher.engine.strategies.strategy import Record, Strategy, all_finite, loss_of, scale_by_count
+from launcher.engine.untouched import untouched
 from launcher.errors import ConfigError
 
 
@@ -54,10 +55,9 @@ class FullySharded(Strategy):
         self._shard()
         self._parameters = list(self.model.parameters())  # this worker's parts
         self._spare = batch
-        with buffers_kept(self.model):
+        with untouched(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
-        self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)
-        self._clear()
+            self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)
         return answer
 
     def _shard(self) -> None:

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from launcher.config import TrainerConfig
 from launcher.engine.metrics import ContractError, as_pair, check_answer
 from launcher.engine.order import Split
-from launcher.engine.randomness import own_randomness
 from launcher.engine.runtime import Runtime, Vote
 from launcher.errors import ConfigError
 
@@ -165,11 +164,10 @@ class Strategy(ABC):
             torch.distributed._broadcast_coalesced(self.runtime.group, tensors, _BROADCAST_BYTES, 0)
 
     def _warm_up(self, network: nn.Module, batch: Any) -> dict[str, Any]:
-        """Run forward and backward over a batch with random states of its own; return the model's answer."""
-        with own_randomness(self.runtime.device):
-            with self.cast():
-                answer = network(batch)
-            loss_of(answer)[0].backward()
+        """Run forward and backward over a batch; return the model's answer. For use inside `untouched`."""
+        with self.cast():
+            answer = network(batch)
+        loss_of(answer)[0].backward()
         return answer
 
     def _clear(self) -> None:
@@ -218,18 +216,6 @@ def casting(device: torch.device, precision: torch.dtype) -> AbstractContextMana
     if precision is torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=precision)
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give the model's buffers (running statistics) their values back at the end of the block."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

@@ -1,0 +1,150 @@
+"""Runs a model for inspection and leaves it as it was.
+
+The engine calls the user's model beside training steps: to measure it, to warm up its wrapper, to draw it, to ask for
+examples. `untouched` makes sure that such a call has no effect on training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from launcher.engine.randomness import own_randomness
+
+_CONTAINERS = (dict, list, set)
+_ROOM = 0.1  # of a GPU's free memory: what is larger is copied to the host, to leave room for the pass itself
+
+
+@contextmanager
+def untouched(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Restore the model at the end of the block, whatever the block does with it.
+
+    Restored are parameters and buffers (values and identity), gradients, `requires_grad`, the mode of every module,
+    hooks, plain attributes of modules (numbers, lists, tensors, random generators), and the random states of the
+    process. Inside, no parameter has a gradient. Objects that the model refers to and that are no modules are restored
+    as far as they are dictionaries, lists or sets of its own.
+
+    Args:
+        device: where it is a GPU, its random state is restored too.
+    """
+    modules = [module for module in model.modules() if not _is_lazy(module)]
+    parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
+    restore: list[Callable[[], Any]] = [_contents(module.__dict__) for module in modules]
+    restore += [_hooks(parameter) for parameter in parameters]
+    restore += [undo for module in modules for value in module.__dict__.values() if (undo := _generator(value))]
+    plain = [value for module in modules for value in module.__dict__.values() if isinstance(value, Tensor)]
+    held = [_local(tensor) for tensor in (*parameters, *model.buffers(), *plain) if not _is_computed(tensor)]
+    host = _to_host(held)
+    copies = [(tensor, tensor.cpu() if host and tensor.is_cuda else tensor.clone()) for tensor in held]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    with own_randomness(device):
+        try:
+            yield
+        finally:
+            for undo in restore:
+                undo()
+            for tensor, copy in copies:
+                if not torch.equal(tensor.to(copy.device), copy):  # NaN is restored as well, being unequal to itself
+                    tensor.copy_(copy)
+            for parameter, trained, grad in flags:
+                if parameter.requires_grad != trained:
+                    parameter.requires_grad_(trained)
+                parameter.grad = grad
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and every module back into its own mode at the end of the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # The model's own `train` may do more than set a flag, such as taking merged LoRA weights apart.
+        model.train(modes[0][1])
+        for module, mode in modes:
+            module.training = mode
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether the first forward pass makes another module of it (`nn.LazyLinear`): that is not undone."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return any(nn.parameter.is_lazy(tensor) for tensor in tensors if tensor is not None)
+
+
+def _is_computed(tensor: Tensor) -> bool:
+    """Whether the tensor is a result that autograd tracks, such as the weight of an old `weight_norm`."""
+    return tensor.grad_fn is not None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the memory of this worker that is behind a tensor, detached."""
+    part: Any = tensor.detach()
+    return part.to_local() if hasattr(part, "device_mesh") else part
+
+
+def _to_host(tensors: list[Tensor]) -> bool:
+    on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+    if not on_gpu:
+        return False
+    free, _ = torch.cuda.mem_get_info(on_gpu[0].device)
+    return sum(tensor.numel() * tensor.element_size() for tensor in on_gpu) > _ROOM * free
+
+
+def _contents(attributes: dict[str, Any]) -> Callable[[], None]:
+    """Return what gives a module its attributes back, and those that are containers their contents."""
+    before = dict(attributes)
+    inside = [(value, value.copy()) for value in before.values() if isinstance(value, _CONTAINERS)]
+
+    def undo() -> None:
+        attributes.clear()
+        attributes.update(before)
+        for container, contents in inside:
+            if isinstance(container, list):
+                container[:] = contents
+                continue
+            container.clear()  # in place: the handles of hooks refer to these very dictionaries
+            container.update(contents)
+
+    return undo
+
+
+def _hooks(parameter: nn.Parameter) -> Callable[[], None]:
+    """Return what takes the hooks off a parameter that were put on since."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    before = {name: dict(getattr(parameter, name) or {}) for name in names}
+
+    def undo() -> None:
+        for name, hooks in before.items():
+            now = getattr(parameter, name)
+            if now is not None and dict(now) != hooks:
+                now.clear()
+                now.update(hooks)
+
+    return undo
+
+
+def _generator(value: Any) -> Callable[[], Any] | None:
+    """Return what sets a random generator back, or None for any other object."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return partial(value.set_state, state)
+    if isinstance(value, random.Random):
+        numbers = value.getstate()
+        return partial(value.setstate, numbers)
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator.state
+        return partial(setattr, value.bit_generator, "state", bits)
+    if isinstance(value, np.random.RandomState):
+        old = value.get_state()
+        return partial(value.set_state, old)
+    return None
