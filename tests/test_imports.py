@@ -63,7 +63,6 @@ _RAY_TRAIN = (
     "launcher.runners.ray_train",
     "launcher.runners.supervision",
     "launcher.runners.policies",
-    "launcher.runners.healing",
 )
 
 RULES = (

@@ -60,8 +60,6 @@ def check_values(job: Job) -> None:
     _check_scaling(job.scaling)
     _check_checkpoint(job.checkpoint)
     _check_strategy(job.strategy, job.trainer)
-    if job.scaling.heal:
-        _check_healing(job)
     _check_cluster(job.cluster)
     _check_logging(job.logging)
     _check_sweep(job.sweep)
@@ -160,33 +158,6 @@ def _check_sweep(sweep: SweepConfig) -> None:
     for direction in sweep.direction if isinstance(sweep.direction, list) else [sweep.direction]:
         if direction is not None:
             _one_of("sweep.direction", direction, MODES)
-
-
-def _check_healing(job: Job) -> None:
-    """Raise ConfigError where a run cannot go on with the workers that are left."""
-    name, compression = job.strategy.name, job.strategy.compression
-    if name != "ddp" or compression == "powersgd":
-        found = f"strategy={name}" if name != "ddp" else "strategy.compression=powersgd"
-        raise ConfigError(
-            f"scaling.heal=true was asked for with {found}, whose workers each hold what the others lack; a lost one "
-            "would take it away. Use strategy=ddp without powersgd, or leave scaling.heal out: a lost worker then "
-            "costs a restart from the newest checkpoint."
-        )
-    if job.cluster.kind == "none":
-        raise ConfigError(
-            "scaling.heal=true was asked for with cluster=none, where nobody starts a worker anew. Use cluster=local, "
-            "or leave it out."
-        )
-    if "://" in job.run.root and not job.run.root.startswith("file://"):
-        raise ConfigError(
-            f"scaling.heal=true was asked for with run.root={job.run.root}, an object store; workers that heal in "
-            "place share a directory so far. Give a path that all machines see, or leave scaling.heal out."
-        )
-    if job.scaling.device == "cuda":
-        raise ConfigError(
-            "scaling.heal=true was asked for with scaling.device=cuda; healing in place is made for workers on CPUs so "
-            "far. Leave scaling.heal out: a lost worker then costs a restart from the newest checkpoint."
-        )
 
 
 def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:

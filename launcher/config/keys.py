@@ -76,6 +76,10 @@ LEAVES = _leaves()
 SECTIONS = tuple(f.name for f in dataclasses.fields(Job) if any(key.startswith(f"{f.name}.") for key in LEAVES))
 
 
+# Keys that runs of earlier versions have in their config.yaml, and that had no other effect than how they ran.
+REMOVED = frozenset(["scaling.heal"])
+
+
 def is_known(key: str) -> bool:
     """Whether a dotted key is in the schema, or inside a section that is open."""
     return key in LEAVES or key in SECTIONS or key.partition(".")[0] in OPEN_SECTIONS

@@ -50,7 +50,6 @@ class ScalingConfig:
     device: str = "auto"
     cpus_per_worker: float = 1.0
     gpus_per_worker: float | None = None
-    heal: bool = False
     min_workers: int | None = None
     timeout: float = 120.0
 

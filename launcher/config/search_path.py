@@ -75,6 +75,9 @@ def read_stored(file: Path) -> Mapping[str, Any]:
         if (key in keys.SECTIONS or key in OPEN_SECTIONS) and not isinstance(content[key], (dict, str)):
             raise ConfigError(f"{file}: {key} must be a mapping of keys to values, but is {content[key]!r}.")
     content.pop("verbose", None)  # that was for the command, not for the run
+    for section, _, name in (key.partition(".") for key in keys.REMOVED):
+        if isinstance(content.get(section), dict):
+            content[section] = {key: value for key, value in content[section].items() if key != name}
     if isinstance(content.get("run"), dict):
         content["run"] = {k: v for k, v in content["run"].items() if k not in ("name", "resume", "like")}
     return content

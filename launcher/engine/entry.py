@@ -23,7 +23,6 @@ from launcher.engine.checkpoint.uploads import Uploads, brought
 from launcher.engine.console import Console
 from launcher.engine.control import Control, Watch
 from launcher.engine.failures import translate
-from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
 from launcher.engine.shared import kept
 from launcher.engine.trainer import Trainer
@@ -79,7 +78,6 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
         try:
             for path in task.python_path:
                 targets.add_calling_directory(path)
-            without_compiler()
             hardware.configure(runtime, task.job.scaling.cpus_per_worker, task.job.trainer.deterministic)
             if task.job.trainer.compile:
                 hardware.keep_compiled(directory.path.parent)
@@ -150,12 +148,7 @@ def _build_trainer(
     if runtime.is_first:
         for line in caveats(model):
             control.emit({"kind": "note", "text": line})
-    kind = Trainer
-    if runtime.membership is not None:
-        from launcher.engine.healing import HealingTrainer
-
-        kind = HealingTrainer
-    trainer = kind(job, runtime, control, directory, data, model, task.started, task.marks, uploads, task.bill)
+    trainer = Trainer(job, runtime, control, directory, data, model, task.started, task.marks, uploads, task.bill)
     if task.weights:
         from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
 

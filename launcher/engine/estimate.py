@@ -23,7 +23,6 @@ from launcher.engine.failures import translate
 from launcher.engine.kept import KeptBytes
 from launcher.engine.optim import build_optimizer, parameter_groups
 from launcher.engine.peaks import flops_per_sample
-from launcher.engine.quick import without_compiler
 from launcher.engine.runtime import Runtime
 from launcher.engine.start_check import (
     SAMPLES,
@@ -109,7 +108,6 @@ def estimate(job: Job, ahead: bool = False) -> Estimate:
 
 
 def _estimate(job: Job, ahead: bool) -> Estimate:
-    without_compiler()
     for kind in ("optimizer", "scheduler"):
         section = getattr(job, kind)
         if section.get("_target_"):

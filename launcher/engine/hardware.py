@@ -6,11 +6,11 @@ import contextlib
 import ctypes
 import gc
 import os
+import sys
 from pathlib import Path
 
 import torch
 
-from launcher.engine.quick import compiler_loaded
 from launcher.engine.runtime import Runtime
 
 
@@ -52,7 +52,7 @@ def keep_compiled(run_root: Path) -> None:
 def give_back_memory(device: torch.device) -> None:
     """Give what a finished task has occupied back to the device and to the operating system."""
     gc.collect()
-    if compiler_loaded():
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # compiled networks are kept for ever otherwise
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -148,15 +148,6 @@ class Sums:
 
         All ranks must know the same names and shapes.
         """
-        stored = self._added_up(runtime)
-        shaped = {
-            name: (from_limbs(total), from_limbs(count)) if self._exact else (total, count)
-            for name, (total, count) in stored.items()
-        }
-        return {name: (total, float(count)) for name, (total, count) in shaped.items()}
-
-    def _added_up(self, runtime: Runtime) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return the global {name: (sum, count)} as they are stored, on the host. One collective."""
         names = self.names
         if not names:
             return {}
@@ -165,7 +156,8 @@ class Sums:
         reduced = runtime.add_up(flat).cpu()
         pieces = torch.split(reduced, [part.numel() for part in parts])
         stored = [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
-        return {name: (stored[2 * i], stored[2 * i + 1]) for i, name in enumerate(names)}
+        shaped = [from_limbs(piece) for piece in stored] if self._exact else stored
+        return {name: (shaped[2 * i], float(shaped[2 * i + 1])) for i, name in enumerate(names)}
 
     def reset(self) -> None:
         """Set everything to zero and keep the names."""
@@ -187,61 +179,6 @@ class Sums:
             for kind, into in (("sums", self._sums), ("counts", self._counts)):
                 for name in into.keys() & state[kind].keys():
                     self._accumulate(into, name, state[kind][name])
-
-
-class SharedSums(Sums):
-    """Sums that every rank has of all ranks, after every step: a rank that is lost takes nothing with it.
-
-    What is added stays apart until `share`, which all ranks call once a step, and `undo` forgets it.
-    """
-
-    def __init__(self, runtime: Runtime, exact: bool = False) -> None:
-        super().__init__(runtime.device, exact)
-        self._runtime = runtime
-        self._step = Sums(runtime.device, exact)
-
-    def add(self, answer: Mapping[str, Value]) -> None:
-        self._step.add(answer)
-
-    def share(self) -> None:
-        """Add up the step over all ranks, in one collective, and put it to the rest."""
-        for name, (total, count) in self._step._added_up(self._runtime).items():
-            self._accumulate(self._sums, name, total)
-            self._accumulate(self._counts, name, count)
-        self._step.reset()
-
-    def undo(self) -> None:
-        self._step.reset()
-
-    def reduce(self, runtime: Runtime) -> dict[str, tuple[torch.Tensor, float]]:
-        return super().reduce(Runtime.single(self._device.type))
-
-    def reset(self) -> None:
-        super().reset()
-        self._step.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return them on rank 0 and zeros elsewhere: a checkpoint holds every rank's part."""
-        state = super().state_dict()
-        if self._runtime.is_first:
-            return state
-        return {kind: {name: torch.zeros_like(one) for name, one in sums.items()} for kind, sums in state.items()}
-
-    def load_state_dicts(self, states: Iterable[Mapping[str, Any]]) -> None:
-        """Take the sum of the `states` of all ranks; a collective."""
-        self.reset()
-        self._step.load_state_dicts(states)
-        self.share()
-
-    def whole(self) -> dict[str, Any]:
-        """Return what every rank has, for `take_whole` of one that lacks it."""
-        return super().state_dict()
-
-    def take_whole(self, state: Mapping[str, Any]) -> None:
-        self.reset()
-        for kind, into in (("sums", self._sums), ("counts", self._counts)):
-            for name, value in state[kind].items():
-                self._accumulate(into, name, value)
 
 
 def to_limbs(value: torch.Tensor | float) -> torch.Tensor:

@@ -54,15 +54,14 @@ class Progress:
 
 @dataclass
 class Done:
-    """A step that is done, and how far what follows it has come: evaluation, the decision to stop, saving.
+    """A step that is done, and what follows from it.
 
-    `size`: its samples. `ballots`: see `Runtime.vote`. `parts`: of what follows, those that are done. `values`: the
-    tags to write. `reason`: why a callback ends the run.
+    `size`: its samples. `ballots`: see `Runtime.vote`. `values`: the tags to write. `reason`: why a callback
+    ends the run.
     """
 
     size: int
     ballots: dict[str, int]
-    parts: int = 0
     values: dict[str, float] = field(default_factory=dict)
     evaluated: bool = False
     improved: bool = False

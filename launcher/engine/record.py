@@ -140,19 +140,6 @@ class Recorder:
                     self._board.graph(*drawing)
             self._hyperparameters(self._board)
 
-    @property
-    def logged(self) -> int:
-        """The last step that was logged, or -1."""
-        return self._lines.last_step
-
-    def take_over(self) -> None:
-        """Go on with the record of a rank 0 that was lost: the run's first step, where it was done, was that one's."""
-        earlier = self._directory.result()
-        self.seconds_to_first_step, self._phases = earlier.get("seconds_to_first_step"), earlier.get("phases")
-        if self.seconds_to_first_step is not None and self._job.logging.tensorboard:
-            assert self._resumed_at is not None
-            self._board = TensorBoard(self._directory.path, self._resumed_at + 1)
-
     def _hyperparameters(self, board: TensorBoard) -> None:
         chosen = self._job.logging.hparams
         if chosen:

@@ -1,15 +1,13 @@
 """The facts of one rank, and the few collectives that the engine needs.
 
 Rank facts come from here and never from the process group, so that a runner may change them between two steps
-(elastic training, healing). The same code runs alone, under torchrun or srun, and inside Ray Train workers.
+(elastic training). The same code runs alone, under torchrun or srun, and inside Ray Train workers.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,7 +16,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from launcher.engine import connections
 from launcher.errors import ConfigError, ResourceError
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
@@ -73,10 +70,7 @@ class Runtime:
     cause: str = ""  # why that group was started after another: "failure", "preemption" or "resize"
     machines: int = 0  # that the run is paid for, those without a worker of its and the head too; 0: nobody counted
     apply: Callable[..., Iterator[Any]] = map  # what reads the parts of a stream, here or elsewhere, in their order
-    membership: Any = None  # of a run that heals itself: see `engine.membership`
     _task_groups: list[Any] = field(default_factory=list)
-    # Where the ranks of `group` took each other's connections.
-    _listeners: set[connections.Address] = field(default_factory=set, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -121,51 +115,10 @@ class Runtime:
         runtime.owns_group = owns
         return runtime
 
-    @classmethod
-    def healing(cls, membership: Any, local_rank: int, local_world_size: int, device: str = "auto") -> Runtime:
-        """Be one of a run that heals itself: of those who begin, or, where others have begun, who will be let in.
-
-        Args:
-            membership: an `engine.membership.Membership`.
-        """
-        # Until it is let in a worker is not the first of several: it writes nothing.
-        runtime = cls(1, 2, local_rank, local_world_size, choose_device(device, local_rank), membership=membership)
-        membership.enter(runtime)
-        return runtime
-
     def close(self) -> None:
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
             self.group = self.host_group = None
-
-    def leave_groups(self) -> None:
-        """Drop every process group, whatever is under way in it: whoever waits for this rank fails at once."""
-        left = [self.group, self.host_group, *self._task_groups]
-        self.group = self.host_group = None
-        self._task_groups.clear()
-        if dist.is_initialized():
-            dist.distributed_c10d._abort_process_group()
-            connections.cut(self._listeners)  # else whoever waits for this rank does so until the timeout
-            # A group's destructor holds the interpreter while it waits for the group's thread, and that thread needs
-            # the interpreter to let go of a tensor: a deadlock where the last reference goes while an operation is
-            # failing. So it goes later, when every operation has long ended.
-            release = threading.Timer(COLLECTIVE_TIMEOUT.total_seconds() + 10, left.clear)
-            release.daemon = True
-            release.start()
-
-    def enter_groups(self, rank: int, world_size: int, store: dist.Store | None, wait: timedelta) -> None:
-        """Be `rank` of so many from here on. `wait`: how long to wait for the others; `store` is where they meet."""
-        self.rank, self.world_size = rank, world_size
-        self.owns_group = world_size > 1
-        if self.owns_group:
-            assert store is not None
-            before = connections.listening()
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=wait)
-            self.group = self.host_group = dist.group.WORLD
-            store.set(f"listeners/{rank}", json.dumps(sorted(connections.listening() - before)))
-            told = [json.loads(store.get(f"listeners/{other}")) for other in range(world_size)]
-            self._listeners = {(host, port) for addresses in told for host, port in addresses}
-            dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, self.group)
 
     # ---- collectives ------------------------------------------------------------------------------------------------
 

@@ -35,9 +35,6 @@ def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterato
         RunError: a worker's machine does not see what the others write.
         StorageError: the store cannot be read or, at the end, not be written.
     """
-    if runtime.membership is not None:  # those who come later could not take part; `prepare` refuses a store
-        yield None
-        return
     mirrored = Mirrored.of(directory)
     hosts = runtime.gather(socket.gethostname())
     check_shared(directory, mirrored.store if mirrored else None, runtime, hosts)

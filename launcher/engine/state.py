@@ -81,7 +81,13 @@ class State:
         configured = [_initial_rate(group) for group in self._optimizer.param_groups]
         rank, world_size = self._runtime.rank, self._runtime.world_size
         content = restore_training(path, self._model, self._optimizer, verified=True, rank=(rank, world_size))
-        self._take_rest(content.state, configured)
+        self._scheduler.load_state_dict(content.state["scheduler"])
+        self._mend_rates(configured)
+        self._strategy.load_state_dict(content.state["strategy"])
+        self._callbacks.load_state_dict(content.state.get("callbacks", {}))
+        restored = Progress.of(content.state["progress"])
+        for item in fields(Progress):
+            setattr(self._progress, item.name, getattr(restored, item.name))
         resized = content.world_size != world_size
         self._strategy.load_own_state_dicts(
             [own["strategy"] for own in (content.own if resized else content.own[rank : rank + 1])], resized
@@ -92,34 +98,6 @@ class State:
         else:
             self._sums.load_state_dicts([own["sums"] for own in content.own] if rank == 0 else [])
             self.seed_rank()
-
-    def places(self) -> dict[str, Any]:
-        """Return the tensors that `take` wants its own put into; see `checkpoint.nest.Binder`."""
-        from launcher.engine.checkpoint import model_state, optimizer_template
-
-        model, optimizer = self._model, self._optimizer
-        return {
-            "model": model_state(model),
-            "optimizer": lambda saved: optimizer_template(model, optimizer, saved),
-        }
-
-    def take(self, shared: dict[str, Any]) -> None:
-        """Go on from what another worker's `collect` gave, its tensors being those of `places`."""
-        from launcher.engine.checkpoint import load_optimizer_state
-
-        configured = [_initial_rate(group) for group in self._optimizer.param_groups]
-        load_optimizer_state(self._model, self._optimizer, shared["optimizer"])
-        self._take_rest(shared, configured)
-
-    def _take_rest(self, shared: dict[str, Any], configured: list[float]) -> None:
-        """Take all but the model and the optimizer. `configured`: the learning rate of each group of parameters."""
-        self._scheduler.load_state_dict(shared["scheduler"])
-        self._mend_rates(configured)
-        self._strategy.load_state_dict(shared["strategy"])
-        self._callbacks.load_state_dict(shared.get("callbacks", {}))
-        restored = Progress.of(shared["progress"])
-        for item in fields(Progress):
-            setattr(self._progress, item.name, getattr(restored, item.name))
 
     def _mend_rates(self, configured: list[float]) -> None:
         """Let a learning rate that is now configured otherwise take effect, at the schedule's present share of it."""

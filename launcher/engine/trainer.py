@@ -46,7 +46,7 @@ from launcher.engine.peaks import share_of_a_sample
 from launcher.engine.profile import StepTrace
 from launcher.engine.progress import Done, Every, Progress
 from launcher.engine.record import Recorder, StepFile, Throughput
-from launcher.engine.runtime import Runtime, Vote
+from launcher.engine.runtime import Runtime
 from launcher.engine.state import State
 from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.errors import CheckpointError, NonFiniteLoss, Regroup
@@ -106,7 +106,7 @@ class Trainer:
         self.job = job
         self.strategy = build_strategy(job, model, runtime)
         self.advice = advise(job, model, self.first_batch, passes, runtime, cast, measured)
-        self.sums = self._make_sums()
+        self.sums = Sums(runtime.device, trainer.deterministic)
         self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
         self.sums.reset()
         self.optimizer = build_optimizer(job.optimizer, model, job.trust, self.strategy.uses_all)
@@ -129,7 +129,9 @@ class Trainer:
             trainer.seed,
         )
         self.uploads = uploads
-        self._open_checkpoints()
+        self.checkpointer = Checkpointer(
+            directory.checkpoints, keep=job.checkpoint.keep, group=runtime.new_host_group(), uploads=uploads
+        )
         self.throughput = Throughput()
         self._pace = Pace(control.emit)
         self._share = share_of_a_sample(model, runtime.device, trainer.precision)
@@ -157,17 +159,6 @@ class Trainer:
         """Return rank 0's first microbatch of the first global batch, on every rank."""
         (start, stop), *_ = self.split.share(self.order.batch_size(0), 0, self.runtime.world_size)
         return next(self.loader.once(0, self.order.epoch(0)[start:stop]))
-
-    def _make_sums(self) -> Sums:
-        return Sums(self.runtime.device, self.job.trainer.deterministic)
-
-    def _open_checkpoints(self) -> None:
-        self.checkpointer = Checkpointer(
-            self.directory.checkpoints,
-            keep=self.job.checkpoint.keep,
-            group=self.runtime.new_host_group(),
-            uploads=self.uploads,
-        )
 
     def begin_with(self, weights: dict[str, torch.Tensor], source: str) -> None:
         """Begin with the weights of `source` (`checkpoint.load`); a run that is resumed has its own instead."""
@@ -201,8 +192,8 @@ class Trainer:
             if self._recorder is not None:
                 self._recorder.close()
 
-    def _record_from(self, step: int | None, taken_over: bool = False) -> None:
-        """Keep the run's record from here on; see `Recorder`. taken_over: from a rank 0 that was lost."""
+    def _record_from(self, step: int | None) -> None:
+        """Keep the run's record from here on; see `Recorder`."""
         self._recorder = Recorder(
             self.directory,
             self.job,
@@ -215,8 +206,6 @@ class Trainer:
             steps_per_epoch=self.order.steps_per_epoch,
             resumed_at=step,
         )
-        if taken_over:
-            self._recorder.take_over()
         if self.evaluator is not None and self.job.logging.tensorboard:
             self.evaluator.examples = Examples(
                 self.strategy.model,
@@ -319,9 +308,6 @@ class Trainer:
         vote = self.strategy.accumulate(islice(self._batches, len(share)), size, self._flags, self._record)
         if vote.ballots["bad"]:
             self._fail_non_finite()
-        return self._commit(size, vote)
-
-    def _commit(self, size: int, vote: Vote) -> Done:
         self.strategy.apply(self.optimizer, size, vote)
         self._rate = learning_rate(self.optimizer)
         self.scheduler.step()
@@ -382,14 +368,13 @@ class Trainer:
             self._bad_step = torch.minimum(self._bad_step, here)
 
     def _after_step(self, done: Done) -> None:
-        """Log, evaluate and save what is due.
-
-        In parts, each of which is done as a whole or not at all: where a worker is lost, healing goes on with the
-        first that is not done.
-        """
-        for part in (self._note_step, self._evaluate, self._agree, self._write_step, self._save_step)[done.parts :]:
-            part(done)
-            done.parts += 1
+        """Log, evaluate and save what is due."""
+        self._note_step(done)
+        self._evaluate(done)
+        done.reason = self.callbacks.agree_to_stop() if done.evaluated or done.ballots["callback"] else None
+        done.improved = self._improved(done.values)
+        self._write({**self.callbacks.take_logged(), **done.values})
+        self._save_step(done)
 
     def _note_step(self, done: Done) -> None:
         recorder = self._recorder
@@ -426,13 +411,6 @@ class Trainer:
         self.progress.metrics.update(done.values)
         if done.evaluated:
             self.callbacks.call("on_evaluate")
-
-    def _agree(self, done: Done) -> None:
-        done.reason = self.callbacks.agree_to_stop() if done.evaluated or done.ballots["callback"] else None
-
-    def _write_step(self, done: Done) -> None:
-        done.improved = self._improved(done.values)
-        self._write({**self.callbacks.take_logged(), **done.values})
 
     def _save_step(self, done: Done) -> None:
         asked = any(done.ballots[wish] for wish in ("stop", "regroup", "checkpoint"))

@@ -168,20 +168,10 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
         task.job.cluster, task.python_path, task.directory, task.job.verbose, "launcher.runners.ray_train"
     )
     with Interrupts() as interrupts, place as cluster:
-        from launcher.runners import healing, ray_train
+        from launcher.runners import ray_train
 
         on_event({"kind": "phase", "name": "workers"})
         task.marks.begin("workers")
-        if task.job.scaling.heal and task.action == "train":
-            result = healing.run(
-                task,
-                workers=machines.workers,
-                cpus_per_worker=machines.cpus_per_worker,
-                cluster=cluster,
-                on_event=on_event,
-                interrupts=interrupts,
-            )
-            return result, interrupts.signal_number
         result = ray_train.run(
             task,
             workers=machines.workers,

@@ -167,7 +167,6 @@ def seated_on(job: Job, nodes: Sequence[capacity.Node], where: str, cluster: str
 
     Raises:
         ResourceError: the nodes can never hold what was asked for.
-        ConfigError: healing was asked for on GPUs.
     """
     scaling = job.scaling
     cpus, gpus = int(sum(node.cpus for node in nodes)), int(sum(node.gpus for node in nodes))
@@ -187,11 +186,6 @@ def _uses_gpu(job: Job, gpus: int) -> bool:
 
 
 def _gpus_per_worker(job: Job, use_gpu: bool) -> float:
-    if job.scaling.heal and use_gpu:
-        raise ConfigError(
-            "scaling.heal=true was asked for where the workers compute on GPUs; healing in place is made for CPUs so "
-            "far. Add scaling.device=cpu, or leave scaling.heal out."
-        )
     if not use_gpu:
         return 0.0
     return 1.0 if job.scaling.gpus_per_worker is None else job.scaling.gpus_per_worker

@@ -57,11 +57,10 @@ class Evictions:
 
     Args:
         tell: takes one line for the user.
-        heals: the others go on without the worker that is lost (`scaling.heal`), so that nothing needs to be saved.
     """
 
-    def __init__(self, cluster: Cluster, tell: Callable[[str], None], heals: bool = False) -> None:
-        self._cluster, self._tell, self._heals = cluster, tell, heals
+    def __init__(self, cluster: Cluster, tell: Callable[[str], None]) -> None:
+        self._cluster, self._tell = cluster, tell
         self._known: dict[str, Notice] = {}
         self._told: set[tuple[str, str]] = set()
         self._left: set[str] = set()
@@ -111,8 +110,6 @@ class Evictions:
         then = "goes on without it"
         if node == self._cluster.own:
             then = "stops, since this command runs there too; continue it elsewhere with run.resume=true"
-        elif self._heals:
-            return f"{notice.vm or host} is to be taken away {when} ({notice.kind}). The others go on when it is gone."
         wait = left - needed
         start = "The run saves now" if wait <= 0 else f"The run saves in {wait:.0f} s, unless that is withdrawn before,"
         return f"{notice.vm or host} is to be taken away {when} ({notice.kind}). {start} and {then}."

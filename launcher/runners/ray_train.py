@@ -32,7 +32,6 @@ from ray.train.backend import BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
 from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from launcher.clusters.existing import ExistingRay, interface_of
@@ -156,13 +155,12 @@ class Trainer(DataParallelTrainer):
     The process group is joined by the workers themselves: so the controller never imports torch. No actor serves data
     sets, which are not Ray's. On a Ray of our own none watches over placement groups, which end with that Ray, and none
     asks an autoscaler; the controller takes its settings from the environment: it can use a process that waits ready.
-    The controller is ours, see `policies`; or Ray's own, where its replica groups replace single workers (`heals`).
+    The controller is ours, see `policies`.
     """
 
-    def __init__(self, *args: Any, rules: Rules, heals: bool = False, **options: Any) -> None:
+    def __init__(self, *args: Any, rules: Rules, **options: Any) -> None:
         super().__init__(*args, **options)
         self._rules = rules
-        self._heals = heals
         self._controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -179,13 +177,9 @@ class Trainer(DataParallelTrainer):
             options["runtime_env"] = {"env_vars": RAY_TRAIN_ENVIRONMENT}
         policies.travel_by_value()
         arguments["train_fn_ref"] = policies.Inline(arguments["train_fn_ref"].get())
-        if self._heals:
-            arguments["scaling_policy"] = policies.Workers(self.scaling_config, policies.Ledger(self._rules))
-            self._controller = ray.remote(**options)(TrainController).remote(**arguments)
-        else:
-            for own in ("scaling_policy", "failure_policy"):
-                del arguments[own]
-            self._controller = ray.remote(**options)(policies.TrainController).remote(rules=self._rules, **arguments)
+        for own in ("scaling_policy", "failure_policy"):
+            del arguments[own]
+        self._controller = ray.remote(**options)(policies.TrainController).remote(rules=self._rules, **arguments)
         ray.get(self._controller.run.remote())
         return ray.get(self._controller.get_result.remote())
 

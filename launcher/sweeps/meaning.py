@@ -14,6 +14,7 @@ from typing import Any
 from launcher import runs
 from launcher.config import Composition, SweepConfig, compose, default_run_name, peek, sources, targets
 from launcher.config.checks import check_run
+from launcher.config.keys import REMOVED
 from launcher.config.schema import ClusterConfig
 from launcher.config.words import shown
 from launcher.errors import ConfigError, RunError
@@ -132,7 +133,7 @@ def _continued(request: Request, words: list[str], directory: RunDirectory, root
     config_dir = before.config_dir if place is None else place.config_dir
     if request.config_dir is None and config_dir is not None:
         request = replace(request, config_dir=Path(config_dir))
-    merged = _merged(before.words, words, name)
+    merged = _merged([word for word in before.words if key_of(word) not in REMOVED], words, name)
     return replace(_meant(request, merged, directory, root), resumes=True)
 
 
@@ -171,11 +172,6 @@ def _meant(request: Request, words: list[str], directory: RunDirectory | None, r
     objectives = _objectives(first, settings)
     total = _total(settings, space)
     _check_searchable(settings, space, objectives)
-    if first.job.scaling.heal:
-        raise ConfigError(
-            "scaling.heal=true was asked for with a sweep, whose trials share their workers. Leave it out: a trial "
-            "that loses a worker fails by itself and the others go on."
-        )
     if directory is None:
         directory = unused(RunDirectory(where_others_are(root) / default_run_name(first.choices, datetime.now())))
     config_dir = str(request.config_dir) if request.config_dir else None

@@ -262,20 +262,6 @@ WRONG: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("run.root=s3://bucket/runs", r"scaling.heal=true.*an object store.*Give a path"),
-        ("strategy=fsdp", r"scaling.heal=true.*strategy=fsdp.*Use strategy=ddp"),
-        ("cluster=none", r"cluster=none, where nobody starts a worker"),
-        ("scaling.device=cuda", r"made for workers on CPUs"),
-    ],
-)
-def test_what_cannot_heal_is_told(word: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        compose(["scaling.heal=true", word])
-
-
 @pytest.mark.parametrize(("word", "message"), WRONG, ids=[word for word, _ in WRONG])
 def test_what_is_wrong_is_told(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
@@ -554,6 +540,19 @@ def test_words_apply_over_what_is_stored(tmp_path: Path) -> None:
     assert (job.trainer.epochs, job.trainer.log_every, job.model["width"]) == (8, 1, 5)
     assert job.scheduler["warmup_steps"] is None
     assert compose(["debug=fast"], stored=stored).job.trainer.steps == 5
+
+
+@pytest.mark.parametrize("value", [False, True, "x"])
+def test_a_key_of_an_earlier_version_is_ignored_where_it_is_stored(value: Any, tmp_path: Path) -> None:
+    """A run of an earlier version could no longer be resumed, evaluated or listed."""
+    content = OmegaConf.create(compose(["scaling.workers=3"]).to_yaml())
+    content.scaling.heal = value
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(content))
+    again = compose([], stored=tmp_path / "config.yaml")
+    assert again.job.scaling.workers == 3
+    assert "heal" not in again.to_yaml()
+    with pytest.raises(ConfigError, match=r"scaling\.heal"):
+        compose(["scaling.heal=false"], stored=tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize(

@@ -57,23 +57,6 @@ def die_on_one_rank(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
         runtime.barrier()
 
 
-def die_and_be_replaced(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
-    """Rank 0 dies; the other goes on alone, until the successor has come."""
-    membership = runtime.membership
-    later = membership.begun
-    if not later:
-        if runtime.rank == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        with contextlib.suppress(RuntimeError):
-            runtime.barrier()
-        membership.regroup(runtime, position=(1, 0))
-        assert runtime.alone
-        while not membership.waiting:
-            time.sleep(0.05)
-    membership.regroup(runtime, position=None if later else (1, 0))
-    return {"later": runtime.gather(later)}
-
-
 def until_stopped(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
     """Work until all ranks have seen the request to stop. With note "deaf" it is never seen."""
     control.emit({"kind": "phase", "name": "setup" if task.note == "never trains" else "training"})

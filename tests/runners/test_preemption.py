@@ -115,7 +115,6 @@ def test_a_notice_for_the_command_s_own_machine_stops_the_run() -> None:
     cluster, lines = Nodes(), list[str]()
     cluster.own, cluster.now = "n1", {"n1": notice(3.0)}
     assert Evictions(cluster, lines.append).look(NODES, pace(), 0.0) == "stop"
-    assert Evictions(cluster, lines.append, heals=True).look(NODES, pace(), 0.0) == "stop"
     assert "run.resume=true" in lines[0]
 
 

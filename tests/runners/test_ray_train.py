@@ -150,39 +150,6 @@ def test_a_worker_that_dies_is_named(cluster: EmbeddedRay, number: str, how: str
         run(cluster, "die_on_one_rank", number)
 
 
-def test_a_worker_that_dies_is_replaced_while_the_other_goes_on(cluster: EmbeddedRay) -> None:
-    from launcher.runners import healing
-
-    events: list[dict[str, Any]] = []
-    with Interrupts() as interrupts:
-        result = healing.run(
-            Task(),
-            workers=2,
-            cpus_per_worker=1.0,
-            cluster=cluster,
-            on_event=events.append,
-            interrupts=interrupts,
-            main="ray_jobs:die_and_be_replaced",
-        )
-    assert result == {"later": [False, True]}  # who stayed is rank 0 now
-    assert [event["text"][:14] for event in events] == ["A new worker 0"]
-
-
-def test_an_error_of_the_users_code_ends_a_run_that_heals(cluster: EmbeddedRay) -> None:
-    from launcher.runners import healing
-
-    with Interrupts() as interrupts, pytest.raises(UserCodeError, match="ZeroDivisionError: mine"):
-        healing.run(
-            Task(),
-            workers=2,
-            cpus_per_worker=1.0,
-            cluster=cluster,
-            on_event=lambda event: None,
-            interrupts=interrupts,
-            main="ray_jobs:fail_on_one_rank",
-        )
-
-
 class _Sender(list):
     """A list of events that sends this process signals when the first arrives."""
 

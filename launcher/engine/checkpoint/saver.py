@@ -140,13 +140,6 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def abandon(self, seconds: float) -> bool:
-        """Give a save whose group is gone so many seconds to notice. Returns whether one was lost."""
-        self.settle(seconds)
-        lost = self.busy or self._failure is not None
-        self._failure = None
-        return lost
-
     @property
     def busy(self) -> bool:
         """Whether a save is going on, so that the next one would wait."""

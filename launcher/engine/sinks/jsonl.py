@@ -19,9 +19,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, keep_until: int | None = None) -> None:
-        self.last_step = -1  # that was logged
         if keep_until is not None and path.exists():
-            self.last_step = _truncate(path, keep_until)
+            _truncate(path, keep_until)
         self._file = path.open("a" if keep_until is not None else "w")
 
     def log(self, entry: Mapping[str, Any]) -> None:
@@ -29,24 +28,19 @@ class JsonLines:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        self.last_step = int(entry.get("step", self.last_step))
 
     def close(self) -> None:
         self._file.close()
 
 
-def _truncate(path: Path, last_step: int) -> int:
-    """Remove what is later than `last_step`. Returns the last step that is left."""
-    kept, newest = [], -1
+def _truncate(path: Path, last_step: int) -> None:
+    kept = []
     for line in path.read_text().splitlines():
         try:
-            step = json.loads(line)["step"]
-            if step <= last_step:
+            if json.loads(line)["step"] <= last_step:
                 kept.append(line)
-                newest = max(newest, step)
         except (ValueError, KeyError, TypeError):
             continue  # half a line: the process was killed while it wrote
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept))
     os.replace(temporary, path)
-    return newest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -56,15 +55,6 @@ class DataParallel(Strategy):
                 # the same order as one that was never stopped; with three workers or more the sums differ otherwise.
                 self._warm_up(self._wrapped, batch)
         return answer
-
-    def regroup(self) -> None:
-        self._wrapped = self._steps
-        for parameter in self._parameters:
-            parameter.grad = None  # a view of the buckets of the wrapper that goes
-        gc.collect()  # and its hooks with it: it is part of cycles
-        self._keeps_gradients = self.wraps and self.uses_all and not self.runtime.alone
-        if self.wraps and not self.runtime.alone:
-            self._wrapped = self._in_ddp()
 
     def _in_ddp(self) -> DistributedDataParallel:
         on_gpu = self.runtime.device.type == "cuda"

@@ -105,9 +105,6 @@ class Strategy(ABC):
         model's answer.
         """
 
-    def regroup(self) -> None:  # noqa: B027 (most look at the runtime each time)
-        """Learn that `runtime` has another rank, size or group; all ranks hold the same weights already."""
-
     @abstractmethod
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
         """Run forward and backward over this rank's microbatches and combine the gradients of all ranks.
