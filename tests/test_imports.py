@@ -41,8 +41,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # The rooms of a package, where their order matters: each may import those before it.
 WITHIN: dict[str, tuple[str, ...]] = {
-    "config": ("schema", "keys", "checks", "words", "search_path", "own_hydra", "targets", "composition", "__init__"),
-    "runs": ("secret_files", "directory", "user_state", "gathered", "storage", "mirror", "provenance", "__init__"),
+    "config": (
+        *("schema", "secret_forms", "masking", "keys", "checks", "words", "search_path", "own_hydra", "targets"),
+        *("composition", "__init__"),
+    ),
+    "runs": (
+        *("secret_files", "masked_patch", "directory", "user_state", "gathered", "storage", "mirror", "provenance"),
+        "__init__",
+    ),
     "planning": ("plan", "hosts", "forecast", "nodes", "tables"),
     "jobs": ("prepare", "ranks", "weights", "record", "remote", "training", "trained"),
 }

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config import keys, targets
+from launcher.config import keys, masking, targets
 from launcher.config.checks import check_values
 from launcher.config.own_hydra import PRIMARY, compose_with_hydra, initialize, own_hydra, wrong_type
 from launcher.config.schema import Job
@@ -68,7 +68,7 @@ class Composition:
         values of interpolations instead of as they were written.
         """
         tree = dataclasses.asdict(self.job) if resolved else self.unresolved
-        masked = keys.mask({key: value for key, value in tree.items() if key != "trust"})
+        masked = masking.mask({key: value for key, value in tree.items() if key != "trust"})
         assert isinstance(masked, dict)
         return masked
 
@@ -107,13 +107,14 @@ def compose(words: Sequence[str], config_dir: Path | None = None, stored: Path |
         if target not in _HYDRA_TARGETS:
             raise TrustError(f"{section}._target_ is {target!r}, but launch runs nothing that a hydra section names.")
     targets.check(tree, plan.trust)
-    masked = keys.find_masked({key: value for key, value in tree.items() if key != "vars"})
+    masked = masking.find_masked({key: value for key, value in tree.items() if key != "vars"}, unresolved)
     if masked:
-        names = keys.find_masked(unresolved) or masked
+        names = masking.find_masked(unresolved) or masked
         raise ConfigError(
             f"{', '.join(names)}: the value was a secret, which is never written to config.yaml. Give it again on the "
             f"command line, {names[0]}=..., or refer to an environment variable, ${{oc.env:NAME}}."
         )
+    masking.remember(masking.secrets_in(tree))
     job = _to_job(tree)
     check_values(job)
     return Composition(job, list(words), choices, plan.given, unresolved, hydra_tree["sweeper"])

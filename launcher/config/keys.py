@@ -1,4 +1,4 @@
-"""The names of configuration keys: which exist, what another tool calls them, and which hold secrets.
+"""The names of configuration keys: which exist, and what another tool calls them.
 
 Plain Python: no Hydra, no torch.
 """
@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from launcher.config.schema import OPEN_SECTIONS, Job
-
-MASK = "***"
 
 _WORKERS = "scaling.workers is the number of worker processes over all machines, one per GPU by default"
 _BATCH = "trainer.global_batch_size is the number of samples in one optimizer step over all workers"
@@ -119,60 +116,3 @@ def type_name(key: str) -> str:
         return "a list" if typing.get_origin(hint) is list else "a mapping"
     text = words.get(kinds[0], "something else")
     return f"{text}, or null" if type(None) in typing.get_args(hint) else text
-
-
-_SECRET_WORDS = frozenset(
-    [
-        *("password", "passwd", "pwd", "passphrase", "secret", "secrets", "credential", "credentials"),
-        *("sas", "apikey", "accesskey", "bearer"),
-    ]
-)
-# `eos_token`, `label_key` and their like are names of things in the data, not keys to a door.
-_HARMLESS_BEFORE_TOKEN = frozenset(
-    ["bos", "eos", "pad", "unk", "mask", "sep", "cls", "start", "stop", "end", "special", "blank"]
-)
-_HARMLESS_BEFORE_KEY = frozenset(
-    [
-        *("label", "text", "image", "picture", "audio", "target", "input", "output", "feature", "caption"),
-        *("sort", "group", "index", "column", "id", "x", "y"),
-    ]
-)
-_SECRET_VALUE = re.compile(
-    r"[?&;]sig=|AccountKey=|SharedAccessSignature=|://[^/@\s:]+:[^/@\s]+@|-----BEGIN [A-Z ]*PRIVATE KEY-----", re.I
-)
-
-
-def is_secret_name(name: str) -> bool:
-    """Whether a key's last part looks as if it held a secret."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").split("_")
-    if _SECRET_WORDS.intersection(words) or "connection_string" in "_".join(words):
-        return True
-    before = words[-2] if len(words) > 1 else ""
-    if words[-1] == "token":
-        return before not in _HARMLESS_BEFORE_TOKEN
-    return words[-1] == "key" and bool(before) and before not in _HARMLESS_BEFORE_KEY
-
-
-def mask(value: Any, name: str = "", inherited: bool = False) -> Any:
-    """Return plain data with every literal secret replaced by MASK; interpolations (`${oc.env:X}`) stay."""
-    secret = inherited or is_secret_name(name)
-    if isinstance(value, Mapping):
-        return {key: mask(item, str(key), secret) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [mask(item, "", secret) for item in value]
-    if value is None or isinstance(value, bool) or value == "":
-        return value
-    if isinstance(value, str) and (re.fullmatch(r"\$\{[^{}]*\}", value.strip()) or "${oc.env:" in value):
-        return value
-    if secret or (isinstance(value, str) and _SECRET_VALUE.search(value)):
-        return MASK
-    return value
-
-
-def find_masked(value: Any, at: str = "") -> list[str]:
-    """Return the dotted keys whose value is MASK."""
-    if isinstance(value, Mapping):
-        return [key for name, item in value.items() for key in find_masked(item, f"{at}.{name}" if at else str(name))]
-    if isinstance(value, (list, tuple)):
-        return [key for index, item in enumerate(value) for key in find_masked(item, f"{at}.{index}")]
-    return [at] if value == MASK else []

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.config import keys
+from launcher.config import keys, masking
 from launcher.errors import ConfigError, did_you_mean
 
 
@@ -28,8 +28,7 @@ class Plan:
 
 def shown(word: str) -> str:
     """Return a word fit for the terminal and for files: a literal secret as ***, control characters escaped."""
-    key, equals, value = word.partition("=")
-    text = f"{key}{equals}{keys.mask(value, key.rpartition('.')[2])}"
+    text = masking.mask_word(word)
     return text if text.isprintable() else repr(text)[1:-1]
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
+from launcher.config import masking
 from launcher.engine.control import Control
 
 
@@ -23,16 +24,20 @@ class Log:
 
     def __init__(self, path: Path, rank: int) -> None:
         self._rank = rank
+        self._hide = masking.hider()
         self._file: int | None = None
         with suppress(OSError):
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def line(self, text: str) -> None:
+    def line(self, text: str) -> str:
+        """Write a line, with secrets as ***. Return it as it was written."""
+        text = self._hide(text)
         if self._file is None:
-            return
+            return text
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
         with suppress(OSError):  # a full disk must not turn the user's print into an error
             os.write(self._file, f"{stamp} [rank {self._rank}] {text}\n".encode(errors="replace"))
+        return text
 
     def close(self) -> None:
         if self._file is not None:
@@ -154,7 +159,7 @@ class Console:
 
     def _show(self, text: str, whole: bool) -> None:
         if text:
-            self._log.line(text)
+            text = self._log.line(text)
         if os.getpid() != self._process:
             # A loader process, forked from this one: nobody takes its events, and a lock may have been held meanwhile.
             os.write(2, (text + ("\n" if whole else "")).encode(errors="replace"))

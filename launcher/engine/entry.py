@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.config import Job, targets
+from launcher.config import Job, masking, targets
 from launcher.engine import hardware
 from launcher.engine.build import (
     build_data,
@@ -71,6 +71,7 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
         LaunchError: whatever went wrong, translated; `exit_status` is 1 once training has begun.
     """
     task = _on_this_machine(task)
+    masking.remember(masking.secrets_in(asdict(task.job)))
     directory = RunDirectory(Path(task.directory))
     phase = _Phase(control, task.marks)
     with Console(directory.log, runtime.rank, phase) as console:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher.config import Job
+from launcher.config import Job, masking
 from launcher.engine.control import Control
 from launcher.engine.progress import Progress
 from launcher.engine.sinks.jsonl import JsonLines
@@ -144,9 +144,8 @@ class Recorder:
         chosen = self._job.logging.hparams
         if chosen:
             # A sweep says the values itself: the name of a group's option, and one type for all trials.
-            board.hyperparameters(
-                chosen if isinstance(chosen, dict) else {key: look_up(self._job, key) for key in chosen}
-            )
+            values = chosen if isinstance(chosen, dict) else {key: look_up(self._job, key) for key in chosen}
+            board.hyperparameters({key: masking.mask_at(key, value) for key, value in values.items()})
 
     def step(self, progress: Progress, throughput: Throughput) -> None:
         """Note a finished step; show it at most twice a second."""

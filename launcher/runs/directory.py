@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.config import masking
 from launcher.config.checks import check_run_name
 from launcher.errors import RunError, did_you_mean
 
@@ -166,6 +167,8 @@ class RunDirectory:
         return content if isinstance(content, dict) else {}
 
     def write_result(self, content: dict[str, Any]) -> None:
+        if content.get("error"):
+            content = {**content, "error": masking.hide(str(content["error"]))}
         write_json(self._result, content)
 
     def update_result(self, **changes: Any) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher.config import keys
+from launcher.runs.masked_patch import mask_patch
 from launcher.runs.secret_files import is_secret_path
 
 _PACKAGES = ("launch-train", "torch", "ray", "hydra-core", "tensorboard")
 # A diff longer than this is somebody's data, not code.
-_LARGEST_PATCH = 10 * 2**20
+_LARGEST_PATCH = 2 * 2**20
 
 
 def user() -> str:
@@ -53,14 +53,9 @@ def patch(directory: Path) -> str:
     secret = [f":(top,exclude,literal){name}" for name in changed if name and is_secret_path(name)]
     only = ["--", ":(top)", *secret] if secret else []
     text = _git(directory, "diff", "HEAD", "--no-color", "--no-ext-diff", *only) or ""
-    # With a key in it the patch no longer applies; but a run's directory is shared, and a key is not.
-    text = "".join(line[:1] + _masked(line[1:]) for line in text.splitlines(keepends=True))
-    return text if len(text) <= _LARGEST_PATCH else text[:_LARGEST_PATCH] + "\n# cut here: longer than 10 MiB\n"
-
-
-def _masked(line: str) -> str:
-    masked = str(keys.mask(line))
-    return masked if masked == line else f"{masked}\n"
+    if len(text) > _LARGEST_PATCH:
+        text = text[:_LARGEST_PATCH].rpartition("\n")[0] + "\n# cut here: longer than 2 MiB\n"
+    return mask_patch(text) if text else ""
 
 
 def _git(directory: Path, *words: str) -> str | None:

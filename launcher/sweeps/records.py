@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.config import masking
 from launcher.runs import RunDirectory
 from launcher.sweeps.space import shown
 from launcher.sweeps.syntax import plain_text
@@ -136,10 +137,11 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a")
+        self._hide = masking.hider()
 
     def line(self, text: str) -> None:
         with suppress(OSError):  # a full disk is told where it matters
-            self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+            self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {self._hide(text)}\n")
             self._file.flush()
 
     def close(self) -> None:

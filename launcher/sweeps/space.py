@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from launcher.config import SweepConfig
+from launcher.config import SweepConfig, masking
 from launcher.errors import ConfigError
 from launcher.sweeps.syntax import Axis, Choice, Interval, Value, Words
 
@@ -118,7 +118,8 @@ def shown(values: Mapping[str, Value], words: Words) -> dict[str, Value]:
 
     TensorBoard takes the type of a key from all of its values, so numbers and texts never mix under one key.
     """
-    return {axis.key: _of_one_type(axis, values[axis.key]) for axis in words.axes if axis.key in values}
+    found = {axis.key: _of_one_type(axis, values[axis.key]) for axis in words.axes if axis.key in values}
+    return {key: masking.mask_at(key, value) for key, value in found.items()}
 
 
 def _of_one_type(axis: Axis, value: Value) -> Value:

@@ -19,7 +19,7 @@ from launcher.config import (
     compose,
     composition,
     default_run_name,
-    keys,
+    masking,
     own_hydra,
     parse_interval,
     sources,
@@ -645,8 +645,8 @@ def test_literal_secrets_are_masked_and_missed(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_secrets(name: str, secret: bool) -> None:
-    assert keys.is_secret_name(name) is secret
-    assert (keys.mask({"a": {name: "x"}}) == {"a": {name: "***"}}) is secret
+    assert masking.is_secret_name(name) is secret
+    assert (masking.mask({"a": {name: "x"}}) == {"a": {name: "***"}}) is secret
 
 
 @pytest.mark.parametrize(
@@ -661,7 +661,7 @@ def test_names_of_secrets(name: str, secret: bool) -> None:
     ],
 )
 def test_values_that_are_secrets(value: str, masked: bool) -> None:
-    assert (keys.mask({"root": value}) == {"root": "***"}) is masked
+    assert (masking.mask({"root": value}) == {"root": "***"}) is masked
 
 
 # --- a good guest -----------------------------------------------------------------------------------------------------

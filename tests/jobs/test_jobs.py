@@ -77,7 +77,7 @@ def test_code_patch_holds_what_was_not_committed(here: Place) -> None:
     finally:
         shutil.rmtree(here.directory / ".git")
         notes.unlink()
-    assert (here.runs / "a/code.patch").read_text().endswith(" as committed\n+a change of mine\n+***\n")
+    assert (here.runs / "a/code.patch").read_text().endswith(" as committed\n+a change of mine\n+connect('***')\n")
     found = here.result("a")["git"]
     assert found["branch"] == "trunk"
     assert found["dirty"] is True

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from launcher.config import masking
+
 Event = dict[str, Any]
 BEAT_SECONDS = 10.0
 
@@ -39,7 +41,8 @@ class Writer:
 
     def send(self, event: Event) -> None:
         # A new line first: somebody else may have printed half of one.
-        text = f"\n{self._mark}{json.dumps(event, default=str)}\n".encode()
+        # Ray keeps what a job prints in a file on the head.
+        text = f"\n{self._mark}{masking.hide(json.dumps(event, default=str))}\n".encode()
         with self._lock:
             while text:
                 text = text[os.write(self._descriptor, text) :]
