@@ -16,7 +16,8 @@
         ├── ExportError            the network cannot be written as an exported program
         ├── StorageError           an object store cannot be read or written
         ├── WorkerLost             a worker process died or stopped answering
-        │   └── OutOfMemory        it was ended, since its machine had no memory left
+        │   ├── OutOfMemory        it was ended, since its machine had no memory left
+        │   └── LoaderLost         one of its loader processes died
         ├── Regroup                the workers have saved and ended, to be started again (never told to the user)
         └── UserCodeError          the user's own code raised; carries the user's traceback
 
@@ -111,6 +112,10 @@ class WorkerLost(TrainingError):
 
 class OutOfMemory(WorkerLost):
     """A worker was ended since the memory of its machine was nearly used up: tried again, it would be again."""
+
+
+class LoaderLost(WorkerLost):
+    """A process that reads data for a worker died. The worker itself is alive, and ends with this error."""
 
 
 class Regroup(TrainingError):

@@ -10,9 +10,10 @@ from torch import nn
 
 from launcher.config import Job, targets
 from launcher.engine.batches import channels_last
-from launcher.engine.data import Fetch, Loader
+from launcher.engine.data import Loader
 from launcher.engine.datasets import Data, blocks_of, lengths_of
 from launcher.engine.evaluation import Evaluated, Evaluator
+from launcher.engine.fetch import Fetch
 from launcher.engine.order import Order, Split, order_of_evaluation
 from launcher.engine.randomness import seed_everything
 from launcher.engine.runtime import Runtime
@@ -133,7 +134,7 @@ def check_batch(job: Job, samples: int, workers: int) -> None:
 
 def build_loader(job: Job, data: Data, runtime: Runtime, model: nn.Module) -> Loader:
     """Build the reader of the training data."""
-    fetch = Fetch(data.train, data.collate, job.trainer.seed, data.augment)
+    fetch = Fetch(data.train, data.collate, job.trainer.seed, data.augment, "train")
     if callable(getattr(data.train, "stream", None)) and not job.trainer.overfit_batches:
         if job.trainer.deterministic:
             raise ConfigError(
@@ -197,7 +198,8 @@ def build_evaluator(job: Job, strategy: Strategy, runtime: Runtime, data: Data, 
         split = Split(microbatch=max(1, -(-job.trainer.global_batch_size // runtime.world_size)))
     evaluated = {}
     for name, dataset in sets.items():
-        loader = Loader(Fetch(dataset, data.collate, job.trainer.seed), runtime.device, data.num_workers, convert)
+        fetch = Fetch(dataset, data.collate, job.trainer.seed, name=f"{tag}/{name}".rstrip("/"))
+        loader = Loader(fetch, runtime.device, data.num_workers, convert)
         lengths = lengths_of(dataset)
         block = split.chunk or split.microbatch or 1
         # Shares of whole blocks, so that the samples of similar length stay together.

@@ -88,7 +88,7 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
                 console.note(f"{result['status']} after {count(result['steps'], 'step')}")
             return result
         except Exception as error:
-            told = translate(error)
+            told = translate(error, runtime.rank)
             if phase.training and isinstance(told, RequestError):
                 told.exit_status = 1
             console.note(f"{type(told).__name__}: {told}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import re
+import signal
 import traceback
 from pathlib import Path
 
 import torch
 
-from launcher.errors import LaunchError, TrainingError, UserCodeError, WorkerLost
+from launcher.errors import LaunchError, LoaderLost, TrainingError, UserCodeError, WorkerLost
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _TORCH = str(Path(torch.__file__).resolve().parent)
@@ -26,16 +28,24 @@ _PEER_IS_GONE = (
     "collective operation timeout",
     "socket is no longer valid",
 )
+# What torch.utils.data.DataLoader raises: where the trainer waits for a batch, or from its handler of SIGCHLD anywhere.
+_LOADER_DIED = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: (?P<name>[^.]*)|exited unexpectedly)")
+_REMEDIES: dict[int, str] = {
+    signal.SIGKILL: "usually memory): lower data.num_workers, or the memory that the data set takes",
+    signal.SIGBUS: "usually shared memory): enlarge /dev/shm (docker run --shm-size), or lower data.num_workers",
+}
 
 
-def translate(error: Exception) -> LaunchError:
-    """Return the error of our tree that tells the user what happened.
+def translate(error: Exception, rank: int = 0) -> LaunchError:
+    """Return the error of our tree that tells the user what happened on `rank`.
 
     An exception of the user's code becomes a UserCodeError with the traceback from the user's first frame on; a broken
     collective a WorkerLost; a bug of ours a UserCodeError with the whole traceback, since there is nothing to hide.
     """
     if isinstance(error, LaunchError):
         return error
+    if isinstance(error, RuntimeError) and (lost := _died_loader(error, rank)) is not None:
+        return lost
     text = str(error).lower()
     if isinstance(error, (RuntimeError, torch.distributed.DistError)) and any(sign in text for sign in _PEER_IS_GONE):
         return WorkerLost(
@@ -49,6 +59,31 @@ def translate(error: Exception) -> LaunchError:
             "newest checkpoint is kept, and run.resume=true continues from it."
         )
     return UserCodeError(f"{type(error).__name__}: {error}", traceback_of_user(error))
+
+
+class LoaderDied(RuntimeError):
+    """A loader process ended with `status`: below 0 for a signal."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"a loader process ended with status {status}")
+        self.status = status
+
+
+def _died_loader(error: RuntimeError, rank: int) -> LoaderLost | None:
+    """Return the error to raise where a loader process died, else None."""
+    if isinstance(error, LoaderDied):
+        status: int | None = error.status
+    elif (found := _LOADER_DIED.search(str(error))) is not None:
+        numbers = {signal.strsignal(number): number for number in signal.Signals}
+        status = -numbers[found["name"]] if found["name"] in numbers else None
+    else:
+        return None
+    who = f"A loader process of rank {rank}"
+    if status is None or status > 0:
+        how = "exited" if status is None else f"exited with status {status}"
+        return LoaderLost(f"{who} {how} while it read data. Use data.num_workers=0 to see where.")
+    remedy = _REMEDIES.get(-status, "a crash in native code): use data.num_workers=0 to see where")
+    return LoaderLost(f"{who} was killed (signal {-status}, {remedy}.")
 
 
 def traceback_of_user(error: Exception) -> str:
@@ -65,6 +100,12 @@ def traceback_of_user(error: Exception) -> str:
 def _first_of_user(error: Exception) -> int | None:
     frames = traceback.extract_tb(error.__traceback__)
     return next((i for i, frame in enumerate(frames) if not is_foreign(frame.filename)), None)
+
+
+def is_own_words(error: Exception) -> bool:
+    """Whether the user's code raised the error itself, in a `raise` statement, so that its text is meant to be read."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return bool(last) and not is_foreign(last[0].filename) and (last[0].line or "raise ").startswith("raise ")
 
 
 def is_foreign(filename: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from launcher.config import Job
 from launcher.engine.build import build_data, build_model, converter, load_weights_into
 from launcher.engine.checkpoint import load_weights
 from launcher.engine.control import Control
-from launcher.engine.data import Fetch, Loader
+from launcher.engine.data import Loader
 from launcher.engine.datasets import Data
+from launcher.engine.fetch import Fetch
+from launcher.engine.order import keys_of_evaluation
 from launcher.engine.runtime import Runtime
 from launcher.engine.start_check import said_in_words
 from launcher.engine.strategies.strategy import DTYPES
@@ -63,9 +65,11 @@ def predict(job: Job, runtime: Runtime, control: Control, weights: str, path: st
     names = [str(name) for name in getattr(dataset, "names", None) or range(len(dataset))]
     step = min(job.trainer.microbatch_size or job.trainer.global_batch_size, _AT_ONCE)
     spans = [(start, min(start + step, len(dataset))) for start in range(0, len(dataset), step)]
-    loader = Loader(Fetch(dataset, collate, job.trainer.seed), runtime.device, data.num_workers, converter(model))
+    fetch = Fetch(dataset, collate, job.trainer.seed, name="the inputs")
+    loader = Loader(fetch, runtime.device, data.num_workers, converter(model))
     with torch.no_grad():
-        for (start, stop), batch in zip(spans, loader.read(_keys(spans)), strict=True):
+        keys = keys_of_evaluation(torch.arange(len(dataset)), spans)
+        for (start, stop), batch in zip(spans, loader.read(keys), strict=True):
             with _cast(job, runtime):
                 answer = said_in_words(model.predict_step, batch)
             if not isinstance(answer, Sequence) or isinstance(answer, str) or len(answer) != stop - start:
@@ -79,11 +83,6 @@ def predict(job: Job, runtime: Runtime, control: Control, weights: str, path: st
                 told = plain(value)
                 told = told if isinstance(told, dict) else {"prediction": told}
                 control.emit({"kind": "prediction", "value": {"input": name, **told}})
-
-
-def _keys(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
-    for start, stop in spans:
-        yield 0, torch.arange(start, stop)
 
 
 def inputs_of(job: Job, data: Data, path: str) -> tuple[Any, Any]:

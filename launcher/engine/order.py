@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,14 @@ Span = tuple[int, int]  # [start, stop) of positions within a global batch or a 
 WINDOW = 50
 # Samples are shuffled within so many blocks, which a reader then keeps in memory together.
 BLOCKS = 8
+
+
+class Key(NamedTuple):
+    """One microbatch to read: samples `indices` (B,), which stand at positions `first`, `first` + 1, … of the epoch."""
+
+    epoch: int
+    first: int
+    indices: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -135,24 +143,24 @@ def _absorbed(state: Any, number: Any) -> Any:
 
 def keys_of_training(
     order: Order, split: Split, rank: int, world_size: int, epoch: int, batch: int, last_step: int, step: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (epoch, indices) of this rank's microbatches from a position on, through the epochs, to the last step."""
+) -> Iterator[Key]:
+    """Yield the keys of this rank's microbatches from a position on, through the epochs, to the last step."""
     while step < last_step:
         indices = order.epoch(epoch)
         while batch < order.steps_per_epoch and step < last_step:
             first = batch * order.global_batch_size
             for start, stop in split.share(order.batch_size(batch), rank, world_size):
-                yield epoch, indices[first + start : first + stop]
+                yield Key(epoch, first + start, indices[first + start : first + stop])
             batch, step = batch + 1, step + 1
         epoch, batch = epoch + 1, 0
 
 
-def keys_of_evaluation(order: torch.Tensor, spans: Sequence[Span]) -> Iterator[tuple[int, torch.Tensor]]:
+def keys_of_evaluation(order: torch.Tensor, spans: Sequence[Span]) -> Iterator[Key]:
     """Yield the keys of consecutive samples of `order`; evaluation augments as in epoch 0, should a data set augment
     at all.
     """
     for start, stop in spans:
-        yield 0, order[start:stop]
+        yield Key(0, start, order[start:stop])
 
 
 def order_of_evaluation(length: int, lengths: torch.Tensor | None = None, block: int = 1) -> torch.Tensor:

@@ -158,7 +158,7 @@ class Trainer:
     def _first_batch(self) -> Any:
         """Return rank 0's first microbatch of the first global batch, on every rank."""
         (start, stop), *_ = self.split.share(self.order.batch_size(0), 0, self.runtime.world_size)
-        return next(self.loader.once(0, self.order.epoch(0)[start:stop]))
+        return next(self.loader.once(0, self.order.epoch(0)[start:stop], start))
 
     def begin_with(self, weights: dict[str, torch.Tensor], source: str) -> None:
         """Begin with the weights of `source` (`checkpoint.load`); a run that is resumed has its own instead."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from launcher import errors
-from launcher.errors import ConfigError, LaunchError, Stopped, UserCodeError, WorkerLost
+from launcher.errors import ConfigError, LaunchError, LoaderLost, Stopped, UserCodeError, WorkerLost
 
 if TYPE_CHECKING:
     from launcher.engine.runtime import Runtime
@@ -71,7 +71,8 @@ def joined(facts: Facts, device: str) -> Iterator[Runtime]:
     try:
         yield runtime
     except BaseException as error:
-        genuine = isinstance(error, LaunchError) and not isinstance(error, WorkerLost)
+        lost = isinstance(error, WorkerLost) and not isinstance(error, LoaderLost)
+        genuine = isinstance(error, LaunchError) and not lost
         if genuine:
             _leave_word(store, error)
         elif runtime.is_first and (cause := _word(store, isinstance(error, WorkerLost))):

@@ -254,7 +254,7 @@ def work(order: Order) -> dict[str, Any] | None:
             control.emit(event)
             control.flush()
             # Plain, since the controller unpickles it and knows nothing of user code. The event carries the rest.
-            mark = REGROUP if isinstance(error, Regroup) else LOST if event["aftermath"] else ""
+            mark = REGROUP if isinstance(error, Regroup) else LOST if event["aftermath"] or event["lost"] else ""
             raise RuntimeError(f"{mark}{event['type']}: {event['message']}") from None
     return result if rank == 0 else None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import errors
-from launcher.errors import LaunchError, UserCodeError, WorkerLost
+from launcher.errors import LaunchError, LoaderLost, UserCodeError, WorkerLost
 
 Event = dict[str, Any]
 
@@ -22,9 +22,14 @@ _PEER_IS_GONE = re.compile(
 
 
 def describe(error: BaseException, rank: int) -> Event:
-    """Return the event for `error`. `aftermath` marks what only follows from the end of another worker."""
+    """Return the event for `error`.
+
+    `aftermath` marks what only follows from the end of another worker, `lost` a worker that ends since one of its own
+    processes died; after either the run is started again.
+    """
     text = str(error) or type(error).__name__
     event: Event = {"kind": "error", "rank": rank, "time": time.time(), "setup": False, "aftermath": False}
+    event["lost"] = isinstance(error, LoaderLost)
     if isinstance(error, LaunchError):
         return event | {
             "type": type(error).__name__,
@@ -33,7 +38,7 @@ def describe(error: BaseException, rank: int) -> Event:
             "setup": isinstance(error, errors.RequestError),
             "exit_status": error.exit_status,
             # A save in which a peer goes away is told as a save that failed.
-            "aftermath": isinstance(error, WorkerLost)
+            "aftermath": (isinstance(error, WorkerLost) and not event["lost"])
             or (isinstance(error, errors.CheckpointError) and bool(_PEER_IS_GONE.search(text))),
         }
     own = str(Path(__file__).resolve().parent)

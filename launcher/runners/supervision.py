@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -211,20 +211,24 @@ class Supervision:
         self._suspects = {int(rank): how for rank, how in verdict["suspects"].items()}
         if not verdict["again"]:
             return
-        self._on_event({"kind": "note", "text": again(verdict, self._suspects, self._workers, self._limits)})
+        text = again(verdict, self._suspects, self._workers, self._limits, self._errors)
+        self._on_event({"kind": "note", "text": text})
         self._begin_again(verdict["attempt"] + 1)
 
 
 # ---- what is told ---------------------------------------------------------------------------------------------------
 
 
-def again(verdict: Event, suspects: dict[int, str], workers: dict[int, Event], limits: Limits) -> str:
+def again(
+    verdict: Event, suspects: dict[int, str], workers: dict[int, Event], limits: Limits, errors: Sequence[Event] = ()
+) -> str:
     """Return the line that tells who was lost and that the run is started again."""
     if verdict["cause"] == "resize":
         return "There is room for more workers: all have saved, and start again with them."
     if verdict["cause"] == "preemption" and not suspects:
         return "All workers have saved and start again, since a machine is to be taken away."
-    what = what_happened(suspects, workers, limits)
+    said = [event["message"].rstrip(".") for event in errors if event.get("lost")]
+    what = said[0] if said else what_happened(suspects, workers, limits)
     if verdict["cause"] == "preemption":
         return f"{what}. The run is started again from its newest checkpoint."
     times = f"failure {verdict['count']}, of at most {verdict['most']} in a row without a newer checkpoint"

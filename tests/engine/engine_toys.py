@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 # Of this process: the networks that were built, and what they and the data sets noted.
 MODELS: list[nn.Module] = []
@@ -100,6 +100,28 @@ class Augmented:
     def __init__(self, train: int = 1037, val: int = 203, num_workers: int = 0, **how: Any) -> None:
         self.train, self.val = Samples(train, **how), Samples(val, noise=False)
         self.num_workers = num_workers
+
+
+class Drawing(Points):
+    """`Points`, of which every batch is changed at random: in `collate`, or in `__getitems__`."""
+
+    def __init__(self, collates: bool, num_workers: int, train: int = 450) -> None:
+        super().__init__(train)
+        self.num_workers = num_workers
+        if collates:
+            self.collate = self._changed
+        else:
+            self.train = DrawingBatches(*points(train, 1))
+
+    @staticmethod
+    def _changed(samples: list[Any]) -> Any:
+        x, y, number = default_collate(samples)
+        return x + 0.1 * torch.randn(x.shape) + random.gauss(0, 0.1) + 0.1 * float(np.random.normal()), y, number
+
+
+class DrawingBatches(TensorDataset):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return Drawing._changed([self[index] for index in indices])
 
 
 class Sequences(Dataset[Any]):

@@ -15,14 +15,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from launcher.engine.batches import channels_last, tree_map
-from launcher.engine.data import Fetch, Loader, in_background
-from launcher.engine.order import (
-    Order,
-    Split,
-    keys_of_training,
-    mix,
-)
+from launcher.engine.data import Loader, in_background
+from launcher.engine.fetch import Fetch
+from launcher.engine.order import Key, Order, Split, keys_of_training, mix
 from launcher.errors import DataError, UserCodeError
 from tests.engine import engine_toys as toys
 from tests.engine.engine_ranks import (
@@ -70,15 +65,24 @@ class Seeded(Listed):
         return torch.tensor(seeds)
 
 
-def read(dataset: Any, indices: list[int], collate: Any = None, epoch: int = 0, seed: int = 0) -> Any:
-    return Fetch(dataset, collate, seed)[epoch, torch.tensor(indices)]
+def read(dataset: Any, indices: list[int], collate: Any = None, epoch: int = 0, seed: int = 0, first: int = 0) -> Any:
+    return Fetch(dataset, collate, seed)[Key(epoch, first, torch.tensor(indices))]
+
+
+def keys(*parts: list[int], epoch: int = 0) -> Iterator[Key]:
+    """Microbatches of these samples, one behind the other."""
+    first = 0
+    for part in parts:
+        yield Key(epoch, first, torch.tensor(part))
+        first += len(part)
 
 
 def test_every_kind_of_data_set_gives_its_batch() -> None:
     tensors = TensorDataset(torch.arange(20).reshape(10, 2), torch.arange(10))
     x, y = read(tensors, [3, 1])
     assert (x.tolist(), y.tolist()) == ([[6, 7], [2, 3]], [3, 1])
-    assert read(tensors, [3, 1], collate=lambda batch: [part.sum().item() for part in batch]) == [18, 4]
+    samples = read(tensors, [3, 1], collate=list)
+    assert [(x.tolist(), y.item()) for x, y in samples] == [([6, 7], 3), ([2, 3], 1)]
     x, y = read(Listed(), [3, 1])
     assert (x.tolist(), y.tolist()) == ([[3.0], [1.0]], [3, 1])
     assert read(Listed(), [3, 1], collate=lambda samples: [i for _, i in samples]) == [3, 1]
@@ -91,15 +95,16 @@ def test_every_kind_of_data_set_gives_its_batch() -> None:
     assert read(Subset(Listed(), [5, 6, 7]), [2, 0])[1].tolist() == [7, 5]
 
 
-def test_augmentation_depends_on_seed_epoch_and_sample_alone() -> None:
+def test_augmentation_depends_on_seed_epoch_and_position_alone() -> None:
     for dataset in (toys.Samples(50), Subset(toys.Samples(50), range(50))):  # a Subset only loops over the samples
-        alone = read(dataset, [7])[0][0]
-        assert torch.equal(read(dataset, [3, 9, 7])[0][2], alone)
-        assert not torch.equal(read(dataset, [7], epoch=1)[0][0], alone)
-        assert not torch.equal(read(dataset, [7], seed=1)[0][0], alone)
-    seeds = read(Seeded(), [3, 7]).tolist()
-    assert seeds == [mix(0, 0, 3), mix(0, 0, 7)]
-    assert read(Seeded(), [7], epoch=2, seed=5).tolist() == [mix(5, 2, 7)]
+        alone = read(dataset, [7], first=12)[0][0]
+        assert torch.equal(read(dataset, [3, 9, 7], first=10)[0][2], alone)
+        assert not torch.equal(read(dataset, [7], first=13)[0][0], alone), "a sample drawn twice is the same twice"
+        assert not torch.equal(read(dataset, [7], epoch=1, first=12)[0][0], alone)
+        assert not torch.equal(read(dataset, [7], seed=1, first=12)[0][0], alone)
+    seeds = read(Seeded(), [3, 7], first=4).tolist()
+    assert seeds == [mix(0, 0, 4), mix(0, 0, 5)]
+    assert read(Seeded(), [7], epoch=2, seed=5).tolist() == [mix(5, 2, 0)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -117,7 +122,7 @@ def test_reading_draws_none_of_the_trainers_random_numbers(dataset: Any, num_wor
     expected = draw()
     seed()
     loader = Loader(Fetch(dataset, None, 0), CPU, num_workers)
-    assert len(list(loader.read(iter([(0, torch.tensor([1, 2])), (0, torch.tensor([3]))])))) == 2
+    assert len(list(loader.read(keys([1, 2], [3])))) == 2
     assert draw() == expected
 
 
@@ -126,8 +131,8 @@ def test_loader_processes_give_what_this_process_gives(num_workers: int) -> None
     order = Order(50, 9, 0)
 
     def batches(workers: int) -> list[Any]:
-        keys = keys_of_training(order, Split(microbatch=4), 0, 1, 0, 0, 12, 0)
-        return list(Loader(Fetch(toys.Samples(50), None, 0), CPU, workers).read(keys))
+        read = keys_of_training(order, Split(microbatch=4), 0, 1, 0, 0, 12, 0)
+        return list(Loader(Fetch(toys.Samples(50), None, 0), CPU, workers).read(read))
 
     here, there = batches(0), batches(num_workers)
     assert len(here) == len(there) == 34
@@ -144,10 +149,9 @@ class Elsewhere(Listed):
 
 
 def test_only_tensors_are_gathered_here_whatever_num_workers_says() -> None:
-    keys = [(0, torch.tensor([1]))]
-    (pid,) = Loader(Fetch(Elsewhere(), None, 0), CPU, 1).read(iter(keys))
+    (pid,) = Loader(Fetch(Elsewhere(), None, 0), CPU, 1).read(keys([1]))
     assert pid.item() != os.getpid()
-    tensors = Loader(Fetch(TensorDataset(torch.arange(3)), None, 0), CPU, 2).read(iter(keys))
+    tensors = Loader(Fetch(TensorDataset(torch.arange(3)), None, 0), CPU, 2).read(keys([1]))
     next(tensors)
     assert not loader_processes()
 
@@ -192,7 +196,7 @@ def test_a_bad_sample_is_told_in_the_data_sets_own_words(
     raises: str, kind: type[Exception], words: str, num_workers: int
 ) -> None:
     loader = Loader(Fetch(toys.Samples(10, bad=7, raises=raises), None, 0), CPU, num_workers)
-    batches = loader.read((0, torch.tensor([i])) for i in range(5, 10))
+    batches = loader.read(keys(*([i] for i in range(5, 10))))
     assert [int(next(batches)[2]) for _ in range(2)] == [5, 6]
     with pytest.raises(kind) as caught:
         next(batches)
@@ -202,16 +206,6 @@ def test_a_bad_sample_is_told_in_the_data_sets_own_words(
         assert text.count("File ") == 1
         assert "engine_toys.py" in text
     assert not loader_processes()
-
-
-def test_samples_that_do_not_fit_together_are_told() -> None:
-    class Ragged(toys.Samples):
-        def __getitem__(self, index: int) -> Any:
-            return torch.zeros(index)
-
-    batches = Loader(Fetch(Ragged(10), None, 0), CPU).read(iter([(0, torch.tensor([2, 3]))]))
-    with pytest.raises(UserCodeError, match="stack expects each tensor to be equal size"):
-        next(batches)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -230,7 +224,7 @@ def test_loader_processes_leave_ctrl_c_to_the_trainer() -> None:
     kept = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         loader = Loader(Fetch(toys.Samples(10), None, 0), CPU, 1)
-        batches = loader.read((0, torch.tensor([i])) for i in range(10))
+        batches = loader.read(keys(*([i] for i in range(10))))
         next(batches)
         (pid,) = loader_processes()
         for _ in range(3):
@@ -278,34 +272,16 @@ def test_loader_processes_end_with_a_run_that_is_stopped(tmp_path: Path) -> None
     assert [rank.children for rank in ranks] == [[], []]
 
 
-# ---- batches --------------------------------------------------------------------------------------------------------
-
-
-def test_batches_of_any_nest_keep_their_shape() -> None:
-    from collections import namedtuple
-
-    Pair = namedtuple("Pair", "x y")
-    batch = {"a": [torch.ones(1), "text"], "b": (Pair(torch.ones(2), 3), None)}
-    doubled = tree_map(lambda tensor: tensor * 2, batch)
-    assert doubled["a"][0].tolist() == [2]
-    assert doubled["a"][1] == "text"
-    assert isinstance(doubled["b"][0], Pair)
-    assert doubled["b"][0].x.tolist() == [2, 2]
-    picture, label = channels_last((torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.long)))
-    assert picture.is_contiguous(memory_format=torch.channels_last)
-    assert label.is_contiguous()
-
-
-def test_augmentation_on_the_device_depends_on_seed_epoch_and_sample_alone() -> None:
+def test_augmentation_on_the_device_depends_on_seed_epoch_and_position_alone() -> None:
     """Would be wrong: another number of workers, or of loader processes, trains on other pictures."""
     fetch = Fetch(TensorDataset(torch.arange(40)), None, 3, lambda batch, seeds: (batch[0] * 0, seeds))
     reader = Fetch(toys.Samples(40), None, 3, lambda batch, seeds: (batch[0] * 0, seeds))
 
     def seeds(fetch: Fetch, workers: int, epoch: int, *parts: list[int]) -> list[int]:
-        keys = [(epoch, torch.tensor(part)) for part in parts]
-        return [int(seed) for batch in Loader(fetch, CPU, workers).read(iter(keys)) for seed in batch[1]]
+        batches = Loader(fetch, CPU, workers).read(keys(*parts, epoch=epoch))
+        return [int(seed) for batch in batches for seed in batch[1]]
 
     whole = seeds(fetch, 0, 0, [5, 6, 7, 8])
-    assert whole == seeds(reader, 0, 0, [5], [6, 7, 8]) == seeds(reader, 2, 0, [5, 6], [7, 8])
+    assert whole == seeds(reader, 0, 0, [1], [2, 3, 4]) == seeds(reader, 2, 0, [8, 8], [8, 8])
     assert len(set(whole)) == 4
     assert not set(whole) & set(seeds(fetch, 0, 1, [5, 6, 7, 8]))

@@ -61,8 +61,10 @@ def test_a_position_in_the_run_tells_what_comes_next(start: tuple[int, int, int]
             size = order.batch_size((batch + now - step) % 11)
             for rank, reader in enumerate(readers):
                 for _ in split.share(size, rank, workers):
-                    number, indices = next(reader)
-                    found += [(number, int(index)) for index in indices]
+                    key = next(reader)
+                    expected = order.epoch(key.epoch)[key.first : key.first + len(key.indices)]
+                    assert torch.equal(key.indices, expected), "its position is not that in the epoch"
+                    found += [(key.epoch, int(index)) for index in key.indices]
         assert all(next(reader, None) is None for reader in readers)
         return found
 
@@ -91,7 +93,7 @@ def test_mixed_numbers_differ_and_fit_into_a_seed() -> None:
 
 def test_evaluation_takes_every_sample_in_order() -> None:
     keys = list(keys_of_evaluation(torch.arange(7), [(2, 5), (5, 7)]))
-    assert [(epoch, indices.tolist()) for epoch, indices in keys] == [(0, [2, 3, 4]), (0, [5, 6])]
+    assert [(epoch, first, indices.tolist()) for epoch, first, indices in keys] == [(0, 2, [2, 3, 4]), (0, 5, [5, 6])]
 
 
 # ---- lengths and blocks ---------------------------------------------------------------------------------------------

@@ -74,7 +74,8 @@ def read_stream(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
     """Read one pass of the Parquet files in the folder that the note names, here and as the runner offers it."""
     import torch
 
-    from launcher.engine.data import Fetch
+    from launcher.engine.fetch import Fetch
+    from launcher.engine.order import Key
     from launcher.engine.stream import StreamLoader
     from launcher.errors import DataError
     from models.parquet_data import Parquet, Stream
@@ -88,14 +89,14 @@ def read_stream(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
     # A second look through the engine's loader, for longer than one pass: the parts of the ranks are unequal.
     loader = StreamLoader(data, runtime, 0, fetch=Fetch(data, None, 0), convert=lambda batch: batch)
     more = 0
-    with contextlib.closing(loader.read(iter([(1, torch.arange(7))] * 30))) as batches:
+    with contextlib.closing(loader.read(iter([Key(1, 0, torch.arange(7))] * 30))) as batches:
         for x, _ in batches:
             runtime.barrier()
             more += len(x)
     runtime.barrier()
     Path(task.note, "part-1.parquet").unlink(missing_ok=True)
     try:
-        next(loader.read(iter([(1, torch.arange(200))])))
+        next(loader.read(iter([Key(1, 0, torch.arange(200))])))
     except DataError as error:
         return {"workers": runtime.gather({**parts, "more": more, "failed": str(error)})}
     return {}

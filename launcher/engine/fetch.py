@@ -1,0 +1,160 @@
+"""One microbatch: its samples, the random numbers that they may draw, and the batch that is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch.utils.data import Subset, TensorDataset, default_collate, get_worker_info
+
+from launcher.engine.failures import is_own_words, traceback_of_user
+from launcher.engine.order import Key, mix, mix_each
+from launcher.engine.randomness import own_randomness, seed_for_reading
+from launcher.engine.samples import odd_sample
+from launcher.errors import DataError, UserCodeError
+
+_BATCH = 1  # distinguishes the seed of a batch from that of its first sample
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception of a loader process, carried to the trainer as a value so that its message stays as it was."""
+
+    is_data: bool
+    message: str
+    traceback_text: str
+
+    def raise_it(self) -> None:
+        if self.is_data:
+            raise DataError(self.message)
+        raise UserCodeError(self.message, self.traceback_text)
+
+
+class Fetch:
+    """Reads one microbatch: `fetch[key]` is the collated batch, or a Failure.
+
+    In-memory data is gathered in one indexing operation. Elsewhere the global generators of torch, random and NumPy are
+    seeded before each sample with (seed, epoch, position), and before each batch (`__getitems__`, `collate`) with
+    (seed, epoch, first position). So random augmentation depends neither on the process that reads nor on what it has
+    read before, and the generators of the caller are left as they were.
+
+    Args:
+        augment: `augment(batch, seeds)`, which the loader calls on the device; then `fetch[…]` is (batch, seeds), with
+            one number per sample, int64 (B,).
+        name: what messages call the data set.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[Any], Any] | None,
+        seed: int,
+        augment: Callable[[Any, torch.Tensor], Any] | None = None,
+        name: str = "",
+    ) -> None:
+        self.augment = augment
+        self.seed = seed
+        self._dataset = dataset
+        self._name = name or type(dataset).__name__
+        self._collate = collate
+        self._tensors = _tensors_of(dataset)
+        self._gather = _gather_of(dataset)
+        self._gather_takes_seeds = self._gather is not None and "seeds" in signature(self._gather).parameters
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether batches are gathered from tensors; worker processes would only copy them."""
+        return self._tensors is not None and self._collate is None
+
+    def seeds(self, key: Key) -> torch.Tensor:
+        """Return one number for each sample of the key, int64 (B,)."""
+        return mix_each(self.seed, key.epoch, last=torch.arange(key.first, key.first + len(key.indices)))
+
+    def __getitem__(self, key: Key) -> Any:
+        try:
+            if self._tensors is not None and self._collate is None:
+                batch: Any = tuple(tensor[key.indices] for tensor in self._tensors)
+            else:
+                # A loader process has no random states that anything else draws from.
+                with own_randomness() if get_worker_info() is None else nullcontext():
+                    batch = self._batch(key)
+        except _Failed as failed:
+            return failed.failure
+        except Exception as error:
+            return _failure(error)
+        return batch if self.augment is None else (batch, self.seeds(key))
+
+    def _batch(self, key: Key) -> Any:
+        samples = self._samples(key)
+        if not isinstance(samples, list) and self._collate is None:
+            return samples  # `__getitems__` gives whole batches
+        if self._gather is None:
+            self._seed_batch(key)
+        try:
+            return (self._collate or default_collate)(samples)
+        except Exception as error:
+            given = samples if isinstance(samples, list) and samples else [()]
+            odd = odd_sample(given, key.indices.tolist(), self._name, shapes=self._collate is None)
+            if odd is None or self._collate is not None:
+                raise _Failed(_failure(error, odd)) from error
+            remedy = "Give all samples one form, or give data a `collate` that makes a batch of a list of such samples."
+            raise _Failed(Failure(True, f"{odd} {remedy}", traceback_of_user(error))) from error
+
+    def _samples(self, key: Key) -> Any:
+        """Return the samples of the key as a list, or what `__getitems__` makes of them."""
+        if self._tensors is not None:
+            return list(zip(*(tensor[key.indices].unbind() for tensor in self._tensors), strict=True))
+        indices = key.indices.tolist()
+        if self._gather is not None:
+            self._seed_batch(key)
+            if self._gather_takes_seeds:
+                return self._gather(indices, seeds=self.seeds(key).tolist())
+            return self._gather(indices)
+        return [self._sample(index, seed) for index, seed in zip(indices, self.seeds(key).tolist(), strict=True)]
+
+    def _sample(self, index: int, seed: int) -> Any:
+        seed_for_reading(seed)
+        try:
+            return self._dataset[index]
+        except Exception as error:
+            raise _Failed(_failure(error, f"It was raised for sample {index} of {self._name}.")) from error
+
+    def _seed_batch(self, key: Key) -> None:
+        seed_for_reading(mix(self.seed, key.epoch, key.first, _BATCH))
+
+
+class _Failed(Exception):
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def _failure(error: Exception, remark: str | None = None) -> Failure:
+    """Return the error as a value. Bad data is an OSError, or a ValueError that the data set raises in its own words.
+
+    Args:
+        remark: a sentence that is added to any other error.
+    """
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and is_own_words(error)):
+        return Failure(True, str(error), traceback_of_user(error))
+    message, text = f"{type(error).__name__}: {error}", traceback_of_user(error)
+    return Failure(False, f"{message} ({remark})", f"{text}{remark}\n") if remark else Failure(False, message, text)
+
+
+def _tensors_of(dataset: Any) -> tuple[torch.Tensor, ...] | None:
+    """Return the tensors of a TensorDataset, or None where a subclass reads its samples in another way."""
+    if not isinstance(dataset, TensorDataset) or hasattr(dataset, "__getitems__"):
+        return None
+    return dataset.tensors if type(dataset).__getitem__ is TensorDataset.__getitem__ else None
+
+
+def _gather_of(dataset: Any) -> Callable[..., Any] | None:
+    """Return the data set's `__getitems__`, where it is its own: a Subset has one that may only loop over samples."""
+    inner = dataset
+    while isinstance(inner, Subset):
+        inner = inner.dataset
+    return getattr(dataset, "__getitems__", None) if hasattr(inner, "__getitems__") else None
