@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from itertools import chain
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ class Loader:
             generator=torch.Generator().manual_seed(mix(self._fetch.seed, first.epoch, first.first)),
             worker_init_fn=_leave_signals_to_the_trainer,
         )
+        handler = signal.getsignal(signal.SIGCHLD)
         try:
             batches = iter(loader)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -94,14 +96,19 @@ class Loader:
                 f"The data set cannot be sent to loader processes: {error}. Make it picklable, or use "
                 "data.num_workers=0."
             ) from error
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            # PyTorch's would raise wherever this thread is when a loader process dies, such as in the middle of a
+            # collective. Who waits for the next batch learns of it too, within five seconds.
+            signal.signal(signal.SIGCHLD, handler)
         processes = list(getattr(batches, "_workers", ()))
         try:
             yield from in_background(map(self._pinned, batches))
-        except RuntimeError as error:
-            status = next((process.exitcode for process in processes if process.exitcode), None)
-            if status is None:
+        except (RuntimeError, EOFError, OSError) as error:  # one that has died does not hand over its batches either
+            wait([process.sentinel for process in processes], timeout=1)
+            ended = [process.exitcode for process in processes if process.exitcode is not None]
+            if not ended:
                 raise
-            raise LoaderDied(status) from error
+            raise LoaderDied(next((status for status in ended if status), 0)) from error
         finally:
             del batches  # ends the processes, even where a traceback keeps this frame
 

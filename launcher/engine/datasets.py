@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import isroutine
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from launcher.errors import DataError
 
@@ -36,22 +38,30 @@ class Data:
         """
         name = type(source).__name__
         if getattr(source, "train", None) is None:
-            raise DataError(f"The data {name} has no attribute `train`; it must give `train` and `val` data sets.")
+            loads = hasattr(source, "train_dataloader")
+            hint = " Its `train_dataloader` is not used: give the data set that it loads from." if loads else ""
+            raise DataError(
+                f"The data {name} has no attribute `train`; it must give `train` and `val` data sets.{hint}"
+            )
         data = cls(
             source.train,
             _named(getattr(source, "val", None)),
             _named(getattr(source, "test", None)),
             getattr(source, "collate", None),
-            int(getattr(source, "num_workers", 0) or 0),
+            _loader_processes(getattr(source, "num_workers", None), name),
             source,
             getattr(source, "augment", None),
         )
+        if data.collate is not None and not callable(data.collate):
+            raise DataError(f"{name}.collate is {data.collate!r}; it must be a function: list of samples -> batch.")
         if data.augment is not None and not callable(data.augment):
             raise DataError(
                 f"{name}.augment is {data.augment!r}; it must be a method or module: (batch, seeds) -> batch."
             )
-        for where, dataset in (("train", data.train), *data.val.items(), *data.test.items()):
-            _check(dataset, f"{name}.{where or 'val'}")
+        _check(data.train, f"{name}.train")
+        for where, sets in (("val", data.val), ("test", data.test)):
+            for one, dataset in sets.items():
+                _check(dataset, f"{name}.{one or where}")
         return data
 
 
@@ -95,19 +105,64 @@ def blocks_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
     return numbers.long()
 
 
+def _loader_processes(value: Any, name: str) -> int:
+    if value is None:
+        return 0
+    if not isinstance(value, int) or value < 0:
+        raise DataError(f"{name}.num_workers is {value!r}; it must be a number of loader processes, 0 or more.")
+    return int(value)
+
+
 def _named(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     return dict(value) if isinstance(value, Mapping) else {"": value}
 
 
+_MAP_STYLE = (
+    "a map-style data set with __len__ and __getitem__ is needed, so that every sample can be used exactly once"
+)
+
+
 def _check(dataset: Any, name: str) -> None:
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise DataError(
-            f"The data set {name} is a {type(dataset).__name__}; a map-style data set with __len__ and __getitem__ is "
-            "needed, so that every sample can be used exactly once."
-        )
-    if len(dataset) == 0:
+    """Raise DataError where `dataset` cannot be read by index, and name what to give instead."""
+    if (remedy := _remedy(dataset, name)) is not None:
+        raise DataError(f"The data set {name} is a {type(dataset).__name__}; {remedy}")
+    try:
+        length = len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        raise DataError(f"The data set {name} is a {type(dataset).__name__} without a length; {_MAP_STYLE}.") from error
+    if length == 0:
         raise DataError(f"The data set {name} is empty. Check the path and the split that its configuration names.")
     lengths_of(dataset, name)
     blocks_of(dataset, name)
+
+
+def _remedy(dataset: Any, name: str) -> str | None:
+    """Return what to give instead of an object that has no samples to index, or None for a data set."""
+    if isinstance(dataset, DataLoader):
+        return (
+            "give the data set that it loads from. trainer.global_batch_size, trainer.seed and, in the data, `collate` "
+            "and `num_workers` stand in place of its arguments."
+        )
+    iterates = isinstance(dataset, IterableDataset) and type(dataset).__getitem__ is IterableDataset.__getitem__
+    if iterates or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
+        return (
+            f"{_MAP_STYLE}. To train on a stream, give a data set that has a method "
+            "`stream(rank, world_size, seed, apply)` beside its length and indexing (docs/extending.md)."
+        )
+    if isinstance(dataset, type) or isroutine(dataset):
+        return "call it, so that the attribute is the data set itself."
+    if isinstance(dataset, Mapping) and not all(isinstance(key, int) for key in dataset):
+        return "only `val` and `test` may have several sets by name. Join them with torch.utils.data.ConcatDataset."
+    if isinstance(dataset, (str, bytes)):
+        return "a path is not read here. Give the data set of what is found there."
+    if isinstance(dataset, (list, tuple)) and any(isinstance(item, (Dataset, DataLoader)) for item in dataset):
+        if name.rpartition(".")[2] == "train":
+            return "join its data sets with torch.utils.data.ConcatDataset."
+        return "give several sets as a mapping, {name: data set}: the names become part of their tags."
+    if isinstance(dataset, tuple) and dataset and all(isinstance(item, (torch.Tensor, np.ndarray)) for item in dataset):
+        return "its parts would be taken as samples. Give torch.utils.data.TensorDataset(x, y) of tensors."
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return f"{_MAP_STYLE}."
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import signal
 import traceback
 from pathlib import Path
@@ -28,8 +27,6 @@ _PEER_IS_GONE = (
     "collective operation timeout",
     "socket is no longer valid",
 )
-# What torch.utils.data.DataLoader raises: where the trainer waits for a batch, or from its handler of SIGCHLD anywhere.
-_LOADER_DIED = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: (?P<name>[^.]*)|exited unexpectedly)")
 _REMEDIES: dict[int, str] = {
     signal.SIGKILL: "usually memory): lower data.num_workers, or the memory that the data set takes",
     signal.SIGBUS: "usually shared memory): enlarge /dev/shm (docker run --shm-size), or lower data.num_workers",
@@ -44,8 +41,8 @@ def translate(error: Exception, rank: int = 0) -> LaunchError:
     """
     if isinstance(error, LaunchError):
         return error
-    if isinstance(error, RuntimeError) and (lost := _died_loader(error, rank)) is not None:
-        return lost
+    if isinstance(error, LoaderDied):
+        return error.of_rank(rank)
     text = str(error).lower()
     if isinstance(error, (RuntimeError, torch.distributed.DistError)) and any(sign in text for sign in _PEER_IS_GONE):
         return WorkerLost(
@@ -68,22 +65,14 @@ class LoaderDied(RuntimeError):
         super().__init__(f"a loader process ended with status {status}")
         self.status = status
 
-
-def _died_loader(error: RuntimeError, rank: int) -> LoaderLost | None:
-    """Return the error to raise where a loader process died, else None."""
-    if isinstance(error, LoaderDied):
-        status: int | None = error.status
-    elif (found := _LOADER_DIED.search(str(error))) is not None:
-        numbers = {signal.strsignal(number): number for number in signal.Signals}
-        status = -numbers[found["name"]] if found["name"] in numbers else None
-    else:
-        return None
-    who = f"A loader process of rank {rank}"
-    if status is None or status > 0:
-        how = "exited" if status is None else f"exited with status {status}"
-        return LoaderLost(f"{who} {how} while it read data. Use data.num_workers=0 to see where.")
-    remedy = _REMEDIES.get(-status, "a crash in native code): use data.num_workers=0 to see where")
-    return LoaderLost(f"{who} was killed (signal {-status}, {remedy}.")
+    def of_rank(self, rank: int) -> LoaderLost:
+        who = f"A loader process of rank {rank}"
+        if self.status >= 0:
+            return LoaderLost(
+                f"{who} exited with status {self.status} while it read data. Use data.num_workers=0 to see where."
+            )
+        remedy = _REMEDIES.get(-self.status, "a crash in native code): use data.num_workers=0 to see where")
+        return LoaderLost(f"{who} was killed (signal {-self.status}, {remedy}.")
 
 
 def traceback_of_user(error: Exception) -> str:

@@ -1,0 +1,141 @@
+"""What the start check says of reading: attributes without effect, and samples that nothing can make twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import numpy as np
+import torch
+
+from launcher.engine.batches import leaves
+from launcher.engine.datasets import Data
+from launcher.engine.fetch import Failure, Fetch
+from launcher.engine.order import Key
+from launcher.errors import DataError
+
+_SAMPLES = 2
+
+# Attributes that PyTorch's DataLoader, or Lightning's data module, would use -> what stands in their place here.
+_OF_DATA = {
+    "batch_size": "trainer.global_batch_size",
+    "shuffle": "trainer.seed, which decides a new order in each epoch",
+    "drop_last": "nothing: the last batch of an epoch may be smaller, and counts for what it is",
+    "sampler": "trainer.seed, which decides a new order in each epoch",
+    "batch_sampler": "trainer.global_batch_size, and `lengths` of a data set for batches of similar length",
+    "collate_fn": "`collate`",
+    "generator": "trainer.seed",
+    "worker_init_fn": "the seeds that are set before each sample",
+    "pin_memory": "pinned memory, always, where there is a GPU",
+    "persistent_workers": "loader processes that live as long as the run",
+    "prefetch_factor": "`num_workers`",
+    "multiprocessing_context": "`num_workers`",
+    "train_dataloader": "`train`",
+    "val_dataloader": "`val`",
+    "test_dataloader": "`test`",
+    "predict_dataloader": "`inputs(path)`",
+    "prepare_data": "the constructor",
+    "setup": "the constructor",
+    "transfer_batch_to_device": "a method to(device) of the batch",
+    "on_before_batch_transfer": "`collate`",
+    "on_after_batch_transfer": "`augment(batch, seeds)`",
+}
+_OF_SETS = {
+    "collate_fn": "`collate` of the data",
+    "collate": "`collate` of the data",
+    "sampler": _OF_DATA["sampler"],
+    "batch_sampler": _OF_DATA["batch_sampler"],
+}
+
+
+def notes_on_reading(data: Data, seed: int) -> list[str]:
+    """Return what the user has to know before the data are read, one line each.
+
+    Raises:
+        DataError: a batch cannot be sent from a loader process; a sample is bad.
+        UserCodeError: the data set raised anything else.
+    """
+    return [*_ignored(data), *_other_generators(data, seed)]
+
+
+def _ignored(data: Data) -> list[str]:
+    found = {f"`{name}`": instead for name, instead in _OF_DATA.items() if _has(data.source, name)}
+    for where, dataset in _sets(data):
+        for name, instead in _OF_SETS.items():
+            if _has(dataset, name) and not ("collate" in name and data.collate is not None):
+                found[f"`{where}.{name}`"] = instead
+    if not found:
+        return []
+    parts = "; ".join(f"in place of {name} there is {instead}" for name, instead in found.items())
+    return [f"The data {type(data.source).__name__} has {', '.join(found)} without effect: {parts}."]
+
+
+def _sets(data: Data) -> Iterator[tuple[str, Any]]:
+    yield "train", data.train
+    for name, dataset in data.val.items():
+        yield f"val/{name}".rstrip("/"), dataset
+
+
+def _has(owner: Any, name: str) -> bool:
+    try:
+        return getattr(owner, name, None) is not None
+    except Exception:  # a property that needs what is not there
+        return False
+
+
+def _other_generators(data: Data, seed: int) -> list[str]:
+    """Read the first samples twice: what draws from the global generators alone is the same both times."""
+    differing = []
+    for where, dataset in _sets(data):
+        fetch = Fetch(dataset, data.collate, seed, name=where)
+        if fetch.in_memory:
+            continue
+        key = Key(0, 0, torch.arange(min(_SAMPLES, len(dataset))))
+        first, second = fetch[key], fetch[key]
+        for batch in (first, second):
+            if isinstance(batch, Failure):
+                batch.raise_it()
+        if data.num_workers:
+            _require_picklable(first, where)
+        if not _same(first, second):
+            differing.append(where)
+    if not differing:
+        return []
+    return [
+        f"Samples of {', '.join(differing)} differ when they are read twice with the same seed, so runs cannot be "
+        "repeated exactly: something draws from a generator of its own, or counts. Draw from the global generators of "
+        "torch, random or numpy, which are seeded for each sample."
+    ]
+
+
+def _require_picklable(batch: Any, where: str) -> None:
+    try:
+        ForkingPickler.dumps(batch)
+    except Exception as error:
+        raise DataError(
+            f"A batch of {where} cannot be sent from a loader process: {type(error).__name__}: {error}. Leave out what "
+            "cannot be pickled (and tensors that require gradients), or use data.num_workers=0."
+        ) from error
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two batches hold the same values, as far as their types can be compared."""
+    pairs = zip(_values(one), _values(other), strict=False)
+    return len(_values(one)) == len(_values(other)) and all(_equal(a, b) for a, b in pairs)
+
+
+def _values(batch: Any) -> list[Any]:
+    return leaves(batch, lambda value: isinstance(value, (np.ndarray, np.generic, str, bytes, int, float)))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (str, bytes)):
+        return bool(one == other)
+    try:
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    except AssertionError:
+        return False
+    except Exception:  # arrays of objects, and tensors that have no comparison
+        return True
+    return True

@@ -1,0 +1,267 @@
+"""Faults of reading: samples that make no batch, loader processes that die, objects that are no data set."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
+
+from launcher.engine.data import Loader
+from launcher.engine.datasets import Data
+from launcher.engine.failures import LoaderDied, translate
+from launcher.engine.fetch import Fetch
+from launcher.engine.order import Key
+from launcher.engine.reading_check import notes_on_reading
+from launcher.errors import DataError, LoaderLost, UserCodeError
+from tests.engine import engine_toys as toys
+from tests.engine.engine_ranks import launch, make_job
+
+CPU = torch.device("cpu")
+
+
+class Listed(Dataset[Any]):
+    """Every sample is `usual`, but the one with the number `bad` is `odd`."""
+
+    def __init__(self, usual: Any, odd: Any, bad: int = 50) -> None:
+        self.usual, self.odd, self.bad = usual, odd, bad
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> Any:
+        return self.odd if index == self.bad else self.usual
+
+
+def read(dataset: Any, collate: Any = None, num_workers: int = 0) -> Any:
+    loader = Loader(Fetch(dataset, collate, 0, name="train"), CPU, num_workers)
+    return next(loader.read(iter([Key(0, 0, torch.tensor([3, 50, 7, 14, 9]))])))
+
+
+PAIR = (torch.zeros(4), 1.0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("usual", "odd", "words"),
+    [
+        (PAIR, None, "Sample 50 of train is None; other samples of its batch are a tuple"),
+        (PAIR, (None, 1.0), r"Sample 50 of train is None at \[0\]"),
+        (PAIR, (torch.zeros(3), 1.0), r"Sample 50 of train has the shape \(3,\) at \[0\]; .* have \(4,\)"),
+        (PAIR, (torch.zeros(4),), "Sample 50 of train has 1 parts; .* have 2"),
+        ({"x": PAIR}, {"x": (PAIR[0], "one")}, r"Sample 50 of train is a str at \['x'\]\[1\]; .* are a float"),
+        ({"x": 1, "y": 2}, {"x": 1}, r"Sample 50 of train has the keys \['x'\]"),
+        (np.zeros(2), np.zeros((2, 1)), r"Sample 50 of train has the shape \(2, 1\)"),
+        (CPU, CPU, "Sample 3 of train is a device, which cannot be put into a batch"),
+        (None, None, "Sample 3 of train is None, which cannot be put into a batch"),
+    ],
+)
+def test_a_sample_that_makes_no_batch_is_named(usual: Any, odd: Any, words: str, num_workers: int) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        read(Listed(usual, odd), num_workers=num_workers)
+    assert "`collate`" in str(caught.value)
+
+
+def test_samples_of_different_lengths_are_no_fault_where_collate_takes_them() -> None:
+    assert read(Listed(torch.zeros(4), torch.zeros(3)), len) == 5
+
+    def fails(samples: list[Any]) -> Any:
+        return torch.stack([sample + 1 for sample in samples])
+
+    with pytest.raises(UserCodeError) as caught:
+        read(Listed(torch.zeros(4), None), fails)
+    assert "Sample 50 of train is None" in caught.value.traceback_text
+    assert "sample + 1" in caught.value.traceback_text
+    with pytest.raises(UserCodeError) as caught:
+        read(Listed(torch.zeros(4), torch.zeros(3)), fails)
+    assert "Sample" not in caught.value.traceback_text
+
+
+class Buggy(Listed):
+    """`raises` an exception for its bad sample, by accident or in its own words."""
+
+    def __init__(self, raises: str) -> None:
+        super().__init__(PAIR, None)
+        self.raises = raises
+
+    def __getitem__(self, index: int) -> Any:
+        if index == self.bad and self.raises == "number":
+            return float("four")
+        if index == self.bad and self.raises == "key":
+            return {"x": 1}["label"]
+        if index == self.bad:
+            raise ValueError("table.csv, row 50: expected 4 numbers")
+        return PAIR
+
+
+def test_a_bug_is_shown_with_its_sample_and_bad_data_in_their_own_words() -> None:
+    with pytest.raises(DataError, match=r"^table\.csv, row 50: expected 4 numbers$"):
+        read(Buggy("words"))
+    for raises, line in (("number", 'float("four")'), ("key", '["label"]')):
+        with pytest.raises(UserCodeError) as caught:
+            read(Buggy(raises))
+        text = caught.value.traceback_text
+        assert text.count("File ") == 1
+        assert line in text
+        assert "sample 50 of train" in text
+
+
+# ---- loader processes that die --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [(-signal.SIGKILL, "killed (signal 9, usually memory): lower data.num_workers"), (3, "exited with status 3")],
+)
+def test_a_loader_process_that_dies_is_a_lost_worker(ends: int, words: str, tmp_path: Path) -> None:
+    """Case 11: `__getitem__` that kills its own process, two ranks."""
+    ranks = launch(make_job(data={"_target_": "Deadly", "ends": ends}), tmp_path, 2, timeout=50)
+    found = {str(rank.error and rank.error[0]): number for number, rank in enumerate(ranks)}
+    assert found.keys() == {"LoaderLost", "WorkerLost"}
+    error = ranks[found["LoaderLost"]].error
+    assert error is not None
+    assert f"A loader process of rank {found['LoaderLost']} " in error[1]
+    assert words in error[1]
+
+
+def test_how_a_loader_process_ended_decides_what_is_advised() -> None:
+    told = {status: translate(LoaderDied(status), 3) for status in (-9, -7, -11, 0, 3)}
+    assert all(isinstance(error, LoaderLost) and error.exit_status == 1 for error in told.values())
+    assert "of rank 3 was killed (signal 9, usually memory): lower data.num_workers" in str(told[-9])
+    assert "(signal 7, usually shared memory)" in str(told[-7])
+    assert "(signal 11, a crash in native code)" in str(told[-11])
+    assert "exited with status 0" in str(told[0])
+
+
+def test_a_dead_loader_process_interrupts_nothing() -> None:
+    """Would be wrong: an exception from a signal handler, in the middle of what all workers do together."""
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = Loader(Fetch(toys.DeadlySamples(1, -signal.SIGKILL, ""), None, 0), CPU, 1).read(
+        iter([Key(0, 0, torch.arange(1)), Key(0, 1, torch.arange(1, 2))])
+    )
+    with pytest.raises(LoaderDied):
+        list(batches)
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+# ---- objects that are no data set -----------------------------------------------------------------------------------
+
+
+class Given:
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__.update(parts)
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([])
+
+
+class Counted(Endless):
+    def __len__(self) -> int:
+        return 10
+
+
+class Without(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return index
+
+
+SET = TensorDataset(torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"train": DataLoader(SET)}, "Given.train is a DataLoader; give the data set that it loads from"),
+        ({"train": Endless()}, r"`stream\(rank, world_size, seed, apply\)`"),
+        ({"train": Counted()}, r"`stream\(rank, world_size, seed, apply\)`"),
+        ({"train": SET, "val": Counted()}, "Given.val is a Counted; a map-style data set"),
+        ({"train": SET, "val": [SET, SET]}, "Given.val is a list; give several sets as a mapping"),
+        ({"train": SET, "test": (SET,)}, "Given.test is a tuple; give several sets as a mapping"),
+        ({"train": SET, "val": {"near": DataLoader(SET)}}, "Given.near is a DataLoader"),
+        ({"train": [SET, SET]}, "ConcatDataset"),
+        ({"train": {"a": SET, "b": SET}}, "ConcatDataset"),
+        ({"train": (torch.zeros(4, 2), torch.zeros(4))}, r"TensorDataset\(x, y\)"),
+        ({"train": "data/train.csv"}, "a path is not read here"),
+        ({"train": Listed}, "Given.train is a type; call it"),
+        ({"train": lambda: SET}, "Given.train is a function; call it"),
+        ({"train": Without()}, "Given.train is a Without; a map-style"),
+        ({"train": SET, "collate": "pad"}, "Given.collate is 'pad'"),
+        ({"train": SET, "num_workers": -1}, "Given.num_workers is -1"),
+        ({"train_dataloader": lambda: None}, "Its `train_dataloader` is not used"),
+    ],
+)
+def test_what_is_no_data_set_is_refused_with_what_to_give(parts: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Data.of(Given(**parts))
+
+
+def test_lists_of_samples_and_joined_sets_are_data_sets() -> None:
+    sets: list[Any] = [
+        [PAIR, PAIR],
+        [torch.zeros(2)] * 3,
+        ConcatDataset([SET, SET]),
+        {0: PAIR, 1: PAIR},
+        torch.zeros(3, 2),
+    ]
+    for train in sets:
+        assert Data.of(Given(train=train)).train is train
+
+
+# ---- what the start check says of reading ---------------------------------------------------------------------------
+
+
+def notes(**parts: Any) -> list[str]:
+    return notes_on_reading(Data.of(Given(**parts)), 0)
+
+
+def test_attributes_without_effect_are_named_once() -> None:
+    """Case 17: `sampler`, `drop_last` and `shuffle` of the data."""
+    (note,) = notes(train=SET, sampler=object(), drop_last=True, shuffle=False, batch_size=8, collate_fn=len)
+    for name in ("`sampler`", "`drop_last`", "`shuffle`", "`batch_size`", "`collate_fn`"):
+        assert note.count(f"in place of {name}") == 1
+    assert notes(train=SET, sampler=None) == []
+
+    class Padding(Listed):
+        @staticmethod
+        def collate_fn(samples: list[Any]) -> Any:
+            return samples
+
+    (note,) = notes(train=Padding(PAIR, PAIR), val={"near": Padding(PAIR, PAIR)})
+    assert "`train.collate_fn`" in note
+    assert "`val/near.collate_fn`" in note
+    assert notes(train=Padding(PAIR, PAIR), collate=Padding.collate_fn) == []
+
+
+class Own(Listed):
+    """Draws from a generator of its own."""
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__(PAIR, PAIR)
+        self.generator = generator
+
+    def __getitem__(self, index: int) -> Any:
+        return {"x": self.generator.random(2), "name": str(index)}
+
+
+def test_samples_that_draw_from_elsewhere_are_noted_once() -> None:
+    (note,) = notes(train=Own(np.random.default_rng(0)), val={"near": Own(np.random.default_rng(1)), "far": SET})
+    assert "train, val/near differ" in note
+    (note,) = notes(train=Listed(1, 1), val=Listed(1, 1), collate=lambda samples: np.random.default_rng().random(2))
+    assert "train, val differ" in note
+    assert notes(train=Own(np.random)) == []
+    assert notes(train=toys.Samples(10), val=toys.Samples(10)) == []
+    assert notes(train=Listed(float("nan"), 0), val=Listed({"x": np.array(["a"]), "y": None}, 0), collate=list) == []
+
+
+def test_what_cannot_be_sent_from_a_loader_process_is_refused() -> None:
+    grad = Listed(torch.ones(1, requires_grad=True), 0)
+    for train, collate in ((Listed(lambda: 0, 0), list), (grad, lambda samples: samples[0] * 2)):
+        assert notes(train=train, collate=collate) == []
+        with pytest.raises(DataError, match=r"data\.num_workers=0"):
+            notes(train=train, collate=collate, num_workers=1)
