@@ -38,6 +38,8 @@ class TrainerConfig:
     compile_blocks: bool = False
     clip_norm: float | None = None
     seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = False
     sync_batchnorm: bool = False
     overfit_batches: int = 0
     log_every: Any = 50

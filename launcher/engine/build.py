@@ -145,11 +145,36 @@ def build_loader(job: Job, data: Data, runtime: Runtime, model: nn.Module) -> Lo
     return Loader(fetch, runtime.device, data.num_workers, converter(model))
 
 
-def build_order(job: Job, train: Any) -> Order:
-    """Build the order of the training samples."""
-    trainer = job.trainer
-    batch, seed, only = trainer.global_batch_size, trainer.seed, trainer.overfit_batches
-    return Order(len(train), batch, seed, only, lengths_of(train), blocks_of(train))
+def build_order(job: Job, data: Data) -> Order:
+    """Build the order of the training samples.
+
+    Raises:
+        ConfigError: `weights` of the data with an order that cannot follow them.
+    """
+    trainer, train = job.trainer, data.train
+    streams = callable(getattr(train, "stream", None)) and not trainer.overfit_batches
+    if data.weights is not None and not trainer.shuffle:
+        raise ConfigError(
+            "trainer.shuffle=false keeps the order of the data set, and the data have `weights`, by which samples are "
+            "drawn at random. Leave one of them out."
+        )
+    if streams and (data.weights is not None or not trainer.shuffle):
+        word = "trainer.shuffle=false" if data.weights is None else "`weights` of the data"
+        raise ConfigError(
+            f"The training data are read as a stream, which decides their order: {word} cannot be followed. Read them "
+            "sample by sample (data.stream=false), or leave it out."
+        )
+    return Order(
+        len(train),
+        trainer.global_batch_size,
+        trainer.seed,
+        trainer.overfit_batches,
+        lengths_of(train),
+        blocks_of(train),
+        trainer.shuffle,
+        trainer.drop_last,
+        data.weights,
+    )
 
 
 def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import isroutine
 from typing import Any
 
@@ -28,6 +28,7 @@ class Data:
     num_workers: int
     source: Any = None
     augment: Callable[[Any, torch.Tensor], Any] | None = None  # of training batches, on the device
+    weights: torch.Tensor | None = None  # float64, one for each training sample
 
     @classmethod
     def of(cls, source: Any) -> Data:
@@ -62,7 +63,25 @@ class Data:
         for where, sets in (("val", data.val), ("test", data.test)):
             for one, dataset in sets.items():
                 _check(dataset, f"{name}.{one or where}")
-        return data
+        return replace(data, weights=_weights(getattr(source, "weights", None), len(data.train), name))
+
+
+def _weights(value: Any, length: int, name: str) -> torch.Tensor | None:
+    """Return the `weights` of the data as float64 (N,), or None where they have none."""
+    if value is None:
+        return None
+    try:
+        weights = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        weights = torch.empty(0, 0)
+    if weights.shape != (length,) or not bool((weights >= 0).all() & weights.isfinite().all() & (weights.sum() > 0)):
+        shape = tuple(weights.shape)
+        found = f"the shape {shape}" if shape != (length,) else "one that is negative or not finite, or only zeros"
+        raise DataError(
+            f"{name}.weights must be one number, 0 or more, for each of the {length} training samples, which are drawn "
+            f"in proportion to them; found {found}."
+        )
+    return weights
 
 
 def lengths_of(dataset: Any, name: str = "data") -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.engine.batches import tree_map
+from launcher.engine.batches import leaves, tree_map
 from launcher.engine.untouched import untouched
 
 
@@ -21,9 +21,7 @@ class TrainingStep(nn.Module):
     def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__()
         self.model, self._batch = model, batch
-        found: list[torch.Tensor] = []
-        tree_map(found.append, batch)
-        self.tensors = tuple(found)
+        self.tensors = tuple(leaves(batch))
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         following = iter(tensors)

@@ -48,6 +48,7 @@ class Task:
         weights: a checkpoint or weights file to begin with (`checkpoint.load`), to evaluate, predict with or export.
         inputs: what `predict` reads.
         bill: the seconds of the run before, and what its machines cost.
+        notes: what the start check found, one line each.
     """
 
     action: Literal["train", "evaluate", "predict", "export"]
@@ -59,6 +60,7 @@ class Task:
     marks: Marks = field(default_factory=Marks)
     inputs: str | None = None
     bill: Bill = field(default_factory=Bill)
+    notes: tuple[str, ...] = ()
 
 
 def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def _build_trainer(
     control.emit({"kind": "phase", "name": "model"})
     model = build_model(job, runtime)
     if runtime.is_first:
-        for line in caveats(model):
+        for line in (*caveats(model), *task.notes):
             control.emit({"kind": "note", "text": line})
     trainer = Trainer(job, runtime, control, directory, data, model, task.started, task.marks, uploads, task.bill)
     if task.weights:

@@ -16,13 +16,14 @@ from torch import nn
 
 from launcher.config import Job, targets
 from launcher.config.schema import STRATEGY_OPTIONS
-from launcher.engine.build import build_data, build_model
+from launcher.engine.build import build_data, build_model, build_order
 from launcher.engine.callbacks import check_callbacks
 from launcher.engine.datasets import Data
 from launcher.engine.failures import translate
 from launcher.engine.kept import KeptBytes
 from launcher.engine.optim import build_optimizer, parameter_groups
 from launcher.engine.peaks import flops_per_sample
+from launcher.engine.reading_check import notes_on_reading
 from launcher.engine.runtime import Runtime
 from launcher.engine.start_check import (
     SAMPLES,
@@ -80,6 +81,7 @@ class Estimate:
     activation_bytes_per_sample: int
     flops_per_sample: float | None
     tags: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     ahead: Ahead | None = None
 
     @property
@@ -113,6 +115,8 @@ def _estimate(job: Job, ahead: bool) -> Estimate:
         if section.get("_target_"):
             targets.check_signature(section, kind, job.trust)
     data = build_data(job)
+    build_order(job, data)
+    notes = notes_on_reading(data, job.trainer.seed)
     runtime = Runtime.single("cpu")
     cpu_job = job if not job.trainer.sync_batchnorm else without_sync_batchnorm(job)
     model = build_model(cpu_job, runtime)
@@ -139,6 +143,7 @@ def _estimate(job: Job, ahead: bool) -> Estimate:
         activation_bytes_per_sample=kept.total // SAMPLES,
         flops_per_sample=flops_per_sample(model),
         tags=tuple(tags),
+        notes=tuple(notes),
         ahead=_ahead(job, model, data, runtime, kept, counter.get_total_flops()) if counter else None,
     )
 

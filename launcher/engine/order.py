@@ -42,6 +42,9 @@ class Order:
             shuffled again. The smaller last batch is a random part of the data like any other.
         blocks: sizes of the parts that are read as a whole, one behind the other. They come in a random order, and the
             samples of a few neighbours in it are shuffled together, so that little is read twice.
+        shuffle: whether each epoch has another order; else it is that of the data set, whatever `lengths` and `blocks`.
+        drop_last: leave out the smaller last batch of an epoch.
+        weights: float64 (length,): an epoch draws so many samples with replacement, in proportion to them.
     """
 
     length: int
@@ -50,22 +53,35 @@ class Order:
     only_batches: int = 0
     lengths: torch.Tensor | None = field(default=None, repr=False, compare=False)
     blocks: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    shuffle: bool = True
+    drop_last: bool = False
+    weights: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:
-        steps = -(-self.length // self.global_batch_size)
+        whole, rest = divmod(self.length, self.global_batch_size)
+        steps = whole if self.drop_last and whole else whole + bool(rest)
         return min(steps, self.only_batches) if self.only_batches else steps
 
     def epoch(self, epoch: int) -> torch.Tensor:
         """Return the sample indices of one epoch in order, int64 (length,)."""
         if self.only_batches:
             return torch.arange(min(self.length, self.only_batches * self.global_batch_size))
+        if not self.shuffle:
+            return torch.arange(self.length)
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        if self.blocks is None:
+        if self.weights is not None:
+            shuffled = self._drawn(self.weights, generator)
+        elif self.blocks is None:
             shuffled = torch.randperm(self.length, generator=generator)
         else:
             shuffled = self._by_block(self.blocks, generator)
         return shuffled if self.lengths is None else self._by_length(shuffled, self.lengths, generator)
+
+    def _drawn(self, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        ends = weights.cumsum(0)  # sample i takes the numbers from ends[i - 1] up to, but not including, ends[i]
+        numbers = torch.rand(self.length, generator=generator, dtype=torch.float64) * ends[-1]
+        return torch.searchsorted(ends, numbers, right=True).clamp(max=int(weights.nonzero()[-1]))
 
     def _by_block(self, blocks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         parts = torch.arange(self.length).split(blocks.tolist())

@@ -20,9 +20,9 @@ _SAMPLES = 2
 # Attributes that PyTorch's DataLoader, or Lightning's data module, would use -> what stands in their place here.
 _OF_DATA = {
     "batch_size": "trainer.global_batch_size",
-    "shuffle": "trainer.seed, which decides a new order in each epoch",
-    "drop_last": "nothing: the last batch of an epoch may be smaller, and counts for what it is",
-    "sampler": "trainer.seed, which decides a new order in each epoch",
+    "shuffle": "trainer.shuffle",
+    "drop_last": "trainer.drop_last",
+    "sampler": "trainer.shuffle, and `weights` of the data (one number a sample)",
     "batch_sampler": "trainer.global_batch_size, and `lengths` of a data set for batches of similar length",
     "collate_fn": "`collate`",
     "generator": "trainer.seed",

@@ -89,7 +89,7 @@ class Trainer:
     ) -> None:
         trainer = job.trainer
         self.runtime, self.control, self.directory = runtime, control, directory
-        self.order = build_order(job, data.train)
+        self.order = build_order(job, data)
         self.split = build_split(job)
         self.total_steps = trainer.steps or trainer.epochs * self.order.steps_per_epoch
 

@@ -225,7 +225,7 @@ def recorded_words(directory: RunDirectory) -> list[str]:
 
 # What a checkpoint is bound to: changing it would not continue the run but start another.
 _BOUND = ("model", "data", "optimizer", "scheduler", "strategy")
-_BOUND_KEYS = ("seed", "global_batch_size", "overfit_batches", "deterministic", "precision")
+_BOUND_KEYS = ("seed", "shuffle", "drop_last", "global_batch_size", "overfit_batches", "deterministic", "precision")
 
 
 def check_continuation(old: Job, new: Job, name: str) -> None:

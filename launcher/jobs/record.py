@@ -143,6 +143,7 @@ class Record:
             weights=weights,
             marks=self.marks,
             bill=self._bill,
+            notes=() if plan is None else plan.notes,
         )
 
     def _begins(self) -> bool:

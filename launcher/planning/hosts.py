@@ -56,7 +56,7 @@ class HostPlan:
     def to_dict(self) -> dict[str, Any]:
         hosts = [seat.to_dict() for seat in self.seats]
         cost = {} if self.plan.rate is not None else {"usd_per_hour": None}
-        return {**self.plan.to_dict(), **cost, "hosts": hosts, "notes": list(self.notes)}
+        return {**self.plan.to_dict(), **cost, "hosts": hosts, "notes": [*self.plan.notes, *self.notes]}
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan as (what, value) for people."""

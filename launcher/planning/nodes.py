@@ -136,7 +136,7 @@ class NodePlan:
             "prices_from": nodes.prices_from,
             "quotas": [asdict(one) for one in nodes.quotas()],
             "would_create": nodes.resources(),
-            "notes": list(self.notes),
+            "notes": [*self.plan.notes, *self.notes],
         }
 
 

@@ -69,6 +69,7 @@ class Plan:
     tags: tuple[str, ...]
     usd_per_hour: float
     rate: Rate | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,6 +107,7 @@ class Plan:
             ("communication", self.communication if m.workers > 1 else "none (one worker)"),
             ("tags", ", ".join(self.tags)),
             ("cost", f"{self.usd_per_hour:.2f} USD/h"),
+            *(("note", note) for note in self.notes),
         ]
 
 
@@ -224,7 +226,13 @@ def plan_on(job: Job, machines: Machines, found: Estimate) -> Plan:
 
     check_batch(job, found.train_samples, machines.workers)
     trainer = job.trainer
-    order = Order(found.train_samples, trainer.global_batch_size, trainer.seed, trainer.overfit_batches)
+    order = Order(
+        found.train_samples,
+        trainer.global_batch_size,
+        trainer.seed,
+        trainer.overfit_batches,
+        drop_last=trainer.drop_last,
+    )
     share = build_split(job).share(trainer.global_batch_size, 0, machines.workers)
     steps = trainer.steps or trainer.epochs * order.steps_per_epoch
     profile = job.logging.profile
@@ -262,6 +270,7 @@ def plan_on(job: Job, machines: Machines, found: Estimate) -> Plan:
         gradient_bytes_per_step=travels,
         flops_per_sample=found.flops_per_sample,
         tags=found.tags,
+        notes=found.notes,
         usd_per_hour=0.0,
     )
 

@@ -124,6 +124,20 @@ class DrawingBatches(TensorDataset):
         return Drawing._changed([self[index] for index in indices])
 
 
+class Chosen(Points):
+    """Read one by one; `weighted`: samples with even numbers alone. `weights`: whatever is given as such."""
+
+    def __init__(
+        self, weighted: bool = False, weights: Any = None, streams: bool = False, num_workers: int = 0
+    ) -> None:
+        super().__init__(val=50)
+        self.train = Flow(250, "") if streams else Samples(250)  # type: ignore[assignment]
+        self.num_workers = num_workers
+        self.weights = weights
+        if weighted:
+            self.weights = [float(number % 2 == 0) for number in range(250)]
+
+
 class Deadly(Points):
     """Read one by one; the process that reads sample `bad` ends: by a signal, or with a status above 0.
 

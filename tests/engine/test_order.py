@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.engine.build import build_data, build_order
 from launcher.engine.order import (
     BLOCKS,
     Order,
@@ -20,6 +21,7 @@ from launcher.engine.order import (
     mix_each,
     order_of_evaluation,
 )
+from launcher.errors import RequestError
 from tests.engine.engine_ranks import (
     Script,
     assert_same_run,
@@ -204,3 +206,83 @@ def test_validation_does_not_depend_on_the_order_by_length(tmp_path: Path) -> No
         ranks = succeed(make_job(model="Padded", data=data), directory, workers, action="evaluate", weights=weights)
         found.append(ranks[0].result["val/loss"])
     assert found == pytest.approx([found[0]] * 3, abs=1e-6)
+
+
+# ---- trainer.shuffle, trainer.drop_last, weights --------------------------------------------------------------------
+
+
+def test_without_shuffling_every_epoch_has_the_order_of_the_data_set() -> None:
+    lengths, blocks = some_lengths(23, 9), torch.tensor([10, 13])
+    for more in ({}, {"lengths": lengths}, {"blocks": blocks}):
+        order = Order(23, 5, 0, shuffle=False, **more)  # type: ignore[arg-type]
+        assert order.epoch(0).tolist() == order.epoch(3).tolist() == list(range(23))
+    assert order.steps_per_epoch == 5
+
+
+def test_the_smaller_last_batch_can_be_left_out() -> None:
+    order = Order(23, 5, 0, drop_last=True)
+    keys = list(keys_of_training(order, Split(), 0, 1, 0, 0, 8, 0))
+    assert [(key.epoch, len(key.indices)) for key in keys] == [(0, 5)] * 4 + [(1, 5)] * 4
+    assert order.epoch(0).tolist() == Order(23, 5, 0).epoch(0).tolist()
+    assert Order(20, 5, 0, drop_last=True).steps_per_epoch == 4
+    assert Order(23, 5, 0, only_batches=2, drop_last=True).steps_per_epoch == 2
+
+
+def test_weights_draw_in_proportion() -> None:
+    weights = torch.tensor([0.0, 1.0, 0.0, 3.0, 6.0, 0.0], dtype=torch.float64).repeat(1000)
+    order = Order(6000, 50, 0, weights=weights)
+    counts = torch.stack([torch.bincount(order.epoch(epoch) % 6, minlength=6) for epoch in range(20)])
+    assert counts.sum(1).tolist() == [6000] * 20
+    shares = counts.sum(0) / 120_000
+    assert shares[[0, 2, 5]].tolist() == [0, 0, 0]
+    assert torch.allclose(shares[[1, 3, 4]], torch.tensor([0.1, 0.3, 0.6]), atol=0.01)
+    assert len({tuple(order.epoch(epoch).tolist()) for epoch in range(3)}) == 3
+    assert torch.equal(order.epoch(1), Order(6000, 7, 0, weights=weights).epoch(1))
+    assert not torch.equal(order.epoch(1), Order(6000, 50, 1, weights=weights).epoch(1))
+    # Where a sample has nearly all the weight it is drawn again and again.
+    one = torch.full((100,), 1e-12, dtype=torch.float64)
+    one[42] = 1.0
+    assert Order(100, 10, 0, weights=one).epoch(0).tolist() == [42] * 100
+
+
+@pytest.mark.parametrize("trainer", [{"shuffle": False}, {"drop_last": True}, {"weights": True}])
+def test_every_order_is_exact_after_a_resume_and_for_any_number_of_workers(
+    trainer: dict[str, bool], tmp_path: Path
+) -> None:
+    def job(num_workers: int) -> Any:
+        options: dict[str, Any] = dict(trainer)
+        data = {"_target_": "Chosen", "weighted": options.pop("weights", False), "num_workers": num_workers}
+        return make_job(model={"_target_": "Net", "note": True}, data=data, deterministic=True, epochs=2, **options)
+
+    whole = succeed(job(0), tmp_path / "whole", 1)
+    succeed(job(1), tmp_path / "parts", 2, scripts=Script(stop_after=3))
+    succeed(job(0), tmp_path / "parts", 3)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    seen = [number for entry in trained(whole[0]) if entry[0] == "losses" for number in entry[1]]
+    epochs = [seen[: len(seen) // 2], seen[len(seen) // 2 :]]
+    if "shuffle" in trainer:
+        assert epochs == [list(range(250))] * 2
+    if "drop_last" in trainer:
+        assert [len(set(epoch)) for epoch in epochs] == [200, 200]
+    if "weights" in trainer:
+        assert len(seen) == 500
+        assert all(number % 2 == 0 for number in seen)
+
+
+@pytest.mark.parametrize(
+    ("data", "trainer", "words"),
+    [
+        ({"weighted": True}, {"shuffle": False}, r"trainer\.shuffle=false"),
+        ({"weights": [1.0] * 3}, {}, "one number, 0 or more, for each of the 250"),
+        ({"weights": [-1.0] + [1.0] * 249}, {}, "negative"),
+        ({"weights": [float("nan")] * 250}, {}, "not finite"),
+        ({"weights": [0.0] * 250}, {}, "only zeros"),
+        ({"weights": "equal"}, {}, "one number, 0 or more"),
+        ({"streams": True, "weighted": True}, {}, "stream"),
+        ({"streams": True}, {"shuffle": False}, "stream"),
+    ],
+)
+def test_weights_that_cannot_be_followed_are_refused(data: dict[str, Any], trainer: dict[str, Any], words: str) -> None:
+    job = make_job(data={"_target_": "Chosen", **data}, **trainer)
+    with pytest.raises(RequestError, match=words):
+        build_order(job, build_data(job))

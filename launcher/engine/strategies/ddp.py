@@ -57,14 +57,13 @@ class DataParallel(Strategy):
         return answer
 
     def _in_ddp(self) -> DistributedDataParallel:
-        on_gpu = self.runtime.device.type == "cuda"
         static = bool(self._config.option("static_graph"))
         with warnings.catch_warnings():
             # 2.13 has another name for broadcast_buffers, which the older versions that serve as well do not know.
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = DistributedDataParallel(
                 self._steps,
-                device_ids=[self.runtime.device] if on_gpu else None,
+                device_ids=None,  # batches are on the device; DDP would make containers that it knows again
                 process_group=self.runtime.group,
                 init_sync=False,  # all ranks hold the same already
                 gradient_as_bucket_view=True,
