@@ -22,9 +22,10 @@ from ray_jobs import HERE, Task
 
 from launcher.clusters import reaper
 from launcher.clusters.local import EmbeddedRay
-from launcher.errors import DataError, LaunchError, NonFiniteLoss, Stopped, UserCodeError, WorkerLost
+from launcher.errors import DataError, LaunchError, LoaderLost, NonFiniteLoss, Stopped, UserCodeError, WorkerLost
 from launcher.runners import reports
 from launcher.runners.signals import Interrupts
+from launcher.runners.supervision import Limits, again, explain
 from tests.waiting import wait_for
 
 CPUS = 2
@@ -115,6 +116,7 @@ def test_an_exception_on_one_rank_is_raised_as_what_it_was(cluster: EmbeddedRay)
         DataError("x.csv, row 3"),
         UserCodeError("ValueError: x", "Traceback …\nValueError: x"),
         WorkerLost("gone"),
+        LoaderLost("killed"),
     ],
 )
 def test_errors_of_ours_arrive_as_they_left(error: LaunchError) -> None:
@@ -123,6 +125,19 @@ def test_errors_of_ours_arrive_as_they_left(error: LaunchError) -> None:
     assert type(arrived) is type(error)
     assert str(arrived) == str(error)
     assert getattr(arrived, "traceback_text", "") == getattr(error, "traceback_text", "")
+
+
+def test_a_dead_loader_process_is_a_cause_and_not_what_follows() -> None:
+    """Would be wrong: no restart; or the broken connections of the others are reported as the cause."""
+    lost, gone = (
+        reports.describe(error, 0) for error in (LoaderLost("a loader process was killed"), WorkerLost("gone"))
+    )
+    assert (lost["lost"], lost["aftermath"]) == (True, False)
+    assert (gone["lost"], gone["aftermath"]) == (False, True)
+    told = explain(RuntimeError(), {}, [gone, lost | {"time": gone["time"] + 1}])
+    assert isinstance(told, LoaderLost)
+    verdict = {"cause": "failure", "count": 1, "most": 3}
+    assert again(verdict, {}, {}, Limits(), [gone, lost]).startswith("a loader process was killed. The run is started")
 
 
 def test_ray_data_reads_a_stream_though_the_workers_have_every_cpu(cluster: EmbeddedRay, tmp_path: Path) -> None:
