@@ -220,7 +220,8 @@ def _template(job: RayJob, container: str, head: bool = False) -> dict[str, Any]
             {"name": "shm", "emptyDir": shm},
             *({"name": mount.slug, "persistentVolumeClaim": {"claimName": claim}} for mount, claim in claims),
         ],
-        **({} if head else _placement(job.nodes)),
+        # The head's autoscaler asks Kubernetes for pods; nothing on a worker needs its interface.
+        **({} if head else {"automountServiceAccountToken": False, **_placement(job.nodes)}),
     }
     labels = {"app.kubernetes.io/managed-by": "launch"}
     if cluster.service_account is not None:

@@ -185,8 +185,10 @@ def setup_lines(mounts: Sequence[Mount], client_id: str | None = None) -> list[s
 # Microsoft's package archive is known to the images of Azure for HPC and data science; elsewhere it is added.
 _INSTALL = (
     "command -v blobfuse2 > /dev/null || { { apt-cache show blobfuse2 > /dev/null 2>&1 || "
-    '{ curl -fsSLo /tmp/launch-microsoft.deb "https://packages.microsoft.com/config/ubuntu/$(. /etc/os-release; '
-    'echo $VERSION_ID)/packages-microsoft-prod.deb" && sudo dpkg -i /tmp/launch-microsoft.deb; }; } && '
+    # In a directory of our own: a file under a known name in /tmp may be somebody else's, and root would install it.
+    '{ place=$(mktemp -d) && curl -fsSLo "$place/microsoft.deb" "https://packages.microsoft.com/config/ubuntu/'
+    '$(. /etc/os-release; echo $VERSION_ID)/packages-microsoft-prod.deb" && sudo dpkg -i "$place/microsoft.deb" && '
+    'rm -rf "$place"; }; } && '
     "sudo apt-get update -qq && sudo apt-get install -y -qq blobfuse2 fuse3; }"
 )
 _DISK = f"""if [ ! -e {_CACHE} ]; then

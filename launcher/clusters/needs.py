@@ -17,6 +17,7 @@ from typing import Any
 
 from launcher.clusters import project
 from launcher.clusters.capacity import Node
+from launcher.config.masking import hide
 from launcher.errors import ClusterError, ConfigError
 
 INSTALL_SECONDS = 1800.0
@@ -95,6 +96,7 @@ class Needs:
             if said:
                 for value in values.values():
                     said = said.replace(value, "***")
+                said = hide(said)
                 problems.append(f"{node.host} ({node.address}): {said}")
         if problems:
             raise ClusterError(f"What the job needs ({self.told()}) is not there on all nodes. {'; '.join(problems)}")
@@ -124,24 +126,30 @@ def _work() -> Callable[[str, str, dict[str, Any]], str]:
             last = " ".join(said[-4:])[-500:] or "it said nothing"
             return f"{what} ended with status {done.returncode}: {last}" if done.returncode else ""
 
+        # Words stand in the list of processes, and an index's address or a line of shell may hold a password.
+        def file_with(lines: list[str], suffix: str) -> Any:
+            file = tempfile.NamedTemporaryFile("w", suffix=suffix)  # noqa: SIM115 (the caller closes it)
+            file.write("".join(f"{line}\n" for line in lines))
+            file.flush()
+            return file
+
         if needs["file"] or needs["packages"]:
             pins = []
             for name in ("torch", "ray"):
                 try:
-                    pins.append(f"{name}=={importlib.metadata.version(name)}\n")
+                    pins.append(f"{name}=={importlib.metadata.version(name)}")
                 except importlib.metadata.PackageNotFoundError:
                     continue
-            with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-                constraints.write("".join(pins))
-                constraints.flush()
+            with file_with(pins, ".txt") as constraints, file_with(needs["packages"], ".txt") as packages:
                 words = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet"]
                 words += ["--constraint", constraints.name]
-                words += ["--requirement", needs["file"]] if needs["file"] else needs["packages"]
-                if problem := run(words, f"pip install ({', '.join(pin.strip() for pin in pins)} stay)"):
+                words += ["--requirement", needs["file"] or packages.name]
+                if problem := run(words, f"pip install ({', '.join(pins)} stay)"):
                     return problem
         for line in needs["setup"]:
-            if problem := run(["sh", "-c", line], f"`{line}`"):
-                return problem
+            with file_with([line], ".sh") as script:
+                if problem := run(["sh", script.name], f"`{line}`"):
+                    return problem
         return ""
 
     return work

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.clusters import keep
-from launcher.errors import HostError
+from launcher.errors import ConfigError, HostError
 
 CONNECT_SECONDS = 10
 PERSIST_SECONDS = 120
@@ -76,9 +76,14 @@ class Shell:
     Args:
         words: the ssh command up to and with the destination: `ssh -i KEY ada@vm1`.
         name: what errors call the machine; the destination unless given.
+
+    Raises:
+        ConfigError: the destination would be read as an option.
     """
 
     def __init__(self, words: Sequence[str], name: str | None = None) -> None:
+        if words[-1].startswith("-") or "@-" in words[-1]:
+            raise ConfigError(f"{words[-1]!r} is no host: ssh would read it as an option. Give the name of a host.")
         self.name = name or words[-1]
         self._plain = list(words)
         alive = ("-o", f"ServerAliveInterval={ALIVE_SECONDS}", "-o", f"ServerAliveCountMax={ALIVE_COUNT}")
@@ -100,7 +105,7 @@ class Shell:
         """
         code = script.encode()
         # The script comes first on standard input, and what it reads after it.
-        words = [*self._shared(), self._destination, f"exec sh -c 'eval \"$(head -c {len(code)})\"'"]
+        words = [*self._shared(), "--", self._destination, f"exec sh -c 'eval \"$(head -c {len(code)})\"'"]
         return self._do(words, code + (stdin or "").encode(), seconds, what)
 
     def send(self, directory: Path, files: Sequence[str] | None, to: str, *, seconds: float = 600) -> None:
@@ -122,7 +127,9 @@ class Shell:
             parents = {str(parent) for file in files for parent in Path(file).parents} - {"."}
             options += ["--delete-excluded", "--from0", "--include-from=-", "--exclude=*"]
             rules = b"".join(f"/{_literal(name)}\0".encode() for name in [*sorted(parents), *files])
-        self._rsync([*options, f"{directory}/", f"{self._remote()}:{to}/"], rules, seconds, f"sending files to {to}")
+        self._rsync(
+            [*options, "--", f"{directory}/", f"{self._remote()}:{to}/"], rules, seconds, f"sending files to {to}"
+        )
 
     def fetch(self, remote: str, local: Path, options: Sequence[str] = (), *, seconds: float = 600) -> None:
         """Copy a file, or with a slash at its end the content of a directory, from there; only what differs.
@@ -134,7 +141,7 @@ class Shell:
         Raises:
             HostError: as for `send`.
         """
-        words = ["--partial", *options, f"{self._remote()}:{remote}", str(local)]
+        words = ["--partial", *options, "--", f"{self._remote()}:{remote}", str(local)]
         self._rsync(words, b"", seconds, f"fetching {remote}")
 
     @contextlib.contextmanager
@@ -152,7 +159,7 @@ class Shell:
             local = probe.getsockname()[1]
         options = ["-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{local}:{to}:{port}"]
         # `cat` ends, and ssh with it, when this process is no more, however it went.
-        words = [*self._options, *options, self._destination, "exec cat >/dev/null"]
+        words = [*self._options, *options, "--", self._destination, "exec cat >/dev/null"]
         tunnel = _Tunnel(self, words, local)
         tunnel.open()
         try:
@@ -164,7 +171,7 @@ class Shell:
         """End the shared connection now; the next command makes another."""
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(
-                [*self._shared(), "-O", "exit", self._destination], capture_output=True, timeout=5, check=False
+                [*self._shared(), "-O", "exit", "--", self._destination], capture_output=True, timeout=5, check=False
             )
 
     def failed(self, said: str, status: int = 255, what: str = "a command", seconds: float = 0) -> HostError:

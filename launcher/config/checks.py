@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -242,17 +243,32 @@ def _check_cluster(cluster: ClusterConfig) -> None:
                 )
 
 
+ANYWHERE = "anywhere"  # the word that opens SSH to every address
+_WIDEST = 8  # bits: no owner of a network has a larger one
+# No dash at the beginning, which ssh reads as an option, and nothing that the shell of a ProxyCommand would read.
+_USER = r"[A-Za-z0-9_][A-Za-z0-9_.+\\-]*"
+_HOST = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+_IPV6 = r"[0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?"
+
+
 def _check_hosts(cluster: ClusterConfig) -> None:
     if cluster.hosts and cluster.kind != "ssh":
         raise ConfigError(f"cluster.hosts belongs to cluster=ssh, but the cluster is {cluster.kind}. Leave it out.")
     for host in cluster.hosts:
-        if (
-            not re.fullmatch(r"([^@\s]+@)?(\[[^\]\s]+\](:\d+)?|[^@\s:]+(:\d+)?|[0-9a-fA-F:.%]+)", host)
-            or host[0] == "-"
-        ):
+        if not re.fullmatch(rf"({_USER}@)?(\[{_IPV6}\](:\d+)?|{_HOST}(:\d+)?|{_IPV6})", host):
             raise ConfigError(
-                f"cluster.hosts holds {host!r}, but a host is written [USER@]HOST[:PORT], such as ada@vm1:22."
+                f"cluster.hosts holds {host!r}, but a host is written [USER@]HOST[:PORT], such as ada@vm1:22, without "
+                "characters that a shell or ssh reads as something else."
             )
+    if cluster.user is not None and not re.fullmatch(_USER, cluster.user):
+        raise ConfigError(
+            f"cluster.user is {cluster.user!r}, but must be the name of a user on the hosts, such as ada."
+        )
+    for key in ("ssh_key", "ssh_config"):
+        value = getattr(cluster, key)
+        if value is not None and (not value or value[0] == "-" or not value.isprintable()):
+            raise ConfigError(f"cluster.{key} is {value!r}, but must be the path of a file, such as ~/.ssh/work.")
+    _check_ssh_from(cluster.ssh_from)
     twice = [host for host in cluster.hosts if cluster.hosts.count(host) > 1]
     if twice:
         raise ConfigError(f"cluster.hosts holds {twice[0]} twice. One host runs one node: name it once.")
@@ -260,6 +276,24 @@ def _check_hosts(cluster: ClusterConfig) -> None:
         raise ConfigError(
             f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
             "/opt/launch/bin/python."
+        )
+
+
+def _check_ssh_from(value: str | None) -> None:
+    if value is None or value == ANYWHERE:
+        return
+    try:
+        network = ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        raise ConfigError(
+            f"cluster.ssh_from is {value!r}, but must be an address or a network in CIDR notation, such as "
+            "203.0.113.7/32."
+        ) from None
+    if network.prefixlen < _WIDEST:
+        raise ConfigError(
+            f"cluster.ssh_from={value} opens the head's SSH port to {network.num_addresses:,} addresses. Give the "
+            "address or network that you connect from, such as 203.0.113.7/32, or leave the key out for this machine's "
+            f"address. To open the port to the whole internet write cluster.ssh_from={ANYWHERE}."
         )
 
 

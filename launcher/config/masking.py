@@ -184,9 +184,9 @@ def mask_word(word: str) -> str:
     """Return a word of the command line, `key=value`, with a literal secret in it as ***."""
     key, equals, value = word.partition("=")
     masked = mask_at(key, value)
-    literal = "".join(part for part, refers in _parts(value) if not refers)
-    # A mapping, {db: {password: x}}: what is left of a reference is no value.
-    named = re.finditer(r"""([\w.-]+)["']?\s*:(?!\s*(?:[,}]|$))""", literal)
+    literal = "".join("\0" if refers else part for part, refers in _parts(value))
+    # A mapping, {db: {password: x}}: a reference is no secret.
+    named = re.finditer(r"""([\w.-]+)["']?\s*:(?!\s*(?:["']?\0|null\b))""", literal)
     if masked == value and any(is_secret_name(found[1]) for found in named):
         masked = MASK
     return f"{key}{equals}{masked}"

@@ -141,7 +141,7 @@ class ClusterConfig:
     down_after: bool = False  # remove all, the head too, after idle_minutes without work
     launch_attempts: int = 3  # failed launches of GPU VMs after which no further one is tried
     subscription: str | None = None  # of Azure; default: that of `az account show`
-    ssh_from: str | None = None  # the address (CIDR) that may reach the head; default: this machine's
+    ssh_from: str | None = None  # the address (CIDR) that may reach the head, or `anywhere`; default: this machine's
     node_usd_per_hour: float | None = None  # what a machine with workers costs; default: by size, region and spot
     head_usd_per_hour: float | None = None  # and one beside them that only leads; needs node_usd_per_hour
     budget_usd: float | None = None  # that the run may cost over its whole life

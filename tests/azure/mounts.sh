@@ -1,5 +1,5 @@
 sh -c 'set -e
-command -v blobfuse2 > /dev/null || { { apt-cache show blobfuse2 > /dev/null 2>&1 || { curl -fsSLo /tmp/launch-microsoft.deb "https://packages.microsoft.com/config/ubuntu/$(. /etc/os-release; echo $VERSION_ID)/packages-microsoft-prod.deb" && sudo dpkg -i /tmp/launch-microsoft.deb; }; } && sudo apt-get update -qq && sudo apt-get install -y -qq blobfuse2 fuse3; }
+command -v blobfuse2 > /dev/null || { { apt-cache show blobfuse2 > /dev/null 2>&1 || { place=$(mktemp -d) && curl -fsSLo "$place/microsoft.deb" "https://packages.microsoft.com/config/ubuntu/$(. /etc/os-release; echo $VERSION_ID)/packages-microsoft-prod.deb" && sudo dpkg -i "$place/microsoft.deb" && rm -rf "$place"; }; } && sudo apt-get update -qq && sudo apt-get install -y -qq blobfuse2 fuse3; }
 if [ ! -e /var/cache/launch-blobfuse ]; then
   place=/mnt
   for disk in $(lsblk -dnpo NAME | grep nvme); do

@@ -31,7 +31,8 @@ class Cluster:
         key = directory / "key"
         key.write_text("secret")
         key.with_suffix(".pub").write_text("ssh-rsa AAAA")
-        local = ray_yaml.Local(subscription=api.account.subscription, key=str(key), files={})
+        hosts = str(directory / "hosts")
+        local = ray_yaml.Local(subscription=api.account.subscription, key=str(key), known_hosts=hosts, files={})
         self.config = Provider.bootstrap_config(ray_yaml.ray_config(self.wish, local))
         self.provider = Provider(self.config["provider"], self.wish.name)
 

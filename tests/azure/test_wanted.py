@@ -21,6 +21,7 @@ SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
 LOCAL = ray_yaml.Local(
     subscription=SUBSCRIPTION,
     key="/home/ada/.local/state/launch/clusters/demo.key",
+    known_hosts="/home/ada/.local/state/launch/clusters/demo.hosts",
     files={"/home/ubuntu/launch/code/launcher": "/src/launcher"},
     azure=["azure-core==1.35.0"],
 )

@@ -135,7 +135,11 @@ def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
         for line in granted:
             tell(f"  {line}")
     local = ray_yaml.Local(
-        subscription=api.account.subscription, key=str(key), files=here.files(wish.name), azure=here.pins()
+        subscription=api.account.subscription,
+        key=str(key),
+        known_hosts=str(here.file_of(wish.name, "hosts")),
+        files=here.files(wish.name),
+        azure=here.pins(),
     )
     file = here.file_of(wish.name, "yaml")
     file.write_text(ray_yaml.text(wish, local))

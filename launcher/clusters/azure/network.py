@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.clusters.azure.wanted import Wanted
+from launcher.config.checks import ANYWHERE
 
 DEPLOYMENT = "launch-base"
 CONTRIBUTOR = "b24988ac-6180-42a0-ab88-20f7382dd24c"  # built-in roles of Azure
@@ -50,7 +51,7 @@ def template(wanted: Wanted) -> dict[str, Any]:
         "protocol": "Tcp",
         "access": "Allow",
         "direction": "Inbound",
-        "sourceAddressPrefix": wanted.ssh_from,
+        "sourceAddressPrefix": "0.0.0.0/0" if wanted.ssh_from == ANYWHERE else wanted.ssh_from,
         "sourcePortRange": "*",
         "destinationAddressPrefix": "*",
         "destinationPortRange": "22",

@@ -7,6 +7,7 @@ does, its code does; here
 * zones are taken as they were chosen: who may act in one group alone may not list the zones of sizes;
 * where spot is preferred and refused, the nodes are made on demand: Ray's autoscaler (v2) would turn to another kind of
   node where machines come late, but asks again and again for those that are refused;
+* host keys are kept and compared: Ray's SSH takes any (StrictHostKeyChecking=no, and forgets it);
 * a launch that fails is kept for the user (`failures`), and after `launch_attempts` of them no other is tried for a
   while.
 """
@@ -71,6 +72,21 @@ class Provider(AzureNodeProvider):
             except NodeLaunchException as error:
                 refused = error
         raise refused
+
+    def get_command_runner(self, log_prefix: str, node_id: str, *arguments: Any, **more: Any) -> Any:
+        """Return Ray's runner of commands on a node over SSH, with host keys that are kept and compared.
+
+        The first key of a machine is taken: it was made a minute ago. A node gets the address of one that is gone, so
+        nodes are known by their ids; the head is known by its address, as it is to `launcher.clusters.azure.lifecycle`.
+        """
+        runner = super().get_command_runner(log_prefix, node_id, *arguments, **more)
+        options = runner.ssh_options.arg_dict
+        options["StrictHostKeyChecking"] = "accept-new"
+        options["UserKnownHostsFile"] = self.provider_config["known_hosts"]
+        if self.node_tags(node_id).get(TAG_RAY_NODE_KIND) == NODE_KIND_WORKER:
+            options["UserKnownHostsFile"] = "~/.ssh/launch_known_hosts"  # of the head, which starts them
+            options["HostKeyAlias"] = node_id
+        return runner
 
     def _create(self, way: str, node_config: dict[str, Any], tags: dict[str, str], count: int) -> None:
         from azure.core.exceptions import AzureError

@@ -42,12 +42,14 @@ class Local:
     Attributes:
         subscription: Azure's.
         key: the private SSH key's file; its public half has `.pub` behind it.
+        known_hosts: the file of the head's SSH host key.
         files: what is copied to every VM: path there -> path here.
         azure: packages that the head needs to create VMs, with their versions.
     """
 
     subscription: str
     key: str
+    known_hosts: str
     files: Mapping[str, str]
     azure: Sequence[str] = ()
 
@@ -85,6 +87,7 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
             "nodes_msi": base["nodes"],
             "nsg": base["nsg"],
             "subnet": base["subnet"],
+            "known_hosts": local.known_hosts,
             "launch_attempts": wanted.launch_attempts,
             # Not a second kind of node for Ray: its autoscaler does not turn to another kind where one is refused.
             "on_demand_instead": nodes.spot == "prefer",
