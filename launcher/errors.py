@@ -28,7 +28,8 @@ Interruption is not an error: `Stopped` carries the signal, and the command line
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class LaunchError(Exception):
@@ -142,6 +143,27 @@ class Stopped(BaseException):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
         self.signal_number = signal_number
+
+
+# What an error holds beside its message, by the names of the arguments of its class.
+_DATA: dict[type[LaunchError], tuple[str, ...]] = {HostError: ("host", "cause"), UserCodeError: ("traceback_text",)}
+
+
+def to_dict(error: LaunchError) -> dict[str, Any]:
+    """Return an error as plain data for another process. A class of another module becomes its base in this one."""
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
+    data = {name: getattr(error, name) for base, names in _DATA.items() if issubclass(kind, base) for name in names}
+    return {"type": kind.__name__, "message": str(error), "data": data, "exit_status": error.exit_status}
+
+
+def from_dict(found: Mapping[str, Any]) -> LaunchError:
+    """Return the error that `to_dict` described."""
+    kind = globals().get(found["type"])
+    if not (isinstance(kind, type) and issubclass(kind, LaunchError)):
+        kind = LaunchError
+    error = kind(found["message"], **found["data"])
+    error.exit_status = found["exit_status"]
+    return error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -91,7 +91,8 @@ def board(root: Path, chromium: str) -> Iterator[Board]:
     command = [*LAUNCH, "board", f"run.root={root}", "--port", str(port)]
     server = subprocess.Popen(command, cwd=root.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        url = f"http://127.0.0.1:{port}/"
+        assert server.stderr is not None
+        url = next(word for word in server.stderr.readline().split() if word.startswith(f"http://127.0.0.1:{port}/"))
         _wait_for(url, server)
         # Chromium's sandbox needs a user namespace, which root in a container does not get.
         options = ["--no-sandbox"] if os.geteuid() == 0 else []

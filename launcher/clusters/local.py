@@ -35,6 +35,7 @@ from launcher.clusters.ray_adapted import (
 MARKER = "LAUNCH_SESSION"
 OBJECT_STORE_BYTES = 80_000_000  # near Ray's minimum: training data never passes through it
 LOOPBACK = "127.0.0.1"
+RAYS = "ray"  # of the private directory, since Ray opens the one that it is given to all users
 
 
 class EmbeddedRay:
@@ -134,7 +135,7 @@ class EmbeddedRay:
                 log_to_driver=self._verbose,
                 logging_level=logging.INFO if self._verbose else logging.ERROR,
                 _node_ip_address=LOOPBACK,
-                _temp_dir=str(self.directory),
+                _temp_dir=str(self.directory / RAYS),
             )
             loading.join()
         self.address = found.address_info["gcs_address"]

@@ -199,6 +199,10 @@ def _environment(order: dict[str, Any], directory: Path, scratch: Path) -> dict[
             "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": f"{scratch}/r",
+            # As `ray_adapted.NO_METRICS`: those ports would ask for no token.
+            "RAY_enable_metrics_collection": "0",
+            "DASHBOARD_METRIC_PORT": "-1",
+            "AUTOSCALER_METRIC_PORT": "-1",
         }
     )
     return given

@@ -12,6 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Ray's metrics are off: the ports of its agents, its dashboard and its autoscaler ask for no token. The last two
+# have no switch: an impossible port keeps them from listening.
+NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1"}
+
 # What every process of our Ray is told through the environment, on top of the user's own.
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
@@ -20,6 +24,7 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray writes titles over argv and environment of its processes; the reaper reads the environment.
     "SPT_NOENV": "1",
+    **NO_METRICS,
 }
 
 
@@ -131,6 +136,9 @@ def replaced(replacements: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 def private_directory() -> Path:
-    """Make a directory whose name is short: the path of a Unix socket holds 107 characters, and Ray adds about 75."""
+    """Make a directory that this user alone can enter, with a short name.
+
+    The path of a Unix socket holds 107 characters, and what Ray and `local.RAYS` add takes about 80.
+    """
     root = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="launch-", dir=root if len(root) <= 16 else "/tmp"))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config import keys, masking, targets
+from launcher.config import keys, masking, schema, targets
 from launcher.config.checks import check_values
 from launcher.config.own_hydra import PRIMARY, compose_with_hydra, initialize, own_hydra, wrong_type
 from launcher.config.schema import Job
@@ -115,7 +115,7 @@ def compose(words: Sequence[str], config_dir: Path | None = None, stored: Path |
             f"command line, {names[0]}=..., or refer to an environment variable, ${{oc.env:NAME}}."
         )
     masking.remember(masking.secrets_in(tree))
-    job = _to_job(tree)
+    job = Job.from_dict(tree)
     check_values(job)
     return Composition(job, list(words), choices, plan.given, unresolved, hydra_tree["sweeper"])
 
@@ -129,7 +129,7 @@ def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
     with own_hydra():
         composed = compose_with_hydra(_read_words(words, where, of_a_run=False), where, None)
         tree, _ = _resolve(composed, only=section)
-    return _to_section(section, tree[section])
+    return schema.section(section, tree[section])
 
 
 @contextmanager
@@ -240,13 +240,3 @@ def _choices(composed: DictConfig) -> dict[str, Any]:
     found = OmegaConf.to_container(composed["hydra"]["runtime"]["choices"])
     assert isinstance(found, dict)
     return {str(k): v for k, v in found.items() if not str(k).startswith("hydra/") and v is not None}
-
-
-def _to_job(tree: Mapping[str, Any]) -> Job:
-    return Job(**{item.name: _to_section(item.name, tree[item.name]) for item in dataclasses.fields(Job)})
-
-
-def _to_section(name: str, value: Any) -> Any:
-    make = next(item.default_factory for item in dataclasses.fields(Job) if item.name == name)
-    kind = type(make()) if callable(make) else None
-    return kind(**value) if kind is not None and dataclasses.is_dataclass(kind) else value

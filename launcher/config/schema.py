@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
 from typing import Any
 
@@ -195,6 +195,18 @@ class Job:
     vars: dict[str, Any] = field(default_factory=dict)
     trust: list[str] = field(default_factory=list)
     verbose: bool = False
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Job:
+        """Return the job whose sections are the entries of `tree`, as plain data."""
+        return cls(**{item.name: section(item.name, tree[item.name]) for item in fields(cls)})
+
+
+def section(name: str, value: Any) -> Any:
+    """Return one section of a job, given as plain data: its dataclass, or the value itself where it has none."""
+    make = next(item.default_factory for item in fields(Job) if item.name == name)
+    kind = type(make()) if callable(make) else None
+    return kind(**value) if kind is not None and is_dataclass(kind) else value
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from launcher.engine.runtime import Runtime
 from launcher.engine.shared import kept
 from launcher.engine.trainer import Trainer
 from launcher.errors import ConfigError, RequestError
-from launcher.money import Bill
+from launcher.money import Bill, Rate
 from launcher.phases import Marks
 from launcher.phrases import count, step_line
 from launcher.runs import RunDirectory
@@ -61,6 +61,17 @@ class Task:
     inputs: str | None = None
     bill: Bill = field(default_factory=Bill)
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Task:
+        """Return the task that `dataclasses.asdict` described."""
+        bill, rate = found["bill"], found["bill"]["rate"]
+        parts = {
+            "job": Job.from_dict(found["job"]),
+            "marks": Marks(**found["marks"]),
+            "bill": Bill(**{**bill, "rate": None if rate is None else Rate(**rate)}),
+        }
+        return cls(**{**found, **parts})
 
 
 def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:

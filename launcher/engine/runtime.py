@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from launcher.engine import objects, rendezvous
 from launcher.errors import ConfigError, ResourceError
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
@@ -108,8 +109,15 @@ class Runtime:
         owns = not dist.is_initialized()
         if owns:
             on_gpu = choose_device(device, local_rank).type == "cuda"
+            if local_world_size == world_size:
+                rendezvous.stay_on_loopback()
+            store = rendezvous.of_environment(rank, world_size, COLLECTIVE_TIMEOUT, local_world_size == world_size)
             dist.init_process_group(
-                "nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+                "nccl" if on_gpu else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=COLLECTIVE_TIMEOUT,
             )
         runtime = cls.adopt(rank, world_size, local_rank, local_world_size, device)
         runtime.owns_group = owns
@@ -152,20 +160,12 @@ class Runtime:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the plain Python `value` of every rank, by rank."""
-        if self.alone:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.host_group)
-        return values
+        """Return the plain Python `value` of every rank, by rank; see `objects` for what it may be."""
+        return [value] if self.alone else objects.all_gather(value, self.host_group)
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's plain Python `value`."""
-        if self.alone:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.host_group)
-        return box[0]
+        """Return rank 0's plain Python `value`; see `objects` for what it may be."""
+        return value if self.alone else objects.broadcast(value, self.host_group)
 
     def new_host_group(self) -> Any:
         """Return a gloo group of its own over all ranks, for work beside the training (saving), or None when alone."""

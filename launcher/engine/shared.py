@@ -15,7 +15,7 @@ from launcher.engine.checkpoint import files
 from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.control import Control
 from launcher.engine.runtime import Runtime
-from launcher.errors import RunError, StorageError
+from launcher.errors import RunError, StorageError, from_dict, to_dict
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import CHECKPOINTS, Mirrored, Sync
 from launcher.runs.storage import Store, is_gathered
@@ -49,8 +49,8 @@ def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterato
                 mirrored.claim()
         except StorageError as error:
             failure = error
-    if failure := runtime.broadcast(failure):
-        raise failure
+    if found := runtime.broadcast(None if failure is None else to_dict(failure)):
+        raise failure or from_dict(found)
     speaks = runtime.rank == hosts.index(hosts[runtime.rank])  # the first rank of its machine
     if speaks and not own_machine and directory.checkpoints.is_dir():
         files.clean(directory.checkpoints)
@@ -103,7 +103,7 @@ def check_shared(directory: RunDirectory, store: Store | None, runtime: Runtime,
     nonce = runtime.broadcast(secrets.token_hex(8) if runtime.is_first else None)
     start = f"{_PROBE}{nonce}" + ("/" if store else "-")
     problems = runtime.gather(_write(directory.path, store, f"{start}{runtime.rank}"))
-    sights = runtime.gather(_see(directory.path, store, start))
+    sights = runtime.gather(sorted(_see(directory.path, store, start)))
     with contextlib.suppress(OSError, StorageError):
         if store is None:
             (directory.path / f"{start}{runtime.rank}").unlink()

@@ -238,7 +238,8 @@ class Trainer:
         """The newest intact checkpoint, looked for by rank 0 after a save that may still go on."""
         with suppress(CheckpointError):  # told where it matters; here the question is what there is
             self.checkpointer.wait()
-        return self.checkpointer.here(self.runtime.broadcast(self._newest_here() if self.runtime.is_first else None))
+        found = self.runtime.broadcast(self._newest_here().to_dict() if self.runtime.is_first else None)
+        return self.checkpointer.here(Newest.from_dict(found))
 
     def _newest_here(self) -> Newest:
         return self.checkpointer.newest()

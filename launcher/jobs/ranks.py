@@ -61,7 +61,7 @@ def joined(facts: Facts, device: str) -> Iterator[Runtime]:
 
     try:
         runtime = Runtime.from_environment(facts, device)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             f"Rank {facts[0]} of {facts[1]} could not meet the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0].rstrip('.')}. Start all of them, with one "

@@ -9,13 +9,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import money
 from launcher.config import ClusterConfig, Job, peek
-from launcher.errors import LaunchError
+from launcher.errors import LaunchError, from_dict, to_dict
 from launcher.jobs import ranks
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.record import Record
@@ -270,10 +270,13 @@ def _agree(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepar
                 observer.event({"kind": "note", "text": f"scaling.workers={asked} is ignored: {why}."})
         except LaunchError as error:
             failure = error
-    failure, task = runtime.broadcast((failure, task))
-    if failure is not None:
-        raise failure
-    return prepared, task
+    described = {"failure": failure and to_dict(failure), "task": task and asdict(task)}
+    found = runtime.broadcast(described if runtime.is_first else None)
+    from launcher.engine.entry import Task
+
+    if found["failure"] is not None:
+        raise failure or from_dict(found["failure"])
+    return prepared, None if found["task"] is None else Task.from_dict(found["task"])
 
 
 # ---- what the shells say and return ----------------------------------------------------------------------------------

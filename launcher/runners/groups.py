@@ -160,7 +160,7 @@ class _Group:
             job=b"",
             python_path=python_path,
             on_gpu=shape.gpus_per_worker > 0,
-            loopback=cluster.one_machine,
+            meeting=str(cluster.directory) if cluster.one_machine else None,
         )
         self._trainer = ray_train.make_trainer(
             self._order, __name__, shape.workers, shape.cpus_per_worker, shape.gpus_per_worker, cluster

@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -58,7 +59,7 @@ class Order:
     job: bytes  # (main, task), pickled apart: it can only be read once `python_path` is there
     python_path: list[str]
     on_gpu: bool
-    loopback: bool
+    meeting: str | None  # a private directory where workers of one machine meet; None: they meet over the network
     timeout: float = 120.0  # seconds that a collective operation may take
 
 
@@ -97,7 +98,7 @@ def run(
         job=cloudpickle.dumps((main, task)),
         python_path=list(task.python_path),
         on_gpu=gpus_per_worker > 0,
-        loopback=cluster.one_machine,
+        meeting=str(cluster.directory) if cluster.one_machine else None,
         timeout=limits.timeout,
     )
 
@@ -312,27 +313,32 @@ def joined(order: Order, context: Any) -> Iterator[Any]:
 
 def choose_interface(order: Order) -> None:
     """Have gloo and NCCL talk over the interface of this node's address."""
-    if order.loopback:  # one machine: nothing leaves it, and it works without a network or a name that resolves
-        interface: str | None = "lo0" if sys.platform == "darwin" else "lo"
-    else:  # both would take the host's name, which may stand for loopback, or another network
-        interface = interface_of(ray.util.get_node_ip_address())
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if interface is not None:
-            os.environ.setdefault(variable, interface)
+    from launcher.engine import rendezvous
+
+    if order.meeting is not None:  # one machine: it works without a network or a name that resolves
+        rendezvous.stay_on_loopback()
+    # Both would take the host's name, which may stand for loopback, or another network.
+    elif (interface := interface_of(ray.util.get_node_ip_address())) is not None:
+        rendezvous.use_interface(interface)
 
 
 def _rendezvous(order: Order, rank: int, world_size: int, timeout: timedelta) -> Any:
-    """Return the store where the ranks meet. Rank 0 opens it on a port that the system picks, and tells the others."""
-    from torch.distributed import TCPStore
+    """Return the store where the ranks meet.
+
+    On one machine it is a file. Elsewhere rank 0 listens on its node's address and publishes the port.
+    """
+    from launcher.engine import rendezvous
 
     key = f"{order.run}/rendezvous/{introduced()[0]}"
+    if order.meeting is not None:
+        return rendezvous.file_store(Path(order.meeting), key, world_size, timeout)
     if rank == 0:
-        host = "127.0.0.1" if order.loopback else ray.util.get_node_ip_address()
-        store = TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        host = ray.util.get_node_ip_address()
+        store = rendezvous.serve(rendezvous.own_address(host), world_size, timeout)
         publish(key, f"{host}:{store.port}")
         return store
     host, _, port = wait_for(key, timeout.total_seconds()).rpartition(":")
-    return TCPStore(host, int(port), world_size, is_master=False, timeout=timeout)
+    return rendezvous.join(host, int(port), world_size, timeout)
 
 
 def _device(order: Order) -> str:

@@ -27,7 +27,7 @@ launch [VERB [NAME]] [HYDRA OVERRIDES...] [HYDRA FLAGS]
   runs             list runs with state, step, loss, workers, time; --json for programs
   logs NAME        show what a run printed, and follow it while it goes on (--no-follow: do not)
   stop NAME        have a run save a checkpoint and stop
-  board            serve TensorBoard over the run root; --port N
+  board            serve TensorBoard over the run root; --port N, --open
   sizes            list Azure's NC sizes with GPUs, network, quota family and price; --region NAME, --offline, --json
   up               make a cluster: cluster=ssh cluster.hosts=[HEAD,HOST,...]; what runs already is left alone
   status [NAME]    show all clusters of mine with their hosts and SSH line, or one; --json for programs
@@ -65,6 +65,7 @@ _FLAGS = {
     "--config-dir": ("config_dir", True),
     "-cd": ("config_dir", True),
     "--port": ("port", True),
+    "--open": ("open", False),
     "--host": ("host", True),
     "-m": ("multirun", False),
     "--multirun": ("multirun", False),
@@ -95,6 +96,7 @@ _FLAGS_OF = {
     "no_follow": ("logs",),
     "forget": ("down",),
     "port": ("board",),
+    "open": ("board",),
     "host": ("board",),
 }
 _OPTIONAL = {"--info": "all", "-i": "all"}  # what a flag means without its value

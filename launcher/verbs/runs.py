@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError, RunError
 from launcher.runs import RunDirectory
+from launcher.verbs import board_server
 from launcher.verbs.output import say
 
 if TYPE_CHECKING:
@@ -109,9 +111,14 @@ def board(line: Line) -> int:
     if not root.is_dir():
         raise RunError(f"There is no run root {root} yet. Train something first, or name another: run.root=DIRECTORY.")
     shown = RunDirectory(root / "run").root
-    say(f"TensorBoard over {shown}: http://{host}:{port} (Ctrl-C ends it)")
+    prefix = f"/{secrets.token_urlsafe(16)}"
+    own = f"[{host}]" if ":" in host else host
+    url = f"http://{own}:{port}{prefix}/"
+    say(f"TensorBoard over {shown}: {url} (Ctrl-C ends it)")
     options = ["--logdir", str(root), "--host", host, "--port", port, "--reload_multifile=true", "--reload_interval=5"]
-    command = [sys.executable, "-m", "tensorboard.main", *options]
+    opening = [board_server.OPEN, url] if "open" in line.flags else []
+    # `-P`: no file of the calling directory takes the place of a module.
+    command = [sys.executable, "-P", board_server.__file__, *opening, *options, f"--path_prefix={prefix}"]
     if shown != str(root):
         from launcher.runs.mirror import board
 

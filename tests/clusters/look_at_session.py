@@ -12,6 +12,7 @@ import ray
 
 from launcher.clusters import reaper
 from launcher.clusters.local import LOOPBACK, EmbeddedRay
+from tests.clusters.sockets import listeners
 
 STRANGER = "import sys; from ray._raylet import GcsClient; GcsClient(sys.argv[1]).internal_kv_keys(b''); print('in')"
 
@@ -24,20 +25,6 @@ def visit(address: str, token: str) -> str:
     return visitor.stdout.strip() or visitor.stderr.strip().splitlines()[-1]
 
 
-def listening(pids: set[int]) -> list[str]:
-    """Return the addresses on which one of the processes listens and that are not loopback."""
-    inodes = set()
-    for pid in pids:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                inodes.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
-            except OSError:
-                continue
-    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return [row[1] for row in rows if row[3] == "0A" and row[9] in inodes and row[1].split(":")[0] not in loopback]
-
-
 def main() -> None:
     before = dict(os.environ)
     found: dict[str, object] = {}
@@ -46,7 +33,8 @@ def main() -> None:
         found["answer"] = ray.get(ray.remote(lambda: 42).remote())
         ours = reaper.marked(cluster.marker)
         found["processes"] = [Path(f"/proc/{pid}/cmdline").read_bytes()[:60] for pid in ours]
-        found["open_to_the_network"] = listening({*ours, os.getpid()})
+        seen = listeners({*ours, os.getpid()})
+        found["open_to_the_network"] = [f"{one.address}:{one.port}" for one in seen if not one.is_loopback]
         found["longest_socket"] = max(len(str(path)) for path in cluster.directory.rglob("sockets/*"))
         address = f"{LOOPBACK}:{ray.get_runtime_context().gcs_address.rpartition(':')[2]}"
         token = ray.get(ray.remote(lambda: os.environ["RAY_AUTH_TOKEN"]).remote())

@@ -15,6 +15,7 @@ from launcher.clusters import mounts
 from launcher.clusters.azure import network
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, SPENT_FILE, USER, Wanted
 from launcher.clusters.catalogue import Vm
+from launcher.clusters.ray_adapted import NO_METRICS
 from launcher.money import SPENT_VARIABLE
 from launcher.runs import secret_files
 
@@ -32,7 +33,8 @@ _SETUP = [
     f"{PYTHON} -c 'import ray, torch' || {PYTHON} -m pip install --quiet --requirement {CODE}/requirements.txt "
     f"--constraint {CODE}/constraints.txt",
 ]
-_ENVIRONMENT = f"export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 PYTHONPATH={CODE}"
+_NO_METRICS = " ".join(f"{name}={value}" for name, value in NO_METRICS.items())
+_ENVIRONMENT = f"export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 {_NO_METRICS} PYTHONPATH={CODE}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,16 @@ class Newest:
         found = f"using {self.path.name}" if self.path else "no intact one is left"
         return f"Skipped {len(self.skipped)} damaged checkpoint(s) ({names}); {found}."
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data, for the other ranks."""
+        skipped = [[str(damaged.path), damaged.reason] for damaged in self.skipped]
+        return {"path": None if self.path is None else str(self.path), "skipped": skipped}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Newest:
+        path = None if found["path"] is None else Path(found["path"])
+        return cls(path, [Damaged(Path(damaged), reason) for damaged, reason in found["skipped"]])
+
 
 def name_of(step: int) -> str:
     return f"step-{step:08d}"

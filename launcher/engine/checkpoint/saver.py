@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,12 +184,10 @@ class Checkpointer:
         return [replace(part, source=buffers[part.item.index.fqn]) for part in parts]
 
     def _write(self, step: int, writer: Writer, planner: Planner, start: float, blocked: float | None) -> None:
-        from torch.distributed import checkpoint as dcp
+        from launcher.engine.checkpoint.together import write
 
         try:
-            # Ours always say which they are: a process without a group, or collectives over the group that was given.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save({}, storage_writer=writer, planner=planner, process_group=self._group, no_dist=self._group is None)
+            write(writer, planner, self._group)
             path, pinned = self.directory / files.name_of(step), set()
             if self._uploads is not None:
                 self._uploads.keep, self._uploads.best = self.keep, self.best
@@ -199,21 +196,18 @@ class Checkpointer:
             note = files.prune(self.directory, step, self.best, self.keep, pinned) if self._rank == 0 else ""
             seconds = time.perf_counter() - start
             self.last = Saved(step, path, writer.nbytes, seconds if blocked is None else blocked, seconds, note)
-        except BaseException as error:  # DCP's own exception is not an Exception
+        except BaseException as error:
             writer.discard()
             self._failure = self._explain(step, error)
 
     def _explain(self, step: int, error: BaseException) -> CheckpointError:
-        from torch.distributed.checkpoint.api import CheckpointException
+        from launcher.engine.checkpoint.together import Failed, in_words
 
-        failures = error.failures if isinstance(error, CheckpointException) else {self._rank: (error, None)}
-        rank, cause = next((rank, cause) for rank, (cause, _) in sorted(failures.items()))
-        if not isinstance(cause, CheckpointError):
-            cause = CheckpointError(f"{type(cause).__name__}: {cause}")
+        rank, cause = min(error.causes.items()) if isinstance(error, Failed) else (self._rank, in_words(error))
         kept = f"the last good one, {self.last.path}, is kept" if self.last else "those that were there before are kept"
         told = CheckpointError(
             f"The checkpoint of step {step} could not be written to {self.directory}: rank {rank}: "
-            f"{str(cause).rstrip('.')}; {kept}. See that the disk has room and that all workers run and share this "
+            f"{cause.rstrip('.')}; {kept}. See that the disk has room and that all workers run and share this "
             "directory, then continue with run.resume=true."
         )
         told.__cause__ = error

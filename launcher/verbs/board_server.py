@@ -1,0 +1,89 @@
+"""TensorBoard behind a secret path and a check of the Host header; a program of its own, which imports no launcher.
+
+    python -P board_server.py [--launch_open URL] TENSORBOARD'S OPTIONS
+
+Any page that a browser shows may send requests to loopback. It does not know the path (`--path_prefix`), and a name
+whose address an attacker changes to loopback (DNS rebinding) is not among the names that are answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import sys
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+OPEN = "--launch_open"
+_START_SECONDS = 60.0
+
+
+def is_known(host: str, names: Iterable[str]) -> bool:
+    """Whether a Host header names this server: an address (which cannot be rebound), localhost, or one of `names`."""
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return bool(name) and (name in names or name == "localhost" or name.endswith(".localhost"))
+
+
+def guarded(application: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
+    """Return a WSGI application that answers requests to known hosts alone."""
+    known = frozenset(name.lower() for name in names)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        host = str(environ.get("HTTP_HOST", ""))
+        if is_known(host.lower(), known):
+            return application(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+        text = f"This server does not answer as {host!r}. Use its address, or name it: launch board --host NAME.\n"
+        return [text.encode()]
+
+    return answer
+
+
+def _open_when_ready(url: str) -> None:
+    where = urlsplit(url)
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((where.hostname or "", where.port or 80), timeout=1).close()
+        except OSError:
+            time.sleep(0.1)
+            continue
+        webbrowser.open(url)
+        return
+
+
+def main(arguments: list[str]) -> None:
+    from absl import app
+    from tensorboard import default, main_lib, program
+    from tensorboard.plugins import base_plugin
+
+    if arguments[:1] == [OPEN]:
+        threading.Thread(target=_open_when_ready, args=(arguments[1],), daemon=True).start()
+        arguments = arguments[2:]
+
+    class Server(program.WerkzeugServer):  # type: ignore[misc]
+        def __init__(self, application: Callable[..., Any], flags: Any) -> None:
+            names = [socket.gethostname(), socket.getfqdn(), flags.host or ""]
+            super().__init__(guarded(application, names), flags)
+
+    main_lib.global_init()
+    board = program.TensorBoard(plugins=default.get_plugins(), server_class=Server)
+    try:
+        app.run(board.main, argv=[sys.argv[0], *arguments], flags_parser=board.configure)
+    except base_plugin.FlagsError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
