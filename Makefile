@@ -19,10 +19,10 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # Folders with Python in them, so that a new one is linted from its first file on.
 SOURCES := $(sort $(patsubst %/,%,$(dir $(wildcard launcher/*.py models/*.py conf/*.py tests/*.py benchmarks/*.py tools/*.py))))
 
-.PHONY: help run test slow lint format lock clean venv-fits
+.PHONY: help run test slow gpu-test lint format lock clean venv-fits
 
 help: ## list what make can do
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/.installed ## set up .venv and train the default job: two workers, 5,000 real digits
 	$(BIN)/launch experiment=mnist $(ARGS)
@@ -43,6 +43,10 @@ test: $(VENV)/.installed-test lint ## set up .venv with the test tools, lint, an
 
 slow: $(VENV)/.installed-test ## run the tests that take minutes, and record their result in docs/slow-tests.md
 	$(BIN)/python -m pytest -m slow --record docs/slow-tests.md $(PYTEST_ARGS)
+
+# TF32 rounds the inputs of products; without it the tolerances of float32 hold on a GPU too.
+gpu-test: $(VENV)/.installed-test ## run the tests of the engine that one GPU can run, on the GPU
+	NVIDIA_TF32_OVERRIDE=0 $(BIN)/python -m pytest -m "gpu and not slow" --device cuda $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test ## check style, format and types
 	$(BIN)/ruff check $(SOURCES)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config import targets
+from tests import device
 from tests.command import here, place
 from tests.stores import container, emulator
 from tests.vmlab import lab
@@ -32,6 +33,25 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, help="write outcome and duration of every test that ran to this file")
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests marked `gpu` compute")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device.choose(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --device cuda, skip what cannot compute there: every test without a GPU, and those without the marker."""
+    if config.getoption("--device") == "cpu":
+        return
+    import torch
+
+    missing = not torch.cuda.is_available()
+    for item in items:
+        if missing:
+            item.add_marker(pytest.mark.skip(reason="PyTorch finds no usable GPU here; check it with nvidia-smi"))
+        elif item.get_closest_marker("gpu") is None:
+            item.add_marker(pytest.mark.skip(reason="the test computes on the CPU; -m gpu leaves it out"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import gpu, harness, throughput
+from benchmarks import harness, throughput
 from benchmarks import input as waiting
 from benchmarks.figures import Demand, Figures, Spread, ratio
 from benchmarks.harness import Failed, Turns
@@ -162,87 +160,6 @@ def test_exactness(tmp_path: Path) -> None:
         ratios = [fast / slow for fast, slow in zip(usual["values"], exact["values"], strict=True)]
         assert one["slow_down"]["values"] == pytest.approx(ratios)
         assert one["threads"]["deterministic"] == 1
-
-
-def test_gpu_on_the_cpu_as_a_stand_in(tmp_path: Path) -> None:
-    words = ["--device", "cpu", "--rounds", "1", "--first", "2", "--last", "4", "--profiled", "3", "--batch", "8"]
-    content = run_benchmark("gpu", [*words, "--networks", "convnet", "--variants", "float32", "bfloat16"], tmp_path)
-    assert list(content["variants"]) == ["convnet, float32", "convnet, bfloat16"]
-    for found in content["variants"].values():
-        assert is_spread(found["samples_per_second"], 1)
-        assert found["waits"]["median"] == 0
-        assert found["reads"]["median"] > 0, "the engine looks at the loss on the CPU; the profiler saw nothing"
-
-
-def test_gpu_without_one_says_so_and_leaves_the_figures_empty(tmp_path: Path) -> None:
-    content = run_benchmark("gpu", [], tmp_path, {"CUDA_VISIBLE_DEVICES": ""})
-    assert any("There is no GPU" in remark for remark in content["remarks"])
-    assert len(content["variants"]) == len(gpu.NETWORKS) * len(gpu.VARIANTS)
-    assert all(value is None for found in content["variants"].values() for value in found.values())
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_gpu_language_on_the_cpu_as_a_stand_in(tmp_path: Path) -> None:
-    words = ["--language", "--tiny", "--no-compile", "--device", "cpu", "--rounds", "1"]
-    content = run_benchmark("gpu", [*words, "--batch", "2", "--first", "2", "--last", "12"], tmp_path)
-    assert list(content["systems"]) == ["launch", "plain loop"]
-    for name, found in content["systems"].items():
-        assert is_spread(found["tokens_per_second"], 1), name
-        assert found["mfu"] is None, "a CPU has no peak"
-        assert 0 < found["last_loss"] < 7, f"{name} does not train"
-    assert is_spread(content["ratio"], 1)
-
-
-def test_gpu_language_without_one_says_so_and_leaves_the_figures_empty(tmp_path: Path) -> None:
-    content = run_benchmark("gpu", ["--language"], tmp_path, {"CUDA_VISIBLE_DEVICES": ""})
-    assert any("There is no GPU" in remark for remark in content["remarks"])
-    assert content["ratio"] is None
-    assert all(value is None for found in content["systems"].values() for value in found.values())
-
-
-# ---- counting synchronisations --------------------------------------------------------------------------------------
-
-
-def event(name: str, start: float, end: float | None = None) -> SimpleNamespace:
-    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=start if end is None else end))
-
-
-def test_waits_are_counted_between_the_marks_only() -> None:
-    waits = "cudaStreamSynchronize"
-    events = [
-        event("cudaDeviceSynchronize", 1),  # the profiler's own, when it starts
-        event(gpu.BEGIN, 2, 3),
-        *(event(waits, at) for at in (4, 5)),
-        event("cudaEventSynchronize", 6),
-        event("cudaMemcpyAsync", 6),
-        event("aten::_local_scalar_dense", 7),
-        event(gpu.END, 8, 9),
-        event(waits, 10),
-    ]
-    counts = gpu.count(events)
-    assert counts == {waits: 2, "cudaEventSynchronize": 1, "aten::_local_scalar_dense": 1}
-    assert sum(counts[name] for name in gpu.WAITS) == 3
-
-
-def test_every_item_call_is_seen_by_the_profiler() -> None:
-    values = torch.arange(5.0)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        values[0].item()
-        with record_function(gpu.BEGIN):
-            pass
-        for value in values:
-            value.item()
-        bool(values.isfinite().all())
-        with record_function(gpu.END):
-            pass
-        values[1].item()
-    assert gpu.count(profiler.events()) == {"aten::_local_scalar_dense": 6}
-
-
-def test_lost_marks_are_no_zero() -> None:
-    with pytest.raises(Failed, match="marks"):
-        gpu.count([event("cudaStreamSynchronize", 1)])
 
 
 # ---- the harness ----------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def advise(
     """
     strategy, trainer = job.strategy, job.trainer
     # One worker waits for nobody; a compiled or divided network computes otherwise than this one; exact sums do so too.
-    if runtime.alone or trainer.compile or trainer.deterministic or strategy.name == "fsdp":
+    if runtime.world_size == 1 or trainer.compile or trainer.deterministic or strategy.name == "fsdp":
         return None
     if strategy.compression == "powersgd":  # its bytes depend on the shapes of the weights
         return None

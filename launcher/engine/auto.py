@@ -71,7 +71,7 @@ def settle(
         name, why = "ddp", "trainer.deterministic=true needs it"
     elif kept := runtime.broadcast(directory.result().get(KEPT) if runtime.is_first else None):
         name, why = kept, "as this run began"
-    elif runtime.alone:
+    elif runtime.world_size == 1:  # also in a process group of one, which torchrun makes
         name, why = "ddp", "there is one worker"
     else:
         if job.strategy.activation_checkpointing:

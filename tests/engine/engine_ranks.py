@@ -27,6 +27,7 @@ from launcher.engine.checkpoint import available, load_weights, newest_intact
 from launcher.engine.runtime import Runtime
 from launcher.money import Bill
 from launcher.runs import RunDirectory
+from tests.device import device
 from tests.engine import engine_toys as toys
 
 # A server that has imported torch forks every rank: a process of its own for each, without seconds of importing.
@@ -71,7 +72,7 @@ def make_job(
         optimizer=dict(optimizer or {"_target_": "torch.optim.AdamW", "lr": 0.01}),
         scheduler=dict(scheduler or {}),
         trainer=replace(TrainerConfig(global_batch_size=100, log_every=1), **trainer),
-        scaling=ScalingConfig(device="cpu"),
+        scaling=ScalingConfig(device=device()),
         checkpoint=replace(CheckpointConfig(), **dict(checkpoint or {})),
         callbacks={name: value and section(value) for name, value in (callbacks or {}).items()},
         strategy=StrategyConfig(**dict(strategy or {})),
@@ -161,7 +162,7 @@ def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, sc
             # It would compute with as many threads as there are cores, which stand in each other's way when others
             # work here too: networks this small took ten times as long.
             os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
-            runtime = Runtime.single("cpu")
+            runtime = Runtime.single(device())
         else:
             dist.init_process_group(
                 "gloo",
@@ -170,7 +171,7 @@ def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, sc
                 world_size=workers,
                 timeout=timedelta(seconds=30),
             )
-            runtime = Runtime.adopt(*_facts(rank, workers, machines), "cpu")
+            runtime = Runtime.adopt(*_facts(rank, workers, machines), device())
         given.result = entry.run(task, runtime, puppet)
         given.children = toys.living_children()
     except Exception as error:
@@ -197,7 +198,7 @@ def _call(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=timedelta(seconds=30)
     )
     try:
-        given = function(Runtime.adopt(*_facts(rank, workers, machines), "cpu"), *arguments)
+        given = function(Runtime.adopt(*_facts(rank, workers, machines), device()), *arguments)
     except Exception:
         given = traceback.format_exc()
     finally:

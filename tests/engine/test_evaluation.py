@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from tests.engine import engine_toys as toys
 from tests.engine.engine_ranks import Rank, final_weights, launch, logged, make_job, result_of, succeed
 
+pytestmark = pytest.mark.gpu
+
 
 def by_hand(directory: Path, count: int, seed: int) -> tuple[float, float]:
     """Return the mean loss and the accuracy of the final weights on a set of `Points`."""

@@ -20,6 +20,8 @@ from tests.engine.engine_ranks import (
     succeed,
 )
 
+pytestmark = pytest.mark.gpu
+
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True}
 GROUPS = {
     "_target_": "torch.optim.AdamW",

@@ -16,7 +16,10 @@ from launcher.engine.build import build_model, build_strategy
 from launcher.engine.metrics import as_pair
 from launcher.engine.optim import build_optimizer
 from launcher.engine.runtime import Runtime
+from tests.device import device
 from tests.engine.engine_ranks import on_ranks
+
+pytestmark = pytest.mark.gpu
 
 SMALL = {"width": 48, "layers": 3, "heads": 2, "context": 32, "vocabulary": 64}
 LARGE = {
@@ -46,7 +49,7 @@ def trained(
         optimizer={"_target_": "torch.optim.AdamW", "lr": 1e-3},
         strategy=StrategyConfig(**strategy),
         trainer=TrainerConfig(global_batch_size=4, clip_norm=1.0),
-        scaling=ScalingConfig(device="cpu"),
+        scaling=ScalingConfig(device=device()),
     )
     model = build_model(job, runtime)
     parameters = sum(p.numel() for p in model.parameters())

@@ -32,6 +32,8 @@ from tests.engine.engine_ranks import (
 )
 from tests.engine.engine_toys import Normed, points
 
+pytestmark = pytest.mark.gpu
+
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
 DILOCO = {"name": "diloco", "inner_steps": 4}
 LOCAL = {"name": "local_sgd", "inner_steps": 4}
