@@ -40,7 +40,8 @@ def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bo
     from launcher.jobs import training
 
     chosen = config_dir or os.environ.get("LAUNCH_CONFIG_DIR")
-    request = training.Request(words, Path(chosen).expanduser().absolute() if chosen else None)
+    note = _ignore if quiet else _note
+    request = training.Request(words, Path(chosen).expanduser().absolute() if chosen else None, note=note)
     try:
         if quiet:
             return training.train(request, training.Observer()).result
@@ -56,6 +57,14 @@ def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bo
             return outcome.result
     except Stopped:
         raise KeyboardInterrupt from None
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _ignore(text: str) -> None:
+    pass
 
 
 def sweep(
@@ -88,7 +97,8 @@ def sweep(
     from launcher.sweeps.show import SweepDisplay, conclusion
 
     chosen = config_dir or os.environ.get("LAUNCH_CONFIG_DIR")
-    request = sweeps.as_request(words, trials, Path(chosen).expanduser().absolute() if chosen else None)
+    place = Path(chosen).expanduser().absolute() if chosen else None
+    request = sweeps.as_request(words, trials, place, _ignore if quiet else _note)
     try:
         if quiet:
             outcome = sweeps.run(request, SweepObserver())

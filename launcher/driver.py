@@ -20,6 +20,7 @@ from launcher.clusters import ray_jobs
 from launcher.clusters.existing import ExistingRay
 from launcher.clusters.gcs import look
 from launcher.clusters.needs import Needs
+from launcher.config import Settings
 from launcher.errors import ClusterError, LaunchError, Stopped, UserCodeError
 from launcher.jobs import training
 from launcher.jobs.prepare import Prepared, Request
@@ -71,7 +72,7 @@ def _drive(job: str, observer: training.Observer) -> dict[str, Any]:
         os.chdir(order["calling"])
     _meet(Needs(**order["needs"]), address, observer)
     config_dir = Path(order["config_dir"]).absolute() if order["config_dir"] else None
-    request = Request(order["words"], config_dir, on_head=address)
+    request = Request(order["words"], config_dir, on_head=address, settings=Settings.decided(order["cluster"]))
     if order["sweep"]:
         return _sweep(request, elsewhere.Telling(observer.event))
     outcome = training.train(request, observer)

@@ -42,8 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The rooms of a package, where their order matters: each may import those before it.
 WITHIN: dict[str, tuple[str, ...]] = {
     "config": (
-        *("schema", "secret_forms", "masking", "keys", "checks", "words", "search_path", "own_hydra", "targets"),
-        *("composition", "__init__"),
+        *("schema", "secret_forms", "masking", "keys", "limits", "authority", "checks", "words", "search_path"),
+        *("settings", "guarded_hydra", "own_hydra", "targets", "composition", "__init__"),
     ),
     "runs": (
         *("secret_files", "masked_patch", "directory", "user_state", "gathered", "storage", "mirror", "provenance"),
@@ -83,6 +83,7 @@ RULES = (
         but=(
             "launcher.config.composition",
             "launcher.config.own_hydra",
+            "launcher.config.guarded_hydra",
             "launcher.config.search_path",
             "launcher.verbs.help",
             "launcher.plugins",

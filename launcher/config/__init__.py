@@ -3,6 +3,8 @@
 composition   words -> a `Job` of dataclasses       schema      every key, its type and its default
 search_path   the directories it is read from       own_hydra   Hydra, apart from the caller's
 words, keys   words and names of keys, judged       checks      what values may be
+authority     what a file may not decide            settings    the user's own settings
+limits, guarded_hydra   what a configuration from a stranger may cost
 targets       which classes may be named, and how they are built
 """
 
@@ -23,6 +25,7 @@ from launcher.config.schema import (
     parse_interval,
 )
 from launcher.config.search_path import CONF, Sources, sources
+from launcher.config.settings import Settings
 
 __all__ = [
     "CONF",
@@ -34,6 +37,7 @@ __all__ = [
     "LoggingConfig",
     "RunConfig",
     "ScalingConfig",
+    "Settings",
     "Sources",
     "StrategyConfig",
     "SweepConfig",

@@ -10,17 +10,28 @@ ours.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config import keys, masking, schema, targets
+from launcher.config import authority, keys, limits, masking, schema, targets
 from launcher.config.checks import check_values
-from launcher.config.own_hydra import PRIMARY, compose_with_hydra, initialize, own_hydra, wrong_type
+from launcher.config.own_hydra import (
+    PRIMARY,
+    SCHEMA,
+    compose_with_hydra,
+    decided_node,
+    initialize,
+    own_hydra,
+    primary_node,
+    stored_node,
+    wrong_type,
+)
 from launcher.config.schema import Job
 from launcher.config.search_path import Sources, read_stored, sources, where_trusted
+from launcher.config.settings import Settings, settings_file, user_settings
 from launcher.config.words import Plan, not_an_override, read_words, shown
 from launcher.errors import ConfigError, TrustError
 
@@ -39,7 +50,8 @@ class Composition:
 
     job: complete, typed, interpolations resolved. words: as given. choices: configuration group -> chosen option.
     given: dotted keys and groups that the words name, without prefixes such as `+`. sweeper: `hydra.sweeper`, judged;
-    its `params` are what files want to be swept.
+    its `params` are what files want to be swept. dropped: what the stored configuration set and may not decide, with
+    its values.
     """
 
     job: Job
@@ -48,6 +60,7 @@ class Composition:
     given: frozenset[str]
     unresolved: dict[str, Any] = field(repr=False)
     sweeper: dict[str, Any] = field(default_factory=dict, repr=False)
+    dropped: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_yaml(self, run_name: str | None = None) -> str:
         """Return the configuration as YAML for the run's directory, to be read again through `stored`.
@@ -77,24 +90,50 @@ class Composition:
         return [shown(word) for word in self.words]
 
 
-def compose(words: Sequence[str], config_dir: Path | None = None, stored: Path | None = None) -> Composition:
+def compose(
+    words: Sequence[str],
+    config_dir: Path | None = None,
+    stored: Path | None = None,
+    *,
+    cluster: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
+    own: Collection[str] | None = None,
+) -> Composition:
     """Compose a job from the words of the command line; nothing is imported, instantiated or written.
 
     config_dir: a user's own groups, which win over ours of the same name. stored: a run's `config.yaml`, used in place
     of the groups; a group's word (`data=other`) then replaces the stored section as a whole, and the stored `run.name`,
     `run.resume` and `run.like`, which belong to the command and not to the job, are dropped.
 
+    cluster: the section `cluster` that the user's own record has for the stored run; it replaces the stored one, of
+    which nothing is used that a file may not decide (`launcher.config.authority`). settings: in place of the user's own
+    settings. own: the words that the user typed, where others come from a recorded sweep.
+
     Raises ConfigError for what cannot be understood or breaks a rule, TrustError for a `_target_` outside the
-    allow-list or a `trust` that does not come from the command line.
+    allow-list, and for what a file may not decide.
     """
-    where = sources(config_dir)
-    primary = None if stored is None else read_stored(Path(stored))
-    plan = _read_words(words, where, of_a_run=primary is not None)
+    where, settings = sources(config_dir), user_settings() if settings is None else settings
+    plan = _read_words(words, where, stored is not None, own)
+    dropped: dict[str, Any] = {}
+    if stored is None:
+        node, decided = primary_node(where, settings), decided_node(settings, None)
+    else:
+        content, dropped = authority.without_claims(read_stored(Path(stored)), cluster or {})
+        dropped = _in_force(dropped, plan)
+        node = stored_node(content, plan.groups)
+        decided = decided_node(settings, {} if "cluster" in plan.groups else cluster or {})
     with own_hydra():
-        composed = compose_with_hydra(plan, where, primary)
+        composed = compose_with_hydra(plan.overrides, where, node, settings)
         tree, unresolved = _resolve(composed)
         hydra_tree = _hydra_node(composed)
         choices = _choices(composed)
+        found = _undecided(
+            composed, tree, unresolved, lambda: compose_with_hydra(plan.decided, where, decided, settings)
+        )
+        if found:
+            raise TrustError(_refusal(found, initialize(plan.overrides, where, node, settings), where, stored))
+    if hydra_tree["job"]["env_copy"]:
+        raise ConfigError("hydra.job.env_copy copies variables of the environment; launch does not use it. Remove it.")
     if tree.get("trust"):
         raise TrustError(
             f"trust is set to {tree['trust']} {where_trusted(where, stored)}. A configuration cannot vouch for "
@@ -117,7 +156,7 @@ def compose(words: Sequence[str], config_dir: Path | None = None, stored: Path |
     masking.remember(masking.secrets_in(tree))
     job = Job.from_dict(tree)
     check_values(job)
-    return Composition(job, list(words), choices, plan.given, unresolved, hydra_tree["sweeper"])
+    return Composition(job, list(words), choices, plan.given, unresolved, hydra_tree["sweeper"], dropped)
 
 
 def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
@@ -125,19 +164,27 @@ def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
 
     For what has to be known before it is known which configuration the words apply to. Raises ConfigError.
     """
-    where = sources(config_dir)
+    where, settings = sources(config_dir), user_settings()
+    plan, node = _read_words(words, where, of_a_run=False), primary_node(where, settings)
     with own_hydra():
-        composed = compose_with_hydra(_read_words(words, where, of_a_run=False), where, None)
-        tree, _ = _resolve(composed, only=section)
+        composed = compose_with_hydra(plan.overrides, where, node, settings)
+        tree, unresolved = _resolve(composed, only=section)
+        decided = decided_node(settings, None)
+        found = _undecided(
+            composed, tree, unresolved, lambda: compose_with_hydra(plan.decided, where, decided, settings)
+        )
+        if found:
+            raise TrustError(_refusal(found, initialize(plan.overrides, where, node, settings), where, None))
     return schema.section(section, tree[section])
 
 
 @contextmanager
 def hydra_for(words: Sequence[str], config_dir: Path | None = None) -> Iterator[tuple[Any, str, list[str]]]:
     """Give (Hydra's own `Hydra`, name of the primary configuration, overrides) for what only Hydra can show."""
-    where = sources(config_dir)
+    where, settings = sources(config_dir), user_settings()
     with own_hydra():
-        overrides = initialize(_read_words(words, where, of_a_run=False), where, None)
+        plan = _read_words(words, where, of_a_run=False)
+        overrides = initialize(plan.overrides, where, primary_node(where, settings), settings)
         from hydra.core.global_hydra import GlobalHydra
 
         yield GlobalHydra.instance().hydra, PRIMARY, overrides
@@ -156,7 +203,7 @@ def _drop_wishes(tree: Mapping[str, Any], given: frozenset[str]) -> None:
 # --- the words of the command line ------------------------------------------------------------------------------------
 
 
-def _read_words(words: Sequence[str], where: Sources, of_a_run: bool) -> Plan:
+def _read_words(words: Sequence[str], where: Sources, of_a_run: bool, own: Collection[str] | None = None) -> Plan:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -164,11 +211,12 @@ def _read_words(words: Sequence[str], where: Sources, of_a_run: bool) -> Plan:
     groups = where.groups()
     parsed = []
     for word in words:
+        limits.check_word(word)
         try:
             parsed.append((word, parser.parse_override(word)))
         except HydraException as error:
             raise ConfigError(not_an_override(word, groups, str(error).splitlines()[0])) from None
-    return read_words(parsed, groups, None if of_a_run else _listed_groups(where))
+    return read_words(parsed, groups, None if of_a_run else _listed_groups(where), own)
 
 
 def _listed_groups(where: Sources) -> frozenset[str]:
@@ -182,6 +230,89 @@ def _listed_groups(where: Sources) -> frozenset[str]:
     return frozenset(found)
 
 
+# --- what a file may not decide --------------------------------------------------------------------------------------
+
+
+def _in_force(dropped: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return what was dropped and no word replaces."""
+    replaced = {*plan.given, *(["trust"] if plan.trust else [])}
+    return {
+        key: value for key, value in dropped.items() if key not in replaced and key.partition(".")[0] not in plan.groups
+    }
+
+
+def _undecided(
+    composed: DictConfig, tree: Mapping[str, Any], unresolved: Mapping[str, Any], decide: Callable[[], DictConfig]
+) -> dict[str, Any]:
+    """Return the keys, as they were written, whose values need the user's authority and do not have it.
+
+    decide: composes what the user decided, and nothing else.
+    """
+    run = tree.get("run", {})
+    claimed = authority.claims(tree.get("cluster"), run.get("root"))
+    written = unresolved["run"] if isinstance(unresolved["run"], Mapping) else dict.fromkeys(run, unresolved["run"])
+    referring = [key for key in run if isinstance(written[key], str) and "${" in written[key]]
+    if not claimed and not referring:
+        return {}
+    trusted = _trusted(decide, [*claimed, *(f"run.{key}" for key in referring)])
+    found = {key for key, value in claimed.items() if key not in trusted or trusted[key] != value}
+    from_files = [key for key in referring if trusted.get(f"run.{key}", _NOTHING) != run[key]]
+    if from_files:
+        found.update(f"run.{key}" for key in _on_environment(composed, from_files))
+    return {key: _written(unresolved, key) for key in sorted(found, key=lambda key: (key != "cluster.kind", key))}
+
+
+_NOTHING = object()
+
+
+def _trusted(decide: Callable[[], DictConfig], wanted: Sequence[str]) -> dict[str, Any]:
+    """Return the values of keys as far as they follow from what the user decided."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        typed = _typed(decide())
+    except (ConfigError, OmegaConfBaseException):
+        return {}
+    found = {}
+    for key in wanted:
+        section, _, name = key.partition(".")
+        try:
+            value = typed[section][name]
+            found[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException:  # it depends on what the user did not decide
+            continue
+    return found
+
+
+def _on_environment(composed: DictConfig, names: Sequence[str]) -> list[str]:
+    """Return which keys of the section `run` depend on variables of the environment."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    from launcher.config.guarded_hydra import without_environment
+
+    typed, found = _typed(composed), []
+    for name in names:
+        with without_environment() as asked, suppress(OmegaConfBaseException):
+            _ = typed["run"][name]
+        if asked:
+            found.append(name)
+    return found
+
+
+def _written(unresolved: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    holder = unresolved[section]
+    return holder[name] if isinstance(holder, Mapping) else holder
+
+
+def _refusal(found: Mapping[str, Any], overrides: list[str], where: Sources, stored: Path | None) -> str:
+    from launcher.config.guarded_hydra import composed_files
+
+    files = composed_files(overrides, PRIMARY, SCHEMA)
+    return authority.refusal(found, files, PRIMARY, str(stored or where.directories[0]), str(settings_file()))
+
+
 # --- from OmegaConf to plain data ------------------------------------------------------------------------------------
 
 
@@ -190,19 +321,12 @@ def _resolve(composed: DictConfig, only: str | None = None) -> tuple[dict[str, A
 
     only: the one section whose interpolations are resolved.
     """
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
     try:
-        HydraConfig.instance().set_config(composed)  # for ${hydra:runtime.cwd}
-        own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        # Typed once more: a config.yaml of the user's own may have left out the schema.
-        typed = OmegaConf.merge(OmegaConf.structured(Job), own)
-        assert isinstance(typed, DictConfig)
+        typed = _typed(composed)
         unresolved = OmegaConf.to_container(typed, resolve=False)
-        OmegaConf.set_struct(typed, False)
-        typed["hydra"] = composed["hydra"]
         tree = {}
         for name in [only] if only else [item.name for item in dataclasses.fields(Job)]:
             value = typed[name]
@@ -225,7 +349,21 @@ def _resolve(composed: DictConfig, only: str | None = None) -> tuple[dict[str, A
             raise ConfigError(f'There is no key "{key}".{keys.explain_unknown(key)}') from error
         raise ConfigError(wrong_type(key, error) if key else " ".join(str(error).split())) from error
     assert isinstance(unresolved, dict)
-    return tree, {str(key): value for key, value in unresolved.items()}
+    return tree, {str(key): value for key, value in unresolved.items() if key != "hydra"}
+
+
+def _typed(composed: DictConfig) -> DictConfig:
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig, OmegaConf
+
+    HydraConfig.instance().set_config(composed)  # for ${hydra:runtime.cwd}
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    # Typed once more: a config.yaml of the user's own may have left out the schema.
+    typed = OmegaConf.merge(OmegaConf.structured(Job), own)
+    assert isinstance(typed, DictConfig)
+    OmegaConf.set_struct(typed, False)
+    typed["hydra"] = composed["hydra"]
+    return typed
 
 
 def _hydra_node(composed: DictConfig) -> Any:

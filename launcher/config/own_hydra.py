@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config import keys
 from launcher.config.schema import Job
 from launcher.config.search_path import Sources
-from launcher.config.words import Plan
+from launcher.config.settings import Settings
 from launcher.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -50,23 +50,31 @@ def own_hydra() -> Iterator[None]:
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
     for owner, name, value in new:
         setattr(owner, name, value)
+    from launcher.config.guarded_hydra import within_limits
+
     try:
-        yield
+        with within_limits():
+            yield
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
 
 
-def compose_with_hydra(plan: Plan, where: Sources, primary: Mapping[str, Any] | None) -> DictConfig:
-    """Compose within `own_hydra`; `hydra` is a part of the answer. Raises ConfigError in our own terms."""
+def compose_with_hydra(
+    overrides: Sequence[str], where: Sources, primary: Mapping[str, Any], settings: Settings
+) -> DictConfig:
+    """Compose within `own_hydra`; `hydra` is a part of the answer. Raises ConfigError in our own terms.
+
+    primary: the primary configuration, see `primary_node` and its like.
+    """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        overrides = initialize(plan, where, primary)
-        return hydra.compose(PRIMARY, overrides, return_hydra_config=True)
+        given = initialize(overrides, where, primary, settings)
+        return hydra.compose(PRIMARY, given, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, where)) from error
     except YAMLError as error:
@@ -75,30 +83,63 @@ def compose_with_hydra(plan: Plan, where: Sources, primary: Mapping[str, Any] | 
         raise ConfigError(f"The configuration cannot be composed: {error}.") from error
 
 
-def initialize(plan: Plan, where: Sources, primary: Mapping[str, Any] | None) -> list[str]:
+def initialize(overrides: Sequence[str], where: Sources, primary: Mapping[str, Any], settings: Settings) -> list[str]:
     """Tell Hydra where everything is. Returns the overrides that it is to be given."""
     import hydra
     from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
 
-    # Hydra looks for the primary configuration in its first directory alone, and a user's need not have one.
-    node = _stored_node(primary, plan.groups) if primary is not None else where.read("config.yaml") or {}
-    if "searchpath" in (node.get("hydra") or {}):
+    from launcher.config.guarded_hydra import find_ours_first
+
+    if "searchpath" in (primary.get("hydra") or {}):
         raise ConfigError("hydra.searchpath in config.yaml is not supported: --config-dir names the one directory.")
     ConfigStore.instance().store(name=SCHEMA, node=Job)
-    ConfigStore.instance().store(name=PRIMARY, node=node)
+    ConfigStore.instance().store(name=PRIMARY, node=primary)
+    GlobalHydra.instance().clear()  # of an earlier composition of ours
     hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
+    find_ours_first(settings)
     others = [directory.as_uri() for directory in where.directories[1:]]
     # A `pkg://` among the search paths would import that package: the list is ours alone.
     ours = ["hydra/sweeper=launch", *([f"hydra.searchpath={_quoted(others)}"] if others else [])]
-    return [*plan.overrides, *ours]
+    return [*overrides, *ours]
 
 
 def _quoted(values: Sequence[str]) -> str:
     return "[" + ",".join("'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" for value in values) + "]"
 
 
-def _stored_node(content: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
-    """The stored content as a primary configuration in which every group of `groups` can be chosen anew."""
+def primary_node(where: Sources, settings: Settings) -> dict[str, Any]:
+    """Return the primary configuration of a new run: config.yaml, above the user's own settings.
+
+    Hydra looks for it in its first directory alone, and a user's need not have one.
+    """
+    node = dict(where.read("config.yaml") or {})
+    if settings.root is not None:
+        run = node.get("run") or {}
+        node["run"] = {"root": settings.root, **run} if isinstance(run, Mapping) else run
+    if settings.choice is not None:
+        items = [item for item in node.get("defaults") or [] if not _chooses_cluster(item)]
+        first = next((i for i, item in enumerate(items) if isinstance(item, Mapping)), len(items))
+        node["defaults"] = [*items[:first], {"cluster": settings.choice}, *items[first:]]
+    return node
+
+
+def _chooses_cluster(item: Any) -> bool:
+    return isinstance(item, Mapping) and any(str(key).split()[-1].lstrip("/") == "cluster" for key in item)
+
+
+def decided_node(settings: Settings, cluster: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a primary configuration with nothing in it but what the user decided, for words to apply over.
+
+    cluster: the section that the user's record has for a run that is stored; None for a new run.
+    """
+    choice = (settings.choice or "local") if cluster is None else None
+    root = {} if settings.root is None else {"run": {"root": settings.root}}
+    return {"defaults": [SCHEMA, "_self_", {"cluster": choice}], "cluster": dict(cluster or {}), **root}
+
+
+def stored_node(content: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
+    """Return stored content as a primary configuration in which a word may choose every group of `groups`."""
     node: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in content.items()}
     for group in groups:
         *parents, last = group.split("/")

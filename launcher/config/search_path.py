@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config import keys
+from launcher.config import keys, limits
 from launcher.config.schema import OPEN_SECTIONS, Job
 from launcher.errors import ConfigError
 
@@ -53,14 +53,17 @@ def sources(config_dir: Path | None = None) -> Sources:
 def read_yaml(file: Path) -> Mapping[str, Any]:
     """Return the plain content of a file. Raises ConfigError where it is not readable, or not a mapping."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        text = limits.read_text(file)
+        limits.check_yaml(text, str(file))
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}.") from error
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold a mapping of keys to values.")
     return {str(key): value for key, value in content.items()}
@@ -89,6 +92,6 @@ def where_trusted(where: Sources, stored: Path | None) -> str:
         return f"in {stored}"
     for directory in where.directories:
         for file in sorted(directory.rglob("*.yaml")):
-            if "trust" in read_yaml(file):
+            if file.is_file() and "trust" in read_yaml(file):
                 return f"in {file}"
     return "by a file"

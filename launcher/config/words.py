@@ -6,24 +6,26 @@ words come parsed (`hydra.core.override_parser.types.Override`) from `launcher.c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.config import keys, masking
-from launcher.errors import ConfigError, did_you_mean
+from launcher.errors import ConfigError, TrustError, did_you_mean
 
 
 @dataclass(frozen=True)
 class Plan:
     """overrides: what Hydra is given. groups: the groups chosen among them. trust: packages trusted by the user.
-    given: every key and group that was named.
+    given: every key and group that was named. decided: the overrides that may choose where code runs: values of keys,
+    and options of `cluster`, in words of the user.
     """
 
     overrides: list[str]
     groups: list[str]
     trust: list[str]
     given: frozenset[str]
+    decided: list[str] = field(default_factory=list)
 
 
 def shown(word: str) -> str:
@@ -33,13 +35,18 @@ def shown(word: str) -> str:
 
 
 def read_words(
-    parsed: Sequence[tuple[str, Any]], groups: Mapping[str, list[str]], listed: frozenset[str] | None
+    parsed: Sequence[tuple[str, Any]],
+    groups: Mapping[str, list[str]],
+    listed: frozenset[str] | None,
+    own: Container[str] | None = None,
 ) -> Plan:
     """Judge each (word, parsed override) and put the words into the form that Hydra is to be given.
 
     groups: every group with its options. listed: the groups of the primary defaults list, None where a run's stored
-    configuration takes its place. Raises ConfigError.
+    configuration takes its place. own: the words that the user typed, where others come from a recorded sweep. Raises
+    ConfigError.
     """
+    decided: list[str] = []
     overrides: list[str] = []
     chosen: list[str] = []
     trust: list[str] = []
@@ -54,17 +61,24 @@ def read_words(
             continue  # the one that there is
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             raise ConfigError(_about_hydra(word, key))
+        typed = own is None or word in own
         if key == "trust":
+            if not typed:
+                raise TrustError(f'"{shown(word)}" comes from a file. If you trust that code, type it: {shown(word)}')
             trust = _read_trust(override, word)
         elif key in groups and not isinstance(override.value(), dict):
             chosen.append(key)
             overrides.append(_group_word(override, word, groups, listed))
+            if typed and key.partition("/")[0] == "cluster":
+                decided.append(overrides[-1] if key == "cluster" else f"+{overrides[-1].lstrip('+')}")
         else:
             _check_key(override, word, groups)
             # `++` sets a key that is there and adds one that is not: whether an open section takes the key is
             # decided by the signature of its class, not by what its YAML happens to mention.
             overrides.append(word if override.is_delete() else f"++{word.lstrip('+')}")
-    return Plan(overrides, chosen, trust, frozenset(override.key_or_group for _, override in parsed))
+            if typed and not override.is_delete():
+                decided.append(overrides[-1])
+    return Plan(overrides, chosen, trust, frozenset(override.key_or_group for _, override in parsed), decided)
 
 
 def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 from launcher import runs
-from launcher.config import Composition, Job, RunConfig, compose, default_run_name, peek, targets
+from launcher.config import Composition, Job, RunConfig, Settings, authority, compose, default_run_name, peek, targets
 from launcher.config.checks import check_run
 from launcher.config.schema import StrategyConfig
 from launcher.config.words import shown
 from launcher.errors import RequestError, RunError, StorageError
-from launcher.runs import RunDirectory, mirror
+from launcher.runs import RunDirectory, mirror, user_state
 from launcher.runs.storage import check_uri, disk_path, is_gathered, is_uri, plain_path
 
 
@@ -32,6 +32,8 @@ class Request:
         calling: the directory where the command was given; its modules may be named in the configuration.
         started: wall-clock time of the command.
         on_head: HOST:PORT of the Ray cluster whose head this process drives the run on, for somebody elsewhere.
+        settings: on a head, what the sender decided on the cluster; else the user's own settings are read.
+        note: gets a line about what is dropped from a configuration.
     """
 
     words: Sequence[str]
@@ -39,6 +41,8 @@ class Request:
     calling: Path = field(default_factory=Path.cwd)
     started: float = field(default_factory=time.time)
     on_head: str | None = None
+    settings: Settings | None = None
+    note: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def _meant(request: Request) -> tuple[Composition | None, RunDirectory | None, R
     new: Composition | None = None
     problem: RequestError | None = None
     try:
-        new = compose(request.words, request.config_dir)
+        new = compose(request.words, request.config_dir, settings=request.settings)
         run = new.job.run
     except RequestError as error:  # perhaps the words make sense over the configuration of a run that they name
         problem = error
@@ -152,7 +156,8 @@ def _meant(request: Request) -> tuple[Composition | None, RunDirectory | None, R
 def _compose_like(request: Request, like: RunDirectory | None) -> Composition:
     assert like is not None
     words = [word for word in request.words if key_of(word) != "run.like"]
-    composition = compose(words, request.config_dir, like.config)
+    composition = compose_stored(request, words, like)
+    note_dropped(request, composition, like)
     if like.is_sent and not any(key_of(word) == "run.root" for word in words):
         composition.job.run.root = like.root  # the root that was recorded is a place on the head of its cluster
     return composition
@@ -168,7 +173,7 @@ def _continue(request: Request, directory: RunDirectory) -> Prepared:
         raise RunError(f'"{name}" is a sweep: continue it with launch -m run.name={name} run.resume=true.')
     composition, changes = over_the_run(request, directory)
     job = composition.job
-    old = compose([], request.config_dir, directory.config).job if changes else job
+    old = compose_stored(request, [], directory).job if changes else job
     check_continuation(old, job, name)
     job.run.name, job.run.root = name, directory.root
     length = [(some.trainer.epochs, some.trainer.steps) for some in (old, job)]
@@ -190,13 +195,34 @@ def over_the_run(request: Request, directory: RunDirectory) -> tuple[Composition
         )
     targets.add_calling_directory(request.calling)
     words = _new_words(request, directory)
-    composition = compose(words, request.config_dir, directory.config)
+    composition = compose_stored(request, words, directory)
     alone = composition.job.cluster.kind == "none" and "cluster" in composition.given
     if alone and "scaling.workers" not in composition.given and composition.job.scaling.workers != "auto":
         # The number belongs to the cluster that the run had.
         words.append("scaling.workers=auto")
-        composition = compose(words, request.config_dir, directory.config)
+        composition = compose_stored(request, words, directory)
+    note_dropped(request, composition, directory)
     return composition, tuple(shown(word) for word in words)
+
+
+def compose_stored(
+    request: Request, words: Sequence[str], run: RunDirectory, own: Collection[str] | None = None
+) -> Composition:
+    """Compose words over the configuration of a run, on the cluster that the user's own record has for it.
+
+    own: the words that the user typed, where others come from a recorded sweep.
+    """
+    cluster = user_state.cluster_of(run) if request.settings is None else request.settings.section
+    return compose(words, request.config_dir, run.config, cluster=cluster, settings=request.settings, own=own)
+
+
+def note_dropped(request: Request, composition: Composition, run: RunDirectory) -> None:
+    """Print in one line which keys of a run's configuration are not used, since a file may not decide them."""
+    if composition.dropped and request.on_head is None:
+        request.note(
+            f"Not used from {run.config}: {', '.join(composition.dropped)}, since a file does not choose where code "
+            f"runs or where secrets go. To use it, add: {authority.words_for(composition.dropped)}"
+        )
 
 
 def _new_words(request: Request, directory: RunDirectory) -> list[str]:
@@ -218,7 +244,7 @@ def recorded_words(directory: RunDirectory) -> list[str]:
     try:
         lines = directory.overrides.read_text().splitlines()
         words = [json.loads(line[2:]) for line in lines if line.startswith("- ")]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return [word for word in words if isinstance(word, str)]
 

@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from launcher import runs
-from launcher.config import ClusterConfig, Composition, compose
+from launcher.config import ClusterConfig, Composition
 from launcher.engine.entry import Task
 from launcher.errors import StorageError
 from launcher.jobs import ranks
-from launcher.jobs.prepare import Request, check_same_model, over_the_run, root_of, run_section, same_section
+from launcher.jobs.prepare import (
+    Request,
+    check_same_model,
+    compose_stored,
+    over_the_run,
+    root_of,
+    run_section,
+    same_section,
+)
 from launcher.jobs.remote.place import is_elsewhere
 from launcher.jobs.training import Observer, device_of, ended_by_signals, over_text, run_task
 from launcher.jobs.weights import best_checkpoint
@@ -63,7 +71,7 @@ def find(name: str, request: Request, observer: Observer, doing: str) -> Trained
     composition, changes = over_the_run(request, run)
     other_data = False
     if changes:
-        stored = compose([], request.config_dir, run.config).job
+        stored = compose_stored(request, [], run).job
         check_same_model(stored, composition.job, name)
         other_data = not same_section(stored.data, composition.job.data)
         observer.event({"kind": "note", "text": over_text(changes)})

@@ -297,7 +297,7 @@ def list_runs(root: str | Path) -> Iterator[RunDirectory]:
 def _best_of(sweep: Path, name: str) -> str:
     """Return the number of a sweep's best trial."""
     try:
-        found = re.search(r"^number: (\d+)$", (sweep / "best.yaml").read_text(), re.MULTILINE)
+        found = re.search(r"^number: (\d{1,9})$", (sweep / "best.yaml").read_text(), re.MULTILINE)
     except OSError:
         found = None
     if found is None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from launcher.config import authority
 from launcher.errors import RunError
 from launcher.runs.directory import RunDirectory
 
@@ -30,6 +31,8 @@ class RunRecord:
     Attributes:
         run: its key, see `key_of`.
         cluster: the section `cluster` that it was started with, as plain data; empty where none was recorded.
+        words: of a sweep, those that only its user may decide; None of a run.
+        config_dir: of a sweep, the configuration directory that it was started with.
         place: what remote.json says where the run was sent to a cluster, else None.
         token: fingerprint of the token with which it was sent, see `fingerprint`.
         time: of the last change, in seconds since 1970.
@@ -37,6 +40,8 @@ class RunRecord:
 
     run: str
     cluster: dict[str, Any] = field(default_factory=dict)
+    words: list[str] | None = None
+    config_dir: str | None = None
     place: dict[str, Any] | None = None
     token: str | None = None
     time: float = 0.0
@@ -95,12 +100,12 @@ def save(run: RunDirectory, **changes: Any) -> RunRecord:
 
 
 def record_cluster(run: RunDirectory, cluster: dict[str, Any]) -> None:
-    """Record the cluster of a run that is driven on this machine; `local` and `none` need no record.
+    """Record the cluster of a run that is driven on this machine, where a file could not decide it.
 
     Raises:
         RunError: the state directory cannot be written.
     """
-    if cluster["kind"] not in ("local", "none"):
+    if authority.claims(cluster, None):
         save(run, cluster=cluster, place=None, token=None)
     else:
         forget(run)
@@ -115,7 +120,8 @@ def lookup(run: RunDirectory) -> RunRecord | None:
         record = RunRecord(**{name: value for name, value in content.items() if name in known})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return record if record.run == key and isinstance(record.cluster, dict) else None
+    valid = record.run == key and isinstance(record.cluster, dict) and isinstance(record.words, list | None)
+    return record if valid else None
 
 
 def cluster_of(run: RunDirectory) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Importing this package imports nothing else: the parts are looked up when they a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,8 +141,11 @@ def as_words(params: Mapping[str, Any]) -> list[str]:
     return words_of(params)
 
 
-def as_request(words: tuple[str, ...], trials: int | None, config_dir: Path | None) -> Request:
+def as_request(
+    words: tuple[str, ...], trials: int | None, config_dir: Path | None, note: Callable[[str], None]
+) -> Request:
     """Return the request of the Python API."""
     from launcher.jobs.prepare import Request
 
-    return Request([*words, f"sweep.trials={trials}"] if trials is not None else list(words), config_dir)
+    given = [*words, f"sweep.trials={trials}"] if trials is not None else list(words)
+    return Request(given, config_dir, note=note)

@@ -26,6 +26,7 @@ from launcher.runners.tasks import Ended, Shape
 from launcher.runs import REMOTE, RunDirectory, user_state
 from launcher.runs.mirror import OWNER
 from launcher.sweeps import records
+from launcher.sweeps.meaning import remember
 from launcher.sweeps.observer import SweepObserver, SweepOutcome
 from launcher.sweeps.planning import Planned, shape_of
 from launcher.sweeps.space import shown
@@ -120,6 +121,7 @@ class Driver:
         if meant.request.on_head is None:
             (directory.path / REMOTE).unlink(missing_ok=True)  # from now on it is driven here
             user_state.record_cluster(directory, asdict(meant.cluster))
+            remember(meant)
         self._log = records.Log(directory.log)
         self._study = Study(
             directory.path,

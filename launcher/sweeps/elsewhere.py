@@ -16,7 +16,7 @@ from launcher.jobs.prepare import Prepared
 from launcher.runs import RunDirectory
 from launcher.runs.storage import is_gathered
 from launcher.sweeps import records
-from launcher.sweeps.meaning import Meant
+from launcher.sweeps.meaning import Meant, remember
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.planning import check_values
 from launcher.sweeps.study import Study
@@ -51,6 +51,7 @@ def run(meant: Meant, observer: SweepObserver) -> SweepOutcome:
     def sent(where: str) -> None:
         observer.sent(meant.directory, where)
 
+    remember(meant)
     prepared = Prepared(meant.first, meant.directory, resumes=meant.resumes)
     most = min(left, meant.settings.concurrency or left)
     with Interrupts() as interrupts:

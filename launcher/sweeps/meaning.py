@@ -12,17 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from launcher import runs
-from launcher.config import Composition, SweepConfig, compose, default_run_name, peek, sources, targets
+from launcher.config import Composition, SweepConfig, authority, compose, default_run_name, peek, sources, targets
 from launcher.config.checks import check_run
 from launcher.config.keys import REMOVED
 from launcher.config.schema import ClusterConfig
 from launcher.config.words import shown
 from launcher.errors import ConfigError, RunError
 from launcher.jobs import ranks
-from launcher.jobs.prepare import Request, at_hand, key_of, run_like, unused, where_others_are
+from launcher.jobs.prepare import (
+    Request,
+    at_hand,
+    compose_stored,
+    key_of,
+    note_dropped,
+    run_like,
+    unused,
+    where_others_are,
+)
 from launcher.jobs.remote.attend import bring_here
 from launcher.jobs.remote.place import place_of
-from launcher.runs import RunDirectory
+from launcher.runs import RunDirectory, user_state
 from launcher.runs.storage import disk_uri, is_gathered, is_uri
 from launcher.sweeps import syntax
 from launcher.sweeps.space import distributions, sampler
@@ -34,6 +43,8 @@ from launcher.sweeps.syntax import Choice, Value, Words
 class Meant:
     """A sweep that is meant, wherever it is driven. `first` is its first trial, `total` counts all of them.
 
+    like: the run that `run.like` names. own: the words that the user typed, where others were recorded or come from
+    `hydra.sweeper.params` of a file, and may not choose where code runs (`launcher.config.authority`).
     root: run.root as it was said. Where that is `head:///PATH` the sweep lies on the disk of the machine that drives
     it, and machines of its workers have no part of it.
     """
@@ -45,7 +56,8 @@ class Meant:
     objectives: tuple[Objective, ...]
     total: int
     first: Composition
-    stored: Path | None
+    like: RunDirectory | None
+    own: tuple[str, ...] | None
     recorded: Recorded
     root: str
     resumes: bool = False
@@ -62,7 +74,7 @@ class Meant:
 
     def compose_words(self, words: Sequence[str]) -> Composition:
         """Compose the words of a trial, whose name and place are the sweep's business. Raises ConfigError."""
-        return _compose(self.request, words, self.stored)
+        return _compose(self.request, words, self.like, self.own)
 
     def told(self, how: str | None = None) -> str:
         """Return the one line that a sweep begins with. how: what is known of how it runs."""
@@ -129,12 +141,55 @@ def _continued(request: Request, words: list[str], directory: RunDirectory, root
         raise RunError(f'The sweep "{name}" is running. Stop it with: launch stop {name}.')
     mend(directory.path)
     before = recorded(directory.path)
-    place = place_of(directory)  # of one that was sent the journal has words of the head
-    config_dir = before.config_dir if place is None else place.config_dir
+    own, config_dir = _own(directory, request)
+    kept, dropped = _without_decisions(before.words)
+    if own is None and request.on_head is None:
+        _note_dropped(request, directory, dropped, before.config_dir if request.config_dir is None else None)
     if request.config_dir is None and config_dir is not None:
         request = replace(request, config_dir=Path(config_dir))
-    merged = _merged([word for word in before.words if key_of(word) not in REMOVED], words, name)
-    return replace(_meant(request, merged, directory, root), resumes=True)
+    merged = _merged([*(word for word in kept if key_of(word) not in REMOVED), *(own or ())], words, name)
+    trust = [word for word in merged if key_of(word) == "trust" and word not in words]  # for the head, if it is sent
+    request = replace(request, words=[*request.words, *trust])
+    return replace(_meant(request, merged, directory, root, (*(own or ()), *words)), resumes=True)
+
+
+def _own(directory: RunDirectory, request: Request) -> tuple[list[str] | None, str | None]:
+    """Return what the user's own record has of a sweep: words that only they may decide, and the configuration."""
+    record = None if request.on_head is not None else user_state.lookup(directory)
+    if record is None or record.words is None:
+        return None, None
+    place = place_of(directory)
+    return record.words, record.config_dir if place is None else place.config_dir
+
+
+def remember(meant: Meant) -> None:
+    """Record for this user what the journal may not decide when the sweep is continued. RunError where it cannot be."""
+    if meant.request.on_head is not None:
+        return
+    typed = meant.recorded.words if meant.own is None else tuple(shown(word) for word in meant.own)
+    decided, config_dir = list(dict.fromkeys(_without_decisions(typed)[1])), meant.recorded.config_dir
+    if decided or config_dir or user_state.lookup(meant.directory):
+        user_state.save(meant.directory, words=decided, config_dir=config_dir)
+
+
+def _without_decisions(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words without those that a file may not decide, and those."""
+    kept: list[str] = []
+    decided: list[str] = []
+    for word in words:
+        override = syntax.parse(word)
+        (decided if authority.is_guarded_word(override.key_or_group, override.value()) else kept).append(word)
+    return kept, decided
+
+
+def _note_dropped(request: Request, directory: RunDirectory, dropped: Sequence[str], config_dir: str | None) -> None:
+    words = [shown(word) for word in dropped] + ([f"--config-dir {config_dir}"] if config_dir is not None else [])
+    if words:
+        request.note(
+            f"Not used from the record of {directory.path}: {shown(' '.join(words))}, since a file does not choose "
+            "where code runs or where secrets go, and this user has no record of the sweep. To use it, add it to the "
+            "command line."
+        )
 
 
 def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]:
@@ -146,28 +201,37 @@ def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]
             words[words.index(shown(word))] = word
         elif key == "cluster":  # its keys belong to the one before
             words = [other for other in words if key_of(other).partition(".")[0] != key] + [word]
-        elif key.partition(".")[0] in ("sweep", "cluster", "verbose"):
+        elif key.partition(".")[0] in ("sweep", "cluster", "verbose", "trust"):
             words = [other for other in words if key_of(other) != key] + [word]
         elif not key.startswith("run."):
             raise RunError(
                 f'The sweep "{name}" cannot be continued with {shown(word)}: its trials would no longer be comparable. '
-                "Leave the word out (sweep.*, cluster.* and verbose may change), or start a new sweep."
+                "Leave the word out (sweep.*, cluster.*, trust and verbose may change), or start a new sweep."
             )
     return words
 
 
-def _meant(request: Request, words: list[str], directory: RunDirectory | None, root: str) -> Meant:
-    stored = _like(words, root)
+def _meant(
+    request: Request,
+    words: list[str],
+    directory: RunDirectory | None,
+    root: str,
+    own: tuple[str, ...] | None = None,
+) -> Meant:
+    like = _like(words, root)
     said = [shown(word) for word in words]
     words = [word for word in words if key_of(word) != "run.like"]
     groups = sources(request.config_dir).groups()
     space = syntax.read(words, {}, groups)
-    first = _compose(request, space.first(), stored)
+    first = _compose(request, space.first(), like, own)
+    if like is not None:
+        note_dropped(request, first, like)
     seed = first.job.sweep.seed
     params = first.sweeper.get("params") or {}
     if params or seed:
         space = syntax.read(words, params, groups, seed)
-        first = _compose(request, space.first(), stored)
+        own = tuple(words) if own is None else own  # what files want to be swept is no word of the user
+        first = _compose(request, space.first(), like, own)
     settings = _settings(first, space)
     objectives = _objectives(first, settings)
     total = _total(settings, space)
@@ -183,21 +247,28 @@ def _meant(request: Request, words: list[str], directory: RunDirectory | None, r
         objectives=objectives,
         total=total,
         first=first,
-        stored=stored,
+        like=like,
+        own=own,
         recorded=Recorded(tuple(said), config_dir),
         root=root,
     )
 
 
-def _compose(request: Request, words: Sequence[str], stored: Path | None) -> Composition:
-    composition = compose(_of_trials(words), request.config_dir, stored)
+def _compose(
+    request: Request, words: Sequence[str], like: RunDirectory | None, own: tuple[str, ...] | None
+) -> Composition:
+    words = _of_trials(words)
+    if like is None:
+        composition = compose(words, request.config_dir, settings=request.settings, own=own)
+    else:
+        composition = compose_stored(request, words, like, own)
     at_hand(request, composition.job)
     return composition
 
 
-def _like(words: Sequence[str], root: str) -> Path | None:
+def _like(words: Sequence[str], root: str) -> RunDirectory | None:
     name = next((word.partition("=")[2] for word in words if key_of(word) == "run.like"), None)
-    return None if name is None else run_like(root, name).config
+    return None if name is None else run_like(root, name)
 
 
 def _of_trials(words: Sequence[str]) -> list[str]:

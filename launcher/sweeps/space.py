@@ -82,7 +82,7 @@ def sampler(settings: SweepConfig, words: Words, drawn: int) -> BaseSampler:
         "random": samplers.RandomSampler,
         "tpe": samplers.TPESampler,
         "gp": samplers.GPSampler,
-        "cmaes": samplers.CmaEsSampler,
+        "cmaes": _cmaes(),
         "nsga2": samplers.NSGAIISampler,
     }
     options: dict[str, Any] = {}
@@ -92,6 +92,32 @@ def sampler(settings: SweepConfig, words: Words, drawn: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kinds[name](seed=seed, **options)
+
+
+def _cmaes() -> type[BaseSampler]:
+    """Return Optuna's CMA-ES without the pickle of its optimizer, which a journal from a stranger may hold.
+
+    Its state follows from the trials of each generation, and is computed from them for every draw.
+    """
+    from optuna.samplers import CmaEsSampler
+    from optuna.study import StudyDirection
+
+    class RebuiltCmaEs(CmaEsSampler):
+        def _restore_optimizer(self, completed_trials: list[Any]) -> None:
+            self._completed = completed_trials
+
+        def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
+            return {}
+
+        def _init_optimizer(self, trans: Any, direction: StudyDirection) -> Any:
+            optimizer = super()._init_optimizer(trans, direction)
+            sign = 1 if direction == StudyDirection.MINIMIZE else -1
+            size = optimizer.population_size
+            while len(found := self._get_solution_trials(self._completed, optimizer.generation)) >= size:
+                optimizer.tell([(trans.transform(trial.params), sign * (trial.value or 0.0)) for trial in found[:size]])
+            return optimizer
+
+    return RebuiltCmaEs
 
 
 def pruner(settings: SweepConfig, evaluations: int | None) -> BasePruner:

@@ -23,6 +23,7 @@ from launcher.sweeps import space
 from launcher.sweeps.syntax import Value, Words
 
 JOURNAL = "study.journal"
+_MOST_WORDS = 1000
 STATES = {
     TrialState.COMPLETE: "completed",
     TrialState.PRUNED: "pruned",
@@ -66,7 +67,15 @@ def recorded(directory: Path) -> Recorded:
         RunError: its journal cannot be read.
     """
     attributes = _load(directory).user_attrs
-    return Recorded(tuple(attributes.get("words", ())), attributes.get("config_dir"))
+    words, config_dir = attributes.get("words", []), attributes.get("config_dir")
+    if (
+        not isinstance(words, list)
+        or len(words) > _MOST_WORDS
+        or not all(isinstance(word, str) for word in words)
+        or not isinstance(config_dir, str | None)
+    ):
+        raise RunError(f"{directory / JOURNAL} is damaged: it does not hold the words of a sweep. Restore it.")
+    return Recorded(tuple(words), config_dir)
 
 
 def _load(directory: Path, **options: Any) -> optuna.Study:
@@ -74,9 +83,10 @@ def _load(directory: Path, **options: Any) -> optuna.Study:
     path = directory / JOURNAL
     try:
         return optuna.load_study(study_name=directory.name, storage=_storage(path), **options)
-    except (KeyError, ValueError, OSError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, OSError) as error:
         raise RunError(
-            f"{path} cannot be read ({error}). Restore it, or start the sweep under another run.name."
+            f"{path} cannot be read ({type(error).__name__}: {error}). Restore it, or start the sweep under another "
+            "run.name."
         ) from error
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.config import limits
 from launcher.config.words import shown
 from launcher.errors import ConfigError
 
@@ -117,7 +118,7 @@ def read(words: Sequence[str], params: Mapping[str, Any], groups: Mapping[str, l
     from_params = words_of(params)
     overrides: dict[str, tuple[str, Any]] = {}
     for word in [*from_params, *given]:
-        override = _parse(word)
+        override = parse(word)
         name = override.get_key_element().lstrip("+")
         overrides.pop(name, None)  # the later one holds, at its own place
         overrides[name] = (word, override)
@@ -150,10 +151,12 @@ def plain_text(value: Value) -> str:
 # ---- words ----------------------------------------------------------------------------------------------------------
 
 
-def _parse(word: str) -> Any:
+def parse(word: str) -> Any:
+    """Return what Hydra parses a word to. ConfigError where it is no override."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    limits.check_word(word)
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
@@ -170,7 +173,7 @@ def _unfolded(word: str) -> list[str]:
         return [f"{name.removeprefix(f'{PARAMS}.')}={value}"]
     if name != PARAMS:
         return [word]
-    content = _parse(word).value()
+    content = parse(word).value()
     if not isinstance(content, dict):
         raise ConfigError(
             f'"{shown(word)}" must be a mapping of keys to sweeps, such as {PARAMS}.optimizer.lr=1e-3,1e-2.'

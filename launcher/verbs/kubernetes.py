@@ -18,9 +18,12 @@ KIND = "kuberay"
 
 
 def is_meant(line: Line) -> bool:
-    """Whether the words choose cluster=kuberay; the last one counts."""
-    chosen = [word.partition("=")[2] for word in line.words if word.partition("=")[0] in ("cluster", "cluster.kind")]
-    return bool(chosen) and chosen[-1] == KIND
+    """Whether the words choose cluster=kuberay, or the user's own settings; the last one counts."""
+    from launcher.config.settings import user_settings
+
+    pairs = [word.partition("=") for word in line.words]
+    chosen = [value for key, _, value in pairs if key in ("cluster", "cluster.kind")]
+    return (chosen[-1] if chosen else user_settings().choice) == KIND
 
 
 def plan(line: Line, result: Callable[[str], None]) -> int:

@@ -124,9 +124,12 @@ class Line:
         return Path(chosen).expanduser().absolute() if chosen else None
 
     def request(self) -> Request:
+        from launcher.jobs import ranks
         from launcher.jobs.prepare import Request
+        from launcher.verbs.output import say
 
-        return Request(self.words, self.config_dir, started=self.started)
+        note = say if ranks.speaks() else lambda text: None
+        return Request(self.words, self.config_dir, started=self.started, note=note)
 
 
 def parse(arguments: Sequence[str]) -> Line:

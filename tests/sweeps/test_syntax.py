@@ -143,13 +143,13 @@ def test_a_mixture_of_everything() -> None:
 def test_a_trials_words_say_what_was_swept(word: str) -> None:
     """Would be wrong: a value that Hydra reads as another one than it was given."""
     words = read(word)
-    key, expected = word.partition("=")[0], syntax._parse(word)
+    key, expected = word.partition("=")[0], syntax.parse(word)
     values = list(space.grid(words))
     from hydra.core.override_parser.types import Override
 
     for value, element in zip(values, expected.sweep_iterator(), strict=True):
         (text,) = words.overrides(value)
-        assert syntax._parse(text).value() == Override._convert_value(element), key
+        assert syntax.parse(text).value() == Override._convert_value(element), key
 
 
 def test_trials_of_one_size_follow_each_other() -> None:

@@ -216,7 +216,8 @@ class Caller:
             jobs.submit(found.job, driver, {}, [Path(folder) / freight.OWN], working_dir=workdir)
 
     def _order(self, words: list[str], calling: str | None, config_dir: str | None, values: dict[str, str]) -> bytes:
-        more = {"needs": self._needs, "sweep": self._trials is not None}
+        cluster = asdict(self._prepared.job.cluster)
+        more = {"needs": self._needs, "sweep": self._trials is not None, "cluster": cluster}
         return freight.order(words, calling, config_dir, values, **more)
 
     def _note(self, text: str) -> None:

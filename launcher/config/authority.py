@@ -1,0 +1,185 @@
+"""What a configuration file may not decide: where code runs, and where secrets go.
+
+The keys of this rule count only where the user chose them: in words of the command line, in the option file that a word
+`cluster=NAME` selects, and in the user's own settings (`launcher.config.settings`). To enforce it, `compose` composes
+these sources alone a second time, and compares: a value that the complete configuration has and this trusted one has
+not was decided by another file, whatever detour it took (packages, defaults lists, interpolation). Nothing of such a
+file is searched for forbidden keys, so there is nothing to hide them from.
+
+Plain Python: no Hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launcher.config import masking
+from launcher.config.schema import ClusterConfig
+
+FREE_KINDS = ("local", "none")  # of a cluster, which any file may choose: code runs where the command was given
+_NAMES = (
+    *("address", "hosts", "user", "python", "setup", "env", "image", "secret", "service_account", "mounts"),
+    *("context", "namespace", "subscription"),  # which Kubernetes cluster, which Azure account
+)
+# The keys of the section `cluster` that a file may not set, `kind` apart.
+GUARDED = tuple(each.name for each in dataclasses.fields(ClusterConfig) if each.name in _NAMES or "ssh_" in each.name)
+_DEFAULTS = dataclasses.asdict(ClusterConfig())
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file that was composed: its path without `.yaml`, its package, its plain content, the options it chooses."""
+
+    name: str
+    package: Sequence[str]
+    content: Any
+    options: frozenset[str]
+
+
+def claims(cluster: Any, root: Any) -> dict[str, Any]:
+    """Return the values of a section `cluster` and of `run.root` that need the user's authority, by dotted key."""
+    found = {}
+    if isinstance(cluster, Mapping):
+        if cluster.get("kind", "local") not in FREE_KINDS:
+            found["cluster.kind"] = cluster["kind"]
+        for key in GUARDED:
+            if key in cluster and cluster[key] != _DEFAULTS[key]:
+                found[f"cluster.{key}"] = cluster[key]
+    elif cluster is not None:
+        found["cluster"] = cluster
+    if isinstance(root, str) and "://" in root:
+        found["run.root"] = root
+    return found
+
+
+def without_claims(content: Mapping[str, Any], decided: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take out of a run's stored configuration what it may not decide.
+
+    A section `cluster` of another kind than local or none describes that cluster, and goes as a whole.
+
+    Args:
+        decided: the section `cluster` that the user's own record has for the run; it replaces the stored one.
+
+    Returns:
+        The content, and what was taken out without a replacement, by dotted key.
+    """
+    kept = {key: value for key, value in content.items() if key != "trust"}
+    run, cluster = kept.get("run"), kept.get("cluster")
+    root = run.get("root") if isinstance(run, Mapping) else run
+    dropped = claims({} if decided else cluster, root)
+    if content.get("trust"):
+        dropped["trust"] = content["trust"]
+    if isinstance(run, Mapping):
+        kept["run"] = {key: value for key, value in run.items() if key != "root" or not _may_leave(value)}
+    elif run is not None:
+        kept.pop("run")
+    if decided:
+        kept["cluster"] = dict(decided)
+    elif not isinstance(cluster, Mapping) or "cluster.kind" in dropped:
+        kept.pop("cluster", None)
+    else:
+        kept["cluster"] = {key: value for key, value in cluster.items() if key not in GUARDED}
+    return kept, dropped
+
+
+def _may_leave(root: Any) -> bool:
+    """Whether a stored run root may lie elsewhere, or depends on the environment."""
+    return not isinstance(root, str) or "://" in root or "${" in root
+
+
+def is_guarded_word(key: str, value: Any) -> bool:
+    """Whether a word about `key` needs the user's authority; of a recorded sweep it is dropped."""
+    section, _, name = key.partition(".")
+    if section == "cluster" and not name:
+        return not (isinstance(value, str) and value in FREE_KINDS)
+    if section == "cluster":
+        return name.partition(".")[0] in GUARDED or (name == "kind" and value not in FREE_KINDS)
+    return key == "trust" or key.startswith("cluster/")
+
+
+def word_for(key: str, value: Any) -> str:
+    """Return the word that sets a key on the command line, quoted for the shell."""
+    name = "cluster" if key == "cluster.kind" else key
+    if _REFERENCE.search(str(value)):  # to what may be decided by a file as well
+        return f"{name}=..."
+    return shlex.quote(f"{name}={_text(masking.mask(value, key.rpartition('.')[2]))}")
+
+
+def words_for(found: Mapping[str, Any]) -> str:
+    return " ".join(word_for(key, value) for key, value in found.items())
+
+
+def refusal(
+    found: Mapping[str, Any],
+    files: Sequence[File],
+    primary: str,
+    directory: str,
+    settings: str,
+) -> str:
+    """Return the error for keys that files have set and may not decide.
+
+    Args:
+        found: the keys with their values as they were written.
+        files: what was composed, in order.
+        primary: the name of the primary configuration among them.
+        directory: where the files lie, or the file of a run's own configuration.
+        settings: the file of the user's own settings.
+    """
+    places: dict[str, list[str]] = {}
+    for key, value in found.items():
+        name = _file_that_decides(key, value, files)
+        if name is None:
+            place = "a configuration file"
+        elif name == primary:
+            place = directory if directory.endswith(".yaml") else f"{directory}/config.yaml"
+        else:
+            place = f"{directory}/{name}.yaml"
+        places.setdefault(place, []).append(key)
+    facts = "; ".join(f"{place} decides {', '.join(names)}" for place, names in places.items())
+    return (
+        f"{facts[0].upper()}{facts[1:]}, but a configuration file does not choose where code runs or where secrets go, "
+        f"and puts nothing of the environment into the section run. If you want this, add it to the command line: "
+        f"{words_for(found)}; or keep it in {settings}."
+    )
+
+
+def _file_that_decides(key: str, value: Any, files: Sequence[File]) -> str | None:
+    """Return the name of the file that decides a key: its own, or that of a value that it refers to."""
+    for wanted in (*_REFERENCE.findall(str(value)), key):
+        names = [one.name for one in files if _sets(one.content, wanted.split("."), [*one.package])]
+        if names:
+            choosing = [one.name for one in files if names[-1] in one.options]
+            return choosing[-1] if choosing and names[-1].startswith("cluster/") else names[-1]
+    return None
+
+
+def _sets(content: Any, path: list[str], package: list[str]) -> bool:
+    """Whether plain content under a package sets the key at `path`, or all of a section that holds it."""
+    while package and path and package[0] == path[0]:
+        package, path = package[1:], path[1:]
+    if package:
+        return False
+    for part in path:
+        if isinstance(content, str):  # the section is a reference
+            return True
+        if not isinstance(content, Mapping) or part not in content:
+            return False
+        content = content[part]
+    return True
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_text(key)}: {_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(_text(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = str(value)
+    return text if re.fullmatch(r"[A-Za-z0-9_./:@%${}-]+", text) else json.dumps(text)

@@ -1,0 +1,171 @@
+"""What Hydra and OmegaConf are given while they compose a configuration that may come from a stranger.
+
+Files are checked against `launcher.config.limits` before they are parsed, references are resolved within a budget, and
+what ships with launch is found before any file of the same name in a directory of the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import GroupDefault
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from omegaconf.base import Container, Node
+from omegaconf.basecontainer import BaseContainer
+from omegaconf.resolvers import oc
+
+from launcher.config import limits
+from launcher.config.authority import File
+from launcher.config.search_path import CONF
+from launcher.config.settings import Settings
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.plugins.config_source import ConfigResult
+
+_MOST_FILES = 1000  # in one composition: files that include others can stand for billions
+_BUDGET = 200_000  # values that references may bring into one composition
+_COST = 200  # of a reference itself, whose text is parsed each time
+
+
+class LimitedFiles(FileConfigSource):
+    """Hydra's source of files, which checks the limits before a file is parsed."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        from pathlib import Path
+
+        file = Path(self.path) / self._normalize_file_name(config_path)
+        try:
+            limits.check_yaml(limits.read_text(file), str(file))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} cannot be read: {error}.") from error
+        return super().load_config(config_path)
+
+
+class _Exhausted(BaseException):
+    """The budget is used up. Not an Exception: OmegaConf must not catch it and go on."""
+
+
+@contextmanager
+def within_limits() -> Iterator[None]:
+    """Compose within the limits. Raises ConfigError where references exceed them."""
+    registry = SourcesRegistry.instance()
+    types, resolve = registry.types, Container._resolve_interpolation_from_parse_tree
+    load = CachingConfigRepository.load_config
+    left, depth, files = _BUDGET, 0, _MOST_FILES
+
+    def limited(self: Container, *arguments: Any, **options: Any) -> Any:
+        nonlocal left, depth
+        if left < 0 or depth > limits.DEEPEST:
+            raise _Exhausted
+        depth += 1
+        try:
+            found = resolve(self, *arguments, **options)
+        finally:
+            depth -= 1
+        left -= _COST + _size(found, left)
+        return found
+
+    def counted(self: CachingConfigRepository, config_path: str) -> ConfigResult | None:
+        nonlocal files
+        files -= 1
+        if files < 0:
+            raise _Exhausted
+        return load(self, config_path)
+
+    registry.types = {**types, "file": LimitedFiles}
+    Container._resolve_interpolation_from_parse_tree = limited  # type: ignore[method-assign]
+    CachingConfigRepository.load_config = counted  # type: ignore[method-assign]
+    try:
+        yield
+    except _Exhausted:
+        raise ConfigError(
+            "The values of the configuration refer to each other (${...}), or its files include each other, too deep "
+            f"or too often: more than {limits.DEEPEST} levels, {_BUDGET // _COST:,} references or {_MOST_FILES:,} "
+            "files. Look for a value that refers to another one many times, and for long defaults lists."
+        ) from None
+    except RecursionError:
+        raise ConfigError(
+            "The configuration includes or refers to itself without an end. Look at its defaults lists, and at values "
+            "with ${...}."
+        ) from None
+    finally:
+        Container._resolve_interpolation_from_parse_tree = resolve  # type: ignore[method-assign]
+        CachingConfigRepository.load_config = load  # type: ignore[method-assign]
+        registry.types = types
+
+
+def _size(node: Node | None, most: int) -> int:
+    """Return the number of values that a reference has brought, or more than `most`."""
+    count, waiting = 0, [node]
+    while waiting and count <= most:
+        one = waiting.pop()
+        count += 1
+        content = one._value() if isinstance(one, Node) else one
+        if isinstance(one, BaseContainer) and isinstance(content, (dict, list)):
+            waiting.extend(content.values() if isinstance(content, dict) else content)
+        elif isinstance(content, str):
+            count += len(content) // 100
+    return count
+
+
+def find_ours_first(settings: Settings) -> None:
+    """Have the schema and the shipped options of `cluster` found before files of the same names.
+
+    settings: the user's, whose keys for a cluster are added to those options.
+    """
+    for file in sorted((CONF / "cluster").glob("*.yaml")):
+        node = OmegaConf.to_container(OmegaConf.load(file))
+        assert isinstance(node, dict)
+        node |= settings.keys_for(file.stem)
+        ConfigStore.instance().store(group="cluster", name=file.stem, node=node, package="cluster")
+    loader = GlobalHydra.instance().config_loader()
+    search_path = loader.get_search_path()
+    search_path.prepend("schema", "structured://")
+    loader.repository.initialize_sources(search_path)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_environment() -> Iterator[list[str]]:
+    """Refuse variables of the environment to references. Yields the names of those that were asked for."""
+    asked: list[str] = []
+
+    def refuse(key: str, default: Any = None) -> Any:
+        asked.append(key)
+        raise ValueError("no environment")
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield asked
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def composed_files(overrides: list[str], primary: str, schema: str) -> list[File]:
+    """Return the files that Hydra composes for these overrides, in order."""
+    from hydra.types import RunMode
+
+    loader = GlobalHydra.instance().config_loader()
+    defaults = loader.compute_defaults_list(primary, overrides, RunMode.RUN).defaults
+    found = []
+    for default in defaults:
+        loaded = loader.repository.load_config(str(default.config_path))  # type: ignore[attr-defined]
+        if loaded is None or default.config_path == schema:
+            continue
+        package = default.package if default.package is not None else loaded.header.get("package")
+        options = {
+            f"{item.group.lstrip('/')}/{item.value}"
+            for item in loaded.defaults_list or []
+            if isinstance(item, GroupDefault) and item.group
+        }
+        content = OmegaConf.to_container(loaded.config, resolve=False)
+        parts = str(package).split(".") if package else []
+        found.append(File(str(default.config_path), parts, content, frozenset(options)))
+    return found
