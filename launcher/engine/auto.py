@@ -21,7 +21,8 @@ from launcher.engine.control import Control
 from launcher.engine.randomness import own_randomness
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies import costs
-from launcher.engine.strategies.blocks import blocks_of, recompute
+from launcher.engine.strategies.blocks import blocks_of, check_divisible, recompute
+from launcher.errors import ConfigError
 from launcher.phrases import number, size
 from launcher.runs import RunDirectory
 
@@ -106,7 +107,7 @@ def _decide(
     n, precision = runtime.world_size, job.trainer.precision
     network = costs.Network(weights, trained, blocks=len(blocks_of(model, job.strategy.blocks)), passes=passes)
     candidates = []
-    for name in EXACT:
+    for name in _possible(job, model):
         config = StrategyConfig(name)
         needs = float(sum(costs.memory(config, n, whole).values()))
         if measured is None:
@@ -117,6 +118,15 @@ def _decide(
         candidates.append(Candidate(name, needs + measured.activations, step.seconds))
     chosen = choose(candidates, room)
     return (*runtime.broadcast((chosen.name, _reason(chosen, candidates, min(rooms)))), measured)
+
+
+def _possible(job: Job, model: nn.Module) -> tuple[str, ...]:
+    """Return the exact strategies that take this network."""
+    try:
+        check_divisible(model, job.strategy.blocks)
+    except ConfigError:
+        return ("ddp",)
+    return EXACT
 
 
 def _reason(chosen: Candidate, candidates: list[Candidate], memory: float) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from launcher.config import Job, targets
 from launcher.engine.batches import channels_last
+from launcher.engine.buffers import rules_of
 from launcher.engine.data import Loader
 from launcher.engine.datasets import Data, blocks_of, lengths_of
 from launcher.engine.evaluation import Evaluated, Evaluator
@@ -45,7 +46,7 @@ def build_model(job: Job, runtime: Runtime) -> nn.Module:
     """Build the network on the device, from the seed alone.
 
     Raises:
-        ConfigError: it has no `training_step`, or asks for what this device cannot do.
+        ConfigError: it has no `training_step`, or asks for what cannot be done, on this device or at all.
     """
     seed_everything(job.trainer.seed)
     model = targets.build(job.model, "model", job.trust)
@@ -54,6 +55,7 @@ def build_model(job: Job, runtime: Runtime) -> nn.Module:
             f"model._target_={job.model['_target_']} has no training_step(batch); a model says there what its loss is, "
             "one value a sample (see docs/extending.md)."
         )
+    rules_of(model)
     if job.trainer.sync_batchnorm:
         if runtime.device.type != "cuda":
             raise ConfigError(

@@ -273,7 +273,7 @@ class Ema:
 
     @torch.no_grad()
     def on_start(self, run: Run) -> None:
-        named = {name: p for name, p in run.model.named_parameters() if p.is_floating_point()}
+        named = {name: p for name, p in run.model.named_parameters() if p.is_floating_point() or p.is_complex()}
         self._parameters = list(named.values())
         self._averages = {
             name: p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for name, p in named.items()

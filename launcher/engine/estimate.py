@@ -33,7 +33,7 @@ from launcher.engine.start_check import (
     try_validation,
     without_sync_batchnorm,
 )
-from launcher.engine.strategies.blocks import blocks_of, recompute
+from launcher.engine.strategies.blocks import blocks_of, check_divisible, recompute
 from launcher.engine.strategies.compression import powersgd_bytes
 from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.engine.untouched import untouched
@@ -121,6 +121,8 @@ def _estimate(job: Job, ahead: bool) -> Estimate:
     cpu_job = job if not job.trainer.sync_batchnorm else without_sync_batchnorm(job)
     model = build_model(cpu_job, runtime)
     of_optimizer = optimizer_bytes(job, model)
+    if job.strategy.name == "fsdp":
+        check_divisible(model, job.strategy.blocks)
     counter = _flop_counter() if ahead else None
     if ahead and job.strategy.activation_checkpointing:
         recompute(model, job.strategy.blocks)

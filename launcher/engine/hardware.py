@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import sys
+import platform
 from pathlib import Path
 
 import torch
@@ -73,6 +74,17 @@ def memory_of_a_worker(runtime: Runtime, gpus_per_worker: float | None) -> float
         with contextlib.suppress(OSError, ValueError):  # "max": there is none
             whole = min(whole, int(Path(limit).read_text()))
     return whole / runtime.local_world_size
+
+
+def kind_of(device: torch.device) -> str:
+    """Return what decides how a device rounds: the model of the GPU, or that of the CPU and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
 
 
 def allocated_gib(device: torch.device) -> float:

@@ -18,7 +18,11 @@ from launcher.errors import ConfigError, did_you_mean
 
 
 def build_optimizer(
-    section: Mapping[str, Any], model: nn.Module, trust: Sequence[str] = (), may_fuse: bool = True
+    section: Mapping[str, Any],
+    model: nn.Module,
+    trust: Sequence[str] = (),
+    may_fuse: bool = True,
+    may_change: bool = False,
 ) -> Optimizer:
     """Build the optimizer of the configuration over the model's parameters.
 
@@ -27,12 +31,13 @@ def build_optimizer(
 
     Args:
         may_fuse: false where a parameter may have its first gradient later than others: fused SGD with momentum fails.
+        may_change: whether frozen parameters may be trained later: groups that have no others are there, empty.
 
     Raises:
         ConfigError: a pattern matches no parameter, or nothing is left to train.
     """
     kind = targets.resolve(section["_target_"], "optimizer", trust)
-    groups = parameter_groups(model, section.get("groups") or [])
+    groups = parameter_groups(model, section.get("groups") or [], may_change)
     parameters = inspect.signature(kind).parameters
     extra: dict[str, Any] = {}
     # One kernel for all parameters instead of one for each; on the CPU too.
@@ -47,22 +52,36 @@ def _can_fuse(model: nn.Module, kind: Any) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in model.parameters())
 
 
-def parameter_groups(model: nn.Module, rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def destinations(model: nn.Module, rules: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return for each parameter the number of the group that it belongs to when it is trained.
+
+    0 is the group of those that no rule matches, or one that freezes; n is that of the n-th rule.
+    """
+    numbers = [_rule_of(name, rules) for name, _ in model.named_parameters()]
+    return [0 if number is None or rules[number].get("freeze") else number + 1 for number in numbers]
+
+
+def _rule_of(name: str, rules: Sequence[Mapping[str, Any]]) -> int | None:
+    return next((i for i, rule in enumerate(rules) if fnmatchcase(name, str(rule.get("match")))), None)
+
+
+def parameter_groups(
+    model: nn.Module, rules: Sequence[Mapping[str, Any]], may_change: bool = False
+) -> list[dict[str, Any]]:
     """Freeze and group the model's parameters by the rules; see `build_optimizer`. Frozen ones need no gradient."""
     names = [name for name, _ in model.named_parameters()]
-    members: list[list[nn.Parameter]] = [[] for _ in rules]
-    rest: list[nn.Parameter] = []
     matched = [False] * len(rules)
     for name, parameter in model.named_parameters():
-        index = next((i for i, rule in enumerate(rules) if fnmatchcase(name, str(rule.get("match")))), None)
-        if index is None:
-            rest.append(parameter)
-            continue
-        matched[index] = True
-        if rules[index].get("freeze"):
-            parameter.requires_grad_(False)
-        else:
-            members[index].append(parameter)
+        index = _rule_of(name, rules)
+        if index is not None:
+            matched[index] = True
+            if rules[index].get("freeze"):
+                parameter.requires_grad_(False)
+    members: list[list[nn.Parameter]] = [[] for _ in range(len(rules) + 1)]
+    numbers = destinations(model, rules)
+    for parameter, number in zip(model.parameters(), numbers, strict=True):
+        if parameter.requires_grad:
+            members[number].append(parameter)
     for rule, hit in zip(rules, matched, strict=True):
         if "match" not in rule:
             raise ConfigError(
@@ -74,12 +93,13 @@ def parameter_groups(model: nn.Module, rules: Sequence[Mapping[str, Any]]) -> li
                 f"The model has {len(names)} parameters, such as "
                 f"{', '.join(names[:3])}.{did_you_mean(str(rule['match']), names)}"
             )
-    groups = [{"params": [p for p in rest if p.requires_grad]}]
-    for rule, parameters in zip(rules, members, strict=True):
-        overrides = {key: value for key, value in rule.items() if key not in ("match", "freeze")}
-        groups.append({"params": [p for p in parameters if p.requires_grad], **overrides})
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+    overrides = [{}, *({key: rule[key] for key in rule if key not in ("match", "freeze")} for rule in rules)]
+    groups = [
+        {"params": parameters, **own}
+        for number, (parameters, own) in enumerate(zip(members, overrides, strict=True))
+        if parameters or (may_change and number in numbers)
+    ]
+    if not any(members):
         raise ConfigError(
             "Nothing is left to train: every parameter is frozen by optimizer.groups or by the model itself."
         )
@@ -143,6 +163,7 @@ class WarmupCosine(LambdaLR):
 
 
 def learning_rate(optimizer: Optimizer) -> float:
-    """Return the learning rate of the first group."""
-    rate = optimizer.param_groups[0]["lr"]
+    """Return the learning rate of the first group that trains something."""
+    groups = optimizer.param_groups
+    rate = next((group for group in groups if group["params"]), groups[0])["lr"]
     return float(rate.item() if isinstance(rate, torch.Tensor) else rate)

@@ -156,8 +156,12 @@ class Runtime:
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor`, on the device or on the host, over all ranks, in place."""
         if not self.alone:
-            dist.all_reduce(tensor, group=self.host_group if tensor.device.type == "cpu" else self.group)
+            dist.all_reduce(tensor, group=self.group_of(tensor))
         return tensor
+
+    def group_of(self, tensor: torch.Tensor) -> Any:
+        """Return the group that carries a tensor where it is."""
+        return self.host_group if tensor.device.type == "cpu" else self.group
 
     def gather(self, value: Any) -> list[Any]:
         """Return the plain Python `value` of every rank, by rank; see `objects` for what it may be."""

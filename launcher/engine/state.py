@@ -20,6 +20,7 @@ from launcher.engine.progress import Progress
 from launcher.engine.randomness import seed_everything
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy
+from launcher.engine.trained import Trained
 
 
 class State:
@@ -27,8 +28,9 @@ class State:
 
     Shared: model, optimizer, schedule, strategy (loss scaler), callbacks, position and counters, and the weights that
     are evaluated where a callback averages them. Each rank's own: random states, the sums of the log interval that is
-    open, and what the strategy keeps of its own. With another number of workers the sums go to rank 0, which changes
-    no total, and the random states begin anew from the seed.
+    open, what the strategy keeps of its own, and the buffers that differ from the merged ones of the model. With
+    another number of workers the sums go to rank 0, which changes no total, all ranks take the merged buffers, and the
+    random states begin anew from the seed.
     """
 
     def __init__(
@@ -38,21 +40,23 @@ class State:
         scheduler: LRScheduler,
         strategy: Strategy,
         callbacks: Callbacks,
+        trained: Trained,
         sums: Sums,
         progress: Progress,
         runtime: Runtime,
         seed: int,
     ) -> None:
         self._model, self._optimizer, self._scheduler, self._strategy = model, optimizer, scheduler, strategy
-        self._callbacks, self._sums, self._progress = callbacks, sums, progress
+        self._callbacks, self._trained, self._sums, self._progress = callbacks, trained, sums, progress
         self._runtime, self._seed = runtime, seed
 
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (shared, own) for `Checkpointer.save`."""
         from launcher.engine.checkpoint import training_state  # when it is needed: see `checkpoint.saver`
 
-        with self._strategy.resting():
+        with self._strategy.resting() as buffers:
             trained = training_state(self._model, self._optimizer)
+            averaged = self._callbacks.weights()
         shared = {
             **trained,
             "scheduler": self._scheduler.state_dict(),
@@ -60,13 +64,15 @@ class State:
             "progress": self._progress.state_dict(),
             "callbacks": self._callbacks.state_dict(),
         }
-        averaged = self._callbacks.weights()
+        if (changed := self._trained.state_dict()) is not None:
+            shared["trained"] = changed
         if averaged is not None:
             shared["weights"] = averaged
         own = {
             "random": random_states(self._runtime.device),
             "sums": self._sums.state_dict(),
             "strategy": self._strategy.own_state_dict(),
+            "buffers": buffers,
         }
         return shared, own
 
@@ -76,8 +82,9 @@ class State:
         Raises:
             CheckpointError: it does not fit the model or the optimizer; names what differs.
         """
-        from launcher.engine.checkpoint import restore_training
+        from launcher.engine.checkpoint import inspect, restore_training
 
+        self._trained.load_state_dict(inspect(path).state.get("trained"))
         configured = [_initial_rate(group) for group in self._optimizer.param_groups]
         rank, world_size = self._runtime.rank, self._runtime.world_size
         content = restore_training(path, self._model, self._optimizer, verified=True, rank=(rank, world_size))
@@ -94,6 +101,7 @@ class State:
         )
         if not resized:
             self._sums.load_state_dicts([content.own[rank]["sums"]])
+            self._strategy.buffers.put(content.own[rank].get("buffers", {}))
             set_random_states(content.own[rank]["random"], self._runtime.device)
         else:
             self._sums.load_state_dicts([own["sums"] for own in content.own] if rank == 0 else [])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
@@ -37,8 +37,10 @@ from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.control import CHECKPOINT, PRUNE, REGROUP, STOP, Control, Watch
 from launcher.engine.datasets import Data
 from launcher.engine.drawing import traced_step
+from launcher.engine.drift import Copy, Drift
 from launcher.engine.examples import Examples
-from launcher.engine.metrics import Sums, as_pair, means
+from launcher.engine.finite import Finite
+from launcher.engine.metrics import Sums, means
 from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
 from launcher.engine.order import keys_of_training
 from launcher.engine.pace import Pace
@@ -49,12 +51,13 @@ from launcher.engine.record import Recorder, StepFile, Throughput
 from launcher.engine.runtime import Runtime
 from launcher.engine.state import State
 from launcher.engine.strategies.strategy import DTYPES, casting
-from launcher.errors import CheckpointError, NonFiniteLoss, Regroup
+from launcher.engine.stream import StreamLoader
+from launcher.engine.trained import Trained
+from launcher.errors import CheckpointError, NonFiniteLoss, Regroup, TrainingError
 from launcher.money import BUDGET, Bill
 from launcher.phases import Marks
 from launcher.runs import RunDirectory
 
-_NEVER = 2**62
 SETTLE_SECONDS = 60.0  # how long a run that fails waits for a save that goes on; other ranks may be gone
 
 
@@ -109,8 +112,12 @@ class Trainer:
         self.sums = Sums(runtime.device, trainer.deterministic)
         self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
         self.sums.reset()
-        self.optimizer = build_optimizer(job.optimizer, model, job.trust, self.strategy.uses_all)
+        self.optimizer = build_optimizer(
+            job.optimizer, model, job.trust, self.strategy.uses_all, may_change=bool(job.callbacks)
+        )
         self.strategy.attach(self.optimizer, self.total_steps)
+        self.trained = Trained(model, self.optimizer, self.strategy, job.optimizer.get("groups") or [])
+        self.drift = Drift(runtime, runtime.gather(hardware.kind_of(runtime.device)), self._say)
         self.scheduler = build_scheduler(job.scheduler, self.optimizer, self.total_steps, job.trust)
         self.evaluator = build_evaluator(job, self.strategy, runtime, data, "val")
 
@@ -123,6 +130,7 @@ class Trainer:
             self.scheduler,
             self.strategy,
             self.callbacks,
+            self.trained,
             self.sums,
             self.progress,
             runtime,
@@ -153,7 +161,8 @@ class Trainer:
         self._rate = learning_rate(self.optimizer)
         self._batches: Generator[Any] | None = None
         self._ranks = (runtime.rank, runtime.world_size)
-        self._bad_step = torch.full((), _NEVER, device=runtime.device)
+        again = None if isinstance(self.loader, StreamLoader) else self._microbatches
+        self.finite = Finite(runtime, self.strategy, again)
 
     def _first_batch(self) -> Any:
         """Return rank 0's first microbatch of the first global batch, on every rank."""
@@ -275,7 +284,7 @@ class Trainer:
 
     def _loop(self, watch: Watch) -> dict[str, Any]:
         self.control.emit({"kind": "phase", "name": "training"})
-        self.callbacks.call("on_start")
+        self._call("on_start")
         self.throughput = Throughput()
         status = "completed"
         try:
@@ -306,8 +315,11 @@ class Trainer:
         share = self.split.share(size, *facts)
         self._tell_of_trace(self._trace.before(self.progress.step + 1))
         self._flags = self._wishes(watch)
+        if self.trained.stale:
+            self._rewrap()
         vote = self.strategy.accumulate(islice(self._batches, len(share)), size, self._flags, self._record)
-        if vote.ballots["bad"]:
+        bad = vote.ballots["bad"] or vote.ballots["gradient"]
+        if bad or self.finite.note_gradients(self.progress.step + 1):
             self._fail_non_finite()
         self.strategy.apply(self.optimizer, size, vote)
         self._rate = learning_rate(self.optimizer)
@@ -348,6 +360,9 @@ class Trainer:
         first = self.runtime.is_first
         spent = BUDGET in requests or (self._recorder is not None and self._recorder.money_is_spent())
         return {
+            "overflow": False,  # raised by the strategy of deterministic mode
+            "trained": False,
+            "gradient": self.finite.gradient_was_bad,
             "bad": False,  # raised by the strategy where this rank's loss is not finite
             "stop": STOP in requests or watch.stop_requested or spent,
             "signal": STOP in requests,
@@ -360,13 +375,44 @@ class Trainer:
             "evaluate": first and self.evaluate_every.time_is_up(),
         }
 
+    def _call(self, hook: str) -> None:
+        """Call `hook` of all callbacks, which may change what is trained."""
+        if not self.callbacks:
+            return
+        before = self.trained.flags()
+        self.callbacks.call(hook)
+        line = self.trained.follow(before, f"{hook} of a callback", self.progress.step)
+        if line is not None and self.runtime.is_first:
+            self._say(line)
+
+    def _rewrap(self) -> None:
+        """Wrap the model anew, since other parameters are trained; every rank must have come here."""
+        # In the form of a step's vote: a rank that has not changed anything meets it with its own, and nothing hangs.
+        vote = self.runtime.vote(0.0, {name: name == "trained" for name in self._flags}).wait()
+        if (
+            vote.ballots["trained"] < self.runtime.world_size
+            or len(set(map(tuple, self.runtime.gather(self.trained.flags())))) > 1
+        ):
+            raise TrainingError(
+                f"A callback changed which parameters are trained at step {self.progress.step}, and not alike on every "
+                "rank. Change requires_grad on all ranks: callbacks run on every one of them."
+            )
+        self.strategy.rewrap(self._first_batch())
+        self.trained.stale = False
+
+    def _say(self, text: str) -> None:
+        self.control.emit({"kind": "note", "text": text})
+
+    def _check_replicas(self) -> None:
+        """Compare the ranks' copies of the model; see `drift`."""
+        trained, strategy, names = self.trained, self.strategy, self.trained.name_of
+        weights = [(names[id(p)], tensor) for p, tensor in strategy.replicated()]
+        graded = trained.graded() if strategy.shares_gradients else None
+        self.drift.check(Copy(weights, trained.names(), graded, trained.unexpected()), self.progress.step)
+
     def _record(self, answer: Any) -> None:
         self.sums.add(answer)
-        if self.runtime.device.type != "cpu":
-            # Looking at the loss would stop the device; the first bad step is kept there and read at the next log.
-            loss, _ = as_pair("loss", answer["loss"])
-            here = torch.where(torch.isfinite(loss.detach()), _NEVER, self.progress.step + 1)
-            self._bad_step = torch.minimum(self._bad_step, here)
+        self.finite.note_loss(answer, self.progress.step + 1)
 
     def _after_step(self, done: Done) -> None:
         """Log, evaluate and save what is due."""
@@ -386,7 +432,7 @@ class Trainer:
                 with self.throughput.pause():
                     recorder.first_step(drawing)
             recorder.step(self.progress, self.throughput)
-        self.callbacks.call("on_step")
+        self._call("on_step")
         if self._ended or done.ballots["log"] or self.log_every.due(self.progress):
             done.values.update(self._log())
 
@@ -406,16 +452,21 @@ class Trainer:
     def _evaluate(self, done: Done) -> None:
         due = self._ended or done.ballots["evaluate"] or self.evaluate_every.due(self.progress)
         if self.evaluator is not None and due:
+            self.strategy.merge_buffers()
             with self.throughput.pause(), self._pace.evaluation(), self.callbacks.evaluated(), self.strategy.resting():
                 done.values.update(self.evaluator.run())
             done.evaluated = True
         self.progress.metrics.update(done.values)
         if done.evaluated:
-            self.callbacks.call("on_evaluate")
+            self._call("on_evaluate")
 
     def _save_step(self, done: Done) -> None:
         asked = any(done.ballots[wish] for wish in ("stop", "regroup", "checkpoint"))
-        if asked or self._ended or done.reason or done.improved or self.save_every.due(self.progress):
+        due = self._ended or bool(done.reason) or done.improved or self.save_every.due(self.progress)
+        if due:
+            # Not where a save was asked for: a run that was never stopped would not have merged them here.
+            self.strategy.merge_buffers()
+        if asked or due:
             with self.throughput.pause():
                 self._save()
 
@@ -426,6 +477,7 @@ class Trainer:
     def _log(self) -> dict[str, float]:
         """Reduce the open sums over all workers and return the tags of the interval."""
         totals = self._finite_totals()
+        self._check_replicas()
         self.sums.reset()
         values = {f"train/{name}": value for name, value in means(totals).items()}
         values["train/learning_rate"] = self._rate
@@ -465,27 +517,29 @@ class Trainer:
         return totals
 
     def _fail_non_finite(self) -> None:
-        """Say which rank met it at which step, on every rank alike."""
-        step = self.progress.step + 1 if self._flags["bad"] else int(self._bad_step.item())
-        met = self.runtime.gather(step if step < _NEVER else None)
-        where = ", ".join(f"step {step} on rank {rank}" for rank, step in enumerate(met) if step is not None)
-        self._give_up(f"The loss became NaN or infinite at {where or 'an unknown step'}")
+        """Raise what says which rank met it at which step, on every rank alike."""
+        error = self.finite.error(self.progress.step + 1, self._flags["bad"], self._flags["gradient"], self._kept())
+        raise error or NonFiniteLoss(f"The loss became NaN or infinite at an unknown step; {self._kept()}.")
 
     def _require_finite_weights(self) -> None:
         """A gradient may be infinite though the loss is not. The next loss would tell, too late for this checkpoint."""
         if not self.strategy.is_finite():
             step = self.progress.step
-            self._give_up(
-                f"The weights became NaN or infinite by step {step}: the loss was finite, and its gradient was not"
+            raise self.finite.error(step, False, False, self._kept()) or NonFiniteLoss(
+                f"The weights became NaN or infinite by step {step}, while the loss was finite; {self._kept()}. Lower "
+                "optimizer.lr, or look in training_step for a square root, a logarithm or a division at zero."
             )
 
-    def _give_up(self, what: str) -> None:
+    def _kept(self) -> str:
         newest = self._newest()
-        kept = f"the last good checkpoint is {newest.path}" if newest.path else "there is no checkpoint yet"
-        raise NonFiniteLoss(
-            f"{what}; {kept}. Lower optimizer.lr, set trainer.clip_norm=1 or look for bad samples; then start anew, or "
-            "continue with run.resume=true."
-        )
+        return f"the last good checkpoint is {newest.path}" if newest.path else "there is no checkpoint yet"
+
+    def _microbatches(self) -> Iterator[Any]:
+        """Read this rank's microbatches of the present step once more."""
+        self._close_batches()
+        share = self.split.share(self.order.batch_size(self.progress.batch), self.runtime.rank, self.runtime.world_size)
+        with closing(self._read_from_here()) as batches:
+            yield from islice(batches, len(share))
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

@@ -494,15 +494,16 @@ class Explosive(Net):
     Args:
         kind: "nan" or "inf": the loss of that sample; "gradient": the loss is finite and its gradient is not; "raise":
             an exception; "exit": the process dies.
+        sample: its number; None for all.
     """
 
-    def __init__(self, kind: str, sample: int = 900) -> None:
+    def __init__(self, kind: str, sample: int | None = 900) -> None:
         super().__init__()
         self.kind, self.sample = kind, sample
 
     def training_step(self, batch: Any) -> Any:
         answer = super().training_step(batch)
-        here = batch[2] == self.sample
+        here = torch.ones_like(batch[2], dtype=torch.bool) if self.sample is None else batch[2] == self.sample
         if not (self.training and torch.is_grad_enabled() and bool(here.any())):
             return answer
         loss = answer["loss"]

@@ -89,3 +89,121 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
     return [name for name in one.keys() | other.keys() if not same(one.get(name), other.get(name))]
+
+
+class Collecting(Plain):
+    """Collects, in buffers, what each rank sees of its own data; some have an effect on training.
+
+    Args:
+        rules: its `merge_buffers`.
+        grows: whether one buffer has another size on every rank.
+    """
+
+    def __init__(self, rules: dict[str, str] | None = None, grows: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.codes: Tensor
+        self.top: Tensor
+        self.low: Tensor
+        self.seen: Tensor
+        self.register_buffer("codes", torch.zeros(8))
+        self.register_buffer("top", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("low", torch.zeros(2, 3, dtype=torch.bfloat16))
+        self.register_buffer("seen", torch.zeros(0, dtype=torch.bool), persistent=False)
+        self.merge_buffers = rules if rules is not None else {"top": "max", "low": "mean"}
+        self.grows = grows
+
+    def hidden(self, x: Tensor) -> Tensor:
+        hidden = self.norm(super().hidden(3 * x + 1))
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.codes.lerp_(hidden.mean(0) + x.mean(), 0.1)
+                self.top.clamp_(min=int(1000 * x.abs().max()))
+                self.low += x.mean().to(torch.bfloat16)
+                if self.grows:
+                    self.seen = torch.cat([self.seen, x[: int(x[0, 0] > 0) + 1, 0] > 0])
+        return hidden + 0.1 * self.codes
+
+
+class Frozen(Plain):
+    """Its stem is frozen in the constructor. Trains the same with whatever number of workers.
+
+    Args:
+        inside: the step in which `training_step` itself trains the stem, on the rank `only`, or on all.
+        alone: whether rank 1 adds a gradient of its own in that step instead.
+    """
+
+    def __init__(self, inside: int = 0, only: int | None = None, alone: bool = False) -> None:
+        super().__init__()
+        self.stem.requires_grad_(False)
+        self.inside, self.only, self.alone, self.steps = inside, only, alone, 0
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        if self.training and torch.is_grad_enabled():
+            self.steps += 1
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if self.steps == self.inside and self.only in (None, rank):
+            if self.alone:
+                with torch.no_grad():
+                    self.head.weight[0, 0] += 1e-4
+            else:
+                self.stem.requires_grad_(True)
+        return super().training_step(batch)
+
+
+class Switching:
+    """A callback that trains parts of the network, or no longer: {step: {part: whether}}, at a step of its hook.
+
+    Args:
+        only: the rank that alone does it.
+    """
+
+    def __init__(self, plan: dict[int, dict[str, bool]], hook: str = "on_step", only: int | None = None) -> None:
+        self.plan, self.hook, self.only = {int(step): parts for step, parts in plan.items()}, hook, only
+
+    def on_start(self, run: Any) -> None:
+        self._switch("on_start", run)
+
+    def on_step(self, run: Any) -> None:
+        self._switch("on_step", run)
+
+    def on_evaluate(self, run: Any) -> None:
+        self._switch("on_evaluate", run)
+
+    def _switch(self, hook: str, run: Any) -> None:
+        for part, trained in self.plan.get(run.step, {}).items():
+            if self.only in (None, run.rank) and self.hook == hook:
+                run.model.get_submodule(part).requires_grad_(trained)
+
+
+class Waves(Plain):
+    """Complex weights, of one, two and no dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wave = nn.Parameter(torch.randn(FEATURES, 8, dtype=torch.complex64))
+        self.shift = nn.Parameter(torch.zeros(8, dtype=torch.complex64))
+        self.turn = nn.Parameter(torch.tensor(1.0 + 1.0j))
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(8, dtype=torch.complex64))
+        self.merge_buffers = {"mean": "mean"}
+
+    def hidden(self, x: Tensor) -> Tensor:
+        y = x.to(torch.complex64) @ self.wave * self.turn + self.shift
+        if self.training and torch.is_grad_enabled():
+            self.mean.lerp_(y.detach().mean(0), 0.1)
+        return torch.tanh(self.stem(x)) + torch.tanh(y.real) + torch.sin(y.imag)
+
+
+class Precise(Plain):
+    """Everything in float64."""
+
+    def __init__(self, mixed: bool = False) -> None:
+        super().__init__()
+        self.double()
+        if mixed:
+            self.scale = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        x, y, number = batch
+        return super().training_step((x.double() * getattr(self, "scale", 1.0), y, number))

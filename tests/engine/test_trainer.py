@@ -43,14 +43,14 @@ def only(ranks: list[Rank], name: str) -> tuple[str, str, str]:
 # ---- numbers that are none ------------------------------------------------------------------------------------------
 
 
-def meeting(sample: int, workers: int) -> tuple[int, int]:
+def meeting(sample: int, workers: int, chunk: int | None = None) -> tuple[int, int]:
     """Return the step and the rank that meet a sample, in batches of 100 of the 1,037 with seed 0."""
     from launcher.engine.order import Order, Split
 
     order = Order(1037, 100, 0)
     at = order.epoch(0).tolist().index(sample)
     batch, position = divmod(at, 100)
-    shares = [Split().share(order.batch_size(batch), rank, workers) for rank in range(workers)]
+    shares = [Split(chunk=chunk).share(order.batch_size(batch), rank, workers) for rank in range(workers)]
     (rank,) = [r for r, spans in enumerate(shares) if any(start <= position < stop for start, stop in spans)]
     return batch + 1, rank
 
@@ -73,32 +73,46 @@ def test_a_loss_that_is_no_number_names_step_and_rank(kind: str, workers: int, t
     assert all(value.isfinite().all() for value in load_weights(newest).values())
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
-def test_weights_that_are_no_numbers_are_never_saved(clip: float | None, tmp_path: Path) -> None:
-    # A gradient can be infinite while the loss is not: the checkpoint of that step must not become the newest.
-    job = make_job(
-        model={**EXPLOSIVE, "kind": "gradient"}, epochs=2, clip_norm=clip, checkpoint={"every": 1, "keep": 100}
-    )
-    ranks = launch(job, tmp_path, 2)
-    step, _ = meeting(900, 2)
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "clipped": {"clip_norm": 1.0},
+    "exact": {"deterministic": True},
+    "fsdp": {"strategy": {"name": "fsdp"}},
+    "local_sgd": {"strategy": {"name": "local_sgd"}},
+    "powersgd": {"strategy": {"compression": "powersgd"}},
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("how", GRADIENTS)
+def test_a_gradient_that_is_no_number_names_step_and_rank(how: str, workers: int, tmp_path: Path) -> None:
+    # The loss is finite: the checkpoint of that step must not become the newest.
+    checkpoint = {"every": 1, "keep": 100}
+    job = make_job(model={**EXPLOSIVE, "kind": "gradient"}, epochs=2, checkpoint=checkpoint, **GRADIENTS[how])
+    ranks = launch(job, tmp_path, workers)
+    step, culprit = meeting(900, workers, chunk=13 if how == "exact" else None)  # an eighth of the global batch
     for rank in ranks:
         assert rank.error is not None
         assert rank.error[0] == "NonFiniteLoss"
-        assert f"The weights became NaN or infinite by step {step}" in rank.error[1]
+        # FSDP divides the sum among the ranks, which all are bad.
+        assert re.search(rf"The gradient of \S+ became NaN or infinite at step {step} on rank", rank.error[1])
+        if how != "fsdp":
+            assert f"at step {step} on rank {culprit}, while the loss was finite" in rank.error[1]
         assert f"step-{step - 1:08d}" in rank.error[1]
+        assert "clip_norm" not in rank.error[1]
     assert max(available(tmp_path / "checkpoints")) == step - 1
 
 
-def test_an_infinite_gradient_stops_the_deterministic_mode(tmp_path: Path) -> None:
-    job = make_job(
-        model={**EXPLOSIVE, "kind": "gradient"}, epochs=2, deterministic=True, checkpoint={"every": 1, "keep": 100}
-    )
-    ranks = launch(job, tmp_path, 2)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_first_gradient_that_is_no_number_is_that_of_the_first_step(workers: int, tmp_path: Path) -> None:
+    ranks = launch(make_job(model={**EXPLOSIVE, "kind": "gradient", "sample": None}), tmp_path, workers)
+    everyone = ", ".join(f"step 1 on rank {rank}" for rank in range(workers))
     for rank in ranks:
         assert rank.error is not None
-        assert rank.error[0] == "TrainingError"
-        assert "fixed point" in rank.error[1]
-    assert max(available(tmp_path / "checkpoints")) == meeting(900, 2)[0] - 1
+        assert (
+            f"became NaN or infinite at {everyone}, while the loss was finite; there is no checkpoint yet"
+            in rank.error[1]
+        )
 
 
 # ---- errors of the user's code --------------------------------------------------------------------------------------

@@ -40,6 +40,28 @@ def blocks_of(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
     return _outermost(model, found)
 
 
+def check_divisible(model: nn.Module, names: Sequence[str] = ()) -> None:
+    """Raise ConfigError where FSDP cannot divide the parameters of the network among workers."""
+    named = list(model.named_parameters())
+    blocks = blocks_of(model, names)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    groups = [list(block.parameters()) for block in blocks]
+    groups.append([parameter for _, parameter in named if id(parameter) not in inside])
+    name_of = {id(parameter): name for name, parameter in named}
+    problem = next((f'"{name}" is a single number' for name, parameter in named if parameter.ndim == 0), None)
+    problem = problem or next((f'"{name}" is complex' for name, p in named if p.is_complex()), None)
+    for group in groups:
+        trained = {p.dtype: name_of[id(p)] for p in group if p.requires_grad}
+        if len(trained) > 1:
+            found = ", ".join(f'"{name}" {str(dtype).removeprefix("torch.")}' for dtype, name in trained.items())
+            problem = problem or f"parameters of one block have several types ({found})"
+    if problem is not None:
+        raise ConfigError(
+            f"strategy=fsdp divides every parameter among the workers, and in this network {problem}, which FSDP does "
+            "not take. Use strategy=ddp, or change the parameter (a number can have the shape (1,))."
+        )
+
+
 def _outermost(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
     wanted, inner = {id(module) for module in chosen}, set()
     ordered = [module for module in model.modules() if id(module) in wanted and module is not model]

@@ -27,11 +27,13 @@ def cast_hook(wire: torch.dtype) -> Callable[[Runtime, Any], torch.futures.Futur
 
     def hook(runtime, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are texts
         buffer = bucket.buffer()
+        buffer = torch.view_as_real(buffer) if buffer.is_complex() else buffer
         small = buffer.div(runtime.world_size).to(wire)
         future = dist.all_reduce(small, group=runtime.group, async_op=True).get_future()
 
         def widen(done: Any) -> Tensor:
-            return buffer.copy_(done.value()[0])
+            buffer.copy_(done.value()[0])
+            return bucket.buffer()
 
         return future.then(widen)
 
@@ -71,7 +73,7 @@ class PowerSGD:
         seed: of the first Q.
 
     Attributes:
-        errors: what this worker has left out of each matrix, float32 and shaped like it.
+        errors: what this worker has left out of each matrix, shaped like it, in float32 or float64.
         factors: Q of each matrix.
     """
 
@@ -85,8 +87,9 @@ class PowerSGD:
         for index, parameter in enumerate(self._parameters):
             n, m, r = thin(parameter, rank)
             if r:
-                self.errors[index] = torch.zeros(n, m, device=parameter.device)
-                self.factors[index] = torch.randn(m, r, generator=generator).to(parameter.device)
+                wide = _wide(parameter)
+                self.errors[index] = torch.zeros(n, m, dtype=wide, device=parameter.device)
+                self.factors[index] = torch.randn(m, r, generator=generator).to(parameter.device, wide)
 
     def reduce(self) -> None:
         """Put the mean over the workers into every parameter's gradient.
@@ -131,10 +134,13 @@ class PowerSGD:
 
     def _matrix(self, index: int, grad: Tensor | None) -> Tensor:
         error = self.errors[index]
-        return error.clone() if grad is None else grad.reshape(error.shape).float() + error
+        return error.clone() if grad is None else grad.reshape(error.shape).to(error.dtype) + error
 
     def _dense(self, index: int, grad: Tensor | None) -> Tensor:
-        return torch.zeros(self._parameters[index].shape, device=self._device) if grad is None else grad.float()
+        values = self._parameters[index].detach() if grad is None else grad
+        values = torch.view_as_real(values) if values.is_complex() else values
+        values = values.to(_wide(values))
+        return torch.zeros_like(values) if grad is None else values
 
     def _put(self, index: int, mean: Tensor, used: bool) -> None:
         parameter = self._parameters[index]
@@ -143,7 +149,8 @@ class PowerSGD:
             return
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
-        parameter.grad.copy_(mean.reshape(parameter.shape))
+        numbers = torch.view_as_real(parameter.grad) if parameter.is_complex() else parameter.grad
+        numbers.copy_(mean.reshape(numbers.shape))
 
     def _mean(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the means over the ranks, in one message."""
@@ -152,7 +159,7 @@ class PowerSGD:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         self._runtime.add_up(flat).div_(self._runtime.world_size)
         parts = flat.split([tensor.numel() for tensor in tensors])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+        return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "factors": dict(self.factors)}
@@ -170,7 +177,12 @@ class PowerSGD:
         """
         for index in self.errors:
             total = torch.stack([saved[index] for saved in errors]).double().mean(0)
-            self.errors[index] = total.to(self._device, torch.float32)
+            self.errors[index] = total.to(self._device, self.errors[index].dtype)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the type in which the numbers of a tensor are added up: at least float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def orthonormal(matrix: Tensor) -> Tensor:

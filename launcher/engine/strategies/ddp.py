@@ -41,8 +41,28 @@ class DataParallel(Strategy):
         self._keeps_gradients = False
         self._idle = False  # whether this rank had no sample of the last batch
 
+    @property
+    def reduces_while_computing(self) -> bool:  # type: ignore[override]
+        return self.wraps
+
+    @property
+    def follows(self) -> bool:  # type: ignore[override]
+        return self.wraps
+
     def prepare(self, batch: Any) -> dict[str, Any]:
         self._broadcast()
+        return self._wrap(batch)
+
+    def rewrap(self, batch: Any) -> None:
+        self._wrapped = self._steps
+        for parameter in self._parameters:
+            parameter.grad = None  # a view of the buckets of the wrapper that goes
+        gc.collect()  # and its hooks with it: it is part of cycles
+        self._keeps_gradients = False
+        self._wrap(batch)
+
+    def _wrap(self, batch: Any) -> dict[str, Any]:
+        views: list[tuple[nn.Parameter, torch.Tensor]] = []
         with untouched(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
             self._steps.used = [p for p in self._parameters if p.grad is not None]
@@ -54,6 +74,13 @@ class DataParallel(Strategy):
                 # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in
                 # the same order as one that was never stopped; with three workers or more the sums differ otherwise.
                 self._warm_up(self._wrapped, batch)
+                views = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        if self._keeps_gradients:
+            # DDP divides a view of its buckets, and multiplies what it copies there: the first step would round
+            # otherwise than the same step of a run that has been going on.
+            for parameter, view in views:
+                parameter.grad = view
+            self._clear()
         return answer
 
     def _in_ddp(self) -> DistributedDataParallel:
@@ -131,7 +158,7 @@ class DataParallel(Strategy):
         self._scaler.unscale_(optimizer)
         scale_by_count([p.grad for p in self._parameters if p.grad is not None], size, vote.count)
         self._combine(optimizer)
-        self._clip_and_step(optimizer, [p.grad for p in self._parameters if p.grad is not None])
+        self._clip_and_step(optimizer, [p.grad for p in self.optimized if p.grad is not None])
 
     def _combine(self, optimizer: Optimizer) -> None:
         """Average the gradients over the ranks where the backward pass has not done it."""

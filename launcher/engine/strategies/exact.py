@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from launcher.config import TrainerConfig
 from launcher.engine.metrics import LIMBS, from_limbs, to_limbs
 from launcher.engine.runtime import Runtime, Vote
-from launcher.engine.strategies.strategy import Record, Strategy, loss_of
+from launcher.engine.strategies.strategy import Record, Strategy, as_real, loss_of
 from launcher.engine.untouched import untouched
 from launcher.errors import TrainingError
 
@@ -35,21 +35,31 @@ class ExactDataParallel(Strategy):
         chunk: samples in a chunk; see `data.Split`.
     """
 
+    follows = True
+
     def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig, chunk: int) -> None:
         super().__init__(model, runtime, trainer)
         self._chunk = chunk
+        self._bad: str | None = None  # a parameter whose gradient in a chunk was not finite
         self._places: list[slice] = []
         self._sum = self._uses = self._count = torch.empty(0)
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         self._broadcast()
+        return self._wrap(batch)
+
+    def rewrap(self, batch: Any) -> None:
+        self._wrap(batch)
+
+    def _wrap(self, batch: Any) -> dict[str, Any]:
         with untouched(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
             # Those without a gradient here too: another batch may take another way through the network.
             self._parameters = [p for p in self.model.parameters() if p.requires_grad]
             self.uses_all = all(p.grad is not None for p in self._parameters)
-        ends = list(accumulate(p.numel() for p in self._parameters))
-        self._places = [slice(end - p.numel(), end) for p, end in zip(self._parameters, ends, strict=True)]
+        sizes = [as_real(p.detach()).numel() for p in self._parameters]
+        ends = list(accumulate(sizes))
+        self._places = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         # Behind the gradients: in how many chunks each parameter had one, and the count behind the loss.
         numel = ends[-1] + len(ends) + LIMBS
         self._sum = torch.zeros(numel, dtype=torch.int64, device=self.runtime.device)
@@ -59,8 +69,8 @@ class ExactDataParallel(Strategy):
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
         self._clear()  # what `apply` left for `grad_norm`
         self._sum.zero_()
+        flags |= {"overflow": False, "gradient": False}
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        flags["overflow"] = False
         limit = _LIMIT / -(-size // self._chunk)  # each chunk's part of the range
         for batch in batches:
             answer = self._steps(batch)
@@ -71,11 +81,12 @@ class ExactDataParallel(Strategy):
             if not bool(torch.isfinite(loss)):
                 flags["bad"] = True
             elif not self._add(limit):
-                flags["overflow"] = True
+                self._bad = super().bad_gradient()
+                flags["overflow" if self._bad is None else "gradient"] = True
             record(answer)
             self._clear()
         vote = self.runtime.vote(total, flags)
-        if not (flags["bad"] or flags["overflow"]):
+        if not (flags["bad"] or flags["overflow"] or flags["gradient"]):
             self.runtime.add_up(self._sum)
         else:
             self.runtime.add_up(self._sum.zero_())
@@ -83,7 +94,7 @@ class ExactDataParallel(Strategy):
 
     def _add(self, limit: float) -> bool:
         """Add the chunk's gradients to the sum; tell whether they fit (a NaN does not)."""
-        grads = [p.grad for p in self._parameters]
+        grads = [None if p.grad is None else as_real(p.grad) for p in self._parameters]
         there = [grad for grad in grads if grad is not None and grad.numel()]
         if not there:
             return True
@@ -95,6 +106,9 @@ class ExactDataParallel(Strategy):
                 self._sum[place] += torch.round(grad.double() / _UNIT).long().reshape(-1)
         self._uses += torch.tensor([grad is not None for grad in grads], device=self._uses.device)
         return True
+
+    def bad_gradient(self) -> str | None:
+        return self._bad
 
     def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
         if vote.ballots["overflow"]:
@@ -109,5 +123,7 @@ class ExactDataParallel(Strategy):
             if uses:
                 mean = self._sum[place].double() * _UNIT / count
                 # .grad keeps the parameter's own memory layout, which the optimizer's kernels expect.
-                parameter.grad = torch.empty_like(parameter).copy_(mean.view(parameter.shape))
+                parameter.grad = torch.empty_like(parameter)
+                numbers = as_real(parameter.grad)
+                numbers.copy_(mean.view(numbers.shape))
         self._clip_and_step(optimizer, [p.grad for p in self._parameters if p.grad is not None])

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from launcher.config import StrategyConfig, TrainerConfig
 from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
-from launcher.engine.strategies.blocks import blocks_of
+from launcher.engine.strategies.blocks import blocks_of, check_divisible
 from launcher.engine.strategies.compression import WIRE
-from launcher.engine.strategies.strategy import Record, Strategy, all_finite, loss_of, scale_by_count
+from launcher.engine.strategies.strategy import Record, Strategy, all_finite, loss_of, multiply, scale_by_count
 from launcher.engine.untouched import untouched
 from launcher.errors import ConfigError
 
@@ -37,6 +37,8 @@ class FullySharded(Strategy):
     Every forward pass is a matter of all workers, so each runs as many as the one with the most microbatches.
     """
 
+    shares_gradients = False
+
     def __init__(
         self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig, config: StrategyConfig, split: Split
     ) -> None:
@@ -44,6 +46,7 @@ class FullySharded(Strategy):
         self._config, self._split = config, split
         self._spare: Any = None  # a batch for the rounds in which this rank has none
         self._parts: list[FSDPModule] = []
+        check_divisible(model, config.blocks)
         if config.option("cpu_offload") and runtime.device.type == "cpu":
             raise ConfigError(
                 "strategy.cpu_offload=true moves parameters from GPUs to the host's memory, and the workers compute on "
@@ -64,7 +67,8 @@ class FullySharded(Strategy):
         runtime, config = self.runtime, self._config
         mesh = self._mesh()
         computes = None if self._precision is torch.float32 else self._precision
-        reduces = WIRE.get(config.compression, torch.float32)
+        double = any(p.dtype is torch.float64 for p in self.model.parameters())
+        reduces = WIRE.get(config.compression, None if double else torch.float32)
         offload = CPUOffloadPolicy(pin_memory=runtime.device.type == "cuda")
         how: dict[str, Any] = {
             "mesh": mesh,
@@ -108,12 +112,13 @@ class FullySharded(Strategy):
         return self._steps(batch, method)
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            for part in self._parts:
-                part.reshard()
+    def resting(self) -> Iterator[dict[str, torch.Tensor]]:
+        with super().resting() as own:
+            try:
+                yield own
+            finally:
+                for part in self._parts:
+                    part.reshard()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -162,13 +167,13 @@ class FullySharded(Strategy):
         scale_by_count(grads, size, vote.count)
         if self.clip_norm is not None:
             self._norm = self._total_norm(grads)
-            torch._foreach_mul_(grads, (self.clip_norm / (self._norm + 1e-6)).clamp(max=1.0).float())
+            multiply(grads, (self.clip_norm / (self._norm + 1e-6)).clamp(max=1.0))
         self._scaler.step(optimizer)
         self._scaler.update()
 
     def _grads(self) -> list[torch.Tensor]:
         """Return this worker's parts of the gradients."""
-        grads = [p.grad for p in self._parameters if p.grad is not None]
+        grads = [p.grad for p in self.optimized if p.grad is not None]
         return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
 
     def _total_norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
@@ -179,6 +184,9 @@ class FullySharded(Strategy):
             squares += torch.stack(torch._foreach_norm(present)).double().square().sum()
         dist.all_reduce(squares, group=self._norm_group)
         return squares.sqrt().squeeze(0)
+
+    def replicated(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        return []  # every worker has a part of its own
 
     def grad_norm(self) -> torch.Tensor:
         return self._norm if self.clip_norm is not None else self._total_norm(self._grads())

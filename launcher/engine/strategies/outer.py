@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,9 +34,11 @@ class OuterOptimizer:
         inner: what is hooked; nothing else of it is used.
         replica: this worker's weights, which the inner optimizer changes in place.
         delay: steps, less than `every`.
+        wire: None for that of the weights, float32 at least.
+        met: called on every worker when θ has changed.
 
     Attributes:
-        weights: θ, in the order of `replica`; what is evaluated, saved and exported.
+        weights: θ, in the order of `replica`; what is evaluated, saved and exported. Complex ones as pairs of numbers.
         momentum: m, likewise.
         steps: inner steps so far, the same on every worker.
     """
@@ -51,14 +53,16 @@ class OuterOptimizer:
         lr: float = 1.0,
         momentum: float = 0.0,
         delay: int = 0,
-        wire: torch.dtype = torch.float32,
+        wire: torch.dtype | None = None,
         total_steps: int | None = None,
+        met: Callable[[], None] | None = None,
     ) -> None:
-        self._replica: list[Tensor] = [tensor.detach() for tensor in replica]
+        self._replica: list[Tensor] = [_as_real(tensor.detach()) for tensor in replica]
         self._runtime, self._every, self._lr, self._mu = runtime, every, lr, momentum
-        self._delay, self._wire, self._total = delay, wire, total_steps
+        self._delay, self._wire, self._total, self._met = delay, wire, total_steps, met
         self.steps = 0
-        self.weights = [tensor.clone() for tensor in self._replica]
+        self._shown = [tensor.detach().clone() for tensor in replica]
+        self.weights = [_as_real(tensor) for tensor in self._shown]
         self.momentum = [torch.zeros_like(tensor) for tensor in self._replica] if momentum else []
         self._sent: list[Tensor] = []  # the replica as it was when Δ was sent
         self._delta: Tensor | None = None  # on its way, or arrived and not yet used
@@ -85,7 +89,8 @@ class OuterOptimizer:
 
     def _send(self) -> None:
         delta = torch._foreach_sub(self.weights, self._replica)
-        self._delta = torch.cat([part.reshape(-1) for part in delta]).div_(self._runtime.world_size).to(self._wire)
+        flat = torch.cat([part.reshape(-1) for part in delta]).div_(self._runtime.world_size)
+        self._delta = flat.to(self._wire or torch.promote_types(flat.dtype, torch.float32))
         if self._delay:
             self._sent = [tensor.clone() for tensor in self._replica]
         if not self._runtime.alone:
@@ -98,6 +103,8 @@ class OuterOptimizer:
         if moved:
             torch._foreach_add_(self._replica, moved)
         self._sent, self._delta = [], None
+        if self._met is not None:
+            self._met()
 
     def _arrived(self) -> Tensor:
         """Return Δ, waiting for it where it is on its way."""
@@ -120,7 +127,7 @@ class OuterOptimizer:
     def shown(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Inside, `parameters` (of which `replica` is the data) hold θ."""
         held = [parameter.data for parameter in parameters]
-        for parameter, weight in zip(parameters, self.weights, strict=True):
+        for parameter, weight in zip(parameters, self._shown, strict=True):
             parameter.data = weight
         try:
             yield
@@ -175,10 +182,10 @@ class OuterOptimizer:
                 torch._foreach_copy_(replica, torch._foreach_add(self.weights, moved))
             self._delta = None
         if any(not torch.equal(a, b) for replica in replicas for a, b in zip(replica, self.weights, strict=True)):
-            total = torch.zeros(sum(weight.numel() for weight in self.weights), device=self._device)
+            total = torch.zeros((), device=self._device)
             for replica in replicas:
                 delta = torch._foreach_sub(self.weights, replica)
-                total += torch.cat([part.reshape(-1) for part in delta])
+                total = total + torch.cat([part.reshape(-1) for part in delta])
             self._update(total / len(replicas))
         torch._foreach_copy_(self._replica, self.weights)
         self._sent = []
@@ -186,3 +193,7 @@ class OuterOptimizer:
     @property
     def _device(self) -> torch.device:
         return self._replica[0].device
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -21,6 +21,7 @@ class PowerSGDParallel(DataParallel):
     _power: PowerSGD
 
     def attach(self, optimizer: Optimizer, total_steps: int) -> None:
+        super().attach(optimizer, total_steps)
         trained = [p for p in self._parameters if p.requires_grad]
         rank, after = self._config.option("powersgd_rank"), self._config.option("powersgd_after")
         self._power = PowerSGD(trained, self.runtime, rank, after, self._seed)

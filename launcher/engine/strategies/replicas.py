@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.engine.checkpoint.training import load_optimizer_state, optimizer_state
+from launcher.engine.runtime import Vote
 from launcher.engine.strategies.compression import WIRE
 from launcher.engine.strategies.ddp import DataParallel
 from launcher.engine.strategies.outer import OuterOptimizer
-from launcher.engine.strategies.strategy import all_finite
+from launcher.engine.strategies.strategy import Record, all_finite
 
 
 class Replicas(DataParallel):
@@ -30,10 +32,13 @@ class Replicas(DataParallel):
     """
 
     wraps = False
+    shares_gradients = False
     _outer: OuterOptimizer
     _optimizer: Optimizer
+    _buffers_met: dict[str, Tensor] | None = None  # of the last meeting, which belong to the weights agreed on
 
     def attach(self, optimizer: Optimizer, total_steps: int) -> None:
+        super().attach(optimizer, total_steps)
         config = self._config
         has_momentum = config.name == "diloco"
         self._trained = [p for p in self._parameters if p.requires_grad]
@@ -46,9 +51,23 @@ class Replicas(DataParallel):
             lr=config.option("outer_lr") if has_momentum else 1.0,
             momentum=config.option("outer_momentum") if has_momentum else 0.0,
             delay=config.option("overlap_steps"),
-            wire=WIRE.get(config.compression, torch.float32),
+            wire=WIRE.get(config.compression),
             total_steps=total_steps,
+            met=self._meet,
         )
+
+    def _meet(self) -> None:
+        """Take the buffers of all workers together, as their weights have been."""
+        self.buffers.merge()
+        self._buffers_met = self.buffers.copy()
+
+    def merge_buffers(self) -> None:
+        """Nothing: workers that train apart meet when it is their time, and `resting` shows what they agreed on."""
+
+    def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
+        if self._buffers_met is None:
+            self._buffers_met = self.buffers.copy()  # before the first step all have the same
+        return super().accumulate(batches, size, flags, record)
 
     def _clip_and_step(self, optimizer: Optimizer, grads: list[torch.Tensor]) -> None:
         if not (self._idle or self._overflowed):
@@ -67,13 +86,16 @@ class Replicas(DataParallel):
         norm = super().grad_norm().double().reshape(1)
         return (self.runtime.add_up(norm.square()) / self.runtime.world_size).sqrt().squeeze(0)
 
+    def replicated(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return list(zip(self._trained, self._outer.weights, strict=True))
+
     def is_finite(self) -> bool:
         return self._on_every_rank(super().is_finite() and all_finite(self._outer.weights))
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
-        with self._outer.shown(self._trained):
-            yield
+    def resting(self) -> Iterator[dict[str, Tensor]]:
+        with self._outer.shown(self._trained), self.buffers.shown(self._buffers_met or {}) as own:
+            yield own
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -83,6 +105,7 @@ class Replicas(DataParallel):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._outer.load_state_dict(state["outer"])
+        self._buffers_met = self.buffers.copy()
 
     def own_state_dict(self) -> dict[str, Any]:
         inner = optimizer_state(self.model, self._optimizer)["state"]

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from launcher.config import TrainerConfig
+from launcher.engine.buffers import Buffers
 from launcher.engine.metrics import ContractError, as_pair, check_answer
 from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
@@ -41,7 +42,7 @@ class Steps(nn.Module):
         if method is not None:
             return method(self.model, batch)
         if batch is None:  # a share without samples: no loss, but the hook of every gradient that others have fires
-            return {"loss": (sum(p.sum() * 0.0 for p in self.used), 0.0)}
+            return {"loss": (sum(as_real(p).sum() * 0.0 for p in self.used), 0.0)}
         return self.model.training_step(batch)  # type: ignore[operator]
 
 
@@ -50,16 +51,27 @@ class Strategy(ABC):
 
     Attributes:
         model: the user's network, on the device, unwrapped; what is checkpointed and evaluated.
+        buffers: those of `model`, which every rank changes by itself.
+        optimized: the parameters of the optimizer.
         uses_all: whether the first batch gave every trained parameter a gradient; known after `prepare`.
     """
 
+    # Whether the set of trained parameters may change between two steps, and whether all ranks have the same gradients.
+    follows = False
+    reduces_while_computing = False  # gradients are those of the global batch as soon as `accumulate` is done
+    PROBED = 65_536  # numbers of the gradients, at most, that are looked at in every step
+    shares_gradients = True
+
     def __init__(self, model: nn.Module, runtime: Runtime, trainer: TrainerConfig) -> None:
         self.model = model
+        self.optimized: list[nn.Parameter] = []
+        self._probed: list[nn.Parameter] = []
         self.runtime = runtime
         self.clip_norm = trainer.clip_norm
         self._precision = DTYPES[trainer.precision]
         self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "float16")
         self._steps = Steps(model)
+        self.buffers = Buffers(model, runtime)
         self._parameters = list(model.parameters())  # walking the modules every step takes as long as the vote
         self.uses_all = True
         if trainer.compile:
@@ -76,10 +88,18 @@ class Strategy(ABC):
         """Return `method(model, batch)`, with every weight in its place."""
         return method(self.model, batch)
 
+    def merge_buffers(self) -> None:
+        """Make the buffers of all ranks one, for good. Every rank calls it at the same steps of every run."""
+        self.buffers.merge()
+
     @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Inside, the model holds the weights that are evaluated, saved and exported. Every rank enters it."""
-        yield
+    def resting(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Inside, the model holds the weights and buffers that are evaluated, saved and exported. Every rank enters it.
+
+        Yields the buffers of this rank that are others outside, by name.
+        """
+        with self.buffers.shown(self.buffers.merged()) as own:
+            yield own
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -94,8 +114,27 @@ class Strategy(ABC):
         """Return the network where rank 0 alone may call it, else None."""
         return self.model
 
-    def attach(self, optimizer: Optimizer, total_steps: int) -> None:  # noqa: B027 (most need not know)
+    def attach(self, optimizer: Optimizer, total_steps: int) -> None:
         """Learn of the optimizer and of the run's length, once both are known."""
+        self.attach_parameters(optimizer)
+
+    def attach_parameters(self, optimizer: Optimizer) -> None:
+        """Learn which parameters the optimizer has: their gradients are measured and clipped, and no others'."""
+        self.optimized = [p for group in optimizer.param_groups for p in group["params"]]
+        self._probed, numbers = [], 0
+        for parameter in sorted((p for p in self.optimized if p.numel()), key=lambda p: p.numel()):
+            numbers += parameter.numel()
+            if self._probed and numbers > self.PROBED:
+                break
+            self._probed.append(parameter)
+
+    def rewrap(self, batch: Any) -> None:
+        """Learn that other parameters are trained; see `prepare`. For strategies that `follows` says can."""
+        raise NotImplementedError
+
+    def replicated(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """Return what must be the same on all ranks, as (parameter, tensor that belongs to it)."""
+        return [(p, p.detach()) for p in self.optimized if p.requires_grad]
 
     @abstractmethod
     def prepare(self, batch: Any) -> dict[str, Any]:
@@ -124,8 +163,25 @@ class Strategy(ABC):
         """Return the norm of the gradient that was last applied, before clipping."""
         if self.clip_norm is not None:
             return self._norm
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self.optimized if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
+
+    def gradients_are_finite(self) -> torch.Tensor | None:
+        """Return whether the small gradients are finite, a bool on the device; None where that says nothing.
+
+        For use between `accumulate` and `apply`. With float16 the loss scaler expects overflows, and passes over them.
+        """
+        if self._scaler.is_enabled():
+            return None
+        grads = [_values(p.grad) for p in self._probed if p.grad is not None]
+        return _finite(grads) if grads else None
+
+    def bad_gradient(self) -> str | None:
+        """Return the name of a parameter whose gradient on this rank is not finite."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(_values(parameter.grad)).all()):
+                return name
+        return None
 
     def is_finite(self) -> bool:
         """Whether every weight is a finite number; the same on every rank."""
@@ -138,7 +194,8 @@ class Strategy(ABC):
     def _clip_and_step(self, optimizer: Optimizer, grads: list[torch.Tensor]) -> None:
         if self.clip_norm is not None:
             self._norm = torch.nn.utils.get_total_norm(grads)
-            torch.nn.utils.clip_grads_with_norm_(_owners(self.model), self.clip_norm, self._norm)
+            owners = [p for p in self.optimized if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(owners, self.clip_norm, self._norm)
         self._scaler.step(optimizer)
         self._scaler.update()
 
@@ -156,7 +213,7 @@ class Strategy(ABC):
 
     def _broadcast(self) -> None:
         """Give all ranks the parameters and buffers of rank 0."""
-        tensors = [tensor.detach() for tensor in (*self.model.parameters(), *self.model.buffers())]
+        tensors = [as_real(tensor.detach()) for tensor in (*self.model.parameters(), *self.model.buffers())]
         if tensors and not self.runtime.alone:
             torch.distributed._broadcast_coalesced(self.runtime.group, tensors, _BROADCAST_BYTES, 0)
 
@@ -216,10 +273,27 @@ def casting(device: torch.device, precision: torch.dtype) -> AbstractContextMana
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    present = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    if not present:
-        return True
-    return bool(torch.stack([norm.double() for norm in torch._foreach_norm(present)]).isfinite().all())
+    present = [_values(tensor) for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+    present = [tensor for tensor in present if tensor.numel()]
+    return not present or bool(_finite(present))
+
+
+def _finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return whether the real tensors, none of them empty, are finite. The largest number says so of each."""
+    return torch.stack([largest.double() for largest in torch._foreach_norm(tensors, math.inf)]).isfinite().all()
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a tensor that may be sparse, divided among the workers or complex, as real ones."""
+    own: Any = tensor
+    own = own.to_local() if hasattr(own, "device_mesh") else own
+    own = own._values() if own.is_sparse else own
+    return as_real(own)
+
+
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a complex tensor (…) as pairs of real numbers (…, 2) in the same memory, and any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -248,10 +322,6 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def _owners(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.grad is not None]
-
-
 def loss_of(answer: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Return the differentiable sum of the loss and its count.
 
@@ -276,7 +346,15 @@ def scale_by_count(grads: list[torch.Tensor], size: int, count: torch.Tensor) ->
         if number != size:
             torch._foreach_mul_(grads, size / max(number, 1e-30))
     else:
-        torch._foreach_mul_(grads, (size / count.clamp(min=1e-30)).float())
+        multiply(grads, size / count.clamp(min=1e-30))
+
+
+def multiply(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply gradients by a number on their device, in place; those of float64 by all of its digits."""
+    for wide in (False, True):
+        some = [grad for grad in grads if (grad.dtype in (torch.float64, torch.complex128)) is wide]
+        if some:
+            torch._foreach_mul_(some, factor.double() if wide else factor.float())
 
 
 def mark_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

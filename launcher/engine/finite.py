@@ -1,0 +1,123 @@
+"""Notices losses and gradients that are NaN or infinite, in the step and on the rank where they arise.
+
+On the CPU every loss is looked at. On a GPU that would stop the device in every step: the first bad step is kept there
+and read at the next log. Of the gradients a step looks at the small ones, up to `Strategy.PROBED` numbers in all (for a
+small network that is everything): what is NaN passes through the biases on its way back. Others are found in the next
+loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launcher.engine.metrics import as_pair
+from launcher.engine.runtime import Runtime
+from launcher.engine.strategies.strategy import Strategy, loss_of
+from launcher.engine.untouched import untouched
+from launcher.errors import NonFiniteLoss
+
+_NEVER = 2**62
+
+
+class Finite:
+    """What one rank knows of its losses and gradients.
+
+    Args:
+        again: reads this rank's microbatches of the present step once more; None where they cannot be read twice.
+    """
+
+    def __init__(self, runtime: Runtime, strategy: Strategy, again: Callable[[], Iterable[Any]] | None) -> None:
+        self._runtime, self._strategy, self._again = runtime, strategy, again
+        self._on_gpu = runtime.device.type != "cpu"
+        self._losses = torch.full((), _NEVER, device=runtime.device)
+        self._gradients = torch.full((), _NEVER, device=runtime.device)
+        self._name: str | None = None
+
+    @property
+    def gradient_was_bad(self) -> bool:
+        """Whether a gradient of this rank alone was bad: the other ranks must learn of it with the next vote."""
+        return not self._on_gpu and int(self._gradients) < _NEVER
+
+    def note_loss(self, answer: Any, step: int) -> None:
+        """Keep the step of a bad loss on the device."""
+        if self._on_gpu:
+            loss, _ = as_pair("loss", answer["loss"])
+            self._losses = _earlier(self._losses, torch.isfinite(loss.detach()), step)
+
+    def note_gradients(self, step: int) -> bool:
+        """Look at the gradients of the step, which are not applied yet.
+
+        Returns whether all ranks know by now that they are bad, and none must apply them.
+        """
+        finite = self._strategy.gradients_are_finite()
+        if finite is None:
+            return False
+        if self._on_gpu:
+            self._gradients = _earlier(self._gradients, finite, step)
+            return False
+        if bool(finite) or self.gradient_was_bad:
+            return False
+        self._gradients.fill_(step)
+        alike = self._runtime.alone or self._strategy.reduces_while_computing
+        self._name = self._computed_again() if alike else self._strategy.bad_gradient()
+        return alike
+
+    def error(self, step: int, loss_is_bad: bool, gradient_is_bad: bool, kept: str) -> NonFiniteLoss | None:
+        """Return the error that says what was bad first, on which ranks; the same on every rank, None without one.
+
+        Args:
+            step: the present one, in which this rank's loss or gradient may be bad.
+            kept: what is said of the newest checkpoint.
+        """
+        losses, gradients = int(self._losses), int(self._gradients)
+        if loss_is_bad:
+            losses = min(losses, step)
+        if gradient_is_bad:
+            gradients, self._name = min(gradients, step), self._name or self._strategy.bad_gradient()
+        everyone = self._runtime.gather((losses, gradients, self._name))
+        first = min(min(losses, gradients) for losses, gradients, _ in everyone)
+        if first == _NEVER:
+            return None
+        in_loss = [rank for rank, (loss, _, _) in enumerate(everyone) if loss == first]
+        if in_loss:
+            # A bad loss has a bad gradient in the same step, on every rank that takes part in the sum.
+            where = ", ".join(f"step {first} on rank {rank}" for rank in in_loss)
+            advice = (
+                "Lower optimizer.lr, set trainer.clip_norm=1 or look for bad samples"
+                if first > 1
+                else "No step had been taken: look for bad samples, or for a division by zero in training_step"
+            )
+            return NonFiniteLoss(f"The loss became NaN or infinite at {where}; {kept}. {advice}.")
+        named = {rank: name for rank, (_, bad, name) in enumerate(everyone) if bad == first and name}
+        name = next(iter(named.values()), None)
+        what = f"The gradient of {name}" if name else "A gradient"
+        where = ", ".join(f"step {first} on rank {rank}" for rank in named) or f"step {first}"
+        return NonFiniteLoss(
+            f"{what} became NaN or infinite at {where}, while the loss was finite; {kept}. Look in training_step for a "
+            "square root, a logarithm or a division at zero, whose derivative is infinite; "
+            "torch.autograd.set_detect_anomaly(True) in the model's constructor names the operation."
+        )
+
+    def _computed_again(self) -> str | None:
+        """Return the parameter whose gradient is bad for the samples of this rank alone."""
+        if self._again is None:
+            return None
+        strategy = self._strategy
+        parameters = [(name, p) for name, p in strategy.model.named_parameters() if p.requires_grad]
+        with untouched(strategy.model, self._runtime.device):
+            for batch in self._again():
+                with strategy.cast():
+                    loss, _ = loss_of(strategy.model.training_step(batch))  # type: ignore[operator]
+                grads = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
+                for (name, _), grad in zip(parameters, grads, strict=True):
+                    if grad is not None and not bool(torch.isfinite(grad.to_dense()).all()):
+                        return name
+        return None
+
+
+def _earlier(known: Tensor, finite: Tensor, step: int) -> Tensor:
+    return torch.minimum(known, torch.where(finite, _NEVER, step))

@@ -1,0 +1,124 @@
+"""Which parameters are trained, and what follows when a callback changes that between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from launcher.engine.optim import destinations
+from launcher.engine.strategies.strategy import Strategy
+from launcher.errors import TrainingError
+
+
+class Trained:
+    """The trained parameters of a run: those that require a gradient when a step begins.
+
+    A parameter that becomes trained joins the optimizer, in the group of its rule in `optimizer.groups`. One that is
+    frozen has no gradient from then on, which every optimizer passes over; its state stays for the day it is trained
+    again.
+
+    Args:
+        rules: `optimizer.groups`.
+
+    Attributes:
+        configured: names of those that were trained when the run was built.
+        stale: whether the strategy must wrap the model anew before the next step.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, strategy: Strategy, rules: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._named = list(model.named_parameters())
+        self._optimizer, self._strategy = optimizer, strategy
+        kinds = destinations(model, rules)
+        order = sorted(set(kinds))
+        self._groups = [order.index(kind) for kind in kinds]
+        self._flags = self.flags()
+        self.configured = self.names()
+        self.name_of = {id(parameter): name for name, parameter in self._named}
+        self.stale = False
+
+    def flags(self) -> list[bool]:
+        return [parameter.requires_grad for _, parameter in self._named]
+
+    def names(self) -> list[str]:
+        return [name for name, parameter in self._named if parameter.requires_grad]
+
+    def graded(self) -> list[str]:
+        return [name for name, parameter in self._named if parameter.grad is not None]
+
+    def unexpected(self) -> list[str]:
+        """Return the names of those whose `requires_grad` nobody has changed between two steps."""
+        return [self._named[index][0] for index in _differing(self._flags, self.flags())]
+
+    def follow(self, before: Sequence[bool], who: str, step: int) -> str | None:
+        """Follow a change between `before` and now; `who` made it. Returns a line for the user, or None without one.
+
+        Raises:
+            TrainingError: the strategy cannot.
+        """
+        now = self.flags()
+        changed = _differing(before, now)
+        if not changed:
+            return None
+        names = [self._named[index][0] for index in changed]
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        if not self._strategy.follows:
+            raise TrainingError(
+                f"{who} changed which parameters are trained at step {step} ({listed}), which this strategy cannot "
+                "follow: it keeps state for each of them. Use strategy=ddp without strategy.compression=powersgd, or "
+                "choose what is trained before the run, in the model's constructor or with optimizer.groups."
+            )
+        for index in changed:
+            self._flags[index] = now[index]
+        self._apply(changed)
+        more = sum(now[index] for index in changed)
+        counts = {"more": more, "fewer": len(names) - more}
+        told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+        return f"Trained parameters from step {step + 1} on: {told} ({listed}), by {who}."
+
+    def _apply(self, changed: Sequence[int]) -> None:
+        """Take parameters into the optimizer, or their gradients away."""
+        inside = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        for index in changed:
+            parameter = self._named[index][1]
+            parameter.grad = None
+            if parameter.requires_grad and id(parameter) not in inside:
+                self._optimizer.param_groups[self._groups[index]]["params"].append(parameter)
+        for group in self._optimizer.param_groups:
+            if group.get("fused") and "momentum" in group:
+                group["fused"] = False  # the fused SGD needs the momentum of all its parameters, or of none
+        self._strategy.attach_parameters(self._optimizer)
+        self.stale = True
+
+    # ---- checkpoint -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what a checkpoint keeps, or None where nothing has changed since the run was built."""
+        known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        joined = [name for name, p in self._named if id(p) in known and name not in set(self.configured)]
+        if not joined and self.names() == self.configured:
+            return None
+        return {"configured": self.configured, "now": self.names(), "joined": joined}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Train what the run trained when it was saved, before its optimizer is loaded.
+
+        Where the run is now configured with another set, that set stays, and the optimizer's own check reports it.
+        """
+        if state is None or list(state["configured"]) != self.configured:
+            return
+        now, joined = set(state["now"]), set(state["joined"])
+        for name, parameter in self._named:
+            parameter.requires_grad_(name in now or name in joined)
+        self._apply(_differing(self._flags, self.flags()))
+        for name, parameter in self._named:
+            parameter.requires_grad_(name in now)
+        self._flags = self.flags()
+
+
+def _differing(before: Sequence[bool], now: Sequence[bool]) -> list[int]:
+    return [index for index, (was, flag) in enumerate(zip(before, now, strict=True)) if was != flag]
