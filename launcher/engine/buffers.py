@@ -156,11 +156,11 @@ def rules_of(model: nn.Module) -> dict[str, str]:
     return {**rules, **matched}
 
 
-def _facts(buffer: Tensor) -> tuple[tuple[int, ...], str, bytes]:
+def _facts(buffer: Tensor) -> tuple[tuple[int, ...], str, str]:
     """Return shape, type and a digest of the bits."""
     content = buffer.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
     dtype = str(buffer.dtype).removeprefix("torch.")
-    return tuple(buffer.shape), dtype, hashlib.blake2b(content, digest_size=16).digest()
+    return tuple(buffer.shape), dtype, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _words(layouts: list[Any]) -> str:

@@ -6,8 +6,8 @@ import contextlib
 import ctypes
 import gc
 import os
-import sys
 import platform
+import sys
 from pathlib import Path
 
 import torch
