@@ -273,3 +273,8 @@ def test_a_system_that_fails_ends_the_benchmark(tmp_path: Path, code: str, timeo
 
 def test_the_spread_of_one_round() -> None:
     assert Spread([2.0]).to_dict() == {"median": 2.0, "low": 2.0, "high": 2.0, "values": [2.0]}
+
+
+def test_what_comparing_copies_costs_is_measured(tmp_path: Path) -> None:
+    content = run_benchmark("copies", ["--rounds", "2", "--steps", "2", "--networks", "MLP"], tmp_path)
+    assert content["networks"]["MLP"]["comparing"]["median"] > 0

@@ -24,6 +24,7 @@ from launcher.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Record = Callable[[Mapping[str, Any]], None]
+_TRUE = torch.tensor(True)
 _BROADCAST_BYTES = 250 * 2**20  # in one message, as DDP does it
 
 
@@ -176,9 +177,9 @@ class Strategy(ABC):
         grads = [_values(p.grad).reshape(-1) for p in self._probed if p.grad is not None]
         if not grads:
             return None
-        # One sum is the quickest look, and one that overflows is looked at again.
-        finite = torch.cat(grads).sum().isfinite()
-        return finite if self.runtime.device.type != "cpu" or bool(finite) else _finite(grads)
+        if self.runtime.device.type == "cpu" and math.isfinite(torch.cat(grads).sum().item()):
+            return _TRUE  # one sum is the quickest look; a sum may overflow where no number does
+        return _finite(grads)
 
     def bad_gradient(self) -> str | None:
         """Return the name of a parameter whose gradient on this rank is not finite."""
