@@ -10,7 +10,7 @@
 # of your own `FROM launch`.
 ARG BASE=nvidia/cuda:13.0.2-runtime-ubuntu24.04
 
-# --- dependencies: what constraints.txt pins, in an environment of its own --------------------------------------------
+# --- dependencies: what locks/linux.txt pins, with hashes, in an environment of its own --------------------------------------------
 FROM ${BASE} AS dependencies
 
 ENV DEBIAN_FRONTEND=noninteractive \
@@ -28,20 +28,17 @@ ENV PATH=/opt/launch/bin:$PATH
 WORKDIR /src
 
 # Without our code, so that a change of it neither installs nor sends these gigabytes again.
-COPY pyproject.toml constraints.txt LICENSE ./
-RUN mkdir launcher conf models \
-    && touch launcher/__init__.py conf/__init__.py models/__init__.py \
-    && pip install --constraint constraints.txt '.[examples]' \
-    && pip uninstall --yes launch-train \
-    && rm -rf build ./*.egg-info
+COPY locks locks
+RUN pip install --require-hashes --requirement locks/linux.txt
 
 # --- package: our code as a wheel -------------------------------------------------------------------------------------
 FROM dependencies AS package
 
+COPY pyproject.toml LICENSE ./
 COPY launcher launcher
 COPY conf conf
 COPY models models
-RUN pip wheel --no-deps --wheel-dir /wheels .
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 # --- the image: the same base and the two above, without compilers ----------------------------------------------------
 FROM ${BASE}

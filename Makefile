@@ -57,7 +57,7 @@ format: $(VENV)/.installed-test ## put the code in format and fix what ruff can 
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-lock: $(VENV)/.created ## resolve the newest allowed versions again and write constraints.txt
+lock: $(VENV)/.created ## resolve the newest allowed versions again, write constraints.txt and locks/
 	$(PIP) install --quiet uv
 	$(BIN)/python tools/lock.py $(if $(TORCH),--torch $(TORCH))
 

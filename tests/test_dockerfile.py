@@ -55,7 +55,8 @@ def check(text: str) -> list[str]:
         "the image runs as a user that is not root, by number": bool(users)
         and re.fullmatch(r"[1-9]\d*", users[-1]) is not None,
         "no build tool is installed in the image": re.search(rf"\s({BUILD_TOOLS})(\s|$)", runs) is None,
-        "dependencies are installed with the constraints": "--constraint constraints.txt" in installs,
+        "dependencies are installed with their hashes": "pip install --require-hashes" in installs
+        and len(re.findall(r"pip install(?! --require-hashes| --no-cache-dir --no-deps --no-index)", installs)) == 0,
         "`launch` is the entry point": ("ENTRYPOINT", '["launch"]') in last,
         "the lists of apt are removed": runs.count("apt-get update") == runs.count("rm -rf /var/lib/apt/lists/*"),
     }
@@ -100,7 +101,8 @@ def test_hadolint_finds_what_is_planted(old: str, new: str, code: str) -> None:
         ("USER 10001\n", "", "not root"),
         ("ca-certificates git", "ca-certificates gcc git", "no build tool"),
         ("ca-certificates git", "ca-certificates python3-dev git", "no build tool"),
-        ("--constraint constraints.txt", "", "constraints"),
+        ("--require-hashes ", "", "hashes"),
+        ("pip wheel", "pip install requests && pip wheel", "hashes"),
         ('ENTRYPOINT ["launch"]', 'ENTRYPOINT ["bash"]', "entry point"),
     ],
 )

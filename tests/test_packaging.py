@@ -202,6 +202,56 @@ def test_the_lock_keeps_pins_only(resolved: str, expected: list[str] | None) -> 
         assert lock.normalise(resolved) == expected
 
 
+# --- locks/: what images and hosts install ---------------------------------------------------------------------------
+
+
+def locked() -> dict[str, tuple[Requirement, list[str]]]:
+    """Return each requirement of locks/linux.txt with its hashes, by name."""
+    found: dict[str, tuple[Requirement, list[str]]] = {}
+    text = (ROOT / "locks" / "linux.txt").read_text().replace("\\\n", " ")
+    for line in text.splitlines():
+        if not line.startswith(("#", "-")):
+            pin, *hashes = re.split(r"\s+--hash=", line.strip())
+            requirement = Requirement(pin)
+            found[canonicalize_name(requirement.name)] = requirement, hashes
+    return found
+
+
+def test_every_locked_package_has_hashes_and_the_tested_version() -> None:
+    tested = {str(canonicalize_name(pin.name)): pin for pin in pins()}
+    found = locked()
+    assert "--require-hashes" in (ROOT / "locks" / "linux.txt").read_text().splitlines()
+    for name, (requirement, hashes) in found.items():
+        assert requirement.specifier == tested[name].specifier, name
+        assert hashes, name
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), name
+    stated = [*PROJECT["dependencies"], *EXTRAS["examples"]]
+    assert {canonicalize_name(Requirement(text).name) for text in stated} <= found.keys(), "make lock"
+    # What a wheel is built with, without a look at an index.
+    assert "setuptools" in found
+
+
+def test_the_base_image_is_pinned_by_what_the_registry_answers() -> None:
+    digest = "sha256:" + "0" * 64
+    text = "ARG BASE=nvidia/cuda:13.0.2-runtime\nFROM ${BASE}\n"
+    pinned = lock.pin_base(text, lambda name, tag: digest)
+    assert pinned == f"ARG BASE=nvidia/cuda:13.0.2-runtime@{digest}\nFROM ${{BASE}}\n"
+    assert lock.pin_base(pinned, lambda name, tag: digest) == pinned
+    with pytest.raises(SystemExit, match="no digest"):
+        lock.pin_base(text, lambda name, tag: "latest")
+    with pytest.raises(SystemExit, match="no line"):
+        lock.pin_base("FROM x\n", lambda name, tag: digest)
+
+
+def test_actions_are_pinned_by_commit() -> None:
+    for file in (ROOT / ".github" / "workflows").glob("*.y*ml"):
+        used = re.findall(r"uses:\s*(\S+)(.*)", file.read_text())
+        assert used
+        for action, comment in used:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action), f"{file.name}: {action}"
+            assert re.search(r"# v\d", comment), f"{file.name}: {action} does not say which version it is"
+
+
 # --- scripts --------------------------------------------------------------------------------------------------------
 
 

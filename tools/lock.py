@@ -1,4 +1,7 @@
-"""Write constraints.txt: one version of every package that any extra needs, on every machine that is meant.
+"""Write constraints.txt and locks/: one version of every package that any extra needs, on every machine that is meant.
+
+constraints.txt has no hashes, because pip refuses an editable install with them. locks/linux.txt has the hashes of what
+images and hosts install, launch and its extra `examples`; the base image of the Dockerfile is pinned by its digest.
 
 The resolution is universal (uv): it holds for Python 3.11 to 3.13, and for what a CPU laptop and a Linux GPU machine
 need together, so that head, workers and laptop install the same. Lines that only some machines need carry a marker.
@@ -10,19 +13,31 @@ need together, so that head, workers and laptop install the same. Lines that onl
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "constraints.txt"
+HASHED = ROOT / "locks" / "linux.txt"
+DOCKERFILE = ROOT / "Dockerfile"
 OLDEST_PYTHON = "3.11"
 HEADER = """\
 # The versions that are tested together: pip install --constraint constraints.txt '.[examples]'
 # Made by `make lock` from pyproject.toml: all extras, Python 3.11 to 3.13, with and without a GPU. Not edited by hand.
+"""
+
+
+HASHED_HEADER = """\
+# What images and hosts install, with the hashes that PyPI states: pip install --requirement locks/linux.txt
+# Made by `make lock` from pyproject.toml and constraints.txt. Not edited by hand.
+--require-hashes
 """
 
 
@@ -60,15 +75,47 @@ def resolve(torch: str | None) -> str:
             pin = Path(scratch) / "torch.txt"
             pin.write_text(f"torch=={torch.split('+')[0]}\n")
             extra = ["--constraint", str(pin)]
-        command = [sys.executable, "-m", "uv", "pip", "compile", str(ROOT / "pyproject.toml"), "--all-extras"]
-        command += ["--universal", "--python-version", OLDEST_PYTHON, "--fork-strategy", "fewest"]
-        command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", "--quiet", *extra]
-        # A folder of wheels on this machine must not decide what others install.
-        environment = {name: value for name, value in os.environ.items() if name not in ("UV_FIND_LINKS",)}
+        return compiled(["--all-extras", *extra])
+
+
+def compiled(words: list[str]) -> str:
+    """Return what `uv pip compile` answers for pyproject.toml."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", str(ROOT / "pyproject.toml"), *words]
+    command += ["--universal", "--python-version", OLDEST_PYTHON, "--fork-strategy", "fewest"]
+    command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", "--quiet"]
+    # A folder of wheels on this machine must not decide what others install.
+    environment = {name: value for name, value in os.environ.items() if name not in ("UV_FIND_LINKS",)}
+    with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=scratch, timeout=600)
     if done.returncode:
         raise SystemExit("make lock: the versions that pyproject.toml allows do not fit together, see above")
     return done.stdout
+
+
+def pin_base(text: str, digest: Callable[[str, str], str]) -> str:
+    """Return the text of a Dockerfile with the digest of its base image; digest: of a repository and a tag."""
+    found = re.search(r"^ARG BASE=([\w/.-]+):([\w.-]+)(@sha256:[0-9a-f]{64})?$", text, re.MULTILINE)
+    if found is None:
+        raise SystemExit("make lock: the Dockerfile has no line ARG BASE=REPOSITORY:TAG")
+    name, tag = found[1], found[2]
+    answer = digest(name, tag)
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", answer):
+        raise SystemExit(f"make lock: the registry answered {answer!r} for {name}:{tag}, which is no digest")
+    return text[: found.start()] + f"ARG BASE={name}:{tag}@{answer}" + text[found.end() :]
+
+
+def digest_on_docker_hub(name: str, tag: str) -> str:
+    """Ask Docker Hub for the digest of a tag, as its clients do. OSError where it is not reached."""
+    address = f"https://auth.docker.io/token?service=registry.docker.io&scope=repository:{name}:pull"
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        token = json.load(answer)["token"]
+    kinds = "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json"
+    headers = {"Authorization": f"Bearer {token}", "Accept": kinds}
+    request = urllib.request.Request(
+        f"https://registry-1.docker.io/v2/{name}/manifests/{tag}", headers=headers, method="HEAD"
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return str(answer.headers["Docker-Content-Digest"])
 
 
 def main() -> None:
@@ -77,6 +124,13 @@ def main() -> None:
     torch = parser.parse_args().torch or read_pin("torch")
     pins = normalise(resolve(torch))
     LOCK.write_text(HEADER + "\n".join(pins) + "\n")
+    HASHED.parent.mkdir(exist_ok=True)
+    words = ["--extra", "examples", "--constraint", str(LOCK), "--generate-hashes"]
+    HASHED.write_text(HASHED_HEADER + compiled(words))
+    try:
+        DOCKERFILE.write_text(pin_base(DOCKERFILE.read_text(), digest_on_docker_hub))
+    except OSError as error:
+        print(f"The base image keeps the pin that it has: Docker Hub does not answer ({error}).", file=sys.stderr)
     print(f"{LOCK.name}: {len(pins)} pins, torch {read_pin('torch')}. Next: make test, then commit it.")
 
 

@@ -120,13 +120,15 @@ class Environment:
     @classmethod
     def own(cls) -> Environment:
         """Return one like this process's: its version of Python, and the versions that were tested together."""
-        pinned = project.HOME / "constraints.txt"
+        version = "{}.{}".format(*sys.version_info)
+        hashed, pinned = project.HOME / "locks" / "linux.txt", project.HOME / "constraints.txt"
+        if hashed.is_file():
+            return cls(version, hashed.read_text(), "")
         if pinned.is_file():
             constraints = pinned.read_text()
         else:  # an installed package: what is installed beside it
             found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
             constraints = "".join(f"{name}=={version}\n" for name, version in sorted(found.items()) if name != PACKAGE)
-        version = "{}.{}".format(*sys.version_info)
         return cls(version, "".join(f"{line}\n" for line in _requirements()), constraints)
 
     def make(self, shell: Shell, base: str, cluster: str) -> str:
