@@ -128,13 +128,13 @@ def _from_the_clock() -> torch.Generator:
     return torch.Generator().manual_seed(time.perf_counter_ns())
 
 
-def forgetful(take_rest: Callable[..., None]) -> Callable[..., None]:
-    def take(self: Any, *how: Any) -> None:
-        take_rest(self, *how)
+def forgetful(load: Callable[..., None]) -> Callable[..., None]:
+    def load_most(self: Any, path: Path) -> None:
+        load(self, path)
         for state in self._optimizer.state.values():
             state["momentum_buffer"].zero_()
 
-    return take
+    return load_most
 
 
 def exits(rank: int, *how: Any) -> None:
@@ -176,8 +176,8 @@ BROKEN: dict[str, tuple[Any, Any, str, Any]] = {
     "a resume forgets the momentum": (
         correctness._resume,
         State,
-        "_take_rest",
-        forgetful(State._take_rest),
+        "load",
+        forgetful(State.load),
     ),
     "the average has another decay": (
         correctness._averages,
@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Any, Any, str, Any]] = {
     "a batch is overwritten": (
         correctness._prefetch,
         Loader,
-        "_finish",
+        "_placed",
         lambda self, batch: [part.flip(0) for part in batch],
     ),
     "fsdp sums otherwise": (

@@ -28,6 +28,7 @@ from benchmarks.gpu_sections.workload import PicturesOneByOne
 from launcher.engine import entry
 from launcher.engine.checkpoint import load_weights, newest_intact
 from launcher.engine.data import Fetch, Loader
+from launcher.engine.order import Key
 from launcher.engine.runtime import Runtime
 from launcher.runs import RunDirectory
 
@@ -156,9 +157,9 @@ def _averages(section: Section, session: Session, plain: Trained) -> None:
 def _prefetch(section: Section, session: Session, plain: Trained) -> None:
     """What the loader puts on the device ahead of time, beside the data set itself; and where everything is."""
     data = PicturesOneByOne(103, 5)
-    keys = [(0, torch.randperm(103, generator=torch.Generator().manual_seed(n))[:25]) for n in range(12)]
+    keys = [Key(0, 0, torch.randperm(103, generator=torch.Generator().manual_seed(n))[:25]) for n in range(12)]
     fetch = Fetch(data, None, 0)
-    wanted = [tuple(torch.stack(column) for column in zip(*[data[int(i)] for i in k], strict=True)) for _, k in keys]
+    wanted = [tuple(torch.stack(column) for column in zip(*[data[int(i)] for i in k], strict=True)) for *_, k in keys]
     wanted = [(x, torch.as_tensor(y)) for x, y in wanted]
     for workers in (0, 2):
         loader = Loader(fetch, session.device, workers)

@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
         threading.Thread(target=_open_when_ready, args=(arguments[1],), daemon=True).start()
         arguments = arguments[2:]
 
-    class Server(program.WerkzeugServer):  # type: ignore[misc]
+    class Server(program.WerkzeugServer):
         def __init__(self, application: Callable[..., Any], flags: Any) -> None:
             names = [socket.gethostname(), socket.getfqdn(), flags.host or ""]
             super().__init__(guarded(application, names), flags)
