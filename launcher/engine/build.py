@@ -23,7 +23,7 @@ from launcher.engine.strategies.ddp import DataParallel
 from launcher.engine.strategies.exact import ExactDataParallel
 from launcher.engine.strategies.strategy import Strategy
 from launcher.engine.stream import StreamLoader
-from launcher.errors import CheckpointError, ConfigError, DataError
+from launcher.errors import ConfigError, DataError
 
 # Chunks of a global batch in deterministic mode, when trainer.microbatch_size does not say otherwise: enough for eight
 # workers to share the work, few enough that each still fills the kernels.
@@ -73,39 +73,6 @@ def has_convolutions(model: nn.Module) -> bool:
 def converter(model: nn.Module) -> Callable[[Any], Any]:
     """What every batch passes through before the model sees it."""
     return channels_last if has_convolutions(model) else (lambda batch: batch)
-
-
-def load_weights_into(model: nn.Module, weights: dict[str, torch.Tensor], source: str, strict: bool = True) -> str:
-    """Load weights into the model. Returns what was left out when that is allowed.
-
-    Raises:
-        CheckpointError: names or shapes differ, and `strict`; shapes must always agree.
-    """
-    own = model.state_dict()
-    missing = sorted(own.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & weights.keys())
-        if weights[name].shape != own[name].shape
-    ]
-    if shapes or (strict and (missing or unexpected)):
-        found = "; ".join(
-            f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
-            for what, names in (("missing", missing), ("unexpected", unexpected), ("another shape", shapes))
-            if names
-        )
-        raise CheckpointError(
-            f"The weights of {source} do not fit the model ({found}). Choose the model that they were saved from, or "
-            "take what fits with checkpoint.load_strict=false."
-        )
-    if any(hasattr(value, "device_mesh") for value in own.values()):
-        from launcher.engine.checkpoint.training import sharded_like
-
-        weights = {name: sharded_like(own.get(name), value) for name, value in weights.items()}
-    model.load_state_dict(weights, strict=False)
-    left = [f"{len(names)} {what}" for what, names in (("missing", missing), ("unused", unexpected)) if names]
-    return ", ".join(left)
 
 
 def build_split(job: Job) -> Split:
@@ -219,20 +186,25 @@ def build_evaluator(job: Job, strategy: Strategy, runtime: Runtime, data: Data, 
     if not sets:
         return None
     convert = converter(strategy.model)
-    split = build_split(job)
-    if split.chunk is None and split.microbatch is None:
-        # As many samples at once as training takes: what fits there, fits here.
-        split = Split(microbatch=max(1, -(-job.trainer.global_batch_size // runtime.world_size)))
     evaluated = {}
     for name, dataset in sets.items():
         fetch = Fetch(dataset, data.collate, job.trainer.seed, name=f"{tag}/{name}".rstrip("/"))
         loader = Loader(fetch, runtime.device, data.num_workers, convert)
-        lengths = lengths_of(dataset)
-        block = split.chunk or split.microbatch or 1
-        # Shares of whole blocks, so that the samples of similar length stay together.
-        own_split = split if lengths is None else Split(chunk=block)
-        evaluated[name] = Evaluated(loader, order_of_evaluation(len(dataset), lengths, block), own_split)
+        evaluated[name] = Evaluated(loader, *evaluation_order(job, dataset, runtime.world_size))
     return Evaluator(strategy, runtime, evaluated, job.trainer.deterministic, tag)
+
+
+def evaluation_order(job: Job, dataset: Any, workers: int) -> tuple[torch.Tensor, Split]:
+    """Return the order in which a validation or test set is evaluated, and how it is divided among the workers."""
+    split = build_split(job)
+    if split.chunk is None and split.microbatch is None:
+        # As many samples at once as training takes: what fits there, fits here.
+        split = Split(microbatch=max(1, -(-job.trainer.global_batch_size // workers)))
+    lengths = lengths_of(dataset)
+    block = split.chunk or split.microbatch or 1
+    # Shares of whole blocks, so that the samples of similar length stay together.
+    own_split = split if lengths is None else Split(chunk=block)
+    return order_of_evaluation(len(dataset), lengths, block), own_split
 
 
 def caveats(model: nn.Module) -> list[str]:

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from launcher.config import Job, targets
 from launcher.engine.failures import traceback_of_user
+from launcher.engine.metrics import RESERVED
 from launcher.engine.progress import Progress
 from launcher.engine.runtime import Runtime
 from launcher.errors import ConfigError, LaunchError, UserCodeError, did_you_mean
@@ -90,7 +91,18 @@ class Run:
         return dict(self._progress.metrics)
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Have {tag: value} written with this step, in TensorBoard and `metrics.jsonl`; what rank 0 says counts."""
+        """Write {tag: value} with this step to TensorBoard and `metrics.jsonl`. The values of rank 0 are used.
+
+        Raises:
+            UserCodeError: launch itself logs a tag of this name.
+        """
+        for tag in map(str, values):
+            if tag in self._progress.metrics or tag.removeprefix("train/").removeprefix("val/") in RESERVED:
+                raise UserCodeError(
+                    f'run.log: "{tag}" is a name that launch itself logs, and one of the two values would be lost. '
+                    f'Choose another name, such as "own/{tag}".',
+                    "",
+                )
         self._logged.update({str(tag): float(value) for tag, value in values.items()})
 
     def stop(self, reason: str) -> None:

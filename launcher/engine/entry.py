@@ -17,22 +17,21 @@ from launcher.engine.build import (
     build_strategy,
     caveats,
     check_batch,
-    load_weights_into,
 )
-from launcher.engine.checkpoint.uploads import Uploads, brought
+from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.console import Console
 from launcher.engine.control import Control, Watch
 from launcher.engine.failures import translate
 from launcher.engine.runtime import Runtime
 from launcher.engine.shared import kept
 from launcher.engine.trainer import Trainer
+from launcher.engine.weights import load_weights_into, on_this_machine
 from launcher.errors import ConfigError, RequestError
 from launcher.money import Bill, Rate
 from launcher.phases import Marks
 from launcher.phrases import count, step_line
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
-from launcher.runs.storage import is_uri
 
 
 @dataclass
@@ -113,9 +112,7 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
 def _on_this_machine(task: Task) -> Task:
     """Return the task with places of this machine for what lies on an object store."""
     task = replace(task, directory=str(local(task.directory)))
-    if task.weights is not None and is_uri(task.weights):
-        task = replace(task, weights=str(brought(task.weights)))
-    return task
+    return replace(task, weights=on_this_machine(task.weights))
 
 
 class _Phase:

@@ -16,7 +16,7 @@ from torch import nn
 
 from launcher.config import Job, targets
 from launcher.config.schema import STRATEGY_OPTIONS
-from launcher.engine.build import build_data, build_model, build_order
+from launcher.engine.build import build_data, build_model, build_order, converter
 from launcher.engine.callbacks import check_callbacks
 from launcher.engine.datasets import Data
 from launcher.engine.failures import translate
@@ -27,15 +27,14 @@ from launcher.engine.reading_check import notes_on_reading
 from launcher.engine.runtime import Runtime
 from launcher.engine.start_check import (
     SAMPLES,
+    StartCheck,
     check_monitor,
-    small_batch,
-    try_training,
-    try_validation,
     without_sync_batchnorm,
 )
 from launcher.engine.strategies.blocks import blocks_of, check_divisible, recompute
 from launcher.engine.strategies.compression import powersgd_bytes
 from launcher.engine.strategies.strategy import DTYPES, casting
+from launcher.engine.trials import Reader
 from launcher.engine.untouched import untouched
 
 if TYPE_CHECKING:
@@ -90,26 +89,29 @@ class Estimate:
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def estimate(job: Job, ahead: bool = False) -> Estimate:
+def estimate(job: Job, ahead: bool = False, workers: int = 1, weights: str | None = None) -> Estimate:
     """Build data and network on the CPU and put a small batch through them.
 
     Args:
         ahead: find out what a device that is not here needs, too (`Estimate.ahead`): one more pass.
+        workers: of the run.
+        weights: the place of those that it begins with (`checkpoint.load`).
 
     Raises:
         RequestError: the configuration, the data or the model cannot be used; says which and why.
         UserCodeError: the model or the data set raised.
     """
     try:
-        return _estimate(job, ahead)
+        return _estimate(job, ahead, workers, weights)
     except Exception as error:
         told = translate(error)
         if told is error:
+            told.exit_status = 2  # a request that is refused; an exception of the user's own code is a failure
             raise
         raise told from error
 
 
-def _estimate(job: Job, ahead: bool) -> Estimate:
+def _estimate(job: Job, ahead: bool, workers: int, weights: str | None) -> Estimate:
     for kind in ("optimizer", "scheduler"):
         section = getattr(job, kind)
         if section.get("_target_"):
@@ -126,10 +128,14 @@ def _estimate(job: Job, ahead: bool) -> Estimate:
     counter = _flop_counter() if ahead else None
     if ahead and job.strategy.activation_checkpointing:
         recompute(model, job.strategy.blocks)
+    check = StartCheck(job, model, data, workers)
     with counter or nullcontext(), _as_trained(job, runtime) if ahead else nullcontext():
-        kept, train = try_training(job, model, data, runtime)
-    tags = [f"train/{name}" for name in train]
-    tags += try_validation(job, model, data, runtime)
+        check.train()
+    if weights is not None:
+        check.load(weights)
+    check.try_sizes()
+    check.evaluate()
+    tags = check.tags
     check_monitor(job, tags, data)
     check_callbacks(job, tags)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -142,11 +148,11 @@ def _estimate(job: Job, ahead: bool) -> Estimate:
         parameter_bytes=_bytes(model.parameters()),
         gradient_bytes=_bytes(trained),
         optimizer_bytes=of_optimizer,
-        activation_bytes_per_sample=kept.total // SAMPLES,
+        activation_bytes_per_sample=check.kept.total // SAMPLES,
         flops_per_sample=flops_per_sample(model),
         tags=tuple(tags),
-        notes=tuple(notes),
-        ahead=_ahead(job, model, data, runtime, kept, counter.get_total_flops()) if counter else None,
+        notes=(*notes, *check.notes),
+        ahead=_ahead(job, model, data, runtime, check.kept, counter.get_total_flops()) if counter else None,
     )
 
 
@@ -163,7 +169,7 @@ def _bytes(tensors: Any) -> int:
 def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: KeptBytes, flops: int) -> Ahead:
     """See `Ahead`. whole, flops: what the small batch kept, and what its forward pass cost."""
     one, once, largest = KeptBytes(model), 0, whole.largest // SAMPLES
-    batch = small_batch(job, data, data.train, model, runtime, 1)
+    batch = Reader(job, data, data.train, "train", converter(model))(0, 1)
     with (
         untouched(model),
         suppress(Exception),

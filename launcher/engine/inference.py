@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from launcher.config import Job
-from launcher.engine.build import build_data, build_model, converter, load_weights_into
+from launcher.engine.build import build_data, build_model, converter
 from launcher.engine.checkpoint import load_weights
 from launcher.engine.control import Control
 from launcher.engine.data import Loader
@@ -25,6 +25,7 @@ from launcher.engine.order import keys_of_evaluation
 from launcher.engine.runtime import Runtime
 from launcher.engine.start_check import said_in_words
 from launcher.engine.strategies.strategy import DTYPES
+from launcher.engine.weights import load_weights_into
 from launcher.errors import ConfigError, DataError, ExportError, UserCodeError
 
 _AT_ONCE = 64  # inputs, at most: nobody waits for throughput here

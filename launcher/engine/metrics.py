@@ -24,6 +24,9 @@ _CARRY_BITS = 40
 _LARGEST = 2.0**42
 LIMBS = 3
 
+# Of the engine itself, in `metrics.jsonl` and beside the model's tags.
+RESERVED = frozenset({"step", "epoch", "samples", "time", "grad_norm", "learning_rate"})
+
 Value = torch.Tensor | tuple[Any, Any]
 
 
@@ -40,24 +43,49 @@ def as_pair(name: str, value: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
     A tensor of one or more dimensions stands for its sum and its number of elements; a pair is taken as it is.
 
     Raises:
-        ContractError: the value is a bare scalar or something else.
+        ContractError: the value is a bare scalar, complex or something else.
     """
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        total, count = value
-        total = total if isinstance(total, torch.Tensor) else torch.tensor(float(total))
-        return total, count if isinstance(count, torch.Tensor) else float(count)
-    if isinstance(value, torch.Tensor) and value.ndim > 0:
+    if isinstance(value, torch.Tensor) and value.ndim > 0 and not value.is_complex():
         # 16-bit sums would keep three digits, and float16 ends at 65504.
         narrow = value.dtype in (torch.bfloat16, torch.float16)
         return value.sum(dtype=torch.float32 if narrow else None), float(value.numel())
-    found = (
-        f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-    )
-    raise ContractError(
-        f'training_step and validation_step return one value per sample under "{name}", or a pair (sum, count); found '
-        f"{found}. "
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        total, count = value
+        if not isinstance(total, torch.Tensor):
+            total = torch.tensor(_number(name, value, total))
+        if not isinstance(count, torch.Tensor):
+            count = _number(name, value, count)
+        elif count.ndim:
+            raise _refused(name, value)
+        if not total.is_complex() and not (isinstance(count, torch.Tensor) and count.is_complex()):
+            return total, count
+    raise _refused(name, value)
+
+
+def _number(name: str, pair: Any, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise _refused(name, pair) from None
+
+
+def _refused(name: str, value: Any) -> ContractError:
+    return ContractError(
+        f'training_step and validation_step return one value per sample under "{name}", or a pair (sum, count) whose '
+        f"count is one number; found {_described(value)}. "
         'Compute the loss with reduction="none", so that the mean over all workers can be exact.'
     )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        kind = "complex tensor" if value.is_complex() else "tensor"
+        return f"a {kind} of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        if len(value) == 2:
+            return f"a pair of {' and '.join(map(_described, value))}"
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
 
 
 def check_answer(answer: Any, step: str = "training_step") -> dict[str, Value]:
@@ -70,6 +98,20 @@ def check_answer(answer: Any, step: str = "training_step") -> dict[str, Value]:
         names = ", ".join(str(key) for key in answer) or "nothing"
         raise ContractError(f'training_step must return "loss", which is minimised; found {names}.')
     return dict(answer)
+
+
+def check_names(names: Iterable[Any], source: str) -> None:
+    """Raise ContractError where a metric's name is no text, or one that the engine uses itself.
+
+    source: what returned them, such as `training_step`.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ContractError(f"{source} must return a mapping whose names are text; found the name {name!r}.")
+        if name in RESERVED:
+            raise ContractError(
+                f'{source} returns "{name}", a name that launch itself logs. Choose another name, such as "my_{name}".'
+            )
 
 
 class Sums:

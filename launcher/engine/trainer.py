@@ -29,7 +29,6 @@ from launcher.engine.build import (
     build_order,
     build_split,
     build_strategy,
-    load_weights_into,
 )
 from launcher.engine.callbacks import Callbacks, Run, build_callbacks
 from launcher.engine.checkpoint import Checkpointer, Newest
@@ -53,6 +52,7 @@ from launcher.engine.state import State
 from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.engine.stream import StreamLoader
 from launcher.engine.trained import Trained
+from launcher.engine.weights import load_weights_into
 from launcher.errors import CheckpointError, NonFiniteLoss, Regroup, TrainingError
 from launcher.money import BUDGET, Bill
 from launcher.phases import Marks

@@ -77,6 +77,7 @@ class Record:
         self._made_root = False
         self._bill = Bill()
         self._mirrored: Mirrored | None = None
+        self._weights: str | None = None
 
     def __enter__(self) -> Record:
         return self
@@ -109,7 +110,7 @@ class Record:
 
         assert self._prepared is not None
         prepared, directory = self._prepared, self._prepared.directory
-        weights = weights_of(prepared.job, root) if self._begins() else None
+        weights = self.weights(root)
         rate = plan.rate if plan is not None else rate
         earlier = directory.result() if prepared.resumes else {}
         check_budget(directory, earlier, rate)
@@ -145,6 +146,20 @@ class Record:
             bill=self._bill,
             notes=() if plan is None else plan.notes,
         )
+
+    def weights(self, root: str | None = None) -> str | None:
+        """Return the place of the weights that the run begins with; None where it begins with none, or goes on.
+
+        Args:
+            root: where runs are looked up, if not in the job's own run root.
+
+        Raises:
+            RunError: `checkpoint.load` names no such run or file.
+        """
+        assert self._prepared is not None
+        if self._weights is None and self._begins():
+            self._weights = weights_of(self._prepared.job, root)
+        return self._weights
 
     def _begins(self) -> bool:
         """Whether the run is at step 0: a new one, or one that is continued and had not saved yet."""

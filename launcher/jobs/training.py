@@ -97,7 +97,7 @@ def train(request: Request, observer: Observer) -> Outcome:
             observer.event(
                 {"kind": "note", "text": "cluster.setup is for the nodes of a cluster; nothing of it is run here."}
             )
-        plan = checked_plan(prepared.job, observer, marks=record.marks)
+        plan = checked_plan(prepared.job, observer, None, record.marks, record.weights())
         task = record.begin(plan)
         observer.prepared(prepared, plan)
         with _alive(prepared.directory):
@@ -120,10 +120,12 @@ def _train_elsewhere(request: Request, prepared: Prepared, observer: Observer) -
     return Outcome(ended.result, prepared.directory, ended.signal_number, ended.detached)
 
 
-def checked_plan(job: Job, observer: Observer, ranks: int | None = None, marks: Marks | None = None) -> Plan:
+def checked_plan(
+    job: Job, observer: Observer, ranks: int | None = None, marks: Marks | None = None, weights: str | None = None
+) -> Plan:
     """Make the plan; what the user's code prints while it is tried out is passed on as events."""
     with _trying(observer):
-        return make_plan(job, ranks, marks)
+        return make_plan(job, ranks, marks, weights)
 
 
 def checked_node_plan(prepared: Prepared, observer: Observer, ask: bool = True) -> NodePlan:
@@ -261,7 +263,7 @@ def _agree(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepar
         try:
             prepared, plan = record.prepare(), None
             if not prepared.finished:
-                plan = checked_plan(prepared.job, observer, runtime.world_size, record.marks)
+                plan = checked_plan(prepared.job, observer, runtime.world_size, record.marks, record.weights())
                 task = record.begin(plan)
             observer.prepared(prepared, plan)
             asked = prepared.job.scaling.workers

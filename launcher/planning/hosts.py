@@ -88,7 +88,7 @@ def make_host_plan(job: Job) -> HostPlan:
     from launcher.engine.estimate import estimate
 
     rate = rate_of(job.cluster, len(nodes))
-    plan = plan_on(job, machines, estimate(job))
+    plan = plan_on(job, machines, estimate(job, workers=machines.workers))
     if rate is not None:
         plan = replace(plan, rate=rate, usd_per_hour=round(rate.an_hour(), 6))
     sits = _sits(plan, nodes)

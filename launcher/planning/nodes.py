@@ -154,7 +154,7 @@ def make_node_plan(job: Job, ask: bool = True, earlier: RunDirectory | None = No
     machines, sits = seat(job, nodes)
     from launcher.engine.estimate import estimate
 
-    found = estimate(job, ahead=True)
+    found = estimate(job, ahead=True, workers=machines.workers)
     reached = None
     if earlier is not None and (mfu := (earlier.result().get("metrics") or {}).get("throughput/mfu")):
         reached = Reached(earlier.name, float(mfu))

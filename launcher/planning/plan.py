@@ -193,8 +193,12 @@ def _gpus_per_worker(job: Job, use_gpu: bool) -> float:
     return 1.0 if job.scaling.gpus_per_worker is None else job.scaling.gpus_per_worker
 
 
-def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) -> Plan:
+def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None, weights: str | None = None) -> Plan:
     """Look at the job and at where it is to run, and work out everything that follows.
+
+    Args:
+        ranks: how many processes torchrun or srun started, or None.
+        weights: the place of those that the run begins with.
 
     Raises:
         RequestError: it cannot be done as asked; see `machines_of` and `engine.estimate`.
@@ -210,7 +214,7 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None) ->
     from launcher.engine.estimate import estimate
 
     marks.begin("check")
-    plan = plan_on(job, machines, estimate(job))
+    plan = plan_on(job, machines, estimate(job, workers=machines.workers, weights=weights))
     return plan if rate is None else replace(plan, rate=rate, usd_per_hour=round(rate.an_hour(), 6))
 
 

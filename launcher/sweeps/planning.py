@@ -10,6 +10,7 @@ from launcher.config import Composition, SweepConfig, parse_interval
 from launcher.errors import ConfigError, did_you_mean
 from launcher.jobs.record import check_budget
 from launcher.jobs.training import Observer, checked_plan
+from launcher.jobs.weights import weights_of
 from launcher.planning.plan import Machines, Plan, machines_of
 from launcher.runners.tasks import Shape, fits
 from launcher.sweeps.meaning import Meant
@@ -51,7 +52,9 @@ def plan_sweep(meant: Meant, observer: Observer) -> Planned:
     """
     for composition in check_values(meant):
         machines_of(composition.job)
-    plan = checked_plan(meant.first.job, observer)
+    plan = checked_plan(meant.first.job, observer, weights=weights_of(meant.first.job, meant.root))
+    for note in plan.notes:
+        observer.event({"kind": "note", "text": note})
     for objective in meant.objectives:
         if objective.tag not in plan.tags:
             raise ConfigError(

@@ -42,6 +42,7 @@ def plan(line: Line) -> int:
         return _plan_of_sweep(line)
     from launcher.jobs.prepare import prepare
     from launcher.jobs.training import checked_host_plan, checked_plan
+    from launcher.jobs.weights import weights_of
     from launcher.show import Shown
     from launcher.terminal import Display
 
@@ -56,7 +57,8 @@ def plan(line: Line) -> int:
             if prepared.job.cluster.kind == "ssh":
                 plan = checked_host_plan(prepared.job, Shown(display))
             else:
-                plan = checked_plan(prepared.job, Shown(display))
+                weights = None if prepared.resumes else weights_of(prepared.job)
+                plan = checked_plan(prepared.job, Shown(display), weights=weights)
         if "json" in line.flags:
             facts = {"run": prepared.directory.name, "directory": prepared.directory.told()}
             result(json.dumps({**facts, **plan.to_dict()}, indent=2))

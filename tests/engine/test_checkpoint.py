@@ -647,10 +647,10 @@ def test_weights_come_from_files_too(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "plain.pt")
     torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "wrapped.ckpt")
     for name in ("plain.pt", "wrapped.ckpt"):
-        assert same(checkpoint.load_weights(tmp_path / name), weights)
+        assert same(dict(checkpoint.load_weights(tmp_path / name)), weights)
     path = save(tmp_path, 1, {"model": {**weights, "_extra_state": {"x": 1}}, "ema": {"a": torch.ones(1)}, "n": 1})
-    assert same(checkpoint.load_weights(path), weights)
-    assert same(checkpoint.load_weights(path, "ema"), {"a": torch.ones(1)})
+    assert same(dict(checkpoint.load_weights(path)), weights)
+    assert same(dict(checkpoint.load_weights(path, "ema")), {"a": torch.ones(1)})
     with pytest.raises(CheckpointError, match="no section 'other'; it has model, ema, n"):
         checkpoint.load_weights(path, "other")
     with pytest.raises(CheckpointError, match="no checkpoint or file"):

@@ -83,13 +83,22 @@ class Numbers:
             return Given(path, file.read().splitlines())
 
 
+class Calls:
+    """Counts training steps in a place that is not restored after the model was tried out, once before its first step.
+
+    The start check tries another object of the same class, with three batches.
+    """
+
+    steps = -1
+
+
 class Line(nn.Module):
     """A straight line.
 
     Args:
         width: more than one makes it another model.
         delay: seconds that a training step takes.
-        mishap: what happens at training step `at`, 0 being the one that tries the model out: "raise", "infinite",
+        mishap: what happens at training step `at`, 0 being the first that tries the model out: "raise", "infinite",
             "die", "pdb", "prompt", "raw" (what does not pass through sys.stdout).
         rank: the mishap happens to this rank alone.
         secret_key: for the record of a run.
@@ -113,7 +122,7 @@ class Line(nn.Module):
         self.predicts, self.traceable = predicts, traceable
         self.net = nn.Linear(1, 1) if width == 1 else nn.Sequential(nn.Linear(1, width), nn.Linear(width, 1))
         self.delay, self.mishap, self.at, self.rank, self.speak = delay, mishap, at, rank, speak
-        self.steps = -1  # a model is tried out once before its first step
+        self.calls = Calls()
         if speak:
             print("a line is built")
 
@@ -140,13 +149,13 @@ class Line(nn.Module):
         loss = F.mse_loss(self.net(x), y, reduction="none").mean(1)
         if not self.training:
             return {"loss": loss}
-        self.steps += 1
-        if self.steps > 0:
+        self.calls.steps += 1
+        if self.calls.steps > 0:
             time.sleep(self.delay)
         if self.speak:
-            print(f"step {self.steps} of the model")
+            print(f"step {self.calls.steps} of the model")
         own = self.rank is None or self.rank == (dist.get_rank() if dist.is_initialized() else 0)
-        if self.mishap is not None and self.steps == self.at and own:
+        if self.mishap is not None and self.calls.steps == self.at and own:
             if self.mishap == "infinite":
                 loss = loss * float("inf")
             else:

@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from launcher.engine.checkpoint import files, nest, reader
 from launcher.errors import CheckpointError
 
+_KEYS = ("state_dict", "model_state_dict", "model")  # where files of torch.save have a state dict
+
 
 @dataclass(frozen=True)
 class Content:
@@ -79,24 +81,32 @@ def load(
     return Content(path, content.step, content.world_size, state, own)
 
 
-def load_weights(path: str | os.PathLike[str], section: str | None = None) -> dict[str, Tensor]:
+class Weights(dict[str, Tensor]):
+    """Weights by name; `key` is where a file of torch.save has them, None where they are at its top."""
+
+    key: str | None = None
+
+
+def load_weights(path: str | os.PathLike[str], section: str | None = None, *, shapes_only: bool = False) -> Weights:
     """Return weights as name -> full tensor on the CPU.
 
     `path`: a checkpoint directory (its `section`; by default `weights`, which are evaluated, where training averages
     them, else `model`), a `.safetensors` file, or a file that torch.save wrote: a state
-    dict, or a dict that holds one as "state_dict" or "model". CheckpointError where it is none of these or holds
+    dict, or a dict that holds one as "state_dict", "model_state_dict" or "model". With `shapes_only`, the tensors have
+    no data (device "meta"), which is not read. CheckpointError where it is none of these or holds
     anything but tensors and plain values.
     """
-    path = Path(path)
+    path, key = Path(path), None
     if path.is_dir():
-        weights = _section(path, section)
+        content: Mapping[str, Any] = _section(path, section, shapes_only)
     elif not path.exists():
         raise CheckpointError(f"There is no checkpoint or file of weights at {path}.")
     elif path.suffix == ".safetensors":
-        weights = _load_safetensors(path)
+        content = _load_safetensors(path, shapes_only)
     else:
-        weights = _load_torch(path)
-    weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+        content, key = _load_torch(path, shapes_only)
+    weights = Weights((name, value) for name, value in content.items() if isinstance(value, Tensor))
+    weights.key = key
     if not weights:
         raise CheckpointError(f"{path} holds no weights. Give a checkpoint, a .safetensors file or a saved state dict.")
     return weights
@@ -146,43 +156,70 @@ def _read(
         raise CheckpointError(f"The checkpoint {path} cannot be read: {type(cause).__name__}: {cause}") from error
 
 
-def _section(path: Path, section: str | None) -> dict[str, Any]:
-    files.verify(path)
+def _section(path: Path, section: str | None, shapes_only: bool) -> dict[str, Any]:
+    if not shapes_only:
+        files.verify(path)
     content, entries, table = _open(path)
     section = section or ("weights" if "weights" in content.state else "model")
     if not isinstance(content.state.get(section), dict):
         raise CheckpointError(
             f"The checkpoint {path} has no section {section!r}; it has {', '.join(content.state) or 'none'}."
         )
+    if shapes_only:
+        return {
+            name: torch.empty(info.shape, dtype=info.dtype, device="meta")
+            for name, info in content.state[section].items()
+            if isinstance(info, nest.TensorInfo)
+        }
     binder = nest.Binder()
     weights = binder.bind(content.state[section], None)
     _read(path, entries, table, binder.reads)
     return weights
 
 
-def _load_safetensors(path: Path) -> dict[str, Any]:
+def _load_safetensors(path: Path, shapes_only: bool) -> dict[str, Any]:
     try:
         safetensors = importlib.import_module("safetensors.torch")
     except ImportError as error:
         raise CheckpointError(f"Reading {path} needs the package safetensors: pip install safetensors.") from error
     try:
+        if shapes_only:
+            with importlib.import_module("safetensors").safe_open(path, "pt") as file:
+                names = file.keys()
+                return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
         return safetensors.load_file(path)
     except Exception as error:  # its own SafetensorError derives from Exception alone
         raise CheckpointError(f"{path} is not a valid .safetensors file: {error}") from error
 
 
-def _load_torch(path: Path) -> dict[str, Any]:
+def _load_torch(path: Path, shapes_only: bool) -> tuple[dict[str, Any], str | None]:
+    """Return the state dict that a file holds, and the key or keys under which it is there."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen kinds for a file that it does not like
         raise CheckpointError(
             f"{path} cannot be read as a saved state dict ({type(error).__name__}): it is damaged, or holds more than "
             "tensors and plain values, which could execute code and is refused. Save model.state_dict() with "
             "torch.save, or as .safetensors."
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    keys = []
+    while isinstance(content, Mapping):
+        key = next((key for key in _KEYS if isinstance(content.get(key), Mapping)), None)
+        if key is None:
+            break
+        keys.append(key)
+        content = content[key]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__} instead of a state dict.")
-    return {str(name): value for name, value in content.items()}
+    if not _has_tensors(content):
+        inner = [str(key) for key, value in content.items() if isinstance(value, Mapping) and _has_tensors(value)]
+        if inner:
+            raise CheckpointError(
+                f"{path} holds no weights at its top nor under {', '.join(_KEYS)}; it holds tensors under "
+                f"{', '.join(inner)}. Save that part alone, or under the key state_dict."
+            )
+    return {str(name): value for name, value in content.items()}, ".".join(keys) or None
+
+
+def _has_tensors(content: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in content.values())
