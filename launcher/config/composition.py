@@ -123,17 +123,9 @@ def compose(
         node = stored_node(content, plan.groups)
         decided = decided_node(settings, {} if "cluster" in plan.groups else cluster or {})
     with own_hydra():
-        composed = compose_with_hydra(plan.overrides, where, node, settings)
-        tree, unresolved = _resolve(composed)
+        composed, tree, unresolved = _judged(plan, where, node, decided, settings, stored)
         hydra_tree = _hydra_node(composed)
         choices = _choices(composed)
-        found = _undecided(
-            composed, tree, unresolved, lambda: compose_with_hydra(plan.decided, where, decided, settings)
-        )
-        if found:
-            raise TrustError(_refusal(found, initialize(plan.overrides, where, node, settings), where, stored))
-    if hydra_tree["job"]["env_copy"]:
-        raise ConfigError("hydra.job.env_copy copies variables of the environment; launch does not use it. Remove it.")
     if tree.get("trust"):
         raise TrustError(
             f"trust is set to {tree['trust']} {where_trusted(where, stored)}. A configuration cannot vouch for "
@@ -167,14 +159,7 @@ def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
     where, settings = sources(config_dir), user_settings()
     plan, node = _read_words(words, where, of_a_run=False), primary_node(where, settings)
     with own_hydra():
-        composed = compose_with_hydra(plan.overrides, where, node, settings)
-        tree, unresolved = _resolve(composed, only=section)
-        decided = decided_node(settings, None)
-        found = _undecided(
-            composed, tree, unresolved, lambda: compose_with_hydra(plan.decided, where, decided, settings)
-        )
-        if found:
-            raise TrustError(_refusal(found, initialize(plan.overrides, where, node, settings), where, None))
+        _, tree, _ = _judged(plan, where, node, decided_node(settings, None), settings, None, section)
     return schema.section(section, tree[section])
 
 
@@ -231,6 +216,30 @@ def _listed_groups(where: Sources) -> frozenset[str]:
 
 
 # --- what a file may not decide --------------------------------------------------------------------------------------
+
+
+def _judged(
+    plan: Plan,
+    where: Sources,
+    node: Mapping[str, Any],
+    decided: Mapping[str, Any],
+    settings: Settings,
+    stored: Path | None,
+    only: str | None = None,
+) -> tuple[DictConfig, dict[str, Any], dict[str, Any]]:
+    """Compose within `own_hydra`; see `_resolve` for what is returned.
+
+    node: the primary configuration. decided: the one that holds what the user decided, and nothing else.
+    Raises TrustError for what a file may not decide.
+    """
+    composed = compose_with_hydra(plan.overrides, where, node, settings)
+    if composed["hydra"]["job"]["env_copy"]:
+        raise ConfigError("hydra.job.env_copy copies variables of the environment; launch does not use it. Remove it.")
+    tree, unresolved = _resolve(composed, only)
+    found = _undecided(composed, tree, unresolved, lambda: compose_with_hydra(plan.decided, where, decided, settings))
+    if found:
+        raise TrustError(_refusal(found, initialize(plan.overrides, where, node, settings), where, stored))
+    return composed, tree, unresolved
 
 
 def _in_force(dropped: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

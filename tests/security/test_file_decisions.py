@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
-from launcher.config import compose, sources, targets
+from launcher.config import Settings, compose, sources, targets
 from launcher.config.authority import GUARDED
 from launcher.config.schema import ClusterConfig
 from launcher.errors import LaunchError
@@ -321,3 +321,17 @@ def test_our_own_files_decide_nothing() -> None:
 
 def test_help_still_shows_the_configuration_directory(here: Place) -> None:
     assert cli.run(["train", "--help", "--config-dir", "own"]) == 0
+
+
+def test_a_head_uses_what_the_sender_decided(tmp_path: Path) -> None:
+    """The user's settings and records stay on their own machine; files on the head decide as little as anywhere."""
+    cluster = ClusterConfig("ssh", hosts=["ada@vm1"], env=["HOME"], keep_minutes=3)
+    settings = Settings.decided(asdict(cluster))
+    run = _stored(tmp_path / "theirs", THEIRS)
+    words = ["run.name=a", f"run.root={tmp_path}"]
+    for more in ([], ["cluster=ssh"], ["run.like=theirs"], ["cluster=existing", "cluster.env=[HOME]"]):
+        request = prepare.Request([*words, *more], on_head="head:1", settings=settings)
+        job = prepare.prepare(request).job
+        assert (job.cluster.kind, job.cluster.address, job.cluster.env) == ("existing", "head:1", ["HOME"])
+        assert (job.cluster.setup, job.trust) == ([], [])
+    assert run.exists()
