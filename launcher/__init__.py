@@ -8,8 +8,15 @@
 from __future__ import annotations
 
 import sys
-from os import PathLike
-from typing import Any
+
+# `python -m launcher` has put the current directory before all others on the path: its modules shadow none of ours
+# (`launcher.config.calling_directory` puts it where it belongs). Before any other import.
+_as_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == "launcher"
+if _as_module and not sys.flags.safe_path and sys.path[0] != __path__[0].rpartition("/")[0]:
+    del sys.path[0]
+
+from os import PathLike  # noqa: E402
+from typing import Any  # noqa: E402
 
 __all__ = ["launch", "sweep"]
 

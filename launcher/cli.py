@@ -6,9 +6,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from launcher import verbs
+from launcher.config.calling_directory import guard
 from launcher.errors import ConfigError, LaunchError, Stopped
 from launcher.verbs.line import COMPOSING, USAGE, Line, parse
 from launcher.verbs.output import say, tell
@@ -25,6 +27,8 @@ def main() -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Do what the command line says and return the exit status."""
     verbose = any(word.lstrip("+") == "verbose=true" for word in arguments)
+    with suppress(FileNotFoundError):  # the directory was removed
+        guard(os.curdir)
     try:
         line = parse(arguments)
         if _shows(line):
@@ -42,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:
-        traceback.print_exc()
+        say(traceback.format_exc().rstrip("\n"))
         say("This is a bug in launch: the traceback above says where. Please report it with the command given.")
         return 1
 

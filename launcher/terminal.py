@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.text import Text
 
 from launcher.phrases import evaluated, facts, step_line
+from launcher.terminal_text import printable
 
 PHASES = {
     "check": "looking at data and model",
@@ -64,10 +65,10 @@ class Display:
         # FORCE_COLOR makes rich take a file for a terminal; a bar in a file is a mess.
         if self._console.file.isatty() and not self._console.is_dumb_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=28),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[facts]}", markup=False),
                 console=self._console,
                 transient=True,
                 redirect_stdout=False,  # what is printed during a run comes as an event
@@ -90,7 +91,7 @@ class Display:
         elif kind == "note":
             self.say(str(event["text"]))
         elif kind == "phase":
-            self._update(description=PHASES.get(event["name"], event["name"]))
+            self._update(description=PHASES.get(event["name"], printable(str(event["name"]))))
 
     def stop_or_detach(self) -> str:
         """Ask what becomes of a run elsewhere after Ctrl-C."""
@@ -98,7 +99,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print one line of our own."""
-        self._console.print(Text(text))
+        self._console.print(Text(printable(text)))
 
     def _line(self, event: Mapping[str, Any]) -> None:
         mark = f"[rank {event['rank']}] " if self.workers > 1 else ""
@@ -107,7 +108,7 @@ class Display:
             self._bar.stop()
             self._prompt = True
         # A part of a line is a prompt (input, pdb): it must appear as it is, and at once.
-        self._console.print(Text.from_ansi(mark + event["text"]), end="\n" if whole else "")
+        self._console.print(Text.from_ansi(printable(mark + event["text"], colours=True)), end="\n" if whole else "")
 
     def _progress(self, event: Mapping[str, Any]) -> None:
         if self._bar is not None and self._prompt:

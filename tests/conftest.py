@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import targets
+from launcher.config import calling_directory
 from tests import device
 from tests.command import here, place
 from tests.stores import container, emulator
@@ -66,7 +66,8 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
 @pytest.fixture(autouse=True)
 def _no_calling_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that composes a configuration in this process trusts its directory; the next test must not."""
-    monkeypatch.setattr(targets, "_calling", [])
+    monkeypatch.setattr(calling_directory, "_calling", [])
+    monkeypatch.setattr(calling_directory, "_guarded", [])
 
 
 @pytest.fixture(scope="session")

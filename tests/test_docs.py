@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from launcher import config
-from launcher.config import keys, targets
+from launcher.config import calling_directory, keys, targets
 from launcher.engine.checkpoint import load_weights
 from launcher.jobs.weights import best_checkpoint
 from launcher.runs import RunDirectory
@@ -100,7 +100,7 @@ def test_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest
         write_files(source, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setattr(targets, "_calling", [])
+    monkeypatch.setattr(calling_directory, "_calling", [])
     targets.add_calling_directory(tmp_path)
     for words in commands(page):
         line = parse(words)

@@ -22,6 +22,7 @@ from launcher.clusters.from_driver import serve_disk, share_environment
 from launcher.clusters.gcs import as_client, is_here, look, refused
 from launcher.clusters.ray_adapted import (
     RAY_TRAIN_ENVIRONMENT,
+    own_job_config,
     private_directory,
     replaced,
     signal_handlers_kept,
@@ -104,7 +105,13 @@ class ExistingRay:
         level = logging.INFO if self._verbose else logging.ERROR
         with as_client(RAY_TRAIN_ENVIRONMENT), signal_handlers_kept(), replaced(quiet):
             try:
-                ray.init(address=self.address, log_to_driver=self._verbose, logging_level=level, _node_ip_address=own)
+                ray.init(
+                    address=self.address,
+                    log_to_driver=self._verbose,
+                    logging_level=level,
+                    _node_ip_address=own,
+                    job_config=own_job_config(),
+                )
             except Exception as error:
                 ray.shutdown()
                 raise refused(self.address, error) from None

@@ -27,6 +27,7 @@ from launcher.clusters.ray_adapted import (
     RAY_TRAIN_ENVIRONMENT,
     adapted,
     environment_set,
+    own_job_config,
     private_directory,
     refresh_ray_settings,
     signal_handlers_kept,
@@ -136,6 +137,7 @@ class EmbeddedRay:
                 logging_level=logging.INFO if self._verbose else logging.ERROR,
                 _node_ip_address=LOOPBACK,
                 _temp_dir=str(self.directory / RAYS),
+                job_config=own_job_config(),
             )
             loading.join()
         self.address = found.address_info["gcs_address"]
@@ -150,7 +152,11 @@ class EmbeddedRay:
             loading = _preload(self._preload)
             try:
                 ray.init(
-                    address=kept.address, log_to_driver=False, logging_level=logging.ERROR, _node_ip_address=LOOPBACK
+                    address=kept.address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _node_ip_address=LOOPBACK,
+                    job_config=own_job_config(),
                 )
             except (OSError, RuntimeError):
                 ray.shutdown()

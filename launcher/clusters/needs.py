@@ -141,8 +141,8 @@ def _work() -> Callable[[str, str, dict[str, Any]], str]:
                 except importlib.metadata.PackageNotFoundError:
                     continue
             with file_with(pins, ".txt") as constraints, file_with(needs["packages"], ".txt") as packages:
-                words = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet"]
-                words += ["--constraint", constraints.name]
+                words = [sys.executable, "-P", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+                words += ["--quiet", "--constraint", constraints.name]
                 words += ["--requirement", needs["file"] or packages.name]
                 if problem := run(words, f"pip install ({', '.join(pins)} stay)"):
                     return problem

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,24 @@ def adapted(lean: bool) -> Iterator[None]:
         ]
     with replaced(replacements):
         yield
+
+
+def own_job_config() -> Any:
+    """Return a job configuration by which Ray does not put the current directory before its workers' module path.
+
+    Workers add the calling directory themselves (`launcher.config.calling_directory`): where it shadows nothing.
+    """
+    from ray.job_config import JobConfig
+
+    here = os.path.realpath(os.curdir)
+
+    class OtherPaths(list[str]):
+        def extend(self, paths: Iterable[str]) -> None:
+            super().extend(path for path in paths if os.path.realpath(path) != here)
+
+    config = JobConfig()
+    config._py_driver_sys_path = OtherPaths()
+    return config
 
 
 def silence() -> list[tuple[Any, str, Any]]:

@@ -17,13 +17,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from launcher.config.calling_directory import HOME, SHARED, add_calling_directory, calling_directories, shadows
 from launcher.errors import ConfigError, TrustError, did_you_mean
+
+__all__ = ["accepts", "add_calling_directory", "build", "check", "check_signature", "find_targets", "resolve"]
 
 KINDS = ("model", "data", "optimizer", "scheduler", "callback")
 # What a callback has at least one of.
@@ -38,47 +39,6 @@ OFFERED: dict[str, frozenset[str]] = {"scheduler": frozenset({"total_steps", "T_
 # What an overlay such as `debug=pdb` wishes for whatever class the section names: taken where the class takes it.
 IF_TAKEN = "_if_taken_"
 HYDRA_WORDS = ("_partial_", "_args_", "_convert_", "_recursive_", "_mode_")
-
-_HOME = Path(__file__).resolve().parents[2]
-_SHARED = ("models", "conf")  # our top-level packages whose names users are likely to take as well
-_calling: list[Path] = []
-
-
-def add_calling_directory(directory: str | Path) -> None:
-    """Make the modules of `directory` importable, before all others, and trusted.
-
-    A `models` or `conf` of the user's own wins over ours file by file, and ours stays importable below it.
-    """
-    path = Path(directory).resolve()
-    if path not in _calling:
-        _calling.insert(0, path)
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
-    importlib.invalidate_caches()
-    if not any(isinstance(finder, _SharedPackages) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _SharedPackages())
-    for name in _SHARED:
-        module = sys.modules.get(name)
-        if module is not None:  # imported before this directory was known
-            module.__path__ = _shared_locations(name, list(getattr(module, "__path__", [])))
-
-
-class _SharedPackages(MetaPathFinder):
-    """Lets a user's `models` (a package, a bare folder or a file) and ours be one package, the user's files first."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname not in _SHARED:
-            return None
-        # Not by `sys.path`: an installed package that happens to be called `models` is neither the user's nor ours.
-        spec = PathFinder.find_spec(fullname, [str(directory) for directory in [*_calling, _HOME]])
-        if spec is not None:
-            spec.submodule_search_locations = _shared_locations(fullname, list(spec.submodule_search_locations or []))
-        return spec
-
-
-def _shared_locations(name: str, found: list[str]) -> list[str]:
-    wanted = [str(directory / name) for directory in [*_calling, _HOME] if (directory / name).is_dir()]
-    return list(dict.fromkeys([*wanted, *found]))
 
 
 def find_targets(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
@@ -128,6 +88,11 @@ def _check_name(target: Any, section: str, trust: Sequence[str]) -> None:
     if len(parts) < 2 or not all(part.isidentifier() and not part.startswith("__") for part in parts):
         raise TrustError(f'{key} is "{target}", which is not the dotted name of a class (package.module.Class).')
     if not _is_allowed(target, trust):
+        if owner := shadows(parts[0]):
+            raise TrustError(
+                f'{key} names "{target}", but "{parts[0]}" is a module of {owner}, which one of the calling directory '
+                "does not replace. Rename the file or folder in the calling directory."
+            )
         raise TrustError(
             f'{key} names "{target}", which is outside of what a configuration may use: '
             f"{', '.join(ALLOWED)}, and the modules of the directory where launch is called{_calling_text()}. "
@@ -136,7 +101,8 @@ def _check_name(target: Any, section: str, trust: Sequence[str]) -> None:
 
 
 def _calling_text() -> str:
-    return f" ({_calling[0]})" if _calling else ""
+    known = calling_directories()
+    return f" ({known[0]})" if known else ""
 
 
 def _is_allowed(name: str, trust: Sequence[str]) -> bool:
@@ -176,7 +142,7 @@ def _is_of_calling_directory(name: str) -> bool:
 
 
 def _lies_in_calling(entry: Path) -> bool:
-    return Path(os.path.realpath(entry.parent)) in _calling
+    return Path(os.path.realpath(entry.parent)) in calling_directories()
 
 
 def resolve(path: str, kind: str, trust: Sequence[str] = (), *, nested: bool = False) -> type:
@@ -245,12 +211,12 @@ def _import_module(name: str, path: str) -> ModuleType:
 def _is_at_home(module: str) -> bool:
     """Whether a module called `models...` is ours or the caller's, and not an installed package of the same name."""
     top = module.partition(".")[0]
-    if top not in _SHARED:
+    if top not in SHARED:
         return True
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
         return False
-    places = [directory / name for directory in [*_calling, _HOME] for name in (top, f"{top}.py")]
+    places = [directory / name for directory in [*calling_directories(), HOME] for name in (top, f"{top}.py")]
     return any(Path(os.path.abspath(file)).is_relative_to(place) for place in places)
 
 

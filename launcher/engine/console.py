@@ -27,7 +27,7 @@ class Log:
         self._hide = masking.hider()
         self._file: int | None = None
         with suppress(OSError):
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
 
     def line(self, text: str) -> str:
         """Write a line, with secrets as ***. Return it as it was written."""

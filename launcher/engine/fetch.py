@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset, TensorDataset, default_collate, get_worker_info
 
+from launcher.config.calling_directory import Entrance
 from launcher.engine.failures import is_own_words, traceback_of_user
 from launcher.engine.order import Key, mix, mix_each
 from launcher.engine.randomness import own_randomness, seed_for_reading
@@ -64,6 +65,10 @@ class Fetch:
         self._tensors = _tensors_of(dataset)
         self._gather = _gather_of(dataset)
         self._gather_takes_seeds = self._gather is not None and "seeds" in signature(self._gather).parameters
+
+    def __getstate__(self) -> dict[str, Any]:
+        # First: a loader process that is not forked imports the data set's module when it unpickles what follows.
+        return {"_entrance": Entrance(), **self.__dict__}
 
     @property
     def in_memory(self) -> bool:

@@ -253,7 +253,7 @@ class StepFile:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file = os.open(directory / ".step", os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.open(directory / ".step", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
     def read(self) -> int:
         digits = os.pread(self._file, 20, 0)

@@ -18,7 +18,7 @@ from launcher.config.checks import check_run
 from launcher.config.schema import StrategyConfig
 from launcher.config.words import shown
 from launcher.errors import RequestError, RunError, StorageError
-from launcher.runs import RunDirectory, mirror, user_state
+from launcher.runs import RunDirectory, mirror, plain_files, user_state
 from launcher.runs.storage import check_uri, disk_path, is_gathered, is_uri, plain_path
 
 
@@ -112,7 +112,6 @@ def composed(request: Request) -> Composition:
 
 def run_section(request: Request) -> RunConfig:
     """Return the section `run` of what the words compose to; other words may be meant for a run's own configuration."""
-    targets.add_calling_directory(request.calling)
     try:
         run: RunConfig = peek(request.words, request.config_dir, "run")
     except RequestError:
@@ -137,6 +136,7 @@ def _meant(request: Request) -> tuple[Composition | None, RunDirectory | None, R
             raise problem from None
     if run.resume is not False and run.name is not None:
         directory = RunDirectory(root_of(run.root) / run.name)
+        plain_files.check_directory(directory.path)
         if directory.exists():
             return None, directory, None
         if directory.is_sent and request.on_head is None:
@@ -242,7 +242,7 @@ def _new_words(request: Request, directory: RunDirectory) -> list[str]:
 def recorded_words(directory: RunDirectory) -> list[str]:
     """Return the words of overrides.yaml; none where it is missing or is not a list of texts."""
     try:
-        lines = directory.overrides.read_text().splitlines()
+        lines = plain_files.read_text(directory.overrides).splitlines()
         words = [json.loads(line[2:]) for line in lines if line.startswith("- ")]
     except (OSError, ValueError, RecursionError):
         return []

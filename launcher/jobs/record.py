@@ -24,6 +24,7 @@ from launcher.phrases import size
 from launcher.planning.plan import Plan
 from launcher.runs import RunDirectory, provenance
 from launcher.runs.mirror import Mirrored
+from launcher.runs.plain_files import read_text
 
 if TYPE_CHECKING:
     from launcher.engine.entry import Task
@@ -185,7 +186,7 @@ class Record:
         directory.clear_requests()
         _write_words(directory, composition.shown_words(), append=prepared.resumes)
         origin = self._origin or Origin.of(self._request.calling)
-        (directory.path / "code.patch").write_text(origin.patch)
+        runs.write_text(directory.path / "code.patch", origin.patch)
         facts = origin.facts
         if prepared.resumes:
             earlier = {**_EMPTY_RESULT, **directory.result()}
@@ -270,5 +271,5 @@ def check_budget(directory: RunDirectory, result: dict[str, Any], rate: Rate | N
 def _write_words(directory: RunDirectory, words: Sequence[str], append: bool) -> None:
     """Write overrides.yaml: a list of words; what a resume added follows the words that started the run."""
     lines = "".join(f"- {json.dumps(word)}\n" for word in words)
-    before = directory.overrides.read_text() if append and directory.overrides.exists() else ""
-    directory.overrides.write_text((before if before.strip() != "[]" else "") + lines or "[]\n")
+    before = read_text(directory.overrides) if append and directory.overrides.exists() else ""
+    runs.write_text(directory.overrides, (before if before.strip() != "[]" else "") + lines or "[]\n")

@@ -33,6 +33,7 @@ from launcher.jobs.weights import best_checkpoint
 from launcher.planning.plan import machines_of
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import written
+from launcher.runs.plain_files import open_file
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _append(trained: Trained, metrics: dict[str, float], observer: Observer) -> 
         **{tag: value if value == value and abs(value) != float("inf") else None for tag, value in metrics.items()},
     }
     try:
-        with written(trained.run), (trained.run.path / "evaluations.jsonl").open("a") as file:
+        with written(trained.run), open_file(trained.run.path / "evaluations.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
     except (OSError, StorageError) as error:  # somebody else's run can be looked at all the same
         why = str(getattr(error, "strerror", None) or error).rstrip(".")

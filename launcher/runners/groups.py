@@ -15,7 +15,6 @@ import importlib
 import math
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -27,6 +26,7 @@ from ray import cloudpickle
 
 from launcher.clusters.existing import ExistingRay
 from launcher.clusters.local import EmbeddedRay
+from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import LaunchError
 from launcher.runners import ray_train
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
@@ -299,7 +299,8 @@ class _Group:
 def work(order: Order) -> None:
     """Everything that one worker of a group does: task after task, until an empty parcel comes."""
     context = ray_train.own_context()
-    sys.path[:0] = [path for path in order.python_path if path not in sys.path]
+    for path in order.python_path:
+        add_calling_directory(path)
     number, joined = 0, contextlib.ExitStack()
     # Before the process group is there: functions of PyTorch take it as the default of an argument when they are
     # defined, and what they hold would stay open when this rank leaves.

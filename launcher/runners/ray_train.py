@@ -38,6 +38,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from launcher.clusters.existing import ExistingRay, interface_of
 from launcher.clusters.local import EmbeddedRay
 from launcher.clusters.ray_adapted import RAY_TRAIN_ENVIRONMENT
+from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import Regroup
 from launcher.runners import policies, ray_data
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
@@ -212,7 +213,6 @@ def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
     def enter() -> dict[str, Any] | None:
         import importlib
         import pickle
-        import sys
 
         if home not in sys.path:
             sys.path.append(home)
@@ -241,7 +241,8 @@ def work(order: Order) -> dict[str, Any] | None:
         control.emit({"kind": "worker", "rank": rank, "attempt": attempt, **_whereabouts()})
         control.flush()
         try:
-            sys.path[:0] = [path for path in order.python_path if path not in sys.path]
+            for path in order.python_path:
+                add_calling_directory(path)
             main, task = cloudpickle.loads(order.job)
             function = function_of(main)  # with what it imports
             if hasattr(task, "marks"):

@@ -1,6 +1,8 @@
 """Runs where they lie: on this disk, on an object store, or on the disk of the machine that drives them.
 
 directory    one run on this disk: result.json, heartbeat, requests; the runs of a root
+plain_files  files of a run, opened without following links
+results      what a result.json may hold
 user_state   the user's own record of runs, in the state directory
 storage      run roots on object stores: what their URIs mean, operations that are tried again
 mirror       such a root and its copy on this machine

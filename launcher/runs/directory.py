@@ -20,6 +20,7 @@ from typing import Any
 from launcher.config import masking
 from launcher.config.checks import check_run_name
 from launcher.errors import RunError, did_you_mean
+from launcher.runs import plain_files, results
 
 HEARTBEAT_SECONDS = 5.0
 # A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.
@@ -39,16 +40,12 @@ def write_text(path: Path, text: str) -> None:
 
     Where a full disk has no room for both, the old one is written over: that a run failed must still be said.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        plain_files.replace_text(path, text)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
             raise
-        with path.open("r+") as file:
+        with plain_files.open_file(path, "r+") as file:
             file.write(text)
             file.truncate()
 
@@ -130,7 +127,7 @@ class RunDirectory:
         """Whether files of the run come from elsewhere now and then: a silent one may still go on."""
         sent = self.sent
         try:
-            return sent is not None and bool(json.loads((sent.path / REMOTE).read_text()).get("directory"))
+            return sent is not None and bool(plain_files.read_json(sent.path / REMOTE).get("directory"))
         except (OSError, ValueError, AttributeError):
             return False
 
@@ -159,12 +156,17 @@ class RunDirectory:
     def result(self) -> dict[str, Any]:
         """Return the content of `result.json`, or an empty mapping where there is none."""
         try:
-            content = json.loads(self._result.read_text())
+            content = plain_files.read_json(self._result)
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+            raise RunError(f"{self._result} cannot be read: {why}. Restore it or remove the run.") from error
+        except ValueError as error:
             raise RunError(f"{self._result} cannot be read: {error}. Restore it or remove the run.") from error
-        return content if isinstance(content, dict) else {}
+        if problem := results.problem_of(content):
+            raise RunError(f"{self._result} cannot be used: {problem}. Restore it or remove the run.")
+        return dict(content)
 
     def write_result(self, content: dict[str, Any]) -> None:
         if content.get("error"):
@@ -184,10 +186,11 @@ class RunDirectory:
         """Tell whether somebody works on the run: a fresh heartbeat, of a process that is not known to be gone."""
         try:
             age = time.time() - self._heartbeat.stat().st_mtime
-            writer = json.loads(self._heartbeat.read_text())
-        except (OSError, ValueError):
+            writer = plain_files.read_json(self._heartbeat)
+            pid = int(writer.get("pid", 0))
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError):
             return False
-        if writer.get("host") == socket.gethostname() and not _process_exists(int(writer.get("pid", 0))):
+        if writer.get("host") == socket.gethostname() and not _process_exists(pid):
             return False
         return age < LOST_AFTER_SECONDS
 
@@ -214,7 +217,8 @@ class RunDirectory:
             self.update_result(status="running")
 
     def request_stop(self) -> None:
-        self._stop.touch()
+        with plain_files.open_file(self._stop, "a"):
+            pass
 
     def stop_requested(self) -> bool:
         return self._stop.exists()
@@ -228,7 +232,7 @@ class RunDirectory:
 
         `sent`: it was sent to a cluster, and nothing has come back yet, or not lately.
         """
-        status = str(self.result().get("status", "sent" if self.is_sent else "unknown"))
+        status = str(self.result().get("status") or ("sent" if self.is_sent else "unknown"))
         if status == "running" and self._is_copied() and not self.is_alive():
             return "sent"
         return "lost" if status == "running" and not self.is_alive() else status
@@ -240,7 +244,7 @@ def _locked(file: Path, patience: float = 5.0) -> Iterator[None]:
     import fcntl
 
     latest = time.monotonic() + patience
-    with file.open("r+") as held:
+    with plain_files.open_file(file, "r+") as held:
         while time.monotonic() < latest:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -261,6 +265,8 @@ def _process_exists(pid: int) -> bool:
         return False
     except PermissionError:
         return True
+    except OverflowError:  # no process has such a number
+        return False
     return True
 
 
@@ -274,6 +280,7 @@ def find(root: str | Path, name: str) -> RunDirectory:
     for part in name.split("/"):
         check_run_name(part, "the name of a run")
     base = Path(root).expanduser().absolute()
+    plain_files.check_directory(base / name.partition("/")[0])
     sweep, _, last = name.rpartition("/")
     run = RunDirectory(base / sweep / _best_of(base / sweep, sweep) if sweep and last == "best" else base / name)
     if not run.exists() and not run.is_sent:
@@ -286,18 +293,27 @@ def find(root: str | Path, name: str) -> RunDirectory:
 
 
 def list_runs(root: str | Path) -> Iterator[RunDirectory]:
-    """Yield the runs under `root`, oldest first."""
+    """Yield the runs under `root`, oldest first; also those that cannot be read, and links to directories."""
     base = Path(root).expanduser().absolute()
     if not base.is_dir():
         return
-    runs = [RunDirectory(path) for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    yield from sorted((run for run in runs if run.exists() or run.is_sent), key=lambda run: (_begun(run), run.name))
+    runs = [RunDirectory(path) for path in base.iterdir() if not path.name.startswith(".") and _looks_like_a_run(path)]
+    yield from sorted(runs, key=lambda run: (_begun(run), run.name))
+
+
+def _looks_like_a_run(path: Path) -> bool:
+    try:
+        if not path.is_dir():
+            return False
+        return path.is_symlink() or not {"config.yaml", "result.json", REMOTE}.isdisjoint(os.listdir(path))
+    except OSError:
+        return True
 
 
 def _best_of(sweep: Path, name: str) -> str:
     """Return the number of a sweep's best trial."""
     try:
-        found = re.search(r"^number: (\d{1,9})$", (sweep / "best.yaml").read_text(), re.MULTILINE)
+        found = re.search(r"^number: (\d{1,9})$", plain_files.read_text(sweep / "best.yaml"), re.MULTILINE)
     except OSError:
         found = None
     if found is None:
@@ -309,5 +325,5 @@ def _best_of(sweep: Path, name: str) -> str:
 def _begun(run: RunDirectory) -> float:
     """When the run was started, or continued for the last time."""
     with suppress(OSError):
-        return run.config.stat().st_mtime
+        return run.config.lstat().st_mtime
     return 0.0

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from launcher.engine.checkpoint import available
 from launcher.engine.control import PRUNE, Watch
-from launcher.errors import LaunchError, OutOfMemory, RequestError, Stopped, UserCodeError, WorkerLost
+from launcher.errors import LaunchError, OutOfMemory, RequestError, RunError, Stopped, UserCodeError, WorkerLost
 from launcher.jobs.prepare import Prepared
 from launcher.jobs.record import Origin, Record
 from launcher.jobs.training import cluster_of
@@ -146,7 +146,9 @@ class Driver:
             if trial.state.is_finished() or trial.state.name == "WAITING":
                 continue
             run = RunDirectory(self._directory.path / str(trial.number))
-            result = run.result()
+            result: dict[str, Any] = {}
+            with suppress(RunError):  # unreadable: the trial begins again
+                result = run.result()
             self._study.again(trial.number)
             if result.get("status") in ("completed", "pruned", "failed"):
                 self._finish(trial.number, run, result)

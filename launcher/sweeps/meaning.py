@@ -31,7 +31,7 @@ from launcher.jobs.prepare import (
 )
 from launcher.jobs.remote.attend import bring_here
 from launcher.jobs.remote.place import place_of
-from launcher.runs import RunDirectory, user_state
+from launcher.runs import RunDirectory, plain_files, user_state
 from launcher.runs.storage import disk_uri, is_gathered, is_uri
 from launcher.sweeps import syntax
 from launcher.sweeps.space import distributions, sampler
@@ -113,6 +113,7 @@ def read_sweep(request: Request) -> Meant:
     root = where_others_are(run.root)
     if run.resume is not False and run.name is not None:
         directory = RunDirectory(root / run.name)
+        plain_files.check_directory(directory.path)
         if directory.is_sent and request.on_head is None and not directory.exists():
             bring_here(directory)
         if (directory.path / JOURNAL).is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config import masking
 from launcher.runs import RunDirectory
+from launcher.runs.plain_files import open_file, replace_text
 from launcher.sweeps.space import shown
 from launcher.sweeps.syntax import plain_text
 
@@ -136,7 +136,7 @@ class Log:
     """The sweep's log.txt: one line for whatever happens to a trial."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+        self._file = open_file(path, "a")
         self._hide = masking.hider()
 
     def line(self, text: str) -> None:
@@ -149,6 +149,4 @@ class Log:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    replace_text(path, text)

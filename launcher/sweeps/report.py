@@ -8,7 +8,7 @@ import io
 import warnings
 from typing import Any
 
-from launcher.runs import RunDirectory
+from launcher.runs import RunDirectory, write_text
 from launcher.sweeps import records
 from launcher.sweeps.space import shown
 from launcher.sweeps.study import Study
@@ -31,7 +31,7 @@ def write_report(directory: RunDirectory, study: Study) -> None:
         parts.append(f'<h2>{heading}</h2>\n<img alt="{heading}" src="data:image/png;base64,{picture}">')
     parts.append(_table(study))
     page = _PAGE.format(name=html.escape(directory.name), body="\n".join(parts))
-    (directory.path / "report.html").write_text(page)
+    write_text(directory.path / "report.html", page)
 
 
 def _best(study: Study) -> str:

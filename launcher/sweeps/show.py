@@ -19,6 +19,7 @@ from launcher.runs import RunDirectory
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.syntax import plain_text
 from launcher.terminal import PHASES, stop_or_detach
+from launcher.terminal_text import printable
 
 _ROWS = 12  # of the table: those that run, and the newest ended
 _STYLES = {"completed": "green", "failed": "red", "pruned": "yellow", "running": "cyan"}
@@ -89,7 +90,7 @@ class SweepDisplay(SweepObserver):
             self._progress[number] = event
             self._draw()
         elif event["kind"] == "line":
-            self._console.print(Text.from_ansi(f"[trial {number}] {event['text']}"))
+            self._console.print(Text.from_ansi(printable(f"[trial {number}] {event['text']}", colours=True)))
         elif event["kind"] == "note":
             self.say(f"trial {number}: {event['text']}")
 
@@ -101,7 +102,7 @@ class SweepDisplay(SweepObserver):
         self._draw(now=True)
 
     def say(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(Text(printable(text)))
 
     # ---- the table --------------------------------------------------------------------------------------------------
 
@@ -117,16 +118,16 @@ class SweepDisplay(SweepObserver):
             return Text(self._phase)
         table = Table(box=None, pad_edge=False)
         for heading in ("trial", "state", "step", "objective", *self._keys):
-            table.add_column(heading, no_wrap=True)
+            table.add_column(Text(printable(heading)), no_wrap=True)
         for row in self._shown_rows():
             state = row["state"]
             best = " *" if row["number"] == self._facts.get("best") else ""
             table.add_row(
                 f"{row['number']}{best}",
-                Text(state, style=_STYLES.get(state, "")),
+                Text(printable(state), style=_STYLES.get(state, "")),
                 self._step(row),
                 _objective(row["objective"]),
-                *(_short(row.get(key)) for key in self._keys),
+                *(Text(printable(_short(row.get(key)))) for key in self._keys),
             )
         return Group(table, Text(self.summary()))
 

@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
+from launcher.terminal_text import printable
 from launcher.verbs.output import say
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def status(line: Line) -> int:
 
     _no_words(line)
     clusters = machines.status(line.name)
-    print(json.dumps(clusters, indent=2) if "json" in line.flags else machines.told(clusters))
+    print(json.dumps(clusters, indent=2) if "json" in line.flags else printable(machines.told(clusters)))
     return 0
 
 

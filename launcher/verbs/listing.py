@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 from launcher.errors import RunError
 from launcher.runs import FINAL, RunDirectory, list_runs
 from launcher.runs.mirror import Mirrored, following
+from launcher.runs.plain_files import open_file, problem_at
+from launcher.terminal_text import printable
 
+UNREADABLE = "unreadable"
 _STOP_SECONDS = 600.0
 
 
@@ -18,10 +22,14 @@ def rows(root: Path) -> list[dict[str, Any]]:
     """Return one mapping a run under `root`, oldest first."""
     found = []
     for run in list_runs(root):
+        result: dict[str, Any] = {}
+        why = ""
         try:
-            result, status = run.result(), run.status()
-        except RunError:  # one damaged file must not hide the other runs
-            result, status = {}, "unreadable"
+            why = problem_at(run.path, deep=False) or ""
+            result, status = ({}, UNREADABLE) if why else (run.result(), run.status())
+        except (RunError, OSError) as error:  # one damaged file must not hide the other runs
+            why = str(error) if isinstance(error, RunError) else f"{run.path} cannot be read: {error.strerror}."
+            status = UNREADABLE
         metrics = result.get("metrics") or {}
         found.append(
             {
@@ -34,7 +42,7 @@ def rows(root: Path) -> list[dict[str, Any]]:
                 "workers": result.get("workers"),
                 "seconds": result.get("seconds"),
                 "cost_usd": result.get("cost_usd"),
-                "error": result.get("error"),
+                "error": why or result.get("error"),
                 "directory": run.told(),
             }
         )
@@ -45,6 +53,7 @@ def table(found: list[dict[str, Any]], root: Path) -> None:
     """Print the runs for people."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from launcher.phrases import duration
 
@@ -65,7 +74,7 @@ def table(found: list[dict[str, Any]], root: Path) -> None:
         grid.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in found:
         best = row["best"]
-        grid.add_row(
+        cells = (
             row["name"],
             row["status"],
             _text(row["steps"]),
@@ -75,9 +84,23 @@ def table(found: list[dict[str, Any]], root: Path) -> None:
             duration(row["seconds"]) if row["seconds"] else "",
             "" if row["cost_usd"] is None else f"{row['cost_usd']:.2f}",
         )
+        # As `Text`: a plain one would be read as rich's markup.
+        grid.add_row(*(Text(printable(cell).replace("\n", "\\n")) for cell in cells))
     # Not on a terminal: as wide as it needs, so that nothing is cut off in a pipe.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=400)
     console.print(grid)
+    for row in found:
+        if row["status"] == UNREADABLE:
+            print(printable(f"{row['name']}: {row['error']}"), file=sys.stderr)
+
+
+def strict_json(value: Any) -> Any:
+    """Return rows as JSON knows them: a loss that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: strict_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [strict_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(value: Any) -> str:
@@ -97,9 +120,9 @@ def follow(run: RunDirectory, until_the_end: bool = True) -> None:
     while True:
         refresh()
         going_on = run.status() == "running"  # asked before reading: what is written last is still read
-        with run.log.open(errors="replace") as log:  # the copy of one on a store is replaced as a whole
+        with open_file(run.log, errors="replace") as log:  # the copy of one on a store is replaced as a whole
             log.seek(place)
-            sys.stdout.write(log.read())
+            sys.stdout.write(printable(log.read()))
             place = log.tell()
         sys.stdout.flush()
         if not (going_on and until_the_end):

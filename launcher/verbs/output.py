@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from launcher.errors import LaunchError, UserCodeError
+from launcher.terminal_text import printable
 
 
 def say(text: str) -> None:
     """Print a line to standard error."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def tell(error: LaunchError, verbose: bool) -> int:
@@ -23,9 +24,9 @@ def tell(error: LaunchError, verbose: bool) -> int:
     if not ranks.speaks():
         return error.exit_status
     if verbose:
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)).rstrip("\n"))
     elif isinstance(error, UserCodeError) and error.traceback_text:
-        sys.stderr.write(error.traceback_text.rstrip("\n") + "\n")
+        say(error.traceback_text.rstrip("\n"))
     else:
         say(f"launch: {error}")
     return error.exit_status

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError, RunError
 from launcher.runs import RunDirectory
+from launcher.terminal_text import printable
 from launcher.verbs import board_server
 from launcher.verbs.output import say
 
@@ -44,12 +45,12 @@ def _confirm_address(line: Line, sent: RunDirectory) -> None:
 
 
 def runs(line: Line) -> int:
-    from launcher.verbs.listing import rows, table
+    from launcher.verbs.listing import rows, strict_json, table
 
     root = _root(line)
     found = rows(root)
     if "json" in line.flags:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(strict_json(found), indent=2))
     else:
         table(found, root)
     return 0
@@ -99,7 +100,7 @@ def stop(line: Line) -> int:
 
         _confirm_address(line, sent)
         say(attend.stop(run) if sent == run else attend.stop_trial(run, sent, stop))
-    print(run.told())
+    print(printable(run.told()))
     return 0
 
 

@@ -67,7 +67,7 @@ def table(found: Mapping[str, Size], region: str, source: str) -> None:
             _shown(size.price(region, spot=True)),
             size.quota_family,
         )
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     if not out.is_terminal:
         out.width = 200  # a file is not as narrow as the terminal that rich assumes
     out.print(grid)

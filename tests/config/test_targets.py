@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.config import targets
+from launcher.config import calling_directory, targets
 from launcher.errors import ConfigError, LaunchError, TrustError
 
 HOME = Path(targets.__file__).resolve().parents[2]
@@ -122,7 +122,7 @@ def test_refused_names(name: str) -> None:
 @pytest.mark.parametrize("name", ["launcher.cli.main", "launcher.config.compose", "launcher.errors.LaunchError"])
 def test_called_in_our_own_source_tree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever tries the project in its own clone trusts `models`, not what `launcher` is made of."""
-    monkeypatch.setattr(targets, "_calling", [HOME])
+    monkeypatch.setattr(calling_directory, "_calling", [HOME])
     with pytest.raises(TrustError, match="outside"):
         targets.check({"model": {"_target_": name}})
 

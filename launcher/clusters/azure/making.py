@@ -31,7 +31,7 @@ def ray_up(wish: Wanted, file: Path) -> None:
     """
     log, refused = here.file_of(wish.name, "log"), here.file_of(wish.name, "failures")
     refused.unlink(missing_ok=True)
-    words = [sys.executable, "-m", "ray.scripts.scripts", "up", str(file), "--yes", "--no-config-cache"]
+    words = [sys.executable, "-P", "-m", "ray.scripts.scripts", "up", str(file), "--yes", "--no-config-cache"]
     root = str(Path(__file__).resolve().parents[3])
     environment = {
         **os.environ,

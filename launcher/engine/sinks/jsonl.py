@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from launcher.runs.plain_files import open_file, replace_text
 
 
 class JsonLines:
@@ -21,7 +22,7 @@ class JsonLines:
     def __init__(self, path: Path, keep_until: int | None = None) -> None:
         if keep_until is not None and path.exists():
             _truncate(path, keep_until)
-        self._file = path.open("a" if keep_until is not None else "w")
+        self._file = open_file(path, "a" if keep_until is not None else "w")
 
     def log(self, entry: Mapping[str, Any]) -> None:
         # NaN and infinity are not JSON; null says the same to every reader.
@@ -35,12 +36,12 @@ class JsonLines:
 
 def _truncate(path: Path, last_step: int) -> None:
     kept = []
-    for line in path.read_text().splitlines():
+    with open_file(path) as file:
+        lines = file.read().splitlines()
+    for line in lines:
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # half a line: the process was killed while it wrote
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)
+    replace_text(path, "".join(f"{line}\n" for line in kept))

@@ -200,7 +200,7 @@ class Caller:
                 self._note_withheld(chosen.withheld())
                 head.shell().send(config_dir, chosen.files, config)
             jobs.put(found.job, self._order(words, where, config, values))
-            jobs.submit(found.job, freight.entrypoint("-m", "launcher.driver", found.job, python=python), {})
+            jobs.submit(found.job, freight.entrypoint("-P", "-m", "launcher.driver", found.job, python=python), {})
             return
         with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
             packed = freight.pack(calling, config_dir, Path(folder))
@@ -209,7 +209,7 @@ class Caller:
             jobs.put(found.job, self._order(words, None, packed.config_dir, values))
             workdir = str(Path(folder) / "calling")
             if head is not None:  # VMs that come and go have launch from the head: in one place
-                driver = freight.entrypoint("-m", "launcher.driver", found.job, python=python)
+                driver = freight.entrypoint("-P", "-m", "launcher.driver", found.job, python=python)
                 jobs.submit(found.job, driver, {"PYTHONPATH": f"{head.directory}/launch"}, working_dir=workdir)
                 return
             driver = freight.entrypoint(*freight.with_own("launcher.driver"), found.job)
@@ -257,7 +257,7 @@ class Caller:
                 "back from there. Mount one directory under the same path on both sides and name it with run.root=…, "
                 "or use an object store (run.root=abfss://…, see docs/storage.md)."
             )
-        driver = freight.entrypoint("-m", "launcher.driver", found.job)
+        driver = freight.entrypoint("-P", "-m", "launcher.driver", found.job)
         words = self._words(self._run.root)
         if seen.sees_calling and seen.same_project:
             where = str(config_dir) if config_dir else None

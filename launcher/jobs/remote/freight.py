@@ -39,7 +39,7 @@ def entrypoint(*words: str, python: str | None = None) -> str:
 def with_own(module: str) -> list[str]:
     """Return the words that have Python run `main` of a module of ours where launch came as `OWN`, see `pack`."""
     code = f"import sys, {OWN}; sys.path.insert(0, {OWN}.__path__[0]); from {module} import main; sys.exit(main())"
-    return ["-c", code]
+    return ["-P", "-c", code]
 
 
 def new_job() -> str:

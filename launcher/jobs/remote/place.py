@@ -6,7 +6,6 @@ record in the state directory (`launcher.runs.user_state`) confirms, since a run
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from launcher.config.schema import ClusterConfig
 from launcher.errors import RunError
 from launcher.runs import REMOTE, RunDirectory, user_state, write_json
+from launcher.runs.plain_files import read_json
 
 
 def is_elsewhere(cluster: ClusterConfig) -> bool:
@@ -98,8 +98,8 @@ def confirm(run: RunDirectory, address: str, token: str | None) -> None:
 
 def _stated(run: RunDirectory) -> dict[str, Any]:
     """Return what remote.json says, which may be anything."""
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads((run.path / REMOTE).read_text())
+    with suppress(OSError, ValueError):
+        content = read_json(run.path / REMOTE)
         return content if isinstance(content, dict) else {}
     return {}
 
