@@ -48,7 +48,7 @@ class Shown(Observer):
         name = self.directory.name
         if event["finished"]:
             self.finished = True
-            self._display.say(f"{name} is completed; there is nothing to do. Train it further with trainer.epochs=N.")
+            self._display.say(event["text"])
             return
         self._display.workers = event["workers"]
         self._display.say(f"{name}: {event['headline']}")

@@ -64,6 +64,28 @@ class Prepared:
     def job(self) -> Job:
         return self.composition.job
 
+    def nothing_to_do(self) -> str:
+        """Return why a finished run is not continued, and the word that continues it."""
+        result, trainer = self.directory.result(), self.job.trainer
+        reason, steps, epochs = result.get("reason"), result.get("steps") or 0, result.get("epochs") or 0.0
+        name = self.directory.name
+        if reason is None:
+            return f"{name} is completed; there is nothing to do. Train it further with trainer.epochs=N."
+        total = trainer.steps or (round(trainer.epochs * steps / epochs) if epochs else 0)
+        patient = [
+            f"callbacks.{callback}.patience"
+            for callback, section in self.job.callbacks.items()
+            if section and str(section.get("_target_", "")).endswith("EarlyStopping")
+        ]
+        if reason == "early_stopping" and patient:
+            words = f"a larger {' or '.join(patient)}"
+        else:
+            words = "other words for the callback that ended it"
+        return (
+            f"{name} stopped at {steps} of {total} steps: a callback ended it early ({reason}). A resume with the same "
+            f"words would do nothing. Continue it with run.resume=true and {words}."
+        )
+
 
 def prepare(request: Request) -> Prepared:
     """Compose the job and decide on its run.
@@ -177,7 +199,10 @@ def _continue(request: Request, directory: RunDirectory) -> Prepared:
     check_continuation(old, job, name)
     job.run.name, job.run.root = name, directory.root
     length = [(some.trainer.epochs, some.trainer.steps) for some in (old, job)]
-    finished = directory.result().get("status") == "completed" and length[0] == length[1]
+    result = directory.result()
+    # One that a callback has ended early goes on with any other word, such as a larger patience.
+    goes_on = length[0] != length[1] or (result.get("reason") is not None and bool(changes))
+    finished = result.get("status") == "completed" and not goes_on
     return Prepared(composition, directory, resumes=True, finished=finished, changes=changes)
 
 

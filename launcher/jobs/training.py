@@ -57,7 +57,7 @@ class Observer:
 def begun(prepared: Prepared, plan: Plan | None) -> Event:
     """Return what is told of a run that begins, as an event: without a plan there is nothing left to do."""
     if plan is None:
-        return {"kind": "begun", "finished": True}
+        return {"kind": "begun", "finished": True, "text": prepared.nothing_to_do()}
     facts = {"workers": plan.machines.workers, "headline": plan.headline(), "changes": list(prepared.changes)}
     return {"kind": "begun", "finished": False, **facts}
 

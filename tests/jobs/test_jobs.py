@@ -201,6 +201,21 @@ def test_a_completed_run_has_nothing_left_to_do(here: Place) -> None:
     assert here.result("a")["steps"] == 12
 
 
+def test_a_run_that_ended_early_says_why_and_goes_on_with_other_words(here: Place) -> None:
+    early = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=0", "trainer.epochs=6")
+    assert here.here(*TOY, *early, "run.name=a").status == 0
+    assert (here.result("a")["steps"], here.result("a")["reason"]) == (8, "early_stopping")
+    again = here.here(*TOY, "run.name=a", "run.resume=true")
+    assert again.status == 0
+    assert "stopped at 8 of 24 steps" in again.err
+    assert "early_stopping" in again.err
+    assert "callbacks.early_stopping.patience" in again.err
+    assert here.result("a")["steps"] == 8
+    more = here.here("--config-dir", "own", "run.name=a", "run.resume=true", "callbacks.early_stopping.patience=10")
+    assert more.status == 0, more.err
+    assert (here.result("a")["steps"], here.result("a")["reason"]) == (24, None)
+
+
 def test_resume_of_nothing(here: Place) -> None:
     refused = here.here(*TOY, "run.name=a", "run.resume=true")
     assert refused.status == 2
