@@ -40,6 +40,7 @@ class DataParallel(Strategy):
         self._seed = trainer.seed
         self._wrapped: nn.Module = self._steps
         self._keeps_gradients = False
+        self._views: list[tuple[nn.Parameter, torch.Tensor]] = []  # of DDP's buckets, for the first step to begin with
         self._idle = False  # whether this rank had no sample of the last batch
 
     @property
@@ -63,7 +64,7 @@ class DataParallel(Strategy):
         self._wrap(batch)
 
     def _wrap(self, batch: Any) -> dict[str, Any]:
-        views: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._views = []
         with untouched(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
             self._steps.used = [p for p in self._parameters if p.grad is not None]
@@ -75,13 +76,7 @@ class DataParallel(Strategy):
                 # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in
                 # the same order as one that was never stopped; with three workers or more the sums differ otherwise.
                 self._warm_up(self._wrapped, batch)
-                views = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        if self._keeps_gradients:
-            # DDP divides a view of its buckets, and multiplies what it copies there: the first step would round
-            # otherwise than the same step of a run that has been going on.
-            for parameter, view in views:
-                parameter.grad = view
-            self._clear()
+                self._views = [(p, p.grad) for p in self._parameters if p.grad is not None]
         return answer
 
     def _in_ddp(self) -> DistributedDataParallel:
@@ -109,6 +104,12 @@ class DataParallel(Strategy):
 
         Elsewhere a parameter that a global batch does not use must have none: zeros would make the optimizer decay it.
         """
+        if self._views and self._keeps_gradients:
+            # DDP divides a view of its buckets, and multiplies what it copies there: the first step would round
+            # otherwise than the same step of a run that has been going on.
+            for parameter, view in self._views:
+                parameter.grad = view
+            self._views = []
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if grads and self._keeps_gradients:
             torch._foreach_zero_(grads)
