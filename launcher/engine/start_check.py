@@ -6,6 +6,7 @@ reported before a run directory exists.
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
@@ -48,6 +49,7 @@ class StartCheck:
     """
 
     def __init__(self, job: Job, model: nn.Module, data: Data, workers: int) -> None:
+        _check_signatures(model)
         self._job, self._model, self._data, self._workers = job, model, data, workers
         self._world = TrialWorld(workers)
         self.kept = KeptBytes(model)
@@ -216,6 +218,23 @@ def ignored_methods(model: nn.Module) -> list[str]:
         if (present := [name for name in names if name in own])
     ]
     return [f"{type(model).__name__} has methods that launch never calls: {'; '.join(found)}."] if found else []
+
+
+def _check_signatures(model: nn.Module) -> None:
+    """Raise ConfigError where a step needs more than a batch, such as the `batch_idx` of other trainers."""
+    for name in ("training_step", "validation_step"):
+        step = getattr(model, name, None)
+        try:
+            parameters = list(inspect.signature(step).parameters.values()) if step is not None else []
+        except (TypeError, ValueError):
+            continue
+        plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        needed = [one.name for one in parameters[1:] if one.kind in plain and one.default is one.empty]
+        if needed:
+            raise ConfigError(
+                f"{type(model).__name__}.{name} needs {', '.join(needed)} beside the batch, and launch calls "
+                f"{name}(batch). Remove the parameter, or give it a default."
+            )
 
 
 def check_monitor(job: Job, tags: list[str], data: Data) -> None:

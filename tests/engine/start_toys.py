@@ -197,6 +197,11 @@ class Lightning(Regression):
         raise AssertionError
 
 
+class Indexed(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:  # type: ignore[override]
+        return super().training_step(batch)
+
+
 class ForwardOnly(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -189,3 +189,7 @@ def test_methods_of_other_trainers_are_named_once() -> None:
 def test_a_model_without_a_training_step_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"has no training_step\(batch\)"):
         checked("ForwardOnly")
+
+
+def test_a_step_that_needs_more_than_a_batch_is_refused() -> None:
+    assert "batch_idx" in refused("Indexed")
