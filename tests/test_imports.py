@@ -44,7 +44,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 WITHIN: dict[str, tuple[str, ...]] = {
     "config": (
         *("schema", "secret_forms", "masking", "keys", "limits", "authority", "checks", "words", "search_path"),
-        *("settings", "guarded_hydra", "own_hydra", "calling_directory", "targets", "composition", "__init__"),
+        *(
+            "settings",
+            "guarded_hydra",
+            "replacing",
+            "own_hydra",
+            "calling_directory",
+            "targets",
+            "composition",
+            "__init__",
+        ),
     ),
     "runs": (
         *("secret_files", "masked_patch", "plain_files", "results", "directory", "user_state", "gathered", "storage"),
@@ -85,6 +94,7 @@ RULES = (
             "launcher.config.composition",
             "launcher.config.own_hydra",
             "launcher.config.guarded_hydra",
+            "launcher.config.replacing",
             "launcher.config.search_path",
             "launcher.verbs.help",
             "launcher.plugins",

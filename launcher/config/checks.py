@@ -105,9 +105,12 @@ def _check_classes(job: Job) -> None:
                 f"callbacks.{name} names no class: choose one of the group, callbacks=[ema], or give a mapping with "
                 "`_target_`."
             )
-    rate = job.optimizer.get("lr")
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf):
-        raise ConfigError(f"optimizer.lr is {rate!r}, but must be a number of at least 0.")
+    rate = job.optimizer.get("lr", 0)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+        raise ConfigError(
+            f"optimizer.lr is {'null' if rate is None else repr(rate)}, but must be a number of at least 0. Leave it "
+            "out for the default of the class."
+        )
 
 
 def _check_elastic(scaling: ScalingConfig) -> None:

@@ -18,10 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config.schema import OPEN_SECTIONS
 from launcher.config.search_path import CONF
-from launcher.config.targets import IF_TAKEN
 
 # These say nothing about the class: which parameters are frozen, and what an overlay asks of any class.
-_STAYS = ("_target_", "groups", IF_TAKEN)
+_STAYS = ("_target_", "groups", "_if_taken_")
 
 
 class Loader(ConfigLoaderImpl):
@@ -61,7 +60,7 @@ class Loader(ConfigLoaderImpl):
         return path.startswith("file://") and Path(path.removeprefix("file://")) != CONF
 
     def _targets_of_words(self) -> dict[str, Any]:
-        """Return dotted key of a section -> the class that the words of the command line, after all files, name for it."""
+        """Return dotted key of a section -> the class that the words of the command line name for it."""
         found: dict[str, Any] = {}
         for word in self._words:
             key, value = word.key_or_group, word.value()
@@ -115,6 +114,6 @@ def _drop(whole: DictConfig, targets: Mapping[str, Any], written: set[str]) -> N
         if plain.get("_target_") in (None, target):
             continue
         with flag_override(section, ["readonly", "struct"], False):
-            for key in plain:
+            for key in map(str, plain):
                 if key not in _STAYS and f"{at}.{key}" not in written:
                     section.pop(key, None)

@@ -32,7 +32,7 @@ HOOKS = ("on_start", "on_step", "on_evaluate", "on_end")
 # Of our own package only the engine holds things to be configured: a `launcher.cli` in a configuration is an attack.
 ALLOWED = ("launcher.engine", "models", "torch.nn", "torch.optim")
 # Keys that the engine reads itself and that never reach the constructor.
-RESERVED: dict[str, frozenset[str]] = {"optimizer": frozenset({"groups"})}
+RESERVED: dict[str, frozenset[str]] = {"optimizer": frozenset({"groups"}), "scheduler": frozenset({"interval"})}
 # Arguments that only the engine can give, and those that it gives to whoever asks for them.
 SUPPLIED: dict[str, frozenset[str]] = {"optimizer": frozenset({"params"}), "scheduler": frozenset({"optimizer"})}
 OFFERED: dict[str, frozenset[str]] = {"scheduler": frozenset({"total_steps", "T_max"})}
@@ -227,12 +227,12 @@ def _is_of_kind(found: type, kind: str, nested: bool) -> bool:
         # Any class of a data module; of our own engine and of torch only networks, which do nothing when built.
         own = found.__module__.partition(".")[0] in ("launcher", "torch")
         return issubclass(found, nn.Module) or not own
+    if kind == "scheduler":  # one in another too: SequentialLR, ChainedScheduler
+        return issubclass(found, optim.lr_scheduler.LRScheduler)
     if nested or kind == "model":
         return issubclass(found, nn.Module)
     if kind == "optimizer":
         return issubclass(found, optim.Optimizer)
-    if kind == "scheduler":
-        return issubclass(found, optim.lr_scheduler.LRScheduler)
     if kind == "callback":
         return any(callable(getattr(found, hook, None)) for hook in HOOKS)
     raise ValueError(f"unknown kind {kind!r}; known: {KINDS}")
@@ -241,7 +241,7 @@ def _is_of_kind(found: type, kind: str, nested: bool) -> bool:
 def _expected(kind: str, nested: bool) -> str:
     if kind == "data":
         return "Here a class of a data module is expected."
-    if nested or kind == "model":
+    if (nested and kind != "scheduler") or kind == "model":
         return "Here a subclass of torch.nn.Module is expected."
     if kind == "optimizer":
         return "Here a subclass of torch.optim.Optimizer is expected."
@@ -266,8 +266,9 @@ def _check_section(section: Mapping[str, Any], kind: str, trust: Sequence[str], 
     cls = resolve(section["_target_"], kind, trust, nested=nested)
     label = section["_target_"]
     reserved = frozenset() if nested else RESERVED.get(kind, frozenset())
-    supplied = frozenset() if nested else SUPPLIED.get(kind, frozenset())
-    offered = frozenset() if nested else OFFERED.get(kind, frozenset())
+    engines = not nested or kind == "scheduler"  # each schedule within another one is over the same optimizer
+    supplied = SUPPLIED.get(kind, frozenset()) if engines else frozenset()
+    offered = OFFERED.get(kind, frozenset()) if engines else frozenset()
     names, open_ended, required = _parameters(cls)
     wished = section.get(IF_TAKEN, {})
     if not isinstance(wished, Mapping):
@@ -310,7 +311,7 @@ def _sections(value: Any, at: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _sections(item, f"{at}.{index}")
 
 
-def _parameters(cls: type) -> tuple[list[str], bool, list[str]]:
+def _parameters(cls: Callable[..., Any]) -> tuple[list[str], bool, list[str]]:
     """Return (names that can be given by keyword, whether `**kwargs` takes any other, those without default)."""
     try:
         parameters = inspect.signature(cls).parameters.values()
@@ -343,17 +344,22 @@ def build(section: Mapping[str, Any], kind: str, trust: Sequence[str] = (), **ex
     left_out = RESERVED.get(kind, frozenset()) | {"_target_", IF_TAKEN}
     wished = {name: value for name, value in section.get(IF_TAKEN, {}).items() if name in names}
     section = {**section, **wished}
-    keys = {str(key): _build_nested(value, kind, trust) for key, value in section.items() if key not in left_out}
+    shared = {name: given[name] for name in SUPPLIED.get(kind, ()) if name in given} if kind == "scheduler" else {}
+    keys = {
+        str(key): _build_nested(value, kind, trust, shared) for key, value in section.items() if key not in left_out
+    }
     return cls(**{**given, **keys})
 
 
-def _build_nested(value: Any, kind: str, trust: Sequence[str]) -> Any:
+def _build_nested(value: Any, kind: str, trust: Sequence[str], shared: Mapping[str, Any]) -> Any:
     if isinstance(value, Mapping):
-        built = {key: _build_nested(item, kind, trust) for key, item in value.items() if key != "_target_"}
+        built = {key: _build_nested(item, kind, trust, shared) for key, item in value.items() if key != "_target_"}
         if "_target_" not in value:
             return built
         make: Callable[..., Any] = resolve(value["_target_"], kind, trust, nested=True)
-        return make(**{str(key): item for key, item in built.items()})
+        names, open_ended, _ = _parameters(make)
+        taken = {name: one for name, one in shared.items() if open_ended or name in names}
+        return make(**{**taken, **{str(key): item for key, item in built.items()}})
     if isinstance(value, (list, tuple)):
-        return [_build_nested(item, kind, trust) for item in value]
+        return [_build_nested(item, kind, trust, shared) for item in value]
     return value

@@ -93,7 +93,7 @@ def _decide(
     cast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[str, str, Measured | None]:
     """Return the name, the reason in words, and what was measured, the first two the same on every rank."""
-    from launcher.engine.estimate import optimizer_bytes
+    from launcher.engine.optimizer_check import optimizer_bytes
 
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -11,6 +11,7 @@ from torch import nn
 from launcher.config import Job, targets
 from launcher.engine.batches import channels_last
 from launcher.engine.buffers import rules_of
+from launcher.engine.construct import construct
 from launcher.engine.data import Loader
 from launcher.engine.datasets import Data, blocks_of, lengths_of
 from launcher.engine.evaluation import Evaluated, Evaluator
@@ -49,7 +50,7 @@ def build_model(job: Job, runtime: Runtime) -> nn.Module:
         ConfigError: it has no `training_step`, or asks for what cannot be done, on this device or at all.
     """
     seed_everything(job.trainer.seed)
-    model = targets.build(job.model, "model", job.trust)
+    model = construct(job.model, "model", job.trust)
     if not callable(getattr(model, "training_step", None)):
         raise ConfigError(
             f"model._target_={job.model['_target_']} has no training_step(batch); a model says there what its loss is, "

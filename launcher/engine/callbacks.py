@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.config import Job, targets
+from launcher.engine.construct import construct
 from launcher.engine.failures import traceback_of_user
 from launcher.engine.metrics import RESERVED
 from launcher.engine.progress import Progress
@@ -237,7 +238,7 @@ def build_callbacks(job: Job) -> dict[str, Any]:
         where = f"callbacks.{name}"
         targets.check_signature(section, "callback", job.trust, at=where)
         with _blamed(where):
-            members[name] = targets.build(section, "callback", job.trust)
+            members[name] = construct(section, "callback", job.trust, at=where)
     averages = [name for name, member in members.items() if hasattr(member, "weights")]
     if len(averages) > 1:
         raise ConfigError(f"callbacks: {' and '.join(averages)} both say which weights are evaluated. Choose one.")

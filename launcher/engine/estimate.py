@@ -5,13 +5,10 @@ The start check (`start_check.py`) is part of it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from launcher.config import Job, targets
@@ -21,7 +18,7 @@ from launcher.engine.callbacks import check_callbacks
 from launcher.engine.datasets import Data
 from launcher.engine.failures import translate
 from launcher.engine.kept import KeptBytes
-from launcher.engine.optim import build_optimizer, parameter_groups
+from launcher.engine.optimizer_check import try_optimizer, try_schedule
 from launcher.engine.peaks import flops_per_sample
 from launcher.engine.reading_check import notes_on_reading
 from launcher.engine.runtime import Runtime
@@ -117,12 +114,14 @@ def _estimate(job: Job, ahead: bool, workers: int, weights: str | None) -> Estim
         if section.get("_target_"):
             targets.check_signature(section, kind, job.trust)
     data = build_data(job)
-    build_order(job, data)
+    order = build_order(job, data)
     notes = notes_on_reading(data, job.trainer.seed)
     runtime = Runtime.single("cpu")
     cpu_job = job if not job.trainer.sync_batchnorm else without_sync_batchnorm(job)
     model = build_model(cpu_job, runtime)
-    of_optimizer = optimizer_bytes(job, model)
+    optimizer, of_optimizer = try_optimizer(job, model)
+    total_steps = job.trainer.steps or job.trainer.epochs * order.steps_per_epoch
+    try_schedule(job, optimizer, total_steps, order.steps_per_epoch, bool(data.val))
     if job.strategy.name == "fsdp":
         check_divisible(model, job.strategy.blocks)
     counter = _flop_counter() if ahead else None
@@ -197,18 +196,3 @@ def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: Kept
 
 def _as_trained(job: Job, runtime: Runtime) -> AbstractContextManager[Any]:
     return casting(runtime.device, DTYPES[job.trainer.precision])
-
-
-def optimizer_bytes(job: Job, model: nn.Module) -> int:
-    """Return the optimizer's state for the whole model, from what it keeps for a small parameter of its own."""
-    parameter_groups(model, job.optimizer.get("groups") or [])
-    section: Mapping[str, Any] = {key: value for key, value in job.optimizer.items() if key != "groups"}
-    probe = nn.Linear(16, 16, bias=False)
-    optimizer = build_optimizer(section, probe, job.trust)
-    probe.weight.grad = torch.zeros_like(probe.weight)
-    with torch.random.fork_rng([]):
-        optimizer.step()
-    state = optimizer.state[probe.weight]
-    each = sum(_bytes([value]) for value in state.values() if isinstance(value, torch.Tensor) and value.ndim > 0)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return math.ceil(each / probe.weight.numel() * trained)

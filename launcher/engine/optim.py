@@ -1,4 +1,4 @@
-"""The optimizer with its parameter groups, and the schedule of its learning rate."""
+"""The optimizer with its parameter groups, and a schedule of our own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from launcher.config import targets
+from launcher.engine.construct import construct
 from launcher.errors import ConfigError, did_you_mean
 
 
@@ -43,7 +44,7 @@ def build_optimizer(
     # One kernel for all parameters instead of one for each; on the CPU too.
     if may_fuse and "fused" in parameters and "fused" not in section and _can_fuse(model, kind):
         extra["fused"] = True
-    return targets.build(section, "optimizer", trust, params=groups, **extra)
+    return construct(section, "optimizer", trust, params=groups, **extra)
 
 
 def _can_fuse(model: nn.Module, kind: Any) -> bool:
@@ -104,26 +105,6 @@ def parameter_groups(
             "Nothing is left to train: every parameter is frozen by optimizer.groups or by the model itself."
         )
     return groups
-
-
-def build_scheduler(
-    section: Mapping[str, Any], optimizer: Optimizer, total_steps: int, trust: Sequence[str] = ()
-) -> LRScheduler:
-    """Build the learning-rate schedule, which steps once per optimizer step.
-
-    A schedule that takes `total_steps` (or `T_max`, as cosine annealing does) is told the run's length unless the
-    configuration states another. Without a `_target_` the learning rate is constant.
-    """
-    if not section.get("_target_"):
-        return LambdaLR(optimizer, _constant)
-    parameters = inspect.signature(targets.resolve(section["_target_"], "scheduler", trust)).parameters
-    told = {name: total_steps for name in ("total_steps", "T_max") if name in parameters and section.get(name) is None}
-    stated = {key: value for key, value in section.items() if key not in told}
-    return targets.build(stated, "scheduler", trust, optimizer=optimizer, **told)
-
-
-def _constant(step: int) -> float:
-    return 1.0
 
 
 class WarmupCosine(LambdaLR):

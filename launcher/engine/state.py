@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from launcher.engine.callbacks import Callbacks
 from launcher.engine.metrics import Sums
@@ -19,6 +18,7 @@ from launcher.engine.order import mix
 from launcher.engine.progress import Progress
 from launcher.engine.randomness import seed_everything
 from launcher.engine.runtime import Runtime
+from launcher.engine.schedules import Schedule
 from launcher.engine.strategies.strategy import Strategy
 from launcher.engine.trained import Trained
 
@@ -37,7 +37,7 @@ class State:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        scheduler: LRScheduler,
+        schedule: Schedule,
         strategy: Strategy,
         callbacks: Callbacks,
         trained: Trained,
@@ -46,7 +46,7 @@ class State:
         runtime: Runtime,
         seed: int,
     ) -> None:
-        self._model, self._optimizer, self._scheduler, self._strategy = model, optimizer, scheduler, strategy
+        self._model, self._optimizer, self._schedule, self._strategy = model, optimizer, schedule, strategy
         self._callbacks, self._trained, self._sums, self._progress = callbacks, trained, sums, progress
         self._runtime, self._seed = runtime, seed
 
@@ -59,7 +59,7 @@ class State:
             averaged = self._callbacks.weights()
         shared = {
             **trained,
-            "scheduler": self._scheduler.state_dict(),
+            "scheduler": self._schedule.state_dict(),
             "strategy": self._strategy.state_dict(),
             "progress": self._progress.state_dict(),
             "callbacks": self._callbacks.state_dict(),
@@ -85,16 +85,9 @@ class State:
         from launcher.engine.checkpoint import inspect, restore_training
 
         self._trained.load_state_dict(inspect(path).state.get("trained"))
-        configured = [_initial_rate(group) for group in self._optimizer.param_groups]
         rank, world_size = self._runtime.rank, self._runtime.world_size
         content = restore_training(path, self._model, self._optimizer, verified=True, rank=(rank, world_size))
-        self._scheduler.load_state_dict(content.state["scheduler"])
-        self._mend_rates(configured)
-        self._strategy.load_state_dict(content.state["strategy"])
-        self._callbacks.load_state_dict(content.state.get("callbacks", {}))
-        restored = Progress.of(content.state["progress"])
-        for item in fields(Progress):
-            setattr(self._progress, item.name, getattr(restored, item.name))
+        self._take_rest(content.state)
         resized = content.world_size != world_size
         self._strategy.load_own_state_dicts(
             [own["strategy"] for own in (content.own if resized else content.own[rank : rank + 1])], resized
@@ -107,21 +100,18 @@ class State:
             self._sums.load_state_dicts([own["sums"] for own in content.own] if rank == 0 else [])
             self.seed_rank()
 
-    def _mend_rates(self, configured: list[float]) -> None:
-        """Let a learning rate that is now configured otherwise take effect, at the schedule's present share of it."""
-        for index, (group, rate) in enumerate(zip(self._optimizer.param_groups, configured, strict=True)):
-            saved = _initial_rate(group)
-            if rate != saved:
-                group["lr"] = group["lr"] * rate / saved if saved else rate
-                group["initial_lr"] = self._scheduler.base_lrs[index] = rate
+    def _take_rest(self, shared: dict[str, Any]) -> None:
+        """Take all but the model and the optimizer."""
+        restored = Progress.of(shared["progress"])
+        self._schedule.load_state_dict(shared["scheduler"], restored.step, restored.epoch)
+        self._strategy.load_state_dict(shared["strategy"])
+        self._callbacks.load_state_dict(shared.get("callbacks", {}))
+        for item in fields(Progress):
+            setattr(self._progress, item.name, getattr(restored, item.name))
 
     def seed_rank(self) -> None:
         """Begin new random numbers, other ones on every rank: each has its own part of a batch to drop units from."""
         seed_everything(mix(self._seed, self._progress.step, self._runtime.rank))
-
-
-def _initial_rate(group: dict[str, Any]) -> float:
-    return float(group.get("initial_lr", group["lr"]))
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

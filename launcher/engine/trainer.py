@@ -40,7 +40,7 @@ from launcher.engine.drift import Copy, Drift
 from launcher.engine.examples import Examples
 from launcher.engine.finite import Finite
 from launcher.engine.metrics import Sums, means
-from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
+from launcher.engine.optim import build_optimizer, learning_rate, parameter_groups
 from launcher.engine.order import keys_of_training
 from launcher.engine.pace import Pace
 from launcher.engine.peaks import share_of_a_sample
@@ -48,6 +48,7 @@ from launcher.engine.profile import StepTrace
 from launcher.engine.progress import Done, Every, Progress
 from launcher.engine.record import Recorder, StepFile, Throughput
 from launcher.engine.runtime import Runtime
+from launcher.engine.schedules import Schedule
 from launcher.engine.state import State
 from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.engine.stream import StreamLoader
@@ -112,13 +113,14 @@ class Trainer:
         self.sums = Sums(runtime.device, trainer.deterministic)
         self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
         self.sums.reset()
-        self.optimizer = build_optimizer(
-            job.optimizer, model, job.trust, self.strategy.uses_all, may_change=bool(job.callbacks)
-        )
+        may_fuse = self.strategy.uses_all and not self.strategy.sparse
+        self.optimizer = build_optimizer(job.optimizer, model, job.trust, may_fuse, may_change=bool(job.callbacks))
         self.strategy.attach(self.optimizer, self.total_steps)
         self.trained = Trained(model, self.optimizer, self.strategy, job.optimizer.get("groups") or [])
         self.drift = Drift(runtime, runtime.gather(hardware.kind_of(runtime.device)), self._say)
-        self.scheduler = build_scheduler(job.scheduler, self.optimizer, self.total_steps, job.trust)
+        length = self.total_steps, self.order.steps_per_epoch
+        monitored = job.checkpoint.monitor, job.checkpoint.mode
+        self.schedule = Schedule(job.scheduler, self.optimizer, *length, *monitored, job.trust)
         self.evaluator = build_evaluator(job, self.strategy, runtime, data, "val")
 
         self.progress = Progress()
@@ -127,7 +129,7 @@ class Trainer:
         self.state = State(
             model,
             self.optimizer,
-            self.scheduler,
+            self.schedule,
             self.strategy,
             self.callbacks,
             self.trained,
@@ -270,7 +272,8 @@ class Trainer:
         progress.lost_steps = max(progress.lost_steps, earlier.get("lost_steps") or 0) + lost
         progress.world_sizes = max(progress.world_sizes, list(earlier.get("world_sizes") or []), key=len)
         again = f"; {lost} step(s) done since are done again" if lost else ""
-        text = f"Continuing from step {progress.step}{again}. {newest.explain()}".strip()
+        parts = (f"Continuing from step {progress.step}{again}.", newest.explain(), self.schedule.note)
+        text = " ".join(part for part in parts if part)
         self.control.emit({"kind": "note", "text": text})
         self.control.emit({"kind": "resumed", "step": progress.step})
         return True
@@ -323,8 +326,8 @@ class Trainer:
             self._fail_non_finite()
         self.strategy.apply(self.optimizer, size, vote)
         self._rate = learning_rate(self.optimizer)
-        self.scheduler.step()
         self.progress.advance(size, self.order.steps_per_epoch)
+        self.schedule.step(epoch_ended=self.progress.batch == 0)
         return Done(size, vote.ballots)
 
     def _close_batches(self) -> None:
@@ -458,6 +461,7 @@ class Trainer:
             done.evaluated = True
         self.progress.metrics.update(done.values)
         if done.evaluated:
+            self.schedule.evaluated(self.progress.metrics)
             self._call("on_evaluate")
 
     def _save_step(self, done: Done) -> None:

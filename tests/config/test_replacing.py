@@ -57,7 +57,9 @@ def test_callbacks_and_nested_sections_drop_them(tmp_path: Path) -> None:
     assert compose(words).job.callbacks == {"ema": {"_target_": "torch.optim.mine.Average"}}
     text = "_target_: mine.Net\nbody: {_target_: mine.Deep, depth: 9}\nhead: {_target_: mine.Head, width: 2}\n"
     own = write(tmp_path, {"model/mine.yaml": text})
-    model = compose(["model=mine", "model.body._target_=mine.Wide", "model.body.width=3", "trust=[mine]"], own).job.model
+    model = compose(
+        ["model=mine", "model.body._target_=mine.Wide", "model.body.width=3", "trust=[mine]"], own
+    ).job.model
     assert model["body"] == {"_target_": "mine.Wide", "width": 3}
     assert model["head"] == {"_target_": "mine.Head", "width": 2}
 

@@ -67,6 +67,13 @@ class Pictures:
         return TensorDataset(x, y)
 
 
+class Flowless:
+    """`Points` to train on, and nothing to validate with."""
+
+    def __init__(self) -> None:
+        self.train = TensorDataset(*points(100, 1))
+
+
 class Samples(Dataset[Any]):
     """Read one by one. Every sample is changed at random by torch, random and NumPy.
 
@@ -368,6 +375,59 @@ class Watching:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.calls = state["calls"]
+
+
+class Drop:
+    """A callback that divides the learning rate by ten after step `at`."""
+
+    def __init__(self, at: int) -> None:
+        if at < 0:
+            raise ValueError(f"a step is at least 0, not {at}")
+        self.at = at
+
+    def on_step(self, run: Any) -> None:
+        if run.step == self.at:
+            for group in run.optimizer.param_groups:
+                group["lr"] /= 10
+
+
+class Stubborn(torch.optim.SGD):
+    """Refuses the parameters that it finds."""
+
+    def step(self, closure: Any = None) -> Any:
+        raise ValueError("this optimizer wants a model of convolutions")
+
+
+class Defective(torch.optim.SGD):
+    """Has a mistake in its constructor."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.rate = self.defaults["learning_rate"]
+
+
+class Table(nn.Module):
+    """An embedding of the number of each sample of `Points`, and layers behind it unless it stands `alone`.
+
+    `tied`: the embedding scores the classes, too.
+    """
+
+    def __init__(self, sparse: bool = True, alone: bool = False, tied: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 1 if alone else CLASSES, sparse=sparse)
+        self.head = nn.Identity() if alone else nn.Linear(CLASSES, CLASSES)
+        self.tied = tied
+        MODELS.append(self)
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        x, y, number = batch
+        rows = self.table(number % 37)  # (B, CLASSES); rows occur several times in a batch, and some in none
+        if self.table.weight.shape[1] == 1:
+            return {"loss": (rows.squeeze(1) - x[:, 0]) ** 2}
+        logits = self.head(rows) + x[:, :CLASSES]
+        return {
+            "loss": F.cross_entropy(logits @ self.table.weight[:CLASSES] if self.tied else logits, y, reduction="none")
+        }
 
 
 class Branches(Net):

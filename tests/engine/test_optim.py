@@ -1,4 +1,4 @@
-"""Which parameter is trained by which settings, and what the learning rate is at which step."""
+"""Which parameter is trained by which settings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.engine.optim import build_optimizer, build_scheduler, learning_rate, parameter_groups
+from launcher.engine.optim import build_optimizer, parameter_groups
 from launcher.errors import ConfigError
-from tests.engine.engine_ranks import final_weights, launch, make_job, succeed
+from tests.engine.engine_ranks import final_weights, make_job, succeed
 
 ADAM = {"_target_": "torch.optim.AdamW", "lr": 0.1}
 
@@ -93,53 +93,3 @@ def test_frozen_parameters_stay_as_they_were_on_all_ranks(tmp_path: Path) -> Non
 )
 def test_one_kernel_serves_all_parameters_where_the_optimizer_has_it(optimizer: Any, fused: bool | None) -> None:
     assert build_optimizer(optimizer, network()).param_groups[0].get("fused") == fused
-
-
-# ---- schedules ------------------------------------------------------------------------------------------------------
-
-
-def schedule(section: dict[str, Any], steps: int, **optimizer: Any) -> list[float]:
-    tuner = build_optimizer({**ADAM, **optimizer}, network())
-    scheduler = build_scheduler(section, tuner, steps)
-    found = []
-    for _ in range(steps):
-        found.append(learning_rate(tuner))
-        tuner.step()
-        scheduler.step()
-    return found
-
-
-OURS = "launcher.engine.optim.WarmupCosine"
-THEIRS = "torch.optim.lr_scheduler"
-
-
-@pytest.mark.parametrize(
-    ("section", "expected"),
-    [
-        ({}, [0.1] * 6),
-        ({"_target_": OURS}, [0.1, 0.0933, 0.075, 0.05, 0.025, 0.0067]),
-        ({"_target_": OURS, "warmup_steps": 2, "min_ratio": 0.5}, [0.05, 0.1, 0.1, 0.0927, 0.075, 0.0573]),
-        ({"_target_": OURS, "warmup_steps": 6}, [0.1 * step / 6 for step in range(1, 7)]),
-        ({"_target_": f"{THEIRS}.CosineAnnealingLR"}, [0.1, 0.0933, 0.075, 0.05, 0.025, 0.0067]),  # is told T_max
-        ({"_target_": f"{THEIRS}.CosineAnnealingLR", "T_max": 3}, [0.1, 0.075, 0.025, 0.0, 0.025, 0.075]),
-        ({"_target_": f"{THEIRS}.OneCycleLR", "max_lr": 1.0, "anneal_strategy": "linear"}, None),
-        ({"_target_": f"{THEIRS}.StepLR", "step_size": 2}, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]),
-    ],
-)
-def test_the_learning_rate_follows_the_schedule(section: dict[str, Any], expected: list[float] | None) -> None:
-    found = schedule(section, 6)
-    if expected is None:
-        assert max(found) <= 1.0
-        assert found[0] == pytest.approx(1.0 / 25)
-    else:
-        assert found == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_warm_up_longer_than_the_run_is_an_error(tmp_path: Path) -> None:
-    job = make_job(steps=5, scheduler={"_target_": OURS, "warmup_steps": 6})
-    (rank,) = launch(job, tmp_path)
-    assert rank.error is not None
-    assert rank.error[:2] == (
-        "ConfigError",
-        "scheduler.warmup_steps=6: it must lie between 0 and the run's 5 steps.",
-    )

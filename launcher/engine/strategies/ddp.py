@@ -16,6 +16,14 @@ from torch.optim import Optimizer
 from launcher.config import StrategyConfig, TrainerConfig
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.compression import WIRE, cast_hook
+from launcher.engine.strategies.sparse import (
+    average,
+    coalesce,
+    dense_parts,
+    has_sparse_gradient,
+    refuse_mixed,
+    refuse_sparse,
+)
 from launcher.engine.strategies.strategy import Record, Strategy, loss_of, mark_last, scale_by_count
 from launcher.engine.untouched import untouched
 from launcher.errors import UserCodeError
@@ -69,8 +77,12 @@ class DataParallel(Strategy):
             answer = self._warm_up(self._steps, batch)
             self._steps.used = [p for p in self._parameters if p.grad is not None]
             self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)
+            self.sparse = [p for p in self._parameters if has_sparse_gradient(p)]
+            refuse_mixed(self.model)
+            if self._config.compression != "none":
+                refuse_sparse(self.sparse, f"strategy.compression={self._config.compression}")
             if self.wraps and not self.runtime.alone:
-                self._keeps_gradients = self.uses_all
+                self._keeps_gradients = self.uses_all and not self.sparse
                 self._wrapped = self._in_ddp()
                 super()._clear()
                 # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in
@@ -79,7 +91,13 @@ class DataParallel(Strategy):
                 self._views = [(p, p.grad) for p in self._parameters if p.grad is not None]
         return answer
 
-    def _in_ddp(self) -> DistributedDataParallel:
+    def _in_ddp(self) -> nn.Module:
+        """Wrap the steps. Sparse gradients are left to `_combine`: NCCL cannot add them up."""
+        sparse = {id(p) for p in self.sparse}
+        if all(id(p) in sparse for p in self._parameters if p.requires_grad):
+            return self._steps
+        ignored = [name for name, p in self._steps.named_parameters(remove_duplicate=False) if id(p) in sparse]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._steps, ignored)
         static = bool(self._config.option("static_graph"))
         with warnings.catch_warnings():
             # 2.13 has another name for broadcast_buffers, which the older versions that serve as well do not know.
@@ -157,10 +175,14 @@ class DataParallel(Strategy):
             ) from error
 
     def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
+        coalesce(self.sparse)
         self._scaler.unscale_(optimizer)
-        scale_by_count([p.grad for p in self._parameters if p.grad is not None], size, vote.count)
+        scale_by_count(dense_parts(p.grad for p in self._parameters if p.grad is not None), size, vote.count)
         self._combine(optimizer)
         self._clip_and_step(optimizer, [p.grad for p in self.optimized if p.grad is not None])
 
     def _combine(self, optimizer: Optimizer) -> None:
         """Average the gradients over the ranks where the backward pass has not done it."""
+        if self.wraps and self.sparse and not self.runtime.alone:
+            self._agree_on_overflow(optimizer)
+            average(self.sparse, self.runtime)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from launcher.config import TrainerConfig
 from launcher.engine.metrics import LIMBS, from_limbs, to_limbs
 from launcher.engine.runtime import Runtime, Vote
+from launcher.engine.strategies.sparse import refuse_sparse
 from launcher.engine.strategies.strategy import Record, Strategy, as_real, loss_of
 from launcher.engine.untouched import untouched
 from launcher.errors import TrainingError
@@ -54,6 +55,7 @@ class ExactDataParallel(Strategy):
     def _wrap(self, batch: Any) -> dict[str, Any]:
         with untouched(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
+            refuse_sparse(self.model.parameters(), "trainer.deterministic=true")
             # Those without a gradient here too: another batch may take another way through the network.
             self._parameters = [p for p in self.model.parameters() if p.requires_grad]
             self.uses_all = all(p.grad is not None for p in self._parameters)

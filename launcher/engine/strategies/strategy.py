@@ -20,6 +20,7 @@ from launcher.engine.buffers import Buffers
 from launcher.engine.metrics import ContractError, as_pair, check_answer
 from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
+from launcher.engine.strategies.sparse import dense_parts
 from launcher.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +56,7 @@ class Strategy(ABC):
         buffers: those of `model`, which every rank changes by itself.
         optimized: the parameters of the optimizer.
         uses_all: whether the first batch gave every trained parameter a gradient; known after `prepare`.
+        sparse: the parameters whose gradients are sparse; known after `prepare`.
     """
 
     # Whether the set of trained parameters may change between two steps, and whether all ranks have the same gradients.
@@ -75,6 +77,7 @@ class Strategy(ABC):
         self.buffers = Buffers(model, runtime)
         self._parameters = list(model.parameters())  # walking the modules every step takes as long as the vote
         self.uses_all = True
+        self.sparse: list[nn.Parameter] = []
         if trainer.compile:
             # Kernels for shapes in general are made once the second shape is met, which is another chunk on every rank.
             dynamic = False if trainer.deterministic else None
@@ -165,7 +168,7 @@ class Strategy(ABC):
         if self.clip_norm is not None:
             return self._norm
         grads = [p.grad for p in self.optimized if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        return torch.nn.utils.get_total_norm(dense_parts(grads))
 
     def gradients_are_finite(self) -> torch.Tensor | None:
         """Return whether the small gradients are finite, a bool on the device; None where that says nothing.
@@ -198,9 +201,13 @@ class Strategy(ABC):
 
     def _clip_and_step(self, optimizer: Optimizer, grads: list[torch.Tensor]) -> None:
         if self.clip_norm is not None:
-            self._norm = torch.nn.utils.get_total_norm(grads)
-            owners = [p for p in self.optimized if p.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(owners, self.clip_norm, self._norm)
+            parts = dense_parts(grads)
+            self._norm = torch.nn.utils.get_total_norm(parts)
+            if self.sparse:  # as torch clips dense gradients
+                torch._foreach_mul_(parts, (self.clip_norm / (self._norm + 1e-6)).clamp(max=1.0))
+            else:
+                owners = [p for p in self.optimized if p.grad is not None]
+                torch.nn.utils.clip_grads_with_norm_(owners, self.clip_norm, self._norm)
         self._scaler.step(optimizer)
         self._scaler.update()
 

@@ -1,0 +1,271 @@
+"""Learning-rate schedules: how long they are, when they step, and what callbacks change on the way."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+
+from launcher.config import targets
+from launcher.engine.construct import construct
+from launcher.errors import ConfigError, did_you_mean
+
+INTERVALS = ("step", "epoch")
+# What a schedule writes into the optimizer's groups.
+_WRITTEN = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "betas", "base_momentum", "max_momentum")
+
+
+class Schedule:
+    """Steps the schedule of a run: after optimizer steps, epochs, or evaluations.
+
+    A callback may write a learning rate into the optimizer's groups. The ratio of that rate to the scheduled one then
+    multiplies all later rates of the group, and is part of the state.
+
+    Args:
+        section: of the configuration.
+        total_steps, steps_per_epoch: optimizer steps of the run and of an epoch.
+        monitor: the tag that ReduceLROnPlateau looks at.
+        mode: whether a lower or a higher value of it is better, `min` or `max`.
+
+    Attributes:
+        note: what there is to say about a schedule that was rebuilt for another length, or an empty text.
+
+    Raises:
+        ConfigError: the section is wrong, or its class refuses its values.
+    """
+
+    def __init__(
+        self,
+        section: Mapping[str, Any],
+        optimizer: Optimizer,
+        total_steps: int,
+        steps_per_epoch: int,
+        monitor: str | None = None,
+        mode: str = "min",
+        trust: Sequence[str] = (),
+    ) -> None:
+        # On the order of steps, which is the engine's, and on arguments that torch's own schedules give each other.
+        warnings.filterwarnings("ignore", r".*(scheduler\.step|get_last_lr)\(\)", UserWarning)
+        self._optimizer, self._monitor = optimizer, monitor
+        self._by_epoch = interval_of(section) == "epoch"
+        self._length = math.ceil(total_steps / steps_per_epoch) if self._by_epoch else total_steps
+        self._scheduler: Any
+        self._scheduler, self._depends_on_length = build_scheduler(section, optimizer, self._length, mode, trust)
+        self.follows_metric = _takes_metric(self._scheduler)
+        self._fresh = [{key: group[key] for key in _WRITTEN if key in group} for group in optimizer.param_groups]
+        self._rates = self._now()
+        self._factors = [1.0] * len(self._rates)
+        self.note = ""
+
+    def step(self, epoch_ended: bool) -> None:
+        """Go on after an optimizer step."""
+        if not self.follows_metric and (epoch_ended or not self._by_epoch):
+            self._advance()
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Go on after an evaluation; `metrics` are the last values of all tags."""
+        if self.follows_metric and self._monitor is not None and self._monitor in metrics:
+            self._advance(metrics[self._monitor])
+
+    def try_out(self, most: int, metric: float) -> None:
+        """Step as a run does, `most` times at most, and once more at the end of the run where the class knows it."""
+        for _ in range(min(most, self._length)):
+            self._scheduler.step(*([metric] if self.follows_metric else []))
+        if isinstance(self._scheduler, OneCycleLR) and self._length > most:
+            self._scheduler.last_epoch = self._length - 1
+            self._scheduler.step()
+
+    def _advance(self, *metric: float) -> None:
+        self._notice()
+        self._put(self._rates)  # some schedules go on from the rate that they find
+        self._scheduler.step(*metric)
+        self._rates = self._now()
+        self._put_scaled()
+
+    def _notice(self) -> None:
+        """Learn of rates that a callback has set. One set while the scheduled rate is 0 holds for one step."""
+        for index, (rate, factor, now) in enumerate(zip(self._rates, self._factors, self._now(), strict=True)):
+            if now != rate * factor and rate:
+                self._factors[index] = now / rate
+
+    def _now(self) -> list[float]:
+        return [rate_of(group) for group in self._optimizer.param_groups]
+
+    def _put(self, rates: Sequence[float]) -> None:
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _put_scaled(self) -> None:
+        self._put([rate * factor for rate, factor in zip(self._rates, self._factors, strict=True)])
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        self._notice()
+        return {
+            "scheduler": self._scheduler.state_dict(),
+            "length": self._length,
+            "initial": self._initial(),
+            "rates": self._rates,
+            "factors": self._factors,
+        }
+
+    def _initial(self) -> list[float]:
+        return [float(fresh.get("initial_lr", fresh["lr"])) for fresh in self._fresh]
+
+    def load_state_dict(self, state: Mapping[str, Any], steps: int, epochs: int) -> None:
+        """Go on from a state, after the optimizer has loaded its own.
+
+        A schedule of another length, or of another configured learning rate, is replayed.
+
+        Args:
+            steps, epochs: how many have been done.
+
+        Raises:
+            ConfigError: the schedule follows a metric, so that it cannot be replayed.
+        """
+        resized = self._depends_on_length and state["length"] != self._length
+        saved, fresh = state["initial"], self._initial()
+        self._factors = list(state["factors"])
+        if resized and self.follows_metric:
+            raise ConfigError(
+                f"The schedule {type(self._scheduler).__name__} depends on the length of the run and on a metric. It "
+                f"cannot be rebuilt for {self._length} instead of {state['length']}. Continue with the former length, "
+                "or start a new run with run.like."
+            )
+        if not self.follows_metric and (resized or fresh != saved):
+            self._replay(epochs if self._by_epoch else steps)
+        else:
+            self._scheduler.load_state_dict(dict(state["scheduler"]))
+            self._rates = [
+                rate * new / old if new != old and old else rate if old else new
+                for rate, new, old in zip(state["rates"], fresh, saved, strict=True)
+            ]
+            for group, new in zip(self._optimizer.param_groups, self._fresh, strict=True):
+                group.update({"initial_lr": new["initial_lr"]} if "initial_lr" in new else {})
+        self._put_scaled()
+        if resized:
+            unit = "epochs" if self._by_epoch else "steps"
+            self.note = f"The learning rate now follows a schedule of {self._length} {unit}, not {state['length']}."
+
+    def _replay(self, count: int) -> None:
+        for group, fresh in zip(self._optimizer.param_groups, self._fresh, strict=True):
+            group.update(fresh)
+        for _ in range(min(count, self._length)):
+            self._scheduler.step()
+        self._rates = self._now()
+
+
+def rate_of(group: Mapping[str, Any]) -> float:
+    """Return the learning rate of a group of parameters."""
+    rate = group["lr"]
+    return float(rate.item() if isinstance(rate, torch.Tensor) else rate)
+
+
+def interval_of(section: Mapping[str, Any]) -> str:
+    """Return `scheduler.interval`. Raises ConfigError where it is neither `step` nor `epoch`."""
+    interval = section.get("interval")
+    if interval not in (None, *INTERVALS):
+        raise ConfigError(
+            f"scheduler.interval is {interval!r}, but must be step or epoch.{did_you_mean(str(interval), INTERVALS)}"
+        )
+    return interval or INTERVALS[0]
+
+
+def _takes_metric(scheduler: LRScheduler) -> bool:
+    """Whether `step` needs a value, as that of ReduceLROnPlateau does."""
+    parameters = list(inspect.signature(type(scheduler).step).parameters.values())[1:]
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+def build_scheduler(
+    section: Mapping[str, Any], optimizer: Optimizer, length: int, mode: str = "min", trust: Sequence[str] = ()
+) -> tuple[LRScheduler, bool]:
+    """Build the schedule of a section, with what is nested in it. Without a `_target_` the rate is constant.
+
+    Args:
+        length: of the run, in steps or epochs.
+
+    Returns:
+        The schedule, and whether it was given the length or a part of it.
+    """
+    if not section.get("_target_"):
+        return LambdaLR(optimizer, _constant), False
+    targets.check_signature(section, "scheduler", trust)
+    plain = {key: value for key, value in section.items() if key != "interval"}
+    complete = _with_lengths(plain, length, mode, trust)
+    scheduler = construct(complete, "scheduler", trust, optimizer=optimizer)
+    return scheduler, complete != _with_lengths(plain, length + 1, mode, trust)
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _with_lengths(section: Mapping[str, Any], length: int, mode: str, trust: Sequence[str]) -> dict[str, Any]:
+    """Return the section with every length that it leaves open, those of nested sections included."""
+    kind = targets.resolve(section["_target_"], "scheduler", trust)
+    given = {name: length for name in _lengths_of(kind, section) if section.get(name) is None}
+    if issubclass(kind, ReduceLROnPlateau) and "mode" not in section:
+        given["mode"] = mode  # type: ignore[assignment]
+    segments = _segments(section, length) if issubclass(kind, SequentialLR) else []
+
+    def complete(value: Any, length: int) -> Any:
+        if isinstance(value, Mapping):
+            if "_target_" in value:
+                return _with_lengths(value, length, mode, trust)
+            return {key: complete(item, length) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [complete(item, length) for item in value]
+        return value
+
+    whole = {key: complete(value, length) for key, value in section.items() if key not in given}
+    if segments and isinstance(section.get("schedulers"), (list, tuple)):
+        whole["schedulers"] = [complete(one, part) for one, part in zip(section["schedulers"], segments, strict=False)]
+        whole["schedulers"] += [complete(one, length) for one in section["schedulers"][len(segments) :]]
+    return {**whole, **given}
+
+
+def _segments(section: Mapping[str, Any], length: int) -> list[int]:
+    """Return the lengths of what lies between the milestones of a SequentialLR."""
+    milestones = section.get("milestones")
+    if not isinstance(milestones, (list, tuple)) or not all(isinstance(one, int) for one in milestones):
+        return []
+    ends = [*milestones, max(length, *milestones, 1)] if milestones else [length]
+    return [max(1, end - start) for start, end in zip([0, *milestones], ends, strict=True)]
+
+
+def _lengths_of(kind: type, section: Mapping[str, Any]) -> list[str]:
+    """Return the arguments of a class of schedules that mean the length of the run."""
+    parameters = inspect.signature(kind).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    found = []
+    in_epochs = all(section.get(name) is not None for name in ("epochs", "steps_per_epoch"))
+    if "total_steps" in parameters or (open_ended and issubclass(kind, OneCycleLR)):
+        found += [] if in_epochs else ["total_steps"]
+    needed = "T_max" in parameters and parameters["T_max"].default is inspect.Parameter.empty
+    if needed or (issubclass(kind, CosineAnnealingLR) and ("T_max" in parameters or open_ended)):
+        found.append("T_max")
+    if issubclass(kind, PolynomialLR) and ("total_iters" in parameters or open_ended):
+        found.append("total_iters")
+    return found
