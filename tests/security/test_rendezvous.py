@@ -28,6 +28,7 @@ import torch.multiprocessing as mp
 
 from tests.clusters.sockets import Listener, descendants, listeners
 
+pytestmark = pytest.mark.timeout(600)  # on a busy machine a run takes minutes to its first step
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
 
@@ -120,7 +121,7 @@ def local_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRun]:
     with (root / "output").open("w") as output:
         driver = subprocess.Popen([sys.executable, "-m", "launcher", *words], stdout=output, stderr=output)
     try:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 400
         while not (root / "run" / "metrics.jsonl").exists() or not (root / "run" / "metrics.jsonl").read_text():
             assert driver.poll() is None, (root / "output").read_text()
             assert time.monotonic() < end, (root / "output").read_text()
