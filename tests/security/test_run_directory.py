@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from launcher import cli
+from launcher.errors import RunError
 from launcher.jobs.remote.place import Place, place_of
-from launcher.runs import RunDirectory, user_state
+from launcher.runs import RunDirectory, plain_files, user_state
 
 TOKEN = "token-of-the-user's-own-cluster"
 
@@ -121,3 +123,71 @@ def test_what_was_copied_of_a_run_is_shown_without_a_connection(
     assert shown.out == "step 1\n"
     assert "remote.json" in shown.err
     assert listener.requests == 0
+
+
+# ---- links ----------------------------------------------------------------------------------------------------------
+
+WRITERS = ("config.yaml", "overrides.yaml", "result.json", "log.txt", "metrics.jsonl", ".stop", "evaluations.jsonl")
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> RunDirectory:
+    made = RunDirectory(tmp_path / "runs" / "a")
+    made.create()
+    made.config.write_text("{}\n")
+    made.write_result({"status": "running", "steps": 1})
+    made.log.write_text("step 1\n")
+    made.beat()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [
+        *(("stop", name) for name in WRITERS),
+        ("evaluate", "checkpoints"),
+        ("export", "export"),
+        ("train", "metrics.jsonl"),
+    ],
+)
+def test_nothing_is_written_through_a_link(
+    finished: RunDirectory, tmp_path: Path, verb: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (finished.path / name).unlink(missing_ok=True)
+    (finished.path / name).symlink_to(outside / "victim")
+    root = f"run.root={finished.path.parent}"
+    words = ["run.name=a", "run.resume=true", root] if verb == "train" else [verb, "a", root]
+    assert cli.run(words) == 2
+    assert list(outside.iterdir()) == []
+    assert "is a link" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a link"])
+def test_what_is_no_file_of_its_own_is_not_opened(finished: RunDirectory, kind: str) -> None:
+    """Also after the look at the whole directory: another process may have put it there since."""
+    path = finished.path / "result.json"
+    path.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(finished.config)
+    with pytest.raises(RunError, match=r"result\.json"):
+        finished.result()
+    with pytest.raises(OSError, match="result"):
+        plain_files.open_file(path, "a")
+
+
+def test_a_link_within_the_run_and_links_to_the_root_are_used(finished: RunDirectory, tmp_path: Path) -> None:
+    (finished.path / "latest.txt").symlink_to("log.txt")
+    (tmp_path / "other").symlink_to(finished.path.parent)
+    assert cli.run(["logs", "a", "--no-follow", f"run.root={tmp_path / 'other'}"]) == 0
+
+
+def test_a_prepared_name_for_a_temporary_file_is_not_followed(finished: RunDirectory, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (finished.path / f".result.json.{os.getpid()}.tmp").symlink_to(victim)
+    finished.write_result({"status": "stopped"})
+    assert (victim.read_text(), finished.result()) == ("mine", {"status": "stopped"})
