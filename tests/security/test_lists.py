@@ -56,9 +56,9 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "a directory": lambda run: (run / "result.json").mkdir(),
     "a link to a file": lambda run: (run / "result.json").symlink_to("/etc/passwd"),
     "a link to nothing": lambda run: (run / "result.json").symlink_to("/nothing"),
-    "a link to /": lambda run: _result()(run) and (run / "checkpoints").symlink_to("/"),
-    "a FIFO beside": lambda run: _result()(run) and os.mkfifo(run / "log.txt"),
-    "itself a link to /": lambda run: run.rename(run.with_name(".gone")) and run.symlink_to("/"),
+    "a link to /": lambda run: (_result()(run), os.symlink("/", run / "checkpoints")),  # type: ignore[func-returns-value]
+    "a FIFO beside": lambda run: (_result()(run), os.mkfifo(run / "log.txt")),  # type: ignore[func-returns-value]
+    "itself a link to /": lambda run: (os.rmdir(run), os.symlink("/", run)),  # type: ignore[func-returns-value]
     "a status that is a number": _result(status=3),
 }
 
