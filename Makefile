@@ -22,7 +22,7 @@ SOURCES := $(sort $(patsubst %/,%,$(dir $(wildcard launcher/*.py models/*.py con
 .PHONY: help run test slow gpu-test lint format lock clean venv-fits
 
 help: ## list what make can do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/.installed ## set up .venv and train the default job: two workers, 5,000 real digits
 	$(BIN)/launch experiment=mnist $(ARGS)

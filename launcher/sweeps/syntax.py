@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.config import limits
+from launcher.config.masking import mask_at
 from launcher.config.words import shown
 from launcher.errors import ConfigError
 
@@ -263,6 +264,12 @@ def _choice(key: str, elements: Sequence[Any], word: str) -> Choice:
             raise ConfigError(f'"{shown(word)}" names {text} twice.')
         values.append(value)
         texts.append(text)
+    if any(mask_at(key, value) != value for value in values):
+        raise ConfigError(
+            f"{key} cannot be swept over literal values: it holds a secret, and a sweep records the values of every "
+            f"trial. Export each secret as a variable of the environment and sweep over references to them, "
+            f"{key}='${{oc.env:FIRST}}','${{oc.env:SECOND}}'."
+        )
     return Choice(key, tuple(values), tuple(texts))
 
 

@@ -185,3 +185,18 @@ def test_one_key_has_one_type(word: str, values: list[Any], shown: list[Any]) ->
 def test_cmaes_needs_numbers() -> None:
     with pytest.raises(ConfigError, match="cmaes searches over numbers"):
         space.sampler(SweepConfig(sampler="cmaes", trials=3), read("model=mlp,convnet"), 0)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["vars.api_key=first-one,second-one", "vars.db.password=choice(one,two)", "+vars.a=x,hf_" + "aB3" * 8],
+)
+def test_literal_secrets_are_not_swept_and_not_printed(word: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read(word)
+    assert not any(value in str(refused.value) for value in ("first-one", "choice(one", "hf_aB3"))
+
+
+def test_references_to_secrets_are_swept() -> None:
+    words = read("vars.api_key='${oc.env:FIRST}','${oc.env:SECOND}'", "data.max_tokens=1,2")
+    assert [axis.key for axis in words.axes] == ["vars.api_key", "data.max_tokens"]
