@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.phrases import count
+from launcher.runs.provenance import GIT
 from launcher.runs.secret_files import IGNORE_FILE, SecretFiles, is_secret_path
 
 _NEVER = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
@@ -47,7 +48,7 @@ def select(directory: Path) -> Selection:
     Files that git ignores, links that lead out of the directory, what a run or an environment leaves, and secrets
     (`launcher.runs.secret_files`) are not sent.
     """
-    words = ["git", "-C", str(directory), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    words = [*GIT, "-C", str(directory), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(words, capture_output=True, check=False, timeout=60)
         listed = done.stdout.decode(errors="surrogateescape").split("\0") if done.returncode == 0 else None

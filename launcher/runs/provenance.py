@@ -14,6 +14,8 @@ from launcher.runs.secret_files import is_secret_path
 
 _PACKAGES = ("launch-train", "torch", "ray", "hydra-core", "tensorboard")
 # A diff longer than this is somebody's data, not code.
+# Without the programs that a repository's own configuration may name for looking at it.
+GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
 _LARGEST_PATCH = 2 * 2**20
 
 
@@ -52,7 +54,7 @@ def patch(directory: Path) -> str:
     changed = (_git(directory, "diff", "HEAD", "--name-only", "-z") or "").split("\0")
     secret = [f":(top,exclude,literal){name}" for name in changed if name and is_secret_path(name)]
     only = ["--", ":(top)", *secret] if secret else []
-    text = _git(directory, "diff", "HEAD", "--no-color", "--no-ext-diff", *only) or ""
+    text = _git(directory, "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", *only) or ""
     if len(text) > _LARGEST_PATCH:
         text = text[:_LARGEST_PATCH].rpartition("\n")[0] + "\n# cut here: longer than 2 MiB\n"
     return mask_patch(text) if text else ""
@@ -61,7 +63,7 @@ def patch(directory: Path) -> str:
 def _git(directory: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(directory), *words],
+            [*GIT, "-C", str(directory), *words],
             capture_output=True,
             text=True,
             errors="replace",
