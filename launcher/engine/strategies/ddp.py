@@ -78,6 +78,7 @@ class DataParallel(Strategy):
             self._steps.used = [p for p in self._parameters if p.grad is not None]
             self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)
             self.sparse = [p for p in self._parameters if has_sparse_gradient(p)]
+            self._choose_needed()
             refuse_mixed(self.model)
             if self._config.compression != "none":
                 refuse_sparse(self.sparse, f"strategy.compression={self._config.compression}")
@@ -180,6 +181,18 @@ class DataParallel(Strategy):
         scale_by_count(dense_parts(p.grad for p in self._parameters if p.grad is not None), size, vote.count)
         self._combine(optimizer)
         self._clip_and_step(optimizer, [p.grad for p in self.optimized if p.grad is not None])
+        if not self.uses_all:
+            self._steps.used = [p for p in self._steps.used if p.grad is not None] or self._steps.used
+            self._choose_needed()
+
+    def _choose_needed(self) -> None:
+        """Choose the parameters in which a rank without samples has a gradient of zeros.
+
+        Where batches use different parameters, it is one that every batch so far has used and that DDP waits for: in a
+        parameter that no other rank uses, zeros would be a gradient, and the optimizer would change it.
+        """
+        used, sparse = self._steps.used, {id(p) for p in self.sparse}
+        self._steps.needed = used if self.uses_all else ([p for p in used if id(p) not in sparse] or used)[:1]
 
     def _combine(self, optimizer: Optimizer) -> None:
         """Average the gradients over the ranks where the backward pass has not done it."""

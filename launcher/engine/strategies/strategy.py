@@ -32,19 +32,21 @@ _BROADCAST_BYTES = 250 * 2**20  # in one message, as DDP does it
 class Steps(nn.Module):
     """Calls the model's steps through one `forward`, so that the hooks of whatever wraps it see them.
 
-    `used`: the parameters that had a gradient in the first batch.
+    `used`: the parameters that had a gradient in every batch so far. `needed`: those to which a share without samples
+    gives a gradient of zeros, so that others do not wait for it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.used: list[nn.Parameter] = []
+        self.needed: list[nn.Parameter] = []
 
     def forward(self, batch: Any, method: Callable[[nn.Module, Any], Any] | None = None) -> Any:
         if method is not None:
             return method(self.model, batch)
         if batch is None:  # a share without samples: no loss, but the hook of every gradient that others have fires
-            return {"loss": (sum(as_real(p).sum() * 0.0 for p in self.used), 0.0)}
+            return {"loss": (sum(as_real(p).sum() * 0.0 for p in self.needed), 0.0)}
         return self.model.training_step(batch)  # type: ignore[operator]
 
 
