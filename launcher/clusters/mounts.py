@@ -185,7 +185,7 @@ def setup_lines(mounts: Sequence[Mount], client_id: str | None = None) -> list[s
 # Microsoft's package archive is known to the images of Azure for HPC and data science; elsewhere it is added.
 _INSTALL = (
     "command -v blobfuse2 > /dev/null || { { apt-cache show blobfuse2 > /dev/null 2>&1 || "
-    # In a directory of our own: a file under a known name in /tmp may be somebody else's, and root would install it.
+    # In a private directory: another user may own a file of a known name in /tmp, and root would install that.
     '{ place=$(mktemp -d) && curl -fsSLo "$place/microsoft.deb" "https://packages.microsoft.com/config/ubuntu/'
     '$(. /etc/os-release; echo $VERSION_ID)/packages-microsoft-prod.deb" && sudo dpkg -i "$place/microsoft.deb" && '
     'rm -rf "$place"; }; } && '

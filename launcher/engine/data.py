@@ -1,6 +1,6 @@
 """How the samples of a job are read: a microbatch at a time, ahead of the trainer, onto the device.
 
-Which samples those are is said in `order.py`, and of which data sets in `datasets.py`; `fetch.py` makes the batches.
+`order.py` chooses the samples, `datasets.py` the data sets; `fetch.py` makes the batches.
 """
 
 from __future__ import annotations

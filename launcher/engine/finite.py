@@ -71,7 +71,7 @@ class Finite:
 
         Args:
             step: the present one, in which this rank's loss or gradient may be bad.
-            kept: what is said of the newest checkpoint.
+            kept: the sentence about the newest checkpoint.
         """
         losses, gradients = int(self._losses), int(self._gradients)
         if loss_is_bad:

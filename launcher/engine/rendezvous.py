@@ -1,7 +1,7 @@
 """Where the ranks of a run meet, and the network over which they talk.
 
-A store tells each rank the addresses of the others. Stores have no authentication: whoever reaches one can send the
-ranks elsewhere. On one machine it is a file in a private directory. Between machines it is the store of PyTorch,
+A store tells each rank the addresses of the others. Stores have no authentication: a process that reaches one can send
+the ranks elsewhere. On one machine it is a file in a private directory. Between machines it is the store of PyTorch,
 bound to the address of rank 0's node: the network between the nodes is trusted (docs/security.md).
 """
 

@@ -247,7 +247,7 @@ def _with_lengths(section: Mapping[str, Any], length: int, mode: str, trust: Seq
 
 
 def _segments(section: Mapping[str, Any], length: int) -> list[int]:
-    """Return the lengths of what lies between the milestones of a SequentialLR."""
+    """Return the lengths of the segments between the milestones of a SequentialLR."""
     milestones = section.get("milestones")
     if not isinstance(milestones, (list, tuple)) or not all(isinstance(one, int) for one in milestones):
         return []

@@ -30,7 +30,7 @@ class State:
     are evaluated where a callback averages them. Each rank's own: random states, the sums of the log interval that is
     open, what the strategy keeps of its own, and the buffers that differ from the merged ones of the model. With
     another number of workers the sums go to rank 0, which changes no total, all ranks take the merged buffers, and the
-    random states begin anew from the seed.
+    random states are seeded again.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class Trained:
 
     Attributes:
         configured: names of those that were trained when the run was built.
-        stale: whether the strategy must wrap the model anew before the next step.
+        stale: whether the strategy must wrap the model again before the next step.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Trained:
         return [name for name, parameter in self._named if parameter.grad is not None]
 
     def unexpected(self) -> list[str]:
-        """Return the names of those whose `requires_grad` nobody has changed between two steps."""
+        """Return the names of parameters whose `requires_grad` no callback changed between two steps."""
         return [self._named[index][0] for index in _differing(self._flags, self.flags())]
 
     def follow(self, before: Sequence[bool], who: str, step: int) -> str | None:

@@ -133,7 +133,7 @@ class Named(Regression):
 
 
 class Contrastive(Regression):
-    """Each sample is told from the others of its batch. noise: random numbers are drawn on the way."""
+    """Each sample is contrasted with the others of its batch. noise: random numbers are drawn on the way."""
 
     def __init__(self, noise: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Random numbers while samples are read: bound to seed, epoch and position, whoever reads them."""
+"""Random numbers while samples are read: bound to seed, epoch and position, in every process."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_copies_are_compared_by_their_bits(kind: str, kinds: list[str], told: st
     for error, notes, weights in answers:
         assert told in error
         assert bool(told) == bool(error)
-        assert len(notes) == noted, "it is said once"
+        assert len(notes) == noted, "the note is logged once"
         if not told:
             assert_same_weights(weights, answers[0][2])
 

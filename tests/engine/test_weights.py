@@ -1,4 +1,4 @@
-"""Weights from other places: which names fit which, what is said of them, and what is refused."""
+"""Weights from other places: which names fit which, how they are reported, and which are refused."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_another_user_cannot_join_the_store_of_a_local_run(local_run: LocalRun) 
             return False
 
     def attack() -> list[int]:
-        # Some servers answer what the client takes for progress: it tries again until the process ends.
+        # Some servers answer in a way that the client counts as progress: it retries until the process ends.
         pool = ThreadPoolExecutor(len(local_run.listeners))
         tries = {one.port: pool.submit(join, one.port) for one in local_run.listeners}
         wait(tries.values(), timeout=20)

@@ -92,7 +92,7 @@ def test_no_secret_of_launch_itself_is_sent(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_ray_up_copies_no_secret_to_azure() -> None:
-    """`ray up` copies whole folders with rsync: what it leaves out is told to it by name."""
+    """`ray up` copies whole folders with rsync: files that it leaves out are passed by name."""
     from launcher.clusters.azure import ray_yaml
     from launcher.runs.secret_files import PATTERNS
     from tests.azure.test_wanted import LOCAL, the
