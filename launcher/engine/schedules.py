@@ -141,6 +141,8 @@ class Schedule:
         Raises:
             ConfigError: the schedule follows a metric, so that it cannot be replayed.
         """
+        if "scheduler" not in state:
+            state = self._completed(state)
         resized = self._depends_on_length and state["length"] != self._length
         saved, fresh = state["initial"], self._initial()
         self._factors = list(state["factors"])
@@ -164,6 +166,17 @@ class Schedule:
         if resized:
             unit = "epochs" if self._by_epoch else "steps"
             self.note = f"The learning rate now follows a schedule of {self._length} {unit}, not {state['length']}."
+
+    def _completed(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a checkpoint that holds nothing but torch's own, as launch wrote until version 0.1."""
+        lengths = (state[name] for name in ("total_steps", "T_max", "total_iters") if name in state)
+        return {
+            "scheduler": state,
+            "length": next(lengths, self._length),
+            "initial": list(state.get("base_lrs") or self._initial()),
+            "rates": self._now(),
+            "factors": [1.0] * len(self._rates),
+        }
 
     def _replay(self, count: int) -> None:
         for group, fresh in zip(self._optimizer.param_groups, self._fresh, strict=True):
