@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,21 +154,22 @@ def test_prints_are_kept_with_their_rank_and_shown(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path: Path) -> None:
     job = make_job(deterministic=True, epochs=1, log_every=5, checkpoint={"every": 1})
     full = tmp_path / "full"
-    full.mkdir()
-    (full / "metrics.jsonl").symlink_to("/dev/full")
-    ranks = launch(job, full, 2, timeout=30)
+    disk = {"_target_": f"{toys.__name__}.FullDisk", "file": "metrics.jsonl"}
+    ranks = launch(replace(job, callbacks={"disk": disk}), full, 2)
     _, message, _ = only(ranks, "TrainingError")
     assert "cannot be written: No space left on device" in message
     assert "run.resume=true" in message
-    (full / "metrics.jsonl").unlink()
     succeed(job, full, 2)
     succeed(job, tmp_path / "whole")
     assert_same_weights(final_weights(full), final_weights(tmp_path / "whole"))
 
 
 def test_a_print_that_finds_no_room_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "log.txt").symlink_to("/dev/full")
-    succeed(make_job(model="Loud", steps=2), tmp_path)
+    disk = {"_target_": "FullDisk", "file": "log.txt"}
+    succeed(make_job(model="Loud", steps=2, callbacks={"disk": disk}), tmp_path)
+    written = (tmp_path / "log.txt").read_text()
+    assert "built" in written
+    assert "completed after" not in written
 
 
 # ---- precision and the cutting of batches ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,10 @@ class Weights(dict[str, Tensor]):
     """Weights by name; `key` is where a file of torch.save has them, None where they are at its top."""
 
     key: str | None = None
+
+    def __reduce__(self) -> Any:
+        """Pickle as a state dict does, which `torch.load` reads with weights_only=True."""
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 def load_weights(path: str | os.PathLike[str], section: str | None = None, *, shapes_only: bool = False) -> Weights:
