@@ -3,6 +3,7 @@
 #   make test PYTHON=python3.12            choose the interpreter of a new .venv
 #   make run ARGS="trainer.epochs=1"       more words for `launch`
 #   make test PYTEST_ARGS="-k imports -x"  more words for pytest
+#   make azure-acceptance ARGS="cluster.size=Standard_NC4as_T4_v3 cluster.budget_usd=5"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -19,10 +20,10 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # Folders with Python in them, so that a new one is linted from its first file on.
 SOURCES := $(sort $(patsubst %/,%,$(dir $(wildcard launcher/*.py models/*.py conf/*.py tests/*.py benchmarks/*.py tools/*.py))))
 
-.PHONY: help run test slow gpu-test lint format lock clean venv-fits
+.PHONY: help run test slow gpu-test azure-acceptance lint format lock clean venv-fits
 
 help: ## list what make can do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/.installed ## set up .venv and train the default job: two workers, 5,000 real digits
 	$(BIN)/launch experiment=mnist $(ARGS)
@@ -47,6 +48,10 @@ slow: $(VENV)/.installed-test ## run the tests that take minutes, and record the
 # TF32 rounds the inputs of products; without it the tolerances of float32 hold on a GPU too.
 gpu-test: $(VENV)/.installed-test ## run the tests of the engine that one GPU can run, on the GPU
 	NVIDIA_TF32_OVERRIDE=0 $(BIN)/python -m pytest -m "gpu and not slow" --device cuda $(PYTEST_ARGS)
+
+# Costs money: prints how much and asks, before it rents anything (docs/azure-acceptance.md).
+azure-acceptance: $(VENV)/.installed-test ## rent two GPU nodes on Azure for minutes, check them, remove them, write a report
+	$(BIN)/python -m benchmarks.azure_acceptance $(ARGS)
 
 lint: $(VENV)/.installed-test ## check style, format and types
 	$(BIN)/ruff check $(SOURCES)

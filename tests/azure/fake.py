@@ -76,6 +76,7 @@ class Fake:
         refuse: (VM size, spot) -> (code, message) for deployments with such VMs.
         throttle: how many of the next requests are answered with 429.
         born, gone: called with the resource of a VM when it is created or deleted; `born` may set its address.
+        simulated: called with the name of a spot VM whose eviction is simulated; None: it is evicted at once.
     """
 
     directory: Path
@@ -88,6 +89,7 @@ class Fake:
     throttle: int = 0
     born: Callable[[dict[str, Any]], None] = lambda vm: None
     gone: Callable[[dict[str, Any]], None] = lambda vm: None
+    simulated: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         self.resources: dict[str, dict[str, Any]] = {}  # by id, in small letters
@@ -184,6 +186,7 @@ class Fake:
             (r"/subscriptions/[^/]+/providers/Microsoft\.Compute/(skus)", self._skus),
             (r"(.*/providers/Microsoft\.Resources/deployments/[^/]+)", self._deployment),
             (r"(.*)/instanceView", self._view),
+            (r"(.*)/simulateEviction", self._simulate_eviction),
             (r"(.*/providers/[^/]+/(?:virtualMachines|networkInterfaces|publicIPAddresses|disks))", self._list),
             (r"(/subscriptions/.*/providers/.*)", self._resource),
         ):
@@ -304,6 +307,13 @@ class Fake:
         self._found(path)
         states = ("ProvisioningState/succeeded", "PowerState/running")
         return 200, {"statuses": [{"code": state} for state in states]}, {}
+
+    def _simulate_eviction(self, method: str, path: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
+        vm = self._found(path)
+        if vm["properties"].get("priority") != "Spot":
+            raise Refusal(409, "OperationNotAllowed", "Eviction can be simulated for spot virtual machines alone.")
+        (self.simulated or self.evict)(vm["name"])
+        return 204, None, {}
 
     def _found(self, path: str) -> dict[str, Any]:
         if path.lower() not in self.resources:

@@ -32,6 +32,7 @@ from tests.vmlab.lab import ROOT, Host, Lab
 
 SSHD = "/usr/sbin/sshd"
 _CLONE_NEWNET = 0x40000000
+NOTICE_SECONDS = 30.0  # before a simulated eviction
 
 
 def why_not() -> str:
@@ -60,6 +61,7 @@ class Vms(Lab):
             self.azure = Fake(self.directory / "azure", listen=self.laptop.address, seconds=0.5)
             self.azure.server = self._server
             self.azure.born, self.azure.gone = self._born, self._gone
+            self.azure.simulated = self._evict_with_notice
             self.azure.sizes = {name: list("12") for name in (*catalogue.sizes(), *catalogue.heads())}
             self._cleanup.enter_context(self.azure)
         except BaseException:
@@ -131,6 +133,18 @@ class Vms(Lab):
         (self.disk(host) / "etc/events").write_text(
             json.dumps({"DocumentIncarnation": 2, "Events": [{**event, "Resources": [name]}]})
         )
+
+    def _evict_with_notice(self, name: str) -> None:
+        self.announce(name, NOTICE_SECONDS)
+
+        def evict() -> None:
+            with contextlib.suppress(StopIteration):  # it has gone otherwise
+                self.azure.evict(name)
+
+        timer = threading.Timer(NOTICE_SECONDS, evict)
+        timer.daemon = True
+        timer.start()
+        self._cleanup.callback(timer.cancel)
 
     # ---- a VM comes and goes -----------------------------------------------------------------------------------------
 
