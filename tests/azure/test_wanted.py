@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -157,3 +158,21 @@ def test_a_run_waits_for_the_nodes_of_its_workers(
     """With min_nodes=0 no GPU is there before a run asks: `auto` would find nothing to count."""
     wish = for_run(the(nodes=8, **cluster), ScalingConfig(**scaling))
     assert (wish.min_nodes, wish.enough) == (most, enough)
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync not found")
+@pytest.mark.parametrize("name", ["demo", "secrets", "password"])
+def test_the_key_reaches_the_head_and_other_secrets_do_not(tmp_path: Path, name: str) -> None:
+    """Ray sends every file with these patterns; without the key its autoscaler reaches no node."""
+    key, head = tmp_path / f"{name}.key", tmp_path / "head"
+    key.write_text("a key")
+    (tmp_path / "code").mkdir()
+    for file in ("module.py", ".env", "other.pem"):
+        (tmp_path / "code" / file).write_text("text")
+    excluded = ray_yaml.ray_config(the(), replace(LOCAL, key=str(key)))["rsync_exclude"]
+    options = [word for pattern in excluded for word in ("--exclude", pattern)]
+    head.mkdir()
+    # As `ray up` sends them.
+    for source, target in ((str(key), head / "ray_bootstrap_key.pem"), (f"{tmp_path}/code/", head / "code")):
+        subprocess.run(["rsync", "-a", *options, source, str(target)], check=True)
+    assert sorted(path.name for path in head.rglob("*") if path.is_file()) == ["module.py", "ray_bootstrap_key.pem"]

@@ -9,6 +9,8 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePath
 from typing import Any
 
 from launcher.clusters import mounts
@@ -98,7 +100,7 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
         "available_node_types": types,
         "head_node_type": HEAD,
         "file_mounts": dict(local.files),
-        "rsync_exclude": ["__pycache__", *secret_files.PATTERNS],
+        "rsync_exclude": ["__pycache__", *_withheld(local)],
         "cluster_synced_files": [TOKEN],
         "initialization_commands": [],
         "setup_commands": _SETUP,
@@ -125,6 +127,15 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
             f"--object-manager-port=8076 --node-ip-address={_OWN}",
         ],
     }
+
+
+def _withheld(local: Local) -> list[str]:
+    """Return the patterns of secret files, without those that match the cluster's own key.
+
+    Ray applies them to every file that it sends, and without the key its autoscaler reaches no node.
+    """
+    own = PurePath(local.key).name
+    return [pattern for pattern in secret_files.PATTERNS if not fnmatchcase(own, pattern)]
 
 
 def text(wanted: Wanted, local: Local) -> str:
