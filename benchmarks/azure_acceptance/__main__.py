@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.azure_acceptance.cloud import Cloud
@@ -129,7 +130,9 @@ def planned(commands: Commands, asked: Asked, offline: bool) -> Estimate:
     done = commands.run("plan", *asked.plan, "--json", *(["--offline"] if offline else []), seconds=600, shows=False)
     if done.status:
         raise Refused(f"`launch plan` refuses: {done.err.strip()}")
-    return estimate(parsed(done), asked.minutes, asked.idle_minutes)
+    found = estimate(parsed(done), asked.minutes, asked.idle_minutes)
+    # The plan predicts the steps of GPUs.
+    return replace(found, seconds_per_step=None) if "scaling.device=cpu" in asked.train else found
 
 
 def confirm(plan: Estimate, yes: bool) -> None:

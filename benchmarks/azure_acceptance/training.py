@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.azure_acceptance.cloud import Cloud
-from benchmarks.azure_acceptance.commands import Commands, Done, Running
+from benchmarks.azure_acceptance.commands import Commands, Running
 from benchmarks.azure_acceptance.estimate import Estimate
 from benchmarks.azure_acceptance.report import Row, judged, not_checked
 
@@ -99,8 +99,14 @@ class Training:
             "exit status 0",
             not done.status and not stopped.status,
         )
+        yield judged(
+            "`launch logs` shows the run",
+            f"{len(shown.out.splitlines())} lines" if shown.status == 0 else shown.why,
+            "exit status 0, lines",
+            shown.status == 0 and shown.out != "",
+        )
         result = json.loads((self.directory / "result.json").read_text())
-        yield from rows(result, plan, self._evicted, shown)
+        yield from rows(result, plan, self._evicted, NOTICE in done.err)
 
     def _needs_run(self) -> None:
         if self._running is None:
@@ -117,20 +123,19 @@ class Training:
             time.sleep(POLL_SECONDS)
 
 
-def rows(result: dict[str, Any], plan: Estimate, evicted: bool, log: Done) -> Iterator[Row]:
-    """Judge result.json of the run, and its log."""
+def rows(result: dict[str, Any], plan: Estimate, evicted: bool, noticed: bool) -> Iterator[Row]:
+    """Judge result.json of the run. noticed: the run printed that a node would be taken away."""
     status, reason = result.get("status"), result.get("reason")
     yield judged("end of the run", f"{status} ({reason})", "stopped or completed", status in ("stopped", "completed"))
-    asked = f"at least 1 regroup, at most {MOST_LOST} step lost, no restart"
+    asked = f"a notice, at least 1 regroup, at most {MOST_LOST} step lost, no restart"
     if evicted:
         lost, regroups, restarts = (int(result.get(key) or 0) for key in ("lost_steps", "preemptions", "restarts"))
-        noticed = NOTICE in log.out + log.err
         yield judged(
             "steps lost by the eviction",
             f"{regroups} regroups, {lost} steps lost, {restarts} restarts, workers {result.get('world_sizes')}; "
             f"the notice {'reached' if noticed else 'did not reach'} the run",
             asked,
-            regroups >= 1 and lost <= MOST_LOST and restarts == 0,
+            noticed and regroups >= 1 and lost <= MOST_LOST and restarts == 0,
         )
     else:
         yield not_checked("steps lost by the eviction", "no node was evicted", asked)

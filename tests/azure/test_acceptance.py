@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.azure_acceptance import nodes, training
 from benchmarks.azure_acceptance.__main__ import Refused, asked_of, confirm, main
-from benchmarks.azure_acceptance.commands import Commands, Done
+from benchmarks.azure_acceptance.commands import Commands
 from benchmarks.azure_acceptance.estimate import Estimate, estimate
 from benchmarks.azure_acceptance.report import FAILED, NOT_CHECKED, PASSED, Report, judged
 from benchmarks.azure_acceptance.session import Session
@@ -328,10 +328,11 @@ RESULT = {
 }
 
 
-def judge(result: dict[str, Any], evicted: bool = True, predicted: float | None = 0.05) -> dict[str, str]:
-    plan = Estimate(1.2, 0.5, 5, 45, predicted, "a list")
-    log = Done(0, "", f"a node {training.NOTICE}", 1.0)
-    return {row.check: row.verdict for row in training.rows(result, plan, evicted, log)}
+def judge(
+    result: dict[str, Any], evicted: bool = True, noticed: bool = True, step: float | None = 0.05
+) -> dict[str, str]:
+    plan = Estimate(1.2, 0.5, 5, 45, step, "a list")
+    return {row.check: row.verdict for row in training.rows(result, plan, evicted, noticed)}
 
 
 def test_a_run_that_is_right() -> None:
@@ -356,8 +357,12 @@ def test_a_run_that_is_wrong(change: dict[str, Any], check: str) -> None:
     assert [name for name, verdict in found.items() if verdict == FAILED] == [check]
 
 
+def test_an_eviction_without_a_notice_is_wrong() -> None:
+    assert judge(RESULT, noticed=False)["steps lost by the eviction"] == FAILED
+
+
 def test_what_did_not_happen_is_not_judged() -> None:
-    found = judge(RESULT, evicted=False, predicted=None)
+    found = judge(RESULT, evicted=False, step=None)
     assert found["steps lost by the eviction"] == found["time of a step"] == NOT_CHECKED
 
 
@@ -417,7 +422,7 @@ def test_from_the_first_word_to_the_report(there: Vms) -> None:
         "NCCL between the nodes",
         "image",
     )
-    unseen += ("Blob run root", "Azure's bill")
+    unseen += ("Blob run root", "time of a step", "Azure's bill")
     assert {check for check, verdict in found.items() if verdict == NOT_CHECKED} >= {*unseen}
     assert {check: verdict for check, verdict in found.items() if verdict == FAILED} == {}
     for check in (
