@@ -19,7 +19,7 @@ from benchmarks.azure_acceptance.report import FAILED, NOT_CHECKED, PASSED, Repo
 from benchmarks.azure_acceptance.training import POLL_SECONDS, Training
 
 UP_SECONDS, DOWN_SECONDS, DOWN_ATTEMPTS = 2700.0, 1800.0, 3
-IDLE_SECONDS = 600.0  # beyond cluster.idle_minutes, for a node to be deleted
+IDLE_SECONDS = 1500.0  # beyond cluster.idle_minutes, for a node to be deleted, and for one to come that was on its way
 BUDGET_SHARE = 0.85  # of the budget; the rest pays for the removal
 BLOB_ATTEMPTS, BLOB_PAUSE = 4, 90.0  # a role takes minutes to count
 

@@ -390,7 +390,7 @@ def there() -> Iterator[Vms]:
         if os.environ.get("CI"):
             pytest.fail(problem)
         pytest.skip(problem)
-    with Vms(3) as lab:
+    with Vms(4) as lab:  # a head, two nodes, and the one that comes in place of the evicted one
         yield lab
 
 
