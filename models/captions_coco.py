@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.captions_data import PAD, UNKNOWN, PictureInputs, Vocabulary, read_captions, words_of
+from models.file_limits import MAX_PIXELS
 from models.vision_data import directory, limited
 
 CHECKED_AT_START = 16  # pictures of each part that are decoded before training starts
@@ -43,24 +44,25 @@ class Coco:
         limit: int | None = None,
         val_limit: int | None = None,
         num_workers: int = 2,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if min(height, width) < 8 or min(crop, num_workers) < 0:
             raise ValueError(f"data: {height=}, {width=}, {crop=}, {num_workers=}: the first two at least 8, others 0.")
         if channels not in (1, 3):
             raise ValueError(f"data.channels={channels}: 1 is grey and 3 is colour.")
         folder = directory(root, "captions and pictures (annotations/captions_train2017.json, train2017/*.jpg, …)")
-        self.num_workers, self.size, self.channels = num_workers, (height, width), channels
+        self.num_workers, self.size, self.channels, self.max_pixels = num_workers, (height, width), channels, max_pixels
         vocabulary = Vocabulary.of(words, min_count)
         learned = _captions(folder / train, folder / train_pictures, "data.train")
         examined = _captions(folder / val, folder / val_pictures, "data.val")
         _check_words(folder / val, examined, vocabulary, max_unknown)
         learned, examined = limited(learned, limit, "limit"), limited(examined, val_limit, "val_limit")
-        self.train = CaptionedPictures(learned, vocabulary, self.size, channels, crop)
-        self.val = CaptionedPictures(examined, vocabulary, self.size, channels)
+        self.train = CaptionedPictures(learned, vocabulary, self.size, channels, crop, max_pixels)
+        self.val = CaptionedPictures(examined, vocabulary, self.size, channels, max_pixels=max_pixels)
 
     def inputs(self, path: str) -> PictureInputs:
         """A picture, or a folder of them, scaled and cropped as in validation."""
-        return PictureInputs(path, lambda file: _normal(_decode(str(file), self.size, self.channels)))
+        return PictureInputs(path, lambda file: _normal(_decode(str(file), self.size, self.channels, self.max_pixels)))
 
     @staticmethod
     def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -88,30 +90,32 @@ class CaptionedPictures:
         size: tuple[int, int],
         channels: int,
         crop: int = 0,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """`captions`: (picture file, caption); `crop`: how many pixels more are decoded than are shown."""
         self.files = [file for file, _ in captions]
         self.captions = [caption for _, caption in captions]
         self.lengths = [len(words_of(caption)) + 2 for caption in self.captions]
         self.vocabulary, self.size, self.channels, self.crop = vocabulary, size, channels, crop
+        self.max_pixels = max_pixels
         for file in self.files[:: max(1, len(self.files) // CHECKED_AT_START)]:
-            _decode(file, size, channels)
+            _decode(file, size, channels, max_pixels)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         height, width = self.size
-        picture = _decode(self.files[index], (height + self.crop, width + self.crop), self.channels)
+        picture = _decode(self.files[index], (height + self.crop, width + self.crop), self.channels, self.max_pixels)
         top, left = torch.randint(0, self.crop + 1, (2,)).tolist() if self.crop else (0, 0)
         picture = picture[:, top : top + height, left : left + width].contiguous()
         return _normal(picture), torch.tensor(self.vocabulary.encode(self.captions[index]))
 
 
-def _decode(file: str, size: tuple[int, int], channels: int) -> Tensor:
+def _decode(file: str, size: tuple[int, int], channels: int, max_pixels: int) -> Tensor:
     from models.vision_folder import decode  # with Pillow
 
-    return decode(file, size, channels)
+    return decode(file, size, channels, max_pixels)
 
 
 def _normal(picture: Tensor) -> Tensor:

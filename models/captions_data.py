@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.file_limits import open_picture
 from models.vision_data import Mnist
 
 PAD, START, END, UNKNOWN = range(4)  # the tokens that are no words; words follow
@@ -195,7 +196,7 @@ class DigitRows:
     def _read(self, path: Path) -> Tensor:
         from PIL import Image, ImageOps
 
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("L")
+        picture = ImageOps.exif_transpose(open_picture(path)).convert("L")
         x = np.asarray(picture)
         if np.median(np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])) > 127:
             picture = ImageOps.invert(picture)  # MNIST is bright on dark

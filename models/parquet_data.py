@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from models.file_limits import MAX_GROUP_BYTES, check_regular, check_size
+
 Piece = tuple[Tensor, ...]
 GROUPS_KEPT = 16  # row groups in memory: the engine shuffles within eight, and a batch may reach into the next eight
 
@@ -46,13 +48,14 @@ class Parquet:
         val_fraction: float = 0.1,
         stream: bool = False,
         num_workers: int = 0,
+        max_group_bytes: int = MAX_GROUP_BYTES,
     ) -> None:
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1.")
-        groups = _groups(root, "data.root")
+        groups = _groups(root, "data.root", max_group_bytes)
         columns = _columns(groups[0][0], target, features)
         if val_root is not None:
-            train, val = groups, _groups(val_root, "data.val_root")
+            train, val = groups, _groups(val_root, "data.val_root", max_group_bytes)
         else:
             counts = list(accumulate(count for _, _, count in groups))
             cut = next(i for i, seen in enumerate(counts, start=1) if seen >= (1 - val_fraction) * counts[-1])
@@ -63,12 +66,13 @@ class Parquet:
                     "(row_group_size), or name other data with data.val_root."
                 )
         self.features, self.target, self.num_workers = columns, target, num_workers
+        self._max_group_bytes = max_group_bytes
         self.train: Rows = Stream(train, columns, target) if stream else Rows(train, columns, target)
         self.val = Rows(val, columns, target)
 
     def inputs(self, path: str) -> Rows:
         """The rows of a Parquet file or a folder of them; no target is needed."""
-        return Rows(_groups(path, "input"), self.features, None)
+        return Rows(_groups(path, "input", self._max_group_bytes), self.features, None)
 
 
 class Rows(Dataset[Piece]):
@@ -171,7 +175,7 @@ def _read_group(features: Sequence[str], target: str | None, group: tuple[str, i
     return Rows([group], features, target)._read(0)
 
 
-def _groups(root: str, key: str) -> list[tuple[str, int, int]]:
+def _groups(root: str, key: str, max_bytes: int) -> list[tuple[str, int, int]]:
     """(file, number, rows) of every row group that is not empty, in the order of the files' names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -184,10 +188,15 @@ def _groups(root: str, key: str) -> list[tuple[str, int, int]]:
     groups = []
     for file in files:
         try:
-            metadata = pq.read_metadata(file)
+            metadata = pq.read_metadata(check_regular(file))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file} is no Parquet file, or damaged: {' '.join(str(error).split())}.") from error
-        groups += [(str(file), i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)]
+        for i in range(metadata.num_row_groups):
+            group = metadata.row_group(i)
+            # What encodings repeat is not in the stated size; a number takes eight bytes at most once it is decoded.
+            decoded = max(group.total_byte_size, 8 * group.num_rows * group.num_columns)
+            check_size(f"{file}, row group {i},", decoded, max_bytes, "bytes", "max_group_bytes")
+            groups.append((str(file), i, group.num_rows))
     groups = [group for group in groups if group[2]]
     if not groups:
         raise ValueError(f"{key}={root}: its Parquet files have no rows.")

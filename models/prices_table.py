@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from models.file_limits import MAX_BYTES, check_regular, check_size, unpacked
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,19 @@ def _frame(file: Path, parquet: bool) -> Any:
         ) from error
     try:
         if parquet:
+            _check_parquet(file)
             return pandas.read_parquet(file)
+        content, whole = unpacked(file)
+        if not whole:
+            raise EOFError("the compressed file ends before its end-of-stream marker")
         # As text: a price that is none shall be shown as it stands. Empty lines count as rows, so that numbers agree.
         frame = pandas.read_csv(
-            file, dtype=str, keep_default_na=False, skip_blank_lines=False, skipinitialspace=True, encoding="utf-8-sig"
+            io.BytesIO(content),
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            skipinitialspace=True,
+            encoding="utf-8-sig",
         )
     except MemoryError:
         raise
@@ -90,6 +102,14 @@ def _frame(file: Path, parquet: bool) -> Any:
     while end and empty[end - 1]:
         end -= 1
     return frame[:end]
+
+
+def _check_parquet(file: Path) -> None:
+    import pyarrow.parquet as pq
+
+    found = pq.read_metadata(check_regular(file))
+    groups = [found.row_group(i).total_byte_size for i in range(found.num_row_groups)]
+    check_size(f"{file}", max(sum(groups), 8 * found.num_rows * found.num_columns), MAX_BYTES, "bytes", None)
 
 
 def _times(column: Any, name: str, date_format: str | None, row: _Rows) -> np.ndarray:

@@ -7,7 +7,6 @@ are checked at once, so that a fault is told before training: a ValueError or an
 
 from __future__ import annotations
 
-import gzip
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.file_limits import MAX_SECONDS, check_regular, check_size, unpacked
 from models.speech import LETTERS, WINDOW_S, outputs_needed, outputs_of
 
 SUFFIXES = frozenset({".wav", ".flac"})
@@ -141,8 +141,10 @@ class LibriSpeech(SpeechData):
         limit: int | None = None,
         val_limit: int | None = None,
         num_workers: int = 2,
+        max_file_seconds: float = MAX_SECONDS,
     ) -> None:
         super().__init__(rate, alphabet)
+        self._max_file_seconds = max_file_seconds
         self.num_workers = num_workers
         base = Path(root).expanduser()
         if not base.is_dir():
@@ -158,13 +160,13 @@ class LibriSpeech(SpeechData):
             if not (base / subset).is_dir():
                 there = ", ".join(sorted(entry.name for entry in base.iterdir() if entry.is_dir())[:8]) or "none"
                 raise FileNotFoundError(f"data.{key}: {base} has no folder {subset}; its folders are: {there}.")
-            found += read_librispeech(base / subset, self.rate, self.alphabet)
+            found += read_librispeech(base / subset, self.rate, self.alphabet, self._max_file_seconds)
         if not found:
             raise ValueError(f"data.{key}=[]: name at least one folder in {base}.")
         return found
 
 
-def read_librispeech(folder: Path, rate: int, alphabet: str) -> list[Recording]:
+def read_librispeech(folder: Path, rate: int, alphabet: str, max_seconds: float = MAX_SECONDS) -> list[Recording]:
     """Every recording below `folder`, in the order of names, checked without decoding it."""
     found: list[Recording] = []
     sounds = {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
@@ -184,7 +186,7 @@ def read_librispeech(folder: Path, rate: int, alphabet: str) -> list[Recording]:
                 raise FileNotFoundError(f"{where}: there is no {name}.flac or {name}.wav beside it.")
             sounds.discard(path)
             encode(text, alphabet, where)
-            samples = check_audio(path, rate, "; or set data.rate and model.rate, if all are so")
+            samples = check_audio(path, rate, "; or set data.rate and model.rate, if all are so", max_seconds)
             if outputs_needed(text) > outputs_of(samples, rate):
                 raise ValueError(
                     f"{where}: {len(text)} characters cannot be said in the {samples / rate:.2f} s of {path.name}: CTC "
@@ -197,6 +199,9 @@ def read_librispeech(folder: Path, rate: int, alphabet: str) -> list[Recording]:
     if not found:
         raise FileNotFoundError(f"{folder} holds no *.trans.txt with .flac or .wav files beside it.")
     return found
+
+
+_MAX_LIST = 64 * 2**20  # bytes of the list of prompts, decompressed
 
 
 def read_asterisk(root: str, texts: str, folder: str | None = None) -> list[Recording]:
@@ -213,8 +218,11 @@ def read_asterisk(root: str, texts: str, folder: str | None = None) -> list[Reco
         )
     found: list[Recording] = []
     try:
-        lines = gzip.decompress(listed.read_bytes()).decode().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        content, whole = unpacked(listed, _MAX_LIST)
+        lines = content.decode().splitlines()
+        if not whole:
+            raise EOFError("it is cut short")
+    except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{listed} is damaged ({error}). {install}") from error
     for row, line in enumerate(lines, 1):
         name, colon, text = line.partition(":")
@@ -261,22 +269,23 @@ def change_speed(audio: np.ndarray, speed: float) -> np.ndarray:
     return np.interp(places, np.arange(len(audio)), audio).astype(np.float32)
 
 
-def check_audio(path: Path, rate: int, otherwise: str = "") -> int:
+def check_audio(path: Path, rate: int, otherwise: str = "", max_seconds: float = MAX_SECONDS) -> int:
     """How many samples a sound file has by its header. Raises ValueError when it cannot be used.
 
     `otherwise`: what else to do about another rate than to convert the file.
     """
     try:
-        found = _soundfile().info(str(path))
+        found = _soundfile().info(str(check_regular(path)))
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read as sound ({error}). Expected a WAV or FLAC file.") from error
+    check_size(f"{path}", found.frames / max(found.samplerate, 1), max_seconds, "seconds", "max_file_seconds")
     return _check(path, found.frames, found.channels, found.samplerate, rate, otherwise)
 
 
 def read_audio(path: Path, rate: int) -> np.ndarray:
     """A sound file as (n,) float32 in -1..1. Raises ValueError when it cannot be used."""
     try:
-        audio, found = _soundfile().read(str(path), dtype="float32", always_2d=True)
+        audio, found = _soundfile().read(str(check_regular(path)), dtype="float32", always_2d=True)
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read as sound ({error}). Expected a WAV or FLAC file.") from error
     samples, channels = audio.shape

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from models.augmentation import CropAndFlip
+from models.file_limits import MAX_BYTES, unpacked
 
 Samples = TypeVar("Samples", list[Any], np.ndarray)
 IDX_NAMES = {"images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
@@ -104,13 +106,14 @@ class Idx:
         split_seed: int = 0,
         limit: int | None = None,
         val_limit: int | None = None,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         folder = directory(root, "IDX files (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and so on)")
-        pixels, labels = _read_pair(folder, "train")
+        pixels, labels = _read_pair(folder, "train", max_bytes)
         self.train, self.val = _split_in_memory(pixels, labels, val_fraction, split_seed, limit, val_limit)
         self.test: Pictures | None = None
         if any(_idx_file(folder, "t10k", kind) for kind in IDX_NAMES):
-            test_pixels, test_labels = _read_pair(folder, "t10k")
+            test_pixels, test_labels = _read_pair(folder, "t10k", max_bytes)
             if test_pixels.shape[1:] != pixels.shape[1:]:
                 raise ValueError(
                     f"{folder}: pictures of the train files are {pixels.shape[2]} x {pixels.shape[3]}, of the t10k "
@@ -171,13 +174,13 @@ def read_digits(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].astype(np.int64)
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
+def read_idx(path: Path, dimensions: int, max_bytes: int = MAX_BYTES) -> np.ndarray:
     """An IDX file of bytes, plain or gzipped, as an array of `dimensions` dimensions.
 
     Layout: two zero bytes, the type (8: unsigned byte), the number of dimensions, each as a big-endian 32-bit number,
     then the values. Raises ValueError when it is anything else, or not exactly as long as its header says.
     """
-    data, whole = _unpacked(path)
+    data, whole = unpacked(path, max_bytes, "max_bytes")
     magic = bytes([0, 0, 8, dimensions])
     start = 4 + 4 * dimensions
     if data[:4] != magic[: len(data)] or not data:
@@ -186,7 +189,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             f"{magic.hex(' ')} and begins with {data[:4].hex(' ') or 'nothing'}."
         )
     shape = struct.unpack(f">{dimensions}I", data[4:start]) if len(data) >= start else ()
-    expected = start + int(np.prod(shape, dtype=np.int64)) if shape else start
+    expected = start + math.prod(shape) if shape else start  # numbers of any size: NumPy's would wrap
     if len(data) < expected or not whole:
         found = f"{len(data)}" if whole else f"{len(data)} before its gzip stream breaks off"
         raise ValueError(f"{path} is cut short: expected {expected} bytes, found {found}. Copy or download it again.")
@@ -250,7 +253,7 @@ def _statistics(pixels: np.ndarray) -> tuple[float, float]:
     return total / count, (count * squares - total**2) ** 0.5 / count or 1.0
 
 
-def _read_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_pair(folder: Path, part: str, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (N, 1, H, W) uint8 and labels (N,) int64 of `part`: "train" or "t10k"."""
     found = {kind: _idx_file(folder, part, kind) for kind in IDX_NAMES}
     for kind, path in found.items():
@@ -260,7 +263,7 @@ def _read_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     images, label_file = found["images"], found["labels"]
     assert images is not None
     assert label_file is not None
-    pixels, labels = read_idx(images, 3), read_idx(label_file, 1)
+    pixels, labels = read_idx(images, 3, max_bytes), read_idx(label_file, 1, max_bytes)
     if len(pixels) != len(labels):
         raise ValueError(
             f"{images} holds {len(pixels)} pictures and {label_file} {len(labels)} labels; they must agree."
@@ -273,15 +276,3 @@ def _idx_file(folder: Path, part: str, kind: str) -> Path | None:
     # Some copies write a point for the second hyphen.
     candidates = [folder / (form + end) for form in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _unpacked(path: Path) -> tuple[bytes, bool]:
-    """What a plain or gzipped file holds, as far as it goes, and whether it goes to the end."""
-    data = path.read_bytes()
-    if not data.startswith(b"\x1f\x8b"):
-        return data, True
-    stream = zlib.decompressobj(wbits=31)
-    try:
-        return stream.decompress(data), stream.eof
-    except zlib.error as error:
-        raise ValueError(f"{path} is damaged: {error}. Copy or download it again.") from error

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from models.file_limits import MAX_PIXELS, open_picture
 from models.vision_data import directory, limited, stratified_order, stratified_split
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -45,6 +46,7 @@ class PictureFolder:
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.25,
         num_workers: int = 2,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if size < 1 or crop_padding < 0 or num_workers < 0:
             raise ValueError(f"{size=}, {crop_padding=}, {num_workers=}: size is at least 1, the others at least 0.")
@@ -57,17 +59,17 @@ class PictureFolder:
         look = size, channels, _per_channel(mean, channels, "mean"), _per_channel(std, channels, "std")
         if bool((look[3] <= 0).any()):
             raise ValueError(f"std={std}: must be above zero.")
-        self.train = PictureFiles(train, *look, crop_padding=crop_padding, flip=flip)
-        self.val = PictureFiles(val, *look)
-        self.test = PictureFiles(test, *look) if test else None
+        self.train = PictureFiles(train, *look, crop_padding, flip, max_pixels)
+        self.val = PictureFiles(val, *look, max_pixels=max_pixels)
+        self.test = PictureFiles(test, *look, max_pixels=max_pixels) if test else None
         files = train + val
         for path, _ in files[:: max(1, len(files) // CHECKED_AT_START)]:
-            decode(path, size, channels)
-        self._look = look
+            decode(path, size, channels, max_pixels)
+        self._look, self._max_pixels = look, max_pixels
 
     def inputs(self, path: str) -> PictureInputs:
         """A picture, or all of a folder and the folders in it, in the order of their names."""
-        return PictureInputs(path, *self._look)
+        return PictureInputs(path, *self._look, self._max_pixels)
 
 
 class PictureInputs(Dataset[Tensor]):
@@ -76,7 +78,9 @@ class PictureInputs(Dataset[Tensor]):
     `names` are the files. Raises FileNotFoundError where `path` is neither a picture nor a folder of some.
     """
 
-    def __init__(self, path: str, size: int, channels: int, mean: Tensor, std: Tensor) -> None:
+    def __init__(
+        self, path: str, size: int, channels: int, mean: Tensor, std: Tensor, max_pixels: int = MAX_PIXELS
+    ) -> None:
         """`mean` and `std` (C, 1, 1) are of pixels in 0..1."""
         place = Path(path).expanduser()
         self.names = list(_pictures_below(str(place))) if place.is_dir() else [str(place)] * place.is_file()
@@ -87,12 +91,13 @@ class PictureInputs(Dataset[Tensor]):
                 f"({' '.join(sorted(SUFFIXES))})."
             )
         self.size, self.channels, self.mean, self.std = size, channels, mean, std
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        pixels = decode(self.names[index], self.size, self.channels).float()
+        pixels = decode(self.names[index], self.size, self.channels, self.max_pixels).float()
         return pixels.div_(255).sub_(self.mean).div_(self.std).contiguous()
 
 
@@ -111,18 +116,19 @@ class PictureFiles:
         std: Tensor,
         crop_padding: int = 0,
         flip: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.files = list(files)
         self.size, self.channels = size, channels
         self.mean, self.std = mean, std  # (C, 1, 1), of pixels in 0..1
-        self.crop_padding, self.flip = crop_padding, flip
+        self.crop_padding, self.flip, self.max_pixels = crop_padding, flip, max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
-        x = decode(path, self.size, self.channels).float().div_(255).sub_(self.mean).div_(self.std)
+        x = decode(path, self.size, self.channels, self.max_pixels).float().div_(255).sub_(self.mean).div_(self.std)
         if self.crop_padding:
             p = self.crop_padding
             x = F.pad(x, (p, p, p, p))  # zero is the mean, that is grey
@@ -133,7 +139,7 @@ class PictureFiles:
         return x.contiguous(), label
 
 
-def decode(path: str, size: int | tuple[int, int], channels: int) -> Tensor:
+def decode(path: str, size: int | tuple[int, int], channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """A picture file as (channels, H, W) uint8: its centre, scaled. Raises ValueError naming the file.
 
     `size` is height and width, or one number for both.
@@ -141,7 +147,7 @@ def decode(path: str, size: int | tuple[int, int], channels: int) -> Tensor:
     mode = "RGB" if channels == 3 else "L"
     height, width = (size, size) if isinstance(size, int) else size
     try:
-        with Image.open(path) as opened:
+        with open_picture(path, max_pixels, "max_pixels") as opened:
             opened.draft(mode, (width, height))  # JPEG alone: decode at a fraction of the size
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
