@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,8 @@ class Reader:
         return next(self._loader.once(0, torch.arange(start, min(stop, self.samples)), start))
 
     def look(self) -> None:
-        """See whether the data set's own `__getitems__` draws random numbers."""
-        if self._gather is not None:
+        """See whether the data set's own `__getitems__` draws random numbers; given seeds belong to the samples."""
+        if self._gather is not None and "seeds" not in signature(self._gather).parameters:
             with own_randomness():
                 self._watched(self._gather)(list(range(min(2, self.samples))))
 
