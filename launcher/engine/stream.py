@@ -16,7 +16,7 @@ import torch
 
 from launcher.engine.batches import cut, join, rows
 from launcher.engine.data import Loader
-from launcher.engine.failures import is_own_words, traceback_of_user
+from launcher.engine.failures import traceback_of_user
 from launcher.engine.fetch import Fetch
 from launcher.engine.order import Key, mix, mix_each
 from launcher.engine.randomness import own_randomness, seed_for_reading
@@ -79,9 +79,9 @@ class StreamLoader(Loader):
                 for piece in self._dataset.stream(rank, world_size, mix(start, number), apply):
                     empty = empty and not rows(piece)
                     yield piece
+            except (ValueError, OSError) as error:  # its traceback may have stayed in the process that `apply` read in
+                raise DataError(str(error)) from error
             except Exception as error:
-                if isinstance(error, OSError) or (isinstance(error, ValueError) and is_own_words(error)):
-                    raise DataError(str(error)) from error
                 raise UserCodeError(f"{type(error).__name__}: {error}", traceback_of_user(error)) from error
             if empty:
                 raise DataError(f"The stream of {type(self._dataset).__name__} has nothing for rank {rank}.")
