@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import PATIENCE
+
 PROJECT = Path(__file__).resolve().parent / "project"
 LAUNCH = Path(sys.executable).with_name("launch")
 TOY = ("--config-dir", "own", "experiment=toy")  # 8 steps of a straight line, in this process
@@ -102,7 +104,7 @@ class Running:
     def _read_until(
         self, condition: Callable[[], bool], seconds: float, complaint: str, to_the_end: bool = False
     ) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE * seconds
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(f"{complaint} within {seconds:g} s:\n{self.plain[-3000:]}")

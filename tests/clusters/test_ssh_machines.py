@@ -70,7 +70,7 @@ def there(request: pytest.FixtureRequest) -> Iterator[Elsewhere]:
         yield made
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_what_answers_comes_up_and_down_leaves_nothing(there: Elsewhere) -> None:
     """The dead host is named; a second `up` starts nothing; the token is its user's; an interrupted `down` repeats."""
     there.machines[2].kill()
@@ -106,7 +106,7 @@ def _commands(there: Elsewhere) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_host_that_comes_back_joins_and_one_that_is_named_no_more_leaves(there: Elsewhere) -> None:
     assert there.launch("up", *there.words(), seconds=200).status == 0
     there.machines[1].kill()
@@ -133,7 +133,7 @@ def test_a_host_that_comes_back_joins_and_one_that_is_named_no_more_leaves(there
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("there", [(2,)], indirect=True)
 @pytest.mark.parametrize("running", ["raylet/raylet", "gcs_server"])
 def test_an_interrupted_up_can_be_repeated_and_ended(there: Elsewhere, running: str) -> None:
@@ -162,7 +162,7 @@ def test_an_interrupted_up_can_be_repeated_and_ended(there: Elsewhere, running: 
     assert left(there) == {}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("there", [(2, "100mbit")], indirect=True)
 def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(there: Elsewhere, tmp_path: Path) -> None:
     there.machines[0].cut()
@@ -206,7 +206,7 @@ def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(there: Elsewhere, tm
 # ---- a run on them --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_machine_lost_during_training_costs_no_bit(there: Elsewhere) -> None:
     """One worker a machine; the weights are those of one process and of two workers here; no secret is seen."""
     job = ["experiment=mnist", "trainer.epochs=6", "trainer.deterministic=true", "logging.graph=false"]

@@ -29,6 +29,7 @@ from launcher.money import Bill
 from launcher.runs import RunDirectory
 from tests.device import device
 from tests.engine import engine_toys as toys
+from tests.waiting import PATIENCE
 
 # A server that has imported torch forks every rank: a process of its own for each, without seconds of importing.
 _SERVER = multiprocessing.get_context("forkserver")
@@ -221,7 +222,7 @@ def on_ranks(
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE * timeout
         for process in processes:
             process.join(timeout=max(0.0, deadline - time.monotonic()))
         late = [rank for rank, process in enumerate(processes) if process.is_alive()]
@@ -267,7 +268,7 @@ def launch(
             processes.append(_SERVER.Process(target=_body, args=arguments))
         for process in processes:
             process.start()
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE * timeout
         if kill_when is not None:
             while not kill_when() and time.monotonic() < deadline:
                 time.sleep(0.0005)

@@ -17,6 +17,7 @@ from sweep_fixtures import HERE, PROJECT, Sweep, result, table
 
 import launcher
 from launcher.errors import ConfigError, RequestError, RunError
+from tests.waiting import PATIENCE
 
 
 def test_numbers_parameters_and_objective_agree_everywhere(sweep: Sweep, words: list[str], tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def command(tmp_path: Path, *more: str) -> list[str]:
 
 
 def wait_for(condition: Any, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE * seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

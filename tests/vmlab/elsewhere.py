@@ -22,6 +22,7 @@ from pathlib import Path
 from tests import servers
 from tests.command import Result
 from tests.vmlab.lab import ROOT, Host, Lab
+from tests.waiting import PATIENCE
 
 PORT = 22
 
@@ -139,7 +140,7 @@ class Elsewhere(Lab):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=PATIENCE * seconds,
             check=False,
         )
         return Result(done.returncode, done.stdout, done.stderr)

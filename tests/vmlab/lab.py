@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import namespaces
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 6379
@@ -268,7 +269,7 @@ class Lab:
         return done.stdout.split()
 
     def wait_for_nodes(self, count: int, seconds: float = 60) -> None:
-        latest = time.monotonic() + seconds
+        latest = time.monotonic() + PATIENCE * seconds
         while len(found := self.nodes()) != count:
             if time.monotonic() > latest:
                 logs = "\n".join(f"{host.name}: {host.log('ray.log')[-1500:]}" for host in self.hosts)

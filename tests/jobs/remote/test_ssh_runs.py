@@ -43,7 +43,7 @@ def wait_until(there: Elsewhere, run: Path, step: int, seconds: float = 60) -> N
         time.sleep(0.5)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_run_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
     words = there.words()
     done = there.launch(*TINY, *words, "run.name=two", "checkpoint.every=5", PLANTED="sEcReT-94", seconds=180)
@@ -74,7 +74,7 @@ def test_a_run_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_laptop_that_goes_away_leaves_the_run_going(there: Elsewhere) -> None:
     run = there.calling / "runs" / "away"
     laptop = there.start(*LONG, *there.words(there.machines[0].name), "cluster=ssh", "run.name=away")
@@ -106,7 +106,7 @@ def number_of_the_best(sweep: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_sweep_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
     """Trials of two workers, one a host, and no disk that both see; the laptop goes away meanwhile."""
     words = there.words()
@@ -147,7 +147,7 @@ def test_a_sweep_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_one_trial_of_a_sweep_elsewhere_is_followed_and_stopped(there: Elsewhere) -> None:
     """Detached, by names: of the trial, which ends as far as it came, and then of the sweep."""
     words = there.words(there.machines[0].name)
@@ -172,7 +172,7 @@ def test_one_trial_of_a_sweep_elsewhere_is_followed_and_stopped(there: Elsewhere
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_machine_lost_during_a_sweep_costs_no_trial(there: Elsewhere) -> None:
     """Would be wrong: a trial that fails with its machine, or that waits for one that Ray still believes in."""
     swept = ("-m", *TINY, "optimizer.lr=1e-3,2e-3,3e-3,1e-2", "trainer.epochs=40", "checkpoint.every=20")
