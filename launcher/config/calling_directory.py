@@ -33,7 +33,7 @@ _EXTRAS = ("", "examples", "azure")  # what a command may import
 # Where launch is not installed, as on the nodes of a cluster that it was sent to: what it depends on (pyproject.toml).
 DEPENDENCIES = (
     *("torch", "ray[default,train]", "hydra-core", "tensorboard", "rich", "optuna", "cmaes", "pyarrow", "xxhash"),
-    *("scipy", "matplotlib", "detect-secrets"),
+    *("scipy", "matplotlib", "detect-secrets", "pathspec"),
 )
 # Names that some packages install by mistake, beside their own.
 _BY_MISTAKE = frozenset({"test", "tests", "example", "examples", "docs", "benchmarks", *SHARED})

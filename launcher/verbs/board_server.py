@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-import webbrowser
 from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,6 +58,8 @@ def _open_when_ready(url: str) -> None:
         except OSError:
             time.sleep(0.1)
             continue
+        import webbrowser  # imports subprocess, before the calling directory is guarded
+
         webbrowser.open(url)
         return
 
