@@ -238,7 +238,8 @@ def read_asterisk(root: str, texts: str, folder: str | None = None) -> list[Reco
         if outputs_needed(spoken) <= outputs_of(samples, 8000):
             found.append(Recording(path, samples, 8000, spoken, name))
     if not found:
-        raise ValueError(f"data.folder={folder}: {listed} has no recording in it." if folder else f"{listed} is empty.")
+        where = f"data.folder={folder}: {listed}" if folder else f"{listed}"
+        raise ValueError(f"{where} names no recording that is below data.root={root}. {install}")
     return found
 
 
