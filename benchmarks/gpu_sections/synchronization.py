@@ -23,18 +23,18 @@ READS = ("aten::_local_scalar_dense", "aten::nonzero")
 BEGIN, END = "benchmark: begin", "benchmark: end"
 
 # By name: settings of the strategy and of the trainer, and the numbers that the host may read in a step on the CPU,
-# where the engine looks at the loss of each microbatch and at the vote.
+# where the engine looks at the loss of each microbatch, at the gradients and at the vote.
 STRATEGIES: dict[str, tuple[Figures, Figures, int]] = {
-    "ddp": ({}, {}, 2),
-    "ddp, clipped": ({}, {"clip_norm": 1.0}, 2),
-    "ddp, bfloat16": ({}, {"precision": "bfloat16"}, 2),
-    "ddp, accumulating": ({}, {"microbatch_size": 25}, 3),
+    "ddp": ({}, {}, 3),
+    "ddp, clipped": ({}, {"clip_norm": 1.0}, 3),
+    "ddp, bfloat16": ({}, {"precision": "bfloat16"}, 3),
+    "ddp, accumulating": ({}, {"microbatch_size": 25}, 4),
     "deterministic": ({}, {"deterministic": True}, 18),
-    "bf16": ({"compression": "bf16"}, {}, 2),
-    "powersgd": ({"compression": "powersgd"}, {}, 2),
-    "local_sgd": ({"name": "local_sgd"}, {}, 2),
-    "diloco": ({"name": "diloco"}, {}, 2),
-    "fsdp": ({"name": "fsdp"}, {}, 2),
+    "bf16": ({"compression": "bf16"}, {}, 3),
+    "powersgd": ({"compression": "powersgd"}, {}, 3),
+    "local_sgd": ({"name": "local_sgd"}, {}, 3),
+    "diloco": ({"name": "diloco"}, {}, 3),
+    "fsdp": ({"name": "fsdp"}, {}, 3),
 }
 
 

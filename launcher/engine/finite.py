@@ -33,14 +33,15 @@ class Finite:
     def __init__(self, runtime: Runtime, strategy: Strategy, again: Callable[[], Iterable[Any]] | None) -> None:
         self._runtime, self._strategy, self._again = runtime, strategy, again
         self._on_gpu = runtime.device.type != "cpu"
-        self._losses = torch.full((), _NEVER, device=runtime.device)
-        self._gradients = torch.full((), _NEVER, device=runtime.device)
+        # The first bad step; on a GPU it stays there until it is asked for.
+        self._losses: Tensor | int = torch.full((), _NEVER, device=runtime.device) if self._on_gpu else _NEVER
+        self._gradients: Tensor | int = torch.full((), _NEVER, device=runtime.device) if self._on_gpu else _NEVER
         self._name: str | None = None
 
     @property
     def gradient_was_bad(self) -> bool:
         """Whether a gradient of this rank alone was bad: the other ranks must learn of it with the next vote."""
-        return not self._on_gpu and int(self._gradients) < _NEVER
+        return not self._on_gpu and self._gradients < _NEVER  # type: ignore[return-value]
 
     def note_loss(self, answer: Any, step: int) -> None:
         """Keep the step of a bad loss on the device."""
@@ -59,9 +60,9 @@ class Finite:
         if self._on_gpu:
             self._gradients = _earlier(self._gradients, finite, step)
             return False
-        if bool(finite) or self.gradient_was_bad:
+        if finite or self.gradient_was_bad:
             return False
-        self._gradients.fill_(step)
+        self._gradients = step
         alike = self._runtime.alone or self._strategy.reduces_while_computing
         self._name = self._computed_again() if alike else self._strategy.bad_gradient()
         return alike
@@ -119,5 +120,7 @@ class Finite:
         return None
 
 
-def _earlier(known: Tensor, finite: Tensor, step: int) -> Tensor:
+def _earlier(known: Tensor | int, finite: Tensor | bool, step: int) -> Tensor:
+    assert isinstance(known, Tensor)
+    assert isinstance(finite, Tensor)
     return torch.minimum(known, torch.where(finite, _NEVER, step))
