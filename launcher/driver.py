@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from launcher.clusters.existing import ExistingRay
 from launcher.clusters.gcs import look
 from launcher.clusters.needs import Needs
 from launcher.config import Settings
-from launcher.errors import ClusterError, LaunchError, Stopped, UserCodeError
+from launcher.errors import ClusterError, LaunchError, Stopped, to_dict
 from launcher.jobs import training
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.remote.wire import Event, Writer
@@ -51,12 +50,11 @@ def main() -> int:
         try:
             end = _drive(job, Telling(writer))
         except LaunchError as error:
-            end = {"status": error.exit_status, "error": told(error)}
+            end = {"status": error.exit_status, "error": to_dict(error)}
         except Stopped as stopped:
             end = {"status": training.exit_status_of(stopped.signal_number), "stopped": stopped.signal_number}
         except Exception as error:
-            text = "".join(traceback.format_exception(error))
-            end = {"status": 1, "error": {"type": type(error).__name__, "message": str(error), "traceback": text}}
+            end = {"status": 1, "error": to_dict(error)}
         writer.send({"kind": "end", **end})
     return int(end["status"])
 
@@ -95,12 +93,6 @@ def _meet(needs: Needs, address: str, observer: training.Observer) -> None:
     with ExistingRay(address, environment=needs.names):
         needs.meet(look(address), os.getcwd())
     importlib.invalidate_caches()
-
-
-def told(error: LaunchError) -> dict[str, Any]:
-    """Return an error as plain data; `launcher.jobs.remote.caller` makes it one again."""
-    text = error.traceback_text if isinstance(error, UserCodeError) else None
-    return {"type": type(error).__name__, "message": str(error), "traceback": text}
 
 
 if __name__ == "__main__":

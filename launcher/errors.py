@@ -28,6 +28,8 @@ Interruption is not an error: `Stopped` carries the signal, and the command line
 from __future__ import annotations
 
 import difflib
+import re
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -149,21 +151,45 @@ class Stopped(BaseException):
 _DATA: dict[type[LaunchError], tuple[str, ...]] = {HostError: ("host", "cause"), UserCodeError: ("traceback_text",)}
 
 
-def to_dict(error: LaunchError) -> dict[str, Any]:
-    """Return an error as plain data for another process. A class of another module becomes its base in this one."""
+def to_dict(error: BaseException) -> dict[str, Any]:
+    """Return an error as plain data for another process: the one form on every wire.
+
+    A class of another module becomes its base in this one; an exception that is no LaunchError becomes a UserCodeError
+    with its whole traceback.
+    """
+    if not isinstance(error, LaunchError):
+        text = str(error) or type(error).__name__
+        error = UserCodeError(f"{type(error).__name__}: {text}", "".join(traceback.format_exception(error)))
     kind = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
     data = {name: getattr(error, name) for base, names in _DATA.items() if issubclass(kind, base) for name in names}
     return {"type": kind.__name__, "message": str(error), "data": data, "exit_status": error.exit_status}
 
 
 def from_dict(found: Mapping[str, Any]) -> LaunchError:
-    """Return the error that `to_dict` described."""
-    kind = globals().get(found["type"])
+    """Return the error that `to_dict` described: the same class, message, data and exit status."""
+    kind = globals().get(str(found["type"]))
     if not (isinstance(kind, type) and issubclass(kind, LaunchError)):
         kind = LaunchError
-    error = kind(found["message"], **found["data"])
-    error.exit_status = found["exit_status"]
+    names = [name for base, names in _DATA.items() if issubclass(kind, base) for name in names]
+    given = found.get("data", {})
+    error = kind(str(found["message"]), *(str(given.get(name, "")) for name in names))
+    error.exit_status = int(found.get("exit_status", kind.exit_status))
     return error
+
+
+# What gloo, NCCL and the rendezvous store say where another worker has gone. A worker that reports it is a victim.
+_PEER_IS_GONE = re.compile(
+    r"connection (?:was )?(?:closed|reset|refused)|broken pipe|(?:closed|reset) by peer|recvvalue failed"
+    r"|socket (?:timeout|closed|is no longer valid)|application timeout caused pair closure"
+    r"|remote process exited or there was a network error|timed out (?:waiting|after \d+ ?(?:ms|seconds) waiting)"
+    r"|wait timeout after|collective operation timeout|nccl.*(?:remote|abort|unhandled system)",
+    re.IGNORECASE,
+)
+
+
+def says_peer_is_gone(text: str) -> bool:
+    """Whether the text of an exception says that the process at the other end of a connection has gone."""
+    return bool(_PEER_IS_GONE.search(text))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,24 +9,12 @@ from pathlib import Path
 
 import torch
 
-from launcher.errors import LaunchError, LoaderLost, TrainingError, UserCodeError, WorkerLost
+from launcher.errors import LaunchError, LoaderLost, TrainingError, UserCodeError, WorkerLost, says_peer_is_gone
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _TORCH = str(Path(torch.__file__).resolve().parent)
 _PYTHON = str(Path(traceback.__file__).resolve().parent)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
-# What gloo and NCCL say when the other side is gone. A rank that reports this is a victim, not the culprit.
-_PEER_IS_GONE = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection refused",
-    "broken pipe",
-    "remote process exited or there was a network error",
-    "application timeout caused pair closure",
-    "timed out waiting",
-    "collective operation timeout",
-    "socket is no longer valid",
-)
 _REMEDIES: dict[int, str] = {
     signal.SIGKILL: "usually memory): lower data.num_workers, or the memory that the data set takes",
     signal.SIGBUS: "usually shared memory): enlarge /dev/shm (docker run --shm-size), or lower data.num_workers",
@@ -43,8 +31,7 @@ def translate(error: Exception, rank: int = 0) -> LaunchError:
         return error
     if isinstance(error, LoaderDied):
         return error.of_rank(rank)
-    text = str(error).lower()
-    if isinstance(error, (RuntimeError, torch.distributed.DistError)) and any(sign in text for sign in _PEER_IS_GONE):
+    if isinstance(error, (RuntimeError, torch.distributed.DistError)) and says_peer_is_gone(str(error)):
         return WorkerLost(
             f"The connection to another worker was lost ({str(error).splitlines()[0][:200]}). "
             "Look for the first error of the other workers; continue from the newest checkpoint with run.resume=true."

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from launcher import errors
-from launcher.errors import ConfigError, LaunchError, LoaderLost, Stopped, UserCodeError, WorkerLost
+from launcher.errors import ConfigError, LaunchError, LoaderLost, Stopped, WorkerLost, from_dict, to_dict
 
 if TYPE_CHECKING:
     from launcher.engine.runtime import Runtime
@@ -94,14 +93,8 @@ def _store() -> Any:
 
 
 def _leave_word(store: Any, error: BaseException) -> None:
-    word = {
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": getattr(error, "traceback_text", ""),
-        "exit_status": getattr(error, "exit_status", 1),
-    }
     with suppress(Exception):  # the store may have gone with rank 0
-        store.compare_set(_FAILURE, "", json.dumps(word))
+        store.compare_set(_FAILURE, "", json.dumps(to_dict(error)))
 
 
 def _word(store: Any, patiently: bool) -> LaunchError | None:
@@ -111,10 +104,5 @@ def _word(store: Any, patiently: bool) -> LaunchError | None:
             if time.monotonic() > end:
                 return None
             time.sleep(0.05)
-        word = json.loads(store.get(_FAILURE))
-        if word["type"] == UserCodeError.__name__:
-            return UserCodeError(word["message"], word["traceback"])
-        error: LaunchError = getattr(errors, word["type"])(word["message"])
-        error.exit_status = word["exit_status"]
-        return error
+        return from_dict(json.loads(store.get(_FAILURE)))
     return None

@@ -257,7 +257,7 @@ def work(order: Order) -> dict[str, Any] | None:
             control.flush()
             # Plain, since the controller unpickles it and knows nothing of user code. The event carries the rest.
             mark = REGROUP if isinstance(error, Regroup) else LOST if event["aftermath"] or event["lost"] else ""
-            raise RuntimeError(f"{mark}{event['type']}: {event['message']}") from None
+            raise RuntimeError(f"{mark}{event['error']['type']}: {event['error']['message']}") from None
     return result if rank == 0 else None
 
 

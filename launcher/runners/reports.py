@@ -8,17 +8,19 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from launcher import errors
-from launcher.errors import LaunchError, LoaderLost, UserCodeError, WorkerLost
+from launcher.errors import (
+    CheckpointError,
+    LaunchError,
+    LoaderLost,
+    RequestError,
+    UserCodeError,
+    WorkerLost,
+    from_dict,
+    says_peer_is_gone,
+    to_dict,
+)
 
 Event = dict[str, Any]
-
-# What gloo, NCCL and the rendezvous store say when another rank has gone.
-_PEER_IS_GONE = re.compile(
-    r"connection (?:was )?(?:closed|reset|refused)|broken pipe|by peer|socket (?:timeout|closed)|recvvalue failed"
-    r"|timed out (?:waiting|after)|wait timeout|nccl.*(?:remote|abort|unhandled system)",
-    re.IGNORECASE,
-)
 
 
 def describe(error: BaseException, rank: int) -> Event:
@@ -27,41 +29,32 @@ def describe(error: BaseException, rank: int) -> Event:
     `aftermath` marks what only follows from the end of another worker, `lost` a worker that ends since one of its own
     processes died; after either the run is started again.
     """
-    text = str(error) or type(error).__name__
-    event: Event = {"kind": "error", "rank": rank, "time": time.time(), "setup": False, "aftermath": False}
-    event["lost"] = isinstance(error, LoaderLost)
-    if isinstance(error, LaunchError):
-        return event | {
-            "type": type(error).__name__,
-            "message": text,
-            "traceback": getattr(error, "traceback_text", ""),
-            "setup": isinstance(error, errors.RequestError),
-            "exit_status": error.exit_status,
-            # A save in which a peer goes away is told as a save that failed.
-            "aftermath": (isinstance(error, WorkerLost) and not event["lost"])
-            or (isinstance(error, errors.CheckpointError) and bool(_PEER_IS_GONE.search(text))),
-        }
-    own = str(Path(__file__).resolve().parent)
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(own)]
-    lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
-    lines += traceback.format_exception_only(type(error), error)
-    return event | {
-        "type": "UserCodeError",
-        "message": f"{type(error).__name__}: {text}",
-        "traceback": "".join(lines),
-        "aftermath": isinstance(error, (RuntimeError, TimeoutError)) and bool(_PEER_IS_GONE.search(text)),
+    lost = isinstance(error, LoaderLost)
+    # A save in which a peer goes away is reported as a save that failed.
+    follows = isinstance(error, (CheckpointError, RuntimeError, TimeoutError)) and says_peer_is_gone(str(error))
+    return {
+        "kind": "error",
+        "rank": rank,
+        "time": time.time(),
+        "setup": isinstance(error, RequestError),
+        "lost": lost,
+        "aftermath": (isinstance(error, WorkerLost) and not lost) or follows,
+        "error": to_dict(error if isinstance(error, LaunchError) else _of_user(error)),
     }
 
 
 def rebuild(event: Event) -> LaunchError:
     """Return the error that a worker described."""
-    kind = getattr(errors, event["type"], None)
-    if not (isinstance(kind, type) and issubclass(kind, LaunchError)) or issubclass(kind, UserCodeError):
-        return UserCodeError(event["message"], event.get("traceback", ""))
-    error = kind(event["message"])
-    # The engine turns a wrong request that shows only during training (a corrupt picture) from 2 to 1.
-    error.exit_status = event.get("exit_status", error.exit_status)
-    return error
+    return from_dict(event["error"])
+
+
+def _of_user(error: BaseException) -> UserCodeError:
+    """Return an exception that the engine has not translated, without the frames of this folder."""
+    own = str(Path(__file__).resolve().parent)
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(own)]
+    lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
+    lines += traceback.format_exception_only(type(error), error)
+    return UserCodeError(f"{type(error).__name__}: {str(error) or type(error).__name__}", "".join(lines))
 
 
 def crash_of(stderr: str) -> str:

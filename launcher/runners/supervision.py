@@ -227,7 +227,7 @@ def again(
         return "There is room for more workers: all have saved, and start again with them."
     if verdict["cause"] == "preemption" and not suspects:
         return "All workers have saved and start again, since a machine is to be taken away."
-    said = [event["message"].rstrip(".") for event in errors if event.get("lost")]
+    said = [event["error"]["message"].rstrip(".") for event in errors if event.get("lost")]
     what = said[0] if said else what_happened(suspects, workers, limits)
     if verdict["cause"] == "preemption":
         return f"{what}. The run is started again from its newest checkpoint."

@@ -9,9 +9,8 @@ from contextlib import contextmanager, suppress
 
 from launcher.clusters import heads
 from launcher.clusters.ray_jobs import OVER, Unreachable
-from launcher.errors import ClusterError, HostError, RunError
+from launcher.errors import ClusterError, HostError, RunError, from_dict
 from launcher.jobs.remote import follow
-from launcher.jobs.remote.caller import error_of
 from launcher.jobs.remote.connection import connected
 from launcher.jobs.remote.copies import Copies
 from launcher.jobs.remote.place import Place, forget, required_place
@@ -95,7 +94,7 @@ def _hear_of_it(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
             if event["kind"] == "end" and "error" in event:
                 if not run.exists():
                     forget(run, [run.path])
-                raise error_of(event["error"])
+                raise from_dict(event["error"])
             if event["kind"] in ("begun", "end") and (run.exists() or place.directory):
                 return
             if event["kind"] != "begun":

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launcher import errors
 from launcher.clusters import mounts, project, rates
 from launcher.clusters.heads import Head
 from launcher.clusters.needs import Needs
@@ -19,7 +18,7 @@ from launcher.clusters.ray_jobs import OVER, Jobs, Unreachable, checked_url, own
 from launcher.clusters.ssh import place_of as place_on_host
 from launcher.config import ClusterConfig
 from launcher.config.schema import ScalingConfig
-from launcher.errors import HostError, LaunchError, RunError, Stopped, UserCodeError, WorkerLost
+from launcher.errors import HostError, LaunchError, RunError, Stopped, WorkerLost, from_dict
 from launcher.jobs.prepare import Prepared, Request, key_of
 from launcher.jobs.remote import follow, freight, place
 from launcher.jobs.remote.connection import connected, through
@@ -299,7 +298,7 @@ class Caller:
     def _ended(self, end: Event, interrupts: Any) -> Sent:
         self._ended_there = True
         if error := end.get("error"):
-            raise error_of(error)
+            raise from_dict(error)
         if "stopped" in end:
             raise Stopped(interrupts.signal_number or end["stopped"])
         return Sent(end["result"], interrupts.signal_number, more=end.get("more", {}))
@@ -312,15 +311,3 @@ def _quoted(value: str) -> str:
 
 class _Detached(Exception):
     pass
-
-
-def error_of(told: dict[str, Any]) -> LaunchError:
-    """Return the error that the driver told of, as the class that it had there."""
-    kind = getattr(errors, str(told["type"]), None)
-    if kind is UserCodeError:
-        return UserCodeError(told["message"], told["traceback"] or "")
-    if isinstance(kind, type) and issubclass(kind, LaunchError):
-        made = kind.__new__(kind)
-        Exception.__init__(made, told["message"])
-        return made
-    return UserCodeError(f"{told['type']}: {told['message']}", told["traceback"] or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -13,9 +14,8 @@ import pytest
 from launcher import cli
 from launcher.clusters.ray_jobs import Unreachable, checked_url
 from launcher.config.schema import ClusterConfig
-from launcher.errors import ClusterError, DataError, UserCodeError, WorkerLost
+from launcher.errors import ClusterError, DataError, HostError, UserCodeError, WorkerLost, from_dict, to_dict
 from launcher.jobs.remote import follow
-from launcher.jobs.remote.caller import error_of
 from launcher.jobs.remote.place import Place, is_elsewhere, place_of
 from launcher.jobs.remote.wire import Reader, Writer
 from launcher.runs import RunDirectory, find, list_runs
@@ -113,15 +113,17 @@ def test_a_cluster_that_never_answers_again_is_given_up(monkeypatch: pytest.Monk
 
 
 def test_errors_come_back_as_what_they_were() -> None:
-    data = error_of({"type": "DataError", "message": "row 7", "traceback": None})
-    assert isinstance(data, DataError)
-    assert (str(data), data.exit_status) == ("row 7", 2)
-    user = error_of({"type": "UserCodeError", "message": "KeyError: 1", "traceback": "Traceback…"})
-    assert isinstance(user, UserCodeError)
-    assert (user.traceback_text, user.exit_status) == ("Traceback…", 1)
-    bug = error_of({"type": "AssertionError", "message": "", "traceback": "Traceback…"})
+    """Would be wrong: a corrupt row found during training ends with 2 at one end and 1 at the other."""
+    row = DataError("row 7")
+    row.exit_status = 1  # as the engine sets it once training has begun
+    for error in (row, DataError("no file"), HostError("no route", "vm1", "lost"), UserCodeError("KeyError: 1", "T…")):
+        back = from_dict(json.loads(json.dumps(to_dict(error))))
+        assert type(back) is type(error)
+        assert (str(back), back.exit_status, vars(back)) == (str(error), error.exit_status, vars(error) | vars(back))
+    bug = from_dict(to_dict(AssertionError("mine")))
     assert isinstance(bug, UserCodeError)
-    assert error_of({"type": "sys", "message": "m", "traceback": None}).exit_status == 1
+    assert "mine" in bug.traceback_text
+    assert from_dict({"type": "sys", "message": "m"}).exit_status == 1
 
 
 def test_the_place_of_a_run_is_kept_and_a_run_that_was_sent_is_found(tmp_path: Path) -> None:
