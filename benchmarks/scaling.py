@@ -165,7 +165,7 @@ PARAMETERS, TOKENS = 124e6, 16 * 1024
 
 def paper() -> str:
     """Return the table of docs/scaling.md as Markdown."""
-    from launcher.clusters.catalogue import sizes
+    from launcher.clusters.pricing.catalogue import sizes
     from launcher.engine.peaks import peak_flops
 
     heads = [

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher import sweeps
-from launcher.clusters import ray_jobs
-from launcher.clusters.existing import ExistingRay
+from launcher.clusters.existing.existing_ray import ExistingRay
 from launcher.clusters.gcs import look
-from launcher.clusters.needs import Needs
+from launcher.clusters.remote import ray_jobs
+from launcher.clusters.remote.node_setup import Needs
 from launcher.config import Settings
 from launcher.errors import ClusterError, LaunchError, Stopped, to_dict
 from launcher.jobs import training

@@ -1,8 +1,8 @@
 """What the machines of a run cost: a rate in plain data that travels with the task, and a meter that applies it.
 
-Free of clusters and prices: `launcher.clusters.rates` makes the rate. The time of a run and its dollars are counted up
-to the same moment, `seconds` and `cost_usd` of result.json, so that whoever continues the count (the next group of
-workers, the next command, the driver of a run that failed) finds both there.
+Free of clusters and prices: `launcher.clusters.pricing.rates` makes the rate. The time of a run and its dollars are
+counted up to the same moment, `seconds` and `cost_usd` of result.json, so that whoever continues the count (the next
+group of workers, the next command, the driver of a run that failed) finds both there.
 """
 
 from __future__ import annotations

@@ -258,11 +258,11 @@ def test_the_table_has_no_cycle() -> None:
         ("launcher/runners/in_process.py", "import ray\n\ndef f():\n    ray.train.report({})", "imports ray.train:"),
         ("launcher/runners/ray_train.py", "from launcher.sweeps import study", "imports launcher.sweeps:"),
         (
-            "launcher/clusters/local.py",
+            "launcher/clusters/local/embedded_ray.py",
             "async def f(self):\n    import torch.cuda",
             "imports torch.cuda:",
         ),
-        ("launcher/clusters/local.py", "from launcher.engine import runtime", "imports launcher.engine:"),
+        ("launcher/clusters/local/embedded_ray.py", "from launcher.engine import runtime", "imports launcher.engine:"),
         ("launcher/planning/plan.py", "import ray", "imports ray:"),
         ("launcher/runners/in_process.py", "import hydra.utils", "imports hydra.utils:"),
         ("launcher/runs/directory.py", "from launcher.jobs import prepare", "imports launcher.jobs:"),
@@ -287,7 +287,7 @@ def test_a_planted_violation_is_found(path: str, source: str, expected: str) -> 
     [
         ("launcher/config/targets.py", "def f():\n    import torch"),
         ("launcher/runners/ray_train.py", "import ray.train.torch\nfrom launcher.engine import entry"),
-        ("launcher/clusters/local.py", "import ray\nfrom launcher.errors import ResourceError"),
+        ("launcher/clusters/local/embedded_ray.py", "import ray\nfrom launcher.errors import ResourceError"),
         ("launcher/engine/trainer.py", "import torch\nfrom launcher import __version__, runs\nfrom .data import x"),
         ("launcher/verbs/help.py", "from hydra import compose\nfrom launcher.config import sources"),
         ("launcher/engine/trainer.py", "import raylib, rayon.train"),

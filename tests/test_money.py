@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launcher import money
-from launcher.clusters.rates import rate_of, words
+from launcher.clusters.pricing.rates import rate_of, words
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 from launcher.money import Bill, Meter, Rate

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.clusters.azure.api import Api, sign_in, told
 from launcher.clusters.azure.wanted import group_of
-from launcher.clusters.mounts import READER, Mount, role_lines
+from launcher.clusters.remote.mounts import READER, Mount, role_lines
 
 CONTRIBUTOR = "Storage Blob Data Contributor"
 

@@ -27,8 +27,8 @@ from launcher.runs.mirror import local
 from launcher.runs.storage import is_gathered, is_uri
 
 if TYPE_CHECKING:
-    from launcher.clusters.existing import ExistingRay
-    from launcher.clusters.local import EmbeddedRay
+    from launcher.clusters.existing.existing_ray import ExistingRay
+    from launcher.clusters.local.embedded_ray import EmbeddedRay
     from launcher.engine.entry import Task
     from launcher.engine.runtime import Runtime
     from launcher.planning.hosts import HostPlan
@@ -196,14 +196,14 @@ def cluster_of(
 ) -> EmbeddedRay | ExistingRay:
     """Return the Ray that the configuration names, to be entered. preload: a module to import while it starts."""
     if cluster.kind == "existing":
-        from launcher.clusters.existing import ExistingRay
+        from launcher.clusters.existing.existing_ray import ExistingRay
         from launcher.clusters.gcs import address_of
 
         own = None if is_uri(directory) else directory  # on a store: every worker sees for itself
         return ExistingRay(
             address_of(cluster.address), python_path, own, verbose, cluster.env, gathers=is_gathered(directory)
         )
-    from launcher.clusters.local import EmbeddedRay
+    from launcher.clusters.local.embedded_ray import EmbeddedRay
 
     return EmbeddedRay(verbose=verbose, preload=(preload,), keep_minutes=cluster.keep_minutes)
 

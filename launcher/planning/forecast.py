@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.clusters.nodes import Nodes
+from launcher.clusters.pricing.nodes import Nodes
 from launcher.config import Job, StrategyConfig
 from launcher.engine.cost import MFU, Link
 from launcher.errors import ConfigError, ResourceError

@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.clusters import ssh
 from launcher.clusters.capacity import Node, room
-from launcher.clusters.rates import rate_of
+from launcher.clusters.pricing.rates import rate_of
+from launcher.clusters.ssh import lifecycle as ssh
 from launcher.config import Job
 from launcher.errors import ResourceError
 from launcher.phrases import count
@@ -72,7 +72,7 @@ def make_host_plan(job: Job) -> HostPlan:
     """Work out what a run on the hosts of the configuration would be.
 
     Raises:
-        RequestError: it cannot be done as asked; see `clusters.ssh.written`, `plan.seated_on` and `engine.estimate`.
+        RequestError: it cannot be done as asked; see `ssh.lifecycle.written`, `plan.seated_on` and `engine.estimate`.
     """
     entries = ssh.written(job.cluster)
     usable = [entry for entry in entries if entry.get("state") != "dead"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher.clusters.nodes import Nodes, chosen
+from launcher.clusters.pricing.nodes import Nodes, chosen
 from launcher.config import Job
 from launcher.engine.cost import Link
 from launcher.phrases import count, duration, size
@@ -148,7 +148,7 @@ def make_node_plan(job: Job, ask: bool = True, earlier: RunDirectory | None = No
         earlier: a run of the same network, whose share of its GPUs' peak is taken where it is known.
 
     Raises:
-        RequestError: it cannot be done as asked; see `clusters.nodes.chosen`, `forecast.seat` and `engine.estimate`.
+        RequestError: it cannot be done as asked; see `pricing.nodes.chosen`, `forecast.seat` and `engine.estimate`.
     """
     nodes = chosen(job.cluster, ask)
     machines, sits = seat(job, nodes)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.clusters import capacity, gcs
-from launcher.clusters.rates import rate_of
+from launcher.clusters.pricing.rates import rate_of
 from launcher.config import Job
 from launcher.config.schema import RENTED
 from launcher.errors import ConfigError

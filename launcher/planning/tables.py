@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from launcher.clusters.catalogue import Price
+from launcher.clusters.pricing.catalogue import Price
 from launcher.phrases import count, size
 from launcher.planning.nodes import NodePlan, told_time
 

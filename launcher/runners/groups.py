@@ -24,8 +24,8 @@ from typing import Any
 
 from ray import cloudpickle
 
-from launcher.clusters.existing import ExistingRay
-from launcher.clusters.local import EmbeddedRay
+from launcher.clusters.existing.existing_ray import ExistingRay
+from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import LaunchError
 from launcher.runners import ray_train

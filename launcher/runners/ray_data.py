@@ -62,7 +62,7 @@ def _task(function: bytes, home: str, python_path: list[str]) -> Callable[..., A
     def task(batch: dict[str, Any]) -> dict[str, list[bytes]]:
         if home not in sys.path:
             sys.path.append(home)
-        from launcher.clusters.from_driver import adopt
+        from launcher.clusters.remote.from_driver import adopt
         from launcher.config.targets import add_calling_directory
 
         adopt()

@@ -35,8 +35,8 @@ from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, 
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from launcher.clusters.existing import ExistingRay, interface_of
-from launcher.clusters.local import EmbeddedRay
+from launcher.clusters.existing.existing_ray import ExistingRay, interface_of
+from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.clusters.ray_adapted import RAY_TRAIN_ENVIRONMENT
 from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import Regroup
@@ -216,7 +216,7 @@ def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
 
         if home not in sys.path:
             sys.path.append(home)
-        importlib.import_module("launcher.clusters.from_driver").adopt()
+        importlib.import_module("launcher.clusters.remote.from_driver").adopt()
         return importlib.import_module(module).work(pickle.loads(pickled))
 
     return enter

@@ -15,8 +15,8 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup
 
-from launcher.clusters.existing import ExistingRay
-from launcher.clusters.local import EmbeddedRay
+from launcher.clusters.existing.existing_ray import ExistingRay
+from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import LaunchError, OutOfMemory, ResourceError, Stopped, TrainingError, WorkerLost
 from launcher.runners import policies, preemption
 from launcher.runners.channel import DriverEnd, publish

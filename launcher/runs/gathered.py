@@ -4,7 +4,7 @@
 
 It behaves as an object store does (`launcher.runs.storage`): a file appears when it is whole, folders come with their
 files. On the driver's machine operations go to the disk; on others through a process there (`through`), which
-`launcher.clusters.from_driver` provides. No Ray here.
+`launcher.clusters.remote.from_driver` provides. No Ray here.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from launcher.errors import ConfigError, TrainingError
 from launcher.verbs.output import say
 
 if TYPE_CHECKING:
-    from launcher.clusters.kuberay import RayJob
+    from launcher.clusters.kuberay.ray_job import RayJob
     from launcher.verbs.line import Line
 
 KIND = "kuberay"
@@ -28,26 +28,26 @@ def is_meant(line: Line) -> bool:
 
 def plan(line: Line, result: Callable[[str], None]) -> int:
     """Print the manifest; `kubectl apply -f -` takes it."""
-    from launcher.clusters import kuberay
+    from launcher.clusters.kuberay.ray_job import manifests, text
 
     job = _job(line)
     if "json" in line.flags:
-        facts = {"run": job.run, "directory": job.directory, "manifests": kuberay.manifests(job)}
+        facts = {"run": job.run, "directory": job.directory, "manifests": manifests(job)}
         result(json.dumps(facts, indent=2))
     else:
-        result(kuberay.text(job).rstrip("\n"))
+        result(text(job).rstrip("\n"))
     return 0
 
 
 def train(line: Line, result: Callable[[str], None]) -> int:
     """Submit the run and follow it to its end."""
-    from launcher.clusters import kuberay
-    from launcher.clusters.kubectl import Kubectl
+    from launcher.clusters.kuberay.kubectl import Kubectl
+    from launcher.clusters.kuberay.ray_job import text
 
     job = _job(line)
     kubectl = Kubectl(job.cluster.context, job.cluster.namespace)
     context = kubectl.check()
-    kubectl.create(kuberay.text(job))
+    kubectl.create(text(job))
     say(f"{job.run}: RayJob {job.name} on {context}, {job.cluster.nodes} x {job.nodes.size.name}")
     how = f"Follow it with: kubectl --namespace {job.cluster.namespace} logs -f job/{job.name}"
     stop = f"stop it with: launch stop {job.run} run.root={job.root}"
@@ -70,7 +70,7 @@ def train(line: Line, result: Callable[[str], None]) -> int:
 
 
 def _job(line: Line) -> RayJob:
-    from launcher.clusters.kuberay import ray_job
+    from launcher.clusters.kuberay.ray_job import ray_job
     from launcher.config.schema import default_run_name
     from launcher.jobs.prepare import composed
 

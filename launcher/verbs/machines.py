@@ -8,9 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from launcher.clusters import heads, keep, ssh
 from launcher.clusters.azure import lifecycle as azure
-from launcher.clusters.heads import Head
+from launcher.clusters.local import ray_session
+from launcher.clusters.remote import registry
+from launcher.clusters.remote.registry import Head
+from launcher.clusters.ssh import lifecycle as ssh
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError, LaunchError, MachineError
 from launcher.phrases import count, duration
@@ -46,10 +48,10 @@ def status(name: str | None = None) -> list[dict[str, Any]]:
     """
     kept = _kept()
     if name is not None and (name != LOCAL or not kept):
-        return [_asked(heads.load(name))]
+        return [_asked(registry.load(name))]
     if name is not None:
         return kept
-    found = heads.all_heads()
+    found = registry.all_heads()
     if not found:
         return kept
     with ThreadPoolExecutor(max_workers=8) as pool:
@@ -74,38 +76,38 @@ def down(name: str | None, tell: Tell, forget: bool = False) -> None:
         ClusterError: none has this name.
         MachineError: something of it is left.
     """
-    kept = keep.current()
-    names = ([LOCAL] if kept is not None else []) + [head.name for head in heads.all_heads()]
+    kept = ray_session.current()
+    names = ([LOCAL] if kept is not None else []) + [head.name for head in registry.all_heads()]
     if name is None and len(names) > 1:
         raise ConfigError(f"There are {count(len(names), 'cluster')}: {', '.join(names)}. Say which: launch down NAME.")
     chosen = name or (names[0] if names else None)
     if chosen is None:
         tell("Nothing is kept, so there is nothing to end.")
     elif chosen == LOCAL and kept is not None:
-        if not keep.end(kept):
+        if not ray_session.end(kept):
             raise MachineError(
                 f"Some processes with {kept.marker} in their environment could not be ended within 30 s."
             )
         tell("The Ray that was kept on this machine has ended.")
     elif forget:
-        heads.load(chosen)
-        heads.forget(chosen)
+        registry.load(chosen)
+        registry.forget(chosen)
         tell(f"The cluster {chosen} is forgotten here. What runs on its machines was left as it is.")
     else:
-        _DOWN[heads.load(chosen).kind](chosen, tell)
+        _DOWN[registry.load(chosen).kind](chosen, tell)
 
 
 def _kept() -> list[dict[str, Any]]:
-    kept = keep.current()
+    kept = ray_session.current()
     if kept is None:
         return []
     facts = {"name": LOCAL, "kind": LOCAL, "address": kept.address, "cpus": kept.cpus, "gpus": kept.gpus}
     return [
         {
             **facts,
-            "state": "in use" if keep.in_use() else "idle",
+            "state": "in use" if ray_session.in_use() else "idle",
             "seconds": round(time.time() - kept.since, 1),
-            "keep_minutes": keep.idle_minutes(),
+            "keep_minutes": ray_session.idle_minutes(),
             "usd_per_hour": 0.0,
         }
     ]

@@ -38,7 +38,7 @@ def _confirm_address(line: Line, sent: RunDirectory) -> None:
     for word in line.words:
         key, _, address = word.partition("=")
         if key == ADDRESS:
-            from launcher.clusters.ray_jobs import own_token
+            from launcher.clusters.remote.ray_jobs import own_token
             from launcher.jobs.remote.place import confirm
 
             confirm(sent, address, own_token())

@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.clusters.catalogue import Price, Size
+from launcher.clusters.pricing.catalogue import Price, Size
 
 REGION = "eastus"
 
 
 def known(region: str, ask: bool) -> tuple[Mapping[str, Size], str]:
     """Return the sizes, and one line about where their prices come from. ask: Azure's public list, if it answers."""
-    from launcher.clusters.catalogue import sizes
-    from launcher.clusters.prices import SOURCE, PricesUnavailable, refreshed
+    from launcher.clusters.pricing.catalogue import sizes
+    from launcher.clusters.pricing.prices import SOURCE, PricesUnavailable, refreshed
 
     shipped = sizes()
     if not ask:

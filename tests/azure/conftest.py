@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters import catalogue
+from launcher.clusters.pricing import catalogue
 from tests.azure.fake import Fake
 
 A100 = "Standard_NC24ads_A100_v4"

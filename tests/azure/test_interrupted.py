@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters import heads
 from launcher.clusters.azure import lifecycle
+from launcher.clusters.remote import registry
 from launcher.errors import MachineError
 from launcher.verbs import machines
 from tests.azure.fake import VM, Fake
@@ -90,7 +90,7 @@ def test_an_interrupted_up(
     azure.seconds = 0.0
     assert process.returncode == status, told
     assert "costs money until it is removed: launch down demo" in told
-    place = heads.directory()
+    place = registry.directory()
     assert not [line for line in command_lines() if str(place / "demo.yaml") in line], "Ray goes on by itself"
     assert azure.token not in told + "".join(file.read_text() for file in place.iterdir())
     (known,) = machines.status()

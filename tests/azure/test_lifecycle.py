@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters import heads
 from launcher.clusters.azure import here, lifecycle
-from launcher.clusters.heads import Head
+from launcher.clusters.remote import registry
+from launcher.clusters.remote.registry import Head
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, MachineError, ResourceError
 from tests.azure.conftest import A100
@@ -51,8 +51,8 @@ def test_a_head_that_azure_refuses_is_told_and_nothing_is_left(azure: Fake) -> N
         lifecycle.up(CLUSTER, said)
     assert caught.value.exit_status == 1
     assert azure.left("launch-demo") == []
-    assert heads.all_heads() == []
-    assert list(heads.directory().iterdir()) == []
+    assert registry.all_heads() == []
+    assert list(registry.directory().iterdir()) == []
 
 
 def test_who_may_read_the_storage_is_told(azure: Fake) -> None:
@@ -103,17 +103,17 @@ def test_nothing_is_created_where_the_quota_is_too_small(azure: Fake) -> None:
 
 def test_down_deletes_the_group_and_may_be_repeated(azure: Fake) -> None:
     group(azure, **{"launch-cluster": "demo"})
-    heads.save(HEAD)
+    registry.save(HEAD)
     lifecycle.down("demo", said)
     assert azure.left("launch-demo") == []
-    assert heads.all_heads() == []
+    assert registry.all_heads() == []
     lifecycle.down("demo", said)
 
 
 def test_down_that_was_interrupted_is_repeated(azure: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """The deletion goes on in Azure; the cluster is remembered until it is seen to be gone."""
     group(azure, **{"launch-cluster": "demo"})
-    heads.save(HEAD)
+    registry.save(HEAD)
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -122,7 +122,7 @@ def test_down_that_was_interrupted_is_repeated(azure: Fake, monkeypatch: pytest.
         patch.setattr("launcher.clusters.azure.api.Api.delete_group", interrupted)
         with pytest.raises(KeyboardInterrupt):
             lifecycle.down("demo", said)
-    assert heads.load("demo") == HEAD
+    assert registry.load("demo") == HEAD
     lifecycle.down("demo", said)
     assert azure.left("launch-demo") == []
 
@@ -130,13 +130,13 @@ def test_down_that_was_interrupted_is_repeated(azure: Fake, monkeypatch: pytest.
 def test_what_does_not_go_is_told(azure: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock on the group, say: `down` does not believe the answer, it looks."""
     group(azure, **{"launch-cluster": "demo"})
-    heads.save(HEAD)
+    registry.save(HEAD)
     disk = "/subscriptions/s/resourceGroups/launch-demo/providers/Microsoft.Compute/disks/stays"
     azure.resources[disk.lower()] = {"id": disk, "name": "stays", "type": "Microsoft.Compute/disks"}
     monkeypatch.setattr(azure, "_drop_group", lambda key: None)
     with pytest.raises(MachineError, match=r"still there after its deletion, with Microsoft\.Compute/disks stays"):
         lifecycle.down("demo", said)
-    assert heads.load("demo") == HEAD
+    assert registry.load("demo") == HEAD
 
 
 def test_a_group_of_somebody_else_is_left_alone(azure: Fake) -> None:
@@ -163,8 +163,8 @@ def test_status_of_a_cluster_that_somebody_deleted(azure: Fake) -> None:
 
 def test_each_machine_costs_what_it_came_for() -> None:
     """cluster.spot=prefer: which node is spot stands in the VM, not in the wish."""
-    from launcher.clusters import catalogue
     from launcher.clusters.azure.joining import usd_per_hour
+    from launcher.clusters.pricing import catalogue
 
     vms = {**catalogue.sizes(), **catalogue.heads()}
     head = {"size": "Standard_D4s_v5", "spot": False, "state": "running"}

@@ -13,8 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from launcher import cli
-from launcher.clusters import catalogue, prices
-from launcher.clusters.nodes import chosen
+from launcher.clusters.pricing import catalogue, prices
+from launcher.clusters.pricing.nodes import chosen
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 from tests.servers import HttpServer

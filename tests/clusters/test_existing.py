@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters.compare import facts_of_a_node
-from launcher.clusters.existing import interface_of
+from launcher.clusters.existing.existing_ray import interface_of
 from launcher.clusters.gcs import address_of
+from launcher.clusters.remote.compare import facts_of_a_node
 from launcher.errors import ClusterError
 from tests.command import LAUNCH, PROJECT, Place, Result
 from tests.engine.engine_ranks import assert_same_weights, final_weights

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from launcher.clusters import reaper
-from launcher.clusters.local import EmbeddedRay
+from launcher.clusters.local.embedded_ray import EmbeddedRay
 from tests.waiting import wait_for
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.clusters.mounts import Mount, blobfuse, read, setup_lines
+from launcher.clusters.remote.mounts import Mount, blobfuse, read, setup_lines
 from launcher.config import compose
 from launcher.errors import ConfigError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.clusters import catalogue
-from launcher.clusters.nodes import chosen
+from launcher.clusters.pricing import catalogue
+from launcher.clusters.pricing.nodes import chosen
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 

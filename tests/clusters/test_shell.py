@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters import shell as shells
-from launcher.clusters.shell import Shell, destination
+from launcher.clusters.remote import shell as shells
+from launcher.clusters.remote.shell import Shell, destination
 from launcher.errors import HostError
 from tests import servers
 

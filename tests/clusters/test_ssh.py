@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters import bootstrap, heads, on_host, project, ssh
-from launcher.clusters.bootstrap import Environment
-from launcher.clusters.shell import Shell
+from launcher.clusters.remote import bootstrap, on_host, project, registry
+from launcher.clusters.remote.bootstrap import Environment
+from launcher.clusters.remote.shell import Shell
+from launcher.clusters.ssh import lifecycle as ssh
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
 from tests import servers
@@ -86,14 +87,14 @@ def test_a_dead_head_is_told_and_nothing_is_written_down(here: Place, server: se
     done = here.here("up", "cluster=ssh", "cluster.hosts=[vm1]", f"cluster.ssh_config={tmp_path / 'config'}")
     assert done.status == 2
     assert "The head of the cluster ssh, the first of its hosts, cannot be used. vm1 is there" in done.err
-    assert heads.all_heads() == []
+    assert registry.all_heads() == []
 
 
 def test_another_head_needs_another_name(server: servers.Server) -> None:
-    heads.save(heads.Head("ssh", "ssh", ["ssh", "other"], "/p", "10.0.0.1:6379", 8265, "/there"))
+    registry.save(registry.Head("ssh", "ssh", ["ssh", "other"], "/p", "10.0.0.1:6379", 8265, "/there"))
     with pytest.raises(ClusterError, match="The cluster ssh has another head"):
         ssh.up(config(server, "here"), print)
-    heads.save(heads.Head("cloud", "azure", ["ssh", "other"], "/p", "10.0.0.1:6379", 8265, "/there"))
+    registry.save(registry.Head("cloud", "azure", ["ssh", "other"], "/p", "10.0.0.1:6379", 8265, "/there"))
     with pytest.raises(ConfigError, match="There is a cluster cloud of another kind"):
         ssh.up(config(server, "here", name="cloud"), print)
 
@@ -214,18 +215,18 @@ def test_down_of_a_host_that_is_gone_can_be_repeated_or_forgotten(
     fine = {"name": "here", "ssh": server.words, "python": None, "state": "lives"}
     never = {**gone, "name": "vm2", "touched": False}
     directory = f"{server.home}/.launch/pair"
-    heads.save(
-        heads.Head("pair", "ssh", server.words, "/p", "10.0.0.1:6379", 8265, directory, hosts=[fine, gone, never])
+    registry.save(
+        registry.Head("pair", "ssh", server.words, "/p", "10.0.0.1:6379", 8265, directory, hosts=[fine, gone, never])
     )
     with pytest.raises(MachineError, match=r"is not all down\. vm1 is there.*Nothing is left on here"):
         ssh.down("pair", print)
-    assert [host["name"] for host in heads.load("pair").hosts] == ["vm1"], "vm2 never had anything"
+    assert [host["name"] for host in registry.load("pair").hosts] == ["vm1"], "vm2 never had anything"
 
     (found,) = json.loads(here.here("status", "--json").out)
     assert (found["state"], found["hosts"][0]["state"]) == ("down", "dead")
     assert here.here("down").status == 1
     assert here.here("down", "--forget").status == 0
-    assert heads.all_heads() == []
+    assert registry.all_heads() == []
 
 
 def test_down_names_those_that_were_asked(server: servers.Server, tmp_path: Path) -> None:
@@ -233,7 +234,9 @@ def test_down_names_those_that_were_asked(server: servers.Server, tmp_path: Path
     never = {"name": "vm1", "ssh": ["ssh", "-F", str(tmp_path / "config"), "vm1"], "python": None, "touched": False}
     fine = {"name": "here", "ssh": server.words, "python": None}
     directory = f"{server.home}/.launch/pair"
-    heads.save(heads.Head("pair", "ssh", server.words, "/p", "10.0.0.1:6379", 8265, directory, hosts=[fine, never]))
+    registry.save(
+        registry.Head("pair", "ssh", server.words, "/p", "10.0.0.1:6379", 8265, directory, hosts=[fine, never])
+    )
     told: list[str] = []
     ssh.down("pair", told.append)
     assert told == [f"Nothing of the cluster pair runs on here any more. Files stay in {directory}."]

@@ -95,7 +95,7 @@ def test_allowed_names(name: str) -> None:
         "launcher.cli.main",
         "launcher.config.compose",
         "launcher.__main__.main",
-        "launcher.clusters.local.Anything",
+        "launcher.clusters.local.embedded_ray.Anything",
         "modelsx.Net",
         "models",
         "Net",

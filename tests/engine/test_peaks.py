@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.clusters import catalogue
+from launcher.clusters.pricing import catalogue
 from launcher.engine import entry, peaks, trainer
 from launcher.engine.runtime import Runtime
 from launcher.runs import RunDirectory

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters import heads
-from launcher.clusters.shell import Shell, destination
+from launcher.clusters.remote import registry
+from launcher.clusters.remote.shell import Shell, destination
 from launcher.config.schema import ClusterConfig, Job
 from launcher.errors import ConfigError, ResourceError
 from launcher.planning.hosts import HostPlan, make_host_plan
@@ -35,7 +35,7 @@ def seen(*facts: dict[str, Any]) -> None:
         {"name": host, "address": host, "ssh": ssh, "state": "lives", **more}
         for host, ssh, more in zip(HOSTS, words, facts, strict=True)
     ]
-    heads.save(heads.Head("ssh", "ssh", words[0], "python3", "10.255.0.1:6379", 8265, "/launch", hosts=hosts))
+    registry.save(registry.Head("ssh", "ssh", words[0], "python3", "10.255.0.1:6379", 8265, "/launch", hosts=hosts))
 
 
 def planned(job: Job, hosts: list[str] | None = None, **scaling: Any) -> HostPlan:

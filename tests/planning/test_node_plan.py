@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters.nodes import Nodes, chosen
+from launcher.clusters.pricing.nodes import Nodes, chosen
 from launcher.config.schema import ClusterConfig, Job, ScalingConfig, StrategyConfig, TrainerConfig
 from launcher.engine import cost
 from launcher.engine.estimate import Ahead, Estimate

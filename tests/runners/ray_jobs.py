@@ -104,7 +104,7 @@ def read_stream(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Run one job on an embedded Ray of its own; exit 130 when stopped in order, 131 when stopped at once."""
-    from launcher.clusters.local import EmbeddedRay
+    from launcher.clusters.local.embedded_ray import EmbeddedRay
     from launcher.errors import Stopped
     from launcher.runners.signals import Interrupts
 

@@ -21,7 +21,7 @@ import pytest
 from ray_jobs import HERE, Task
 
 from launcher.clusters import reaper
-from launcher.clusters.local import EmbeddedRay
+from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import DataError, LaunchError, LoaderLost, NonFiniteLoss, Stopped, UserCodeError, WorkerLost
 from launcher.runners import reports
 from launcher.runners.signals import Interrupts
@@ -271,7 +271,7 @@ def test_a_run_whose_supervision_dies_ends_and_says_so(tmp_path: Path, process: 
 
 
 def reaper_name() -> str:
-    from launcher.clusters.local import MARKER
+    from launcher.clusters.local.embedded_ray import MARKER
 
     return MARKER
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters import mounts
 from launcher.clusters.azure import failures, network, ray_yaml
-from launcher.clusters.kuberay import manifests, ray_job
-from launcher.clusters.shell import Shell, destination
+from launcher.clusters.kuberay.ray_job import manifests, ray_job
+from launcher.clusters.remote import mounts
+from launcher.clusters.remote.shell import Shell, destination
 from launcher.config import compose
 from launcher.config.checks import ANYWHERE
 from launcher.errors import ConfigError
@@ -178,9 +178,9 @@ def test_a_rayjob_takes_nested_secrets_by_reference(word: str, passes: bool) -> 
 
 def test_a_node_shows_no_password_of_a_requirement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip's words stand in the list of processes, those of a shell as well."""
-    from launcher.clusters import needs
+    from launcher.clusters.remote import node_setup
 
-    monkeypatch.setattr("launcher.clusters.from_driver.adopt", lambda: None)
+    monkeypatch.setattr("launcher.clusters.remote.from_driver.adopt", lambda: None)
     calls: list[list[str]] = []
 
     def run(words: list[str], **options: Any) -> Any:
@@ -189,7 +189,7 @@ def test_a_node_shows_no_password_of_a_requirement(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(subprocess, "run", run)
     wanted = {"file": None, "packages": ["x @ https://ada:hunter2@host/x.whl"], "setup": ["login --password hunter2"]}
-    assert needs._work()(str(tmp_path), str(tmp_path), wanted) == ""
+    assert node_setup._work()(str(tmp_path), str(tmp_path), wanted) == ""
     words = [word for call in calls for word in call[: -2 if "-m" in call else -1]]
     assert "hunter2" not in " ".join(words)
     assert any("hunter2@host" in call[-1] for call in calls)

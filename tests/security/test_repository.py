@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters.project import select
+from launcher.clusters.remote.project import select
 from launcher.runs import provenance
 
 

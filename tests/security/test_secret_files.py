@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters import project, ssh
+from launcher.clusters.remote import project
+from launcher.clusters.ssh import lifecycle as ssh
 from launcher.jobs.remote import freight
 from launcher.runs import provenance
 from launcher.runs.secret_files import is_secret_path

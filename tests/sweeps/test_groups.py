@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from group_jobs import Task
 
-from launcher.clusters.local import EmbeddedRay
+from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import UserCodeError, WorkerLost
 from launcher.runners.tasks import Ended, Shape, fits
 

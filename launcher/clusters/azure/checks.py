@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.clusters.azure.api import Api, told
 from launcher.clusters.azure.wanted import Wanted
-from launcher.clusters.nodes import REGIONAL, SPOT_POOL
+from launcher.clusters.pricing.nodes import REGIONAL, SPOT_POOL
 from launcher.errors import ResourceError
 from launcher.phrases import count
 

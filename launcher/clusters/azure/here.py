@@ -6,9 +6,9 @@ import subprocess
 import urllib.request
 from pathlib import Path
 
-from launcher.clusters import heads, project
 from launcher.clusters.azure.ray_yaml import CODE
-from launcher.clusters.bootstrap import Environment
+from launcher.clusters.remote import project, registry
+from launcher.clusters.remote.bootstrap import Environment
 from launcher.errors import ClusterError, ConfigError
 
 WHO_AM_I = "https://api.ipify.org"  # answers with the address that it sees
@@ -27,7 +27,7 @@ AZURE_PACKAGES = (
 
 def file_of(name: str, kind: str) -> Path:
     """Return a file that belongs to a cluster, beside what is written down of it; see `KINDS`."""
-    place = heads.directory()
+    place = registry.directory()
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     return place / f"{name}.{kind}"
 

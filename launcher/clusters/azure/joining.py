@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from launcher.clusters import catalogue
 from launcher.clusters.azure import failures, ray_yaml
 from launcher.clusters.azure.api import Api, told
 from launcher.clusters.azure.making import NoCapacity
 from launcher.clusters.azure.wanted import DIRECTORY, Wanted
-from launcher.clusters.catalogue import Vm
-from launcher.clusters.heads import Head, save
+from launcher.clusters.pricing import catalogue
+from launcher.clusters.pricing.catalogue import Vm
+from launcher.clusters.remote.registry import Head, save
 from launcher.errors import MachineError
 from launcher.phrases import count
 

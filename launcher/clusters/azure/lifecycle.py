@@ -13,13 +13,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from launcher.clusters import catalogue, heads, mounts
 from launcher.clusters.azure import checks, here, network, ray_yaml
 from launcher.clusters.azure.api import Api, sign_in, told
 from launcher.clusters.azure.joining import complaint, report, usd_per_hour, wait
 from launcher.clusters.azure.making import NoCapacity, ray_up
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, USER, Wanted, check_name, for_run, group_of, wanted
-from launcher.clusters.heads import Head
+from launcher.clusters.pricing import catalogue
+from launcher.clusters.remote import mounts, registry
+from launcher.clusters.remote.registry import Head
 from launcher.config.schema import ClusterConfig, ScalingConfig
 from launcher.errors import ClusterError, MachineError, ResourceError, Stopped
 from launcher.phrases import count
@@ -123,7 +124,7 @@ def _make(api: Api, wish: Wanted, group: Any, tell: Tell) -> Head:
 def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
     tell(f"Creating {wish.name}: {count(wish.nodes.nodes, 'node')} at most, {wish.place}.")
     key = here.key_of(wish.name)
-    heads.save(_head(wish, None, api.account.subscription))  # so that `down` finds what is begun
+    registry.save(_head(wish, None, api.account.subscription))  # so that `down` finds what is begun
     with told(f"Creating the resource group {wish.group}"):
         tags = {**wish.tags, _ZONE: wish.zone or "", _SIZE: wish.nodes.size.name}
         api.resources.resource_groups.create_or_update(wish.group, {"location": wish.nodes.region, "tags": tags})
@@ -150,7 +151,7 @@ def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
     if address is None:
         raise MachineError(f"The head of {wish.name} has no public address.")
     head = _head(wish, address, api.account.subscription)
-    heads.save(head)
+    registry.save(head)
     return head
 
 
@@ -192,7 +193,7 @@ def _head(wish: Wanted, address: str | None, subscription: str) -> Head:
 def _running(name: str) -> Head | None:
     """Return the cluster if it is known here and its head answers."""
     with contextlib.suppress(ClusterError):
-        head = heads.load(name)
+        head = registry.load(name)
         if head.kind == KIND and head.ssh and report(head)["nodes"]:
             return head
     return None
@@ -229,7 +230,7 @@ def status(head: Head) -> tuple[Head, list[str]]:
     fresh = replace(
         head, hosts=hosts, usd_per_hour=usd_per_hour(machines, region, {**catalogue.sizes(), **catalogue.heads()})
     )
-    heads.save(fresh)
+    registry.save(fresh)
     return fresh, said
 
 
@@ -242,7 +243,7 @@ def down(name: str, tell: Tell, subscription: str | None = None) -> None:
     """
     name = check_name(name)
     with contextlib.suppress(ClusterError):
-        head = heads.load(name)
+        head = registry.load(name)
         subscription = subscription or (head.hosts[0].get("subscription") if head.hosts else None)
         if head.ssh:
             head.shell().close()
@@ -263,7 +264,7 @@ def _remove(api: Api, name: str) -> None:
             f"The resource group {group_of(name)} is still there after its deletion, with {left}. Run "
             f"`launch down {name}` again; why it stays is told in Azure's portal, in the group's activity log."
         )
-    heads.forget(name)
+    registry.forget(name)
     for kind in here.KINDS:
         here.file_of(name, kind).unlink(missing_ok=True)
 

@@ -13,11 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import PurePath
 from typing import Any
 
-from launcher.clusters import mounts
 from launcher.clusters.azure import network
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, SPENT_FILE, USER, Wanted
-from launcher.clusters.catalogue import Vm
+from launcher.clusters.pricing.catalogue import Vm
 from launcher.clusters.ray_adapted import NO_METRICS
+from launcher.clusters.remote import mounts
 from launcher.money import SPENT_VARIABLE
 from launcher.runs import secret_files
 

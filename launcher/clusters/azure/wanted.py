@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import Any
 
-from launcher.clusters import mounts
-from launcher.clusters.mounts import Mount
-from launcher.clusters.nodes import Nodes, chosen
+from launcher.clusters.pricing.nodes import Nodes, chosen
+from launcher.clusters.remote import mounts
+from launcher.clusters.remote.mounts import Mount
 from launcher.config.schema import ClusterConfig, ScalingConfig
 from launcher.errors import ConfigError
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from launcher.clusters import heads
-from launcher.clusters.ray_jobs import OVER, Unreachable
+from launcher.clusters.remote import registry
+from launcher.clusters.remote.ray_jobs import OVER, Unreachable
 from launcher.errors import ClusterError, HostError, RunError, from_dict
 from launcher.jobs.remote import follow
 from launcher.jobs.remote.connection import connected
@@ -23,7 +23,7 @@ _BEGIN_SECONDS = 60.0  # from the word that a run begins to its first line of lo
 
 def _is_gone(place: Place) -> bool:
     """Whether its cluster is down, or forgotten."""
-    return place.head is not None and place.head not in [head.name for head in heads.all_heads()]
+    return place.head is not None and place.head not in [head.name for head in registry.all_heads()]
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: 
             note(f"The cluster {place.head} is not known here any more; this is what was copied from it.")
         yield None
         return
-    copies = Copies(heads.load(place.head).shell(), place.directory, run)
+    copies = Copies(registry.load(place.head).shell(), place.directory, run)
     if first:
         copies.fetch()
     copies.start()
@@ -69,7 +69,7 @@ def bring_here(run: RunDirectory) -> None:
     """Copy what there is of a run that was sent, once. LaunchError where its head cannot be reached, or is gone."""
     place = required_place(run)
     if place.head is not None and place.directory is not None:
-        Copies(heads.load(place.head).shell(), place.directory, run).fetch()
+        Copies(registry.load(place.head).shell(), place.directory, run).fetch()
 
 
 def until_it_begins(run: RunDirectory, on_event: Callable[[Event], None], copies: Copies | None) -> None:
@@ -139,7 +139,7 @@ def stop_trial(run: RunDirectory, sweep: RunDirectory, stop_here: Callable[[RunD
             raise RunError(f'The run "{run.name}" is not running: it is {run.status()}.')
         there = shlex.quote(f"{place.directory}/{run.name}")
         asked = f"cd {there} && touch .stop && mkdir -p .requests && touch .requests/stop && echo stop > .requests/stop"
-        heads.load(place.head).shell().run(asked, what="asking the trial to stop")
+        registry.load(place.head).shell().run(asked, what="asking the trial to stop")
         deadline = time.monotonic() + _STOP_SECONDS
         while run.status() not in FINAL:
             if time.monotonic() > deadline:

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import mounts, project, rates
-from launcher.clusters.heads import Head
-from launcher.clusters.needs import Needs
-from launcher.clusters.ray_jobs import OVER, Jobs, Unreachable, checked_url, own_token
-from launcher.clusters.ssh import place_of as place_on_host
+from launcher.clusters.pricing import rates
+from launcher.clusters.remote import mounts, project
+from launcher.clusters.remote.node_setup import Needs
+from launcher.clusters.remote.ray_jobs import OVER, Jobs, Unreachable, checked_url, own_token
+from launcher.clusters.remote.registry import Head
+from launcher.clusters.ssh.lifecycle import place_of as place_on_host
 from launcher.config import ClusterConfig
 from launcher.config.schema import ScalingConfig
 from launcher.errors import HostError, LaunchError, RunError, Stopped, WorkerLost, from_dict
@@ -139,7 +140,7 @@ class Caller:
             from launcher.clusters.azure.lifecycle import up
 
             return up(cluster, self._note, self._scaling())
-        from launcher.clusters import ssh
+        from launcher.clusters.ssh import lifecycle as ssh
 
         return ssh.up(cluster, self._note, self._request.calling.absolute())
 

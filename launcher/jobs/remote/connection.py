@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from launcher.clusters import heads
-from launcher.clusters.heads import Head
-from launcher.clusters.ray_jobs import Jobs, checked_url, own_token
+from launcher.clusters.remote import registry
+from launcher.clusters.remote.ray_jobs import Jobs, checked_url, own_token
+from launcher.clusters.remote.registry import Head
 from launcher.errors import ClusterError
 from launcher.jobs.remote.place import required_place
 from launcher.runs import RunDirectory, user_state
@@ -24,7 +24,7 @@ def connected(run: RunDirectory) -> Iterator[Jobs]:
     """
     place = required_place(run)
     if place.head is not None:
-        with through(heads.load(place.head)) as jobs:
+        with through(registry.load(place.head)) as jobs:
             yield jobs
         return
     assert place.address is not None

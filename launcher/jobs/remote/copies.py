@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from launcher.clusters.shell import Shell
+from launcher.clusters.remote.shell import Shell
 from launcher.errors import HostError, RunError
 from launcher.runs import REMOTE, RunDirectory, write_json
 

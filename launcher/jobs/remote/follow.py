@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from launcher.clusters.ray_jobs import OVER, Jobs, Unreachable
+from launcher.clusters.remote.ray_jobs import OVER, Jobs, Unreachable
 from launcher.errors import WorkerLost
 from launcher.jobs.remote.wire import BEAT_SECONDS, Event, Reader
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import compare, project
-from launcher.clusters.ray_jobs import OVER, Jobs, Unreachable
+from launcher.clusters.remote import compare, project
+from launcher.clusters.remote.ray_jobs import OVER, Jobs, Unreachable
 from launcher.errors import ClusterError, ConfigError
 from launcher.phrases import size
 

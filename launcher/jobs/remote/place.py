@@ -30,7 +30,7 @@ class Place:
     Attributes:
         job: its id in Ray Jobs.
         address: URL of the cluster's Ray Jobs API; None where the cluster is known by its head.
-        head: the cluster's name (`launcher.clusters.heads`), or None.
+        head: the cluster's name (`launcher.clusters.remote.registry`), or None.
         directory: of the run on the head, where its files are copied from there; None where they are seen here.
         config_dir: the configuration of one's own that it was sent with, as it lies here; a sweep is continued with it.
     """

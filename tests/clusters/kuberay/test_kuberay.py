@@ -16,8 +16,8 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from launcher.clusters import kubectl as kubectl_module
-from launcher.clusters.kuberay import ENTRYPOINT, LONGEST_NAME, RayJob, manifests, name_of, ray_job, text
+from launcher.clusters.kuberay import kubectl as kubectl_module
+from launcher.clusters.kuberay.ray_job import ENTRYPOINT, LONGEST_NAME, RayJob, manifests, name_of, ray_job, text
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 from tests.command import TOY, Place, Result

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters.shell import Shell
+from launcher.clusters.remote.shell import Shell
 from launcher.jobs.remote.copies import Copies
 from launcher.jobs.remote.place import Place
 from launcher.runs import RunDirectory

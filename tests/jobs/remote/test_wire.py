@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launcher import cli
-from launcher.clusters.ray_jobs import Unreachable, checked_url
+from launcher.clusters.remote.ray_jobs import Unreachable, checked_url
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, DataError, HostError, UserCodeError, WorkerLost, from_dict, to_dict
 from launcher.jobs.remote import follow

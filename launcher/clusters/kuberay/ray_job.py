@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from launcher.clusters.mounts import Mount, read
-from launcher.clusters.nodes import Nodes, chosen
-from launcher.clusters.rates import words as rate_words
+from launcher.clusters.pricing.nodes import Nodes, chosen
+from launcher.clusters.pricing.rates import words as rate_words
+from launcher.clusters.remote.mounts import Mount, read
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 from launcher.runs.storage import check_uri, is_gathered, is_uri

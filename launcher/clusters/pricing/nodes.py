@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.clusters.catalogue import Price, Size, Vm, find, find_head
-from launcher.clusters.prices import SOURCE, PricesUnavailable, refreshed
+from launcher.clusters.pricing.catalogue import Price, Size, Vm, find, find_head
+from launcher.clusters.pricing.prices import SOURCE, PricesUnavailable, refreshed
 from launcher.config.schema import ClusterConfig
 from launcher.phrases import count
 

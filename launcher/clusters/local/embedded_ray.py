@@ -20,8 +20,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launcher.clusters import keep, reaper
+from launcher.clusters import reaper
 from launcher.clusters.capacity import resources
+from launcher.clusters.local import ray_session
 from launcher.clusters.ray_adapted import (
     RAY_ENVIRONMENT,
     RAY_TRAIN_ENVIRONMENT,
@@ -49,7 +50,7 @@ class EmbeddedRay:
         directory: private scratch space on this machine, removed at the end.
         available: CPUs and GPUs of this Ray.
         one_machine: all of this Ray is on one machine, so that its workers can talk over loopback.
-        address, token, marker: of a Ray that was started here; see `keep.Kept`.
+        address, token, marker: of a Ray that was started here; see `ray_session.Kept`.
 
     Args:
         cpus, gpus: what the Ray has, default: what this machine has.
@@ -71,7 +72,7 @@ class EmbeddedRay:
         self._verbose = verbose
         self._keep_minutes = 0.0 if verbose else keep_minutes
         self._holding = contextlib.ExitStack()  # the lease of a Ray that is kept
-        self._kept: keep.Kept | None = None
+        self._kept: ray_session.Kept | None = None
         self.marker = f"{MARKER}={uuid.uuid4().hex}"
         self.token = secrets.token_hex(32)
         self.address = ""
@@ -93,7 +94,7 @@ class EmbeddedRay:
                 self.one_machine = sum(node["Alive"] for node in ray.nodes()) == 1
             else:
                 if self._keep_minutes > 0:
-                    self._kept = self._holding.enter_context(keep.lease(self._keep_minutes))
+                    self._kept = self._holding.enter_context(ray_session.lease(self._keep_minutes))
                 if self._kept is None or not self._connect(self._kept):
                     self._start()
         except BaseException:  # Ctrl-C while Ray starts leaves nothing either
@@ -142,7 +143,7 @@ class EmbeddedRay:
             loading.join()
         self.address = found.address_info["gcs_address"]
 
-    def _connect(self, kept: keep.Kept) -> bool:
+    def _connect(self, kept: ray_session.Kept) -> bool:
         """Become a driver of a Ray that is kept; where it does not answer, end it and return False."""
         import ray
 
@@ -162,7 +163,7 @@ class EmbeddedRay:
                 ray.shutdown()
                 self._kept = None
                 self._holding.close()
-                keep.end(kept)
+                ray_session.end(kept)
                 return False
             finally:
                 loading.join()

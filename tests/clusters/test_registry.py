@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters import heads
+from launcher.clusters.remote import registry
 from launcher.errors import ClusterError
 
-HEAD = heads.Head(
+HEAD = registry.Head(
     name="pair",
     kind="ssh",
     ssh=["ssh", "-p", "2222", "ada@vm1"],
@@ -29,41 +29,41 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_saved_is_loaded_and_private(state: Path) -> None:
-    heads.save(HEAD)
-    assert heads.load("pair") == HEAD
+    registry.save(HEAD)
+    assert registry.load("pair") == HEAD
     path = state / "launch" / "clusters" / "pair.json"
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_all_are_listed_and_one_is_forgotten(state: Path) -> None:
-    assert heads.all_heads() == []
+    assert registry.all_heads() == []
     for name in ("b", "a"):
-        heads.save(heads.Head(**{**vars(HEAD), "name": name}))
+        registry.save(registry.Head(**{**vars(HEAD), "name": name}))
     (state / "launch" / "clusters" / "broken.json").write_text("{")
     (state / "launch" / "clusters" / "other.json").write_text("[1]")
-    assert [head.name for head in heads.all_heads()] == ["a", "b"]
-    heads.forget("a")
-    heads.forget("a")
-    assert [head.name for head in heads.all_heads()] == ["b"]
+    assert [head.name for head in registry.all_heads()] == ["a", "b"]
+    registry.forget("a")
+    registry.forget("a")
+    assert [head.name for head in registry.all_heads()] == ["b"]
 
 
 def test_a_file_of_a_later_version_is_read(state: Path) -> None:
-    heads.save(HEAD)
+    registry.save(HEAD)
     path = state / "launch" / "clusters" / "pair.json"
     path.write_text(path.read_text().replace("{", '{"invented_later": 1,', 1))
-    assert heads.load("pair") == HEAD
+    assert registry.load("pair") == HEAD
 
 
 def test_an_unknown_name_is_told_with_the_nearest() -> None:
     with pytest.raises(ClusterError, match="None is known here"):
-        heads.load("pair")
-    heads.save(HEAD)
+        registry.load("pair")
+    registry.save(HEAD)
     with pytest.raises(ClusterError, match=r'There is no cluster "pear"\. Did you mean "pair"'):
-        heads.load("pear")
+        registry.load("pear")
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a" * 64])
 def test_a_name_that_cannot_be_a_files(name: str) -> None:
     with pytest.raises(ClusterError, match="cannot be the name of a cluster"):
-        heads.save(heads.Head(**{**vars(HEAD), "name": name}))
+        registry.save(registry.Head(**{**vars(HEAD), "name": name}))

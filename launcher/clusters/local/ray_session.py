@@ -77,7 +77,7 @@ def fingerprint() -> str:
     Ray's workers inherit environment and directory from the command that started it.
     """
     versions = [importlib.metadata.version(name) for name in ("ray", "torch")]
-    code = Path(__file__).resolve().parents[1]
+    code = Path(__file__).resolve().parents[2]
     environment = sorted((name, value) for name, value in os.environ.items() if name not in _PASSING)
     facts = [sys.version, sys.executable, str(code), os.getcwd(), *versions, environment]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -165,9 +165,9 @@ def _locked(descriptor: int) -> bool:
 def _start(directory: Path) -> Kept | None:
     """Start a keeper and wait until its Ray is there; None where that fails."""
     (directory / "session.json").unlink(missing_ok=True)
-    code = Path(__file__).resolve().parents[2]
+    code = Path(__file__).resolve().parents[3]
     # `-P` and the path by hand: a file of the calling directory must not be taken for a module of ours.
-    program = f"import sys; sys.path.append({str(code)!r}); from launcher.clusters.keep import keeper; keeper()"
+    program = f"import sys; sys.path.append({str(code)!r}); from {__name__} import keeper; keeper()"
     with (directory / "keeper.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", program],
@@ -208,7 +208,7 @@ def end(kept: Kept) -> bool:
 
 def keeper() -> None:
     """Own a Ray until nobody has wanted it for some minutes. The main function of a process of its own."""
-    from launcher.clusters.local import EmbeddedRay
+    from launcher.clusters.local.embedded_ray import EmbeddedRay
 
     directory = runtime_directory()
     assert directory is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.clusters.nodes import Nodes, chosen
+from launcher.clusters.pricing.nodes import Nodes, chosen
 from launcher.config.schema import RENTED, ClusterConfig
 from launcher.errors import ConfigError
 from launcher.money import Rate

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import project
 from launcher.clusters.capacity import Node
+from launcher.clusters.remote import project
 from launcher.config.masking import hide
 from launcher.errors import ClusterError, ConfigError
 
@@ -115,7 +115,7 @@ def _work() -> Callable[[str, str, dict[str, Any]], str]:
 
         if home not in sys.path:
             sys.path.append(home)
-        from launcher.clusters.from_driver import adopt
+        from launcher.clusters.remote.from_driver import adopt
 
         adopt()
         directory = calling if os.path.isdir(calling) else os.getcwd()

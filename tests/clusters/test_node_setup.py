@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters import project
-from launcher.clusters.needs import Needs, _work
+from launcher.clusters.remote import project
+from launcher.clusters.remote.node_setup import Needs, _work
 from launcher.errors import ConfigError
 
 PYPROJECT = '[project]\nname = "mine"\nversion = "1"\ndependencies = ["rich>=1", "numpy"]\n'
@@ -43,7 +43,7 @@ def test_lines_and_packages_on_a_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: dict[str, object], says: str
 ) -> None:
     """In this process: all is installed already, or refused since torch has to stay."""
-    monkeypatch.setattr("launcher.clusters.from_driver.adopt", lambda: None)
+    monkeypatch.setattr("launcher.clusters.remote.from_driver.adopt", lambda: None)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     (tmp_path / "requirements.txt").write_text("rich\n")
     given = {"file": None, "packages": [], "setup": [], "names": [], **needs}

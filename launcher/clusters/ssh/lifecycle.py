@@ -19,10 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters import heads, project
-from launcher.clusters.bootstrap import BASE, Environment, ask, check_versions, everywhere
-from launcher.clusters.heads import Head
-from launcher.clusters.shell import Shell, destination
+from launcher.clusters.remote import project, registry
+from launcher.clusters.remote.bootstrap import BASE, Environment, ask, check_versions, everywhere
+from launcher.clusters.remote.registry import Head
+from launcher.clusters.remote.shell import Shell, destination
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
 from launcher.phrases import count, size
@@ -70,8 +70,8 @@ def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
         ClusterError: the head cannot be reached or used, or the cluster has another one.
     """
     name = cluster.name or KIND
-    heads.check_name(name)
-    known = next((head for head in heads.all_heads() if head.name == name), None)
+    registry.check_name(name)
+    known = next((head for head in registry.all_heads() if head.name == name), None)
     hosts = _wanted(cluster, name, known)
     first = hosts[0]
     python = cluster.python or _given_python(known)
@@ -89,7 +89,7 @@ def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
     each.do(lambda host: _have_python(host, python, environment, place, tell))
     for host in each.living():
         host.touched = True
-    heads.save(_head(name, hosts, known))  # from here on `down` has something to end, and on which hosts
+    registry.save(_head(name, hosts, known))  # from here on `down` has something to end, and on which hosts
     _send(each, calling or Path.cwd(), tell)
 
     token = secrets.token_hex(32)
@@ -99,7 +99,7 @@ def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
         token = first.shell.run(f"cat {shlex.quote(first.facts['directory'])}/token", what="reading the token")
         each.do(lambda host: {"node": _start(host, token, place, node, tell)}, but=first)
     head = _head(name, [*hosts, *_left_behind(hosts, known, tell)], known)
-    heads.save(head)
+    registry.save(head)
     return head
 
 
@@ -136,8 +136,8 @@ def written(cluster: ClusterConfig) -> list[dict[str, Any]]:
         ConfigError, ClusterError: as `up`, where the hosts are not known or the cluster has another head.
     """
     name = cluster.name or KIND
-    heads.check_name(name)
-    known = next((head for head in heads.all_heads() if head.name == name), None)
+    registry.check_name(name)
+    known = next((head for head in registry.all_heads() if head.name == name), None)
     entries = {entry["name"]: entry for entry in known.hosts} if known else {}
     return [entries.get(host.name, {"name": host.name}) for host in _wanted(cluster, name, known)]
 
@@ -151,7 +151,7 @@ def down(name: str, tell: Tell) -> None:
         ClusterError: there is no such cluster.
         MachineError: a host does not answer, or a process is left; what is not done can be repeated.
     """
-    head = heads.load(name)
+    head = registry.load(name)
     hosts = [_Host.of(entry) for entry in head.hosts]
     base, _, directory = head.directory.rpartition("/")
     answers = everywhere(hosts, lambda host: _stopped(host, base, directory))
@@ -162,13 +162,13 @@ def down(name: str, tell: Tell) -> None:
     for host in hosts:
         host.shell.close()
     if problems:
-        heads.save(replace(head, hosts=[entry for entry in head.hosts if entry["name"] in problems]))
+        registry.save(replace(head, hosts=[entry for entry in head.hosts if entry["name"] in problems]))
         done = f" Nothing is left on {', '.join(ended)}." if ended else ""
         raise MachineError(
             f"The cluster {name} is not all down. {' '.join(map(str, problems.values()))}{done} Repeat `launch down "
             f"{name}` when the rest answers; if it never will, `launch down {name} --forget` forgets it."
         )
-    heads.forget(name)
+    registry.forget(name)
     where = f" on {', '.join(ended)}" if ended else ""
     tell(f"Nothing of the cluster {name} runs{where} any more. Files stay in {head.directory}.")
 

@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from launcher.clusters import on_host, project, reaper
-from launcher.clusters.shell import Shell
+from launcher.clusters import reaper
+from launcher.clusters.remote import on_host, project
+from launcher.clusters.remote.shell import Shell
 from launcher.errors import ClusterError, HostError
 
 BASE = "~/.launch"
@@ -40,7 +41,7 @@ for name, source in given["modules"].items():
     if parent:
         setattr(sys.modules[parent], own, module)
     exec(compile(source, name, "exec"), module.__dict__)
-sys.modules["launcher.clusters.on_host"].main(given["order"])
+sys.modules["launcher.clusters.remote.on_host"].main(given["order"])
 """
 _NO_PYTHON = 97
 
@@ -55,7 +56,7 @@ def ask(shell: Shell, order: str, by: str | None = None, seconds: float = 60.0, 
     Raises:
         HostError: no connection, no Python, or what was asked cannot be done there.
     """
-    modules = {"launcher": "", "launcher.clusters": ""}
+    modules = {"launcher": "", "launcher.clusters": "", "launcher.clusters.remote": ""}
     for module in (reaper, on_host):
         modules[module.__name__] = inspect.getsource(module)
     given = json.dumps({"modules": modules, "order": {"order": order, **facts}})

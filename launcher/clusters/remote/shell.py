@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.clusters import keep
+from launcher.clusters.local import ray_session
 from launcher.errors import ConfigError, HostError
 
 CONNECT_SECONDS = 10
@@ -321,7 +321,7 @@ def destination(host: str, user: str | None = None, key: str | None = None, conf
 
 
 def _socket_path(words: Sequence[str]) -> Path | None:
-    directory = keep.runtime_directory()
+    directory = ray_session.runtime_directory()
     if directory is None:
         return None
     path = directory / f"ssh-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:12]}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters.compare import NODE_SECONDS
+from launcher.clusters.remote.compare import NODE_SECONDS
 
 _NAMESPACE = b"launch"
 
@@ -56,7 +56,7 @@ def serve_disk() -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    home = str(Path(__file__).resolve().parents[2])
+    home = str(Path(__file__).resolve().parents[3])
 
     class HeadDisk:  # within a function it travels by value
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """`cluster.mounts`: containers of Azure Blob storage as directories of every node, read-only, cached on a local disk.
 
 Text alone: the configuration of blobfuse2 and the shell lines that use it, for nodes that are VMs. Pods get volumes
-instead (`launcher.clusters.kuberay`). The nodes' managed identity opens the storage; no key is in any file.
+instead (`launcher.clusters.kuberay.ray_job`). The nodes' managed identity opens the storage; no key is in any file.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters.shell import Shell
+from launcher.clusters.remote.shell import Shell
 from launcher.errors import ClusterError, did_you_mean
 from launcher.runs import user_state
 

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.clusters.capacity import described
-from launcher.clusters.compare import compare
-from launcher.clusters.from_driver import serve_disk, share_environment
 from launcher.clusters.gcs import as_client, is_here, look, refused
 from launcher.clusters.ray_adapted import (
     RAY_TRAIN_ENVIRONMENT,
@@ -28,6 +26,8 @@ from launcher.clusters.ray_adapted import (
     signal_handlers_kept,
     silence,
 )
+from launcher.clusters.remote.compare import compare
+from launcher.clusters.remote.from_driver import serve_disk, share_environment
 from launcher.errors import ClusterError
 
 

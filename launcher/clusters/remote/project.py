@@ -13,7 +13,7 @@ from launcher.runs.provenance import GIT
 from launcher.runs.secret_files import IGNORE_FILE, SecretFiles, is_secret_path
 
 _NEVER = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
-HOME = Path(__file__).resolve().parents[2]  # where launch itself lies
+HOME = Path(__file__).resolve().parents[3]  # where launch itself lies
 OWN = ("launcher", "models", "conf")
 _NAMED = 6
 _RUNS = "runs/"  # in a calling directory; a package of that name elsewhere is a package

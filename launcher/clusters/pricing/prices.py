@@ -16,7 +16,7 @@ from urllib.error import URLError
 from urllib.parse import urlencode, urlsplit
 from urllib.request import urlopen
 
-from launcher.clusters.catalogue import Price, V
+from launcher.clusters.pricing.catalogue import Price, V
 
 ADDRESS = "https://prices.azure.com/api/retail/prices"
 SOURCE = "Azure Retail Prices API"

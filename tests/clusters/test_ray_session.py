@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters import keep, reaper
+from launcher.clusters import reaper
+from launcher.clusters.local import ray_session
 from launcher.config.checks import check_values
 from launcher.config.schema import ClusterConfig, Job
 from launcher.errors import ConfigError
@@ -19,7 +20,7 @@ from tests.waiting import wait_for
 
 USE = """
 import sys, time
-from launcher.clusters.local import EmbeddedRay
+from launcher.clusters.local.embedded_ray import EmbeddedRay
 with EmbeddedRay(keep_minutes=float(sys.argv[1])) as cluster:
     import ray
     answer = ray.get(ray.remote(lambda: 42).remote())
@@ -35,8 +36,8 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)
     yield tmp_path / "launch"
-    if (kept := keep.current()) is not None:
-        keep.end(kept)
+    if (kept := ray_session.current()) is not None:
+        ray_session.end(kept)
 
 
 def use(minutes: float, *more: str, **variables: str) -> subprocess.Popen[str]:
@@ -59,31 +60,31 @@ def test_the_next_command_uses_it_and_then_it_goes(private: Path) -> None:
     first = use(0.5)
     where = address(first)
     assert first.wait(20) == 0
-    kept = keep.current()
+    kept = ray_session.current()
     assert kept is not None
     assert (private.stat().st_mode & 0o777, (private / "session.json").stat().st_mode & 0o777) == (0o700, 0o600)
     processes = reaper.marked(kept.marker)
     assert kept.token not in str([Path(f"/proc/{pid}/cmdline").read_bytes() for pid in [kept.keeper, *processes]])
-    assert not keep.in_use()
+    assert not ray_session.in_use()
 
     second = use(0.5, "wait")  # the same Ray again, by a command that is killed while it uses it
     assert address(second) == where
-    assert keep.in_use()
+    assert ray_session.in_use()
     third = use(0.5)  # meanwhile others have one of their own
     assert address(third) != where
     assert third.wait(20) == 0
     second.kill()
     second.wait()
-    wait_for(lambda: not keep.in_use())
-    assert keep.current() == kept
+    wait_for(lambda: not ray_session.in_use())
+    assert ray_session.current() == kept
 
     other = use(0.01, SOMETHING="else")  # another environment: the workers would have the old one
     assert address(other) != where
     assert other.wait(20) == 0
     assert not reaper.marked(kept.marker)
-    newer = keep.current()
+    newer = ray_session.current()
     assert newer is None or newer.keeper != kept.keeper
-    wait_for(lambda: keep.current() is None)  # 0.6 s without use
+    wait_for(lambda: ray_session.current() is None)  # 0.6 s without use
     wait_for(lambda: newer is None or not reaper.marked(newer.marker))
 
 
@@ -97,14 +98,14 @@ def test_status_names_it_and_down_ends_it_also_after_its_keeper_was_killed(priva
     assert use(5).wait(40) == 0
     (found,) = json.loads(launch("status", "--json"))
     assert (found["state"], found["keep_minutes"]) == ("idle", 5)
-    kept = keep.current()
+    kept = ray_session.current()
     assert kept is not None
     launch("down")
-    assert keep.current() is None
+    assert ray_session.current() is None
     assert not reaper.marked(kept.marker)
 
     assert use(5).wait(40) == 0
-    kept = keep.current()
+    kept = ray_session.current()
     assert kept is not None
     os.kill(kept.keeper, 9)
     wait_for(lambda: not reaper.marked(kept.marker))
@@ -120,8 +121,8 @@ def test_a_directory_that_others_can_enter_is_not_used(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     (tmp_path / "launch").mkdir(mode=0o755)
 
-    assert keep.runtime_directory() is None
-    with keep.lease(5) as kept:
+    assert ray_session.runtime_directory() is None
+    with ray_session.lease(5) as kept:
         assert kept is None
     assert not any((tmp_path / "launch").iterdir())
 

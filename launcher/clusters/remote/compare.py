@@ -22,7 +22,7 @@ def compare(nodes: Sequence[Node], python_path: Sequence[str], directory: str | 
     Raises:
         ClusterError: versions differ, or a directory is not there; names hosts.
     """
-    home = str(Path(__file__).resolve().parents[2])
+    home = str(Path(__file__).resolve().parents[3])
     own = facts_of_a_node()(home, [], [])
     problems = []
     for node, facts in zip(nodes, _ask(nodes, home, python_path, [directory] if directory else []), strict=True):
