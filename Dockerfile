@@ -46,7 +46,7 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="launch" \
       org.opencontainers.image.description="Distributed PyTorch training from one command: head and workers" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="0.1.0"
+      org.opencontainers.image.version="0.2.0"
 
 # git: a run's record holds the commit and the uncommitted changes. openssh-client and rsync: Ray's cluster launcher
 # carries files with them. procps and wget: health checks of Ray and Kubernetes.

@@ -53,10 +53,11 @@ gpu-test: $(VENV)/.installed-test ## run the tests of the engine that one GPU ca
 azure-acceptance: $(VENV)/.installed-test ## rent two GPU nodes on Azure for minutes, check them, remove them, write a report
 	$(BIN)/python -m benchmarks.azure_acceptance $(ARGS)
 
-lint: $(VENV)/.installed-test ## check style, format and types
+lint: $(VENV)/.installed-test ## check style, format, types and spelling
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
+	$(BIN)/codespell $(SOURCES) docs *.md
 
 format: $(VENV)/.installed-test ## put the code in format and fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -28,7 +28,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
     *(ROOT / "docs").glob("*.md"),
 ]
-README, EXTENDING = ROOT / "README.md", ROOT / "docs/extending.md"
+README, EXTENDING, USAGE = ROOT / "README.md", ROOT / "docs/extending.md", ROOT / "docs/usage.md"
 # Keys that are shown because they are wrong.
 WRONG_KEYS = {"trainer.max_epochs"}
 # A verb that is spoken of, and no command.
@@ -60,6 +60,7 @@ def write_files(page: Path, directory: Path) -> None:
 def commands(page: Path) -> Iterator[list[str]]:
     """Yield the words behind `launch` of every command on the page, in blocks and in the text."""
     candidates = [line for language, text in blocks(page) if language in ("bash", "") for line in text.splitlines()]
+    candidates += [line[2:] for language, text in blocks(page) if language == "diff" for line in text.splitlines()]
     candidates += re.findall(r"(?<!`)`(launch [^`]+)`(?!`)", prose(page))
     candidates += re.findall(r"^    (launch [^\n]+)$", prose(page), re.MULTILINE)
     for candidate in candidates:
@@ -119,10 +120,10 @@ def is_axis(word: str) -> bool:
 def test_verbs_are_those_of_the_help() -> None:
     shown = subprocess.run([LAUNCH, "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
     in_help = re.findall(r"^  ([a-z]+) (?:NAME|\[NAME\])? {2,}\S", shown, re.MULTILINE)
-    table = README.read_text().partition("## The commands")[2].partition("\n## ")[0]
-    in_readme = re.findall(r"^\| `([a-z]+)(?: NAME| \[NAME\])?` \|", table, re.MULTILINE)
-    assert in_readme == [verb for verb in in_help if verb != "launch"]
-    assert "train" in in_readme
+    table = USAGE.read_text().partition("## The commands")[2].partition("\n## ")[0]
+    in_table = re.findall(r"^\| `([a-z]+)(?: NAME| \[NAME\])?` \|", table, re.MULTILINE)
+    assert in_table == [verb for verb in in_help if verb != "launch"]
+    assert "train" in in_table
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
@@ -151,10 +152,11 @@ def test_pictures_are_small_and_leave_nothing_to_fetch() -> None:
             assert not re.search(r"(?:href|src|url)\s*[=(]\s*[\"']?https?:", picture.read_text()), picture.name
 
 
-def test_python_in_the_readme_is_of_this_package() -> None:
+@pytest.mark.parametrize("page", [README, USAGE], ids=ids([README, USAGE]))
+def test_examples_import_names_that_exist(page: Path) -> None:
     import launcher
 
-    for language, text in blocks(README):
+    for language, text in blocks(page):
         if language == "python":
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.ImportFrom) and node.module == "launcher":
