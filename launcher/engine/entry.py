@@ -163,7 +163,10 @@ def _build_trainer(
     if task.weights:
         from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
 
-        trainer.begin_with(load_weights(task.weights), task.weights)
+        weights = load_weights(task.weights)  # a run that is resumed replaces them with its own
+        left_out = load_weights_into(trainer.strategy.model, weights, task.weights, job.checkpoint.load_strict)
+        if left_out and runtime.is_first:
+            control.emit({"kind": "note", "text": f"Weights of {task.weights}: {left_out}."})
     return trainer
 
 

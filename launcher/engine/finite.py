@@ -8,8 +8,9 @@ loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,11 +28,19 @@ class Finite:
     """What one rank knows of its losses and gradients.
 
     Args:
-        again: reads this rank's microbatches of the present step once more; None where they cannot be read twice.
+        again: reads this rank's microbatches of the current step once more; None where they cannot be read twice.
+        describe_checkpoint: returns the part of a message that names the last good checkpoint; a collective.
     """
 
-    def __init__(self, runtime: Runtime, strategy: Strategy, again: Callable[[], Iterable[Any]] | None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        strategy: Strategy,
+        again: Callable[[], Iterable[Any]] | None,
+        describe_checkpoint: Callable[[], str],
+    ) -> None:
         self._runtime, self._strategy, self._again = runtime, strategy, again
+        self._describe_checkpoint = describe_checkpoint
         self._on_gpu = runtime.device.type != "cpu"
         # The first bad step; on a GPU it stays there until it is asked for.
         self._losses: Tensor | int = torch.full((), _NEVER, device=runtime.device) if self._on_gpu else _NEVER
@@ -67,13 +76,39 @@ class Finite:
         self._name = self._computed_again() if alike else self._strategy.bad_gradient()
         return alike
 
-    def error(self, step: int, loss_is_bad: bool, gradient_is_bad: bool, kept: str) -> NonFiniteLoss | None:
-        """Return the error that says what was bad first, on which ranks; the same on every rank, None without one.
+    def fail(self, step: int, loss_is_bad: bool = False, gradient_is_bad: bool = False) -> NoReturn:
+        """Raise the error that names what was bad first, and on which ranks. Every rank calls it.
 
         Args:
-            step: the present one, in which this rank's loss or gradient may be bad.
-            kept: the sentence about the newest checkpoint.
+            step: the current one, in which this rank's loss or gradient may be bad.
         """
+        checkpoint = self._describe_checkpoint()
+        error = self._first_error(step, loss_is_bad, gradient_is_bad, checkpoint)
+        raise error or NonFiniteLoss(f"The loss became NaN or infinite at an unknown step; {checkpoint}.")
+
+    def check_totals(self, totals: Mapping[str, tuple[Tensor, float]], step: int) -> None:
+        """Raise NonFiniteLoss on every rank where the loss of an interval, summed over all ranks, is not finite."""
+        if not math.isfinite(float(totals["loss"][0])):
+            self.fail(step + 1)
+
+    def check_weights(self, step: int) -> None:
+        """Raise NonFiniteLoss on every rank where a weight is not finite.
+
+        A gradient may be infinite although the loss is finite. The next loss would show it, too late for a checkpoint
+        that is saved now.
+        """
+        if self._strategy.is_finite():
+            return
+        checkpoint = self._describe_checkpoint()
+        raise self._first_error(step, False, False, checkpoint) or NonFiniteLoss(
+            f"The weights became NaN or infinite by step {step}, while the loss was finite; {checkpoint}. Lower "
+            "optimizer.lr, or look in training_step for a square root, a logarithm or a division at zero."
+        )
+
+    def _first_error(
+        self, step: int, loss_is_bad: bool, gradient_is_bad: bool, checkpoint: str
+    ) -> NonFiniteLoss | None:
+        """Return the error that names what was bad first, the same on every rank; None where nothing was."""
         losses, gradients = int(self._losses), int(self._gradients)
         if loss_is_bad:
             losses = min(losses, step)
@@ -92,14 +127,14 @@ class Finite:
                 if first > 1
                 else "No step had been taken: look for bad samples, or for a division by zero in training_step"
             )
-            return NonFiniteLoss(f"The loss became NaN or infinite at {where}; {kept}. {advice}.")
+            return NonFiniteLoss(f"The loss became NaN or infinite at {where}; {checkpoint}. {advice}.")
         named = {rank: name for rank, (_, bad, name) in enumerate(everyone) if bad == first and name}
         name = next(iter(named.values()), None)
         what = f"The gradient of {name}" if name else "A gradient"
         where = ", ".join(f"step {first} on rank {rank}" for rank in named) or f"step {first}"
         return NonFiniteLoss(
-            f"{what} became NaN or infinite at {where}, while the loss was finite; {kept}. Look in training_step for a "
-            "square root, a logarithm or a division at zero, whose derivative is infinite; "
+            f"{what} became NaN or infinite at {where}, while the loss was finite; {checkpoint}. Look in training_step "
+            "for a square root, a logarithm or a division at zero, whose derivative is infinite; "
             "torch.autograd.set_detect_anomaly(True) in the model's constructor names the operation."
         )
 

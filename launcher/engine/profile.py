@@ -6,7 +6,7 @@ chrome://tracing open it, and TensorBoard with the plugin torch-tb-profiler, whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,28 @@ class StepTrace:
     Args:
         steps: [first, last], counted from 1.
         directory: the run's directory.
+        note: takes a line for the user when rank 0's trace is written.
     """
 
-    def __init__(self, steps: Sequence[int] | None, directory: Path, runtime: Runtime) -> None:
+    def __init__(
+        self, steps: Sequence[int] | None, directory: Path, runtime: Runtime, note: Callable[[str], None]
+    ) -> None:
         self._steps = tuple(steps) if steps else None
-        self._runtime = runtime
+        self._runtime, self._note = runtime, note
         self._path = directory / "profile" / f"rank{runtime.rank}.pt.trace.json.gz"
         self._profiler: Any = None
 
-    def before(self, step: int) -> Path | None:
-        """Call before every step. Returns the file when the trace has just been written."""
+    def before(self, step: int) -> None:
+        """Call before every step."""
         if self._steps is None:
-            return None
+            return
         first, last = self._steps
         if step > last:
-            return self.close()
-        if self._profiler is not None:
+            self.close()
+        elif self._profiler is not None:
             self._profiler.step()
         elif step >= first:
             self._start(step)
-        return None
 
     def _start(self, step: int) -> None:
         from torch.profiler import ProfilerAction, ProfilerActivity, profile
@@ -51,13 +53,15 @@ class StepTrace:
         self._profiler.step_num = step
         self._profiler.start()
 
-    def close(self) -> Path | None:
-        """Write what has been recorded. Returns the file; None when there was nothing to write."""
+    def close(self) -> None:
+        """Write what has been recorded."""
         profiler, self._profiler = self._profiler, None
         self._steps = None
         if profiler is None:
-            return None
+            return
         profiler.stop()
         self._path.parent.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(self._path))
-        return self._path
+        if self._runtime.is_first:
+            folder = self._path.parent
+            self._note(f"The trace of the chosen steps is in {folder}: open a file of it in https://ui.perfetto.dev.")

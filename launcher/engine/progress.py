@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -43,6 +44,15 @@ class Progress:
         if not self.world_sizes or self.world_sizes[-1] != world_size:
             self.world_sizes.append(world_size)
 
+    def improve(self, value: float, mode: str) -> bool:
+        """Keep a value of the monitored tag where it is the best so far (`mode`: min or max). Returns whether it is."""
+        best = self.best_value
+        better = best is None or (value < best if mode == "min" else value > best)
+        if better and math.isfinite(value):
+            self.best_value, self.best_step = value, self.step
+            return True
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -53,25 +63,23 @@ class Progress:
 
 
 @dataclass
-class Done:
-    """A step that is done, and what follows from it.
+class StepResult:
+    """The outcome of one optimizer step.
 
-    `size`: its samples. `ballots`: see `Runtime.vote`. `values`: the tags to write. `reason`: why a callback
-    ends the run.
+    `votes`: how many ranks raised each flag, see `Runtime.vote`. `values`: the tags to write with this step.
+    `improved`: whether this is the best value of `checkpoint.monitor` so far. `reason`: why a callback ends the run.
     """
 
-    size: int
-    ballots: dict[str, int]
+    votes: dict[str, int]
     values: dict[str, float] = field(default_factory=dict)
-    evaluated: bool = False
     improved: bool = False
     reason: str | None = None
 
 
 class Every:
-    """Tells when something that happens every so often is due.
+    """Decides when something that happens at intervals is due.
 
-    Steps and epochs are known to every rank; time is judged by rank 0 alone, which says so in the step's vote.
+    Every rank knows steps and epochs; rank 0 alone judges the time, and raises a flag in the step's vote.
     """
 
     def __init__(self, interval: Interval) -> None:

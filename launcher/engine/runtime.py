@@ -27,11 +27,11 @@ class Vote:
     """What all ranks together know of one step.
 
     `count`: samples (tokens, …) behind the loss of the global batch, a float64 scalar on the device.
-    `ballots`: how many ranks raised each flag.
+    `votes`: how many ranks raised each flag.
     """
 
     count: torch.Tensor
-    ballots: dict[str, int]
+    votes: dict[str, int]
 
 
 @dataclass

@@ -54,7 +54,7 @@ class State:
         """Return (shared, own) for `Checkpointer.save`."""
         from launcher.engine.checkpoint import training_state  # when it is needed: see `checkpoint.saver`
 
-        with self._strategy.resting() as buffers:
+        with self._strategy.evaluation_weights() as buffers:
             trained = training_state(self._model, self._optimizer)
             averaged = self._callbacks.weights()
         shared = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from launcher.engine.drift import Copy
 from launcher.engine.optim import destinations
+from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy
 from launcher.errors import TrainingError
 
@@ -79,6 +81,30 @@ class Trained:
         counts = {"more": more, "fewer": len(names) - more}
         told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
         return f"Trained parameters from step {step + 1} on: {told} ({listed}), by {who}."
+
+    def rewrap(self, runtime: Runtime, flags: Mapping[str, bool], batch: Callable[[], Any], step: int) -> None:
+        """Wrap the model again after other parameters are trained, once all ranks are known to train the same.
+
+        Args:
+            flags: those of the step's vote that begins, by name.
+            batch: returns a microbatch that is the same on every rank.
+        """
+        # It has the form of a step's vote: a rank that has not changed anything joins with its own, and none hangs.
+        vote = runtime.vote(0.0, {name: name == "trained" for name in flags}).wait()
+        changed_by_all = vote.votes["trained"] == runtime.world_size
+        if not changed_by_all or len(set(map(tuple, runtime.gather(self.flags())))) > 1:
+            raise TrainingError(
+                f"A callback changed which parameters are trained at step {step}, and not alike on every rank. Change "
+                "requires_grad on all ranks: callbacks run on every one of them."
+            )
+        self._strategy.rewrap(batch())
+        self.stale = False
+
+    def copy(self) -> Copy:
+        """Return what the ranks compare of their copies of the model."""
+        strategy = self._strategy
+        weights = [(self.name_of[id(p)], tensor) for p, tensor in strategy.replicated()]
+        return Copy(weights, self.names(), self.graded() if strategy.shares_gradients else None, self.unexpected())
 
     def _apply(self, changed: Sequence[int]) -> None:
         """Take parameters into the optimizer, or their gradients away."""

@@ -55,7 +55,7 @@ class Waits(TorchDispatchMode):
 
 
 class OnGpu(Runtime):
-    """One rank on a GPU. Its ballots lie on the host and can be read there, which stand-ins cannot."""
+    """One rank on a GPU. Its votes lie on the host and can be read there, which stand-ins cannot."""
 
     def vote(self, count: torch.Tensor | float, flags: dict[str, bool]) -> PendingVote:
         pending = super().vote(count, flags)

@@ -113,7 +113,7 @@ class ExactDataParallel(Strategy):
         return self._bad
 
     def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
-        if vote.ballots["overflow"]:
+        if vote.votes["overflow"]:
             raise TrainingError(
                 f"trainer.deterministic=true adds gradients in fixed point, and one of them passed ±{_LIMIT:.0f} (or "
                 "is not a number). Lower optimizer.lr or set trainer.clip_norm; or train with "

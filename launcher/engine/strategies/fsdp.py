@@ -112,8 +112,8 @@ class FullySharded(Strategy):
         return self._steps(batch, method)
 
     @contextmanager
-    def resting(self) -> Iterator[dict[str, torch.Tensor]]:
-        with super().resting() as own:
+    def evaluation_weights(self) -> Iterator[dict[str, torch.Tensor]]:
+        with super().evaluation_weights() as own:
             try:
                 yield own
             finally:

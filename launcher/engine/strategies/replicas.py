@@ -62,7 +62,7 @@ class Replicas(DataParallel):
         self._buffers_met = self.buffers.copy()
 
     def merge_buffers(self) -> None:
-        """Nothing: workers that train apart meet when it is their time, and `resting` shows what they agreed on."""
+        """Do nothing: the workers merge them when they meet, and `evaluation_weights` shows what they agreed on."""
 
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
         if self._buffers_met is None:
@@ -93,7 +93,7 @@ class Replicas(DataParallel):
         return self._on_every_rank(super().is_finite() and all_finite(self._outer.weights))
 
     @contextmanager
-    def resting(self) -> Iterator[dict[str, Tensor]]:
+    def evaluation_weights(self) -> Iterator[dict[str, Tensor]]:
         with self._outer.shown(self._trained), self.buffers.shown(self._buffers_met or {}) as own:
             yield own
 

@@ -99,7 +99,7 @@ class Strategy(ABC):
         self.buffers.merge()
 
     @contextmanager
-    def resting(self) -> Iterator[dict[str, torch.Tensor]]:
+    def evaluation_weights(self) -> Iterator[dict[str, torch.Tensor]]:
         """Inside, the model holds the weights and buffers that are evaluated, saved and exported. Every rank enters it.
 
         Yields the buffers of this rank that are others outside, by name.

@@ -1,0 +1,104 @@
+"""Requests to a run, and what all ranks decide about them.
+
+A request (stop, checkpoint, regroup…) may reach one rank or all of them. Each rank raises what it knows as flags of the
+step's vote (`Runtime.vote`), so that all ranks act on it after the same step and none waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from launcher.config import Job, parse_interval
+from launcher.engine.callbacks import Callbacks
+from launcher.engine.control import CHECKPOINT, PRUNE, REGROUP, STOP, Control, Watch
+from launcher.engine.finite import Finite
+from launcher.engine.progress import Every
+from launcher.engine.runtime import Runtime
+from launcher.money import BUDGET
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """When to log, evaluate and save."""
+
+    log: Every
+    evaluate: Every
+    save: Every
+
+    @classmethod
+    def of(cls, job: Job) -> Intervals:
+        """Start the intervals that a job configures."""
+        return cls(
+            Every(parse_interval(job.trainer.log_every, "trainer.log_every")),
+            Every(parse_interval(job.trainer.evaluate_every, "trainer.evaluate_every")),
+            Every(parse_interval(job.checkpoint.every, "checkpoint.every")),
+        )
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ends: `status` and `reason` of result.json."""
+
+    status: str = "completed"
+    reason: str | None = None
+
+
+class Requests:
+    """Collects the requests of one rank, one set of flags a step.
+
+    Attributes:
+        over_budget: returns whether the run's budget is spent. Rank 0 knows it; set it where the costs are counted.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        runtime: Runtime,
+        watch: Watch,
+        callbacks: Callbacks,
+        finite: Finite,
+        intervals: Intervals,
+    ) -> None:
+        self._control, self._is_first, self._watch = control, runtime.is_first, watch
+        self._callbacks, self._finite, self._intervals = callbacks, finite, intervals
+        self.over_budget: Callable[[], bool] = lambda: False
+
+    def flags(self) -> dict[str, bool]:
+        """Return what this rank raises in the vote of the step that begins."""
+        requests = self._control.requests()
+        first, intervals = self._is_first, self._intervals
+        spent = BUDGET in requests or self.over_budget()
+        return {
+            "overflow": False,  # raised by the strategy of deterministic mode
+            "trained": False,
+            "gradient": self._finite.gradient_was_bad,
+            "bad": False,  # raised by the strategy where this rank's loss is not finite
+            "stop": STOP in requests or self._watch.stop_requested or spent,
+            "signal": STOP in requests,
+            BUDGET: spent,
+            "prune": PRUNE in requests,
+            "regroup": REGROUP in requests,
+            "checkpoint": CHECKPOINT in requests or (first and intervals.save.time_is_up()),
+            "callback": self._callbacks.wants_to_stop,
+            "log": first and intervals.log.time_is_up(),
+            "evaluate": first and intervals.evaluate.time_is_up(),
+        }
+
+
+def ending_of(votes: Mapping[str, int], reason: str | None) -> Ending | None:
+    """Return how the run ends after a step with these votes, or None when it goes on.
+
+    Args:
+        reason: why a callback stops the run, which completes it.
+    """
+    if votes["stop"]:
+        return Ending("stopped", next((why for why in ("signal", BUDGET) if votes[why]), "request"))
+    if votes["prune"]:
+        return Ending("pruned", reason)
+    return Ending("completed", reason) if reason else None
+
+
+def asks_to_save(votes: Mapping[str, int]) -> bool:
+    """Whether a request needs a checkpoint of this step."""
+    return any(votes[request] for request in ("stop", "regroup", "checkpoint"))
