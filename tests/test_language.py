@@ -1,6 +1,6 @@
 """The language of the project: words that its readers do not search for are not used, with the words to use instead.
 
-Quotations, code and data are exempt: text between double quotes or backticks, and fenced blocks of a page. The check
+Quotations, code and data are exempt: text between double quotes or backticks, and blocks of code in a page. The check
 reads comments and strings of Python files, and comments of other files.
 """
 
@@ -16,7 +16,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Folders and files whose language is checked. Add a folder once it has no finding.
-CHECKED = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/usage.md", "docs/experiments.md"]
+CHECKED = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(f"docs/{page}.md" for page in ("usage", "experiments", "clusters", "preemption", "storage", "sweeps")),
+]
 # Pattern of the words to avoid -> what to write.
 BANNED = {
     r"told|tells?(?! \w+ apart)|telling": "print, report, log, notify, specify",
@@ -50,7 +56,7 @@ def prose(file: Path) -> list[tuple[int, str]]:
     text = file.read_text()
     if file.suffix == ".md":
         kept = re.sub(r"^```.*?^```$", lambda block: "\n" * block[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE)
-        kept = re.sub(r"\]\([^)]*\)", "]", kept)
+        kept = re.sub(r"\]\([^)]*\)|^ {4}.*", "", kept, flags=re.MULTILINE)
         return list(enumerate(QUOTED.sub(lambda quote: "\n" * quote[0].count("\n"), kept).splitlines(), start=1))
     if file.suffix == ".py":
         kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
