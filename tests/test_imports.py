@@ -57,7 +57,7 @@ WITHIN: dict[str, tuple[str, ...]] = {
     ),
     "runs": (
         *("secret_files", "masked_patch", "plain_files", "results", "directory", "user_state", "gathered", "storage"),
-        *("mirror", "provenance", "__init__"),
+        *("mirror", "host_logs", "provenance", "__init__"),
     ),
     "planning": ("plan", "hosts", "forecast", "nodes", "tables"),
     "jobs": ("prepare", "ranks", "weights", "record", "remote", "training", "trained"),

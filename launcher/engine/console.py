@@ -42,6 +42,7 @@ class Log:
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
+            self._file = None
 
 
 class Captured(io.TextIOBase):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from launcher.engine.console import Console
 from launcher.engine.control import Control, Watch
 from launcher.engine.failures import translate
 from launcher.engine.runtime import Runtime
-from launcher.engine.shared import kept
+from launcher.engine.shared import Outputs, kept
 from launcher.engine.trainer import Trainer
 from launcher.engine.weights import load_weights_into, on_this_machine
 from launcher.errors import ConfigError, RequestError
@@ -86,27 +86,49 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
     masking.remember(masking.secrets_in(asdict(task.job)))
     directory = RunDirectory(Path(task.directory))
     phase = _Phase(control, task.marks)
-    with Console(directory.log, runtime.rank, phase) as console:
+    shared = kept(directory, runtime, phase) if task.action == "train" else nullcontext(Outputs(directory.log, None))
+    result: dict[str, Any] = {}
+    # The log is closed before `kept` ends, which sends its last lines.
+    with _translated(phase, runtime.rank), shared as outputs, Console(outputs.log, runtime.rank, phase) as console:
         phase.note = console.note
-        try:
-            for path in task.python_path:
-                targets.add_calling_directory(path)
-            hardware.configure(runtime, task.job.scaling.cpus_per_worker, task.job.trainer.deterministic)
-            if task.job.trainer.compile:
-                hardware.keep_compiled(directory.path.parent)
-            actions = {"train": _train, "evaluate": _evaluate, "predict": _predict, "export": _export}
-            result = actions[task.action](task, runtime, phase, directory)
+        with _translated(phase, runtime.rank):
+            result = _act(task, runtime, phase, directory, outputs.uploads)
             if "status" in result:
                 console.note(f"{result['status']} after {count(result['steps'], 'step')}")
-            return result
-        except Exception as error:
-            told = translate(error, runtime.rank)
-            if phase.training and isinstance(told, RequestError):
-                told.exit_status = 1
-            console.note(f"{type(told).__name__}: {told}")
-            if told is error:
-                raise
-            raise told from error
+    return result
+
+
+@contextmanager
+def _translated(phase: _Phase, rank: int) -> Iterator[None]:
+    """Raise what is raised inside as a LaunchError, and write it into the log while that is open."""
+    try:
+        yield
+    except Exception as error:
+        told = translate(error, rank)
+        if phase.training and isinstance(told, RequestError):
+            told.exit_status = 1
+        if phase.note is not None:
+            phase.note(f"{type(told).__name__}: {told}")
+        if told is error:
+            raise
+        raise told from error
+
+
+def _act(
+    task: Task, runtime: Runtime, control: Control, directory: RunDirectory, uploads: Uploads | None
+) -> dict[str, Any]:
+    for path in task.python_path:
+        targets.add_calling_directory(path)
+    hardware.configure(runtime, task.job.scaling.cpus_per_worker, task.job.trainer.deterministic)
+    if task.job.trainer.compile:
+        hardware.keep_compiled(directory.path.parent)
+    if task.action == "train":
+        # Compiling a large network may outlast the heartbeat's patience: it beats from here on.
+        with Watch(directory) if runtime.is_first else nullcontext():
+            trainer = _build_trainer(task, runtime, control, directory, uploads)
+        return trainer.fit()
+    actions = {"evaluate": _evaluate, "predict": _predict, "export": _export}
+    return actions[task.action](task, runtime, control, directory)
 
 
 def _on_this_machine(task: Task) -> Task:
@@ -137,14 +159,6 @@ class _Phase:
         elif self.note is not None and kind == "progress" and event["values"]:
             self.note(step_line(event))
         self._control.emit(event)
-
-
-def _train(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
-    # Compiling a large network may outlast the heartbeat's patience: it beats from here on.
-    with kept(directory, runtime, control) as uploads:
-        with Watch(directory) if runtime.is_first else nullcontext():
-            trainer = _build_trainer(task, runtime, control, directory, uploads)
-        return trainer.fit()
 
 
 def _build_trainer(

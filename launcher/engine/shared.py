@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.engine.checkpoint import files
@@ -17,7 +17,8 @@ from launcher.engine.control import Control
 from launcher.engine.runtime import Runtime
 from launcher.errors import RunError, StorageError, from_dict, to_dict
 from launcher.runs import RunDirectory
-from launcher.runs.mirror import CHECKPOINTS, Mirrored, Sync
+from launcher.runs.host_logs import log_of_host, take_over, take_up_log
+from launcher.runs.mirror import CHECKPOINTS, GATHERED_SYNC_SECONDS, SYNC_SECONDS, Mirrored, Sync
 from launcher.runs.storage import Store, is_gathered
 
 # A run that fails waits so long for what is on its way to the store.
@@ -25,11 +26,19 @@ SETTLE_SECONDS = 60.0
 _PROBE = ".probe-"
 
 
-@contextmanager
-def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterator[Uploads | None]:
-    """See that all workers share the run, and keep its copy on the store up to date while inside.
+@dataclass(frozen=True)
+class Outputs:
+    """Where a rank writes: its log, and what sends its checkpoints (None where the run is in a directory)."""
 
-    Yields what sends checkpoints, or None where the run is in a directory.
+    log: Path
+    uploads: Uploads | None
+
+
+@contextmanager
+def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterator[Outputs]:
+    """Check that all workers share the run, and keep its copy on the store up to date while inside.
+
+    Open the log inside, and close it there: the log's last lines are sent when this context ends.
 
     Raises:
         RunError: a worker's machine does not see what the others write.
@@ -39,33 +48,38 @@ def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterato
     hosts = runtime.gather(socket.gethostname())
     check_shared(directory, mirrored.store if mirrored else None, runtime, hosts)
     if mirrored is None:
-        yield None
+        yield Outputs(directory.log, None)
         return
     own_machine = hosts[runtime.rank] == hosts[0]
-    failure = None
-    if runtime.is_first:
-        try:
-            if mirrored.pull():
-                mirrored.claim()
-        except StorageError as error:
-            failure = error
-    if found := runtime.broadcast(None if failure is None else to_dict(failure)):
-        raise failure or from_dict(found)
     speaks = runtime.rank == hosts.index(hosts[runtime.rank])  # the first rank of its machine
+    log = log_of_host(hosts[runtime.rank])
+    failure = None
+    try:
+        if runtime.is_first:
+            take_over(mirrored, log)
+        elif speaks and not own_machine:
+            take_up_log(mirrored, log)
+    except (StorageError, OSError) as error:
+        failure = error if isinstance(error, StorageError) else StorageError(f"{directory.log}: {error.strerror}.")
+    # No rank opens its log before the first rank of its machine is done here.
+    found = [each for each in runtime.gather(None if failure is None else to_dict(failure)) if each]
+    if found:
+        raise failure or from_dict(found[0])
     if speaks and not own_machine and directory.checkpoints.is_dir():
         files.clean(directory.checkpoints)
-    host = re.sub(r"[^A-Za-z0-9.-]", "-", hosts[runtime.rank])
-    sync = Sync(mirrored, None if runtime.is_first else {"log.txt": f"log-{host}.txt"}) if speaks else None
+    every = GATHERED_SYNC_SECONDS if is_gathered(mirrored.store.uri) else SYNC_SECONDS
+    sync = Sync(mirrored, None if runtime.is_first else [log], every) if speaks else None
     uploads = Uploads(
         mirrored.store.under(CHECKPOINTS),
         directory.checkpoints,
         rank=runtime.rank,
         scattered=len(set(hosts)) > 1,
         note=lambda text: control.emit({"kind": "note", "text": text}),
+        before_manifest=None if sync is None else sync.flush,
     )
     directory.checkpoints.mkdir(parents=True, exist_ok=True)
     try:
-        yield uploads
+        yield Outputs(directory.log if own_machine else directory.path / log, uploads)
     except BaseException:
         uploads.settle(SETTLE_SECONDS)
         if sync is not None:

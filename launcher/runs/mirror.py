@@ -38,6 +38,8 @@ CHECKPOINTS = "checkpoints"
 OWNER = ".owner"
 _REQUESTS = ".requests"  # on the store: what other machines ask of the run
 SYNC_SECONDS = 5.0
+GATHERED_SYNC_SECONDS = 1.0  # on the disk of the driver's machine, where a request costs nothing
+HOST_LOG = re.compile(r"log-[^/]*\.txt")  # of a machine other than rank 0's; that machine alone writes it
 # An operation that the user waits for, with nothing trained yet, is given up sooner than one of a run.
 HASTY_SECONDS = 15.0
 # What tells which runs there are and how they are; everything else of a run is copied when it is asked for.
@@ -210,8 +212,10 @@ class Mirrored:
 
     def push_end(self) -> None:
         """Put what is said of the end of a run there. Where another machine wrote it, this one takes it over."""
-        if not _owned(self.store, self.run.path, self.store.entries(recursive=False)):
-            self.claim()
+        if _owned(self.store, self.run.path, self.store.entries(recursive=False)):
+            self.push()  # what a worker of this machine wrote before it was killed as well
+            return
+        self.claim()
         self.push(["log.txt", "result.json"])
 
     def remove(self) -> None:
@@ -291,6 +295,7 @@ def board(root: Path, command: list[str], say: Callable[[str], None]) -> int:
 
 
 def _files(run: Path) -> list[str]:
+    """Return the files of a run that the machine of rank 0 writes."""
     found = []
     for folder, folders, names in os.walk(run):
         relative = os.path.relpath(folder, run)
@@ -298,7 +303,7 @@ def _files(run: Path) -> list[str]:
             folders[:] = [name for name in folders if name != CHECKPOINTS]
         for name in names:
             path = name if relative == "." else f"{relative}/{name}"
-            if _is_own(path) and not os.path.islink(os.path.join(folder, name)):
+            if _is_own(path) and not HOST_LOG.fullmatch(path) and not os.path.islink(os.path.join(folder, name)):
                 found.append(path)
     return sorted(found, key=lambda name: (name == "result.json", name))  # result.json last: it says how the run ended
 
@@ -317,13 +322,15 @@ class Sync:
     A large file that grows is not sent over and over: all its transfers take at most a twentieth of the time.
 
     Args:
-        only: local name -> name on the store, where this machine does not write the run but has something to add.
+        only: the files to send where this machine is not rank 0's; None: all but checkpoints.
     """
 
-    def __init__(self, mirrored: Mirrored, only: Mapping[str, str] | None = None, every: float = SYNC_SECONDS) -> None:
-        self._mirrored, self._only, self._every = mirrored, only, every
+    def __init__(self, mirrored: Mirrored, only: Iterable[str] | None = None, every: float = SYNC_SECONDS) -> None:
+        self._mirrored, self._every = mirrored, every
+        self._only = None if only is None else list(only)
         self._sent: dict[str, tuple[int, int, int] | None] = {}
         self._not_before: dict[str, float] = {}
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="launch-sync", daemon=True)
         self._thread.start()
@@ -332,26 +339,32 @@ class Sync:
         """Send what is left. StorageError where that fails after all tries."""
         self._ended.set()
         self._thread.join()
-        self._send(last=True)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what has changed, however large it is. StorageError where that fails after all tries."""
+        with self._lock:
+            self._send(everything=True)
 
     def _run(self) -> None:
         while not self._ended.wait(self._every):
             # The store is away for longer than its operations are tried: what is left is sent later.
             with contextlib.suppress(StorageError, OSError):
-                self._send()
+                with self._lock:
+                    self._send()
                 if self._only is None and self._mirrored.stop_requested():
                     self._mirrored.run.request_stop()
 
-    def _send(self, last: bool = False) -> None:
+    def _send(self, everything: bool = False) -> None:
         path = self._mirrored.run.path
-        for name in list(self._only) if self._only is not None else _files(path):
+        for name in self._only if self._only is not None else _files(path):
             signature, began = _signature(path / name), time.monotonic()
             if signature is None or signature == self._sent.get(name):
                 continue
-            if not last and began < self._not_before.get(name, 0.0):
+            if not everything and began < self._not_before.get(name, 0.0):
                 continue
             with contextlib.suppress(FileNotFoundError):
-                self._mirrored.store.put(self._only[name] if self._only else name, path / name)
+                self._mirrored.store.put(name, path / name)
                 self._sent[name] = signature
             now = time.monotonic()
             self._not_before[name] = now + 20 * (now - began)

@@ -76,10 +76,12 @@ def _train(rank: int, group: Any, uri: str, environment: list[dict[str, str]], s
         def emit(self, event: dict[str, Any]) -> None:
             raise AssertionError(event)
 
-    directory.log.write_text(f"of {rank}")
     runtime = _runtime(rank)
-    with kept(directory, runtime, Control()) as uploads:
+    with kept(directory, runtime, Control()) as outputs:
+        uploads = outputs.uploads
         assert isinstance(uploads, Uploads)
+        with outputs.log.open("a") as log:
+            log.write(f"of {rank}, {steps}\n")
         assert uploads.scattered
         saver = checkpoint.Checkpointer(directory.checkpoints, keep=2, group=group, uploads=uploads)
         newest = saver.here(Newest.from_dict(runtime.broadcast(saver.newest().to_dict() if rank == 0 else None)))
@@ -103,10 +105,12 @@ def test_machines_without_a_common_disk_write_one_checkpoint_and_others_continue
     assert answers == [(None, [])] * 2
     assert container.intact("run") == [20, 30]
     assert not [name for name in container.names("run") if ".parts" in name or ".probe" in name]
-    assert container.read("run/log.txt") == b"of 0"
-    assert container.read("run/log-machine-1.txt") == b"of 1"
+    assert container.read("run/log.txt") == b"of 0, [10, 20, 30]\n"
+    assert container.read("run/log-machine-1.txt") == b"of 1, [10, 20, 30]\n"
 
     other = [container.environment(tmp_path / f"second-{rank}") for rank in range(2)]
     answers = run(2, _train, container.uri, other, [40], tmp_path=tmp_path)
     assert answers == [(("step-00000030", [30.0] * 3, [[0, 30], [1, 30]]), [])] * 2
     assert container.intact("run") == [30, 40]
+    assert container.read("run/log.txt") == b"of 0, [10, 20, 30]\nof 0, [40]\n"
+    assert container.read("run/log-machine-1.txt") == b"of 1, [10, 20, 30]\nof 1, [40]\n"

@@ -54,16 +54,26 @@ class Uploads:
         directory: the run's `checkpoints` here.
         scattered: the ranks sit on several machines.
         note: is told, in words, when the store cannot be written.
+        before_manifest: sends the files beside the checkpoint, so that a run that continues from it on another
+            machine finds what was logged up to its step.
     """
 
     def __init__(
-        self, store: Store, directory: Path, *, rank: int, scattered: bool, note: Callable[[str], None]
+        self,
+        store: Store,
+        directory: Path,
+        *,
+        rank: int,
+        scattered: bool,
+        note: Callable[[str], None],
+        before_manifest: Callable[[], None] | None = None,
     ) -> None:
         self.store, self.directory = store, directory
         self.scattered = scattered
         self.keep, self.best = 1, None  # type: tuple[int, int | None]
         self._rank = rank
         self._note = note
+        self._before_manifest = before_manifest
         self._changed = threading.Condition()
         self._waiting: list[Upload] = []
         self._running: Upload | None = None
@@ -195,6 +205,8 @@ class Uploads:
         for name, entry in manifest.items():
             if name not in there or there[name].size != entry.size:
                 target.put(name, upload.folder / name)  # cut short by a connection that broke
+        if self._before_manifest is not None:
+            self._before_manifest()
         target.put(files.MANIFEST, upload.folder / files.MANIFEST)
         if elsewhere:
             self.store.remove(f"{_PARTS}/{files.name_of(upload.step)}")

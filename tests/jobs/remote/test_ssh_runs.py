@@ -71,6 +71,34 @@ def test_a_run_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
     assert there.launch("down", "ssh", seconds=60).status == 0
     log = there.launch("logs", "two", "--no-follow", seconds=60)
     assert (log.status, log.out) == (0, (runs / "two" / "log.txt").read_text()), log.err
+    assert [line for line in log.out.splitlines() if "completed after" in line][-1].endswith("20 steps")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_log_of_a_detached_run_is_whole_wherever_rank_0_is(there: Elsewhere) -> None:
+    """Would be wrong: a log that is lost when rank 0 is on another machine than the driver, which Ray decides."""
+    on_one_host_each = ("scaling.workers=2", "scaling.cpus_per_worker=2", "cluster.detach=true")
+    ranks_0 = set()
+    for number in range(12):
+        run = there.calling / "runs" / f"n{number}"
+        sent = there.launch(*TINY, *there.words(), *on_one_host_each, f"run.name={run.name}", seconds=120)
+        assert sent.status == 0, sent.err
+        followed = there.launch("logs", run.name, seconds=120)
+        assert followed.status == 0, followed.err
+        assert result(run)["status"] == "completed"
+        lines = [line for line in (run / "log.txt").read_text().splitlines() if "[rank 0]" in line]
+        steps = [line.partition("] step ")[2].partition("/")[0] for line in lines if "] step " in line]
+        assert steps == sorted(steps, key=int), lines
+        assert (steps[-1], lines[-1].endswith("completed after 10 steps")) == ("10", True), lines
+        assert followed.out.splitlines()[-1] == lines[-1]
+        (other,) = {path.stem.removeprefix("log-") for path in run.glob("log-*.txt")}
+        ranks_0 |= {host.name for host in there.machines} - {other}
+        if len(ranks_0) == 2:
+            break
+    else:
+        pytest.fail(f"rank 0 was always on {ranks_0}")
+    assert there.launch("down", "ssh", seconds=60).status == 0
 
 
 @pytest.mark.slow
