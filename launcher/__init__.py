@@ -52,8 +52,8 @@ def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bo
     try:
         if quiet:
             return training.train(request, training.Observer()).result
-        from launcher.show import Shown, conclusion
-        from launcher.terminal import Display
+        from launcher.cli.display import Shown, conclusion
+        from launcher.cli.terminal import Display
 
         with Display() as display:
             shown = Shown(display)
@@ -99,9 +99,9 @@ def sweep(
     from pathlib import Path
 
     from launcher import sweeps
+    from launcher.cli.sweep_display import SweepDisplay, conclusion
     from launcher.errors import Stopped
     from launcher.sweeps.observer import SweepObserver
-    from launcher.sweeps.show import SweepDisplay, conclusion
 
     chosen = config_dir or os.environ.get("LAUNCH_CONFIG_DIR")
     place = Path(chosen).expanduser().absolute() if chosen else None

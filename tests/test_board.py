@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.verbs.board_server import is_known
+from launcher.cli.board_server import is_known
 from tests.stores import free_port
 
 

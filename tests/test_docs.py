@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from launcher import config
+from launcher.cli.line import parse
 from launcher.config import calling_directory, keys, targets
 from launcher.engine.checkpoint import load_weights
 from launcher.jobs.weights import best_checkpoint
 from launcher.runs import RunDirectory
-from launcher.verbs.line import parse
 from tests.command import LAUNCH, Place
 
 ROOT = Path(__file__).resolve().parent.parent

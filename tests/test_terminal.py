@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher.phrases import count, duration, number, size, step_line
-from launcher.terminal import Display
+from launcher.cli.terminal import Display
+from launcher.formatting import count, duration, number, size, step_line
 from tests.command import TOY, Place
 
 

@@ -21,7 +21,7 @@ from launcher.engine.runtime import Runtime
 from launcher.engine.strategies import costs
 from launcher.engine.strategies.strategy import loss_of
 from launcher.engine.untouched import untouched
-from launcher.phrases import number
+from launcher.formatting import number
 
 _WORTH_TELLING = 0.05  # of the step waits for the network
 _TIMED = 2  # passes, after one that warms up

@@ -23,7 +23,7 @@ from launcher.engine.runtime import Runtime
 from launcher.engine.strategies import costs
 from launcher.engine.strategies.blocks import blocks_of, check_divisible, recompute
 from launcher.errors import ConfigError
-from launcher.phrases import number, size
+from launcher.formatting import number, size
 from launcher.runs import RunDirectory
 
 EXACT = ("ddp", "fsdp")

@@ -27,11 +27,11 @@ from launcher.engine.shared import Outputs, kept
 from launcher.engine.trainer import Trainer
 from launcher.engine.weights import load_weights_into, on_this_machine
 from launcher.errors import ConfigError, RequestError
+from launcher.formatting import count, step_line
 from launcher.money import Bill, Rate
-from launcher.phases import Marks
-from launcher.phrases import count, step_line
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
+from launcher.startup_timing import Marks
 
 
 @dataclass

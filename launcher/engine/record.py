@@ -16,8 +16,8 @@ from launcher.engine.sinks.jsonl import JsonLines
 from launcher.engine.sinks.tensorboard import TensorBoard
 from launcher.engine.throughput import Throughput
 from launcher.money import Bill
-from launcher.phases import Marks, told
 from launcher.runs import RunDirectory
+from launcher.startup_timing import Marks, told
 
 _PROGRESS_SECONDS = 0.5
 

@@ -49,8 +49,8 @@ from launcher.engine.throughput import Throughput
 from launcher.engine.trained import Trained
 from launcher.errors import Regroup
 from launcher.money import Bill
-from launcher.phases import Marks
 from launcher.runs import RunDirectory
+from launcher.startup_timing import Marks
 
 
 class Trainer:

@@ -28,7 +28,7 @@ from launcher.engine.shares import Shares
 from launcher.engine.trial_world import Call, TrialWorld
 from launcher.engine.untouched import untouched
 from launcher.errors import ConfigError
-from launcher.phrases import count
+from launcher.formatting import count
 
 Pair = tuple[Tensor, Any]  # sum and count
 Answer = Mapping[str, Pair]

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import money, runs
 from launcher.errors import RequestError, RunError, Stopped, StorageError
+from launcher.formatting import size
 from launcher.jobs.prepare import Prepared, Request, prepare
 from launcher.jobs.weights import weights_of
 from launcher.money import Bill, Rate
-from launcher.phases import Marks
-from launcher.phrases import size
 from launcher.planning.plan import Plan
 from launcher.runs import RunDirectory, provenance
 from launcher.runs.mirror import Mirrored
 from launcher.runs.plain_files import read_text
+from launcher.startup_timing import Marks
 
 if TYPE_CHECKING:
     from launcher.engine.entry import Task

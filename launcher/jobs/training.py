@@ -20,11 +20,11 @@ from launcher.jobs import ranks
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.record import Record
 from launcher.jobs.remote.place import is_elsewhere
-from launcher.phases import Marks
 from launcher.planning.plan import Machines, Plan, make_plan
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
 from launcher.runs.storage import is_gathered, is_uri
+from launcher.startup_timing import Marks
 
 if TYPE_CHECKING:
     from launcher.clusters.existing.existing_ray import ExistingRay

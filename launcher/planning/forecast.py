@@ -13,7 +13,7 @@ from launcher.clusters.pricing.nodes import Nodes
 from launcher.config import Job, StrategyConfig
 from launcher.engine.cost import MFU, Link
 from launcher.errors import ConfigError, ResourceError
-from launcher.phrases import count
+from launcher.formatting import count
 from launcher.planning.plan import Machines, Plan
 
 if TYPE_CHECKING:

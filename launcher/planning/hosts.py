@@ -14,7 +14,7 @@ from launcher.clusters.pricing.rates import rate_of
 from launcher.clusters.ssh import lifecycle as ssh
 from launcher.config import Job
 from launcher.errors import ResourceError
-from launcher.phrases import count
+from launcher.formatting import count
 from launcher.planning.plan import Plan, plan_on, seated_on
 
 

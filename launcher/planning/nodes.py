@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.clusters.pricing.nodes import Nodes, chosen
 from launcher.config import Job
 from launcher.engine.cost import Link
-from launcher.phrases import count, duration, size
+from launcher.formatting import count, duration, size
 from launcher.planning.forecast import (
     Computing,
     Forecast,

@@ -14,9 +14,9 @@ from launcher.clusters.pricing.rates import rate_of
 from launcher.config import Job
 from launcher.config.schema import RENTED
 from launcher.errors import ConfigError
+from launcher.formatting import count, size
 from launcher.money import Rate
-from launcher.phases import Marks
-from launcher.phrases import count, size
+from launcher.startup_timing import Marks
 
 if TYPE_CHECKING:
     from launcher.engine.estimate import Estimate

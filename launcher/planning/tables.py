@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from launcher.clusters.pricing.catalogue import Price
-from launcher.phrases import count, size
+from launcher.formatting import count, size
 from launcher.planning.nodes import NodePlan, told_time
 
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 from launcher.engine.checkpoint import available
 from launcher.engine.control import PRUNE, Watch
 from launcher.errors import LaunchError, OutOfMemory, RequestError, RunError, Stopped, UserCodeError, WorkerLost
+from launcher.formatting import duration, number
 from launcher.jobs.prepare import Prepared
 from launcher.jobs.record import Origin, Record
 from launcher.jobs.training import cluster_of
 from launcher.money import BUDGET, Bill, Rate, tell_owner
-from launcher.phrases import duration, number
 from launcher.planning.plan import machines_of
 from launcher.runners.signals import Interrupts
 from launcher.runners.tasks import Ended, Shape

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from launcher.cli import machines
 from launcher.clusters.azure import lifecycle
 from launcher.clusters.remote import registry
 from launcher.errors import MachineError
-from launcher.verbs import machines
 from tests.azure.fake import VM, Fake
 from tests.azure.test_lifecycle import CLUSTER, said
 from tests.vmlab.lab import ROOT

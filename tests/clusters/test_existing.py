@@ -113,7 +113,7 @@ def test_what_differs_on_a_node_is_told_before_training(cluster: Lab, directory:
     """Would be wrong: workers of another version, which fail later in ways that nobody understands."""
     for name in ("launcher", "models", "conf"):
         shutil.copytree(ROOT / name, tmp_path / "other" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "other/launcher/phrases.py").open("a") as file:
+    with (tmp_path / "other/launcher/formatting.py").open("a") as file:
         file.write("# another version\n")
     (tmp_path / "other/torch-9.9.dist-info").mkdir()
     (tmp_path / "other/torch-9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")

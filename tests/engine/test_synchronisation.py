@@ -24,8 +24,8 @@ from launcher.engine.optim import build_optimizer
 from launcher.engine.runtime import PendingVote, Runtime, Vote
 from launcher.engine.strategies.ddp import DataParallel
 from launcher.engine.trainer import Trainer
-from launcher.phases import Marks
 from launcher.runs import RunDirectory
+from launcher.startup_timing import Marks
 from models.language import GPT
 from tests.engine.engine_ranks import make_job
 

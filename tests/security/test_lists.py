@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
+from launcher.cli.listing import rows
+from launcher.cli.sweep_display import SweepDisplay
+from launcher.cli.terminal import Display
 from launcher.runs import RunDirectory, list_runs, results
-from launcher.sweeps.show import SweepDisplay
-from launcher.terminal import Display
 from launcher.terminal_text import printable
-from launcher.verbs.listing import rows
 
 ESCAPE = "\x1b]0;title\x07\x1b[2J\x9b31m\x1bc\u202e[bold red]x[/] [link=http://x]"
 RAW = ("\x1b", "\x07", "\x9b", "\u202e")

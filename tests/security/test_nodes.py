@@ -164,8 +164,8 @@ def test_workers_of_a_rayjob_have_no_token_of_kubernetes() -> None:
     ],
 )
 def test_a_rayjob_takes_nested_secrets_by_reference(word: str, passes: bool) -> None:
-    from launcher.verbs import kubernetes
-    from launcher.verbs.line import parse
+    from launcher.cli import kubernetes
+    from launcher.cli.line import parse
 
     line = parse(["train", "cluster=kuberay", word])
     if passes:

@@ -314,7 +314,7 @@ def test_sweeper_parameters_of_a_file(words: list[str], tmp_path: Path) -> None:
 
 
 def test_stop_from_elsewhere_and_what_listing_shows(sweep: Sweep, tmp_path: Path) -> None:
-    from launcher.verbs.listing import rows
+    from launcher.cli.listing import rows
 
     more = ("optimizer.lr=0.1,0.2,0.3", "model.nap=0.01", "trainer.epochs=5")
     with subprocess.Popen(

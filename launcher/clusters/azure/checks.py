@@ -10,7 +10,7 @@ from launcher.clusters.azure.api import Api, told
 from launcher.clusters.azure.wanted import Wanted
 from launcher.clusters.pricing.nodes import REGIONAL, SPOT_POOL
 from launcher.errors import ResourceError
-from launcher.phrases import count
+from launcher.formatting import count
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from launcher.clusters.pricing import catalogue
 from launcher.clusters.pricing.catalogue import Vm
 from launcher.clusters.remote.registry import Head, save
 from launcher.errors import MachineError
-from launcher.phrases import count
+from launcher.formatting import count
 
 NODES_SECONDS = 1800.0
 POLL_SECONDS = 2.0

@@ -23,7 +23,7 @@ from launcher.clusters.remote import mounts, registry
 from launcher.clusters.remote.registry import Head
 from launcher.config.schema import ClusterConfig, ScalingConfig
 from launcher.errors import ClusterError, MachineError, ResourceError, Stopped
-from launcher.phrases import count
+from launcher.formatting import count
 
 KIND = "azure"
 _ZONE, _SIZE = "launch-zone", "launch-size"  # tags of the group: what it was made for

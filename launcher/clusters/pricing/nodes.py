@@ -12,7 +12,7 @@ from typing import Any
 from launcher.clusters.pricing.catalogue import Price, Size, Vm, find, find_head
 from launcher.clusters.pricing.prices import SOURCE, PricesUnavailable, refreshed
 from launcher.config.schema import ClusterConfig
-from launcher.phrases import count
+from launcher.formatting import count
 
 SPOT_POOL = "LowPriorityCores"  # Azure counts the vCPUs of all spot VMs of a region under this name
 REGIONAL = "cores"  # and those of all others, families together, under this one

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.phrases import count
+from launcher.formatting import count
 from launcher.runs.provenance import GIT
 from launcher.runs.secret_files import IGNORE_FILE, SecretFiles, is_secret_path
 

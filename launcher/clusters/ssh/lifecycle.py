@@ -25,7 +25,7 @@ from launcher.clusters.remote.registry import Head
 from launcher.clusters.remote.shell import Shell, destination
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
-from launcher.phrases import count, size
+from launcher.formatting import count, size
 
 KIND = "ssh"
 START_SECONDS = 240.0  # with the wait for another command that is at work there

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from launcher.config.schema import StrategyConfig, TrainerConfig
 from launcher.engine.cost import OVERLAP, Link, Step, predict, predict_rare, predict_sharded
-from launcher.phrases import size
+from launcher.formatting import size
 
 
 def memory(config: StrategyConfig, workers: int, whole: dict[str, int]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 from launcher.clusters.remote import compare, project
 from launcher.clusters.remote.ray_jobs import OVER, Jobs, Unreachable
 from launcher.errors import ClusterError, ConfigError
-from launcher.phrases import size
+from launcher.formatting import size
 
 # A folder that Ray makes importable. Launch lies in it as a whole: its parts look for each other.
 OWN = "launch_freight"

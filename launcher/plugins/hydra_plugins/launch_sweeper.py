@@ -63,8 +63,8 @@ class LaunchSweeper(Sweeper):
 
         if self._taken is not None:
             return sweeps.drive(*self._taken)
+        from launcher.cli.sweep_display import SweepDisplay, conclusion
         from launcher.jobs.prepare import Request
-        from launcher.sweeps.show import SweepDisplay, conclusion
 
         with SweepDisplay() as display:
             outcome = sweeps.run(Request([*sweeps.as_words(self._params), *arguments], self._config_dir), display)

@@ -55,7 +55,7 @@ def table(found: list[dict[str, Any]], root: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from launcher.phrases import duration
+    from launcher.formatting import duration
 
     if not found:
         print(f"No runs in {RunDirectory(root / 'run').root}.", file=sys.stderr)

@@ -6,30 +6,30 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from launcher.cli import kubernetes
+from launcher.cli.output import results_alone, say, tell
 from launcher.errors import LaunchError, Stopped
-from launcher.verbs import kubernetes
-from launcher.verbs.output import results_alone, say, tell
 
 if TYPE_CHECKING:
+    from launcher.cli.line import Line
     from launcher.jobs.training import Outcome
     from launcher.runs import RunDirectory
-    from launcher.verbs.line import Line
 
 
 def train(line: Line) -> int:
     if "multirun" in line.flags and not kubernetes.is_meant(line):
         return _sweep(line)
-    from launcher import show
+    from launcher.cli import display
+    from launcher.cli.terminal import Display
     from launcher.jobs import ranks, training
-    from launcher.terminal import Display
 
     with results_alone() as result:
         if kubernetes.is_meant(line):
             return kubernetes.train(line, result)
         if not ranks.speaks():
             return _status(training.train(line.request(), training.Observer()))
-        with Display() as display:
-            shown = show.Shown(display)
+        with Display() as screen:
+            shown = display.Shown(screen)
             outcome: Outcome | LaunchError | Stopped
             try:
                 outcome = training.train(line.request(), shown)
@@ -41,7 +41,7 @@ def train(line: Line) -> int:
             assert shown.directory is not None
             return _conclude_failure(outcome, shown.directory, result, line.verbose)
         if not shown.finished:
-            for text in show.conclusion(outcome, sys.stderr.isatty()):
+            for text in display.conclusion(outcome, sys.stderr.isatty()):
                 say(text)
         result(outcome.directory.told())
         return _status(outcome)
@@ -51,7 +51,7 @@ def _conclude_failure(
     error: LaunchError | Stopped, directory: RunDirectory, result: Callable[[str], None], verbose: bool
 ) -> int:
     """Tell how a run ended that had started, and where it lies."""
-    from launcher import show
+    from launcher.cli import display
     from launcher.jobs import training
 
     if isinstance(error, Stopped):
@@ -59,7 +59,7 @@ def _conclude_failure(
         say("stopped at once" if directory.result().get("steps") else "stopped before the first step")
     else:
         status = tell(error, verbose)
-    for text in show.after_failure(directory, error):
+    for text in display.after_failure(directory, error):
         say(text)
     result(directory.told())
     return status
@@ -74,7 +74,7 @@ def _status(outcome: Outcome) -> int:
 
 def _sweep(line: Line) -> int:
     from launcher import sweeps
-    from launcher.sweeps.show import SweepDisplay, conclusion
+    from launcher.cli.sweep_display import SweepDisplay, conclusion
 
     with results_alone() as result:
         with SweepDisplay() as display:

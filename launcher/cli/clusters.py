@@ -6,16 +6,16 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
+from launcher.cli.output import say
 from launcher.errors import ConfigError
 from launcher.terminal_text import printable
-from launcher.verbs.output import say
 
 if TYPE_CHECKING:
-    from launcher.verbs.line import Line
+    from launcher.cli.line import Line
 
 
 def sizes(line: Line) -> int:
-    from launcher.verbs import sizes
+    from launcher.cli import sizes
 
     if line.words:
         raise ConfigError(
@@ -34,9 +34,9 @@ def sizes(line: Line) -> int:
 
 
 def up(line: Line) -> int:
+    from launcher.cli import machines
     from launcher.jobs import prepare
     from launcher.jobs.training import ended_by_signals
-    from launcher.verbs import machines
 
     if line.name is not None:
         raise ConfigError(f"launch up takes the name of a cluster as cluster.name={line.name}.")
@@ -50,7 +50,7 @@ def up(line: Line) -> int:
 
 
 def status(line: Line) -> int:
-    from launcher.verbs import machines
+    from launcher.cli import machines
 
     _no_words(line)
     clusters = machines.status(line.name)
@@ -59,7 +59,7 @@ def status(line: Line) -> int:
 
 
 def down(line: Line) -> int:
-    from launcher.verbs import machines
+    from launcher.cli import machines
 
     _no_words(line)
     machines.down(line.name, say, forget="forget" in line.flags)

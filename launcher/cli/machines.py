@@ -15,7 +15,7 @@ from launcher.clusters.remote.registry import Head
 from launcher.clusters.ssh import lifecycle as ssh
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError, LaunchError, MachineError
-from launcher.phrases import count, duration
+from launcher.formatting import count, duration
 
 Tell = Callable[[str], None]
 LOCAL = "local"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.phases import Marks, told
+from launcher.startup_timing import Marks, told
 from tests.command import TOY, Place
 
 

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from launcher.phrases import evaluated, facts, step_line
+from launcher.formatting import evaluated, facts, step_line
 from launcher.terminal_text import printable
 
 PHASES = {

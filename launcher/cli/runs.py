@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.cli import board_server
+from launcher.cli.output import say
 from launcher.errors import ConfigError, RunError
 from launcher.runs import RunDirectory
 from launcher.terminal_text import printable
-from launcher.verbs import board_server
-from launcher.verbs.output import say
 
 if TYPE_CHECKING:
-    from launcher.verbs.line import Line
+    from launcher.cli.line import Line
 
 ADDRESS = "cluster.address"
 
@@ -45,7 +45,7 @@ def _confirm_address(line: Line, sent: RunDirectory) -> None:
 
 
 def runs(line: Line) -> int:
-    from launcher.verbs.listing import rows, strict_json, table
+    from launcher.cli.listing import rows, strict_json, table
 
     root = _root(line)
     found = rows(root)
@@ -58,7 +58,7 @@ def runs(line: Line) -> int:
 
 def logs(line: Line) -> int:
     from launcher import runs
-    from launcher.verbs.listing import follow
+    from launcher.cli.listing import follow
 
     assert line.name is not None
     run = runs.find(_root(line), line.name)
@@ -67,9 +67,9 @@ def logs(line: Line) -> int:
     if sent is None:
         follow(run, until_the_end)
         return 0
+    from launcher.cli.terminal import Display
     from launcher.jobs.remote import attend
     from launcher.jobs.remote.place import why_not_followed
-    from launcher.terminal import Display
 
     _confirm_address(line, sent)
     if run.log.exists() and (why := why_not_followed(sent)):
@@ -88,7 +88,7 @@ def logs(line: Line) -> int:
 
 def stop(line: Line) -> int:
     from launcher import runs
-    from launcher.verbs.listing import stop
+    from launcher.cli.listing import stop
 
     assert line.name is not None
     run = runs.find(_root(line), line.name)

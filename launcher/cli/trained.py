@@ -7,17 +7,17 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.cli.output import results_alone
 from launcher.errors import ConfigError, Stopped
-from launcher.verbs.output import results_alone
 
 if TYPE_CHECKING:
-    from launcher.verbs.line import Line
+    from launcher.cli.line import Line
 
 
 def evaluate(line: Line) -> int:
+    from launcher.cli.display import Shown
+    from launcher.cli.terminal import Display
     from launcher.jobs import ranks, trained, training
-    from launcher.show import Shown
-    from launcher.terminal import Display
 
     assert line.name is not None
     with results_alone() as result:
@@ -31,9 +31,9 @@ def evaluate(line: Line) -> int:
 
 
 def predict(line: Line) -> int:
+    from launcher.cli.display import Shown
+    from launcher.cli.terminal import Display
     from launcher.jobs import ranks, trained
-    from launcher.show import Shown
-    from launcher.terminal import Display
 
     assert line.name is not None
     if line.input is None:
@@ -55,10 +55,10 @@ def predict(line: Line) -> int:
 
 def export(line: Line) -> int:
     from launcher import runs
+    from launcher.cli.display import Shown
+    from launcher.cli.terminal import Display
     from launcher.errors import ExportError
     from launcher.jobs import ranks, trained
-    from launcher.show import Shown
-    from launcher.terminal import Display
 
     assert line.name is not None
     if not ranks.speaks():

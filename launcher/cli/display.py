@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from launcher.cli.terminal import Display
+from launcher.formatting import count, duration, evaluated, goes_on
 from launcher.jobs.prepare import Prepared
 from launcher.jobs.training import Observer, Outcome, begun, over_text
 from launcher.money import BUDGET, larger
-from launcher.phrases import count, duration, evaluated, goes_on
 from launcher.planning.plan import Plan
 from launcher.runs import RunDirectory
-from launcher.terminal import Display
 
 
 class Shown(Observer):

@@ -7,21 +7,21 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launcher.verbs import kubernetes
-from launcher.verbs.output import results_alone
+from launcher.cli import kubernetes
+from launcher.cli.output import results_alone
 
 if TYPE_CHECKING:
+    from launcher.cli.line import Line
     from launcher.jobs.prepare import Prepared
     from launcher.planning.hosts import HostPlan
     from launcher.planning.nodes import NodePlan
     from launcher.planning.plan import Plan
-    from launcher.verbs.line import Line
 
 
 def _plan_of_sweep(line: Line) -> int:
     from launcher import sweeps
+    from launcher.cli.sweep_display import SweepDisplay
     from launcher.planning.nodes import NodePlan
-    from launcher.sweeps.show import SweepDisplay
 
     with results_alone() as result:
         with SweepDisplay() as display:
@@ -40,11 +40,11 @@ def _plan_of_sweep(line: Line) -> int:
 def plan(line: Line) -> int:
     if "multirun" in line.flags and not kubernetes.is_meant(line):
         return _plan_of_sweep(line)
+    from launcher.cli.display import Shown
+    from launcher.cli.terminal import Display
     from launcher.jobs.prepare import prepare
     from launcher.jobs.training import checked_host_plan, checked_plan
     from launcher.jobs.weights import weights_of
-    from launcher.show import Shown
-    from launcher.terminal import Display
 
     with results_alone() as result:
         if kubernetes.is_meant(line):
@@ -70,9 +70,9 @@ def plan(line: Line) -> int:
 
 
 def _plan_of_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]) -> int:
+    from launcher.cli.display import Shown
+    from launcher.cli.terminal import Display
     from launcher.jobs.training import checked_node_plan
-    from launcher.show import Shown
-    from launcher.terminal import Display
 
     with Display() as display:
         plan = checked_node_plan(prepared, Shown(display), ask="offline" not in line.flags)

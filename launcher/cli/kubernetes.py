@@ -7,12 +7,12 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from launcher.cli.output import say
 from launcher.errors import ConfigError, TrainingError
-from launcher.verbs.output import say
 
 if TYPE_CHECKING:
+    from launcher.cli.line import Line
     from launcher.clusters.kuberay.ray_job import RayJob
-    from launcher.verbs.line import Line
 
 KIND = "kuberay"
 

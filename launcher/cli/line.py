@@ -1,4 +1,4 @@
-"""The words of a command line: the verbs, the flags, and what belongs to which."""
+"""The words of a command line: the verb, its name, the flags and the overrides."""
 
 from __future__ import annotations
 
@@ -10,28 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.cli.verbs import VERBS, table
 from launcher.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from launcher.jobs.prepare import Request
 
-USAGE = """\
+USAGE = f"""\
 launch [VERB [NAME]] [HYDRA OVERRIDES...] [HYDRA FLAGS]
 
-  train            run one job (the default when no verb is given); with -m a sweep over several
-  plan             print what train would do, and create nothing; --json for programs. With cluster.size=SIZE and
-                   cluster.nodes=N: what it would need, take and cost on VMs of Azure (--offline: shipped prices)
-  evaluate NAME    evaluate a run's best checkpoint on validation and test data, or on other data: data=OTHER
-  predict NAME     print what a run's best checkpoint makes of each input, as JSON lines: input=PATH
-  export NAME      write a run's best weights and its network for others to use
-  runs             list runs with state, step, loss, workers, time; --json for programs
-  logs NAME        show what a run printed, and follow it while it goes on (--no-follow: do not)
-  stop NAME        have a run save a checkpoint and stop
-  board            serve TensorBoard over the run root; --port N, --open
-  sizes            list Azure's NC sizes with GPUs, network, quota family and price; --region NAME, --offline, --json
-  up               make a cluster: cluster=ssh cluster.hosts=[HEAD,HOST,...]; what runs already is left alone
-  status [NAME]    show all clusters of mine with their hosts and SSH line, or one; --json for programs
-  down [NAME]      end every process of a cluster, and see that none is left (--forget: only forget it)
+{table()}
 
   launch experiment=mnist                        train real digits on two workers of this machine
   launch experiment=mnist scaling.workers=4      the same experiment on four
@@ -40,25 +28,6 @@ launch [VERB [NAME]] [HYDRA OVERRIDES...] [HYDRA FLAGS]
   launch VERB --help                             Hydra's help: every group, every key, every default
   launch --config-dir DIR ...                    your own models, data and experiments
 """
-
-VERBS = (
-    "train",
-    "plan",
-    "evaluate",
-    "predict",
-    "export",
-    "runs",
-    "logs",
-    "stop",
-    "board",
-    "sizes",
-    "up",
-    "status",
-    "down",
-)
-NAMED = ("evaluate", "predict", "export", "logs", "stop")  # take the name of a run
-MAY_BE_NAMED = ("status", "down")  # take the name of a cluster, or none
-COMPOSING = ("train", "plan", "evaluate", "predict", "export", "up")  # have a configuration of a job
 
 # Flag -> (its name here, takes a value).
 _FLAGS = {
@@ -87,18 +56,11 @@ _FLAGS = {
     "-p": ("package", True),
     "--resolve": ("resolve", False),
 }
-# Flags of some verbs alone.
-_FLAGS_OF = {
-    "multirun": ("train", "plan"),
-    "json": ("plan", "runs", "sizes", "status"),
-    "region": ("sizes",),
-    "offline": ("plan", "sizes"),
-    "no_follow": ("logs",),
-    "forget": ("down",),
-    "port": ("board",),
-    "open": ("board",),
-    "host": ("board",),
-}
+# Flags of some verbs alone, and those verbs.
+_VERBS_OF: dict[str, list[str]] = {}
+for _verb_of in VERBS.values():
+    for _flag in _verb_of.flags:
+        _VERBS_OF.setdefault(_flag, []).append(_verb_of.name)
 _OPTIONAL = {"--info": "all", "-i": "all"}  # what a flag means without its value
 
 
@@ -124,9 +86,9 @@ class Line:
         return Path(chosen).expanduser().absolute() if chosen else None
 
     def request(self) -> Request:
+        from launcher.cli.output import say
         from launcher.jobs import ranks
         from launcher.jobs.prepare import Request
-        from launcher.verbs.output import say
 
         note = say if ranks.speaks() else lambda text: None
         return Request(self.words, self.config_dir, started=self.started, note=note)
@@ -154,11 +116,11 @@ def parse(arguments: Sequence[str]) -> Line:
             line.words.append(word)
         elif word == line.verb and not line.explicit:
             line.explicit = True
-        elif line.verb in (*NAMED, *MAY_BE_NAMED) and line.name is None:
+        elif VERBS[line.verb].named is not None and line.name is None:
             line.name = word
         else:
             raise ConfigError(_neither(word, line))
-    if line.verb in NAMED and line.name is None and "help" not in line.flags:
+    if VERBS[line.verb].named == "run" and line.name is None and "help" not in line.flags:
         wanted = f"launch {line.verb} NAME"
         raise ConfigError(f"launch {line.verb} needs the name of a run: {wanted}. `launch runs` lists them.")
     return line
@@ -180,8 +142,8 @@ def _verb(words: Sequence[str]) -> str | None:
 
 def _take_flag(line: Line, flag: str, value: str | None, rest: list[str]) -> None:
     name, takes_value = _FLAGS[flag]
-    if line.verb not in _FLAGS_OF.get(name, (line.verb,)):
-        raise ConfigError(f"{flag} belongs to launch {' and launch '.join(_FLAGS_OF[name])}. Leave it out.")
+    if line.verb not in _VERBS_OF.get(name, (line.verb,)):
+        raise ConfigError(f"{flag} belongs to launch {' and launch '.join(_VERBS_OF[name])}. Leave it out.")
     if not takes_value:
         if value is not None:
             raise ConfigError(f"{flag} takes no value.")
@@ -200,7 +162,7 @@ def _neither(word: str, line: Line) -> str:
     from launcher.config import sources
     from launcher.config.words import not_an_override
 
-    if line.verb in NAMED:
+    if VERBS[line.verb].named == "run":
         return f'launch {line.verb} takes one name; "{line.name}" is one, and "{word}" another.'
     near = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.0)[0]
     groups = sources(line.config_dir).groups()

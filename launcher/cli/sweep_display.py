@@ -12,13 +12,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from launcher.cli.terminal import PHASES, stop_or_detach
 from launcher.config.words import shown
+from launcher.formatting import duration, goes_on, number
 from launcher.money import BUDGET, larger
-from launcher.phrases import duration, goes_on, number
 from launcher.runs import RunDirectory
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.syntax import plain_text
-from launcher.terminal import PHASES, stop_or_detach
 from launcher.terminal_text import printable
 
 _ROWS = 12  # of the table: those that run, and the newest ended

@@ -7,21 +7,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from launcher import verbs
+from launcher.cli.line import USAGE, Line, parse
+from launcher.cli.output import say, tell
+from launcher.cli.verbs import VERBS
 from launcher.config.calling_directory import guard
 from launcher.errors import ConfigError, LaunchError, Stopped
-from launcher.verbs.line import COMPOSING, USAGE, Line, parse
-from launcher.verbs.output import say, tell
 
 if TYPE_CHECKING:
-    from launcher.verbs.help import Asked
-
-
-def main() -> NoReturn:
-    """Entry point of `launch` and of `python -m launcher`."""
-    sys.exit(run(sys.argv[1:]))
+    from launcher.cli.hydra_help import Asked
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
         line = parse(arguments)
         if _shows(line):
             return 0
-        return verbs.RUN[line.verb](line)
+        return VERBS[line.verb].run(line)
     except LaunchError as error:
         return tell(error, verbose)
     except Stopped as stopped:
@@ -62,11 +57,11 @@ def _shows(line: Line) -> bool:
 
         print(" ".join(f"{name} {version}" for name, version in versions().items()))
         return True
-    of_job = line.explicit and line.verb in COMPOSING
+    of_job = line.explicit and VERBS[line.verb].composes
     if "help" in flags and not of_job:
         print(USAGE, end="")
         return True
-    from launcher.verbs.help import Asked
+    from launcher.cli.hydra_help import Asked
 
     asked = Asked(
         help="help" in flags,
@@ -78,7 +73,7 @@ def _shows(line: Line) -> bool:
     )
     if not asked:
         return False
-    if line.verb not in COMPOSING:
+    if not VERBS[line.verb].composes:
         raise ConfigError(f"launch {line.verb} composes no job: --cfg, --info and their like belong to launch train.")
     _show(line, asked)
     return True
@@ -86,8 +81,8 @@ def _shows(line: Line) -> bool:
 
 def _show(line: Line, asked: Asked) -> None:
     from launcher import runs
+    from launcher.cli import hydra_help
     from launcher.jobs import prepare
-    from launcher.verbs import help
 
     request = line.request()
     if line.name is None:
@@ -95,4 +90,4 @@ def _show(line: Line, asked: Asked) -> None:
     else:
         run = runs.find(prepare.root_of(prepare.run_section(request).root), line.name)
         composition = prepare.over_the_run(request, run)[0]
-    sys.stdout.write(help.text(asked, composition, request))
+    sys.stdout.write(hydra_help.text(asked, composition, request))
