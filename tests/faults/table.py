@@ -367,7 +367,7 @@ ROWS = (
     Row("two faults in a row", "local", killed_twice, 2 * UNANNOUNCED),
     Row("controller killed", "local", controller_killed),
     Row("node lost, another one is there", "machines", node_killed, core=True, nodes=3),
-    Row("node lost, fewer workers go on", "machines", node_killed, words=ELASTIC),
+    Row("node lost, fewer workers continue", "machines", node_killed, words=ELASTIC),
     Row("raylet of a node killed", "machines", raylet_killed, words=ELASTIC),
     Row("link of a machine cut for 20 s", "machines", link_cut(20), words=ELASTIC),
     Row("link of a machine cut for good", "machines", link_cut(None), words=ELASTIC),
