@@ -176,7 +176,7 @@ def run_all(lines: list[list[str]], directory: Path) -> list[dict[str, object]]:
         input=json.dumps(lines),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -184,12 +184,12 @@ def run_all(lines: list[list[str]], directory: Path) -> list[dict[str, object]]:
     return [json.loads(file.read_text()) for file in made if file.exists()]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_first_example_runs_as_it_stands(tmp_path: Path) -> None:
     write_files(EXTENDING, tmp_path)
     sources = [text for language, text in blocks(EXTENDING)[:2] if language in ("python", "yaml")]
     assert len([line for text in sources for line in text.splitlines() if line.strip()]) <= 30
-    done = Place(tmp_path, tmp_path / "home").launch(*next(commands(EXTENDING)), seconds=200)
+    done = Place(tmp_path, tmp_path / "home").launch(*next(commands(EXTENDING)), seconds=500)
     assert done.status == 0, done.err
     result = json.loads((Path(done.last) / "result.json").read_text())
     assert (result["status"], result["workers"]) == ("completed", 2)
@@ -197,7 +197,7 @@ def test_the_first_example_runs_as_it_stands(tmp_path: Path) -> None:
     assert {"train/absolute_error", "val/absolute_error"} <= result["metrics"].keys()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_the_other_examples_run(tmp_path: Path) -> None:
     write_files(EXTENDING, tmp_path)
     _, *rest = commands(EXTENDING)
@@ -219,7 +219,7 @@ def test_the_other_examples_run(tmp_path: Path) -> None:
     assert {"parity.weight", "parity.bias"} <= both[1].keys()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_the_model_of_the_readme_runs(tmp_path: Path) -> None:
     write_files(README, tmp_path)
     (words,) = [words for words in commands(README) if "--config-dir" in words]
