@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunError
-from launcher.runs import FINAL, RunDirectory, list_runs
+from launcher.runs import FINAL, SENT, RunDirectory, list_runs
 from launcher.runs.mirror import Mirrored, following
 from launcher.runs.plain_files import open_file, problem_at
 from launcher.terminal_text import printable
@@ -19,8 +20,9 @@ _STOP_SECONDS = 600.0
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
-    """Return one mapping a run under `root`, oldest first."""
-    found = []
+    """Return one mapping a run under `root`, oldest first. The states of runs that were sent are asked for."""
+    found: list[dict[str, Any]] = []
+    silent = []
     for run in list_runs(root):
         result: dict[str, Any] = {}
         why = ""
@@ -30,6 +32,8 @@ def rows(root: Path) -> list[dict[str, Any]]:
         except (RunError, OSError) as error:  # one damaged file must not hide the other runs
             why = str(error) if isinstance(error, RunError) else f"{run.path} cannot be read: {error.strerror}."
             status = UNREADABLE
+        if status == SENT:
+            silent.append((run, len(found)))
         metrics = result.get("metrics") or {}
         found.append(
             {
@@ -46,6 +50,14 @@ def rows(root: Path) -> list[dict[str, Any]]:
                 "directory": run.told(),
             }
         )
+    if silent:
+        from launcher.jobs.remote.states import states_of  # with ssh and Ray's client
+
+        states = states_of([run for run, _ in silent])
+        for run, number in silent:
+            if run.path in states:
+                state = states[run.path]
+                found[number].update(status=state.word, error=found[number]["error"] or state.reason or None)
     return found
 
 
@@ -90,7 +102,7 @@ def table(found: list[dict[str, Any]], root: Path) -> None:
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=400)
     console.print(grid)
     for row in found:
-        if row["status"] == UNREADABLE:
+        if row["status"] in (UNREADABLE, "lost", "unreachable") and row["error"]:
             print(printable(f"{row['name']}: {row['error']}"), file=sys.stderr)
 
 
@@ -107,8 +119,12 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def follow(run: RunDirectory, until_the_end: bool = True) -> None:
-    """Print log.txt and, while the run goes on, what is added to it."""
+def follow(run: RunDirectory, until_the_end: bool = True, still: Callable[[], bool] = lambda: False) -> None:
+    """Print log.txt and, while the run goes on, what is added to it.
+
+    Args:
+        still: of a run that was sent and whose files are old: whether its cluster works on it.
+    """
     refresh = following(run)
     refresh()
     if not run.log.exists() and run.status() != "running":
@@ -119,13 +135,15 @@ def follow(run: RunDirectory, until_the_end: bool = True) -> None:
     place = 0
     while True:
         refresh()
-        going_on = run.status() == "running"  # asked before reading: what is written last is still read
+        status = run.status()
+        # Asked before reading: what is written last is still read.
+        going_on = until_the_end and (status == "running" or (status == SENT and still()))
         with open_file(run.log, errors="replace") as log:  # the copy of one on a store is replaced as a whole
             log.seek(place)
             sys.stdout.write(printable(log.read()))
             place = log.tell()
         sys.stdout.flush()
-        if not (going_on and until_the_end):
+        if not going_on:
             return
         time.sleep(0.3)
 

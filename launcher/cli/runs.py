@@ -70,6 +70,7 @@ def logs(line: Line) -> int:
     from launcher.cli.terminal import Display
     from launcher.jobs.remote import attend
     from launcher.jobs.remote.place import why_not_followed
+    from launcher.jobs.remote.states import Waiting
 
     _confirm_address(line, sent)
     if run.log.exists() and (why := why_not_followed(sent)):
@@ -77,10 +78,11 @@ def logs(line: Line) -> int:
         follow(run, until_the_end=False)
         return 0
     with attend.copied(sent, say) as copies:
-        with Display() as display:
-            attend.until_it_begins(sent, display.show, copies)
+        still = Waiting(sent, say)
         try:
-            follow(run, until_the_end)
+            with Display() as display:
+                attend.until_it_begins(sent, display.show, copies, still)
+            follow(run, until_the_end, still)
         except KeyboardInterrupt:
             say(f"{run.name} goes on without this command.")
     return 0

@@ -26,6 +26,7 @@ HEARTBEAT_SECONDS = 5.0
 # A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.
 LOST_AFTER_SECONDS = 60.0
 FINAL = ("completed", "stopped", "pruned", "failed")
+SENT = "sent"
 REMOTE = "remote.json"  # in the directory of a run that is driven elsewhere: where
 MARK = ".store"  # in a run root that is the copy of one on an object store: its URI
 
@@ -230,11 +231,12 @@ class RunDirectory:
     def status(self) -> str:
         """Return the status of `result.json`, or `lost` where it says running and nobody works on it.
 
-        `sent`: it was sent to a cluster, and nothing has come back yet, or not lately.
+        `sent`: it was sent to a cluster, and nothing has come back yet, or not lately; the cluster knows more
+        (`launcher.jobs.remote.states`).
         """
-        status = str(self.result().get("status") or ("sent" if self.is_sent else "unknown"))
+        status = str(self.result().get("status") or (SENT if self.is_sent else "unknown"))
         if status == "running" and self._is_copied() and not self.is_alive():
-            return "sent"
+            return SENT
         return "lost" if status == "running" and not self.is_alive() else status
 
 

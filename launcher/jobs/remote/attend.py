@@ -9,16 +9,16 @@ from contextlib import contextmanager, suppress
 
 from launcher.clusters.remote import registry
 from launcher.clusters.remote.ray_jobs import OVER, Unreachable
-from launcher.errors import ClusterError, HostError, RunError, from_dict
-from launcher.jobs.remote import follow
+from launcher.errors import ClusterError, HostError, LaunchError, RunError, from_dict
+from launcher.jobs.remote import follow, states
 from launcher.jobs.remote.connection import connected
 from launcher.jobs.remote.copies import Copies
 from launcher.jobs.remote.place import Place, forget, required_place
+from launcher.jobs.remote.states import Waiting
 from launcher.jobs.remote.wire import Event
 from launcher.runs import FINAL, RunDirectory
 
 _STOP_SECONDS = 600.0
-_BEGIN_SECONDS = 60.0  # from the word that a run begins to its first line of log.txt
 
 
 def _is_gone(place: Place) -> bool:
@@ -72,18 +72,29 @@ def bring_here(run: RunDirectory) -> None:
         Copies(registry.load(place.head).shell(), place.directory, run).fetch()
 
 
-def until_it_begins(run: RunDirectory, on_event: Callable[[Event], None], copies: Copies | None) -> None:
+def until_it_begins(
+    run: RunDirectory, on_event: Callable[[Event], None], copies: Copies | None, still: Waiting
+) -> None:
     """Follow a run that was sent until it has written its first lines.
+
+    Args:
+        still: says what is waited for.
 
     Raises:
         LaunchError: what it ended with before that; its name is free again.
     """
-    if run.log.exists() or run.exists():
+    if run.log.exists() or run.status() in FINAL:
+        return
+    if not still() and still.word == states.LOST:
         return
     _hear_of_it(run, on_event)
-    latest = time.monotonic() + _BEGIN_SECONDS
-    while copies is not None and not run.log.exists() and time.monotonic() < latest:
+    if copies is not None and not run.log.exists():
+        on_event({"kind": "note", "text": f"Waiting for the first line of {run.name}/log.txt."})
+    while copies is not None and not run.log.exists():
+        goes_on = still()  # asked before copying: what is written last still comes
         copies.fetch()
+        if not goes_on:
+            return
         time.sleep(0.3)
 
 
@@ -113,6 +124,11 @@ def stop(run: RunDirectory) -> str:
         over = run.status() in FINAL
         why = f"it is {run.status()}" if over else f"its cluster {place.head} is not known here any more (launch down)"
         raise RunError(f'The run "{run.name}" is not running: {why}.')
+    state = states.state_of(run)
+    if state is not None and state.word == states.LOST:
+        with suppress(LaunchError):
+            bring_here(run)
+        raise RunError(f'The run "{run.name}" is lost. {state.reason}')
     with copied(run, first=False):  # what there is to copy must not delay it
         _stop(run, place)
     if not run.exists():
