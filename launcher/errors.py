@@ -6,6 +6,7 @@
     │   ├── DataError              a data set: missing, empty, cut short, corrupt
     │   ├── ClusterError           a cluster that cannot be reached, or whose nodes differ from this process
     │   │   └── HostError          one of its hosts: no SSH connection, or a command failed there
+    │   ├── RayVersionError        the installed Ray lacks a part that launch adapts
     │   ├── ResourceError          more workers, GPUs or memory than there can ever be
     │   ├── TrustError             a `_target_` outside the allow-list or of the wrong kind
     │   └── RunError               a run that does not exist, exists already, or cannot be continued
@@ -71,6 +72,10 @@ class HostError(ClusterError):
 
     def __reduce__(self) -> tuple[type[HostError], tuple[str, str, str]]:
         return type(self), (str(self), self.host, self.cause)
+
+
+class RayVersionError(RequestError):
+    pass
 
 
 class ResourceError(RequestError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import ResourceError
+from launcher.ray_seam import private
 
 # ---- this machine ----------------------------------------------------------------------------------------------------
 
@@ -59,14 +60,7 @@ _DEVICE_FILES = ("nvidia*", "kfd", "dri", "dxg", "accel")
 def _gpus() -> int:
     if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DEVICE_FILES):
         return 0
-    from ray._private.accelerators import get_accelerator_manager_for_resource
-
-    manager = get_accelerator_manager_for_resource("GPU")
-    if manager is None:
-        return 0
-    visible = manager.get_current_process_visible_accelerator_ids()  # None: CUDA_VISIBLE_DEVICES is not set
-    found = int(manager.get_current_node_num_accelerators())
-    return found if visible is None else min(found, len(visible))
+    return private.visible_gpus()
 
 
 def check_feasible(

@@ -34,8 +34,9 @@ from functools import partial
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-NAMESPACE = b"launch"  # of the cluster's key-value store; that of `launcher.runners.channel`
-PREFIX = "eviction/"  # of the keys: one a node, named by its Ray node id
+from launcher.ray_seam import kv, private
+
+PREFIX = "eviction/"  # of the keys in the cluster's key-value store: one a node, named by its Ray node id
 
 METADATA = "http://169.254.169.254"
 METADATA_VARIABLE = "LAUNCH_METADATA_URL"
@@ -46,7 +47,6 @@ ANSWER_SECONDS = 5.0
 DRAIN_SECONDS = 2.0
 TERM_SECONDS = 15.0
 ENDS_THE_VM = frozenset({"preempt", "terminate", "reboot", "redeploy"})
-PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION of ray/core/generated/autoscaler.proto: it cannot be rejected
 RPC_SECONDS = 3.0
 
 
@@ -154,33 +154,28 @@ class RayNode:
         self._client: Any = None
 
     def publish(self, notice: Notice) -> None:
-        self._gcs().internal_kv_put(
-            self._key(), notice.to_json().encode(), overwrite=True, namespace=NAMESPACE, timeout=RPC_SECONDS
-        )
+        kv.put(self._key(), notice.to_json(), self._gcs(), RPC_SECONDS)
 
     def withdraw(self) -> None:
-        self._gcs().internal_kv_del(self._key(), del_by_prefix=False, namespace=NAMESPACE, timeout=RPC_SECONDS)
+        kv.delete(self._key(), self._gcs(), RPC_SECONDS)
 
     def drain(self, notice: Notice) -> None:
         drain(self._gcs(), self._own_id(), notice)
 
     def _gcs(self) -> Any:
         if self._client is None:
-            from ray._raylet import GcsClient
-
-            self._client = GcsClient(address=self._address)
+            self._client = private.gcs_client(self._address)
         return self._client
 
-    def _key(self) -> bytes:
-        return f"{PREFIX}{self._own_id()}".encode()
+    def _key(self) -> str:
+        return f"{PREFIX}{self._own_id()}"
 
     def _own_id(self) -> str:
         """Look anew each time where the id was not given: the Ray of this machine may have been started again."""
         if self._node_id is not None:
             return self._node_id
         own = self._ip or _own_address(self._address)
-        alive = self._gcs().get_all_node_info(timeout=RPC_SECONDS, state_filter=0)
-        found = [node.hex() for node, facts in alive.items() if facts.node_manager_address == own]
+        found = [node.id for node in private.living_nodes(self._gcs(), RPC_SECONDS) if node.address == own]
         if len(found) != 1:
             raise OSError(f"{len(found)} nodes of the Ray cluster at {self._address} have the address {own}")
         return found[0]
@@ -193,8 +188,8 @@ def drain(client: Any, node_id: str, notice: Notice) -> None:
         client: a GcsClient.
     """
     message = f"{notice.kind} of {notice.vm}"
-    accepted, why = client.drain_node(node_id, PREEMPTION, message, int(notice.deadline * 1000), timeout=RPC_SECONDS)
-    if not accepted:
+    why = private.drain(client, node_id, private.PREEMPTION, message, notice.deadline, RPC_SECONDS)
+    if why is not None:
         raise OSError(f"Ray does not drain node {node_id}: {why}")
 
 

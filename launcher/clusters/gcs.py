@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launcher.clusters.capacity import Node
-from launcher.clusters.ray_adapted import environment_set, refresh_ray_settings
+from launcher.clusters.ray_adapted import environment_set
 from launcher.errors import ClusterError
+from launcher.ray_seam import private
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 1.5  # for a connection to a node; the first packet may be lost, the second goes after one
@@ -56,27 +57,24 @@ def look(address: str) -> list[Node]:
         ClusterError: nobody answers there, or without the right token only.
     """
     _require_answer(address)
-    from ray._raylet import GcsClient
-
     with as_client():
         try:
-            found = GcsClient(address=address).get_all_node_info(timeout=CONNECT_SECONDS)
+            alive = private.living_nodes(private.gcs_client(address), CONNECT_SECONDS)
         except Exception as error:
             raise refused(address, error) from None
-    alive = [(key, info) for key, info in found.items() if info.state == 0]
     answers = [True] * len(alive)
-    if any(is_here(info.node_manager_address) for _, info in alive):
+    if any(is_here(node.address) for node in alive):
         with ThreadPoolExecutor(min(32, len(alive))) as pool:
-            answers = list(pool.map(lambda one: _answers(one[1].node_manager_address, one[1].node_manager_port), alive))
+            answers = list(pool.map(lambda node: _answers(node.address, node.port), alive))
     nodes = [
         Node(
-            id=key.hex(),
-            host=info.node_manager_hostname,
-            address=info.node_manager_address,
-            cpus=info.resources_total.get("CPU", 0.0),
-            gpus=info.resources_total.get("GPU", 0.0),
+            id=node.id,
+            host=node.host,
+            address=node.address,
+            cpus=node.resources.get("CPU", 0.0),
+            gpus=node.resources.get("GPU", 0.0),
         )
-        for (key, info), answered in zip(alive, answers, strict=True)
+        for node, answered in zip(alive, answers, strict=True)
         if answered
     ]
     return sorted(nodes, key=lambda node: node.address)
@@ -137,5 +135,5 @@ def as_client(more: Mapping[str, str] | None = None) -> Iterator[None]:
     if has_token:
         values.setdefault("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "token"))
     with environment_set(values):
-        refresh_ray_settings()
+        private.refresh_settings()
         yield

@@ -12,15 +12,14 @@ import threading
 import time
 from typing import Any
 
-from ray.experimental import internal_kv
+from launcher.ray_seam import kv
 
 INTERVAL = 0.3  # seconds between two looks at the store
-_NAMESPACE = b"launch"
 
 
 def publish(key: str, value: str) -> None:
     """Put `value` where `wait_for` finds it."""
-    internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+    kv.put(key, value)
 
 
 def wait_for(key: str, seconds: float) -> str:
@@ -30,11 +29,11 @@ def wait_for(key: str, seconds: float) -> str:
         TimeoutError: nobody did.
     """
     end = time.monotonic() + seconds
-    while (value := internal_kv._internal_kv_get(key, namespace=_NAMESPACE)) is None:
+    while (value := kv.get(key)) is None:
         if time.monotonic() > end:
             raise TimeoutError(f"timed out waiting for {key} after {seconds:g} seconds")
         time.sleep(0.02)
-    return value.decode()
+    return value
 
 
 class WorkerEnd:
@@ -79,7 +78,7 @@ class WorkerEnd:
             if not events:
                 return
             key = f"{self._run}/event/{self._attempt:06d}/{self._rank:05d}/{self._batches:09d}"
-            internal_kv._internal_kv_put(key, json.dumps(events, default=str), namespace=_NAMESPACE)
+            kv.put(key, json.dumps(events, default=str))
             self._batches += 1
 
     def _talk(self) -> None:
@@ -87,7 +86,7 @@ class WorkerEnd:
             # The driver may be gone or busy: training goes on, and the next round tries again.
             with contextlib.suppress(Exception):
                 self.flush()
-                asked = internal_kv._internal_kv_get(f"{self._run}/requests", namespace=_NAMESPACE)
+                asked = kv.get(f"{self._run}/requests")
                 wishes = json.loads(asked) if asked else {}
                 self._requests = frozenset(what for what, of in wishes.items() if of in (None, self._attempt))
 
@@ -108,13 +107,13 @@ class DriverEnd:
     def drain(self) -> list[dict[str, Any]]:
         """Return the events since the last call, those of one rank in their order, earlier attempts first."""
         events: list[dict[str, Any]] = []
-        for key in sorted(internal_kv._internal_kv_list(f"{self.run}/event/", namespace=_NAMESPACE)):
-            batch = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
-            internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+        for key in kv.keys(f"{self.run}/event/"):
+            batch = kv.get(key)
+            kv.delete(key)
             events += json.loads(batch) if batch else []
         return events
 
     def close(self) -> None:
         """Remove everything of this run from the store."""
         with contextlib.suppress(Exception):  # the cluster may be gone
-            internal_kv._internal_kv_del(f"{self.run}/", del_by_prefix=True, namespace=_NAMESPACE)
+            kv.delete_all(f"{self.run}/")

@@ -1,8 +1,9 @@
 """Ray Train's controller with rules of our own: what is tried again, with how many workers, and what counts as alive.
 
 The controller is an actor, on a machine where this package may not be installed: the module travels to it by value
-(see `travel_by_value`) and imports nothing of launcher but `room`, which travels too. What it decides it tells the
-driver through the run's part of the key-value store, as one more sender of events (`launcher.runners.channel`).
+(see `travel_by_value`) and imports nothing of launcher but `room` and parts of `ray_seam`, which travel too. What it
+decides it tells the driver through the run's part of the key-value store, as one more sender of events
+(`launcher.runners.channel`).
 
     worker dies, hangs, loses a peer    the group ends, the next one continues from the newest checkpoint; counted
     all ranks raise Regroup             the same, not counted: an eviction notice, or a node that has come
@@ -22,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.experimental import internal_kv
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -36,9 +36,10 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
+from launcher.ray_seam.kv import get, put
+from launcher.ray_seam.private import NODE_ID_LABEL, leaving_nodes
 from launcher.runners.room import alive_nodes, room, rooms, unreachable
 
-NAMESPACE = b"launch"  # of the key-value store; the channel's
 # How a worker marks what it raises, since the controller knows none of our exceptions.
 LOST, REGROUP = "[lost] ", "[regroup] "
 ATTEMPT = "LAUNCH_ATTEMPT"  # the variable that tells a worker which group it belongs to
@@ -104,11 +105,10 @@ class Ledger:
         return self._gone[1]
 
     def read(self, key: str) -> str | None:
-        value = internal_kv._internal_kv_get(f"{self.rules.run}/{key}", namespace=NAMESPACE)
-        return None if value is None else value.decode()
+        return get(f"{self.rules.run}/{key}")
 
     def write(self, key: str, value: str) -> None:
-        internal_kv._internal_kv_put(f"{self.rules.run}/{key}", value, overwrite=True, namespace=NAMESPACE)
+        put(f"{self.rules.run}/{key}", value)
 
     def tell(self, **event: Any) -> None:
         self.write(f"event/{self.attempt:06d}/controller/{self.told:09d}", json.dumps([event]))
@@ -338,7 +338,7 @@ class Avoidance(ControllerCallback):
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
         gone = self._ledger.gone()
-        return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(sorted(gone))})"} if gone else None
+        return {NODE_ID_LABEL: f"!in({','.join(sorted(gone))})"} if gone else None
 
 
 class TrainController(RayTrainController):
@@ -417,5 +417,6 @@ class TrainController(RayTrainController):
 
 def travel_by_value() -> None:
     """Have the classes of this module travel with all that they are."""
-    for module in (__name__, room.__module__):
+    # A function that travels names what it needs, since a module that it names would have to be there.
+    for module in (__name__, room.__module__, get.__module__, leaving_nodes.__module__):
         ray.cloudpickle.register_pickle_by_value(sys.modules[module])

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from launcher.clusters import eviction
 from launcher.clusters.eviction import Notice
+from launcher.ray_seam import kv, private
 from launcher.runners.reports import Event
 
 LOOK_SECONDS = 1.0
@@ -121,21 +122,20 @@ class RayCluster:
     def __init__(self) -> None:
         import ray
 
-        self._client: Any = ray._private.worker.global_worker.gcs_client
+        self._client: Any = private.own_gcs_client()
         self.own = ray.get_runtime_context().get_node_id()
 
     def notices(self) -> dict[str, Notice]:
         """Return the published notices, and a notice for each node that Ray drains for another reason."""
         client = self._client
         found: dict[str, Notice] = {}
-        for node, deadline_ms in client.get_draining_nodes(timeout=RPC_SECONDS).items():
+        for node, deadline in private.draining_nodes(client, RPC_SECONDS).items():
             # Without a deadline the node ends as soon as nothing runs on it: whenever we like, so at once.
-            found[node] = Notice("", "drained by Ray", deadline_ms / 1000, "drain")
-        prefix = eviction.PREFIX.encode()
-        for key in client.internal_kv_keys(prefix, namespace=eviction.NAMESPACE, timeout=RPC_SECONDS):
-            text = client.internal_kv_get(key, namespace=eviction.NAMESPACE, timeout=RPC_SECONDS)
+            found[node] = Notice("", "drained by Ray", deadline, "drain")
+        for key in kv.keys(eviction.PREFIX, client, RPC_SECONDS):
             with contextlib.suppress(ValueError, TypeError):  # somebody else's, or taken back since
-                found[key[len(prefix) :].decode()] = Notice.of_json(text or b"")
+                text = kv.get(key, client, RPC_SECONDS)
+                found[key.removeprefix(eviction.PREFIX)] = Notice.of_json(text or "")
         return found
 
     def drain(self, node: str, notice: Notice) -> None:

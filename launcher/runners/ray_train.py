@@ -37,9 +37,10 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from launcher.clusters.existing.existing_ray import ExistingRay, interface_of
 from launcher.clusters.local.embedded_ray import EmbeddedRay
-from launcher.clusters.ray_adapted import RAY_TRAIN_ENVIRONMENT
 from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import Regroup
+from launcher.ray_seam.private import NODE_ID_LABEL
+from launcher.ray_seam.settings import RAY_TRAIN_ENVIRONMENT
 from launcher.runners import policies, ray_data
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
 from launcher.runners.policies import ATTEMPT, LOST, REGROUP, Rules
@@ -173,7 +174,7 @@ class Trainer(DataParallelTrainer):
         return [one for one in super()._create_default_callbacks() if not isinstance(one, tuple(unwanted))]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        here = {NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}
         options: dict[str, Any] = {"num_cpus": 0, "label_selector": here}
         if not self._rules.lean:
             options["runtime_env"] = {"env_vars": RAY_TRAIN_ENVIRONMENT}

@@ -15,17 +15,14 @@ from typing import Any
 
 import ray
 
+from launcher.ray_seam.private import free_resources, leaving_nodes
+
 ANSWER_SECONDS = 1.5  # for a connection to a node; the first packet may be lost, the second goes after one
 
 
 def alive_nodes() -> list[dict[str, Any]]:
     """Return the nodes that Ray believes alive, as `ray.nodes()` describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
-
-
-def leaving_nodes() -> set[str]:
-    """Return the ids of the nodes that Ray drains."""
-    return set(ray._private.state.state.get_draining_nodes())
 
 
 def unreachable(nodes: Iterable[dict[str, Any]]) -> set[str]:
@@ -52,7 +49,7 @@ def rooms(share: dict[str, float], without: Set[str]) -> dict[str, int]:
         without: nodes that do not count.
     """
     nodes = {node["NodeID"] for node in alive_nodes()} - leaving_nodes() - without
-    free = ray._private.state.available_resources_per_node()
+    free = free_resources()
     needs = {name: amount for name, amount in share.items() if amount > 0}
     return {
         node: min(int(free.get(node, {}).get(name, 0.0) / amount + 1e-6) for name, amount in needs.items())

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import ray
-from ray.experimental import internal_kv
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-from ray.util.placement_group import PlacementGroup
 
 from launcher.clusters.existing.existing_ray import ExistingRay
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import LaunchError, OutOfMemory, ResourceError, Stopped, TrainingError, WorkerLost
+from launcher.ray_seam import kv, private
 from launcher.runners import policies, preemption
 from launcher.runners.channel import DriverEnd, publish
 from launcher.runners.reports import Event, crash_of, rebuild
@@ -166,11 +165,10 @@ class Supervision:
     def _free_placement_group(self) -> None:
         """Give back what was reserved for the workers: they end with the controller, the reservation does not."""
         key = f"{self.channel.run}/placement_group"
-        held = internal_kv._internal_kv_get(key, namespace=policies.NAMESPACE)
+        held = kv.get(key)
         if held:
             with contextlib.suppress(Exception):
-                group = PlacementGroup(ray.PlacementGroupID.from_hex(held.decode()))
-                ray.util.remove_placement_group(group)
+                private.free_placement_group(held)
 
     def _begin_again(self, attempt: int) -> None:
         self._attempt = attempt

@@ -15,6 +15,7 @@ from typing import IO
 from launcher.clusters.azure import failures, here
 from launcher.clusters.azure.wanted import Wanted
 from launcher.errors import MachineError
+from launcher.ray_seam.settings import COMMAND
 
 _TOOLS_SECONDS = 10.0  # that ssh and rsync of an interrupted `ray up` have to end
 
@@ -31,7 +32,7 @@ def ray_up(wish: Wanted, file: Path) -> None:
     """
     log, refused = here.file_of(wish.name, "log"), here.file_of(wish.name, "failures")
     refused.unlink(missing_ok=True)
-    words = [sys.executable, "-P", "-m", "ray.scripts.scripts", "up", str(file), "--yes", "--no-config-cache"]
+    words = [sys.executable, "-P", *COMMAND, "up", str(file), "--yes", "--no-config-cache"]
     root = str(Path(__file__).resolve().parents[3])
     environment = {
         **os.environ,

@@ -25,6 +25,7 @@ from typing import Any
 
 from launcher.clusters.azure import failures
 from launcher.clusters.azure.wanted import DIRECTORY, SPENT_FILE
+from launcher.ray_seam import private
 
 ADDRESS = "127.0.0.1:6379"
 SPENT = Path(SPENT_FILE)  # touched by a run that has stopped for its budget (`launcher.money`)
@@ -36,7 +37,7 @@ STEP_SECONDS = 5.0
 WISH_SECONDS = 1800.0  # that machines have to come and install what they need
 GRACE_SECONDS = 180.0  # that Ray has for what is its own task
 HOLD_SECONDS = 120.0  # that a run has to begin on the nodes that were waited for
-IDLE_TERMINATION = 1  # DRAIN_NODE_REASON_IDLE_TERMINATION of ray/core/generated/autoscaler.proto: busy nodes reject it
+RPC_SECONDS = 5.0
 _TAIL = 2000
 # What ssh says on the way to nodes, and nobody has to know.
 _CHATTER = re.compile(r"^(Shared )?[Cc]onnection to \S+ closed|^Warning: Permanently added")
@@ -168,21 +169,14 @@ def report() -> dict[str, Any]:
 
 def _seen() -> Seen:
     with _client() as client:
-        from ray.autoscaler.v2.sdk import get_cluster_status
-
-        nodes = [info for info in client.get_all_node_info(timeout=5).values() if info.state == 0]
-        jobs = client.get_all_job_info(timeout=5).values()
-        status = get_cluster_status(ADDRESS)
-        runs = any(not job.is_dead and not job.config.ray_namespace.startswith("_ray_internal") for job in jobs)
-        used = any(usage.used for usage in status.cluster_resource_usage if usage.resource_name in ("CPU", "GPU"))
-    return Seen(len(nodes) - 1, runs or used)
+        nodes = private.living_nodes(client, RPC_SECONDS)
+        busy = private.has_jobs(client, RPC_SECONDS) or private.in_use(ADDRESS)
+    return Seen(len(nodes) - 1, busy)
 
 
 def _ask(count: int, gpus: int) -> None:
     with _client():
-        from ray.autoscaler.v2.sdk import request_cluster_resources
-
-        request_cluster_resources(ADDRESS, [{"resources": {"GPU": gpus}, "label_selector": {}}] * count)
+        private.request_gpu_nodes(ADDRESS, count, gpus)
 
 
 @contextlib.contextmanager
@@ -190,9 +184,7 @@ def _client() -> Any:
     from launcher.clusters.gcs import as_client
 
     with as_client():
-        from ray._raylet import GcsClient
-
-        yield GcsClient(address=ADDRESS)
+        yield private.gcs_client(ADDRESS)
 
 
 def _configured() -> Any:
@@ -223,13 +215,12 @@ def _drained_but(addresses: Sequence[str]) -> set[str]:
     busy: set[str] = set()
     try:
         with _client() as client:
-            for key, info in client.get_all_node_info(timeout=5).items():
-                address = info.node_manager_address
-                if info.state == 0 and address in addresses:
-                    accepted, why = client.drain_node(key.hex(), IDLE_TERMINATION, "nothing to do", 0, timeout=5)
-                    if not accepted:
-                        print(f"{_now()} {address} stays: {why}", flush=True)
-                        busy.add(address)
+            for node in private.living_nodes(client, RPC_SECONDS):
+                if node.address in addresses:
+                    why = private.drain(client, node.id, private.IDLE_TERMINATION, "nothing to do", 0, RPC_SECONDS)
+                    if why is not None:
+                        print(f"{_now()} {node.address} stays: {why}", flush=True)
+                        busy.add(node.address)
     except Exception as error:
         print(f"{_now()} {type(error).__name__}: {error}", flush=True)
     return busy

@@ -16,9 +16,9 @@ from typing import Any
 from launcher.clusters.azure import network
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, SPENT_FILE, USER, Wanted
 from launcher.clusters.pricing.catalogue import Vm
-from launcher.clusters.ray_adapted import NO_METRICS
 from launcher.clusters.remote import mounts
 from launcher.money import SPENT_VARIABLE
+from launcher.ray_seam.settings import COMMAND, NO_METRICS
 from launcher.runs import secret_files
 
 PORT = 6379
@@ -35,6 +35,7 @@ _SETUP = [
     f"{PYTHON} -c 'import ray, torch' || {PYTHON} -m pip install --quiet --requirement {CODE}/requirements.txt "
     f"--constraint {CODE}/constraints.txt",
 ]
+_RAY = " ".join([PYTHON, *COMMAND])
 _NO_METRICS = " ".join(f"{name}={value}" for name, value in NO_METRICS.items())
 _ENVIRONMENT = f"export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 {_NO_METRICS} PYTHONPATH={CODE}"
 
@@ -112,18 +113,18 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
         ],
         "worker_setup_commands": _mounted(wanted),
         "head_start_ray_commands": [
-            f"{PYTHON} -m ray.scripts.scripts stop",
+            f"{_RAY} stop",
             f"{_ENVIRONMENT} {SPENT_VARIABLE}={SPENT_FILE}; ulimit -n 65536; "
-            f"{PYTHON} -m ray.scripts.scripts start --head --port={PORT} "
+            f"{_RAY} start --head --port={PORT} "
             f"--object-manager-port=8076 --node-ip-address={_OWN} --autoscaling-config=~/ray_bootstrap_config.yaml "
             f"--dashboard-host=127.0.0.1 --dashboard-port={DASHBOARD}",
             _agent("eviction", f"launcher.clusters.eviction --address {_OWN}:{PORT}"),
             _agent("watchdog", _watchdog(wanted)),
         ],
         "worker_start_ray_commands": [
-            f"{PYTHON} -m ray.scripts.scripts stop",
+            f"{_RAY} stop",
             _agent("eviction", f"launcher.clusters.eviction --address $RAY_HEAD_IP:{PORT}"),
-            f"{_ENVIRONMENT}; ulimit -n 65536; {PYTHON} -m ray.scripts.scripts start --address=$RAY_HEAD_IP:{PORT} "
+            f"{_ENVIRONMENT}; ulimit -n 65536; {_RAY} start --address=$RAY_HEAD_IP:{PORT} "
             f"--object-manager-port=8076 --node-ip-address={_OWN}",
         ],
     }

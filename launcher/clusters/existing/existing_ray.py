@@ -18,17 +18,12 @@ from pathlib import Path
 
 from launcher.clusters.capacity import described
 from launcher.clusters.gcs import as_client, is_here, look, refused
-from launcher.clusters.ray_adapted import (
-    RAY_TRAIN_ENVIRONMENT,
-    own_job_config,
-    private_directory,
-    replaced,
-    signal_handlers_kept,
-    silence,
-)
+from launcher.clusters.ray_adapted import private_directory, signal_handlers_kept
 from launcher.clusters.remote.compare import compare
 from launcher.clusters.remote.from_driver import serve_disk, share_environment
 from launcher.errors import ClusterError
+from launcher.ray_seam import private
+from launcher.ray_seam.settings import RAY_TRAIN_ENVIRONMENT
 
 
 class ExistingRay:
@@ -101,16 +96,16 @@ class ExistingRay:
                 f"{self.address} ({described(nodes)}), and a driver needs a Ray process on its own machine. Run this "
                 "command on a node of the cluster, or join it with `ray start --address=…`."
             )
-        quiet = [] if self._verbose else silence()
+        quiet = contextlib.nullcontext() if self._verbose else private.quiet_errors()
         level = logging.INFO if self._verbose else logging.ERROR
-        with as_client(RAY_TRAIN_ENVIRONMENT), signal_handlers_kept(), replaced(quiet):
+        with as_client(RAY_TRAIN_ENVIRONMENT), signal_handlers_kept(), quiet:
             try:
                 ray.init(
                     address=self.address,
                     log_to_driver=self._verbose,
                     logging_level=level,
-                    _node_ip_address=own,
-                    job_config=own_job_config(),
+                    job_config=private.driver_job_config(),
+                    **private.init_options(own),
                 )
             except Exception as error:
                 ray.shutdown()

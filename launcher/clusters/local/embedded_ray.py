@@ -6,7 +6,6 @@ with EmbeddedRay(cpus=2, gpus=0) as cluster:
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import logging
@@ -23,16 +22,10 @@ from pathlib import Path
 from launcher.clusters import reaper
 from launcher.clusters.capacity import resources
 from launcher.clusters.local import ray_session
-from launcher.clusters.ray_adapted import (
-    RAY_ENVIRONMENT,
-    RAY_TRAIN_ENVIRONMENT,
-    adapted,
-    environment_set,
-    own_job_config,
-    private_directory,
-    refresh_ray_settings,
-    signal_handlers_kept,
-)
+from launcher.clusters.ray_adapted import environment_set, private_directory, signal_handlers_kept
+from launcher.ray_seam import private
+from launcher.ray_seam.lean_start import adapted
+from launcher.ray_seam.settings import RAY_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
 
 MARKER = "LAUNCH_SESSION"
 OBJECT_STORE_BYTES = 80_000_000  # near Ray's minimum: training data never passes through it
@@ -107,12 +100,9 @@ class EmbeddedRay:
 
     def dead_process(self) -> str | None:
         """Return the name of a process that our Ray cannot live without and that has ended; None while all live."""
-        from ray._private import worker
-
         if self._kept is not None:
             return None if self._kept.alive() else "(the keeper of cluster.keep_minutes)"
-        node = None if self.existing else worker._global_node
-        return next((name for name, _ in node.dead_processes()), None) if node is not None else None
+        return None if self.existing else private.dead_process()
 
     def _start(self) -> None:
         import ray
@@ -125,7 +115,7 @@ class EmbeddedRay:
         self._reaper = _start_reaper(self.marker, self.directory)
         # The variables are for Ray's processes, not for what else this process starts: so they are taken back below.
         with environment_set(environment), signal_handlers_kept(), adapted(lean=not self._verbose):
-            refresh_ray_settings()
+            private.refresh_settings()
             loading = _preload(self._preload)
             found = ray.init(
                 address="local",  # a stale address file of another Ray is not looked at
@@ -136,9 +126,8 @@ class EmbeddedRay:
                 dashboard_host=LOOPBACK,
                 log_to_driver=self._verbose,
                 logging_level=logging.INFO if self._verbose else logging.ERROR,
-                _node_ip_address=LOOPBACK,
-                _temp_dir=str(self.directory / RAYS),
-                job_config=own_job_config(),
+                job_config=private.driver_job_config(),
+                **private.init_options(LOOPBACK, str(self.directory / RAYS)),
             )
             loading.join()
         self.address = found.address_info["gcs_address"]
@@ -149,15 +138,15 @@ class EmbeddedRay:
 
         environment = RAY_ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": kept.token}
         with environment_set(environment), signal_handlers_kept(), adapted(lean=True):
-            refresh_ray_settings()
+            private.refresh_settings()
             loading = _preload(self._preload)
             try:
                 ray.init(
                     address=kept.address,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    _node_ip_address=LOOPBACK,
-                    job_config=own_job_config(),
+                    job_config=private.driver_job_config(),
+                    **private.init_options(LOOPBACK),
                 )
             except (OSError, RuntimeError):
                 ray.shutdown()
@@ -189,14 +178,14 @@ class EmbeddedRay:
 
         broken = self.dead_process() is not None
         if broken:
-            sys.excepthook = sys.__excepthook__  # Ray's own tells its GCS of the exception, and waits
+            private.drop_exception_hook()
             reaper.end(self.marker, grace=0.0)
         leaving = threading.Thread(target=_suppressed(ray.shutdown), name="launch-shutdown", daemon=True)
         leaving.start()
         # In order it takes a tenth of a second. Without its GCS it tries for a minute to reach it.
         leaving.join(3.0 if broken else 30.0)
         if leaving.is_alive():
-            atexit.unregister(ray.shutdown)
+            private.drop_exit_hook()
         if self._kept is None:
             reaper.end(self.marker, grace=0.3)
         return not leaving.is_alive()

@@ -22,6 +22,7 @@ from launcher.clusters import reaper
 from launcher.clusters.remote import on_host, project
 from launcher.clusters.remote.shell import Shell
 from launcher.errors import ClusterError, HostError
+from launcher.ray_seam import settings
 
 BASE = "~/.launch"
 PACKAGE = "launch-train"
@@ -56,8 +57,8 @@ def ask(shell: Shell, order: str, by: str | None = None, seconds: float = 60.0, 
     Raises:
         HostError: no connection, no Python, or what was asked cannot be done there.
     """
-    modules = {"launcher": "", "launcher.clusters": "", "launcher.clusters.remote": ""}
-    for module in (reaper, on_host):
+    modules = {"launcher": "", "launcher.clusters": "", "launcher.clusters.remote": "", "launcher.ray_seam": ""}
+    for module in (reaper, settings, on_host):
         modules[module.__name__] = inspect.getsource(module)
     given = json.dumps({"modules": modules, "order": {"order": order, **facts}})
     candidates = f"{shlex.quote(by)} python3 python" if by else "python3 python"

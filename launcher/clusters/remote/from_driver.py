@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.clusters.remote.compare import NODE_SECONDS
-
-_NAMESPACE = b"launch"
+from launcher.ray_seam import kv
 
 
 def _environment_key() -> str:
@@ -26,20 +25,16 @@ def share_environment(names: Sequence[str]) -> None:
     They go through the memory of the head's key-value store. Ray's own way, a runtime environment, shows them in its
     logs and in lists of processes.
     """
-    from ray.experimental import internal_kv
-
     values = {name: os.environ[name] for name in names if name in os.environ}
     if values:
-        internal_kv._internal_kv_put(_environment_key(), json.dumps(values), overwrite=True, namespace=_NAMESPACE)
+        kv.put(_environment_key(), json.dumps(values))
     else:
-        internal_kv._internal_kv_del(_environment_key(), namespace=_NAMESPACE)
+        kv.delete(_environment_key())
 
 
 def adopt() -> None:
     """In a worker: take over the variables that its driver shares, and the way to its disk."""
-    from ray.experimental import internal_kv
-
-    found = internal_kv._internal_kv_get(_environment_key(), namespace=_NAMESPACE)
+    found = kv.get(_environment_key())
     if found is not None:
         os.environ.update(json.loads(found))
     _reach_disk()

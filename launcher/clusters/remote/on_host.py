@@ -1,8 +1,8 @@
 """What launch does on one host of a cluster: look, make a Python environment, start Ray, end all that was started.
 
 This file is sent over SSH and run there (`bootstrap.ask`) by whatever Python 3.8 or newer the host has; it imports the
-standard library and `reaper` alone, and what newer Pythons allow stands in annotations only. An order is one JSON
-object on standard input, its answer another on standard output. Every process that is started carries
+standard library, `reaper` and `ray_seam.settings` alone, and what newer Pythons allow stands in annotations only. An
+order is one JSON object on standard input, its answer another on standard output. Every process that is started carries
 `LAUNCH_CLUSTER=<the cluster's directory>` in its environment: that is how it is found again, whatever happened to it.
 
     <base>/envs/<digest>/     a Python environment; `complete` in it says that it is
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.clusters import reaper
+from launcher.ray_seam import settings
 
 MARK = "LAUNCH_CLUSTER"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265  # or the next ones that are free
@@ -42,17 +43,6 @@ for name in ("ray", "torch"):
     try: found[name] = m.version(name)
     except m.PackageNotFoundError: pass
 print(json.dumps(found))
-"""
-_NODES = """
-import json, sys
-from ray._raylet import GcsClient
-found = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10).values()
-print(json.dumps([
-    {"address": node.node_manager_address, "lives": node.state == 0, "ended": node.end_time_ms / 1000,
-     "why": node.death_info.reason_message, "cpus": node.resources_total.get("CPU", 0.0),
-     "gpus": node.resources_total.get("GPU", 0.0)}
-    for node in found
-]))
 """
 
 
@@ -164,7 +154,7 @@ def _start_ray(order: dict[str, Any], directory: Path) -> dict[str, Any]:
     log = directory / "ray.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [python, "-m", "ray.scripts.scripts", "start", *words],
+            [python, *settings.COMMAND, "start", *words],
             cwd=str(directory),
             env=_environment(order, directory, scratch),
             stdin=subprocess.DEVNULL,
@@ -199,10 +189,7 @@ def _environment(order: dict[str, Any], directory: Path, scratch: Path) -> dict[
             "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": f"{scratch}/r",
-            # As `ray_adapted.NO_METRICS`: those ports would ask for no token.
-            "RAY_enable_metrics_collection": "0",
-            "DASHBOARD_METRIC_PORT": "-1",
-            "AUTOSCALER_METRIC_PORT": "-1",
+            **settings.NO_METRICS,
         }
     )
     return given
@@ -267,7 +254,7 @@ def _end(directory: Path) -> None:
 def _nodes(node: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
     """Return what the head's Ray knows of its nodes, the lost ones included."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(directory / "token")}
-    words = [node["python"], "-c", _NODES, f"{node['address']}:{node['port']}"]
+    words = [node["python"], "-c", settings.NODES, f"{node['address']}:{node['port']}"]
     with contextlib.suppress(OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30, check=False)
         found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])

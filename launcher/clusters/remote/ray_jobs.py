@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 from launcher.clusters.gcs import as_client
 from launcher.errors import ClusterError
+from launcher.ray_seam import kv, private
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -74,8 +74,7 @@ class Jobs:
         try:
             from ray.job_submission import JobSubmissionClient
 
-            for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-                logging.getLogger(name).setLevel(logging.ERROR)
+            private.quiet_jobs_client()
             self._client: JobSubmissionClient = JobSubmissionClient(url, headers=dict(self._headers))
         except Exception as error:
             raise refused(url, error) from None
@@ -84,7 +83,7 @@ class Jobs:
         """Keep `content` in the memory of the head, to be fetched with `take`. ClusterError where it is refused."""
         import requests
 
-        address = f"{self.url}/api/packages/gcs/{key}"
+        address = self.url + kv.package_path(key)
         try:
             requests.put(address, data=content, headers=self._headers, timeout=REQUEST_SECONDS).raise_for_status()
         except requests.RequestException as error:
@@ -185,14 +184,8 @@ def take(address: str, key: str) -> bytes | None:
     Args:
         address: HOST:PORT of the cluster's GCS.
     """
-    from ray._raylet import GcsClient
-
     with as_client():
-        client = GcsClient(address=address)
-        name = f"gcs://{key}".encode()
-        found = client.internal_kv_get(name, None)
-        client.internal_kv_del(name, False, None)
-    return found
+        return kv.take_package(key, private.gcs_client(address))
 
 
 def refused(url: str, error: Exception) -> ClusterError:
