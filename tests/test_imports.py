@@ -282,7 +282,7 @@ def test_the_table_has_no_cycle() -> None:
         ("launcher/planning/plan.py", "import ray", "imports ray:"),
         ("launcher/runners/in_process.py", "import ray\n\nray._private.worker.connect()", "imports ray._private:"),
         (
-            "launcher/clusters/local/embedded_ray.py",
+            "launcher/clusters/gcs.py",
             "def f():\n    from ray._raylet import GcsClient",
             "imports ray._raylet:",
         ),

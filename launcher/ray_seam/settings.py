@@ -1,7 +1,7 @@
 """Names that Ray's processes read, and the programs that start and query them.
 
-This file is also sent to hosts that have no launch yet (`launcher.clusters.remote.bootstrap`): it runs on Python 3.8 and
-imports the standard library alone.
+This file is also sent to hosts that have no launch yet (`launcher.clusters.remote.bootstrap`): it runs on Python 3.8,
+and imports the standard library alone.
 """
 
 from __future__ import annotations
