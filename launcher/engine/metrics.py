@@ -124,8 +124,11 @@ class Sums:
     def __init__(self, device: torch.device, exact: bool = False) -> None:
         self._device = device
         self._exact = exact
-        self._sums: dict[str, torch.Tensor] = {}  # float64 (…) or, exact, int64 (LIMBS, …)
-        self._counts: dict[str, torch.Tensor] = {}
+        # float64 (…) or, exact, int64 (LIMBS, …). On the CPU a single number is a Python float, whose additions are
+        # those of float64: an operation on a tensor costs several times as much.
+        self._sums: dict[str, torch.Tensor | float] = {}
+        self._counts: dict[str, torch.Tensor | float] = {}
+        self._plain = device.type == "cpu" and not exact
 
     @property
     def names(self) -> list[str]:
@@ -134,9 +137,8 @@ class Sums:
     def declare_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Know names by the shapes of their stored sums, at zero: a rank without samples still joins the reduction."""
         for name, shape in shapes.items():
-            dtype = torch.int64 if self._exact else torch.float64
-            self._sums[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-            self._counts[name] = torch.zeros((LIMBS,) if self._exact else (), dtype=dtype, device=self._device)
+            self._sums[name] = self._zero(shape)
+            self._counts[name] = self._zero((LIMBS,) if self._exact else ())
 
     @torch.no_grad()
     def add(self, answer: Mapping[str, Value]) -> None:
@@ -168,22 +170,30 @@ class Sums:
             self._accumulate(self._sums, name, total)
             self._accumulate(self._counts, name, count)
 
-    def _accumulate(self, into: dict[str, torch.Tensor], name: str, value: torch.Tensor | float) -> None:
+    def _zero(self, shape: tuple[int, ...]) -> torch.Tensor | float:
+        if self._plain and not shape:
+            return 0.0
+        return torch.zeros(shape, dtype=torch.int64 if self._exact else torch.float64, device=self._device)
+
+    def _accumulate(self, into: dict[str, torch.Tensor | float], name: str, value: torch.Tensor | float) -> None:
         shape: tuple[int, ...] = ()
         if isinstance(value, torch.Tensor) and value.ndim:
             shape, value = tuple(value.shape), value.to(self._device)
         if name not in into:
-            dtype = torch.int64 if self._exact else torch.float64
-            into[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-        if into[name].shape != shape:
+            into[name] = self._zero(shape)
+        before = into[name]
+        if _shape(before) != shape:
             raise ContractError(
-                f'The sum under "{name}" had shape {tuple(into[name].shape)} before and has {shape} now; '
-                "a metric keeps its shape."
+                f'The sum under "{name}" had shape {_shape(before)} before and has {shape} now; a metric keeps its '
+                "shape."
             )
+        if isinstance(before, float):
+            into[name] = before + (value.detach().item() if isinstance(value, torch.Tensor) else value)
+            return
         # A number reaches the device as an argument of the addition; copying it would stop the device every step.
-        into[name] += value
+        before += value
         if self._exact:
-            _carry(into[name])
+            _carry(before)
 
     def reduce(self, runtime: Runtime) -> dict[str, tuple[torch.Tensor, float]]:
         """Return the global {name: (sum, count)} as float64 on the host. One collective; the running sums stay.
@@ -193,7 +203,7 @@ class Sums:
         names = self.names
         if not names:
             return {}
-        parts = [tensor for name in names for tensor in (self._sums[name], self._counts[name])]
+        parts = [_tensor(value) for name in names for value in (self._sums[name], self._counts[name])]
         flat = torch.cat([part.reshape(-1) for part in parts])
         reduced = runtime.add_up(flat).cpu()
         pieces = torch.split(reduced, [part.numel() for part in parts])
@@ -203,13 +213,15 @@ class Sums:
 
     def reset(self) -> None:
         """Set everything to zero and keep the names."""
-        for tensor in (*self._sums.values(), *self._counts.values()):
-            tensor.zero_()
+        for values in (self._sums, self._counts):
+            for name, value in values.items():
+                values[name] = value.zero_() if isinstance(value, torch.Tensor) else 0.0
 
     # ---- checkpoint -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+        kept = {"sums": self._sums, "counts": self._counts}
+        return {kind: {name: _tensor(value) for name, value in values.items()} for kind, values in kept.items()}
 
     def load_state_dicts(self, states: Iterable[Mapping[str, Any]]) -> None:
         """Take the sum of `states`: one's own after a resume with as many workers, all of them on one rank else.
@@ -221,6 +233,14 @@ class Sums:
             for kind, into in (("sums", self._sums), ("counts", self._counts)):
                 for name in into.keys() & state[kind].keys():
                     self._accumulate(into, name, state[kind][name])
+
+
+def _tensor(value: torch.Tensor | float) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _shape(value: torch.Tensor | float) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def to_limbs(value: torch.Tensor | float) -> torch.Tensor:

@@ -157,7 +157,7 @@ class DataParallel(Strategy):
             if last:
                 self._require_all_gradients()
             if batch is not None:
-                record(answer)
+                record({**answer, "loss": (loss.detach(), count)})  # summed up once
         assert pending is not None
         return pending.wait()
 

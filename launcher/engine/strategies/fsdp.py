@@ -153,7 +153,7 @@ class FullySharded(Strategy):
             if self._is_bad(loss):
                 flags["bad"] = True
             self._scaler.scale(loss / size).backward()
-            record(answer)
+            record({**answer, "loss": (loss.detach(), count)})
         for _ in range(self.idle_rounds(self._split, size)):
             with self.cast():
                 loss, _ = loss_of(self._steps(self._spare))
