@@ -20,12 +20,15 @@ MOST_BYTES = 16 << 20  # of a JSON file of ours, which has a few thousand
 _KINDS = ((stat.S_ISLNK, "a link"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
 
 
-def open_file(path: Path, mode: str = "r", **options: Any) -> TextIO:
-    """Open a regular file as `open` does in text mode. OSError where it is a link or no regular file."""
+def open_file(path: Path, mode: str = "r", permissions: int = 0o666, **options: Any) -> TextIO:
+    """Open a regular file as `open` does in text mode. OSError where it is a link or no regular file.
+
+    permissions: of a file that is created, less the umask.
+    """
 
     def opener(name: str, flags: int) -> int:
         # O_NONBLOCK: a FIFO must not hang us; it means nothing for a regular file.
-        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, permissions)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(errno.EINVAL, "not a regular file", name)
@@ -50,12 +53,12 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, permissions: int = 0o666) -> None:
     """Write a file of its own and put it in the place of `path`: a reader sees the old or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        with open_file(temporary, "x") as file:
+        with open_file(temporary, "x", permissions) as file:
             file.write(text)
         os.replace(temporary, path)
     except OSError:

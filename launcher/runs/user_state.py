@@ -22,6 +22,7 @@ from typing import Any
 from launcher.config import authority
 from launcher.errors import RunError
 from launcher.runs.directory import RunDirectory
+from launcher.runs.plain_files import replace_text
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,7 @@ def write_private(path: Path, text: str) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_mode & 0o077:  # created by something else, under another umask
             folder.chmod(0o700)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
-        file.write(text)
-    temporary.replace(path)
+    replace_text(path, text, permissions=0o600)
 
 
 def key_of(run: RunDirectory) -> str:

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.clusters import reaper
+from launcher.runs.plain_files import replace_text
 
 START_SECONDS = 60.0
 LOOK_SECONDS = 0.5
@@ -228,20 +229,12 @@ def keeper() -> None:
             gpus=cluster.available[1],
             since=time.time(),
         )
-        write_private(directory / "session.json", json.dumps(asdict(kept)))
+        replace_text(directory / "session.json", json.dumps(asdict(kept)), permissions=0o600)
         try:
             _wait(directory, cluster, told_to_end)
         finally:
             if current() == kept:
                 (directory / "session.json").unlink(missing_ok=True)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that this user alone can read, as a whole."""
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-    temporary.replace(path)
 
 
 def _wait(directory: Path, cluster: object, told_to_end: list[int]) -> None:
