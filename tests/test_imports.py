@@ -41,7 +41,18 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The rooms of a package, where their order matters: each may import those before it.
 WITHIN: dict[str, tuple[str, ...]] = {
     "config": (
-        *("schema", "secret_forms", "masking", "keys", "limits", "authority", "checks", "words", "search_path"),
+        *(
+            "cluster_kinds",
+            "schema",
+            "secret_forms",
+            "masking",
+            "keys",
+            "limits",
+            "authority",
+            "checks",
+            "words",
+            "search_path",
+        ),
         *(
             "settings",
             "guarded_hydra",
@@ -238,6 +249,52 @@ def check_rooms(path: str, seen: Import, other: str) -> list[str]:
     if order.index(other) < order.index(own):
         return []
     return [f"{path}:{seen.line} imports {seen.name}: in {part}, {own} comes before {other}"]
+
+
+# Words that are also the name of a cluster kind, and mean something else there.
+OTHER_MEANING = {
+    ("launcher/config/schema.py", "none"): "of strategy.compression and sweep.pruner",
+    ("launcher/config/checks.py", "none"): "of strategy.compression and sweep.pruner",
+    ("launcher/config/own_hydra.py", "local"): "local/default.yaml of a configuration directory",
+    ("launcher/config/calling_directory.py", "azure"): "an extra of the package",
+    ("launcher/planning/plan.py", "none"): "of strategy.compression",
+    ("launcher/planning/forecast.py", "none"): "of strategy.compression",
+    ("launcher/clusters/azure/lifecycle.py", "ssh"): "the program",
+    ("launcher/clusters/azure/ray_yaml.py", "none"): "no availability zone",
+    ("launcher/engine/checkpoint/loading.py", "none"): "no section",
+    ("launcher/engine/datasets.py", "none"): "no shape",
+    ("launcher/engine/optimizer_check.py", "none"): "of strategy.compression",
+    ("launcher/engine/strategies/costs.py", "none"): "of strategy.compression",
+    ("launcher/engine/strategies/ddp.py", "none"): "of strategy.compression",
+    ("launcher/sweeps/meaning.py", "none"): "of sweep.pruner",
+    ("launcher/runs/gathered.py", "none"): "no file",
+    ("launcher/cli/machines.py", "ssh"): "a column of `launch status`",
+    ("launcher/clusters/remote/shell.py", "ssh"): "the program",
+}
+
+
+def kinds_named(files: dict[str, str]) -> list[str]:
+    """Return every literal of a cluster kind outside of its own folder: others ask the kind's object."""
+    names = {
+        path.split("/")[2] for path in files if path.startswith("launcher/clusters/") and path.endswith("/kind.py")
+    }
+    found = []
+    for path, source in files.items():
+        for node in ast.walk(ast.parse(source)):
+            word = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            own = path.startswith(f"launcher/clusters/{word}/")
+            if path.startswith("launcher/") and word in names and not own and (path, word) not in OTHER_MEANING:
+                found.append(f"{path}:{getattr(node, 'lineno', 0)} names the cluster kind {word}")
+    return found
+
+
+def test_no_kind_of_cluster_is_named_outside_of_its_folder() -> None:
+    files = repository()
+    assert kinds_named(files) == []
+    other_kind = "launcher/clusters/azure/kind.py"
+    for path in ("launcher/jobs/training.py", other_kind):
+        planted = f"{files[path]}\n\ndef f(cluster):\n    return cluster.kind == 'ssh'\n"
+        assert any(path in line for line in kinds_named({**files, path: planted}))
 
 
 def repository() -> dict[str, str]:

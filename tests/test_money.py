@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from launcher import money
+from launcher.clusters.existing.kind import ExistingCluster
 from launcher.clusters.pricing.rates import rate_of, words
-from launcher.config.schema import ClusterConfig
+from launcher.config.schema import ClusterConfig, cluster_section
 from launcher.errors import ConfigError
 from launcher.money import Bill, Meter, Rate
 from tests.command import TOY, Place
@@ -89,19 +90,19 @@ def test_the_warning_comes_once_in_a_life() -> None:
     ],
 )
 def test_the_rate_of_a_configuration(cluster: dict[str, Any], expected: Rate | None) -> None:
-    assert rate_of(ClusterConfig(**cluster), 3, ask=False) == expected
+    assert rate_of(cluster_section(cluster), 3, ask=False) == expected
 
 
 def test_a_budget_needs_a_price(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/")
-    config = ClusterConfig(kind="existing", size="NC24ads_A100_v4", region="westeurope", budget_usd=5.0)
+    config = ExistingCluster(size="NC24ads_A100_v4", region="westeurope", budget_usd=5.0)
     with pytest.raises(ConfigError, match=r"cannot be kept: The price of .* Say what the machines cost with"):
         rate_of(config)
 
 
 def test_a_driver_elsewhere_is_told_the_same_rate() -> None:
     told = dict(word.removeprefix("cluster.").split("=") for word in words(ClusterConfig(), 12.0, machines=4))
-    there = ClusterConfig(**{"kind": "existing", **{key: float(value) for key, value in told.items()}})  # type: ignore[arg-type]
+    there = cluster_section({"kind": "existing", **{key: float(value) for key, value in told.items()}})
     assert rate_of(there, 4) == Rate(3.0, 0.0, 4)
     assert words(ClusterConfig()) == []
 

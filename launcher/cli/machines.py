@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from launcher.clusters.azure import lifecycle as azure
-from launcher.clusters.local import ray_session
+from launcher.clusters import base
 from launcher.clusters.remote import registry
 from launcher.clusters.remote.registry import Head
-from launcher.clusters.ssh import lifecycle as ssh
 from launcher.config.schema import ClusterConfig
-from launcher.errors import ConfigError, LaunchError, MachineError
-from launcher.formatting import count, duration
+from launcher.errors import ConfigError, LaunchError
+from launcher.formatting import count
 
 Tell = Callable[[str], None]
-LOCAL = "local"
-# How each kind of cluster comes, is looked at, and goes.
-_UP: dict[str, Callable[[ClusterConfig, Tell], Head]] = {"ssh": ssh.up, "azure": azure.up}
-_STATUS: dict[str, Callable[[Head], tuple[Head, list[str]]]] = {"ssh": ssh.status, "azure": azure.status}
-_DOWN: dict[str, Callable[[str, Tell], None]] = {"ssh": ssh.down, "azure": azure.down}
 
 
 def up(cluster: ClusterConfig, tell: Tell) -> Head:
@@ -32,12 +24,15 @@ def up(cluster: ClusterConfig, tell: Tell) -> Head:
         ConfigError: its kind is none that is made.
         LaunchError: it did not come; see the kind's own `up`.
     """
-    if cluster.kind not in _UP:
+    kind = base.kind_of(cluster)
+    if not kind.provisions:
+        kinds = [each.name for each in base.kinds() if each.provisions]
         raise ConfigError(
             f"launch up makes a cluster on other machines, and cluster={cluster.kind} has none to make. Choose "
-            f"{' or '.join(f'cluster={kind}' for kind in _UP)}, such as launch up cluster=ssh cluster.hosts=[vm1,vm2]."
+            f"{' or '.join(f'cluster={name}' for name in kinds)}, such as launch up cluster=ssh "
+            "cluster.hosts=[vm1,vm2]."
         )
-    return _UP[cluster.kind](cluster, tell)
+    return kind.provision(cluster, tell)
 
 
 def status(name: str | None = None) -> list[dict[str, Any]]:
@@ -46,11 +41,9 @@ def status(name: str | None = None) -> list[dict[str, Any]]:
     Raises:
         ClusterError: none has this name.
     """
-    kept = _kept()
-    if name is not None and (name != LOCAL or not kept):
-        return [_asked(registry.load(name))]
+    kept = [session.facts() for name_of, session in _sessions().items() if name in (None, name_of)]
     if name is not None:
-        return kept
+        return kept or [_asked(registry.load(name))]
     found = registry.all_heads()
     if not found:
         return kept
@@ -62,7 +55,8 @@ def told(clusters: list[dict[str, Any]]) -> str:
     """Return `status` for people."""
     if not clusters:
         return "There is no cluster: `launch up` makes one, and no Ray waits here (cluster.keep_minutes keeps one)."
-    return "\n".join(_kept_told(one) if one["kind"] == LOCAL else _told(one) for one in clusters)
+    sessions = _sessions()
+    return "\n".join(sessions[one["name"]].text() if one["name"] in sessions else _told(one) for one in clusters)
 
 
 def down(name: str | None, tell: Tell, forget: bool = False) -> None:
@@ -76,54 +70,32 @@ def down(name: str | None, tell: Tell, forget: bool = False) -> None:
         ClusterError: none has this name.
         MachineError: something of it is left.
     """
-    kept = ray_session.current()
-    names = ([LOCAL] if kept is not None else []) + [head.name for head in registry.all_heads()]
+    sessions = _sessions()
+    names = [*sessions] + [head.name for head in registry.all_heads()]
     if name is None and len(names) > 1:
         raise ConfigError(f"There are {count(len(names), 'cluster')}: {', '.join(names)}. Say which: launch down NAME.")
     chosen = name or (names[0] if names else None)
     if chosen is None:
         tell("Nothing is kept, so there is nothing to end.")
-    elif chosen == LOCAL and kept is not None:
-        if not ray_session.end(kept):
-            raise MachineError(
-                f"Some processes with {kept.marker} in their environment could not be ended within 30 s."
-            )
-        tell("The Ray that was kept on this machine has ended.")
+    elif chosen in sessions:
+        sessions[chosen].end(tell)
     elif forget:
         registry.load(chosen)
         registry.forget(chosen)
         tell(f"The cluster {chosen} is forgotten here. What runs on its machines was left as it is.")
     else:
-        _DOWN[registry.load(chosen).kind](chosen, tell)
+        base.named(registry.load(chosen).kind).remove(chosen, tell)
 
 
-def _kept() -> list[dict[str, Any]]:
-    kept = ray_session.current()
-    if kept is None:
-        return []
-    facts = {"name": LOCAL, "kind": LOCAL, "address": kept.address, "cpus": kept.cpus, "gpus": kept.gpus}
-    return [
-        {
-            **facts,
-            "state": "in use" if ray_session.in_use() else "idle",
-            "seconds": round(time.time() - kept.since, 1),
-            "keep_minutes": ray_session.idle_minutes(),
-            "usd_per_hour": 0.0,
-        }
-    ]
-
-
-def _kept_told(one: dict[str, Any]) -> str:
-    return (
-        f"{one['name']}  {one['state']}  {count(one['cpus'], 'CPU')}, {count(one['gpus'], 'GPU')}  up for "
-        f"{duration(one['seconds'])}, ends after {count(one['keep_minutes'], 'idle minute')}  "
-        f"{one['usd_per_hour']:.2f} USD/h  `launch down` ends it now"
-    )
+def _sessions() -> dict[str, base.Session]:
+    """Return what kinds keep running on this machine between commands, by name."""
+    found = {kind.name: kind.session() for kind in base.kinds()}
+    return {name: session for name, session in found.items() if session is not None}
 
 
 def _asked(head: Head) -> dict[str, Any]:
     try:
-        head, said = _STATUS[head.kind](head)
+        head, said = base.named(head.kind).status(head)
     except LaunchError as error:
         said = [str(error)]
     public = ("name", "address", "state", "why", "cpus", "gpus", "size")

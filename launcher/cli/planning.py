@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launcher.cli import kubernetes
+from launcher.cli import batch
 from launcher.cli.output import results_alone
 
 if TYPE_CHECKING:
@@ -38,23 +38,24 @@ def _plan_of_sweep(line: Line) -> int:
 
 
 def plan(line: Line) -> int:
-    if "multirun" in line.flags and not kubernetes.is_meant(line):
+    if "multirun" in line.flags and not batch.is_meant(line):
         return _plan_of_sweep(line)
     from launcher.cli.display import Shown
     from launcher.cli.terminal import Display
+    from launcher.clusters.base import kind_of
     from launcher.jobs.prepare import prepare
     from launcher.jobs.training import checked_host_plan, checked_plan
     from launcher.jobs.weights import weights_of
 
     with results_alone() as result:
-        if kubernetes.is_meant(line):
-            return kubernetes.plan(line, result)
+        if batch.is_meant(line):
+            return batch.plan(line, result)
         prepared = prepare(line.request())
         if prepared.job.cluster.size is not None:
             return _plan_of_nodes(line, prepared, result)
         with Display() as display:
             plan: Plan | HostPlan
-            if prepared.job.cluster.kind == "ssh":
+            if kind_of(prepared.job.cluster).names_hosts:
                 plan = checked_host_plan(prepared.job, Shown(display))
             else:
                 weights = None if prepared.resumes else weights_of(prepared.job)

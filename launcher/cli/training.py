@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launcher.cli import kubernetes
+from launcher.cli import batch
 from launcher.cli.output import results_alone, say, tell
 from launcher.errors import LaunchError, Stopped
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def train(line: Line) -> int:
-    if "multirun" in line.flags and not kubernetes.is_meant(line):
+    if "multirun" in line.flags and not batch.is_meant(line):
         return _sweep(line)
     from launcher.cli import display
     from launcher.cli.terminal import Display
     from launcher.jobs import ranks, training
 
     with results_alone() as result:
-        if kubernetes.is_meant(line):
-            return kubernetes.train(line, result)
+        if batch.is_meant(line):
+            return batch.train(line, result)
         if not ranks.speaks():
             return _status(training.train(line.request(), training.Observer()))
         with Display() as screen:

@@ -126,6 +126,12 @@ class Node:
     gpus: float
 
 
+def this_machine() -> Node:
+    """Return this machine as a node; where a Ray is connected, all of that Ray."""
+    cpus, gpus = resources()
+    return Node("", "", "", float(cpus), float(gpus))
+
+
 def room(nodes: Sequence[Node], cpus_per_worker: float, gpus_per_worker: float) -> float:
     """Return how many workers fit: one never spans two machines."""
     return sum(

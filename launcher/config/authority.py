@@ -16,19 +16,28 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from launcher.config import masking
-from launcher.config.schema import ClusterConfig
+from launcher.config.cluster_kinds import all_kinds, may_be_chosen_by_a_file
+from launcher.config.schema import cluster_schema, own_keys
 
-FREE_KINDS = ("local", "none")  # of a cluster, which any file may choose: code runs where the command was given
-_NAMES = (
-    *("address", "hosts", "user", "python", "setup", "env", "image", "secret", "service_account", "mounts"),
-    *("context", "namespace", "subscription"),  # which Kubernetes cluster, which Azure account
-)
-# The keys of the section `cluster` that a file may not set, `kind` apart.
-GUARDED = tuple(each.name for each in dataclasses.fields(ClusterConfig) if each.name in _NAMES or "ssh_" in each.name)
-_DEFAULTS = dataclasses.asdict(ClusterConfig())
+_COMMON = ("setup", "env", "mounts")
+
+
+@cache
+def guarded() -> tuple[str, ...]:
+    """Return the keys of the section `cluster` that a file may not set, `kind` apart."""
+    own = [key for kind in all_kinds().values() for key in own_keys(kind) if key not in kind.free_keys]
+    return tuple(dict.fromkeys([*own, *_COMMON]))
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return dataclasses.asdict(cluster_schema()())
+
+
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -46,10 +55,10 @@ def claims(cluster: Any, root: Any) -> dict[str, Any]:
     """Return the values of a section `cluster` and of `run.root` that need the user's authority, by dotted key."""
     found = {}
     if isinstance(cluster, Mapping):
-        if cluster.get("kind", "local") not in FREE_KINDS:
+        if "kind" in cluster and not may_be_chosen_by_a_file(cluster["kind"]):
             found["cluster.kind"] = cluster["kind"]
-        for key in GUARDED:
-            if key in cluster and cluster[key] != _DEFAULTS[key]:
+        for key in guarded():
+            if key in cluster and cluster[key] != _defaults()[key]:
                 found[f"cluster.{key}"] = cluster[key]
     elif cluster is not None:
         found["cluster"] = cluster
@@ -84,7 +93,7 @@ def without_claims(content: Mapping[str, Any], decided: Mapping[str, Any]) -> tu
     elif not isinstance(cluster, Mapping) or "cluster.kind" in dropped:
         kept.pop("cluster", None)
     else:
-        kept["cluster"] = {key: value for key, value in cluster.items() if key not in GUARDED}
+        kept["cluster"] = {key: value for key, value in cluster.items() if key not in guarded()}
     return kept, dropped
 
 
@@ -97,9 +106,9 @@ def is_guarded_word(key: str, value: Any) -> bool:
     """Whether a word about `key` needs the user's authority; of a recorded sweep it is dropped."""
     section, _, name = key.partition(".")
     if section == "cluster" and not name:
-        return not (isinstance(value, str) and value in FREE_KINDS)
+        return not may_be_chosen_by_a_file(value)
     if section == "cluster":
-        return name.partition(".")[0] in GUARDED or (name == "kind" and value not in FREE_KINDS)
+        return name.partition(".")[0] in guarded() or (name == "kind" and not may_be_chosen_by_a_file(value))
     return key == "trust" or key.startswith("cluster/")
 
 

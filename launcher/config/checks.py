@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from launcher.config.cluster_kinds import all_kinds
 from launcher.config.schema import (
     STRATEGY_OPTIONS,
     CheckpointConfig,
@@ -18,6 +19,9 @@ from launcher.config.schema import (
     StrategyConfig,
     SweepConfig,
     TrainerConfig,
+    cluster_section,
+    foreign_keys,
+    own_keys,
     parse_interval,
 )
 from launcher.errors import ConfigError, did_you_mean
@@ -27,8 +31,6 @@ DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
 STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco", "auto")
 COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
-CLUSTERS = ("local", "none", "existing", "ssh", "azure", "kuberay")
-MOUNTING = ("ssh", "azure", "kuberay")  # of these, where cluster.mounts is made true
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
 KEEP = ("all", "best")
@@ -72,16 +74,16 @@ def _check_scaling(scaling: ScalingConfig) -> None:
     if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ConfigError(f"scaling.workers is {workers!r}, but must be a whole number of at least 1, or auto.")
     _one_of("scaling.device", scaling.device, DEVICES)
-    _above_zero("scaling.cpus_per_worker", scaling.cpus_per_worker)
+    above_zero("scaling.cpus_per_worker", scaling.cpus_per_worker)
     if scaling.gpus_per_worker is not None:
-        _at_least("scaling.gpus_per_worker", scaling.gpus_per_worker, 0)
+        at_least("scaling.gpus_per_worker", scaling.gpus_per_worker, 0)
     _check_elastic(scaling)
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     parse_interval(checkpoint.every, "checkpoint.every")
-    _at_least("checkpoint.keep", checkpoint.keep, 1)
-    _at_least("checkpoint.max_failures", checkpoint.max_failures, 0)
+    at_least("checkpoint.keep", checkpoint.keep, 1)
+    at_least("checkpoint.max_failures", checkpoint.max_failures, 0)
     _one_of("checkpoint.mode", checkpoint.mode, MODES)
 
 
@@ -114,11 +116,11 @@ def _check_classes(job: Job) -> None:
 
 
 def _check_elastic(scaling: ScalingConfig) -> None:
-    _above_zero("scaling.timeout", scaling.timeout)
+    above_zero("scaling.timeout", scaling.timeout)
     fewest, workers = scaling.min_workers, scaling.workers
     if fewest is None:
         return
-    _at_least("scaling.min_workers", fewest, 1)
+    at_least("scaling.min_workers", fewest, 1)
     if workers == "auto":
         raise ConfigError(
             f"scaling.min_workers={fewest} says with how few workers a run goes on, and needs to know with how many at "
@@ -153,12 +155,12 @@ def _check_sweep(sweep: SweepConfig) -> None:
     _one_of("sweep.sampler", sweep.sampler, SAMPLERS)
     _one_of("sweep.pruner", sweep.pruner, PRUNERS)
     _one_of("sweep.keep", sweep.keep, KEEP)
-    _at_least("sweep.min_evaluations", sweep.min_evaluations, 1)
-    _at_least("sweep.reduction", sweep.reduction, 2)
+    at_least("sweep.min_evaluations", sweep.min_evaluations, 1)
+    at_least("sweep.reduction", sweep.reduction, 2)
     for name in ("trials", "concurrency"):
         value = getattr(sweep, name)
         if value is not None:
-            _at_least(f"sweep.{name}", value, 1)
+            at_least(f"sweep.{name}", value, 1)
     for direction in sweep.direction if isinstance(sweep.direction, list) else [sweep.direction]:
         if direction is not None:
             _one_of("sweep.direction", direction, MODES)
@@ -196,10 +198,10 @@ def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
         )
     for key, least in (("powersgd_rank", 1), ("powersgd_after", 0), ("inner_steps", 1), ("overlap_steps", 0)):
         if (value := getattr(strategy, key)) is not None:
-            _at_least(f"strategy.{key}", value, least)
+            at_least(f"strategy.{key}", value, least)
     for key in ("bucket_mb", "outer_lr"):
         if (value := getattr(strategy, key)) is not None:
-            _above_zero(f"strategy.{key}", value)
+            above_zero(f"strategy.{key}", value)
     if strategy.outer_momentum is not None and not 0 <= strategy.outer_momentum < 1:
         raise ConfigError(f"strategy.outer_momentum is {strategy.outer_momentum}, but must be at least 0 and below 1.")
     if name in ("local_sgd", "diloco") and strategy.option("overlap_steps") >= strategy.option("inner_steps"):
@@ -210,7 +212,7 @@ def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
 
 
 def _check_cluster(cluster: ClusterConfig) -> None:
-    _one_of("cluster.kind", cluster.kind, CLUSTERS)
+    _one_of("cluster.kind", cluster.kind, [*all_kinds()])
     for name in cluster.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             # Without the text itself: whoever writes NAME=VALUE here has put a secret where it will be kept.
@@ -218,12 +220,10 @@ def _check_cluster(cluster: ClusterConfig) -> None:
                 "cluster.env lists names of environment variables, such as [HF_TOKEN], and one of its entries is none. "
                 "Export the variable and write its name alone; the value is read from the environment."
             )
-    _at_least("cluster.keep_minutes", cluster.keep_minutes, 0)
-    _at_least("cluster.nodes", cluster.nodes, 1)
-    _at_least("cluster.min_nodes", cluster.min_nodes or 0, 0)
-    _above_zero("cluster.idle_minutes", cluster.idle_minutes)
-    _at_least("cluster.launch_attempts", cluster.launch_attempts, 1)
-    _check_hosts(cluster)
+    at_least("cluster.nodes", cluster.nodes, 1)
+    at_least("cluster.min_nodes", cluster.min_nodes or 0, 0)
+    above_zero("cluster.idle_minutes", cluster.idle_minutes)
+    cluster.of_kind.check(cluster)
     if not (isinstance(cluster.spot, bool) or cluster.spot == "prefer"):
         raise ConfigError(f"cluster.spot is {cluster.spot!r}, but must be true, false or prefer.")
     if not re.fullmatch(r"[a-z]+[a-z0-9]*", cluster.region):
@@ -232,9 +232,9 @@ def _check_cluster(cluster: ClusterConfig) -> None:
             "such as eastus."
         )
     if cluster.budget_usd is not None:
-        _above_zero("cluster.budget_usd", cluster.budget_usd)
+        above_zero("cluster.budget_usd", cluster.budget_usd)
     _check_rates(cluster)
-    _check_pods(cluster)
+    _check_mounts(cluster)
     # cluster.region and cluster.head_size may stand in a configuration of one's own, for the day when they count.
     if cluster.size is None:
         for key, default in (("nodes", 1), ("spot", False)):
@@ -246,81 +246,37 @@ def _check_cluster(cluster: ClusterConfig) -> None:
                 )
 
 
-ANYWHERE = "anywhere"  # the word that opens SSH to every address
-_WIDEST = 8  # bits: no owner of a network has a larger one
-# No dash at the beginning, which ssh reads as an option, and nothing that the shell of a ProxyCommand would read.
-_USER = r"[A-Za-z0-9_][A-Za-z0-9_.+\\-]*"
-_HOST = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
-_IPV6 = r"[0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?"
+def check_foreign_keys(tree: Mapping[str, Any]) -> None:
+    """Check the keys of a section `cluster` that belong to other kinds than its own.
+
+    Raises:
+        ConfigError: a key has no meaning with this kind, or its value breaks the rule of its own kind.
+    """
+    foreign = foreign_keys(tree)
+    for kind in all_kinds().values():
+        given = [key for key in own_keys(kind) if foreign.get(key)]
+        for key in given:
+            if key in kind.exclusive_keys:
+                raise ConfigError(
+                    f"cluster.{key} belongs to cluster={kind.name}, but the cluster is {tree['kind']}. Leave it out."
+                )
+        if given:
+            kind.check(cluster_section({**tree, "kind": kind.name}))
 
 
-def _check_hosts(cluster: ClusterConfig) -> None:
-    if cluster.hosts and cluster.kind != "ssh":
-        raise ConfigError(f"cluster.hosts belongs to cluster=ssh, but the cluster is {cluster.kind}. Leave it out.")
-    for host in cluster.hosts:
-        if not re.fullmatch(rf"({_USER}@)?(\[{_IPV6}\](:\d+)?|{_HOST}(:\d+)?|{_IPV6})", host):
-            raise ConfigError(
-                f"cluster.hosts holds {host!r}, but a host is written [USER@]HOST[:PORT], such as ada@vm1:22, without "
-                "characters that a shell or ssh reads as something else."
-            )
-    if cluster.user is not None and not re.fullmatch(_USER, cluster.user):
+def _check_mounts(cluster: ClusterConfig) -> None:
+    if cluster.mounts and not cluster.of_kind.makes_mounts:
+        names = [kind.name for kind in all_kinds().values() if kind.makes_mounts]
         raise ConfigError(
-            f"cluster.user is {cluster.user!r}, but must be the name of a user on the hosts, such as ada."
-        )
-    for key in ("ssh_key", "ssh_config"):
-        value = getattr(cluster, key)
-        if value is not None and (not value or value[0] == "-" or not value.isprintable()):
-            raise ConfigError(f"cluster.{key} is {value!r}, but must be the path of a file, such as ~/.ssh/work.")
-    _check_ssh_from(cluster.ssh_from)
-    twice = [host for host in cluster.hosts if cluster.hosts.count(host) > 1]
-    if twice:
-        raise ConfigError(f"cluster.hosts holds {twice[0]} twice. One host runs one node: name it once.")
-    if cluster.python is not None and not cluster.python.startswith("/"):
-        raise ConfigError(
-            f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
-            "/opt/launch/bin/python."
-        )
-
-
-def _check_ssh_from(value: str | None) -> None:
-    if value is None or value == ANYWHERE:
-        return
-    try:
-        network = ipaddress.ip_network(value, strict=False)
-    except ValueError:
-        raise ConfigError(
-            f"cluster.ssh_from is {value!r}, but must be an address or a network in CIDR notation, such as "
-            "203.0.113.7/32."
-        ) from None
-    if network.prefixlen < _WIDEST:
-        raise ConfigError(
-            f"cluster.ssh_from={value} opens the head's SSH port to {network.num_addresses:,} addresses. Give the "
-            "address or network that you connect from, such as 203.0.113.7/32, or leave the key out for this machine's "
-            f"address. To open the port to the whole internet write cluster.ssh_from={ANYWHERE}."
-        )
-
-
-def _check_pods(cluster: ClusterConfig) -> None:
-    if cluster.mounts and cluster.kind not in MOUNTING:
-        raise ConfigError(
-            f"cluster.mounts makes directories of the nodes of cluster={' and '.join(MOUNTING)}, but the cluster is "
+            f"cluster.mounts makes directories of the nodes of cluster={' and '.join(names)}, but the cluster is "
             f"{cluster.kind}. Leave it out; what is mounted there already is read by its path."
         )
-    name = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-    for key in ("namespace", "secret", "service_account"):
-        value = getattr(cluster, key)
-        if value is not None and not re.fullmatch(name, value):
-            raise ConfigError(f"cluster.{key} is {value!r}, but must be a name of Kubernetes, such as my-{key[:6]}.")
-    for key in ("image", "context"):
-        value = getattr(cluster, key)
-        if value is not None and (not value or value[0] == "-" or not value.isprintable() or " " in value):
-            raise ConfigError(f"cluster.{key} is {value!r}, but must be a name without spaces.")
 
 
 def _check_rates(cluster: ClusterConfig) -> None:
     for key in ("node_usd_per_hour", "head_usd_per_hour"):
         if (value := getattr(cluster, key)) is not None:
-            _at_least(f"cluster.{key}", value, 0)
+            at_least(f"cluster.{key}", value, 0)
     if cluster.head_usd_per_hour and cluster.node_usd_per_hour is None:
         raise ConfigError(
             f"cluster.head_usd_per_hour={cluster.head_usd_per_hour:g} says what one machine costs beside the others: "
@@ -347,27 +303,27 @@ def _check_trainer(trainer: TrainerConfig) -> None:
     for name in ("epochs", "steps", "global_batch_size", "microbatch_size"):
         value = getattr(trainer, name)
         if value is not None:
-            _at_least(f"trainer.{name}", value, 1)
+            at_least(f"trainer.{name}", value, 1)
     _one_of("trainer.precision", trainer.precision, PRECISIONS)
     if trainer.deterministic and trainer.precision != "float32":
         raise ConfigError(
             f"trainer.deterministic=true needs trainer.precision=float32, but the precision is {trainer.precision}."
         )
     if trainer.clip_norm is not None:
-        _above_zero("trainer.clip_norm", trainer.clip_norm)
+        above_zero("trainer.clip_norm", trainer.clip_norm)
     if not 0 <= trainer.seed < 2**63:
         raise ConfigError(f"trainer.seed is {trainer.seed}, but must lie between 0 and 2**63 - 1.")
-    _at_least("trainer.overfit_batches", trainer.overfit_batches, 0)
+    at_least("trainer.overfit_batches", trainer.overfit_batches, 0)
     parse_interval(trainer.log_every, "trainer.log_every")
     parse_interval(trainer.evaluate_every, "trainer.evaluate_every")
 
 
-def _at_least(key: str, value: float, least: int) -> None:
+def at_least(key: str, value: float, least: int) -> None:
     if not least <= value < math.inf:
         raise ConfigError(f"{key} is {value}, but must be at least {least}.")
 
 
-def _above_zero(key: str, value: float) -> None:
+def above_zero(key: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ConfigError(f"{key} is {value}, but must be a number above zero.")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config import authority, keys, limits, masking, schema, targets
-from launcher.config.checks import check_values
+from launcher.config.checks import check_foreign_keys, check_values
 from launcher.config.own_hydra import (
     PRIMARY,
     SCHEMA,
@@ -146,6 +146,8 @@ def compose(
             f"command line, {names[0]}=..., or refer to an environment variable, ${{oc.env:NAME}}."
         )
     masking.remember(masking.secrets_in(tree))
+    check_foreign_keys(tree["cluster"])
+    _drop_foreign_keys(unresolved, tree["cluster"])
     job = Job.from_dict(tree)
     check_values(job)
     return Composition(job, list(words), choices, plan.given, unresolved, hydra_tree["sweeper"], dropped)
@@ -183,6 +185,14 @@ def _drop_wishes(tree: Mapping[str, Any], given: frozenset[str]) -> None:
         wishes = holder.get(targets.IF_TAKEN) if isinstance(holder, dict) else None
         if isinstance(wishes, dict):
             wishes.pop(name, None)
+
+
+def _drop_foreign_keys(unresolved: dict[str, Any], cluster: Mapping[str, Any]) -> None:
+    """Drop the keys of other kinds of clusters that are at their defaults: a run's config.yaml need not list them."""
+    holder = unresolved["cluster"]
+    if isinstance(holder, Mapping):
+        foreign = schema.foreign_keys(cluster)
+        unresolved["cluster"] = {key: value for key, value in holder.items() if foreign.get(key, True)}
 
 
 # --- the words of the command line ------------------------------------------------------------------------------------
@@ -368,7 +378,7 @@ def _typed(composed: DictConfig) -> DictConfig:
     HydraConfig.instance().set_config(composed)  # for ${hydra:runtime.cwd}
     own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     # Typed once more: a config.yaml of the user's own may have left out the schema.
-    typed = OmegaConf.merge(OmegaConf.structured(Job), own)
+    typed = OmegaConf.merge(OmegaConf.structured(schema.job_schema()), own)
     assert isinstance(typed, DictConfig)
     OmegaConf.set_struct(typed, False)
     typed["hydra"] = composed["hydra"]

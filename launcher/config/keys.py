@@ -9,9 +9,10 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
-from launcher.config.schema import OPEN_SECTIONS, Job
+from launcher.config.schema import OPEN_SECTIONS, job_schema
 
 _WORKERS = "scaling.workers is the number of worker processes over all machines, one per GPU by default"
 _BATCH = "trainer.global_batch_size is the number of samples in one optimizer step over all workers"
@@ -58,10 +59,11 @@ FOREIGN: dict[str, str] = {
 }
 
 
-def _leaves() -> dict[str, Any]:
+@cache
+def leaves() -> dict[str, Any]:
     """Dotted key -> type, for every key of the schema with a type of its own."""
     keys: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(Job).items():
+    for name, kind in typing.get_type_hints(job_schema()).items():
         if dataclasses.is_dataclass(kind):
             keys.update({f"{name}.{inner}": hint for inner, hint in typing.get_type_hints(kind).items()})
         else:
@@ -69,8 +71,10 @@ def _leaves() -> dict[str, Any]:
     return keys
 
 
-LEAVES = _leaves()
-SECTIONS = tuple(f.name for f in dataclasses.fields(Job) if any(key.startswith(f"{f.name}.") for key in LEAVES))
+@cache
+def sections() -> tuple[str, ...]:
+    """Return the sections of the schema whose keys have types of their own."""
+    return tuple(dict.fromkeys(key.partition(".")[0] for key in leaves() if "." in key))
 
 
 # Keys that runs of earlier versions have in their config.yaml, and that had no other effect than how they ran.
@@ -79,7 +83,7 @@ REMOVED = frozenset(["scaling.heal"])
 
 def is_known(key: str) -> bool:
     """Whether a dotted key is in the schema, or inside a section that is open."""
-    return key in LEAVES or key in SECTIONS or key.partition(".")[0] in OPEN_SECTIONS
+    return key in leaves() or key in sections() or key.partition(".")[0] in OPEN_SECTIONS
 
 
 def explain_unknown(key: str, others: Iterable[str] = ()) -> str:
@@ -90,10 +94,10 @@ def explain_unknown(key: str, others: Iterable[str] = ()) -> str:
     last = key.rpartition(".")[2]
     if last in FOREIGN:
         return f" Here, {FOREIGN[last]}."
-    same = [known for known in LEAVES if known.rpartition(".")[2] == last]
+    same = [known for known in leaves() if known.rpartition(".")[2] == last]
     if same:
         return f' Did you mean "{same[0]}"?'
-    known = [*LEAVES, *others]
+    known = [*leaves(), *others]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
         by_last = {name.rpartition(".")[2]: name for name in known}
@@ -101,7 +105,7 @@ def explain_unknown(key: str, others: Iterable[str] = ()) -> str:
     if near:
         return f' Did you mean "{near[0]}"?'
     section = key.partition(".")[0]
-    inside = [name for name in LEAVES if name.startswith(f"{section}.")]
+    inside = [name for name in leaves() if name.startswith(f"{section}.")]
     if inside:
         return f" {section} has: {', '.join(name.partition('.')[2] for name in inside)}."
     return " Values of your own, for interpolation, may stand under vars."
@@ -109,7 +113,7 @@ def explain_unknown(key: str, others: Iterable[str] = ()) -> str:
 
 def type_name(key: str) -> str:
     """Return the type of a key of the schema in words."""
-    hint = LEAVES.get(key)
+    hint = leaves().get(key)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
     if typing.get_origin(hint) in (list, dict):

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from launcher.config import keys
-from launcher.config.schema import Job
+from launcher.config import cluster_kinds, keys
+from launcher.config.schema import job_schema
 from launcher.config.search_path import Sources
 from launcher.config.settings import Settings
 from launcher.errors import ConfigError, did_you_mean
@@ -94,7 +94,7 @@ def initialize(overrides: Sequence[str], where: Sources, primary: Mapping[str, A
 
     if "searchpath" in (primary.get("hydra") or {}):
         raise ConfigError("hydra.searchpath in config.yaml is not supported: --config-dir names the one directory.")
-    ConfigStore.instance().store(name=SCHEMA, node=Job)
+    ConfigStore.instance().store(name=SCHEMA, node=job_schema())
     ConfigStore.instance().store(name=PRIMARY, node=primary)
     GlobalHydra.instance().clear()  # of an earlier composition of ours
     hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
@@ -137,7 +137,7 @@ def decided_node(settings: Settings, cluster: Mapping[str, Any] | None) -> dict[
 
     cluster: the section that the user's record has for a run that is stored; None for a new run.
     """
-    choice = (settings.choice or "local") if cluster is None else None
+    choice = (settings.choice or cluster_kinds.one_with("is_default").name) if cluster is None else None
     root = {} if settings.root is None else {"run": {"root": settings.root}}
     return {"defaults": [SCHEMA, "_self_", {"cluster": choice}], "cluster": dict(cluster or {}), **root}
 
@@ -190,7 +190,7 @@ def _explain(error: BaseException, where: Sources) -> str:
 def wrong_type(key: str, error: BaseException) -> str:
     """Return what a key must be, and what was found."""
     found = " ".join(str(error).splitlines()[0].split()).rstrip(".")
-    expected = f"{key} must be {keys.type_name(key)}" if key in keys.LEAVES else key
+    expected = f"{key} must be {keys.type_name(key)}" if key in keys.leaves() else key
     return f"{expected}: {found}."
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from datetime import datetime
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
+from launcher.config import cluster_kinds
 from launcher.errors import ConfigError
 
-RENTED = ("existing", "ssh", "azure", "kuberay")  # of these, whose machines may be paid by the hour
 # Sections that are as open as the class that they name; their keys are checked against its signature.
 OPEN_SECTIONS = ("model", "data", "optimizer", "scheduler", "callbacks", "vars")
 
@@ -119,41 +120,86 @@ STRATEGY_OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class ClusterConfig:
-    kind: str = "local"
-    keep_minutes: float = 0.0  # how long the embedded Ray stays for the next command
-    address: str | None = None  # HOST:PORT of an existing cluster; default: RAY_ADDRESS
+    """The keys that all kinds of clusters have. Each kind has a subclass with its own (`launcher.clusters`).
+
+    On the command line and in files all keys stand side by side in the section `cluster`.
+    """
+
+    kind: str = field(default_factory=lambda: str(cluster_kinds.one_with("is_default").name))
     name: str | None = None  # of a cluster that `launch up` makes; default: its kind
-    hosts: list[str] = field(default_factory=list)  # [USER@]HOST[:PORT] each, the head first
-    user: str | None = None  # on hosts that are written without one
-    ssh_key: str | None = None  # file of the private key; default: what ssh would take
-    ssh_config: str | None = None  # in place of ~/.ssh/config
-    python: str | None = None  # interpreter of an environment that the hosts have already
     size: str | None = None  # of the GPU VMs, one of `launch sizes`
     nodes: int = 1  # GPU VMs
+    min_nodes: int | None = None  # with which work begins, default all; the others come when a job asks for them
     head_size: str = "Standard_D4s_v5"  # of the small VM beside them
     region: str = "eastus"
-    zone: str | None = None  # of the region, one for all VMs; default: the first that has the size
     spot: Any = False  # true, false or "prefer"
-    min_nodes: int | None = None  # GPU VMs that `up` waits for, default all; the others come when a job asks for them
-    # Of {size, region, zone, …}: tried in their order where Azure has none.
-    alternatives: list[Any] = field(default_factory=list)
     idle_minutes: float = 10.0  # after which a GPU VM without work is deleted
-    down_after: bool = False  # remove all, the head too, after idle_minutes without work
-    launch_attempts: int = 3  # failed launches of GPU VMs after which no further one is tried
-    subscription: str | None = None  # of Azure; default: that of `az account show`
-    ssh_from: str | None = None  # the address (CIDR) that may reach the head, or `anywhere`; default: this machine's
     node_usd_per_hour: float | None = None  # what a machine with workers costs; default: by size, region and spot
     head_usd_per_hour: float | None = None  # and one beside them that only leads; needs node_usd_per_hour
     budget_usd: float | None = None  # that the run may cost over its whole life
     mounts: dict[str, Any] = field(default_factory=dict)  # path on every node -> abfss://… (read-only) or claim://NAME
-    image: str | None = None  # of head and workers in pods
-    context: str | None = None  # of kubectl; default: the current one
-    namespace: str = "default"  # of Kubernetes
-    secret: str | None = None  # of Kubernetes, whose keys are what `env` names
-    service_account: str | None = None  # of the pods, with a workload identity that may reach storage
     setup: list[str] = field(default_factory=list)  # shell lines for every node, before a run
     env: list[str] = field(default_factory=list)  # names of variables that the workers get from here
     detach: bool = False  # do not wait for a run elsewhere
+
+    @property
+    def of_kind(self) -> Any:
+        """Return the registered kind (`launcher.clusters.base.ClusterKind`); the default for an unknown name."""
+        return cluster_kinds.find(self.kind) or cluster_kinds.one_with("is_default")
+
+    def changed_to(self, kind: cluster_kinds.KeysOfKind, **changes: Any) -> ClusterConfig:
+        """Return the configuration for another kind: common keys stay, keys of this kind are dropped."""
+        return cluster_section({**asdict(self), "kind": kind.name, **changes})
+
+
+def own_keys(kind: cluster_kinds.KeysOfKind) -> tuple[str, ...]:
+    """Return the names of the keys that a kind adds to the common ones."""
+    common = {each.name for each in fields(ClusterConfig)}
+    return tuple(each.name for each in fields(kind.config) if each.name not in common)
+
+
+def cluster_section(tree: Mapping[str, Any]) -> ClusterConfig:
+    """Return the section `cluster` as the dataclass of its kind. Keys of other kinds are dropped.
+
+    Raises:
+        ConfigError: a key belongs to no registered kind.
+    """
+    kinds = cluster_kinds.all_kinds()
+    kind = kinds.get(tree["kind"]) if "kind" in tree else cluster_kinds.one_with("is_default")
+    make = ClusterConfig if kind is None else kind.config
+    known = {each.name for each in fields(make)}
+    foreign = {key for other in kinds.values() for key in own_keys(other)}
+    if unknown := [key for key in tree if key not in known | foreign]:
+        raise ConfigError(f"cluster.{unknown[0]} is no key of any cluster kind: {', '.join(kinds)}.")
+    found: ClusterConfig = make(**{key: value for key, value in tree.items() if key in known})
+    return found
+
+
+def foreign_keys(tree: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the keys of a section `cluster` that its own kind does not have, each with whether a value is set."""
+    kinds = cluster_kinds.all_kinds()
+    chosen = kinds.get(tree["kind"])
+    own = {each.name for each in fields(ClusterConfig if chosen is None else chosen.config)}
+    default = cluster_schema()()
+    others = {key for kind in kinds.values() for key in own_keys(kind)} - own
+    return {key: tree[key] != getattr(default, key) for key in tree if key in others}
+
+
+@cache
+def cluster_schema() -> type[ClusterConfig]:
+    """Return a dataclass with the keys of all kinds side by side, as files and the command line have them."""
+    common = {each.name for each in fields(ClusterConfig)}
+    more: dict[str, tuple[str, Any, Any]] = {}
+    for kind in cluster_kinds.all_kinds().values():
+        hints = get_type_hints(kind.config)
+        for each in fields(kind.config):
+            if each.name in common:
+                continue
+            copy = field(default=each.default, default_factory=each.default_factory)
+            if each.name in more and more[each.name][1] != hints[each.name]:
+                raise TypeError(f"Two cluster kinds have a key cluster.{each.name}, of different types.")
+            more.setdefault(each.name, (each.name, hints[each.name], copy))
+    return make_dataclass("AllClusterConfig", [*more.values()], bases=(ClusterConfig,))
 
 
 @dataclass
@@ -190,7 +236,7 @@ class Job:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterConfig = field(default_factory=lambda: cluster_section({}))
     sweep: SweepConfig = field(default_factory=SweepConfig)
     vars: dict[str, Any] = field(default_factory=dict)
     trust: list[str] = field(default_factory=list)
@@ -204,9 +250,18 @@ class Job:
 
 def section(name: str, value: Any) -> Any:
     """Return one section of a job, given as plain data: its dataclass, or the value itself where it has none."""
+    if name == "cluster":
+        return cluster_section(value)
     make = next(item.default_factory for item in fields(Job) if item.name == name)
     kind = type(make()) if callable(make) else None
     return kind(**value) if kind is not None and is_dataclass(kind) else value
+
+
+@cache
+def job_schema() -> type[Job]:
+    """Return `Job` with the keys of all cluster kinds in the section `cluster`: what Hydra composes."""
+    section = cluster_schema()
+    return make_dataclass("JobSchema", [("cluster", section, field(default_factory=section))], bases=(Job,))
 
 
 @dataclass(frozen=True)

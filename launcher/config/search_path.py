@@ -75,7 +75,7 @@ def read_stored(file: Path) -> Mapping[str, Any]:
     for key in content:
         if key not in {item.name for item in dataclasses.fields(Job)}:
             raise ConfigError(f'{file}: there is no key "{key}" in a run\'s configuration.{keys.explain_unknown(key)}')
-        if (key in keys.SECTIONS or key in OPEN_SECTIONS) and not isinstance(content[key], (dict, str)):
+        if (key in keys.sections() or key in OPEN_SECTIONS) and not isinstance(content[key], (dict, str)):
             raise ConfigError(f"{file}: {key} must be a mapping of keys to values, but is {content[key]!r}.")
     content.pop("verbose", None)  # that was for the command, not for the run
     for section, _, name in (key.partition(".") for key in keys.REMOVED):

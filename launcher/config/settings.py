@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.config.authority import FREE_KINDS, GUARDED
+from launcher.config.authority import guarded
+from launcher.config.cluster_kinds import may_be_chosen_by_a_file
 from launcher.config.search_path import read_yaml
 from launcher.errors import ConfigError
 
@@ -46,8 +47,8 @@ class Settings:
         """Return the keys to be added to the option file of a shipped kind."""
         if self.choice is not None:
             return dict(self.cluster) if option == self.choice else {}
-        free = option in FREE_KINDS
-        return {key: value for key, value in self.cluster.items() if not (free and key in GUARDED)}
+        free = may_be_chosen_by_a_file(option)
+        return {key: value for key, value in self.cluster.items() if not (free and key in guarded())}
 
 
 def settings_file() -> Path:

@@ -85,7 +85,7 @@ def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
     """Say why a word could not be read as an override."""
     name, equals, _ = word.partition("=")
     if not equals:
-        hint = did_you_mean(word, [*groups, *keys.LEAVES]) or keys.explain_unknown(word, groups)
+        hint = did_you_mean(word, [*groups, *keys.leaves()]) or keys.explain_unknown(word, groups)
         if word in groups or keys.is_known(word):
             hint = f" For example: {word}={(groups.get(word) or ['VALUE'])[0]}."
         choices = [f"{group}={word}" for group, options in groups.items() if word in options]

@@ -17,7 +17,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from launcher.config import Job, targets
-from launcher.config.schema import RENTED
 from launcher.engine.construct import construct, refusal
 from launcher.engine.optim import parameter_groups
 from launcher.engine.randomness import own_randomness
@@ -172,7 +171,7 @@ def _step(optimizer: Optimizer, section: Mapping[str, Any], job: Job) -> None:
         with own_randomness():
             optimizer.step()
     except Exception as error:
-        on_gpu = job.scaling.device == "cuda" or torch.cuda.is_available() or job.cluster.kind in RENTED
+        on_gpu = job.scaling.device == "cuda" or torch.cuda.is_available() or job.cluster.of_kind.is_rented
         if on_gpu and not type(optimizer).__module__.startswith("torch."):
             return  # its kernels may exist on GPUs alone
         told = refusal(section, "optimizer", error)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from launcher import runs
+from launcher.clusters.base import attached
 from launcher.config import Composition, Job, RunConfig, Settings, authority, compose, default_run_name, peek, targets
 from launcher.config.checks import check_run
 from launcher.config.schema import StrategyConfig
@@ -102,7 +103,7 @@ def prepare(request: Request) -> Prepared:
 def at_hand(request: Request, job: Job) -> None:
     """Have a job whose driver is this head use the workers that are at hand; config.yaml keeps what its user wrote."""
     if request.on_head is not None:
-        job.cluster = replace(job.cluster, kind="existing", address=request.on_head)
+        job.cluster = attached(job.cluster, request.on_head)
 
 
 def _prepared(request: Request) -> Prepared:
@@ -221,7 +222,7 @@ def over_the_run(request: Request, directory: RunDirectory) -> tuple[Composition
     targets.add_calling_directory(request.calling)
     words = _new_words(request, directory)
     composition = compose_stored(request, words, directory)
-    alone = composition.job.cluster.kind == "none" and "cluster" in composition.given
+    alone = composition.job.cluster.of_kind.in_process and "cluster" in composition.given
     if alone and "scaling.workers" not in composition.given and composition.job.scaling.workers != "auto":
         # The number belongs to the cluster that the run had.
         words.append("scaling.workers=auto")

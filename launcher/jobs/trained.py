@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher import runs
-from launcher.config import ClusterConfig, Composition
+from launcher.clusters.base import in_process
+from launcher.config import Composition
 from launcher.engine.entry import Task
 from launcher.errors import StorageError
 from launcher.jobs import ranks
@@ -49,7 +50,7 @@ class Trained:
         """alone: in this process, whatever the run was trained on; so is that of a cluster elsewhere."""
         job = self.composition.job
         if alone or is_elsewhere(job.cluster):
-            job = replace(job, cluster=ClusterConfig("none"), scaling=replace(job.scaling, workers="auto"))
+            job = replace(job, cluster=in_process().config(), scaling=replace(job.scaling, workers="auto"))
         return Task(
             action=action,
             job=job,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import money
-from launcher.config import ClusterConfig, Job, peek
+from launcher.clusters import base
+from launcher.config import Job, peek
 from launcher.errors import LaunchError, from_dict, to_dict
 from launcher.jobs import ranks
 from launcher.jobs.prepare import Prepared, Request
@@ -23,12 +24,9 @@ from launcher.jobs.remote.place import is_elsewhere
 from launcher.planning.plan import Machines, Plan, make_plan
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
-from launcher.runs.storage import is_gathered, is_uri
 from launcher.startup_timing import Marks
 
 if TYPE_CHECKING:
-    from launcher.clusters.existing.existing_ray import ExistingRay
-    from launcher.clusters.local.embedded_ray import EmbeddedRay
     from launcher.engine.entry import Task
     from launcher.engine.runtime import Runtime
     from launcher.planning.hosts import HostPlan
@@ -137,7 +135,7 @@ def checked_node_plan(prepared: Prepared, observer: Observer, ask: bool = True) 
 
 
 def checked_host_plan(job: Job, observer: Observer) -> HostPlan:
-    """Make the plan for the hosts of cluster=ssh, likewise, without a connection to them."""
+    """Make the plan for the hosts that the configuration names, likewise, without a connection to them."""
     from launcher.planning.hosts import make_host_plan
 
     with _trying(observer):
@@ -156,7 +154,7 @@ def _trying(observer: Observer) -> AbstractContextManager[object]:
 
 def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) -> tuple[dict[str, Any], int | None]:
     """Run the task where the plan puts it. Returns rank 0's result, and the signal that came meanwhile."""
-    if machines.cluster == "none":
+    if machines.in_process:
         from launcher.engine.runtime import Runtime
         from launcher.runners import in_process
 
@@ -166,9 +164,8 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
 
     on_event({"kind": "phase", "name": "ray"})
     task.marks.begin("ray")
-    place = cluster_of(
-        task.job.cluster, task.python_path, task.directory, task.job.verbose, "launcher.runners.ray_train"
-    )
+    use = base.Use(task.python_path, task.directory, task.job.verbose, "launcher.runners.ray_train")
+    place = base.kind_of(task.job.cluster).connect(task.job.cluster, use)
     with Interrupts() as interrupts, place as cluster:
         from launcher.runners import ray_train
 
@@ -189,23 +186,6 @@ def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) 
             ),
         )
         return result, interrupts.signal_number
-
-
-def cluster_of(
-    cluster: ClusterConfig, python_path: Sequence[str], directory: str, verbose: bool, preload: str
-) -> EmbeddedRay | ExistingRay:
-    """Return the Ray that the configuration names, to be entered. preload: a module to import while it starts."""
-    if cluster.kind == "existing":
-        from launcher.clusters.existing.existing_ray import ExistingRay
-        from launcher.clusters.gcs import address_of
-
-        own = None if is_uri(directory) else directory  # on a store: every worker sees for itself
-        return ExistingRay(
-            address_of(cluster.address), python_path, own, verbose, cluster.env, gathers=is_gathered(directory)
-        )
-    from launcher.clusters.local.embedded_ray import EmbeddedRay
-
-    return EmbeddedRay(verbose=verbose, preload=(preload,), keep_minutes=cluster.keep_minutes)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The plan of a run on the hosts of cluster=ssh, from what is written down of them. Connects to nothing.
+"""The plan of a run on named hosts (`cluster=ssh`), from what is recorded of them. Connects to nothing.
 
 Of a host that `launch up` has seen its CPUs and GPUs are known; of another one they are assumed, and the plan says so.
 """
@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.clusters import base
 from launcher.clusters.capacity import Node, room
 from launcher.clusters.pricing.rates import rate_of
-from launcher.clusters.ssh import lifecycle as ssh
 from launcher.config import Job
 from launcher.errors import ResourceError
 from launcher.formatting import count
@@ -72,9 +72,10 @@ def make_host_plan(job: Job) -> HostPlan:
     """Work out what a run on the hosts of the configuration would be.
 
     Raises:
-        RequestError: it cannot be done as asked; see `ssh.lifecycle.written`, `plan.seated_on` and `engine.estimate`.
+        RequestError: it cannot be done as asked; see `ClusterKind.known_hosts`, `plan.seated_on` and `engine.estimate`.
     """
-    entries = ssh.written(job.cluster)
+    kind = base.kind_of(job.cluster)
+    entries = kind.known_hosts(job.cluster)
     usable = [entry for entry in entries if entry.get("state") != "dead"]
     if not usable:
         raise ResourceError(
@@ -82,8 +83,8 @@ def make_host_plan(job: Job) -> HostPlan:
             "that there is nothing to plan for. `launch up` asks them again."
         )
     nodes = _nodes(job, usable)
-    where = f"{count(len(nodes), 'host')} of cluster=ssh: {', '.join(node.host for node in nodes)}"
-    machines = seated_on(job, nodes, where, ssh.KIND)
+    where = f"{count(len(nodes), 'host')} of cluster={kind.name}: {', '.join(node.host for node in nodes)}"
+    machines = seated_on(job, nodes, where, kind.name)
 
     from launcher.engine.estimate import estimate
 

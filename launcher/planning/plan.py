@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher.clusters import capacity, gcs
+from launcher.clusters import base, capacity
 from launcher.clusters.pricing.rates import rate_of
 from launcher.config import Job
-from launcher.config.schema import RENTED
 from launcher.errors import ConfigError
 from launcher.formatting import count, size
 from launcher.money import Rate
@@ -37,6 +36,11 @@ class Machines:
     cpus_per_worker: float
     gpus_per_worker: float
     nodes: int = 1
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the job runs in the process of the command, without Ray."""
+        return base.named(self.cluster).in_process
 
 
 @dataclass(frozen=True)
@@ -121,50 +125,40 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
         ResourceError: the machine can never hold what was asked for.
         ConfigError: several workers without anything that starts them, or VMs that nothing creates.
     """
-    if job.cluster.size is not None and job.cluster.kind not in RENTED:
+    kind = base.kind_of(job.cluster)
+    if job.cluster.size is not None and not kind.is_rented:
         raise ConfigError(
             f"cluster.size={job.cluster.size} asks for VMs of Azure, and cluster={job.cluster.kind} has none: "
             "cluster=azure rents them, and `launch plan` with the same words says what they would do and cost. Leave "
             "cluster.size out to run here."
         )
-    if job.cluster.kind == "kuberay":
-        raise ConfigError(
-            "cluster=kuberay came from a configuration file, and this command starts workers itself. Give it as a "
-            "word: launch … cluster=kuberay makes a RayJob of the run."
-        )
-    if job.cluster.kind in ("ssh", "azure") and ranks is None:
-        raise ConfigError(
-            f"cluster={job.cluster.kind}: `launch train` sends runs and sweeps to such a cluster; `launch plan "
-            "cluster=azure` needs cluster.size=SIZE."
-        )
-    if job.cluster.kind == "existing" and ranks is None:
-        nodes = gcs.look(gcs.address_of(job.cluster.address))
-        return seated_on(
-            job, nodes, f"the existing cluster of {count(len(nodes), 'node')}: {capacity.described(nodes)}"
-        )
-    cpus, gpus = capacity.resources()
+    if ranks is not None and not kind.is_batch:
+        kind = base.in_process()
+    found = kind.machines(job.cluster)
+    if not found.is_this_machine:
+        return seated_on(job, found.nodes, found.where, kind.name)
+    cpus, gpus = int(sum(node.cpus for node in found.nodes)), int(sum(node.gpus for node in found.nodes))
     scaling = job.scaling
     use_gpu = _uses_gpu(job, gpus)
     device = "cuda" if use_gpu else "cpu"
-    if job.cluster.kind == "none" or ranks is not None:
+    if kind.in_process:
         if ranks is None and scaling.workers not in ("auto", 1):
             raise ConfigError(
-                f"scaling.workers={scaling.workers} was asked for with cluster=none, which is this one process. "
+                f"scaling.workers={scaling.workers} was asked for with cluster={kind.name}, which is this one process. "
                 f"Use cluster=local, or start them with: torchrun --nproc-per-node={scaling.workers} -m launcher ..."
             )
-        where = "this process" if ranks is None else f"{ranks} processes started by torchrun or srun"
-        return Machines("none", where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
+        where = found.where if ranks is None else f"{ranks} processes started by torchrun or srun"
+        return Machines(kind.name, where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
     gpus_per_worker = _gpus_per_worker(job, use_gpu)
     workers = scaling.workers
     if workers == "auto":
         # On CPUs two workers show what there is to show; more would only share the same cores.
         workers = max(1, int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker)))
     capacity.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
-    where = "the Ray of this session" if capacity.connected() else "this machine"
-    return Machines("local", where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
+    return Machines(kind.name, found.where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
 
 
-def seated_on(job: Job, nodes: Sequence[capacity.Node], where: str, cluster: str = "existing") -> Machines:
+def seated_on(job: Job, nodes: Sequence[capacity.Node], where: str, cluster: str) -> Machines:
     """Return how many workers there are on the nodes of a cluster.
 
     Raises:
@@ -207,7 +201,7 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None, we
     rate = rate_of(job.cluster, machines.nodes)
     marks = marks or Marks()
     marks.begin("imports")
-    if machines.cluster == "none":
+    if machines.in_process:
         from launcher.engine.runtime import choose_device
 
         choose_device(job.scaling.device, 0)

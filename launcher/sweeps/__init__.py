@@ -66,13 +66,14 @@ def plan(request: Request, observer: SweepObserver, ask: bool = True) -> tuple[M
     Raises:
         RequestError: it cannot be done as asked.
     """
+    from launcher.clusters.base import kind_of
     from launcher.jobs.prepare import Prepared
     from launcher.jobs.training import checked_host_plan, checked_node_plan
     from launcher.sweeps.meaning import read_sweep
     from launcher.sweeps.planning import check_values, plan_sweep
 
     meant = read_sweep(request)
-    if meant.cluster.size is None and meant.cluster.kind != "ssh":
+    if meant.cluster.size is None and not kind_of(meant.cluster).names_hosts:
         return meant, plan_sweep(meant, observer)
     check_values(meant)
     if meant.cluster.size is None:

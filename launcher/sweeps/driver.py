@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from launcher.clusters import base
 from launcher.engine.checkpoint import available
 from launcher.engine.control import PRUNE, Watch
 from launcher.errors import LaunchError, OutOfMemory, RequestError, RunError, Stopped, UserCodeError, WorkerLost
 from launcher.formatting import duration, number
 from launcher.jobs.prepare import Prepared
 from launcher.jobs.record import Origin, Record
-from launcher.jobs.training import cluster_of
 from launcher.money import BUDGET, Bill, Rate, tell_owner
 from launcher.planning.plan import machines_of
 from launcher.runners.signals import Interrupts
@@ -162,7 +162,7 @@ class Driver:
     @contextmanager
     def _place_to_run(self) -> Iterator[tuple[Runner, Interrupts]]:
         meant = self._meant
-        if self._planned.plan.machines.cluster == "none":
+        if self._planned.plan.machines.in_process:
             from launcher.runners.sequential import Sequential
 
             with Interrupts() as interrupts:
@@ -170,9 +170,10 @@ class Driver:
             return
         self._observer.event({"kind": "phase", "name": "ray"})
         calling, verbose = [str(meant.request.calling)], "verbose=true" in meant.words.fixed
-        place = cluster_of(
-            meant.cluster, calling, meant.task_directory(self._directory), verbose, "launcher.runners.groups"
+        use = base.Use(
+            calling, meant.task_directory(self._directory), verbose, "launcher.runners.groups", is_sweep=True
         )
+        place = base.kind_of(meant.cluster).connect(meant.cluster, use)
         with Interrupts() as interrupts, place as cluster:
             from launcher.runners.groups import Groups
 

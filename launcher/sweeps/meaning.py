@@ -64,8 +64,8 @@ class Meant:
 
     @property
     def cluster(self) -> ClusterConfig:
-        """Of the sweep as a whole; the Ray of a sweep is not kept."""
-        return replace(self.first.job.cluster, keep_minutes=0.0)
+        """Of the sweep as a whole."""
+        return self.first.job.cluster
 
     def compose(self, values: dict[str, Value]) -> Composition:
         """Compose a trial. Raises ConfigError."""

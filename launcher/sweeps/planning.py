@@ -93,7 +93,7 @@ def _samples(space: Words) -> Iterator[list[str]]:
 
 
 def _concurrency(machines: Machines, settings: SweepConfig, total: int) -> int:
-    if machines.cluster == "none":
+    if machines.in_process:
         return 1
     most, shape, count = min(settings.concurrency or total, total), shape_of(machines), 1
     while count < most and fits([shape] * (count + 1), machines.cpus, machines.gpus):

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from launcher.clusters.azure import here, lifecycle
+from launcher.clusters.azure.kind import AzureCluster
 from launcher.clusters.remote import registry
 from launcher.clusters.remote.registry import Head
-from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, MachineError, ResourceError
 from tests.azure.conftest import A100
 from tests.azure.fake import SUBSCRIPTION, Fake
 from tests.vmlab.lab import ROOT
 
-CLUSTER = ClusterConfig(kind="azure", name="demo", size=A100, ssh_from="203.0.113.7/32")
+CLUSTER = AzureCluster(name="demo", size=A100, ssh_from="203.0.113.7/32")
 HEAD = Head(
     name="demo",
     kind="azure",

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from launcher.clusters.azure import network, ray_yaml
+from launcher.clusters.azure.kind import AzureCluster
 from launcher.clusters.azure.wanted import Wanted, for_run, wanted
-from launcher.config.schema import ClusterConfig, ScalingConfig
+from launcher.config.schema import ScalingConfig
 from launcher.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -30,7 +31,7 @@ LOCAL = ray_yaml.Local(
 
 def the(**keys: Any) -> Wanted:
     """Return what is wanted by a configuration, in zone 2 and with an address that may come in."""
-    cluster = ClusterConfig(kind="azure", name="demo", size="Standard_NC24ads_A100_v4", **keys)
+    cluster = AzureCluster(name="demo", size="Standard_NC24ads_A100_v4", **keys)
     return replace(wanted(cluster, ask=False)[0], zone="2", ssh_from="203.0.113.7/32")
 
 
@@ -94,15 +95,13 @@ def test_ray_itself_takes_the_file() -> None:
 
 @pytest.mark.parametrize("name", ["a", "demo-2", "a" * 40])
 def test_names_that_are_taken(name: str) -> None:
-    assert (
-        wanted(ClusterConfig(kind="azure", name=name, size="NC24ads_A100_v4"), ask=False)[0].group == f"launch-{name}"
-    )
+    assert wanted(AzureCluster(name=name, size="NC24ads_A100_v4"), ask=False)[0].group == f"launch-{name}"
 
 
 @pytest.mark.parametrize("name", ["A", "2x", "a-", "a_b", "a" * 41, "a.b"])
 def test_names_that_azure_or_ray_cannot_use_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot name a cluster"):
-        wanted(ClusterConfig(kind="azure", name=name, size="NC24ads_A100_v4"), ask=False)
+        wanted(AzureCluster(name=name, size="NC24ads_A100_v4"), ask=False)
 
 
 def test_the_longest_name_leaves_room_for_what_ray_adds() -> None:
@@ -113,7 +112,7 @@ def test_the_longest_name_leaves_room_for_what_ray_adds() -> None:
 
 def test_alternatives_in_their_order() -> None:
     others = [{"region": "westeurope"}, {"size": "Standard_NC40ads_H100_v5", "spot": False}]
-    cluster = ClusterConfig(kind="azure", size="NC24ads_A100_v4", zone="1", spot=True, alternatives=others)
+    cluster = AzureCluster(size="NC24ads_A100_v4", zone="1", spot=True, alternatives=others)
     found = [(one.nodes.size.name, one.nodes.region, one.zone, one.nodes.spot) for one in wanted(cluster, ask=False)]
     assert found == [
         ("Standard_NC24ads_A100_v4", "eastus", "1", True),
@@ -135,7 +134,7 @@ def test_alternatives_in_their_order() -> None:
 )
 def test_what_cannot_be_wanted(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        wanted(ClusterConfig(kind="azure", **keys), ask=False)
+        wanted(AzureCluster(**keys), ask=False)
 
 
 @pytest.mark.parametrize(

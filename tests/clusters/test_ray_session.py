@@ -13,8 +13,9 @@ import pytest
 
 from launcher.clusters import reaper
 from launcher.clusters.local import ray_session
+from launcher.clusters.local.kind import LocalCluster
 from launcher.config.checks import check_values
-from launcher.config.schema import ClusterConfig, Job
+from launcher.config.schema import Job
 from launcher.errors import ConfigError
 from tests.waiting import wait_for
 
@@ -129,4 +130,4 @@ def test_a_directory_that_others_can_enter_is_not_used(tmp_path: Path, monkeypat
 
 def test_negative_minutes_are_refused() -> None:
     with pytest.raises(ConfigError, match="keep_minutes"):
-        check_values(Job(cluster=ClusterConfig(keep_minutes=-1)))
+        check_values(Job(cluster=LocalCluster(keep_minutes=-1)))

@@ -19,7 +19,7 @@ from launcher.clusters.remote import bootstrap, on_host, project, registry
 from launcher.clusters.remote.bootstrap import Environment
 from launcher.clusters.remote.shell import Shell
 from launcher.clusters.ssh import lifecycle as ssh
-from launcher.config.schema import ClusterConfig
+from launcher.clusters.ssh.kind import SshCluster
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
 from tests import servers
 from tests.command import Place
@@ -47,8 +47,8 @@ def shell(server: servers.Server) -> Iterator[Shell]:
     made.close()
 
 
-def config(server: servers.Server, *hosts: str, **keys: str) -> ClusterConfig:
-    return ClusterConfig(kind="ssh", hosts=list(hosts), ssh_config=str(server.config), **keys)  # type: ignore[arg-type]
+def config(server: servers.Server, *hosts: str, **keys: str) -> SshCluster:
+    return SshCluster(hosts=list(hosts), ssh_config=str(server.config), **keys)  # type: ignore[arg-type]
 
 
 def test_what_is_sent_of_a_project(tmp_path: Path) -> None:

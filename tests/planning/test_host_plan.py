@@ -10,7 +10,8 @@ import pytest
 
 from launcher.clusters.remote import registry
 from launcher.clusters.remote.shell import Shell, destination
-from launcher.config.schema import ClusterConfig, Job
+from launcher.clusters.ssh.kind import SshCluster
+from launcher.config.schema import Job
 from launcher.errors import ConfigError, ResourceError
 from launcher.planning.hosts import HostPlan, make_host_plan
 from tests.command import TOY, Place
@@ -39,7 +40,7 @@ def seen(*facts: dict[str, Any]) -> None:
 
 
 def planned(job: Job, hosts: list[str] | None = None, **scaling: Any) -> HostPlan:
-    job.cluster = ClusterConfig("ssh", hosts=HOSTS if hosts is None else hosts)
+    job.cluster = SshCluster(hosts=HOSTS if hosts is None else hosts)
     for key, value in scaling.items():
         setattr(job.scaling, key, value)
     return make_host_plan(job)

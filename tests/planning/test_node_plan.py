@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.clusters.pricing.nodes import Nodes, chosen
-from launcher.config.schema import ClusterConfig, Job, ScalingConfig, StrategyConfig, TrainerConfig
+from launcher.config.schema import ClusterConfig, Job, ScalingConfig, StrategyConfig, TrainerConfig, cluster_section
 from launcher.engine import cost
 from launcher.engine.estimate import Ahead, Estimate
 from launcher.errors import ConfigError, ResourceError
@@ -61,7 +61,7 @@ HUGE = network(7_000_000_000, 900.0, 6 * 7e9 * 1024, gathered=1_000_000_000)
 def job_for(cluster: dict[str, Any], strategy: str | StrategyConfig = "ddp", **trainer: Any) -> Job:
     given = {"global_batch_size": 64, "microbatch_size": 16, "precision": "float16", "steps": 1_000, **trainer}
     config = StrategyConfig(strategy) if isinstance(strategy, str) else strategy
-    return Job(cluster=ClusterConfig(**cluster), strategy=config, trainer=TrainerConfig(**given))
+    return Job(cluster=cluster_section(cluster), strategy=config, trainer=TrainerConfig(**given))
 
 
 def planned(found: Estimate, job: Job) -> NodePlan:

@@ -16,9 +16,13 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
+from launcher.clusters.existing.kind import ExistingCluster
+from launcher.clusters.local.kind import LocalCluster
+from launcher.clusters.none.kind import NoCluster
+from launcher.clusters.ssh.kind import SshCluster
 from launcher.config import Settings, compose, sources, targets
-from launcher.config.authority import GUARDED
-from launcher.config.schema import ClusterConfig
+from launcher.config.authority import guarded
+from launcher.config.schema import Job, cluster_schema
 from launcher.errors import LaunchError
 from launcher.jobs import prepare
 from launcher.runs import RunDirectory, user_state
@@ -157,7 +161,7 @@ def test_no_detour_of_a_file_decides(files: dict[str, str], tmp_path: Path) -> N
 VALUES: dict[str, str] = {"hosts": "[x]", "setup": "[id]", "env": "[HOME]", "mounts": "{/a: claim://b}"}
 
 
-@pytest.mark.parametrize("key", GUARDED)
+@pytest.mark.parametrize("key", guarded())
 def test_every_key_needs_the_user(key: str, tmp_path: Path) -> None:
     """Also with the kind that the user chose."""
     kind = "ssh" if key == "hosts" else "kuberay" if key in ("image", "mounts") else "existing"
@@ -170,7 +174,7 @@ def test_every_key_needs_the_user(key: str, tmp_path: Path) -> None:
 
 def test_what_decides_where_code_runs_is_guarded() -> None:
     named = {"address", "hosts", "user", "python", "setup", "env", "image", "secret", "service_account", "mounts"}
-    assert named | {key for key in asdict(ClusterConfig()) if key.startswith("ssh_")} <= set(GUARDED)
+    assert named | {key for key in asdict(cluster_schema()()) if key.startswith("ssh_")} <= set(guarded())
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_options_of_our_names_are_ours(files: dict[str, str], tmp_path: Path) ->
     own = write(tmp_path, files)
     name = "ours" if "cluster/ours.yaml" in files else "ssh"
     job = compose([f"cluster={name}"], own).job
-    assert (job.cluster.kind, job.cluster.hosts) == ("ssh", [])
+    assert (job.cluster.kind, asdict(job.cluster)["hosts"]) == ("ssh", [])
 
 
 def test_a_word_that_refers_to_a_file_is_not_a_choice(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ def test_a_word_that_refers_to_a_file_is_not_a_choice(tmp_path: Path) -> None:
     mixed = write(tmp_path, {"cluster/ours.yaml": "kind: ssh\nhosts: '${vars.hosts}'\n"})
     with pytest.raises(LaunchError, match=r"evil\.yaml decides cluster\.hosts"):
         compose(["experiment=evil", "cluster=ours"], mixed)
-    assert compose(["cluster=ours", "vars.hosts=[a]"], mixed).job.cluster.hosts == ["a"]
+    assert asdict(compose(["cluster=ours", "vars.hosts=[a]"], mixed).job.cluster)["hosts"] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +245,7 @@ def test_a_strangers_run_is_used_here_with_one_line(tmp_path: Path) -> None:
     lines: list[str] = []
     request = prepare.Request([], note=lines.append)
     composition, _ = prepare.over_the_run(request, run)
-    assert composition.job.cluster == ClusterConfig()
+    assert composition.job.cluster == Job().cluster
     assert (composition.job.trust, composition.job.run.root) == ([], "runs")
     assert len(lines) == 1
     for name in ("cluster.kind", "cluster.hosts", "cluster.setup", "run.root", "trust"):
@@ -251,15 +255,15 @@ def test_a_strangers_run_is_used_here_with_one_line(tmp_path: Path) -> None:
 def test_the_users_own_run_keeps_its_cluster(tmp_path: Path) -> None:
     """It is the record in the user's state directory that counts, not what the run's directory says by now."""
     run = _stored(tmp_path / "runs" / "mine", THEIRS)
-    user_state.record_cluster(run, asdict(ClusterConfig("ssh", hosts=["ada@vm1"], ssh_key="/key")))
+    user_state.record_cluster(run, asdict(SshCluster(hosts=["ada@vm1"], ssh_key="/key")))
     lines: list[str] = []
     request = prepare.Request(["trust=[mine]", "run.root=/x"], note=lines.append)
     cluster = prepare.over_the_run(request, run)[0].job.cluster
-    assert (cluster.kind, cluster.hosts, cluster.ssh_key, cluster.setup) == ("ssh", ["ada@vm1"], "/key", [])
+    assert cluster == SshCluster(hosts=["ada@vm1"], ssh_key="/key")
     copied = _stored(tmp_path / "runs" / "copy", THEIRS)
     assert prepare.over_the_run(request, copied)[0].job.cluster.kind == "local"
     word = prepare.Request(["cluster=existing", "cluster.address=h:1"], note=lines.append)
-    assert prepare.over_the_run(word, run)[0].job.cluster.hosts == []
+    assert prepare.over_the_run(word, run)[0].job.cluster == ExistingCluster(address="h:1")
 
 
 # ---- ordinary use ----------------------------------------------------------------------------------------------------
@@ -270,12 +274,12 @@ def test_a_team_keeps_its_cluster_in_a_file(here: Place, tmp_path: Path) -> None
         tmp_path / "team",
         {
             "cluster/ours.yaml": "defaults: [ssh, _self_]\nhosts: [ada@vm1, vm2]\nsetup: [id]\nenv: [HOME]\n",
-            "experiment/toy.yaml": f"{GLOBAL}cluster: {{budget_usd: null, keep_minutes: 3}}\n",
+            "experiment/toy.yaml": f"{GLOBAL}cluster: {{budget_usd: null, idle_minutes: 3}}\n",
         },
     )
     cluster = compose(["cluster=ours", "experiment=toy"], own).job.cluster
-    assert (cluster.kind, cluster.hosts, cluster.env, cluster.keep_minutes) == ("ssh", ["ada@vm1", "vm2"], ["HOME"], 3)
-    assert compose(["cluster=ours", "cluster.hosts=[b]"], own).job.cluster.hosts == ["b"]
+    assert cluster == SshCluster(hosts=["ada@vm1", "vm2"], setup=["id"], env=["HOME"], idle_minutes=3)
+    assert asdict(compose(["cluster=ours", "cluster.hosts=[b]"], own).job.cluster)["hosts"] == ["b"]
     planned = here.here("plan", "--config-dir", str(own), "cluster=ours", "experiment=mnist_tiny", "cluster.setup=[]")
     assert planned.status == 0, planned.err
     assert "vm2" in planned.out
@@ -290,18 +294,16 @@ def test_a_file_may_choose_this_machine(tmp_path: Path) -> None:
 def test_the_users_own_settings(user_file: Path, tmp_path: Path) -> None:
     user_file.write_text("cluster: {kind: ssh, hosts: [vm1], keep_minutes: 5}\nrun: {root: 's3://mine/runs'}\n")
     job = compose([]).job
-    assert (job.cluster.kind, job.cluster.hosts, job.run.root) == ("ssh", ["vm1"], "s3://mine/runs")
-    assert compose(["cluster=ssh"]).job.cluster.hosts == ["vm1"]
-    assert compose(["cluster=ssh", "cluster.hosts=[b]", "run.root=x"]).job.cluster.hosts == ["b"]
-    local = compose(["cluster=none"]).job.cluster
-    assert (local.kind, local.hosts) == ("none", [])
+    assert (job.cluster.kind, asdict(job.cluster)["hosts"], job.run.root) == ("ssh", ["vm1"], "s3://mine/runs")
+    assert asdict(compose(["cluster=ssh"]).job.cluster)["hosts"] == ["vm1"]
+    assert asdict(compose(["cluster=ssh", "cluster.hosts=[b]", "run.root=x"]).job.cluster)["hosts"] == ["b"]
+    assert compose(["cluster=none"]).job.cluster == NoCluster()
     own = write(tmp_path, {EVIL: f"{GLOBAL}cluster: {{hosts: [x]}}\n"})
     with pytest.raises(LaunchError, match=r"evil\.yaml decides cluster\.hosts"):
         compose(["experiment=evil"], own)
     user_file.write_text("cluster: {hosts: [vm1], keep_minutes: 5}\n")
-    assert compose(["cluster=ssh"]).job.cluster.hosts == ["vm1"]
-    here = compose([]).job.cluster
-    assert (here.kind, here.hosts, here.keep_minutes) == ("local", [], 5)
+    assert asdict(compose(["cluster=ssh"]).job.cluster)["hosts"] == ["vm1"]
+    assert compose([]).job.cluster == LocalCluster(keep_minutes=5)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,7 @@ def test_the_users_own_settings_are_about_places_alone(text: str, user_file: Pat
 def test_our_own_files_decide_nothing() -> None:
     """Each shipped experiment composes without a word about a cluster."""
     for name in sources().groups()["experiment"]:
-        assert compose([f"experiment={name}"]).job.cluster == ClusterConfig()
+        assert compose([f"experiment={name}"]).job.cluster == Job().cluster
 
 
 def test_help_still_shows_the_configuration_directory(here: Place) -> None:
@@ -325,13 +327,13 @@ def test_help_still_shows_the_configuration_directory(here: Place) -> None:
 
 def test_a_head_uses_what_the_sender_decided(tmp_path: Path) -> None:
     """The user's settings and records stay on their own machine; files on the head decide as little as anywhere."""
-    cluster = ClusterConfig("ssh", hosts=["ada@vm1"], env=["HOME"], keep_minutes=3)
+    cluster = SshCluster(hosts=["ada@vm1"], env=["HOME"])
     settings = Settings.decided(asdict(cluster))
     run = _stored(tmp_path / "theirs", THEIRS)
     words = ["run.name=a", f"run.root={tmp_path}"]
     for more in ([], ["cluster=ssh"], ["run.like=theirs"], ["cluster=existing", "cluster.env=[HOME]"]):
         request = prepare.Request([*words, *more], on_head="head:1", settings=settings)
         job = prepare.prepare(request).job
-        assert (job.cluster.kind, job.cluster.address, job.cluster.env) == ("existing", "head:1", ["HOME"])
+        assert (job.cluster.kind, asdict(job.cluster)["address"], job.cluster.env) == ("existing", "head:1", ["HOME"])
         assert (job.cluster.setup, job.trust) == ([], [])
     assert run.exists()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.clusters.azure import failures, network, ray_yaml
+from launcher.clusters.azure.kind import ANYWHERE
+from launcher.clusters.kuberay.kind import KubeRayCluster
 from launcher.clusters.kuberay.ray_job import manifests, ray_job
 from launcher.clusters.remote import mounts
 from launcher.clusters.remote.shell import Shell, destination
 from launcher.config import compose
-from launcher.config.checks import ANYWHERE
 from launcher.errors import ConfigError
 from tests.azure.test_wanted import LOCAL, the
 
@@ -44,7 +46,8 @@ def test_no_host_is_an_option(words: list[str]) -> None:
 
 @pytest.mark.parametrize("host", ["vm1", "ada@vm1:22", "a.da@10.0.0.4", "[fe80::1%eth0]:2222", "::1", "my_alias-2"])
 def test_hosts_are_hosts(host: str) -> None:
-    assert compose(["cluster=ssh", f'cluster.hosts=["{host}"]', "cluster.user=CORP\\\\ada"]).job.cluster.hosts == [host]
+    words = ["cluster=ssh", f'cluster.hosts=["{host}"]', "cluster.user=CORP\\\\ada"]
+    assert asdict(compose(words).job.cluster)["hosts"] == [host]
 
 
 def test_ssh_and_rsync_read_nothing_behind_the_options_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,11 +80,11 @@ def test_ssh_is_not_opened_to_all_by_accident(value: str) -> None:
 
 @pytest.mark.parametrize(("value", "prefix"), [("203.0.113.7", "203.0.113.7"), (ANYWHERE, "0.0.0.0/0")])
 def test_ssh_is_opened_to_whom_the_word_names(value: str, prefix: str) -> None:
-    from dataclasses import replace
+    from dataclasses import asdict
 
     words = ["cluster=azure", "cluster.size=Standard_NC24ads_A100_v4", f"cluster.ssh_from={value}"]
     cluster = compose(words).job.cluster
-    template = network.template(replace(the(), ssh_from=cluster.ssh_from))
+    template = network.template(replace(the(), ssh_from=asdict(cluster)["ssh_from"]))
     (group,) = [part for part in template["resources"] if part["type"].endswith("networkSecurityGroups")]
     rules = group["properties"]["securityRules"]
     assert [rule["properties"]["sourceAddressPrefix"] for rule in rules] == [prefix]
@@ -140,6 +143,7 @@ def pods() -> dict[str, dict[str, Any]]:
             *("cluster.env=[DB_PASSWORD]", "cluster.secret=ours", "cluster.service_account=trainer"),
         ]
     ).job.cluster
+    assert isinstance(cluster, KubeRayCluster)
     job = ray_job(cluster, "a", "abfss://runs@account.dfs.core.windows.net/runs", [], ask=False)
     spec = manifests(job)[-1]["spec"]["rayClusterSpec"]
     return {
@@ -164,15 +168,15 @@ def test_workers_of_a_rayjob_have_no_token_of_kubernetes() -> None:
     ],
 )
 def test_a_rayjob_takes_nested_secrets_by_reference(word: str, passes: bool) -> None:
-    from launcher.cli import kubernetes
+    from launcher.cli import batch
     from launcher.cli.line import parse
 
     line = parse(["train", "cluster=kuberay", word])
     if passes:
-        assert word in kubernetes._words(line)
+        assert word in batch._words(line)
     else:
         with pytest.raises(ConfigError, match=r"\*\*\*") as refused:
-            kubernetes._words(line)
+            batch._words(line)
         assert "hunter2" not in str(refused.value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from launcher.config import ClusterConfig, SweepConfig
+from launcher.clusters.local.kind import LocalCluster
+from launcher.config import SweepConfig
 from launcher.errors import RunError, TrustError
 from launcher.jobs.prepare import Request
 from launcher.runs import user_state
@@ -39,7 +41,7 @@ def test_recorded_words_choose_neither_code_nor_a_cluster(tmp_path: Path) -> Non
     lines: list[str] = []
     meant = read_sweep(Request(["run.name=theirs", "run.resume=true", f"run.root={tmp_path}"], note=lines.append))
     job = meant.first.job
-    assert (job.trust, job.cluster, job.vars) == ([], ClusterConfig(keep_minutes=1), {"x": 1})
+    assert (job.trust, job.cluster, job.vars) == ([], LocalCluster(keep_minutes=1), {"x": 1})
     assert meant.compose({"optimizer.lr": 1e-2}).job.cluster.kind == "local"
     assert meant.request.config_dir is None
     assert len(lines) == 1
@@ -60,7 +62,7 @@ def test_the_users_own_sweep_keeps_its_words(tmp_path: Path) -> None:
     request = Request(["run.name=mine", "run.resume=true", f"run.root={tmp_path}"], note=lines.append)
     again = read_sweep(request)
     job = again.first.job
-    assert (job.trust, job.cluster.kind, job.cluster.address, lines) == (["mine"], "existing", "h:1", [])
+    assert (job.trust, job.cluster.kind, asdict(job.cluster)["address"], lines) == (["mine"], "existing", "h:1", [])
     assert "trust=[mine]" in again.request.words  # for the head of a cluster, which has no record
     remember(again)
     assert read_sweep(request).first.job == job

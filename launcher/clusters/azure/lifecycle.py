@@ -16,16 +16,16 @@ from typing import Any
 from launcher.clusters.azure import checks, here, network, ray_yaml
 from launcher.clusters.azure.api import Api, sign_in, told
 from launcher.clusters.azure.joining import complaint, report, usd_per_hour, wait
+from launcher.clusters.azure.kind import KIND, AzureCluster
 from launcher.clusters.azure.making import NoCapacity, ray_up
 from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, USER, Wanted, check_name, for_run, group_of, wanted
 from launcher.clusters.pricing import catalogue
 from launcher.clusters.remote import mounts, registry
 from launcher.clusters.remote.registry import Head
-from launcher.config.schema import ClusterConfig, ScalingConfig
+from launcher.config.schema import ScalingConfig
 from launcher.errors import ClusterError, MachineError, ResourceError, Stopped
 from launcher.formatting import count
 
-KIND = "azure"
 _ZONE, _SIZE = "launch-zone", "launch-size"  # tags of the group: what it was made for
 Tell = Callable[[str], None]
 _NOTHING: dict[str, Any] = {
@@ -36,7 +36,7 @@ _NOTHING: dict[str, Any] = {
 }
 
 
-def up(cluster: ClusterConfig, tell: Tell, scaling: ScalingConfig | None = None) -> Head:
+def up(cluster: AzureCluster, tell: Tell, scaling: ScalingConfig | None = None) -> Head:
     """Return the cluster that is wanted; make it where it does not run.
 
     Args:
@@ -175,7 +175,7 @@ def _head(wish: Wanted, address: str | None, subscription: str) -> Head:
     ]
     return Head(
         name=wish.name,
-        kind=KIND,
+        kind=KIND.name,
         ssh=["ssh", "-i", str(here.file_of(wish.name, "key")), *options, f"{USER}@{address}"] if address else [],
         python=PYTHON,
         address=f"127.0.0.1:{ray_yaml.PORT}",
@@ -194,7 +194,7 @@ def _running(name: str) -> Head | None:
     """Return the cluster if it is known here and its head answers."""
     with contextlib.suppress(ClusterError):
         head = registry.load(name)
-        if head.kind == KIND and head.ssh and report(head)["nodes"]:
+        if head.kind == KIND.name and head.ssh and report(head)["nodes"]:
             return head
     return None
 

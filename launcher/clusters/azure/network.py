@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from launcher.clusters.azure.kind import ANYWHERE
 from launcher.clusters.azure.wanted import Wanted
-from launcher.config.checks import ANYWHERE
 
 DEPLOYMENT = "launch-base"
 CONTRIBUTOR = "b24988ac-6180-42a0-ab88-20f7382dd24c"  # built-in roles of Azure

@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from typing import Any
 
+from launcher.clusters.azure.kind import AzureCluster
 from launcher.clusters.pricing.nodes import Nodes, chosen
 from launcher.clusters.remote import mounts
 from launcher.clusters.remote.mounts import Mount
-from launcher.config.schema import ClusterConfig, ScalingConfig
+from launcher.config.schema import ScalingConfig
 from launcher.errors import ConfigError
 
 LONGEST_NAME = 40  # Ray puts 20 characters around it, and Azure cuts names of VMs at 64
@@ -84,7 +85,7 @@ def check_name(name: str | None) -> str:
     return name
 
 
-def wanted(cluster: ClusterConfig, ask: bool = True) -> list[Wanted]:
+def wanted(cluster: AzureCluster, ask: bool = True) -> list[Wanted]:
     """Return the cluster that is wanted, and after it the alternatives in their order.
 
     Args:
@@ -137,14 +138,14 @@ def for_run(wish: Wanted, scaling: ScalingConfig) -> Wanted:
     return replace(wish, min_nodes=most, enough=min(most, max(least, wish.min_nodes)))
 
 
-def _alternative(cluster: ClusterConfig, other: Any) -> ClusterConfig:
+def _alternative(cluster: AzureCluster, other: Any) -> AzureCluster:
     unknown = sorted(set(other) - set(ALTERNATIVE_KEYS)) if isinstance(other, Mapping) else [other]
     if unknown:
         raise ConfigError(
             f"cluster.alternatives: {unknown[0]!r} is not known there. Each alternative is a mapping with some of "
             f"{', '.join(ALTERNATIVE_KEYS)}, such as {{size: Standard_NC40ads_H100_v5, region: westeurope}}."
         )
-    known = {field.name for field in fields(ClusterConfig)}
+    known = {field.name for field in fields(AzureCluster)}
     # A zone is one of its region's: another region has to say its own.
     moved: dict[str, Any] = {"zone": None} if other.get("region", cluster.region) != cluster.region else {}
     return replace(cluster, **moved, **{key: value for key, value in other.items() if key in known})

@@ -1,0 +1,1 @@
+"""cluster=kuberay: a run becomes a RayJob of Kubernetes."""

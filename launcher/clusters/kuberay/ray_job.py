@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from launcher.clusters.kuberay.kind import KubeRayCluster
 from launcher.clusters.pricing.nodes import Nodes, chosen
 from launcher.clusters.pricing.rates import words as rate_words
 from launcher.clusters.remote.mounts import Mount, read
-from launcher.config.schema import ClusterConfig
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, TrainingError
 from launcher.runs.storage import check_uri, is_gathered, is_uri
+
+if TYPE_CHECKING:
+    from launcher.clusters.kuberay.kubectl import Kubectl
 
 LONGEST_NAME = 47  # of a RayJob: KubeRay makes others of it
 USER = 10001  # of the image, see the Dockerfile
@@ -45,7 +48,7 @@ class RayJob:
     run: str
     root: str
     nodes: Nodes
-    cluster: ClusterConfig
+    cluster: KubeRayCluster
     mounts: tuple[Mount, ...]
     command: tuple[str, ...]
 
@@ -54,8 +57,43 @@ class RayJob:
         """Where the run is written."""
         return f"{self.root.rstrip('/')}/{self.run}"
 
+    def text(self) -> str:
+        return text(self)
 
-def ray_job(cluster: ClusterConfig, run: str, root: str, words: Sequence[str], ask: bool = True) -> RayJob:
+    def facts(self) -> dict[str, Any]:
+        return {"manifests": manifests(self)}
+
+    def submit(self, report: Callable[[str], None]) -> Callable[[], int]:
+        """Create the RayJob. The result follows it and returns the exit status; Ctrl-C leaves it running."""
+        from launcher.clusters.kuberay.kubectl import Kubectl
+
+        kubectl = Kubectl(self.cluster.context, self.cluster.namespace)
+        context = kubectl.check()
+        kubectl.create(text(self))
+        report(f"{self.run}: RayJob {self.name} on {context}, {self.cluster.nodes} x {self.nodes.size.name}")
+        return lambda: self._follow(kubectl, report)
+
+    def _follow(self, kubectl: Kubectl, report: Callable[[str], None]) -> int:
+        how = f"Follow it with: kubectl --namespace {self.cluster.namespace} logs -f job/{self.name}"
+        stop = f"stop it with: launch stop {self.run} run.root={self.root}"
+        if self.cluster.detach:
+            report(f"{how}; {stop}")
+            return 0
+        try:
+            status = kubectl.follow(self.name, report, report)
+        except KeyboardInterrupt:
+            report(f"It goes on there. {how}; {stop}")
+            return 130
+        if status.get("jobStatus") == "SUCCEEDED":
+            return 0
+        why = str(status.get("message") or status.get("reason") or status.get("jobStatus") or "no reason given").strip()
+        raise TrainingError(
+            f"The RayJob {self.name} failed: {why.splitlines()[-1].rstrip('.')}. What it printed: kubectl --namespace "
+            f"{self.cluster.namespace} logs job/{self.name}; why pods do not come: kubectl describe rayjob {self.name}."
+        )
+
+
+def ray_job(cluster: KubeRayCluster, run: str, root: str, words: Sequence[str], ask: bool = True) -> RayJob:
     """Check what is asked of Kubernetes, and return it.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.clusters.pricing.nodes import Nodes, chosen
-from launcher.config.schema import RENTED, ClusterConfig
+from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 from launcher.money import Rate
 
@@ -21,7 +21,7 @@ def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: 
     """
     if cluster.node_usd_per_hour is not None:
         return Rate(cluster.node_usd_per_hour, cluster.head_usd_per_hour or 0.0, machines, cluster.budget_usd)
-    if cluster.size is None or cluster.kind not in RENTED:
+    if cluster.size is None or not cluster.of_kind.is_rented:
         return None
     nodes = nodes or chosen(cluster, ask)
     node, head = nodes.counted_price, nodes.head_price

@@ -1,0 +1,1 @@
+"""cluster=ssh: hosts with SSH access become a Ray cluster."""

@@ -23,11 +23,10 @@ from launcher.clusters.remote import project, registry
 from launcher.clusters.remote.bootstrap import BASE, Environment, ask, check_versions, everywhere
 from launcher.clusters.remote.registry import Head
 from launcher.clusters.remote.shell import Shell, destination
-from launcher.config.schema import ClusterConfig
+from launcher.clusters.ssh.kind import KIND, SshCluster
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
 from launcher.formatting import count, size
 
-KIND = "ssh"
 START_SECONDS = 240.0  # with the wait for another command that is at work there
 Tell = Callable[[str], None]
 
@@ -58,7 +57,7 @@ class _Host:
         return cls(entry["name"], shell, entry["ssh"], touched=entry.get("touched", True), facts=facts)
 
 
-def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
+def up(cluster: SshCluster, tell: Tell, calling: Path | None = None) -> Head:
     """Return the cluster that is wanted, with Ray on every host that answers; start what does not run.
 
     Args:
@@ -69,7 +68,7 @@ def up(cluster: ClusterConfig, tell: Tell, calling: Path | None = None) -> Head:
         ConfigError: no hosts are named, and no cluster of this name is known.
         ClusterError: the head cannot be reached or used, or the cluster has another one.
     """
-    name = cluster.name or KIND
+    name = cluster.name or KIND.name
     registry.check_name(name)
     known = next((head for head in registry.all_heads() if head.name == name), None)
     hosts = _wanted(cluster, name, known)
@@ -129,13 +128,13 @@ def status(head: Head) -> tuple[Head, list[str]]:
     return replace(head, hosts=entries), said
 
 
-def written(cluster: ClusterConfig) -> list[dict[str, Any]]:
+def written(cluster: SshCluster) -> list[dict[str, Any]]:
     """Return the hosts that `up` would look after, each with what was written down of it. Connects to nothing.
 
     Raises:
         ConfigError, ClusterError: as `up`, where the hosts are not known or the cluster has another head.
     """
-    name = cluster.name or KIND
+    name = cluster.name or KIND.name
     registry.check_name(name)
     known = next((head for head in registry.all_heads() if head.name == name), None)
     entries = {entry["name"]: entry for entry in known.hosts} if known else {}
@@ -203,9 +202,9 @@ class _Each:
                 self._tell(f"{host.name} is left out: {answer}")
 
 
-def _wanted(cluster: ClusterConfig, name: str, known: Head | None) -> list[_Host]:
+def _wanted(cluster: SshCluster, name: str, known: Head | None) -> list[_Host]:
     """Return the hosts that are asked for, or those that the cluster of this name has."""
-    if known is not None and known.kind != KIND:
+    if known is not None and known.kind != KIND.name:
         raise ConfigError(f"There is a cluster {name} of another kind ({known.kind}). Take another cluster.name.")
     if not cluster.hosts:
         if known is None:
@@ -348,7 +347,7 @@ def _head(name: str, hosts: Sequence[_Host], known: Head | None) -> Head:
     created = known.created if known and known.created else datetime.now(UTC).isoformat(timespec="seconds")
     return Head(
         name=name,
-        kind=KIND,
+        kind=KIND.name,
         ssh=first.words,
         python=first.facts["python"],
         address=f"{first.facts['address']}:{node['port']}" if node else "",

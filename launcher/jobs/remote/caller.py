@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.clusters import base
 from launcher.clusters.pricing import rates
 from launcher.clusters.remote import mounts, project
 from launcher.clusters.remote.node_setup import Needs
 from launcher.clusters.remote.ray_jobs import OVER, Jobs, Unreachable, checked_url, own_token
 from launcher.clusters.remote.registry import Head
 from launcher.clusters.ssh.lifecycle import place_of as place_on_host
-from launcher.config import ClusterConfig
 from launcher.config.schema import ScalingConfig
 from launcher.errors import HostError, LaunchError, RunError, Stopped, WorkerLost, from_dict
 from launcher.jobs.prepare import Prepared, Request, key_of
@@ -92,10 +92,11 @@ class Caller:
         mounted = mounts.setup_lines(mounts.read(cluster.mounts))
         self._needs = asdict(Needs.of(self._request.calling, [*mounted, *cluster.setup], cluster.env))
         try:
-            if cluster.kind == "existing":
-                return self._on_url(str(cluster.address), values, interrupts)
+            kind = base.kind_of(cluster)
+            if (url := kind.jobs_url(cluster)) is not None:
+                return self._on_url(url, values, interrupts)
             with interrupts.at_once():  # nothing of the run is there yet
-                head = self._up(cluster)
+                head = kind.provision(cluster, self._note, self._request.calling.absolute(), self._scaling())
             return self._on_head(head, values, interrupts)
         except BaseException as error:
             lost = isinstance(error, WorkerLost) and self._submitted and not self._ended_there
@@ -134,15 +135,6 @@ class Caller:
         self._write_down(found, token)
         self._submit(jobs, found, values)
         return self._attended(jobs, found, interrupts)
-
-    def _up(self, cluster: ClusterConfig) -> Head:
-        if cluster.kind == "azure":
-            from launcher.clusters.azure.lifecycle import up
-
-            return up(cluster, self._note, self._scaling())
-        from launcher.clusters.ssh import lifecycle as ssh
-
-        return ssh.up(cluster, self._note, self._request.calling.absolute())
 
     def _scaling(self) -> ScalingConfig:
         """Return how many workers there may be at a time: a cluster brings the nodes for them."""
@@ -191,7 +183,7 @@ class Caller:
         """Start the driver; where no copy of the project lies on the nodes, it is sent through Ray Jobs."""
         python = head.python if head is not None else None
         calling, config_dir = self._request.calling.absolute(), self._request.config_dir
-        if head is not None and head.kind == "ssh":
+        if head is not None and base.named(head.kind).copies_project:
             where = f"{head.directory}/{place_on_host(calling)}"
             config = str(config_dir.relative_to(calling)) if config_dir and config_dir.is_relative_to(calling) else None
             if config_dir is not None and config is None:

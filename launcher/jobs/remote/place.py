@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from launcher.clusters.base import kind_of
 from launcher.config.schema import ClusterConfig
 from launcher.errors import RunError
 from launcher.runs import REMOTE, RunDirectory, user_state, write_json
@@ -19,8 +20,7 @@ from launcher.runs.plain_files import read_json
 
 def is_elsewhere(cluster: ClusterConfig) -> bool:
     """Whether a run with this section is driven by the head of a cluster, not by the command itself."""
-    on_url = (cluster.address or "").startswith(("http://", "https://"))
-    return cluster.kind in ("ssh", "azure") or (cluster.kind == "existing" and on_url)
+    return kind_of(cluster).is_remote(cluster)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from launcher.clusters.kuberay import kubectl as kubectl_module
+from launcher.clusters.kuberay.kind import KubeRayCluster
 from launcher.clusters.kuberay.ray_job import ENTRYPOINT, LONGEST_NAME, RayJob, manifests, name_of, ray_job, text
-from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 from tests.command import TOY, Place, Result
 
@@ -50,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 def job(name: str) -> RayJob:
     more, root = CASES[name]
     words = ["experiment=gpt2", "optimizer.groups=[{match: 'fc.*', lr: 1e-3}]"]
-    return ray_job(ClusterConfig(**{**BASE, **more}), "a1", root, words, ask=False)
+    return ray_job(KubeRayCluster(**{**BASE, **more}), "a1", root, words, ask=False)
 
 
 def head_of(made: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_names_that_kubernetes_takes(run: str, expected: str | None) -> None:
 )
 def test_what_cannot_be_is_refused(change: dict[str, Any], root: str, told: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(told)):
-        ray_job(ClusterConfig(**{**BASE, **change}), "a1", root, [], ask=False)
+        ray_job(KubeRayCluster(**{**BASE, **change}), "a1", root, [], ask=False)
 
 
 def test_the_words_survive_both_shells(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_the_words_survive_both_shells(tmp_path: Path) -> None:
         "$(id)",
         "${oc.env:A}",
     ]
-    made = ray_job(ClusterConfig(**BASE), "a1", STORE, odd, ask=False)
+    made = ray_job(KubeRayCluster(**BASE), "a1", STORE, odd, ask=False)
     (given,) = head_of(manifests(made)[-1])["containers"][0]["env"]
     value = given["value"].replace("$$(", "$(")  # as Kubernetes reads it
     launch = tmp_path / "launch"

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from launcher import cli
+from launcher.clusters.existing.kind import ExistingCluster
+from launcher.clusters.local.kind import LocalCluster
 from launcher.clusters.remote.ray_jobs import Unreachable, checked_url
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, DataError, HostError, UserCodeError, WorkerLost, from_dict, to_dict
@@ -162,10 +164,10 @@ def test_a_run_outlives_its_cluster(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("cluster", "elsewhere"),
     [
-        (ClusterConfig("existing", address="http://head:8265"), True),
-        (ClusterConfig("existing", address="head:6379"), False),
-        (ClusterConfig("existing"), False),
-        (ClusterConfig("local", address="http://head:8265"), False),
+        (ExistingCluster(address="http://head:8265"), True),
+        (ExistingCluster(address="head:6379"), False),
+        (ExistingCluster(), False),
+        (LocalCluster(), False),
     ],
 )
 def test_who_drives_a_run(cluster: ClusterConfig, elsewhere: bool) -> None:

@@ -1,0 +1,95 @@
+"""The kind `ssh`: hosts with SSH access become a Ray cluster, and stop being one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.clusters.base import ClusterKind, Report
+from launcher.config.schema import ClusterConfig, ScalingConfig
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.clusters.remote.registry import Head
+
+# No dash at the beginning, which ssh reads as an option, and nothing that the shell of a ProxyCommand would read.
+_USER = r"[A-Za-z0-9_][A-Za-z0-9_.+\\-]*"
+_HOST = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+_IPV6 = r"[0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?"
+
+
+@dataclass
+class SshCluster(ClusterConfig):
+    kind: str = "ssh"
+    hosts: list[str] = field(default_factory=list)  # [USER@]HOST[:PORT] each, the head first
+    user: str | None = None  # on hosts that are written without one
+    ssh_key: str | None = None  # file of the private key; default: what ssh would take
+    ssh_config: str | None = None  # in place of ~/.ssh/config
+    python: str | None = None  # interpreter of an environment that the hosts have already
+
+
+class Ssh(ClusterKind):
+    name = "ssh"
+    config = SshCluster
+    is_rented = True
+    makes_mounts = True
+    provisions = True
+    names_hosts = True
+    copies_project = True
+    exclusive_keys = ("hosts",)
+
+    def check(self, cluster: SshCluster) -> None:
+        for host in cluster.hosts:
+            if not re.fullmatch(rf"({_USER}@)?(\[{_IPV6}\](:\d+)?|{_HOST}(:\d+)?|{_IPV6})", host):
+                raise ConfigError(
+                    f"cluster.hosts holds {host!r}, but a host is written [USER@]HOST[:PORT], such as ada@vm1:22, "
+                    "without characters that a shell or ssh reads as something else."
+                )
+        if cluster.user is not None and not re.fullmatch(_USER, cluster.user):
+            raise ConfigError(
+                f"cluster.user is {cluster.user!r}, but must be the name of a user on the hosts, such as ada."
+            )
+        for key in ("ssh_key", "ssh_config"):
+            value = getattr(cluster, key)
+            if value is not None and (not value or value[0] == "-" or not value.isprintable()):
+                raise ConfigError(f"cluster.{key} is {value!r}, but must be the path of a file, such as ~/.ssh/work.")
+        twice = [host for host in cluster.hosts if cluster.hosts.count(host) > 1]
+        if twice:
+            raise ConfigError(f"cluster.hosts holds {twice[0]} twice. One host runs one node: name it once.")
+        if cluster.python is not None and not cluster.python.startswith("/"):
+            raise ConfigError(
+                f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
+                "/opt/launch/bin/python."
+            )
+
+    def known_hosts(self, cluster: ClusterConfig) -> list[dict[str, Any]]:
+        from launcher.clusters.ssh import lifecycle
+
+        assert isinstance(cluster, SshCluster)
+        return lifecycle.written(cluster)
+
+    def is_remote(self, cluster: ClusterConfig) -> bool:
+        return True
+
+    def provision(
+        self, cluster: ClusterConfig, report: Report, calling: Path | None = None, scaling: ScalingConfig | None = None
+    ) -> Head:
+        from launcher.clusters.ssh import lifecycle
+
+        assert isinstance(cluster, SshCluster)
+        return lifecycle.up(cluster, report, calling)
+
+    def status(self, head: Head) -> tuple[Head, list[str]]:
+        from launcher.clusters.ssh import lifecycle
+
+        return lifecycle.status(head)
+
+    def remove(self, name: str, report: Report) -> None:
+        from launcher.clusters.ssh import lifecycle
+
+        lifecycle.down(name, report)
+
+
+KIND = Ssh()
