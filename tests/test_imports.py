@@ -47,6 +47,7 @@ WITHIN: dict[str, tuple[str, ...]] = {
             "secret_forms",
             "masking",
             "keys",
+            "key_help",
             "limits",
             "authority",
             "checks",

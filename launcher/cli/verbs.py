@@ -21,7 +21,7 @@ class Verb:
     Attributes:
         module: the module of launcher.cli that holds a function of the verb's name, `(Line) -> exit status`.
         summary: its lines of `launch --help`.
-        named: what NAME stands for: a run, which must be given, a cluster, which may be; None where there is no name.
+        named: what NAME stands for: a run, which must be given; a cluster or a key, which may be; None without a name.
         composes: whether it has the configuration of a job, and so Hydra's flags.
         flags: the flags that only some verbs take, see `launcher.cli.line`.
     """
@@ -29,7 +29,7 @@ class Verb:
     name: str
     module: str
     summary: str
-    named: Literal["run", "cluster"] | None = None
+    named: Literal["run", "cluster", "key"] | None = None
     composes: bool = False
     flags: tuple[str, ...] = ()
 
@@ -41,7 +41,7 @@ class Verb:
     @property
     def usage(self) -> str:
         """The verb with its name, as `launch --help` shows it."""
-        return self.name + {"run": " NAME", "cluster": " [NAME]", None: ""}[self.named]
+        return self.name + {"run": " NAME", "cluster": " [NAME]", "key": " [KEY]", None: ""}[self.named]
 
 
 _ALL = (
@@ -116,6 +116,12 @@ _ALL = (
         "end every process of a cluster, and see that none is left (--forget: only forget it)",
         named="cluster",
         flags=("forget",),
+    ),
+    Verb(
+        "help",
+        "help",
+        "explain a key of the configuration (launch help trainer.precision), a section of it, or a verb",
+        named="key",
     ),
 )
 VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}
