@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from launcher.config.keys import LEAVES, explain_unknown, is_known, type_name
-from launcher.config.schema import Job
+from launcher.config.keys import explain_unknown, is_known, leaves, type_name
+from launcher.config.schema import job_schema
 from launcher.errors import ConfigError
 
 _EVERY = "in steps (50), epochs (1ep) or time (10min)"
@@ -144,14 +144,14 @@ def text(key: str) -> str:
     """
     section, _, last = key.partition(".")
     page = PAGES.get(section, SETTINGS)
-    if key in LEAVES:
-        default: Any = getattr(Job(), section)
+    if key in leaves():
+        default: Any = getattr(job_schema()(), section)
         default = getattr(default, last) if last else default
         shown = json.dumps(default, default=str)
         kind = type_name(key)
-        first = f"{key}: default {shown}" if LEAVES[key] is Any else f"{key}: {kind}, default {shown}"
+        first = f"{key}: default {shown}" if leaves()[key] is Any else f"{key}: {kind}, default {shown}"
         return f"{first}\n  {MEANING.get(key, 'No description.')}\n  {page}"
-    if inside := [name for name in LEAVES if name.startswith(f"{key}.")]:
+    if inside := [name for name in leaves() if name.startswith(f"{key}.")]:
         lines = (f"  {name:<34} {MEANING.get(name, '')}" for name in inside)
         return "\n".join([f"{key}: a section", *lines, f"  {page}"])
     if is_known(key):
