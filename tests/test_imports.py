@@ -66,8 +66,8 @@ WITHIN: dict[str, tuple[str, ...]] = {
         ),
     ),
     "runs": (
-        *("secret_files", "masked_patch", "plain_files", "results", "directory", "user_state", "gathered", "storage"),
-        *("mirror", "host_logs", "provenance", "__init__"),
+        *("secret_files", "masked_patch", "plain_files", "results", "store_copies", "directory", "user_state"),
+        *("gathered", "storage", "mirror", "host_logs", "provenance", "__init__"),
     ),
     "planning": ("plan", "hosts", "forecast", "nodes", "tables"),
     "jobs": ("prepare", "ranks", "weights", "record", "remote", "training", "trained"),

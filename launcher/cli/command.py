@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from launcher.cli.line import USAGE, Line, parse
+from launcher.cli.open_port import confirmed
 from launcher.cli.output import say, tell
 from launcher.cli.verbs import VERBS
 from launcher.config.calling_directory import guard
@@ -28,6 +29,8 @@ def run(arguments: Sequence[str]) -> int:
         line = parse(arguments)
         if _shows(line):
             return 0
+        if line.verb in ("up", "train"):
+            line.words = confirmed(line.words)
         return VERBS[line.verb].run(line)
     except LaunchError as error:
         return tell(error, verbose)

@@ -119,11 +119,17 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def follow(run: RunDirectory, until_the_end: bool = True, still: Callable[[], bool] = lambda: False) -> None:
+def follow(
+    run: RunDirectory,
+    until_the_end: bool = True,
+    still: Callable[[], bool] = lambda: False,
+    bring: Callable[[], None] = lambda: None,
+) -> None:
     """Print log.txt and, while the run goes on, what is added to it.
 
     Args:
         still: of a run that was sent and whose files are old: whether its cluster works on it.
+        bring: copies the files of a run that was sent; its result may be newer here than its log.
     """
     refresh = following(run)
     refresh()
@@ -138,6 +144,8 @@ def follow(run: RunDirectory, until_the_end: bool = True, still: Callable[[], bo
         status = run.status()
         # Asked before reading: what is written last is still read.
         going_on = until_the_end and (status == "running" or (status == SENT and still()))
+        if until_the_end and not going_on:
+            bring()
         with open_file(run.log, errors="replace") as log:  # the copy of one on a store is replaced as a whole
             log.seek(place)
             sys.stdout.write(printable(log.read()))

@@ -27,7 +27,7 @@ from launcher.engine.shared import Outputs, kept
 from launcher.engine.trainer import Trainer
 from launcher.engine.weights import load_weights_into, on_this_machine
 from launcher.errors import ConfigError, RequestError
-from launcher.formatting import count, step_line
+from launcher.formatting import step_line
 from launcher.money import Bill, Rate
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
@@ -93,8 +93,6 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
         phase.note = console.note
         with _translated(phase, runtime.rank):
             result = _act(task, runtime, phase, directory, outputs.uploads)
-            if "status" in result:
-                console.note(f"{result['status']} after {count(result['steps'], 'step')}")
     return result
 
 
@@ -151,6 +149,10 @@ class _Phase:
 
     def emit(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
+        if kind == "log":
+            if self.note is not None:
+                self.note(event["text"])
+            return
         if kind == "phase":
             self._marks.begin("first_step" if event["name"] == "training" else event["name"])
         self.training = self.training or (kind == "phase" and event["name"] == "training")

@@ -15,6 +15,7 @@ from launcher.engine.progress import Progress
 from launcher.engine.sinks.jsonl import JsonLines
 from launcher.engine.sinks.tensorboard import TensorBoard
 from launcher.engine.throughput import Throughput
+from launcher.formatting import count
 from launcher.money import Bill
 from launcher.runs import RunDirectory
 from launcher.startup_timing import Marks, told
@@ -182,6 +183,8 @@ class Recorder:
         if checkpoint is not None:
             changes["checkpoint"] = self._directory.told(checkpoint)
         self._ended_well = status != "running"
+        if self._ended_well:  # first into the log: `launch logs` reads no further once result.json says so
+            self._control.emit({"kind": "log", "text": f"{status} after {count(progress.step, 'step')}"})
         return self._directory.update_result(**changes)
 
     def close(self) -> None:

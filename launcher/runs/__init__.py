@@ -3,6 +3,7 @@
 directory    one run on this disk: result.json, heartbeat, requests; the runs of a root
 plain_files  files of a run, opened without following links
 results      what a result.json may hold
+store_copies where copies of run roots on object stores are, and which directory is one
 user_state   the user's own record of runs, in the state directory
 storage      run roots on object stores: what their URIs mean, operations that are tried again
 mirror       such a root and its copy on this machine
@@ -15,7 +16,6 @@ from launcher.runs.directory import (
     FINAL,
     HEARTBEAT_SECONDS,
     LOST_AFTER_SECONDS,
-    MARK,
     REMOTE,
     SENT,
     RunDirectory,
@@ -29,7 +29,6 @@ __all__ = [
     "FINAL",
     "HEARTBEAT_SECONDS",
     "LOST_AFTER_SECONDS",
-    "MARK",
     "REMOTE",
     "SENT",
     "RunDirectory",

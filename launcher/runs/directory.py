@@ -20,7 +20,7 @@ from typing import Any
 from launcher.config import masking
 from launcher.config.checks import check_run_name
 from launcher.errors import RunError, did_you_mean
-from launcher.runs import plain_files, results
+from launcher.runs import plain_files, results, store_copies
 
 HEARTBEAT_SECONDS = 5.0
 # A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.
@@ -28,7 +28,6 @@ LOST_AFTER_SECONDS = 60.0
 FINAL = ("completed", "stopped", "pruned", "failed")
 SENT = "sent"
 REMOTE = "remote.json"  # in the directory of a run that is driven elsewhere: where
-MARK = ".store"  # in a run root that is the copy of one on an object store: its URI
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -64,10 +63,8 @@ class RunDirectory:
     @property
     def uri(self) -> str | None:
         """Where the run lies on an object store, or None."""
-        try:
-            return f"{(self.path.parent / MARK).read_text()}/{self.name}"
-        except OSError:
-            return None
+        root = store_copies.uri_of(self.path.parent)
+        return None if root is None else f"{root}/{self.name}"
 
     @property
     def root(self) -> str:

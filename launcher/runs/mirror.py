@@ -4,7 +4,7 @@ Everything works on the copy, a directory like any other: the engine writes ther
 module carries files between the two. Checkpoints have a way of their own (`engine.checkpoint.uploads`).
 
     $XDG_CACHE_HOME/launch/roots/<name>-<hash of the URI>/
-      .store                the URI
+      .store                the URI (`launcher.runs.store_copies`)
       <run>/                as in any run root, and
         .owner              this copy belongs to the machine that wrote the run last; the store has the same file
 
@@ -15,14 +15,11 @@ as the store has this very token, nobody else wrote since, and the copy holds at
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
 import shutil
-import stat
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,11 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import RunError, StorageError
-from launcher.runs.directory import MARK, RunDirectory, write_text
+from launcher.runs import store_copies
+from launcher.runs.directory import RunDirectory, write_text
 from launcher.runs.storage import Entry, Store, WrongSize, check_uri, is_uri
+from launcher.runs.store_copies import MARK
 
 CHECKPOINTS = "checkpoints"
 OWNER = ".owner"
+RESULT = "result.json"
 _REQUESTS = ".requests"  # on the store: what other machines ask of the run
 SYNC_SECONDS = 5.0
 GATHERED_SYNC_SECONDS = 1.0  # on the disk of the driver's machine, where a request costs nothing
@@ -56,17 +56,14 @@ def cache_of(uri: str) -> Path:
 
     It lies in $XDG_CACHE_HOME (~/.cache); where that cannot be written, in the temporary folder.
     """
-    given = os.environ.get("XDG_CACHE_HOME")
-    bases = [Path(given) / "launch"] if given else [Path.home() / ".cache" / "launch"]
-    bases.append(Path(tempfile.gettempdir()) / f"launch-of-{os.getuid()}")
-    name = f"{re.sub(r'[^A-Za-z0-9.]+', '-', uri)[-60:].strip('-')}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
     problem: OSError | None = None
+    bases = store_copies.bases()
     for base in bases:
-        root = base / "roots" / name
+        root = store_copies.copy_below(base, uri)
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if base.lstat().st_uid != os.getuid() or stat.S_ISLNK(base.lstat().st_mode):
-                continue  # somebody else's, in a folder where everybody may write
+            if not store_copies.is_own(base):
+                continue  # another user's, in a folder where all users may write
             if not (root / MARK).exists():
                 temporary = root / f"{MARK}.{os.getpid()}.tmp"
                 temporary.write_text(uri)
@@ -108,7 +105,10 @@ def root_of(uri: str) -> Path:
 
 def refresh(root: Path, wanted: Callable[[str], bool] | None = None) -> None:
     """Copy the files of all runs whose name is `wanted` (the facts) from the store, but for the runs owned here."""
-    store = Store.open((root / MARK).read_text(), HASTY_SECONDS)
+    uri = store_copies.uri_of(root)
+    if uri is None:
+        raise RunError(f"{root} is no copy of a run root on an object store. Name the root by its URI.")
+    store = Store.open(uri, HASTY_SECONDS)
     try:
         entries = store.entries()
         by_run: dict[str, dict[str, Entry]] = {}
@@ -305,7 +305,7 @@ def _files(run: Path) -> list[str]:
             path = name if relative == "." else f"{relative}/{name}"
             if _is_own(path) and not HOST_LOG.fullmatch(path) and not os.path.islink(os.path.join(folder, name)):
                 found.append(path)
-    return sorted(found, key=lambda name: (name == "result.json", name))  # result.json last: it says how the run ended
+    return sorted(found, key=lambda name: (name == RESULT, name))  # result.json last: it says how the run ended
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
@@ -314,6 +314,15 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _content(path: Path) -> tuple[tuple[int, int, int] | None, bytes] | None:
+    """Return a file's signature and, not older than that, its content; None where there is none."""
+    signature = _signature(path)
+    try:
+        return None if signature is None else (signature, path.read_bytes())
+    except OSError:
+        return None
 
 
 class Sync:
@@ -357,11 +366,18 @@ class Sync:
 
     def _send(self, everything: bool = False) -> None:
         path = self._mirrored.run.path
+        # As it was before the log is sent: a reader stops reading the log when the result says that the run has ended.
+        result = None if self._only is not None else _content(path / RESULT)
         for name in self._only if self._only is not None else _files(path):
             signature, began = _signature(path / name), time.monotonic()
             if signature is None or signature == self._sent.get(name):
                 continue
             if not everything and began < self._not_before.get(name, 0.0):
+                continue
+            if name == RESULT:
+                if result is not None and result[0] != self._sent.get(name):
+                    self._mirrored.store.put_bytes(name, result[1])
+                    self._sent[name] = result[0]
                 continue
             with contextlib.suppress(FileNotFoundError):
                 self._mirrored.store.put(name, path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 from dataclasses import asdict, replace
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from launcher import cli
+from launcher.cli.open_port import confirmed
 from launcher.clusters.azure import failures, network, ray_yaml
 from launcher.clusters.azure.kind import ANYWHERE
 from launcher.clusters.kuberay.kind import KubeRayCluster
@@ -198,3 +201,36 @@ def test_a_node_shows_no_password_of_a_requirement(tmp_path: Path, monkeypatch: 
     assert "hunter2" not in " ".join(words)
     assert any("hunter2@host" in call[-1] for call in calls)
     assert calls[-1][-1] == "login --password hunter2\n"
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("word", "typed", "becomes"),
+    [
+        ("cluster.ssh_from=0.0.0.0/0", "y\n", "cluster.ssh_from=anywhere"),
+        ("cluster.ssh_from='::/0'", "yes\n", "cluster.ssh_from=anywhere"),
+        ("cluster.ssh_from=0.0.0.0/0", "\n", None),
+        ("cluster.ssh_from=0.0.0.0/0", "", None),
+        ("cluster.ssh_from=8.0.0.0/6", "y\n", None),
+    ],
+)
+def test_every_address_is_asked_about_on_a_terminal_alone(
+    word: str, typed: str, becomes: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    assert confirmed([word]) == [word]
+    monkeypatch.setattr("sys.stdin", _Terminal(typed))
+    monkeypatch.setattr("sys.stderr", asked := _Terminal())
+    assert confirmed(["a=1", word]) == ["a=1", becomes or word]
+    assert bool(asked.getvalue()) is ("/0" in word)
+
+
+def test_a_refusal_to_open_the_port_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["up", "cluster=azure", "cluster.size=Standard_NC4as_T4_v3", "cluster.ssh_from=0.0.0.0/0"]) == 2
+    assert "cluster.ssh_from=anywhere" in capsys.readouterr().err

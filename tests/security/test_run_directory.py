@@ -16,7 +16,7 @@ import pytest
 from launcher import cli
 from launcher.errors import RunError
 from launcher.jobs.remote.place import Place, place_of
-from launcher.runs import RunDirectory, plain_files, user_state
+from launcher.runs import RunDirectory, mirror, plain_files, user_state
 
 TOKEN = "token-of-the-user's-own-cluster"
 
@@ -191,3 +191,31 @@ def test_a_prepared_name_for_a_temporary_file_is_not_followed(finished: RunDirec
     (finished.path / f".result.json.{os.getpid()}.tmp").symlink_to(victim)
     finished.write_result({"status": "stopped"})
     assert (victim.read_text(), finished.result()) == ("mine", {"status": "stopped"})
+
+
+def test_a_run_root_names_no_store(
+    run: RunDirectory, listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `.store` counts only where the user's own cache keeps the copy of that very root."""
+    host = listener.url.removeprefix("http://")
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "c2VjcmV0")
+    monkeypatch.setenv("LAUNCH_AZURE_BLOB_AUTHORITY", host)
+    monkeypatch.setenv("LAUNCH_AZURE_SCHEME", "http")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    uri = "abfss://theirs@account.dfs.core.windows.net/runs"
+    (run.path / "result.json").write_text('{"status": "completed", "steps": 1}')
+    (run.path / "config.yaml").write_text("")
+    (run.path.parent / ".store").write_text(uri)
+    for words in (["runs"], ["logs", "a"], ["stop", "a"], ["evaluate", "a"]):
+        assert cli.run([*words, f"run.root={run.path.parent}"]) in (0, 2)
+    assert (run.uri, listener.requests) == (None, 0)
+
+    own = mirror.cache_of(uri)
+    assert RunDirectory(own / "a").uri == f"{uri}/a", "a root that this user's commands have made before keeps working"
+    (own / ".store").write_text(uri.replace("theirs", "another"))
+    assert RunDirectory(own / "a").uri is None
+    (own / ".store").write_text(uri)
+    (tmp_path / "linked").symlink_to(own)
+    assert RunDirectory(tmp_path / "linked" / "a").uri == f"{uri}/a"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert RunDirectory(own / "a").uri is None

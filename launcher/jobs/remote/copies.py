@@ -60,10 +60,14 @@ class Copies:
         if last:
             self.fetch()
 
+    def bring(self) -> None:
+        """Copy what has changed if the head can be reached."""
+        with suppress(HostError, OSError):
+            self.fetch()
+
     def _keep(self) -> None:
         while not self._ended.wait(EVERY_SECONDS):
-            with suppress(HostError, OSError):  # the network is away: the next time has it
-                self.fetch()
+            self.bring()  # where the network is away, the next time has it
 
     def fetch(self) -> None:
         """Copy what has changed. A checkpoint is copied when it is complete there, and is complete or absent here.
