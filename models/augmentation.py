@@ -1,8 +1,9 @@
-"""Random augmentation of whole batches, on the device where they are; each sample's numbers come from its own seed.
+"""Random augmentation of whole batches on their device; the random numbers of a sample derive from its own seed.
 
-A data section has one as `augment`: the launcher calls `augment(batch, seeds)` with training batches after they were
-copied to the device. What a sample becomes depends on its seed alone, not on the batch that it is in, and is the same
-on CPU and GPU: the numbers are computed from the seeds with whole-number arithmetic, not drawn from a generator.
+A data section provides one as `augment`: the launcher calls `augment(batch, seeds)` with training batches after they
+were
+copied to the device. The result for a sample depends on its seed alone, not on its batch, and is the same on CPU and
+GPU: the numbers are computed from the seeds with integer arithmetic, not drawn from a generator.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from torch import Tensor
 
 
 def draws(seeds: Tensor, count: int) -> Tensor:
-    """Whole numbers for each sample, evenly distributed over 0 .. 2**31 - 1: seeds (B,) int64 -> (B, count) int64.
+    """Return integers for each sample, uniformly distributed over 0 .. 2**31 - 1: seeds (B,) int64 -> (B, count) int64.
 
     SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), the k-th number of the
-    stream that the seed begins.
+    stream of the seed.
     """
     steps = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
-    state = seeds[:, None] + steps * -0x61C8864680B583EB  # multiplication of int64 wraps, as the method asks
+    state = seeds[:, None] + steps * -0x61C8864680B583EB  # multiplication of int64 wraps, as the method requires
     state = (state ^ _shifted(state, 30)) * -0x40A7B892E31B1A47
     state = (state ^ _shifted(state, 27)) * -0x6B2FB644ECCEEE15
     return _shifted(state ^ _shifted(state, 31), 33)
@@ -30,7 +31,7 @@ def _shifted(value: Tensor, bits: int) -> Tensor:
 
 
 class CropAndFlip:
-    """Shift pictures by up to `padding` pixels each way, what comes in being zero, and mirror every second one.
+    """Shift pictures by up to `padding` pixels in each direction, filled with zeros, and mirror every second one.
 
     (x (B, C, H, W), …), seeds (B,) -> the same with other pictures; x may be bytes or floats.
     """

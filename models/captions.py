@@ -1,12 +1,12 @@
-"""Pictures to captions: a convolutional encoder and a Transformer decoder.
+"""Image captioning: a convolutional encoder and a Transformer decoder.
 
-The network looks at a grid of picture features while it writes a caption word by word, after Show, Attend and Tell (Xu
-et al. 2015, arXiv:1502.03044), with the decoder of Vaswani et al. 2017 (arXiv:1706.03762) in place of a recurrent one,
-normalised before each part as in Xiong et al. 2020 (arXiv:2002.04745). It has no dropout and no batch normalisation,
-so what a caption contributes to the loss does not depend on how a batch is split over workers.
+The network attends to a grid of picture features while it generates a caption word by word, after Xu et al. 2015
+(arXiv:1502.03044), with the decoder of Vaswani et al. 2017 (arXiv:1706.03762) instead of a recurrent one, with
+pre-normalization as in Xiong et al. 2020 (arXiv:2002.04745). It has no dropout and no batch normalization, so the
+contribution of a caption to the loss does not depend on how a batch is split over workers.
 
-Letters: B pictures, C channels, H and W their size, P places of the feature grid, L tokens, V tokens that there are, D
-the model's width.
+Letters: B pictures, C channels, H and W their size, P positions of the feature grid, L tokens, V size of the
+vocabulary, D width of the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, both (B, h
 
 
 class Captioner(nn.Module):
-    """Writes captions for pictures of any size.
+    """Generates captions for pictures of any size.
 
     A batch is a pair: pictures (B, C, H, W) float32; tokens (B, L) int64, START, words, END, PAD… (`captions_data`).
     The words themselves are part of the weights (`spelling`), so that a checkpoint can be read without its data.
@@ -49,12 +49,12 @@ class Captioner(nn.Module):
     ) -> None:
         """
         Args:
-            words: those that captions are made of, or the file that has them, see `Vocabulary.of`; so `min_count`.
-            size: height and width of the pictures for which `flops_per_sample` is counted; any size fits.
+            words: the words of captions, or a file that contains them, see `Vocabulary.of`; also for `min_count`.
+            size: height and width of the pictures for which `flops_per_sample` is counted; any size is accepted.
             width: channels of the first convolution.
             dim: width of the decoder.
-            max_words: where a caption that has no end is cut off.
-            beams: captions that beam search follows.
+            max_words: length at which an unfinished caption is truncated.
+            beams: beam size of the search.
         """
         super().__init__()
         if dim % (2 * heads) or dim % 4:
@@ -75,18 +75,18 @@ class Captioner(nn.Module):
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def forward(self, pictures: Tensor, tokens: Tensor) -> Tensor:
-        """Logits (B, L, V) of the token that follows each of tokens (B, L), which begin with START."""
+        """Return the logits (B, L, V) of the token that follows each of tokens (B, L), which start with START."""
         return self._decode(self._known(tokens), self._look(self._fitting(pictures)))[0]
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
-        """The cross-entropy of every token of the captions; PAD is none of them."""
+        """Return the cross-entropy of every token of the captions, excluding PAD."""
         pictures, tokens = batch
         logits = self(pictures, tokens[:, :-1])  # (B, L - 1, V)
         loss, right, count = self._judged(logits, tokens[:, 1:])
         return {"loss": (loss, count), "next_token": (right, count)}
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
-        """The loss as in training; and `tally`, of captions written without help: see `summarize`."""
+        """Return the loss as in training, and `tally`, of captions generated without teacher forcing."""
         pictures, tokens = batch
         memory = self._look(self._fitting(pictures))
         wanted = tokens[:, 1:]  # (B, L - 1)
@@ -95,20 +95,21 @@ class Captioner(nn.Module):
         length = max(wanted.shape[1], written.shape[1])
         wanted, written = (F.pad(some, (0, length - some.shape[1]), value=PAD) for some in (wanted, written))
         same, valid = wanted == written, wanted != PAD
-        # A word that nobody knows is never right, not even where the network says just that.
+        # An unknown word is never correct, even if the network predicts UNKNOWN.
         same &= wanted != UNKNOWN
         tally = torch.stack([(same & valid).sum(), valid.sum(), same.all(1).sum()])
         return {"loss": (loss, count), "tally": (tally, len(pictures))}
 
     def summarize(self, totals: dict[str, tuple[Tensor, float]]) -> dict[str, float]:
-        """`exact`: captions that are right in every word. `token_accuracy`: words (and ends) right at their place."""
+        """Return `exact`, the share of captions with every word correct, and `token_accuracy`, of words (and ends) by
+        position."""
         tally, captions = totals["tally"]
         right, tokens, exact = tally.tolist()
         return {"exact": exact / captions, "token_accuracy": right / tokens}
 
     @staticmethod
     def _judged(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum of the loss, tokens guessed right, tokens) of logits (B, L, V) against wanted (B, L)."""
+        """Return (sum of the loss, correct tokens, tokens) of logits (B, L, V) against wanted (B, L)."""
         loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=PAD, reduction="sum")
         valid = wanted != PAD
         return loss, ((logits.detach().argmax(2) == wanted) & valid).sum(), valid.sum()
@@ -117,7 +118,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def greedy(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest word, again and again: tokens (B, max_words + 1) behind START, log-probabilities (B,)."""
+        """Decode greedily: tokens (B, max_words + 1) after START, log-probabilities (B,)."""
         return self._greedy(self._look(self._fitting(pictures)), len(pictures))
 
     def _greedy(self, memory: Cache, size: int) -> tuple[Tensor, Tensor]:
@@ -138,10 +139,10 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def beam(self, pictures: Tensor, beams: int | None = None) -> tuple[Tensor, Tensor]:
-        """The likeliest of the captions that beam search finds, as `greedy` gives it.
+        """Return the most likely caption of a beam search, in the format of `_greedy`.
 
-        The `beams` best beginnings are followed (Sutskever et al. 2014, arXiv:1409.3215, section 3.2); lengths are not
-        weighed. It may lose the greedy caption on its way, which therefore stays a candidate.
+        The search keeps the `beams` best prefixes (Sutskever et al. 2014, arXiv:1409.3215, section 3.2), without length
+        normalization. It may drop the greedy caption, which therefore remains a candidate.
         """
         beams, size = beams or self.beams, len(pictures)
         memory = self._look(self._fitting(pictures))
@@ -151,14 +152,14 @@ class Captioner(nn.Module):
         memory = [(k.repeat_interleave(beams, 0), v.repeat_interleave(beams, 0)) for k, v in memory]
         written = torch.full((size * beams, 1), START, device=pictures.device)
         score = torch.full((size, beams), -math.inf, device=pictures.device)
-        score[:, 0] = 0  # the beams are one and the same at first
+        score[:, 0] = 0  # all beams are equal at first
         past: Cache | None = None
         for at in range(self.max_words + 1):
             logits, past = self._decode(written[:, -1:], memory, past, at)
             step = self._choices(logits).view(size, beams, -1)  # (B, beams, V)
             ended = ((written == END) | (written == PAD)).any(1).view(size, beams, 1)
             nothing = torch.arange(step.shape[2], device=step.device) == PAD
-            step = torch.where(ended, torch.where(nothing, 0.0, -math.inf), step)  # a caption that has ended stays
+            step = torch.where(ended, torch.where(nothing, 0.0, -math.inf), step)  # a finished caption does not change
             score, best = (score[:, :, None] + step).flatten(1).topk(beams)  # (B, beams) each
             parent = (best // step.shape[2] + torch.arange(size, device=best.device)[:, None] * beams).flatten()
             written = torch.cat([written[parent], (best % step.shape[2]).view(-1, 1)], 1)
@@ -169,13 +170,13 @@ class Captioner(nn.Module):
 
     @staticmethod
     def _choices(logits: Tensor) -> Tensor:
-        """Log-probabilities (B, V) of what may follow, from the logits (B, 1, V) of the last token."""
+        """Return the log-probabilities (B, V) of the next token from the logits (B, 1, V) of the last token."""
         logits = logits[:, -1].float()
         tokens = torch.arange(logits.shape[1], device=logits.device)
         return logits.masked_fill((tokens == PAD) | (tokens == START), -math.inf).log_softmax(1)
 
     def predict_step(self, batch: Any) -> list[dict[str, str | float]]:
-        """The caption of each picture by beam search, and its probability; captions in the batch are not looked at."""
+        """Return the caption of each picture by beam search, and its probability; captions in the batch are ignored."""
         pictures = batch[0] if isinstance(batch, tuple | list) else batch
         tokens, score = self.beam(pictures)
         vocabulary = self.vocabulary
@@ -183,7 +184,7 @@ class Captioner(nn.Module):
         return [{"caption": vocabulary.text(caption), "probability": sure} for caption, sure in pairs]
 
     def examples(self, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
-        """Twelve pictures with what was written (red where it is wrong) above what should have been."""
+        """Return a figure of twelve pictures with the generated caption (red if wrong) above the true caption."""
         from matplotlib.figure import Figure
 
         pictures, tokens = (part[:12] for part in batch)
@@ -203,26 +204,27 @@ class Captioner(nn.Module):
         return {"captions": figure}
 
     def export_inputs(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The arguments of `forward`."""
+        """Return the arguments of `forward`."""
         pictures, tokens = batch
         return pictures, tokens[:, :-1]
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The words that the weights were trained with."""
+        """Return the vocabulary that the weights were trained with."""
         return Vocabulary(bytes(self.spelling.tolist()).decode().split("\n"))
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
     def _look(self, pictures: Tensor) -> Cache:
-        """What each layer attends to in the pictures."""
+        """Return the keys and values of the pictures for each layer."""
         features = self.encoder(pictures)  # (B, P, D)
         return [block.look.keys_values(features) for block in self.blocks]  # type: ignore[union-attr, operator]
 
     def _decode(self, tokens: Tensor, memory: Cache, past: Cache | None = None, at: int = 0) -> tuple[Tensor, Cache]:
-        """Logits (B, L, V) of tokens (B, L) that stand at `at` and behind, and the cache for what comes next.
+        """Return the logits (B, L, V) of tokens (B, L) at positions from `at` on, and the cache for the next call.
 
-        Without `past`, tokens see those before them; with it, L is 1 and the token sees all of the past and itself.
+        Without `past`, tokens attend to those before them; with it, L is 1 and the token attends to the past and
+        itself.
         """
         places = torch.arange(at, at + tokens.shape[1], device=tokens.device)
         dim = self.embedding.embedding_dim
@@ -234,7 +236,7 @@ class Captioner(nn.Module):
         return self.head(self.norm(x)), present
 
     def _fitting(self, pictures: Tensor) -> Tensor:
-        """`pictures` itself, or an error in words: the one that a later layer would raise names no key."""
+        """Return `pictures`, or raise an error that names the key, which the error of a later layer would not."""
         if pictures.dim() != 4 or pictures.shape[1] != self.channels or min(pictures.shape[2:]) < 8:
             raise ValueError(
                 f"Captioner is built for pictures of {self.channels} channel(s) and at least 8 x 8 pixels, and the "
@@ -243,7 +245,7 @@ class Captioner(nn.Module):
         return pictures
 
     def _known(self, tokens: Tensor) -> Tensor:
-        """`tokens` itself, or an error in words; on a GPU nobody waits for the answer."""
+        """Return `tokens`, or raise an error that names the keys; on a GPU the check does not synchronize."""
         known, found = self.embedding.num_embeddings, 0
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             found = int(tokens.max())
@@ -255,21 +257,21 @@ class Captioner(nn.Module):
         return tokens
 
     def _training_flops(self, size: Sequence[int]) -> int:
-        """Floating-point operations of forward and backward for one picture of `size` with a caption of `max_words`."""
+        """Return the FLOPs of forward and backward for one picture of `size` with a caption of `max_words`."""
         picture, tokens = torch.zeros(1, self.channels, *size), torch.full((1, self.max_words + 1), START)
         return counted_flops(self, picture, tokens)
 
 
 class Encoder(nn.Module):
-    """Three convolutions, the first of which strides: pictures (B, C, H, W) to features (B, P, dim), P = H W / 64."""
+    """Three convolutions, the first with stride 2: pictures (B, C, H, W) to features (B, P, dim), P = H W / 64."""
 
     def __init__(self, channels: int, width: int, dim: int) -> None:
         super().__init__()
         self.features = three_convolutions(channels, width)
         for layer in self.features:
             if isinstance(layer, nn.Conv2d):
-                # With PyTorch's default a picture fades from layer to layer, and the network learned to say anything
-                # about it much later: loss 1.77 instead of 1.00 after 500 steps (docs/log.md).
+                # With PyTorch's default initialization the signal fades from layer to layer, and the network learned
+                # much later: loss 1.77 instead of 1.00 after 500 steps (docs/log.md).
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         self.project = nn.Linear(4 * width, dim)
         self.norm = nn.LayerNorm(dim)
@@ -278,7 +280,7 @@ class Encoder(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         grid = self.features(pictures)  # (B, 4 width, H/8, W/8)
         rows, columns = (torch.arange(length, device=grid.device) for length in grid.shape[2:])
-        # Half of the width tells the row, half the column (Carion et al. 2020, arXiv:2005.12872).
+        # Half of the width encodes the row, half the column (Carion et al. 2020, arXiv:2005.12872).
         row = waves(rows, self.dim // 2)[:, None].expand(-1, len(columns), -1)
         column = waves(columns, self.dim // 2)[None].expand(len(rows), -1, -1)
         x = self.project(grid.flatten(2).transpose(1, 2))  # (B, P, dim)
@@ -286,7 +288,7 @@ class Encoder(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer of the decoder: look at the words before, look at the picture, think."""
+    """A decoder layer: self-attention over the preceding words, attention to the picture, feed-forward network."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -325,7 +327,7 @@ class Attention(nn.Module):
 
 
 def waves(places: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of places (L,): (L, dim), Vaswani et al. 2017, section 3.5."""
+    """Return sines and cosines of positions (L,): (L, dim), Vaswani et al. 2017, section 3.5."""
     rates = torch.exp(torch.arange(0, dim, 2, device=places.device) * (-math.log(10_000) / dim))  # (dim / 2,)
     angles = places[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)

@@ -18,13 +18,13 @@ CHECKED_AT_START = 16  # pictures of each part that are decoded before training 
 
 
 class Coco:
-    """`root` as COCO is unpacked: `annotations/captions_train2017.json`, `train2017/*.jpg`, and so for val2017.
+    """`root` in COCO's layout: `annotations/captions_train2017.json`, `train2017/*.jpg`, and the same for val2017.
 
-    Every caption is a sample, so a picture comes as often as it has captions. Pictures are scaled and cropped at the
-    centre to `height` x `width`, while training at random from a picture that is larger by `crop`; mean 0.5 and
-    deviation 0.25 become 0 and 1. Words are those of `Vocabulary.of(words, min_count)`; others are read as UNKNOWN, in
-    validation at most `max_unknown` of all. Captions, the presence of every picture and a few pictures themselves are
-    checked at once; a broken picture among the others is told when it is met.
+    Every caption is a sample, so a picture occurs once per caption. Pictures are scaled and center-cropped to `height`
+    x `width`, in training cropped randomly from a picture that is larger by `crop`; mean 0.5 and deviation 0.25 become
+    0 and 1. Words are those of `Vocabulary.of(words, min_count)`; others are read as UNKNOWN, in validation at most the
+    share `max_unknown`. Captions, the existence of every picture and a few pictures are checked immediately; another
+    broken picture is reported when it is read.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Coco:
         if min(height, width) < 8 or min(crop, num_workers) < 0:
             raise ValueError(f"data: {height=}, {width=}, {crop=}, {num_workers=}: the first two at least 8, others 0.")
         if channels not in (1, 3):
-            raise ValueError(f"data.channels={channels}: 1 is grey and 3 is colour.")
+            raise ValueError(f"data.channels={channels}: 1 is gray and 3 is color.")
         folder = directory(root, "captions and pictures (annotations/captions_train2017.json, train2017/*.jpg, …)")
         self.num_workers, self.size, self.channels, self.max_pixels = num_workers, (height, width), channels, max_pixels
         vocabulary = Vocabulary.of(words, min_count)
@@ -61,12 +61,12 @@ class Coco:
         self.val = CaptionedPictures(examined, vocabulary, self.size, channels, max_pixels=max_pixels)
 
     def inputs(self, path: str) -> PictureInputs:
-        """A picture, or a folder of them, scaled and cropped as in validation."""
+        """Return a picture, or a folder of pictures, scaled and cropped as in validation."""
         return PictureInputs(path, lambda file: _normal(_decode(str(file), self.size, self.channels, self.max_pixels)))
 
     @staticmethod
     def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Pictures (B, C, H, W), and captions (B, L) padded with PAD up to the longest."""
+        """Return pictures (B, C, H, W), and captions (B, L) padded with PAD to the longest."""
         captions = [caption for _, caption in samples]
         longest = max(len(caption) for caption in captions)
         padded = [F.pad(caption, (0, longest - len(caption)), value=PAD) for caption in captions]
@@ -78,7 +78,7 @@ class Coco:
 
 
 class CaptionedPictures:
-    """Map-style: a picture (C, H, W) float32, decoded when asked for, and its caption (L,) int64 with START and END.
+    """Map-style: a picture (C, H, W) float32, decoded on demand, and its caption (L,) int64 with START and END.
 
     `lengths` are those of the captions. Random crops are drawn from torch's generator, which the caller seeds.
     """
@@ -92,7 +92,7 @@ class CaptionedPictures:
         crop: int = 0,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        """`captions`: (picture file, caption); `crop`: how many pixels more are decoded than are shown."""
+        """`captions`: (picture file, caption); `crop`: number of additional pixels for random crops."""
         self.files = [file for file, _ in captions]
         self.captions = [caption for _, caption in captions]
         self.lengths = [len(words_of(caption)) + 2 for caption in self.captions]
@@ -123,10 +123,12 @@ def _normal(picture: Tensor) -> Tensor:
 
 
 def _captions(file: Path, pictures: Path, key: str) -> list[tuple[str, str]]:
-    """(picture file, caption) of every entry of a captions file; every picture is there."""
+    """Return (picture file, caption) of every entry of a captions file, after a check that every picture exists."""
     images, captions = read_captions(str(file))
     if not pictures.is_dir():
-        raise FileNotFoundError(f"{pictures} is no folder; {key}_pictures should name that of the pictures of {file}.")
+        raise FileNotFoundError(
+            f"{pictures} is not a folder; data.{key}_pictures must name the folder of the pictures of {file}."
+        )
     there = {entry.name for entry in os.scandir(pictures)}
     for i, (identity, _) in enumerate(captions):
         if images[identity] not in there and not (pictures / images[identity]).is_file():
@@ -138,7 +140,7 @@ def _captions(file: Path, pictures: Path, key: str) -> list[tuple[str, str]]:
 
 
 def _check_words(file: Path, captions: list[tuple[str, str]], vocabulary: Vocabulary, most: float) -> None:
-    """Raise ValueError where validation captions are made of other words than those that can be learned."""
+    """Raise ValueError if validation captions contain too many words that cannot be learned."""
     count, unknown, first = 0, 0, ""
     for i, (_, caption) in enumerate(captions):
         tokens = vocabulary.encode(caption)[1:-1]
@@ -150,5 +152,5 @@ def _check_words(file: Path, captions: list[tuple[str, str]], vocabulary: Vocabu
         raise ValueError(
             f"{file}: {unknown} of {count} words are not among the {len(vocabulary.words)} words of the training "
             f"captions, such as {first}. Expected at most data.max_unknown={most} of them: lower data.min_count, or "
-            "validate on captions like those that are trained."
+            "validate on captions similar to those of training."
         )

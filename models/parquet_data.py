@@ -1,8 +1,8 @@
-"""Tables in Parquet shards, of any size: row groups are read when they are needed, and a few of them are kept.
+"""Tables in Parquet shards of any size: row groups are read on demand, and a few of them are cached.
 
-A sample is a row: x (F,) float32 from the feature columns (a column may hold lists of one length, which stand side by
-side), y from the target column, float32 or int64 as it is stored. Whatever is wrong with the data is a ValueError or
-an OSError that names the file, the row group and the column.
+A sample is a row: x (F,) float32 from the feature columns (a column may hold lists of equal length, which are
+concatenated), y from the target column, float32 or int64 as stored. Invalid data raise a ValueError or an OSError that
+names the file, the row group and the column.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Parquet:
     their names, so that rows which follow each other in time are not split at random.
 
     Args:
-        features: columns of numbers; null: all but the target.
+        features: columns of numbers; null: all except the target.
         stream: read training data as a stream of row groups instead of row by row in the engine's order, see
-            `Stream.stream`: each row group is read by one worker, once, with a weaker promise.
+            `Stream.stream`: each row group is read by one worker, once, with weaker guarantees.
         num_workers: loader processes that read and decode.
     """
 
@@ -51,7 +51,7 @@ class Parquet:
         max_group_bytes: int = MAX_GROUP_BYTES,
     ) -> None:
         if not 0 < val_fraction < 1:
-            raise ValueError(f"data.val_fraction={val_fraction}: must lie between 0 and 1.")
+            raise ValueError(f"data.val_fraction={val_fraction}: must be between 0 and 1.")
         groups = _groups(root, "data.root", max_group_bytes)
         columns = _columns(groups[0][0], target, features)
         if val_root is not None:
@@ -62,7 +62,7 @@ class Parquet:
             train, val = groups[: min(cut, len(groups) - 1)], groups[min(cut, len(groups) - 1) :]
             if not train:
                 raise ValueError(
-                    f"{root} has a single row group, of which none can be left for validation. Write smaller ones "
+                    f"{root} has a single row group, so none remains for validation. Write smaller ones "
                     "(row_group_size), or name other data with data.val_root."
                 )
         self.features, self.target, self.num_workers = columns, target, num_workers
@@ -71,7 +71,7 @@ class Parquet:
         self.val = Rows(val, columns, target)
 
     def inputs(self, path: str) -> Rows:
-        """The rows of a Parquet file or a folder of them; no target is needed."""
+        """Return the rows of a Parquet file or a folder of files; no target is needed."""
         return Rows(_groups(path, "input", self._max_group_bytes), self.features, None)
 
 
@@ -122,7 +122,8 @@ class Rows(Dataset[Piece]):
         import pyarrow.parquet as pq
 
         path, group, _ = self.groups[number]
-        # A loader process that was forked opens its own, and reads in its own thread: pyarrow's do not live there.
+        # A forked loader process opens its own files, and reads in its own thread: pyarrow's threads do not survive a
+        # fork.
         key = os.getpid(), path
         columns = [*self.features, *([self.target] if self.target is not None else [])]
         try:
@@ -144,7 +145,7 @@ class Rows(Dataset[Piece]):
             return (joined,)
         y = _matrix(table.column(self.target), self.target, where)
         if y.shape[1] != 1:
-            raise ValueError(f"{where}: the target {self.target} holds lists; one number a row is needed.")
+            raise ValueError(f"{where}: the target {self.target} holds lists; one number per row is needed.")
         kind = np.int64 if np.issubdtype(y.dtype, np.integer) else np.float32
         return joined, torch.from_numpy(y[:, 0].astype(kind))
 
@@ -155,14 +156,15 @@ class Stream(Rows):
     def stream(
         self, rank: int, world_size: int, seed: int, apply: Callable[..., Iterator[Any]] = map
     ) -> Iterator[Piece]:
-        """Yield the rows of one pass, in pieces: row groups in a random order, each shuffled, dealt out to the ranks.
+        """Yield the rows of one pass, in pieces: row groups in a random order, each shuffled, distributed over the
+        ranks.
 
         Args:
-            apply: gives a function's results for some items in their order, as `map` does; it may read elsewhere.
+            apply: yields a function's results for items in their order, like `map`; it may run on other nodes.
         """
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.groups), generator=generator).tolist()
-        whole = len(order) >= world_size  # with fewer groups than ranks each takes some rows of every group
+        whole = len(order) >= world_size  # with fewer groups than ranks each rank reads some rows of every group
         mine = [self.groups[number] for number in (order[rank::world_size] if whole else order)]
         groups = [(os.path.abspath(file), group, count) for file, group, count in mine]
         for piece in apply(partial(_read_group, self.features, self.target), groups):
@@ -176,7 +178,7 @@ def _read_group(features: Sequence[str], target: str | None, group: tuple[str, i
 
 
 def _groups(root: str, key: str, max_bytes: int) -> list[tuple[str, int, int]]:
-    """(file, number, rows) of every row group that is not empty, in the order of the files' names."""
+    """Return (file, number, rows) of every row group that is not empty, in the order of the files' names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -190,10 +192,10 @@ def _groups(root: str, key: str, max_bytes: int) -> list[tuple[str, int, int]]:
         try:
             metadata = pq.read_metadata(check_regular(file))
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{file} is no Parquet file, or damaged: {' '.join(str(error).split())}.") from error
+            raise ValueError(f"{file} is not a Parquet file, or damaged: {' '.join(str(error).split())}.") from error
         for i in range(metadata.num_row_groups):
             group = metadata.row_group(i)
-            # What encodings repeat is not in the stated size; a number takes eight bytes at most once it is decoded.
+            # The stated size does not include values repeated by encodings; a decoded number has at most eight bytes.
             decoded = max(group.total_byte_size, 8 * group.num_rows * group.num_columns)
             check_size(f"{file}, row group {i},", decoded, max_bytes, "bytes", "max_group_bytes")
             groups.append((str(file), i, group.num_rows))
@@ -210,15 +212,15 @@ def _columns(file: str, target: str, features: Sequence[str] | None) -> list[str
     chosen = [name for name in names if name != target] if features is None else [str(name) for name in features]
     missing = [name for name in (target, *chosen) if name not in names]
     if missing or not chosen:
-        what = f"no column {', '.join(missing)}" if missing else "no column beside the target"
+        what = f"no column {', '.join(missing)}" if missing else "no column except the target"
         raise ValueError(f"{file}: {what}; there are {', '.join(names)}. Set data.features and data.target.")
     if target in chosen:
-        raise ValueError(f"data.features has the target, {target}: the answer would be among the questions.")
+        raise ValueError(f"data.features has the target, {target}: the model would receive the answer as input.")
     return chosen
 
 
 def _matrix(column: Any, name: str, where: str) -> np.ndarray:
-    """A column as (B, k): numbers are (B, 1), lists of one length k are (B, k)."""
+    """Return a column as (B, k): numbers are (B, 1), lists of one length k are (B, k)."""
     import pyarrow as pa
 
     array = column.combine_chunks()
@@ -232,7 +234,7 @@ def _matrix(column: Any, name: str, where: str) -> np.ndarray:
         raise ValueError(f"{where}: {name} holds {array.type}; numbers, or lists of numbers, are needed.")
     numbers = values.to_numpy(zero_copy_only=False)
     if rows == 0 or len(numbers) % rows or (values is not array and len(set(map(len, array))) > 1):
-        raise ValueError(f"{where}: {name} holds lists of several lengths; all must have one.")
+        raise ValueError(f"{where}: {name} holds lists of different lengths; all must have the same.")
     matrix = numbers.reshape(rows, -1)
     if np.issubdtype(matrix.dtype, np.floating) and not np.isfinite(matrix).all():
         row = int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])

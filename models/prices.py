@@ -1,7 +1,7 @@
-"""Prices to forecasts: quantiles of the log-return over the next days.
+"""Price forecasts: quantiles of the log-return over the next days.
 
-A batch is a mapping, as `models.prices_data.Windows` describes it: `x` (B, T, C) what is known of the last T rows,
-`base` (B, H, Q) quantiles by a simple rule, `y` (B, H) the log-returns that came, and more for pictures and prices.
+A batch is a mapping, as `models.prices_data.Windows` describes it: `x` (B, T, C) features of the last T rows, `base`
+(B, H, Q) quantiles of a simple baseline, `y` (B, H) the actual log-returns, and further entries for plots and prices.
 Losses are in percent: 100 times those of the log-returns.
 """
 
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
-SHOWN = 6  # windows in the picture
+SHOWN = 6  # windows in the plot
 
 
 def pinball(quantiles: Tensor, y: Tensor, levels: Tensor) -> Tensor:
-    """Pinball loss of forecasts (…, Q) at levels (Q,) for what came, y (…): (…, Q), each at least 0.
+    """Return the pinball loss of forecasts (…, Q) at levels (Q,) for actual values y (…): (…, Q), each at least 0.
 
     Its mean is smallest at the true quantiles (Koenker and Bassett 1978, doi:10.2307/1913643).
     """
@@ -29,14 +29,14 @@ def pinball(quantiles: Tensor, y: Tensor, levels: Tensor) -> Tensor:
 
 
 class PatchTransformer(nn.Module):
-    """How much wider or narrower than `base` the next days will be, by a Transformer over patches of days.
+    """Predicts the width of the next days' distribution relative to `base`, by a Transformer over patches of days.
 
     Patches of consecutive rows are the tokens, as in PatchTST (Nie et al. 2023, arXiv:2211.14730); blocks are
     pre-norm (Xiong et al. 2020, arXiv:2002.04745). The last token and, past the Transformer, the last row (a linear
     model of volatilities over several spans, HAR: Corsi 2009, doi:10.1093/jjfinec/nbp001) give a level and a slope
-    over the logarithm of the horizon, whose exponential multiplies `base`. So it begins as `base`, and its quantiles
-    never cross if those of `base` do not. Twenty years of two indices are little data: a network that also moves the
-    quantiles up and down, or each for itself, learns the past by heart (docs/log.md has the figures).
+    over the logarithm of the horizon, whose exponential multiplies `base`. So it starts as `base`, and its quantiles
+    never cross if those of `base` do not. Twenty years of two indices are little data: a network that also shifts the
+    quantiles, or predicts each separately, overfits (docs/log.md has the figures).
     """
 
     levels: Tensor
@@ -54,7 +54,7 @@ class PatchTransformer(nn.Module):
         heads: int = 2,
         dropout: float = 0.6,
     ) -> None:
-        """context, channels: T and C of `x`. patch: rows in a token; divides the context. width: of a token."""
+        """context, channels: T and C of `x`. patch: rows per token; divides the context. width: of a token."""
         super().__init__()
         if patch < 1 or context % patch or width % heads:
             raise ValueError(
@@ -77,9 +77,9 @@ class PatchTransformer(nn.Module):
         slope = days / days[-1] if horizons > 1 else days
         self.register_buffer("levels", torch.tensor(list(quantiles), dtype=torch.float32), persistent=False)  # (Q,)
         self.register_buffer("shape", torch.stack([torch.ones(horizons), slope]), persistent=False)  # (2, H)
-        weights = patch * channels * width + depth * 12 * width**2  # of the linear layers, each used once a token
-        attention = depth * 2 * tokens * width  # multiplications of a token with all others, twice
-        # Two operations a multiplication; the backward pass costs twice the forward pass.
+        weights = patch * channels * width + depth * 12 * width**2  # of the linear layers, each used once per token
+        attention = depth * 2 * tokens * width  # products of a token with all others, twice
+        # Two operations per multiplication; the backward pass costs twice the forward pass.
         self.flops_per_sample = 3 * 2 * (tokens * (weights + attention) + 2 * (width + channels))
 
     def forward(self, x: Tensor, base: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class PatchTransformer(nn.Module):
         return {"loss": 100 * pinball(self._quantiles(batch), batch["y"], self.levels)}  # (B, H, Q)
 
     def validation_step(self, batch: Batch) -> dict[str, Tensor]:
-        """The loss, those of both baselines, and the errors of the median and of no change at all (persistence)."""
+        """Return the loss, those of both baselines, and the errors of the median and of no change (persistence)."""
         y, quantiles = batch["y"], self._quantiles(batch)
         low, middle, high = 0, int((self.levels - 0.5).abs().argmin()), -1
         return {
@@ -106,13 +106,13 @@ class PatchTransformer(nn.Module):
         }
 
     def summarize(self, totals: Mapping[str, tuple[Tensor, float]]) -> dict[str, float]:
-        """The loss as a part of each baseline's, of the same held-out values."""
+        """Return the ratio of the loss to each baseline's, on the same held-out values."""
         loss = totals["loss"][0]
         return {f"ratio_{name}": float(loss / totals[name][0]) for name in ("ewma", "constant")}
 
     def predict_step(self, batch: Batch) -> list[dict[str, Any]]:
-        """For each window its last date and price, and by quantile the prices 1..H rows later."""
-        ordered = self._quantiles(batch).double().sort(-1).values  # a model that crosses them is put right
+        """Return for each window its last date and price, and by quantile the prices 1..H rows later."""
+        ordered = self._quantiles(batch).double().sort(-1).values  # sorts quantiles that cross
         prices = batch["close"].double()[:, None, None] * ordered.exp()  # (B, H, Q)
         levels = [f"{level:g}" for level in self.levels.tolist()]
         return [
@@ -128,7 +128,7 @@ class PatchTransformer(nn.Module):
         ]
 
     def examples(self, batch: Batch) -> dict[str, Any]:
-        """A picture of a few windows: the past, the bands between pairs of quantiles, the median, and what came."""
+        """Plot a few windows: the past, the bands between pairs of quantiles, the median, and the actual prices."""
         from matplotlib.figure import Figure
 
         count = min(SHOWN, len(batch["x"]))
@@ -151,7 +151,7 @@ class PatchTransformer(nn.Module):
         return batch["x"], batch["base"]
 
     def _quantiles(self, batch: Batch) -> Tensor:
-        """`forward` of a batch, or an error in words: the one that a layer would raise names no key."""
+        """Return `forward` of a batch, or raise an error that names the keys, which the error of a layer would not."""
         x, base = batch["x"], batch["base"]
         wanted = (self.context, self.channels), (self.shape.shape[1], len(self.levels))
         if (x.shape[1:], base.shape[1:]) != wanted:
@@ -164,7 +164,7 @@ class PatchTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two linear layers, each on normalised tokens and added to what came in. (B, N, D) -> (B, N, D)"""
+    """Attention, then two linear layers, each with pre-norm and a residual connection. (B, N, D) -> (B, N, D)"""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Block(nn.Module):
 
 
 def _draw(axes: Any, one: Mapping[str, Tensor], ordered: Tensor) -> None:
-    """One window with its forecast, ordered (H, Q), in prices."""
+    """Plot one window with its forecast, ordered (H, Q), in prices."""
     close = float(one["close"])
     horizons, count = ordered.shape
     days = range(0, horizons + 1)
@@ -208,5 +208,5 @@ def _draw(axes: Any, one: Mapping[str, Tensor], ordered: Tensor) -> None:
 
 
 def _date(seconds: int) -> str:
-    """2018-12-31, with the time where it is not midnight."""
+    """Format a date as 2018-12-31, with the time if it is not midnight."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S").removesuffix(" 00:00:00")

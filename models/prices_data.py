@@ -1,13 +1,13 @@
-"""Prices by date: two American stock indices that a package ships, or any CSV or Parquet file.
+"""Prices by date: two American stock indices of a package, or any CSV or Parquet file.
 
-Each class is a whole data section. A sample is a window: what was known at the close of one row (the origin), and the
-log-returns from there to the closes of the next `horizons` rows. Rows are trading days where the file has one row a
-trading day. The split is by date and leaks nothing: targets of training end before `split`, targets of validation
-begin at `split` or later, and everything that is fitted (the quantiles of the two baselines) is fitted to training
-rows. What a window is scaled by is computed from the rows up to its origin.
+Each class is a whole data section. A sample is a window: the features known at the close of one row (the origin), and
+the log-returns from there to the closes of the next `horizons` rows. Rows are trading days if the file has one row per
+trading day. The split is by date and leaks nothing: targets of training end before `split`, targets of validation start
+at `split` or later, and everything that is fitted (the quantiles of the two baselines) is fitted to training rows. The
+scale of a window is computed from the rows up to its origin.
 
-Two baselines come with every window, so that a model is judged on the same values: `constant`, the quantiles of the
-returns of training, and `base`, the same of returns divided by an exponentially weighted volatility (RiskMetrics
+Every window includes two baselines, so that a model is evaluated on the same values: `constant`, the quantiles of the
+training returns, and `base`, the same for returns divided by an exponentially weighted volatility (RiskMetrics
 Technical Document, J.P. Morgan/Reuters 1996, section 5.2), times the volatility at the origin.
 """
 
@@ -28,9 +28,9 @@ SPANS = (5, 22, 66, 256)  # rows over which volatility is measured: a week, a mo
 LOOKBACK = max(SPANS)
 DRIFTS = (0.8, 0.94, 0.97)  # decays of the weighted means of returns
 CHANNELS = 2 + len(SPANS) + 1 + len(DRIFTS)  # of a window; see `Windows`
-WARM_UP = 22  # returns that the exponentially weighted variance begins with
-FLOOR = 1e-5  # smallest volatility of a row: a price that rests is not divided by zero
-CLIP = 6.0  # a return counts for at most so many volatilities in what the model sees; targets are as they are
+WARM_UP = 22  # number of returns that initialize the exponentially weighted variance
+FLOOR = 1e-5  # minimum volatility of a row: avoids division by zero for constant prices
+CLIP = 6.0  # features clip a return at this many volatilities; targets are not clipped
 
 # Columns of `Rows`; then follow the logarithms of volatilities over SPANS and over all rows, then drifts.
 RETURN, VOLATILITY, LOG_VOLATILITY, SPANNED = 0, 1, 2, 3
@@ -39,12 +39,12 @@ Origin = tuple[int, int]  # number of the series, and the row from which a windo
 
 
 class Windows:
-    """A data set in memory of windows, given as whole batches: a mapping of
+    """A data set in memory of windows, returned as whole batches: a mapping of
 
-    - `x` (B, context, CHANNELS) float32: by row, oldest first, what is known at its close, relative to the volatility s
-      at the origin: the return / s and its absolute value; the logarithm of the volatility over the last 5, 22, 66 and
-      256 rows and over all rows so far, / s; three exponentially weighted means of returns / s (falls are followed by
-      more volatility than rises: the leverage effect).
+    - `x` (B, context, CHANNELS) float32: by row, oldest first, the features at its close, relative to the volatility s
+    at the origin: the return / s and its absolute value; the logarithm of the volatility over the last 5, 22, 66 and
+      256 rows and over all rows so far, / s; three exponentially weighted means of returns / s (losses are followed by
+      more volatility than gains: the leverage effect).
     - `base` (B, H, Q) float32: quantiles of the log-return from the origin to 1..H rows later, by the scaled baseline.
     - `past` (B, context) float32: logarithm of each row's price relative to the one at the origin.
     - `close` (B,) float64 and `time` (B,) int64: price at the origin, and its date in seconds since 1970 (UTC).
@@ -103,12 +103,12 @@ class Windows:
 
 
 class Rows:
-    """A series with what can be computed of each row once: columns (N, CHANNELS + 1) of the rows up to it."""
+    """A series with the precomputed features of each row: columns (N, CHANNELS + 1) of the rows up to it."""
 
     def __init__(self, series: Series, decay: float) -> None:
         self.series = series
         self.logs = np.log(series.prices)
-        returns = np.diff(self.logs, prepend=self.logs[0])  # the first is 0, and left out below where it counts
+        returns = np.diff(self.logs, prepend=self.logs[0])  # the first is 0, and excluded below where it matters
         squares = returns**2
         volatility = ewma_volatility(returns, decay)
         variances = [_trailing_mean(squares, span) for span in SPANS]
@@ -119,12 +119,12 @@ class Rows:
         self.columns = np.stack(columns, 1)
 
     def targets(self, origins: np.ndarray, horizons: int) -> np.ndarray:
-        """Log-returns from each origin to 1..horizons rows later, (n, H)."""
+        """Return log-returns from each origin to 1..horizons rows later, (n, H)."""
         return self.logs[origins[:, None] + np.arange(1, horizons + 1)] - self.logs[origins][:, None]
 
 
 class Prices:
-    """What both sections below share: the split, the baselines and the windows of some series."""
+    """Base class of both sections below: the split, the baselines and the windows of some series."""
 
     num_workers = 0
 
@@ -139,7 +139,7 @@ class Prices:
         quantiles: Sequence[float],
         decay: float,
     ) -> None:
-        """`columns` of a file to forecast from: that of dates, those of prices, and how dates are written."""
+        """`columns` of a file to forecast from: dates, prices, and the format of dates."""
         self.columns, self.context, self.horizons, self.decay = columns, context, horizons, decay
         self.quantiles = [float(q) for q in quantiles]
         self._check_options()
@@ -158,18 +158,18 @@ class Prices:
     def _check_options(self) -> None:
         q = self.quantiles
         if not q or any(not 0 < one < 1 for one in q) or any(a >= b for a, b in pairwise(q)):
-            raise ValueError(f"data.quantiles={q}: must rise and lie between 0 and 1.")
+            raise ValueError(f"data.quantiles={q}: must increase and be between 0 and 1.")
         if self.context < 1 or self.horizons < 1 or not 0 < self.decay < 1:
             raise ValueError(
                 f"data.context={self.context}, horizons={self.horizons}, decay={self.decay}: context and horizons are "
-                "at least 1, decay lies between 0 and 1."
+                "at least 1, decay is between 0 and 1."
             )
 
     def _origins(self, series: Series, split: int, end: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows from which training and validation windows forecast.
+        """Return the origins of training and validation windows.
 
-        A training window's last target lies before the split, a validation window's first target at it or after it.
-        Its history may reach back before the split: at its origin that is the past.
+        A training window's last target is before the split, a validation window's first target at or after it. Its
+        history may start before the split, because that is the past at its origin.
         """
         times, h = series.times, self.horizons
         used = len(times) if end is None else int(np.searchsorted(times, end))
@@ -191,14 +191,16 @@ class Prices:
         return train, val
 
     def _first(self) -> int:
-        """The first row with enough history: `context` rows, and before the oldest the longest span."""
+        """Return the first row with enough history: `context` rows, and before them the longest span."""
         return LOOKBACK + self.context - 1
 
     def _baselines(self, rows: Sequence[Rows], train: Sequence[Origin]) -> tuple[np.ndarray, np.ndarray]:
-        """Quantiles by horizon of training's scaled returns, all series together (H, Q), and of its returns (S, H, Q).
+        """Return the quantiles by horizon of scaled training returns, all series together (H, Q), and of returns (S, H,
+        Q).
 
-        They need no history as a model does, and so are fitted to the first years too: the scaled ones are stronger for
-        it. Scaled returns of different series are alike, and together make the stronger baseline; returns are not.
+        They need no history, unlike a model, and so are fitted to the first years too, which makes the scaled baseline
+        stronger. Scaled returns of different series are similar, and together make a stronger baseline; returns are
+        not.
         """
         numbers, origins = np.array(train).T
         scaled, constant = [], []
@@ -210,7 +212,7 @@ class Prices:
         return np.quantile(np.concatenate(scaled), self.quantiles, axis=0).T, np.stack(constant)
 
     def inputs(self, path: str) -> Windows:
-        """The newest window of each series in a file of the same columns, to forecast from its last date."""
+        """Return the newest window of each series in a file of the same columns, to forecast from its last date."""
         series = read_table(path, *self.columns)
         need = self._first() + 1
         for one in series:
@@ -226,16 +228,16 @@ class Prices:
 
 
 class Table(Prices):
-    """Prices of one or several series in a CSV (also .gz) or Parquet file, one row a date, a column a series.
+    """Prices of one or several series in a CSV (also .gz) or Parquet file, one row per date, one column per series.
 
     Args:
         path: the file.
-        date: its column of dates, ISO 8601 unless `date_format` says otherwise (`%m/%d/%Y`).
-        values: its columns of prices, each a series of its own; all above zero.
-        split: the first date of validation. end: the first date that is not used any more, so that choices can be made
-            on earlier years: split=2013-01-01 end=2016-01-01.
-        context: rows that a model sees. horizons: rows ahead that it forecasts, from 1 on.
-        quantiles: those that it forecasts, rising.
+        date: its column of dates, ISO 8601 unless `date_format` is set (`%m/%d/%Y`).
+        values: its columns of prices, each a separate series; all above zero.
+        split: the first date of validation. end: the first date that is excluded, so that settings can be selected on
+        earlier years: split=2013-01-01 end=2016-01-01.
+        context: input rows of a model. horizons: number of forecast rows, from 1 on. quantiles: levels of the forecast,
+        increasing.
         decay: of the exponentially weighted variance; 0.94 is RiskMetrics' for daily prices.
 
     Raises:
@@ -283,8 +285,8 @@ class Indices(Prices):
 def ewma_volatility(returns: np.ndarray, decay: float) -> np.ndarray:
     """s_t of s_t² = decay s_{t-1}² + (1 - decay) r_t², that is from returns up to t. returns (N,) -> (N,).
 
-    It begins with the mean square of the first WARM_UP returns, which lie before any window's origin. returns[0] is
-    left out, for the first row has no return.
+    It starts with the mean square of the first WARM_UP returns, which precede any window's origin. returns[0] is
+    excluded, because the first row has no return.
     """
     first = float((returns[1 : WARM_UP + 1] ** 2).mean()) if len(returns) > 1 else 0.0
     return np.maximum(np.sqrt(_weighted_mean(returns**2, decay, first)), FLOOR)
@@ -300,26 +302,26 @@ def _weighted_mean(values: np.ndarray, decay: float, first: float = 0.0) -> np.n
 
 
 def _trailing_mean(values: np.ndarray, span: int) -> np.ndarray:
-    """Mean of each row and the span - 1 before it, of as many as there are at the beginning. (N,) -> (N,)"""
+    """Return the mean of each row and the span - 1 rows before it, or fewer at the beginning. (N,) -> (N,)"""
     rows = np.arange(len(values))
-    # A difference of running sums would leave rounding where prices rest; a view of windows does not.
+    # A difference of running sums would leave rounding errors for constant prices; a view of windows does not.
     padded = np.concatenate([np.zeros(span - 1), values])
     sums = np.lib.stride_tricks.sliding_window_view(padded, span).sum(1)
     return np.asarray(sums / np.minimum(rows + 1, span))
 
 
 def _relative(columns: Tensor) -> Tensor:
-    """What the model sees of columns (B, T, CHANNELS + 1), in units of the volatility of the last row."""
+    """Return the features of columns (B, T, CHANNELS + 1), in units of the volatility of the last row."""
     s = columns[:, -1:, VOLATILITY, None]  # (B, 1, 1)
     z = columns[..., :1] / s
     levels = (columns[..., SPANNED:DRIFT] - columns[:, -1:, LOG_VOLATILITY, None]).clamp(-3, 3) * 2
     drifts = (columns[..., DRIFT:] / s * _drift_scale()).clamp(-CLIP, CLIP)
-    # About zero, and of deviation about one, by fixed numbers: nothing here is fitted to data.
+    # Mean about zero and deviation about one, by constants: nothing here is fitted to data.
     return torch.cat([z.clamp(-CLIP, CLIP), z.abs().clamp(max=CLIP) - 0.8, levels, drifts], 2)
 
 
 def _drift_scale() -> Tensor:
-    """One by the deviation of the weighted means, were returns independent with deviation one."""
+    """Return 1 / deviation of the weighted means of independent returns with deviation one."""
     return torch.tensor([((1 + drift) / (1 - drift)) ** 0.5 for drift in DRIFTS], dtype=torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""Reading prices by date from CSV and Parquet files, and telling by file and row what is wrong with them."""
+"""Reads prices by date from CSV and Parquet files, and reports errors by file and row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.file_limits import MAX_BYTES, check_regular, check_size, unpacked
 
 @dataclass(frozen=True)
 class Series:
-    """Prices (N,) float64 above zero, times (N,) int64 in seconds since 1970 (UTC), rising. source: for messages."""
+    """Prices (N,) float64 above zero, times (N,) int64 in seconds since 1970 (UTC), increasing; source for messages."""
 
     name: str
     source: str
@@ -27,15 +27,16 @@ class Series:
 
 
 def read_table(path: str, date: str, values: Sequence[str], date_format: str | None = None) -> list[Series]:
-    """One series for each column of `values`.
+    """Read one series for each column of `values`.
 
-    path: a `.parquet` file, or else CSV, also gzipped. Dates are read as ISO 8601 (2018-12-31, or with a time) where
-    there is no `date_format`; a Parquet column of dates is taken as it is.
+    path: a `.parquet` file, or else CSV, also gzipped. Dates are read as ISO 8601 (2018-12-31, or with a time) unless
+    `date_format` is set; a Parquet column of dates is used unchanged.
 
     Raises:
-        OSError: there is no such file, or the package that reads it is not installed.
-        ValueError: a column is missing; a date cannot be read, comes twice or is earlier than the one before; a price
-            is missing, no number, or not above zero. Names the file and the row: the line of a CSV file (its header is
+        OSError: the file does not exist, or the package that reads it is not installed.
+        ValueError: a column is missing; a date cannot be read, is duplicate or is earlier than the previous one; a
+        price is missing, not a number, or not above zero. Names the file and the row: the line of a CSV file (its
+        header is
             line 1), the number from 1 on of a Parquet file.
     """
     if not values:
@@ -62,7 +63,7 @@ def read_table(path: str, date: str, values: Sequence[str], date_format: str | N
 @dataclass(frozen=True)
 class _Rows:
     path: str
-    first: int  # the number of the first row, as people count it
+    first: int  # the number of the first row, counted from 1
 
     def wrong(self, index: int, what: str) -> ValueError:
         return ValueError(f"{self.path}, row {index + self.first}: {what}")
@@ -82,7 +83,7 @@ def _frame(file: Path, parquet: bool) -> Any:
         content, whole = unpacked(file)
         if not whole:
             raise EOFError("the compressed file ends before its end-of-stream marker")
-        # As text: a price that is none shall be shown as it stands. Empty lines count as rows, so that numbers agree.
+        # As text, so that an invalid price is printed unchanged. Empty lines count as rows, so that row numbers agree.
         frame = pandas.read_csv(
             io.BytesIO(content),
             dtype=str,
@@ -93,10 +94,10 @@ def _frame(file: Path, parquet: bool) -> Any:
         )
     except MemoryError:
         raise
-    except Exception as error:  # pandas and pyarrow raise whatever they stumble over
+    except Exception as error:  # pandas and pyarrow raise exceptions of any type
         kind = "Parquet" if parquet else "CSV"
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{file} cannot be read as a {kind} file: {said}") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{file} cannot be read as a {kind} file: {reason}") from error
     empty = (frame == "").all(axis=1).to_numpy()
     end = len(frame)
     while end and empty[end - 1]:
@@ -113,7 +114,7 @@ def _check_parquet(file: Path) -> None:
 
 
 def _times(column: Any, name: str, date_format: str | None, row: _Rows) -> np.ndarray:
-    """Seconds since 1970, checked to rise. Time zones are brought to UTC."""
+    """Return seconds since 1970, which must increase. Time zones are converted to UTC."""
     import pandas
 
     if pandas.api.types.is_datetime64_any_dtype(column):
@@ -121,7 +122,7 @@ def _times(column: Any, name: str, date_format: str | None, row: _Rows) -> np.nd
     else:
         texts = column.astype(str).str.strip()
         parsed = pandas.to_datetime(texts, utc=True, errors="coerce", format=date_format or "ISO8601")
-        if date_format is None:  # ISO 8601 allows 20181231 and 2018 as well: rather a number that is no date
+        if date_format is None:  # ISO 8601 allows 20181231 and 2018 as well, which are more likely numbers than dates
             parsed = parsed.where(texts.str.match(r"\d{4}-\d{2}-\d{2}"))
     bad = parsed.isna().to_numpy()
     if bad.any():
@@ -135,9 +136,9 @@ def _times(column: Any, name: str, date_format: str | None, row: _Rows) -> np.nd
         i = int((steps <= 0).argmax()) + 1
         dates = [str(np.datetime64(int(t), "s")).removesuffix("T00:00:00") for t in times[i - 1 : i + 1]]
         if steps[i - 1] == 0:
-            raise row.wrong(i, f"{name} is {dates[1]}, as in the row before; expected one row a date.")
+            raise row.wrong(i, f"{name} is {dates[1]}, as in the previous row; expected one row per date.")
         raise row.wrong(
-            i, f"{name} is {dates[1]}, before {dates[0]} of the row above; expected dates that rise: sort the file."
+            i, f"{name} is {dates[1]}, before {dates[0]} of the previous row; expected increasing dates: sort the file."
         )
     return np.asarray(times)
 

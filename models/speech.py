@@ -1,9 +1,9 @@
 """Audio to transcriptions: a log-mel front end, convolutions, bidirectional GRUs and CTC.
 
-The order of layers follows Deep Speech 2 (Amodei et al. 2015, arXiv:1512.02595), small enough for a CPU. What a
-recording contributes does not depend on its neighbours in the batch: there is no batch normalisation and no dropout,
-every layer puts zeros where a recording has ended, and the backward GRU starts at the last frame of each recording.
-On CUDA PyTorch adds the gradients of CTC atomically, so that it refuses this network in the deterministic mode there.
+The order of layers follows Deep Speech 2 (Amodei et al. 2015, arXiv:1512.02595), small enough for a CPU. The
+contribution of a recording does not depend on the other recordings of the batch: there is no batch normalization and no
+dropout, every layer sets frames after the end of a recording to zero, and the backward GRU starts at the last frame of
+each recording. On CUDA PyTorch adds the gradients of CTC atomically, so it rejects this network in deterministic mode.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LETTERS = " 'abcdefghijklmnopqrstuvwxyz"  # what LibriSpeech's transcripts are made of
-BLANK = 0  # of CTC; character c is the number 1 + alphabet.index(c)
-WINDOW_S, HOP_S, STRIDE = 0.025, 0.010, 2  # of the spectrogram; the network gives one output in STRIDE frames
+LETTERS = " 'abcdefghijklmnopqrstuvwxyz"  # the characters of LibriSpeech's transcripts
+BLANK = 0  # of CTC; character c has the number 1 + alphabet.index(c)
+WINDOW_S, HOP_S, STRIDE = 0.025, 0.010, 2  # of the spectrogram; the network has one output per STRIDE frames
 
 Batch = dict[str, Any]  # see Speech
 
 
 class LogMel(nn.Module):
-    """Logarithm of the energy in triangular bands on the mel scale, with no parameters to learn.
+    """Log-mel spectrogram: logarithm of the energy in triangular bands on the mel scale, without parameters.
 
     m(f) = 2595 log10(1 + f / 700) (O'Shaughnessy 1987); the triangles of Davis and Mermelstein (1980,
     doi:10.1109/TASSP.1980.1163420), evenly spaced in m from 0 Hz to half the rate, each with a peak of 1; a Hann window
-    of 25 ms every 10 ms. The mean over time is taken off each band, and one deviation divides all of them, so that
-    neither loudness nor the microphone's frequency response matters much.
+    of 25 ms every 10 ms. The mean over time is subtracted from each band, and all bands are divided by one deviation,
+    so that loudness and the microphone's frequency response have little effect.
     """
 
     window: Tensor
@@ -46,7 +46,7 @@ class LogMel(nn.Module):
         if not bool(bands.any(0).all()):
             raise ValueError(
                 f"mels={mels} at rate={rate}: the lowest bands are narrower than the {rate / self.size:.0f} Hz that a "
-                f"window of {1000 * WINDOW_S:.0f} ms tells apart. Choose fewer."
+                f"window of {1000 * WINDOW_S:.0f} ms resolves. Choose fewer."
             )
         self.register_buffer("window", torch.hann_window(self.width), persistent=False)
         self.register_buffer("bands", bands, persistent=False)  # (size / 2 + 1, mels)
@@ -54,9 +54,9 @@ class LogMel(nn.Module):
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """audio (B, N), lengths (B,) in samples -> features (B, T, mels) float32, frames (B,); zeros after the last.
 
-        A frame counts when its whole window lies inside the recording.
+        A frame counts if its whole window is inside the recording.
         """
-        with torch.autocast(audio.device.type, enabled=False):  # a band of 16-bit numbers could not hold a power
+        with torch.autocast(audio.device.type, enabled=False):  # 16-bit numbers could not represent the power of a band
             windows = audio.float().unfold(1, self.width, self.hop) * self.window  # (B, T, width)
             spectrum = torch.fft.rfft(windows, n=self.size)  # (B, T, size / 2 + 1)
             power = spectrum.real**2 + spectrum.imag**2
@@ -73,14 +73,14 @@ class Speech(nn.Module):
     """Recordings to characters by connectionist temporal classification (CTC; Graves et al. 2006,
     doi:10.1145/1143844.1143891).
 
-    A batch is a mapping: `audio` (B, N) float32 in -1..1, zeros behind each recording's end; `lengths` (B,) int64 in
+    A batch is a mapping: `audio` (B, N) float32 in -1..1, zeros after each recording's end; `lengths` (B,) int64 in
     samples; `targets` (B, S) int64, `target_lengths` (B,) int64 (see BLANK); `rate` and `alphabet` of the data, which
     must be the model's own. `predict_step` needs the first two only.
 
     The loss is the negative logarithm of the probability of the whole transcript, per character of it: a mean over
     the characters of all workers. `character_error_rate` and `word_error_rate` of the validation are edits per
-    character (word) of the true transcripts, over all of them, so long ones count for more; `text_accuracy` is the
-    share of transcripts without a fault. Decoding is greedy: the likeliest character of each frame.
+    character (word) of the true transcripts, over all of them, so long ones have more weight; `text_accuracy` is the
+    share of transcripts without an error. Decoding is greedy: the most likely character of each frame.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class Speech(nn.Module):
         self.head = nn.Linear(2 * hidden, 1 + len(alphabet))
 
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """audio (B, N), lengths (B,) -> log-probabilities (B, T, 1 + characters), how many of the T count (B,)."""
+        """audio (B, N), lengths (B,) -> log-probabilities (B, T, 1 + characters), valid frames of the T (B,)."""
         features, frames = self.front(audio, lengths)  # (B, 2T, M)
         frames = (frames + STRIDE - 1) // STRIDE
         x = features[:, None]  # (B, 1, 2T, M)
         valid = mask(frames, (x.shape[2] + STRIDE - 1) // STRIDE)[:, None, :, None]  # (B, 1, T, 1)
-        x = F.relu(self.conv1(x)) * valid  # as if nothing came after the recording, for the next layer looks there
+        x = F.relu(self.conv1(x)) * valid  # zeros after the recording, because the next layer reads there
         x = F.relu(self.conv2(x)) * valid  # (B, C, T, M/4)
         x = self.norm(self.project(x.transpose(1, 2).flatten(2)))  # (B, T, H)
         for layer in self.recurrent:
@@ -141,19 +141,20 @@ class Speech(nn.Module):
         return [{"transcription": text} for text in self._decode(*self._outputs(batch))]
 
     def examples(self, batch: Batch) -> dict[str, Any]:
-        """The first recording as a spectrogram and to be heard, and the first eight as text. -> {name: value}"""
+        """Return the first recording as spectrogram and audio, and the first eight as text. -> {name: value}"""
         found = self._decode(*self._outputs(batch))
         true = self._read(batch)
         rows = [f"| {one} | {other} |" for one, other in zip(true[:8], found[:8], strict=True)]
         audio = batch["audio"][0, : int(batch["lengths"][0])].float().cpu()
         return {
-            "spectrogram": self._picture(audio, f"true: {true[0]}\nheard: {found[0]}"),
+            "spectrogram": self._picture(audio, f"true: {true[0]}\npredicted: {found[0]}"),
             "recording": (audio, self.rate),
-            "transcriptions": "\n".join(["| true | heard |", "| --- | --- |", *rows]),
+            "transcriptions": "\n".join(["| true | predicted |", "| --- | --- |", *rows]),
         }
 
     def export_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What `forward` takes. An exported network keeps the length N of this batch; shorter recordings are padded."""
+        """Return the arguments of `forward`. An exported network keeps the length N of this batch; pad shorter
+        recordings."""
         return batch["audio"], batch["lengths"]
 
     def _outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -165,7 +166,7 @@ class Speech(nn.Module):
         return self(batch["audio"], batch["lengths"])
 
     def _loss(self, outputs: Tensor, frames: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """outputs (B, T, 1 + characters) -> the sum over the batch, and how many characters it stands for."""
+        """outputs (B, T, 1 + characters) -> the sum over the batch, and its number of characters."""
         lengths = batch["target_lengths"]
         each = F.ctc_loss(outputs.transpose(0, 1), batch["targets"], frames, lengths, BLANK, reduction="none")  # (B,)
         return each.sum(), lengths.sum()
@@ -175,7 +176,7 @@ class Speech(nn.Module):
         return [self._text(collapse(row[:n])) for row, n in zip(best.tolist(), frames.tolist(), strict=True)]
 
     def _read(self, batch: Batch) -> list[str]:
-        """The true transcripts."""
+        """Return the true transcripts."""
         lengths = batch["target_lengths"].tolist()
         return [self._text(row[:n]) for row, n in zip(batch["targets"].tolist(), lengths, strict=True)]
 
@@ -200,8 +201,8 @@ class BidirectionalGRU(nn.Module):
     """One GRU from the first frame to the last, another from the last to the first (Schuster and Paliwal 1997,
     doi:10.1109/78.650093; Cho et al. 2014, arXiv:1406.1078). (B, T, inputs) -> (B, T, 2 hidden), zeros after the end.
 
-    Each recording is turned round by itself, so that padding comes last in both directions. Packed sequences would do
-    it too, but `torch.export` cannot follow them, and they bring the lengths back from a GPU at every step.
+    Each recording is reversed separately, so that padding is last in both directions. Packed sequences would work too,
+    but `torch.export` does not support them, and they copy the lengths from the GPU at every step.
     """
 
     def __init__(self, inputs: int, hidden: int) -> None:
@@ -212,7 +213,7 @@ class BidirectionalGRU(nn.Module):
     def forward(self, x: Tensor, frames: Tensor) -> Tensor:
         time = torch.arange(x.shape[1], device=x.device)  # (T,)
         order = frames[:, None] - 1 - time  # (B, T)
-        order = torch.where(order < 0, time, order)  # padding stays where it is
+        order = torch.where(order < 0, time, order)  # padding is not moved
         forwards, _ = self.forwards(x)
         backwards, _ = self.backwards(_reordered(x, order))
         both = torch.cat([forwards, _reordered(backwards, order)], 2)
@@ -230,7 +231,7 @@ def mask(lengths: Tensor, size: int) -> Tensor:
 
 
 def mel_bands(rate: int, mels: int, size: int) -> Tensor:
-    """Weights (size / 2 + 1, mels) from the bins of a Fourier transform of `size` to the bands of LogMel."""
+    """Return weights (size / 2 + 1, mels) from the bins of a Fourier transform of `size` to the bands of LogMel."""
     top = 2595 * np.log10(1 + rate / 2 / 700)
     edges = 700 * (10 ** (np.linspace(0, top, mels + 2) / 2595) - 1)  # Hz; a band starts, peaks and ends at three
     bins = np.arange(size // 2 + 1)[:, None] * rate / size  # Hz
@@ -240,30 +241,30 @@ def mel_bands(rate: int, mels: int, size: int) -> Tensor:
 
 
 def count_frames(samples: Any, width: int, hop: int) -> Any:
-    """How many windows of `width` fit, one every `hop`. An int, or a tensor of them."""
+    """Return the number of windows of `width`, one every `hop`. An int, or a tensor of ints."""
     frames = (samples - width) // hop + 1
     return frames.clamp(min=0) if isinstance(frames, Tensor) else max(frames, 0)
 
 
 def outputs_of(samples: int, rate: int) -> int:
-    """How many outputs `Speech` gives for a recording: 50 per second."""
+    """Return the number of outputs of `Speech` for a recording: 50 per second."""
     return -(-count_frames(samples, round(rate * WINDOW_S), round(rate * HOP_S)) // STRIDE)
 
 
 def outputs_needed(text: str) -> int:
-    """The fewest outputs that can say `text`: one a character, and a blank between two that are alike."""
+    """Return the minimum number of outputs for `text`: one per character, and a blank between equal neighbors."""
     return len(text) + sum(one == other for one, other in pairwise(text))
 
 
 def collapse(numbers: Sequence[int]) -> list[int]:
-    """What a path of CTC says: runs count once, then blanks are left out."""
+    """Decode a path of CTC: runs count once, then blanks are removed."""
     return [n for i, n in enumerate(numbers) if n != BLANK and (i == 0 or n != numbers[i - 1])]
 
 
 def edit_distance(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The fewest insertions, deletions and substitutions that turn one into the other (Levenshtein 1966).
+    """Return the minimum number of insertions, deletions and substitutions between both (Levenshtein 1966).
 
-    Row by row (Wagner and Fischer 1974). Insertions, which depend on their left neighbour, are a running minimum.
+    Row by row (Wagner and Fischer 1974). Insertions, which depend on their left neighbor, are a running minimum.
     """
     index = {item: number for number, item in enumerate({*one, *other})}
     target = np.array([index[item] for item in other], np.int64)

@@ -1,9 +1,9 @@
-"""Digit strings, put together from ten recordings that a package ships.
+"""Digit strings, joined from ten recordings of a package.
 
-This is *not* natural speech: every "three" that is ever heard, in training and in validation, is the same clip of 0.3 s
-(of unstated origin), at another speed, loudness and distance from its neighbours, under other noise. What is held out
-are the strings (none of those in `val` occurs in `train`) and the draws. It shows that a network learns to transcribe,
-in minutes, on a CPU; what it is worth on people is another question, which `SpokenDigitsAsterisk` asks.
+This is *not* natural speech: every "three", in training and in validation, is the same clip of 0.3 s (of unstated
+origin), with different speed, loudness, pauses and noise. Held out are the strings (none of those in `val` occurs in
+`train`) and the random variations. The data show that a network learns to transcribe, in minutes, on a CPU;
+`SpokenDigitsAsterisk` evaluates it on real speech.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ RATE = 8000
 class SpokenDigits(SpeechData):
     """Strings of `fewest` to `most` digits, spelled out: "three seven one".
 
-    The package captcha carries the clips; it is not imported. A string is drawn from (`split_seed`, its index) alone.
-    Its speed (0.85 to 1.15, which moves the pitch too, as Ko et al. 2015, doi:10.21437/Interspeech.2015-711), its
+    The package captcha contains the clips; it is not imported. A string is drawn from (`split_seed`, its index) alone.
+    Its speed (0.85 to 1.15, which changes the pitch too, as in Ko et al. 2015, doi:10.21437/Interspeech.2015-711), its
     pauses, its loudness (over 20 dB) and its noise (white to dull, 0 to 30 dB below the speech) are drawn in training
-    from the seed that the engine gives, anew in every epoch, and in `val` from (`split_seed`, index) alone.
-    Raises OSError when captcha is not installed.
+    from the engine's seed, different in every epoch, and in `val` from (`split_seed`, index) alone. Raises OSError if
+    captcha is not installed.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class SpokenDigits(SpeechData):
 
 
 class SpokenDigitsAsterisk(SpokenDigits):
-    """SpokenDigits, validated on a person too: `val` has the digit strings as `string`, and of Asterisk's prompts the
-    ten of zero to nine as `digit`, the folder digits (numbers, days, months) as `number`, and all as `prompt`."""
+    """SpokenDigits, validated on real speech too: `val` has the digit strings as `string`, and of Asterisk's prompts
+    the ten of zero to nine as `digit`, the folder digits (numbers, days, months) as `number`, and all as `prompt`."""
 
     def __init__(
         self,
@@ -81,13 +81,13 @@ class SpokenDigitsAsterisk(SpokenDigits):
 
 
 class DigitStrings:
-    """A data set of strings that are spoken when they are asked for.
+    """A data set of strings that are synthesized on demand.
 
-    It has no `lengths`: with batches of strings alike in length the network took 130 steps more to begin to learn.
+    It has no `lengths`: with batches of strings of similar length the network started to learn 130 steps later.
     """
 
     def __init__(self, clips: list[np.ndarray], strings: list[str], alphabet: str, seed: int | None) -> None:
-        """`seed`: draw the variations from it and the index, and not from the seeds that `__getitems__` is given."""
+        """`seed`: draw the variations from it and the index, not from the seeds of `__getitems__`."""
         self.clips, self.strings, self.seed = clips, strings, seed
         self.texts = [encode(" ".join(NAMES[int(digit)] for digit in string), alphabet, string) for string in strings]
 
@@ -108,7 +108,7 @@ class DigitStrings:
 
 
 def draw_strings(size: int, fewest: int, most: int, seed: int, held_out: bool) -> list[str]:
-    """`size` strings of digits. One in ten of all possible strings is held out, by its checksum; the others are not."""
+    """Return `size` strings of digits. One in ten of all possible strings is held out, selected by its checksum."""
     strings = []
     for index in range(size):
         random = np.random.RandomState([seed, int(held_out), index])  # its stream is frozen (NEP 19)
@@ -124,7 +124,7 @@ def draw_strings(size: int, fewest: int, most: int, seed: int, held_out: bool) -
 
 
 def speak(string: str, clips: list[np.ndarray], random: np.random.RandomState) -> np.ndarray:
-    """A string of digits as sound (n,) float32 in -1..1, at 8 kHz. See SpokenDigits for what is drawn."""
+    """Return a string of digits as sound (n,) float32 in -1..1, at 8 kHz, with the variations of SpokenDigits."""
     speed = random.uniform(0.9, 1.1)
     parts = [np.zeros(random.randint(400, 1600), np.float32)]
     for digit in string:

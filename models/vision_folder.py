@@ -1,4 +1,4 @@
-"""Pictures with labels in a folder per class, decoded when they are needed."""
+"""Pictures with labels in a folder per class, decoded on demand."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ CHECKED_AT_START = 16  # pictures of a folder that are decoded before training s
 class PictureFolder:
     """A folder of pictures per class: `root/<class>/**/*.png`, of which `val_fraction` is `val`.
 
-    Where all folders in `root` are called train, val (or valid, validation) and test, these are the sets, each with a
+    If all folders in `root` are called train, val (or valid, validation) and test, these are the sets, each with a
     folder per class, and `val` is cut from `root/train` if there is no `root/val`. Classes are numbered in the order of
-    their names. Pictures are scaled and cropped at the centre to `size`, made grey or colour, and normalised as
-    (pixel in 0..1 - mean) / std. A few are decoded at once, so that a broken folder is told before training; a broken
-    picture is told when it is met.
+    their names. Pictures are scaled and center-cropped to `size`, converted to gray or color, and normalized as (pixel
+    in 0..1 - mean) / std. A few are decoded immediately, so that a broken folder is reported before training; a broken
+    picture is reported when it is read.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PictureFolder:
         if size < 1 or crop_padding < 0 or num_workers < 0:
             raise ValueError(f"{size=}, {crop_padding=}, {num_workers=}: size is at least 1, the others at least 0.")
         if channels not in (1, 3):
-            raise ValueError(f"channels={channels}: 1 is grey and 3 is colour.")
+            raise ValueError(f"channels={channels}: 1 is gray and 3 is color.")
         folder = directory(root, "a folder of pictures per class")
         self.num_workers = num_workers
         self.classes, train, val, test = _scan(folder, val_fraction, split_seed)
@@ -68,14 +68,14 @@ class PictureFolder:
         self._look, self._max_pixels = look, max_pixels
 
     def inputs(self, path: str) -> PictureInputs:
-        """A picture, or all of a folder and the folders in it, in the order of their names."""
+        """Return a picture, or all pictures of a folder and its subfolders, in the order of their names."""
         return PictureInputs(path, *self._look, self._max_pixels)
 
 
 class PictureInputs(Dataset[Tensor]):
-    """Pictures without labels: x (C, size, size) float32 each, scaled, cropped and normalised as in training.
+    """Pictures without labels: x (C, size, size) float32 each, scaled, cropped and normalized as in training.
 
-    `names` are the files. Raises FileNotFoundError where `path` is neither a picture nor a folder of some.
+    `names` are the files. Raises FileNotFoundError if `path` is neither a picture nor a folder of pictures.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PictureInputs(Dataset[Tensor]):
 
 
 class PictureFiles:
-    """A data set of picture files, decoded when asked for: x (C, size, size) float32, y int.
+    """A data set of picture files, decoded on demand: x (C, size, size) float32, y int.
 
     Random crops and mirror images are drawn from torch's generator, which the caller seeds for each sample.
     """
@@ -131,7 +131,7 @@ class PictureFiles:
         x = decode(path, self.size, self.channels, self.max_pixels).float().div_(255).sub_(self.mean).div_(self.std)
         if self.crop_padding:
             p = self.crop_padding
-            x = F.pad(x, (p, p, p, p))  # zero is the mean, that is grey
+            x = F.pad(x, (p, p, p, p))  # zero is the mean, that is gray
             top, left = torch.randint(0, 2 * p + 1, (2,)).tolist()
             x = x[:, top : top + self.size, left : left + self.size]
         if self.flip and torch.rand(()) < 0.5:
@@ -140,7 +140,7 @@ class PictureFiles:
 
 
 def decode(path: str, size: int | tuple[int, int], channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """A picture file as (channels, H, W) uint8: its centre, scaled. Raises ValueError naming the file.
+    """Return a picture file as (channels, H, W) uint8: its center, scaled. Raises ValueError naming the file.
 
     `size` is height and width, or one number for both.
     """
@@ -148,23 +148,23 @@ def decode(path: str, size: int | tuple[int, int], channels: int, max_pixels: in
     height, width = (size, size) if isinstance(size, int) else size
     try:
         with open_picture(path, max_pixels, "max_pixels") as opened:
-            opened.draft(mode, (width, height))  # JPEG alone: decode at a fraction of the size
+            opened.draft(mode, (width, height))  # JPEG only: decode at a fraction of the size
             picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
+            if picture.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             if picture.mode == "F":
                 raise ValueError("its pixels are floating-point numbers")
             picture = ImageOps.fit(picture.convert(mode), (width, height), Image.Resampling.BILINEAR)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
         what = str(error).replace(repr(path), "it")
         raise ValueError(f"{path} cannot be read as a picture: {what}. Repair or remove it.") from error
     return torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1)
 
 
 def _scan(folder: Path, val_fraction: float, seed: int) -> tuple[list[str], list[Any], list[Any], list[Any]]:
-    """Class names and the (path, label) pairs of train, val and test."""
+    """Return class names and the (path, label) pairs of train, val and test."""
     names = {entry.name for entry in _folders(folder)}
     if not names or not names <= set(PARTS):
         classes = _class_names(folder)
@@ -195,7 +195,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
-    """(path, label) of every picture below `folder`, in the order of names, which no file system gives by itself."""
+    """Return (path, label) of every picture below `folder`, sorted by name, which file systems do not guarantee."""
     number = {name: label for label, name in enumerate(classes)}
     files: list[tuple[str, int]] = []
     for entry in sorted(_folders(folder), key=lambda entry: entry.name):
@@ -218,7 +218,7 @@ def _folders(folder: Path) -> list[os.DirEntry[str]]:
 
 def _pictures_below(folder: str) -> Iterator[str]:
     def stop(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder that it may not read
+        raise error  # os.walk would skip a folder that it may not read
 
     for parent, folders, names in os.walk(folder, onerror=stop):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

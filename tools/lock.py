@@ -1,13 +1,14 @@
-"""Write constraints.txt and locks/: one version of every package that any extra needs, on every machine that is meant.
+"""Write constraints.txt and locks/: one version of every package of all extras, for every supported machine.
 
-constraints.txt has no hashes, because pip refuses an editable install with them. locks/linux.txt has the hashes of what
-images and hosts install, launch and its extra `examples`; the base image of the Dockerfile is pinned by its digest.
+constraints.txt has no hashes, because pip refuses an editable install with them. locks/linux.txt has the hashes of the
+packages that images and hosts install, launch and its extra `examples`; the base image of the Dockerfile is pinned by
+its digest.
 
-The resolution is universal (uv): it holds for Python 3.11 to 3.13, and for what a CPU laptop and a Linux GPU machine
-need together, so that head, workers and laptop install the same. Lines that only some machines need carry a marker.
+The resolution is universal (uv): it is valid for Python 3.11 to 3.13, and for CPU laptops and Linux GPU machines, so
+that head, workers and laptop install the same. Lines that only some machines need have a marker.
 
     make lock                  newest allowed versions; torch stays where constraints.txt has it
-    make lock TORCH=2.13.0     move torch, the one pin that is worth a test on a GPU machine
+    make lock TORCH=2.13.0     change torch, the one pin that deserves a test on a GPU machine
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ HASHED = ROOT / "locks" / "linux.txt"
 DOCKERFILE = ROOT / "Dockerfile"
 OLDEST_PYTHON = "3.11"
 HEADER = """\
-# The versions that are tested together: pip install --constraint constraints.txt '.[examples]'
-# Made by `make lock` from pyproject.toml: all extras, Python 3.11 to 3.13, with and without a GPU. Not edited by hand.
+# The versions that are tested together: pip install --constraint constraints.txt '.[examples]' Made by `make lock` from
+# pyproject.toml: all extras, Python 3.11 to 3.13, with and without a GPU. Not edited by hand.
 """
 
 
@@ -42,7 +43,7 @@ HASHED_HEADER = """\
 
 
 def read_pin(name: str) -> str | None:
-    """Return the version that constraints.txt holds of a package, or None."""
+    """Return the version of a package in constraints.txt, or None."""
     if not LOCK.exists():
         return None
     found = re.search(rf"^{re.escape(name)}==([^\s;]+)", LOCK.read_text(), re.MULTILINE)
@@ -52,7 +53,7 @@ def read_pin(name: str) -> str | None:
 def normalise(resolved: str) -> list[str]:
     """Return the pins of a resolution: sorted, without comments and without local versions such as `+cpu`.
 
-    A line that is no pin (an index, a path, an address) is an error: it would tie every machine to this one.
+    A line that is not a pin (an index, a path, an address) is an error: it would not work on other machines.
     """
     pins = []
     for raw in resolved.splitlines():
@@ -61,14 +62,14 @@ def normalise(resolved: str) -> list[str]:
             continue
         match = re.fullmatch(r"([a-z0-9][a-z0-9.-]*)==([^\s;+]+)(?:\+[^\s;]+)?( ; .+)?", line)
         if match is None:
-            raise SystemExit(f"make lock: the resolver answered {line!r}, which is not a pin of the form name==version")
+            raise SystemExit(f"make lock: the resolver returned {line!r}, which is not a pin of the form name==version")
         name, version, marker = match.groups()
         pins.append(f"{name}=={version}{marker or ''}")
     return sorted(pins)
 
 
 def resolve(torch: str | None) -> str:
-    """Ask uv for a universal resolution of pyproject.toml with all extras; return its requirements text."""
+    """Resolve pyproject.toml with all extras by uv, universally; return its requirements text."""
     with tempfile.TemporaryDirectory() as scratch:
         extra = []
         if torch is not None:
@@ -79,16 +80,16 @@ def resolve(torch: str | None) -> str:
 
 
 def compiled(words: list[str]) -> str:
-    """Return what `uv pip compile` answers for pyproject.toml."""
+    """Return the output of `uv pip compile` for pyproject.toml."""
     command = [sys.executable, "-m", "uv", "pip", "compile", str(ROOT / "pyproject.toml"), *words]
     command += ["--universal", "--python-version", OLDEST_PYTHON, "--fork-strategy", "fewest"]
     command += ["--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", "--quiet"]
-    # A folder of wheels on this machine must not decide what others install.
+    # A folder of wheels on this machine must not affect the pins.
     environment = {name: value for name, value in os.environ.items() if name not in ("UV_FIND_LINKS",)}
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=scratch, timeout=600)
     if done.returncode:
-        raise SystemExit("make lock: the versions that pyproject.toml allows do not fit together, see above")
+        raise SystemExit("make lock: the versions that pyproject.toml allows are incompatible, see above")
     return done.stdout
 
 
@@ -100,12 +101,12 @@ def pin_base(text: str, digest: Callable[[str, str], str]) -> str:
     name, tag = found[1], found[2]
     answer = digest(name, tag)
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", answer):
-        raise SystemExit(f"make lock: the registry answered {answer!r} for {name}:{tag}, which is no digest")
+        raise SystemExit(f"make lock: the registry returned {answer!r} for {name}:{tag}, which is not a digest")
     return text[: found.start()] + f"ARG BASE={name}:{tag}@{answer}" + text[found.end() :]
 
 
 def digest_on_docker_hub(name: str, tag: str) -> str:
-    """Ask Docker Hub for the digest of a tag, as its clients do. OSError where it is not reached."""
+    """Request the digest of a tag from Docker Hub, like its clients. Raises OSError if it is not reachable."""
     address = f"https://auth.docker.io/token?service=registry.docker.io&scope=repository:{name}:pull"
     with urllib.request.urlopen(address, timeout=30) as answer:
         token = json.load(answer)["token"]
@@ -130,7 +131,7 @@ def main() -> None:
     try:
         DOCKERFILE.write_text(pin_base(DOCKERFILE.read_text(), digest_on_docker_hub))
     except OSError as error:
-        print(f"The base image keeps the pin that it has: Docker Hub does not answer ({error}).", file=sys.stderr)
+        print(f"The base image keeps its pin: Docker Hub does not answer ({error}).", file=sys.stderr)
     print(f"{LOCK.name}: {len(pins)} pins, torch {read_pin('torch')}. Next: make test, then commit it.")
 
 

@@ -189,10 +189,10 @@ def test_network_can_be_exported_for_any_number_of_pictures(network: Captioner) 
         ({"dim": 18}, "dim=18, heads=2"),
         ({"heads": 3}, "dim=16, heads=3"),
         ({"beams": 0}, "beams=0"),
-        ({"words": ["a", "a"]}, '"a" is there 2 times'),
+        ({"words": ["a", "a"]}, '"a" occurs 2 times'),
         ({"words": ["a b"]}, '"a b" is not one word'),
         ({"words": []}, "at least one word"),
-        ({"words": "nowhere.json"}, "nowhere.json is no file"),
+        ({"words": "nowhere.json"}, "nowhere.json is not a file"),
     ],
 )
 def test_settings_that_cannot_be(words: dict[str, Any], message: str) -> None:

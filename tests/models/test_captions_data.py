@@ -119,7 +119,7 @@ def test_random_numbers_are_uniform_and_frozen() -> None:
         ({"limit": 0}, "data.limit=0"),
         ({"words": ["one", "two"]}, "data.words has 2 words; ten"),
         ({"words": ["one"] * 10}, '"one" is there 10 times'),
-        ({"words": ["ONE", *DIGITS[1:]]}, '"ONE" is not one word in small letters'),
+        ({"words": ["ONE", *DIGITS[1:]]}, '"ONE" is not one word in lower case'),
     ],
 )
 def test_rows_that_cannot_be_drawn(words: dict[str, Any], message: str) -> None:
@@ -247,16 +247,16 @@ BAD: list[tuple[Change, str]] = [
     (edit(TRAIN, lambda c: c["annotations"][3].update(image_id=7)), r"annotations\[3\] belongs to image_id 7, which"),
     (edit(TRAIN, lambda c: c["annotations"][4].update(caption=" ")), r"annotations\[4\].caption is ' '; expected a te"),
     (edit(TRAIN, lambda c: c["annotations"][4].update(caption=None)), r"annotations\[4\].caption is None; expected a"),
-    (edit(TRAIN, lambda c: c["annotations"][4].update(caption="?!")), r"caption is '\?!', in which there is no word"),
-    (edit(TRAIN, lambda c: c["images"][1].update(id=100)), r"images\[1\] has the id 100, as an entry before it"),
+    (edit(TRAIN, lambda c: c["annotations"][4].update(caption="?!")), r"caption is '\?!', which contains no word"),
+    (edit(TRAIN, lambda c: c["images"][1].update(id=100)), r"images\[1\] has the id 100 of an earlier entry"),
     (edit(TRAIN, lambda c: c["images"][1].update(id=[1])), r"images\[1\].id is \[1\]; expected a number or a text"),
     (edit(VAL, other_words), r'val2017.json: 3 of 9 words are not among the 8.*"ein" in annotations\[1\].*max_unknown'),
     (lambda root: (root / TRAIN).write_text('{"images": [,'), r"train2017.json is not JSON: line 1, column 13"),
     (lambda root: (root / TRAIN).write_bytes(b"\xff\xfe"), r"train2017.json is not UTF-8 text"),
-    (lambda root: (root / VAL).unlink(), r"captions_val2017.json is no file; expected captions in COCO's layout"),
+    (lambda root: (root / VAL).unlink(), r"captions_val2017.json is not a file; expected captions in COCO's layout"),
     (lambda root: (root / "train2017/000000000003.png").unlink(), r"annotations\[6\] is about 000000000003.png, which"),
     (lambda root: (root / "val2017/000000000000.jpg").write_text("x"), r"000000000000.jpg cannot be read as a pict"),
-    (lambda root: (root / "val2017").rename(root / "val"), r"val2017 is no folder; data.val_pictures should name"),
+    (lambda root: (root / "val2017").rename(root / "val"), r"val2017 is not a folder; data.val_pictures must name"),
     (lambda root: root.rename(root.with_name("elsewhere")), r"data.root=.*does not exist"),
 ]
 
@@ -271,7 +271,7 @@ def test_bad_captions_are_refused_with_file_and_entry(change: Change, message: s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_count": 99}, r"no word .* min_count=99 times; the most frequent is there 6 times"),
+        ({"min_count": 99}, r"no word .* min_count=99 times; the most frequent occurs 6 times"),
         ({"height": 7}, "height=7"),
         ({"channels": 2}, "data.channels=2"),
         ({"limit": 13}, "data.limit=13: must be a whole number from 1 to 12"),

@@ -140,7 +140,7 @@ def test_predictions_are_text_for_bytes_and_ids_for_tokens() -> None:
 
 def test_examples_quote_whatever_bytes_come() -> None:
     shown = network().examples(batch())["continuation"]
-    before, after = shown.split("goes on as")
+    before, after = shown.split("continues as")
     assert all(line.startswith("    ") for line in (before + after).splitlines() if line)
 
 

@@ -113,7 +113,7 @@ def cut(folder: Path) -> None:
 SPOILED: list[tuple[Callable[[Path], object], dict[str, object], type[Exception], str]] = [
     (lambda folder: (folder / "val.bin").unlink(), {}, FileNotFoundError, r"val\.bin does not exist.*uint16"),
     (lambda folder: (folder / "train.bin").write_bytes(b""), {}, ValueError, r"train\.bin is empty"),
-    (cut, {}, ValueError, r"val\.bin has 43 bytes, no multiple of the 2 of a uint16"),
+    (cut, {}, ValueError, r"val\.bin has 43 bytes, not a multiple of the 2 of a uint16"),
     (lambda folder: write(folder, val=[1, 2, 3]), {}, ValueError, r"val\.bin holds 3 tokens.*at least 6"),
     (lambda folder: write(folder, train=[1] * 9 + [77]), {}, ValueError, r"train\.bin: token 9 is 77.*from 0 to 29"),
     (lambda folder: None, {"dtype": "int64"}, ValueError, "uint16 or uint32"),

@@ -134,7 +134,7 @@ def test_inputs_need_no_target(root: Path, tmp_path: Path) -> None:
         ({"a": [float("nan") if n == 13 else 1.0 for n in range(100)]}, {}, r"x.parquet, row group 1, row 3: a is not"),
         ({"a": [None if n == 24 else 1 for n in range(100)]}, {}, r"row group 2, row 4: a is empty"),
         ({"a": ["text"] * 100}, {}, r"row group 0: a holds string; numbers"),
-        ({"b": [[1.0] * (n % 2) for n in range(100)]}, {}, r"b holds lists of several lengths"),
+        ({"b": [[1.0] * (n % 2) for n in range(100)]}, {}, r"b holds lists of different lengths"),
         ({"y": [[1.0, 2.0]] * 100}, {}, r"the target y holds lists"),
         ({}, {"val_fraction": 1.0}, r"val_fraction=1.0"),
     ],
@@ -151,7 +151,7 @@ def test_files_that_are_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no .parquet file"):
         Parquet(str(tmp_path), target="y")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 this is none")
-    with pytest.raises(ValueError, match=r"x.parquet is no Parquet file, or damaged"):
+    with pytest.raises(ValueError, match=r"x.parquet is not a Parquet file, or damaged"):
         Parquet(str(tmp_path), target="y")
     with pytest.raises(ValueError, match=r"a single row group"):
         Parquet(str(write(tmp_path / "one" / "x.parquet", group=100)), target="y")

@@ -267,7 +267,7 @@ def test_debug_fast_runs_on_the_indices(here: Place) -> None:
     ("change", "message"),
     [
         (lambda text: text.replace("date,close", "date,price"), "has no column 'close'; it has date, price"),
-        (lambda text: text + "2001-05-14,100\n", "row 502: date is 2001-05-14, as in the row before"),
+        (lambda text: text + "2001-05-14,100\n", "row 502: date is 2001-05-14, as in the previous row"),
         (lambda text: text.replace("2000-01-03,", "2000-01-03,-"), "row 4: close is"),
         (lambda text: text[:3000], "rows for training"),
     ],

@@ -216,7 +216,7 @@ def test_inputs_are_the_newest_windows_of_a_file(tmp_path: Path) -> None:
         ({"end": "2001-05-03"}, "2 rows for validation"),
         ({"split": "soon"}, "data.split=soon: must be a date such as"),
         ({"end": "later"}, "data.end=later"),
-        ({"quantiles": [0.5, 0.1]}, "quantiles=.*must rise"),
+        ({"quantiles": [0.5, 0.1]}, "quantiles=.*must increase"),
         ({"quantiles": [0.0, 0.1]}, "between 0 and 1"),
         ({"quantiles": []}, "data.quantiles="),
         ({"horizons": 0}, "horizons=0"),

@@ -72,7 +72,7 @@ BAD: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
     "no date column": (row(0, "day,close,open"), "has no column 'date'; it has day, close, open.*data.date"),
     "no value column": (row(0, "date,Close,open"), "has no column 'close'; it has date, Close, open.*data.values"),
     "unsorted": (lambda lines: [*lines, "2020-01-03,1,1"], "row 5: date is 2020-01-03, before 2020-01-05.*sort"),
-    "twice": (lambda lines: [*lines, "2020-01-05,1,1"], "row 5: date is 2020-01-05, as in the row before"),
+    "twice": (lambda lines: [*lines, "2020-01-05,1,1"], "row 5: date is 2020-01-05, as in the previous row"),
     "no date": (row(2, "soon,1,1"), 'row 3: date is "soon", expected a date such as 2018-12-31.*data.date_format'),
     "American date": (row(1, "1/4/1999,1,1"), 'row 2: date is "1/4/1999", expected.*%m/%d/%Y'),
     "year alone": (row(1, "1999,1,1"), 'row 2: date is "1999", expected a date'),

@@ -182,13 +182,13 @@ BAD: list[tuple[Change, str]] = [
     (lambda root: (root / FOLDER / "19-198-0001.wav").unlink(), r"trans.txt, line 2: there is no 19-198-0001.flac"),
     (lambda root: (root / FOLDER / "19-198-0001.wav").write_text("no sound"), r"0001.wav cannot be read as sound"),
     (lambda root: (root / FOLDER / "19-198-0000.flac").write_bytes(b""), r"0000.flac cannot be read as sound"),
-    (lines(LINES.replace("HE", "7 DAYS")), r"trans.txt, line 3: '7 days' has '7', which the alphabet .* lacks"),
+    (lines(LINES.replace("HE", "7 DAYS")), r"trans.txt, line 3: '7 days' has '7', not in the alphabet "),
     (lines(LINES.replace(" HE", "")), r"trans.txt, line 3: expected .*name, a space and its transcript.*'19-198-0002'"),
-    (lines(LINES.replace("DON'T", "A " * 200)), r"line 2: 399 characters cannot be said in the 2.00 s.*another"),
+    (lines(LINES.replace("DON'T", "A " * 200)), r"line 2: 399 characters do not fit the 2.00 s.*another"),
     (lambda root: (root / FOLDER / "19-198.trans.txt").write_bytes(b"\xff\xfe"), r"trans.txt is not UTF-8"),
     (lambda root: (root / FOLDER / "19-198.trans.txt").unlink(), r"has no line in a .trans.txt beside it \(3 such"),
     (lambda root: (root / "dev-clean").rename(root / "dev"), r"data.val: .* has no folder dev-clean.*dev, train-clean"),
-    (lambda root: root.rename(root.with_name("elsewhere")), r"data.root=.* is no directory"),
+    (lambda root: root.rename(root.with_name("elsewhere")), r"data.root=.* is not a directory"),
 ]
 
 
