@@ -1,16 +1,15 @@
-"""What checkpoints cost the training of a model of 100 million parameters: one every 20 steps against none.
+"""Measures the cost of checkpoints, one every 20 steps, for training a model of 100 million parameters.
 
-    python benchmarks/checkpoint.py         one process, float32, AdamW: 1.2 GB a checkpoint; about six minutes
+    python benchmarks/checkpoint.py         one process, float32, AdamW: 1.2 GB per checkpoint; about six minutes
 
-In one process, turn by turn: 20 steps without a checkpoint, then 20 steps of which the first follows a save, as the
-training loop does it (`Checkpointer.save`, in the background, with checksums and fsync). The time of a turn ends when
-its last step is done and its checkpoint is on the disk. `copy` is nothing but the copying of the same tensors into
-memory that is there already; `block` is how long `save` keeps the loop. The first save, which also has to get that
-memory, is told apart. The CPU seconds of a save while nothing trains say what it takes from training whose threads use
-all cores, also on a machine where others work.
+One process alternates 20 steps without a checkpoint and 20 steps that start with a save, as in the training loop
+(`Checkpointer.save`, in the background, with checksums and fsync). A turn ends when its last step is done and its
+checkpoint is on the disk. `copy` copies the same tensors into allocated memory; `block` is the time for which `save`
+blocks the loop. The first save, which also allocates that memory, is reported separately. The CPU seconds of a save
+without training are the computation that it takes from training threads on all cores, also on a shared machine.
 
-A step on two cores is slow, but so is everything that a checkpoint costs, and both share the same cores: on a machine
-with a GPU the cores that write have nothing else to do.
+Steps and saves share the same two cores here; on a machine with a GPU the cores that write a checkpoint are idle
+otherwise.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def main() -> None:
 
 
 class Training:
-    """A multilayer perceptron whose steps do the work of real ones, and its checkpoints."""
+    """A multilayer perceptron with real training steps, and its checkpoints."""
 
     def __init__(self, parameters: int, batch: int, folder: Path) -> None:
         torch.manual_seed(0)
@@ -85,7 +84,7 @@ def measure(training: Training, rounds: int, every: int) -> Iterator[Figures]:
     harness.progress("warm-up")
     training.step()
     training.step()
-    training.save()  # gets the memory for copies
+    training.save()  # allocates the memory for copies
     first = training.saver.wait()
     assert first is not None
     copies = [torch.empty_like(tensor).zero_() for tensor in training.tensors()]
@@ -101,7 +100,7 @@ def measure(training: Training, rounds: int, every: int) -> Iterator[Figures]:
         alone, cpu = time.perf_counter() - began, time.process_time() - before
         seconds: dict[bool, float] = {}
         for saves in (False, True) if number % 2 == 0 else (True, False):
-            training.step()  # what the turn before left in the caches is not this one's
+            training.step()  # the caches still hold data of the previous turn
             began = time.perf_counter()
             if saves:
                 training.save()

@@ -1,16 +1,16 @@
-"""How long two workers take over a slow link to a loss, by strategy and compression.
+"""Measures the time of two workers over a slow link to a given loss, by strategy and compression.
 
     python benchmarks/communication.py                   # root: the link is a token bucket between network namespaces
     python benchmarks/communication.py --rates 100mbit --seeds 0 --systems ddp diloco
 
 An MLP 784-2000-2000-10 (5.6 million parameters) on the digits, global batch 32, AdamW. The target is the validation
-loss that plain DDP has after `--steps` steps, for each seed by itself. Two things are measured apart, since neither
-changes the other:
+loss that plain DDP has after `--steps` steps, for each seed. Two quantities are measured separately, because they are
+independent:
 
-- steps: the run is made without a limit on the link and evaluated every few steps; the first evaluation at or below
+- steps: the run uses an unlimited link and is evaluated every few steps; the first evaluation at or below
   the target counts.
 - seconds a step: the same run over the link, without evaluations. DDP may be timed over fewer steps than it needs
-  (`--timed`), since its steps are alike; a strategy that meets every few steps is timed over all of its steps.
+  (`--timed`), because its steps are equal; a strategy that synchronizes every few steps is timed over all of its steps.
 
 The time to the target is their product. The network, data, sums and updates are the engine's own, without Ray.
 """
@@ -43,7 +43,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "diloco, bf16": {"name": "diloco", "compression": "bf16"},
     "diloco, bf16, overlapped": {"name": "diloco", "compression": "bf16", "overlap_steps": 5},
 }
-# (rate, system): how many times faster than ddp it has to be.
+# (rate, system): required speed-up over ddp.
 ASKED = {
     ("1gbit", "ddp, bf16"): Demand(least=1.4),
     ("1gbit", "ddp, fp16"): Demand(least=1.4),
@@ -52,7 +52,7 @@ ASKED = {
 }
 _APART = [name for name, strategy in SYSTEMS.items() if "name" in strategy]
 _EVERY = 5  # steps between two evaluations
-_WARM_UP = 5  # steps before the clock starts
+_WARM_UP = 5  # steps before the timing starts
 
 
 # ---- a rank ---------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def job_of(strategy: dict[str, Any], seed: int, steps: int, evaluate_every: int,
 
 
 class Clock:
-    """The engine's control, which notes when each step begins."""
+    """The engine's control; records the start time of each step."""
 
     def __init__(self) -> None:
         self.begun: list[float] = []
@@ -95,7 +95,7 @@ class Clock:
 
 
 def rank(words: str) -> None:
-    """Be one rank of a run; rank 0 prints {"losses": {step: validation loss}, "seconds": of each step}."""
+    """Run one rank; rank 0 prints {"losses": {step: validation loss}, "seconds": of each step}."""
     import os
 
     import torch
@@ -156,7 +156,7 @@ def compare(options: argparse.Namespace, say: Any) -> list[dict[str, Any]]:
         for seed in options.seeds:
             for name in options.systems:
                 if rate != options.rates[0] and name not in ("ddp", *_APART):
-                    continue  # its ratio on a slower link follows from the bytes; measuring it takes minutes
+                    continue  # its ratio on a slower link follows from the bytes; a measurement takes minutes
                 steps = needed[name, seed]
                 if steps is None:
                     rows.append({"rate": rate, "system": name, "seed": seed, "steps": None, "seconds": None})
@@ -171,7 +171,7 @@ def compare(options: argparse.Namespace, say: Any) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], systems: Sequence[str], rates: Sequence[str]) -> tuple[str, bool]:
-    """Return the table for people, and whether all that was asked for is met."""
+    """Return the table, and whether all requirements are met."""
     lines = ["| link | system | steps | seconds | steps, times ddp's | faster than ddp | asked |", "| " + "--- | " * 7]
     met = True
     for rate in rates:
@@ -199,7 +199,7 @@ def main() -> int:
     parser.add_argument("--systems", nargs="+", default=["ddp", "ddp, bf16", "ddp, fp16", "diloco"], choices=SYSTEMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150, help="of ddp to the target")
-    parser.add_argument("--timed", type=int, default=40, help="most steps over which a strategy like ddp is timed")
+    parser.add_argument("--timed", type=int, default=40, help="maximum number of timed steps of a strategy like ddp")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank", help=argparse.SUPPRESS)
@@ -208,7 +208,7 @@ def main() -> int:
         rank(options.rank)
         return 0
     if "ddp" not in options.systems:
-        parser.error("--systems must have ddp, which the others are compared with")
+        parser.error("--systems must include ddp, the baseline of the comparison")
     if problem := namespaces.why_not():
         print(problem, file=sys.stderr)
         return 2

@@ -1,9 +1,10 @@
-"""What it costs to see that the workers' copies of a model differ, and that a gradient is NaN: shares of training.
+"""Measures the cost of comparing the workers' copies of a model, and of checking gradients for NaN, as shares of
+training.
 
     python benchmarks/copies.py          the convolutional network, an MLP and a small GPT, ten rounds, a minute
 
-Two workers on this machine, one thread each. In every round a worker takes some steps, looks at the gradients as often,
-and compares its copy with the other's; the comparison is made once in `trainer.log_every` = 50 steps.
+Two workers on this machine, one thread each. In every round a worker runs some steps, checks the gradients as often,
+and compares its copy with the other's; training compares once in `trainer.log_every` = 50 steps.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _worker(rank: int, folder: str, options: argparse.Namespace) -> None:
 
 
 def _measure(runtime: Runtime, kind: Any, batch_of: Any, share: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the parameters of a network, and by round the seconds of a step, of a look and of a comparison."""
+    """Return the parameters of a network, and by round the seconds of a step, of a check and of a comparison."""
     torch.manual_seed(0)
     network: nn.Module = kind()
     batch = batch_of(share)

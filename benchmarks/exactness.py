@@ -1,9 +1,9 @@
-"""What `trainer.deterministic=true` costs: steps per second with it and without, for one and two workers.
+"""Measures the cost of `trainer.deterministic=true`: steps per second with and without it, for one and two workers.
 
     python benchmarks/exactness.py          the convolutional network and the MLP, ten rounds, about five minutes
 
-Without it a single worker computes with all cores. With it every worker computes with one thread, whatever the machine,
-since kernels split their sums by threads: for one worker the cost holds that as well.
+Without it a single worker uses all cores. With it every worker uses one thread on any machine, because kernels split
+their sums by threads: for one worker the cost includes that as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks import harness
 from benchmarks.figures import Figures, Report, Spread, ratio
 from benchmarks.harness import Command, Failed, Turns, torchrun
 
-SKIPPED = 5  # steps of a turn before its time begins
+SKIPPED = 5  # steps of a turn before its timing starts
 NETWORKS = {"convnet": "ConvNet", "mlp": "MLP"}
 
 
@@ -52,7 +52,7 @@ def launch(options: argparse.Namespace, steps: int, network: str, workers: int, 
     def command(turns: str, folder: Path) -> list[str]:
         words = ["-m", "launcher", "experiment=mnist", f"model={network}", f"run.root={folder}", "run.name=run"]
         words += [f"trainer.deterministic={str(exact).lower()}", f"trainer.global_batch_size={options.batch}"]
-        # A deterministic step has several passes through the network, one a chunk: the optimizer keeps time.
+        # A deterministic step has several passes through the network, one per chunk, so the optimizer is timed.
         words += ["trust=[benchmarks]", "optimizer._target_=benchmarks.timed.AdamW", f"+optimizer.turns={turns}"]
         words += [f"trainer.steps={steps}", "trainer.log_every=50", "scheduler=none"]
         words += [f"trainer.evaluate_every={10 * steps}", f"checkpoint.every={10 * steps}"]

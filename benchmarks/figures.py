@@ -1,4 +1,4 @@
-"""What becomes of measured figures: medians and spread, what is asked of them, the machine, the table and its JSON."""
+"""Processes measured figures: medians and spread, requirements, the machine, the table and its JSON."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def spread(runs: Sequence[Figures], key: str) -> Spread:
 
 
 def ratio(above: Sequence[Figures], below: Sequence[Figures], key: str) -> Spread:
-    """The ratio of every round by itself, so that what disturbs a whole round cancels."""
+    """Return the ratio of each round, so that disturbances of a whole round cancel."""
     return Spread([float(a[key]) / float(b[key]) for a, b in zip(above, below, strict=True)])
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What the median of a ratio is to be: at least `least`, at most `most`."""
+    """A requirement on the median of a ratio: at least `least`, at most `most`."""
 
     least: float | None = None
     most: float | None = None
@@ -77,9 +77,9 @@ class Demand:
 
 @dataclass
 class Report:
-    """One benchmark's result: a Markdown table for people, JSON for programs.
+    """The result of a benchmark: a Markdown table, and JSON for programs.
 
-    `rows` are those of the table, a mapping of heading to text; `content` is what the JSON holds beside them.
+    `rows` are those of the table, a mapping of heading to text; `content` is the additional content of the JSON.
     """
 
     name: str
@@ -110,14 +110,14 @@ class Report:
         }
 
     def finish(self, file: str | None) -> None:
-        """Print, and write the JSON where it is wanted."""
+        """Print the table, and write the JSON if requested."""
         self.print()
         if file:
             Path(file).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A Markdown table whose columns are aligned; every row has the keys of the first."""
+    """Return a Markdown table with aligned columns; every row has the keys of the first."""
     heads = list(rows[0])
     widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
     lines = [heads, ["-" * width for width in widths], *([row[head] for head in heads] for row in rows)]
@@ -127,7 +127,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def environment() -> Figures:
-    """Machine, versions, commit and date: what a figure is worth nothing without."""
+    """Return machine, versions, commit and date, without which a figure is meaningless."""
     versions = {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -146,7 +146,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit, and whether what ran differs from it."""
+    """Return the commit, and whether the code that ran differs from it."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)

@@ -1,12 +1,12 @@
-"""Everything about one GPU in one command, without Ray and without a network connection; at most six minutes.
+"""Checks one GPU in one command, without Ray and without a network connection; at most six minutes.
 
     python benchmarks/gpu.py --json gpu.json            every section on the GPU
     python benchmarks/gpu.py --only right fits          some of them
-    python benchmarks/gpu.py --device cpu --tiny        tries the sections themselves, on the CPU, in under two minutes
+    python benchmarks/gpu.py --device cpu --tiny        tests the sections on the CPU, in under two minutes
     python benchmarks/gpu.py --page gpu.json            write docs/gpu.md from recorded figures
 
-The sections are files of `benchmarks/gpu_sections/`. Each prints its table when it ends; a check that fails, and a
-section that raises, do not keep the others from running. The exit status is 1 when a check failed. Without a GPU the
+The sections are files of `benchmarks/gpu_sections/`. Each prints its table when it ends; a failed check or a section
+that raises does not prevent the others from running. The exit status is 1 when a check failed. Without a GPU the
 tables stay empty.
 """
 
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the sections themselves")
     parser.add_argument("--tiny", action="store_true", help="networks of a few thousand weights and few steps")
     parser.add_argument("--json", metavar="FILE", help="write the figures here as well, for --page")
-    parser.add_argument("--page", metavar="JSON", help="write docs/gpu.md from this file and end")
+    parser.add_argument("--page", metavar="JSON", help="write docs/gpu.md from this file and exit")
     options = parser.parse_args()
     if options.page:
         PAGE.write_text(page(json.loads(Path(options.page).read_text())))
@@ -74,9 +74,9 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> Figures:
-    """Run the sections; return what the JSON file holds."""
+    """Run the sections; return the content of the JSON file."""
     if options.device == "cpu":
-        # Networks this small compute fastest on one core, also where other work keeps all of them busy.
+        # Networks this small are fastest on one core, also on a machine with other work.
         os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
     usable = options.device == "cpu" or torch.cuda.is_available()
     result: Figures = {"environment": environment(), "device": _device_name(options.device), "sections": {}}
@@ -106,7 +106,7 @@ def _run(name: str, options: argparse.Namespace) -> Section:
 
 
 def page(result: Figures) -> str:
-    """Return docs/gpu.md: every section with its table, as the JSON file of a run has them."""
+    """Return the text of docs/gpu.md: every section with its table, from the JSON file of a run."""
     sections = "\n\n".join(_section(name, result["sections"][name]) for name in SECTIONS if name in result["sections"])
     return PAGE_TEXT.format(heading=_heading(result), sections=sections)
 

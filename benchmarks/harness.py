@@ -1,4 +1,4 @@
-"""What every benchmark shares: running systems in turn. What becomes of their figures is in `figures.py`."""
+"""Shared by all benchmarks: runs systems in turn. `figures.py` processes their figures."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Measure = Callable[[Path], Figures]
 
 
 class Failed(Exception):
-    """A system that was to be measured did not do its work."""
+    """A measured system did not do its work."""
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
 class Running:
-    """A system: a command, given from the repository's root, whose output goes to a file in `folder`.
+    """A system: a command, run in the repository's root, with its output in a file in `folder`.
 
-    `ready` and `turn` are for those with a stopwatch (benchmarks/timed.py), which connects to `port`.
+    `ready` and `turn` are for systems with a stopwatch (benchmarks/timed.py), which connects to `port`.
     """
 
     def __init__(self, folder: Path, timeout: float = 300) -> None:
@@ -60,10 +60,10 @@ class Running:
             )
 
     def ready(self) -> Figures:
-        """Wait until the system has warmed up and rests. Returns what it says of itself.
+        """Wait until the system has warmed up and is idle. Returns its own description.
 
         Raises:
-            Failed: it ended before, or took too long.
+            Failed: it exited before, or took too long.
         """
         assert self._process is not None
         latest = time.monotonic() + self._timeout
@@ -79,12 +79,12 @@ class Running:
             return self._hear()
 
     def turn(self) -> Figures:
-        """Let the system compute for a turn. Returns its `seconds` and `cpu` seconds."""
+        """Let the system compute for one turn. Returns its `seconds` and `cpu` seconds."""
         self._say("go\n")
         return self._hear()
 
     def release(self) -> None:
-        """Let the system go on to its end."""
+        """Let the system run to its end."""
         self._say("end\n")
 
     def finish(self) -> None:
@@ -97,12 +97,13 @@ class Running:
         try:
             status = self._process.wait(self._timeout)
         except subprocess.TimeoutExpired:
-            raise self._failure(f"went on for more than {self._timeout:g} s") from None
+            raise self._failure(f"ran for more than {self._timeout:g} s") from None
         if status != 0:
             raise self._failure(f"ended with {status}")
 
     def close(self) -> None:
-        """End the system if it still runs: first with a request, for torchrun's workers are in groups of their own."""
+        """Stop the system if it still runs: first with SIGTERM, because torchrun's workers are in their own process
+        groups."""
         self._listener.close()
         if self._link is not None:
             self._link.close()
@@ -136,7 +137,7 @@ class Running:
 
 @contextmanager
 def running(folder: Path | None = None, timeout: float = 300) -> Iterator[Running]:
-    """A system to be started in a folder of its own, and ended at the end of the block."""
+    """A system that runs in its own folder, and is stopped at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as own:
         system = Running(folder or Path(own), timeout)
         try:
@@ -148,10 +149,10 @@ def running(folder: Path | None = None, timeout: float = 300) -> Iterator[Runnin
 def run(
     command: Sequence[str], folder: Path, timeout: float = 300, environment: Mapping[str, str] | None = None
 ) -> None:
-    """Run a command from the repository's root to its end; what it says goes to `folder`/output.txt.
+    """Run a command in the repository's root to its end; its output goes to `folder`/output.txt.
 
     Raises:
-        Failed: it ended with another status than 0 or took too long; the message ends with what it said last.
+        Failed: it ended with another status than 0 or took too long; the message ends with its last output.
     """
     with running(folder, timeout) as system:
         system.start(command, environment)
@@ -159,7 +160,7 @@ def run(
 
 
 def surroundings() -> dict[str, str]:
-    """The environment of every system: one thread a worker, as torchrun has it; no news sent, no other Ray joined."""
+    """Return the environment of every system: one thread per worker, like torchrun; no usage reports, no other Ray."""
     ours = dict(os.environ)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RAY_ADDRESS", "LAUNCH_CONFIG_DIR"):
         ours.pop(name, None)
@@ -167,7 +168,7 @@ def surroundings() -> dict[str, str]:
 
 
 def torchrun(workers: int, *words: str) -> list[str]:
-    """A command that starts `workers` processes here."""
+    """Return a command that starts `workers` processes on this machine."""
     # --standalone: the system picks the port, so that several may run at once.
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers), *words]
 
@@ -175,9 +176,9 @@ def torchrun(workers: int, *words: str) -> list[str]:
 def interleave(
     systems: Mapping[str, Measure], rounds: int, say: Callable[[str], None], pause: float = 0.0
 ) -> dict[str, list[Figures]]:
-    """Run every system once a round, so that whatever else the machine does meets all of them.
+    """Run every system once per round, so that other load on the machine affects all of them.
 
-    pause: seconds of rest before each.
+    pause: idle seconds before each.
     """
 
     def measure(name: str) -> Figures:
@@ -190,7 +191,7 @@ def interleave(
 
 @dataclass(frozen=True)
 class Turns:
-    """What a system with a stopwatch is told: steps before its first turn, and in a turn those left out and timed."""
+    """Arguments of a system with a stopwatch: steps before its first turn, and skipped and timed steps of a turn."""
 
     rounds: int
     warm_up: int
@@ -199,16 +200,17 @@ class Turns:
     systems: int = 1
 
     def word(self, port: int) -> str:
-        """The argument `turns` of benchmarks/timed.py, as Hydra reads it."""
+        """Return the argument `turns` of benchmarks/timed.py in Hydra's syntax."""
         return f"[{port},{self.warm_up},{self.skipped},{self.steps}]"
 
     @property
     def total(self) -> int:
-        """Steps that a system must make: those of all turns (`take_turns`), and a few for the end of the last one."""
+        """Return the number of steps that a system must run: those of all turns (`take_turns`), and a few for the end
+        of the last one."""
         return self.warm_up + (self.systems + self.rounds) * (self.skipped + self.steps) + 5
 
 
-# Gives the command of a system, told what its stopwatch is told and in which folder it may write.
+# Returns the command of a system for the arguments of its stopwatch and its output folder.
 Command = Callable[[str, Path], Sequence[str]]
 
 
@@ -217,14 +219,14 @@ def take_turns(
 ) -> tuple[dict[str, list[Figures]], dict[str, Figures]]:
     """Start all systems, then let one after the other compute for a few seconds, round after round.
 
-    All of them are there at the same time and one computes while the others rest. So the figures of a round are taken
-    within seconds of each other, by processes that are warm.
+    All of them run at the same time and one computes while the others are idle. So the figures of a round are measured
+    within seconds of each other, by warm processes.
 
     Args:
-        conclude: finds out more of a system, from its folder, when it has ended.
+        conclude: reads further results of a system from its folder after it has exited.
 
     Returns:
-        (the turns of each system, `seconds` and `cpu`; what each says of itself, and `conclude` of it)
+        (the turns of each system, `seconds` and `cpu`; the description of each, with the result of `conclude`)
 
     Raises:
         Failed: one of them failed.
@@ -237,7 +239,7 @@ def take_turns(
             system.start(command(turns.word(system.port), system.folder))
             facts[name] = system.ready()
             say(f"{name} is warm")
-            # A turn that is not kept: workers that wait for rank 0 must not take it for lost while the others start.
+            # An unrecorded turn: workers that wait for rank 0 must not time out while the others start.
             for earlier in started.values():
                 earlier.turn()
         found = in_turn(list(systems), lambda name: started[name].turn(), turns.rounds, say)
@@ -252,7 +254,7 @@ def take_turns(
 def in_turn(
     names: Sequence[str], measure: Callable[[str], Figures], rounds: int, say: Callable[[str], None]
 ) -> dict[str, list[Figures]]:
-    """Measure each once a round. Every round begins with another: none is always first, or last."""
+    """Measure each once per round. Every round starts with another system, so none is always first or last."""
     found: dict[str, list[Figures]] = {name: [] for name in names}
     for number in range(rounds):
         start = number % len(names)
@@ -273,7 +275,7 @@ def progress(text: str) -> None:
 
 
 def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The arguments that all benchmarks have."""
+    """Return a parser with the arguments of all benchmarks."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rounds", type=int, default=rounds, help=f"how often each is measured (default {rounds})")
     made.add_argument("--json", metavar="FILE", help="write the result here as well, for programs")

@@ -1,12 +1,12 @@
-"""How long training waits for its pictures: `throughput/data_wait_fraction` of runs with augmentation.
+"""Measures how long training waits for its images: `throughput/data_wait_fraction` of runs with augmentation.
 
     python benchmarks/input.py                three runs of each pipeline, interleaved, about three minutes
     python benchmarks/input.py --workers 1    one process
 
-Digits from memory, moved at random on the device, for the network of `experiment=mnist` and for a ResNet-18 of width
-16; and a folder of JPEG files (made here, 96 x 96, colour), decoded, scaled, cropped and mirrored by the loader's
-processes, for the ResNet-18. Each run logs every 20 steps; the figure is the seconds waited over the seconds of
-training, of all its intervals but the first, which holds the start of the loader's processes and is shown apart.
+Digits from memory, shifted at random on the device, for the network of `experiment=mnist` and for a ResNet-18 of width
+16; and a folder of JPEG files (generated, 96 x 96, color), decoded, scaled, cropped and mirrored by the loader's
+processes, for the ResNet-18. Each run logs every 20 steps; the figure is the waiting time over the training time, of
+all intervals except the first, which includes the start of the loader's processes and is shown separately.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def make_pictures(folder: Path) -> None:
-    """Soft colours under some noise, so that a JPEG file is about as large as a photograph's."""
+    """Generate smooth colors with some noise, so that a JPEG file is about as large as a photograph's."""
     import numpy as np
     from PIL import Image
 
@@ -68,7 +68,7 @@ def systems(options: argparse.Namespace, pictures: str) -> dict[str, Measure]:
             steps_ = options.steps or steps
             command = ["-m", "launcher", *words, f"run.root={folder / 'runs'}", "run.name=run", "scheduler=none"]
             command += [f"trainer.steps={steps_}", f"trainer.log_every={LOG_EVERY}"]
-            # Neither evaluation nor saving: both are taken out of the clock, and only make the run longer.
+            # Neither evaluation nor saving: both are excluded from the time, and only make the run longer.
             command += [f"trainer.evaluate_every={10 * steps_}", f"checkpoint.every={10 * steps_}"]
             harness.run(torchrun(options.workers, *command), folder)
             return waits(folder / "runs/run/metrics.jsonl")
@@ -82,7 +82,7 @@ def systems(options: argparse.Namespace, pictures: str) -> dict[str, Measure]:
 
 
 def waits(log: Path) -> Figures:
-    """Read what a run has logged: the waiting and the rate, without the first interval; and the first's waiting."""
+    """Read the log of a run: waiting and rate without the first interval, and the waiting of the first."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     points = [line for line in lines if "throughput/data_wait_fraction" in line and line["step"] % LOG_EVERY == 0]
     if len(points) < 2:

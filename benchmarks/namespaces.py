@@ -1,11 +1,11 @@
-"""Machines on one machine: network namespaces joined by links of a chosen speed, for measurements of communication.
+"""Several hosts on one machine: network namespaces connected by links of a given speed, for communication benchmarks.
 
-Every host is a namespace with one interface (`eth0`) and an address of its own; a further namespace holds the switch,
-so that nothing of this machine's network is touched and two laboratories at a time cannot meet. What a host sends is
-limited by a token bucket (tc-tbf(8)); both directions together carry twice the rate, as a full-duplex link does.
+Every host is a namespace with one interface (`eth0`) and its own address; another namespace contains the switch, so
+that this machine's network is not changed and two laboratories do not interfere. A token bucket (tc-tbf(8)) limits the
+traffic that a host sends; both directions together carry twice the rate, like a full-duplex link.
 
     with network(2, "1gbit") as hosts:
-        run(hosts, [sys.executable, "-m", "…"])         # one rank a host, with torchrun's variables
+        run(hosts, [sys.executable, "-m", "…"])         # one rank per host, with torchrun's variables
 
 Needs root (CAP_NET_ADMIN and CAP_SYS_ADMIN) and iproute2. Namespaces are called `launch-PID-TOKEN-…`; those that a
 killed process left are removed by the next one.
@@ -32,11 +32,11 @@ _BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 class NoNamespaces(Exception):
-    """This machine, or this user, cannot make network namespaces; says what is missing."""
+    """This machine or user cannot create network namespaces; the message names what is missing."""
 
 
 class RankFailed(Exception):
-    """A rank ended with another status than 0, or none ended in time; says which, and what it printed last."""
+    """A rank exited with a status other than 0, or timed out; the message names it, with its last output."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Host:
         return ["ip", "netns", "exec", self.name, *words]
 
     def limit(self, rate: str, delay_ms: float = 0.0) -> None:
-        """Give what the host sends another speed (`100mbit`, `1gbit`), and each packet a delay on its way."""
+        """Limit the host's sending rate (`100mbit`, `1gbit`), and delay each packet."""
         bytes_per_second = bits(rate) / 8
-        # At least 4 ms worth, and more than the 64 KiB that the kernel hands over at once.
+        # At least 4 ms of traffic, and more than the 64 KiB that the kernel sends at once.
         burst = max(256 * 1024, int(bytes_per_second * 0.004))
         tc = ["ip", "netns", "exec", self.name, "tc", "qdisc", "replace", "dev", "eth0"]
         _do(*tc, "root", "handle", "1:", "tbf", "rate", rate, "burst", str(burst), "latency", "50ms")
@@ -65,14 +65,14 @@ def bits(rate: str) -> float:
     """Return a rate such as `100mbit` in bits per second; ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate)
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"{rate!r} is no rate; write it like 100mbit or 1gbit")
+        raise ValueError(f"{rate!r} is not a rate; write it like 100mbit or 1gbit")
     return float(match[1]) * _BITS[match[2]]
 
 
 def why_not() -> str:
-    """Return why no namespaces can be made here, in words for the user; an empty string where they can."""
+    """Return why namespaces cannot be created here, as a message for the user; an empty string if they can."""
     if os.geteuid() != 0:
-        return "network namespaces need root; run it as root (sudo), or leave this measurement out"
+        return "network namespaces need root; run it as root (sudo), or omit this measurement"
     missing = [program for program in ("ip", "tc") if shutil.which(program) is None]
     if missing:
         return f"{' and '.join(missing)} not found; install iproute2 (Debian and Ubuntu: apt-get install iproute2)"
@@ -81,12 +81,12 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def network(hosts: int, rate: str | None = None, delay_ms: float = 0.0) -> Iterator[list[Host]]:
-    """Hosts of one network, gone with everything that runs in them at the end of the block.
+    """Create the hosts of one network; the end of the block removes them with everything that runs in them.
 
     Args:
-        hosts: how many, 1 to 200.
-        rate: of what each host sends, such as `1gbit`; None for as fast as the kernel copies.
-        delay_ms: one way, of each packet.
+        hosts: number of hosts, 1 to 200.
+        rate: sending rate of each host, such as `1gbit`; None for no limit.
+        delay_ms: one-way delay of each packet.
 
     Raises:
         NoNamespaces: not root, no iproute2, or the kernel refuses.
@@ -124,7 +124,7 @@ def run(
     folder: Path | None = None,
     timeout: float = 240,
 ) -> list[str]:
-    """Run one rank on every host, with the variables that torchrun gives, and wait for all. Returns what each printed.
+    """Run one rank on every host, with torchrun's variables, and wait for all. Returns the output of each.
 
     Raises:
         RankFailed: one of them failed, or took longer than `timeout` seconds; the others are ended.
@@ -161,7 +161,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """Start one rank on every host and return the processes, each with its output in a file of its own as `stdout`."""
+    """Start one rank on every host and return the processes, each with its own output file as `stdout`."""
     processes = []
     for rank, host in enumerate(hosts):
         facts = {
@@ -198,13 +198,13 @@ def _output(process: subprocess.Popen[str]) -> str:
 
 
 def names() -> list[str]:
-    """Return the namespaces of ours that are there, whoever made them."""
+    """Return the existing namespaces of this module, of all processes."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
     return [line.split()[0] for line in listed.splitlines() if line and _NAME.fullmatch(line.split()[0])]
 
 
 def remove_stale() -> None:
-    """Remove the namespaces of processes that are gone: killed, they could not."""
+    """Remove the namespaces of dead processes, which could not do it when they were killed."""
     for name in names():
         match = _NAME.fullmatch(name)
         if match is not None and not Path(f"/proc/{match[1]}").exists():
@@ -212,7 +212,7 @@ def remove_stale() -> None:
 
 
 def _remove(name: str) -> None:
-    """Remove one namespace of ours and end what runs in it. Never raises: it is called while another error is told."""
+    """Remove one namespace and kill its processes. Never raises, because it runs while other errors are handled."""
     inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
     for pid in inside.split():
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -226,7 +226,7 @@ def _do(*words: str) -> None:
         raise NoNamespaces(f"`{' '.join(words)}` failed: {done.stderr.strip() or done.returncode}")
 
 
-if __name__ == "__main__":  # python -m benchmarks.namespaces 2 1gbit COMMAND…: one rank a host
+if __name__ == "__main__":  # python -m benchmarks.namespaces 2 1gbit COMMAND…: one rank per host
     with network(int(sys.argv[1]), sys.argv[2]) as laboratory:
         for number, text in enumerate(run(laboratory, sys.argv[3:])):
             print(f"--- rank {number}\n{text}", end="")

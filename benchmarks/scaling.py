@@ -1,13 +1,13 @@
-"""One to four workers over links of a chosen speed, beside what the cost model (launcher/engine/cost.py) says of them.
+"""Compares one to four workers over links of a given speed with the predictions of launcher/engine/cost.py.
 
     python benchmarks/scaling.py                      100 Mbit/s and 1 Gbit/s, 1 to 4 workers, about two minutes
     python benchmarks/scaling.py --paper              8 to 1,024 nodes of the catalogue's sizes, without measuring
 
-Each worker is a host of its own (a network namespace, benchmarks/namespaces.py; needs root and iproute2) with one
-thread, and trains a network of linear layers with DDP on a batch that is the same for each (weak scaling). The model is
-given what can be measured without training together: the seconds of a step alone, latency and bandwidth of the link
-between two workers, and the number of cores, which more workers than cores share. One number is fitted to the steps of
-two workers: how much of a step's computing hides communication. Every other point is a prediction.
+Each worker is a separate host (a network namespace, benchmarks/namespaces.py; needs root and iproute2) with one thread,
+and trains a network of linear layers with DDP on a batch of constant size (weak scaling). The inputs of the model are
+measured without joint training: the seconds of a step of one worker, latency and bandwidth of the link between two
+workers, and the number of cores, which the workers share. One parameter is fitted to the steps of two workers: the
+share of a step's computation that hides communication. Every other point is a prediction.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from launcher.engine import cost
 
 RATES = ("100mbit", "1gbit")
 WIDTH, BATCH = 1000, 128
-NEAR = 0.20  # asked: the prediction lies so near to the measurement, as a share of it
+NEAR = 0.20  # requirement: maximum relative error of a prediction
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def one_rank(steps: int) -> None:
-    """Be one of the workers; rank 0 prints what it has measured."""
+    """Run one of the workers; rank 0 prints its measurements."""
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -90,11 +90,11 @@ def one_rank(steps: int) -> None:
         print(json.dumps(found | {"step": statistics.median(times)}), flush=True)
     if workers > 1:
         dist.barrier()
-        os._exit(0)  # gloo's threads, still waiting on a slow link, abort a process that ends in order
+        os._exit(0)  # gloo's threads, which still wait for a slow link, abort a process that exits regularly
 
 
 def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every point in two rounds, so that what disturbs the machine does not meet one point alone."""
+    """Measure every point in two rounds, so that a disturbance of the machine does not affect only one point."""
     points: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for number in range(2):
         for rate in options.rates:
@@ -112,7 +112,7 @@ def _middle(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def predictions(points: list[dict[str, Any]], cores: int) -> tuple[list[dict[str, Any]], float]:
-    """Return the points with `predicted`, `compute` and `communication`, seconds, and the overlap that was fitted."""
+    """Return the points with `predicted`, `compute` and `communication`, seconds, and the fitted overlap."""
     alone = statistics.median(point["step"] for point in points if point["workers"] == 1)
     links = {p["rate"]: cost.Link(p["latency"], p["bandwidth"]) for p in points if p["workers"] == 2}
     known = [
@@ -159,7 +159,7 @@ def report(options: argparse.Namespace, points: list[dict[str, Any]]) -> Report:
 # ---- on paper -------------------------------------------------------------------------------------------------------
 
 NODES = (1, 8, 32, 128, 1024)
-# GPT-2 of 124 M parameters, 16 sequences of 1,024 tokens a GPU and step: 6 FLOPs a parameter and token.
+# GPT-2 of 124 M parameters, 16 sequences of 1,024 tokens per GPU and step: 6 FLOPs per parameter and token.
 PARAMETERS, TOKENS = 124e6, 16 * 1024
 
 
@@ -181,7 +181,7 @@ def paper() -> str:
         if size.status == "retired" or peak is None or not size.network_gbit:
             continue
         compute = 6 * PARAMETERS * TOKENS / (peak * cost.MFU)
-        # The GPUs of a node sum among themselves first; one message a node travels.
+        # The GPUs of a node reduce locally first; one message per node is sent.
         link = cost.Link.ethernet(size.network_gbit)
         cells = [size.name.removeprefix("Standard_"), f"{compute * 1e3:.0f}"]
         for nodes in NODES[1:]:

@@ -1,13 +1,13 @@
-"""Seconds from the command to the first optimizer step, beside the same training started by hand.
+"""Measures the seconds from the command to the first optimizer step, compared with the same training by hand.
 
     python benchmarks/startup.py                              experiment=mnist, five rounds, about ten minutes
     python benchmarks/startup.py --experiment mnist_tiny
     python benchmarks/startup.py --only alone                 one process, without Ray
 
-Compared are `launch` on its embedded Ray, and on one that the command before has kept, with a bare TorchTrainer script
-(`ray.init()` with its defaults, as `fit()` does it), two workers each; and `launch cluster=none` with a plain Python
-script. The clock starts before the process does, and ends when the first step of the same optimizer
-(benchmarks/timed.py) is done on rank 0.
+The benchmark compares `launch` on its embedded Ray, and on a Ray kept by the previous command, with a bare TorchTrainer
+script (`ray.init()` with its defaults, as in `fit()`), two workers each; and `launch cluster=none` with a plain Python
+script. The time starts before the process, and ends when the first step of the same optimizer (benchmarks/timed.py) is
+done on rank 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.harness import Failed, Measure
 RAY, BARE = "launch, 2 workers", "bare TorchTrainer, 2 workers"
 KEPT = "launch, Ray kept by the command before"
 NONE, SCRIPT, SILENT = "launch cluster=none", "plain script", "plain script without TensorBoard"
-# (ours, the other, what their ratio is to be)
+# (launch, the peer, the required ratio)
 PAIRS = {
     "ray": ((RAY, BARE), (KEPT, BARE)),
     "alone": ((NONE, SCRIPT), (NONE, SILENT)),
@@ -38,10 +38,10 @@ DEMANDS = {
     "mnist": {(RAY, BARE): Demand(most=1.1), (KEPT, BARE): Demand(most=0.6), (NONE, SCRIPT): Demand(most=1.1)},
     "mnist_tiny": {(RAY, BARE): Demand(most=0.85), (KEPT, BARE): Demand(most=0.6), (NONE, SCRIPT): Demand(most=1.1)},
 }
-# What conf/experiment says of them: global batch, and how many of the training pictures.
+# From conf/experiment: global batch, and number of training images.
 EXPERIMENTS = {"mnist": (100, None), "mnist_tiny": (50, 500)}
 STEPS = 2
-SETTLE_SECONDS = 2.0  # the processes of a Ray that has just ended need a moment to be gone
+SETTLE_SECONDS = 2.0  # the processes of a stopped Ray need a moment to exit
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def systems(options: argparse.Namespace) -> dict[str, Measure]:
 
 
 def kept(experiment: str, *words: str) -> Measure:
-    """The second of two commands, which finds the Ray of the first (`cluster.keep_minutes`)."""
+    """Measure the second of two commands, which uses the Ray of the first (`cluster.keep_minutes`)."""
 
     def measure(folder: Path) -> Figures:
         (folder / "runtime").mkdir(mode=0o700)
@@ -92,11 +92,11 @@ def launch(experiment: str, *words: str) -> Measure:
     def measure(folder: Path) -> Figures:
         command = [sys.executable, "-m", "launcher", f"experiment={experiment}", *words]
         command += [f"run.root={folder / 'runs'}", "run.name=run", f"trainer.steps={STEPS}", "trust=[benchmarks]"]
-        command += ["scheduler=none"]  # a warm-up longer than these steps would be refused
+        command += ["scheduler=none"]  # a warm-up longer than these steps would be rejected
         command += ["optimizer._target_=benchmarks.timed.AdamW", f"+optimizer.first_step={folder / 'first'}"]
         figures = timed(command, folder)
         result = json.loads((folder / "runs/run/result.json").read_text())
-        # What the run itself says: its clock starts once Python and the command line's own imports are there.
+        # The run's own timing starts after Python and the imports of the command line.
         return figures | {"seconds_to_first_step": result["seconds_to_first_step"]}
 
     return measure
@@ -112,7 +112,7 @@ def by_hand(module: str, *words: str) -> Measure:
 
 def timed(command: list[str], folder: Path) -> Figures:
     """Run the command; return the seconds to its first step and to its end."""
-    home = folder / "home"  # Ray leaves a token and settings in it
+    home = folder / "home"  # Ray stores a token and settings in it
     home.mkdir(exist_ok=True)
     began = time.time()
     harness.run(command, folder, environment={"HOME": str(home)})

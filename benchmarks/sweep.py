@@ -1,13 +1,12 @@
-"""16 trials of two-worker DDP (MNIST digits, one epoch each): one sweep, 16 single launches, and Ray Tune.
+"""Compares one sweep, 16 single launches and Ray Tune on 16 trials of two-worker DDP (MNIST digits, one epoch each).
 
     python benchmarks/sweep.py                 # about ten minutes on two cores; prints JSON
     python benchmarks/sweep.py --trials 4      # a quick look
 
 All three train the same jobs through the same engine, on all cores of this machine, within one run of this program;
-half of the single launches come before and half after, so that a machine that grows slower in between favours nobody.
-Ray Tune runs a function per trial that starts a TorchTrainer of two workers. Where that does not end within the time
-limit, Tune runs the same number of trials with one worker each instead, as many at a time as there are cores, and the
-result says so.
+half of the single launches run before and half after, so that a machine that slows down in between favors no system.
+Ray Tune runs a function per trial that starts a TorchTrainer of two workers. If that exceeds the time limit, Tune runs
+the same number of trials with one worker each instead, as many at a time as there are cores, and the result states it.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def objectives(root: Path, trials: int) -> list[float]:
 
 
 def tune(trials: int, root: Path, nested: bool) -> None:
-    """Run the trials with Ray Tune; called in a process of its own."""
+    """Run the trials with Ray Tune; called in a separate process."""
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     import ray
     import ray.train
@@ -63,7 +62,7 @@ def tune(trials: int, root: Path, nested: bool) -> None:
     import ray.tune
 
     ray.init(
-        address="local",  # whatever other Ray runs on this machine
+        address="local",  # ignores any other Ray on this machine
         num_cpus=os.cpu_count(),
         include_dashboard=False,
         logging_level="ERROR",
@@ -77,7 +76,7 @@ def tune(trials: int, root: Path, nested: bool) -> None:
         ray.train.torch.TorchTrainer(
             _train_here_as_worker,
             train_loop_config={**config, "root": str(root)},
-            # On two cores the driver of a trial needs something left, and must not take a core from its own workers.
+            # On two cores the driver of a trial needs some CPU, and must not take a core from its own workers.
             scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.99}),
             run_config=ray.train.RunConfig(storage_path=str(root), name=f"tune-{config['lr']}"),
         ).fit()

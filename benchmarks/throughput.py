@@ -1,13 +1,13 @@
-"""Steps per second of `launch`, a plain DDP script, Accelerate and Lightning: same network, data, batch and workers.
+"""Compares steps per second of `launch`, a plain DDP script, Accelerate and Lightning on the same training job.
 
     python benchmarks/throughput.py                       forty rounds of everything, about six minutes
     python benchmarks/throughput.py --only launch plain   some of the systems
-    python benchmarks/throughput.py --network gpt         a small GPT, where computing takes nearly all the time
+    python benchmarks/throughput.py --network gpt         a small GPT, where computation dominates
 
 The convolutional network and the digits of `experiment=mnist`, AdamW, TensorBoard written every 50 steps by each of
 them; with `--network gpt` the GPT, text and precision of `experiment=language` and a plain DDP script over them,
-TensorBoard every 10 steps. All systems are started, and then compute in turn for some steps each; the time is taken
-inside the network (benchmarks/timed.py), from the pass that begins one step to the pass that begins another.
+TensorBoard every 10 steps. All systems are started, and then compute in turn for some steps each; the time is measured
+inside the network (benchmarks/timed.py), from the pass that starts one step to the pass that starts another.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from benchmarks.harness import Command, Failed, Turns, torchrun
 from benchmarks.peers import plain_gpt
 
 LOG_EVERY = 50
-SKIPPED = 10  # steps of a turn before its time begins
+SKIPPED = 10  # steps of a turn before its timing starts
 LAUNCH, BY_RAY = "launch (torchrun)", "launch (Ray Train)"
-# The peers, and how many times as fast as each of them `launch` is to be. The last two are what a plain script becomes
-# when its author knows what `launch` does unasked; they are reported, and nothing is demanded.
+# The peers, and the required speed-up of `launch` over each. The last two are plain scripts with the optimizations that
+# `launch` applies by default; they are reported without a requirement.
 DEMANDS = {
     "plain DDP": Demand(least=1.2),
     "Accelerate": Demand(least=1.2),
@@ -35,7 +35,7 @@ DEMANDS = {
     "plain DDP, channels-last": Demand(),
     "plain DDP, channels-last, fused": Demand(),
 }
-SYSTEMS = {  # by the word that --only takes
+SYSTEMS = {  # by the argument of --only
     "launch": LAUNCH,
     "ray": BY_RAY,
     "plain": "plain DDP",
@@ -46,13 +46,13 @@ SYSTEMS = {  # by the word that --only takes
 }
 GPT_DEMANDS = {"plain DDP": Demand(least=0.99), "plain DDP, fused": Demand()}
 GPT_SYSTEMS = {"launch": LAUNCH, "ray": BY_RAY, "plain": "plain DDP", "tuned": "plain DDP, fused"}
-# What is measured when nothing else is said: rounds, global batch, steps before the first turn, skipped, and of a turn.
+# Defaults: rounds, global batch, steps before the first turn, skipped steps, and steps of a turn.
 USUAL = {
     "convnet": {"rounds": 40, "batch": 100, "warm_up": 100, "skipped": SKIPPED, "turn": 50, "log_every": LOG_EVERY},
     "gpt": {"rounds": 12, "batch": 32, "warm_up": 4, "skipped": 1, "turn": 5, "log_every": plain_gpt.LOG_EVERY},
 }
-# What must be the same for all: what benchmarks/timed.py says of a system, and how often it wrote for TensorBoard. The
-# memory layout is each system's own affair.
+# What must be equal for all: the description from benchmarks/timed.py, and the number of TensorBoard writes. The memory
+# layout may differ.
 LIKE_FOR_LIKE = ("batch", "dtype", "workers", "threads", "parameters", "logged")
 
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def systems(options: argparse.Namespace, steps: int) -> dict[str, Command]:
-    """The systems to be measured, by name. A peer that is not installed is left out, and that is said."""
+    """Return the systems to measure, by name. A peer that is not installed is omitted, with a message."""
     if options.network == "gpt":
         return gpt_systems(options, steps)
     chosen = [SYSTEMS[word] for word in options.only]
@@ -123,7 +123,7 @@ def launch(options: argparse.Namespace, steps: int, by_ray: bool) -> Command:
         # The optimizer of the peers: PyTorch's defaults at a constant rate.
         words += [f"trainer.global_batch_size={options.batch}", "scheduler=none"]
         words += ["optimizer.lr=1e-3", "optimizer.weight_decay=1e-2", "optimizer.groups=[]"]
-        # Validation and checkpoints come after the steps that are timed; the peers have neither.
+        # Validation and checkpoints run after the timed steps; the peers have neither.
         words += [f"trainer.evaluate_every={10 * steps}", f"checkpoint.every={10 * steps}"]
         by_hand = [sys.executable, *words, f"scaling.workers={options.workers}"]
         return by_hand if by_ray else torchrun(options.workers, *words)
@@ -146,20 +146,20 @@ def losses(folder: Path, log_every: int = LOG_EVERY) -> Figures:
 
 
 def logged_losses(folder: Path, log_every: int) -> list[float]:
-    """What the system wrote under train/loss, as TensorBoard reads it."""
+    """Return the values of train/loss, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for file in folder.rglob("events.out.tfevents*"):
         events = EventAccumulator(str(file)).Reload()
         if "train/loss" in events.Tags()["scalars"]:
-            # Lightning counts steps from 0. What `launch` logs at its end, after the steps that are timed, is left out.
+            # Lightning counts steps from 0. The last log of `launch`, after the timed steps, is excluded.
             steps = (0, log_every - 1)
             return [event.value for event in events.Scalars("train/loss") if event.step % log_every in steps]
     raise Failed(f"nothing was written under train/loss for TensorBoard below {folder}")
 
 
 def check_like_for_like(facts: dict[str, Figures]) -> None:
-    """Raise Failed where two systems did not do the same work."""
+    """Raise Failed if two systems did not do the same work."""
     first = next(iter(facts))
     for name, own in facts.items():
         different = {what: (own[what], facts[first][what]) for what in LIKE_FOR_LIKE if own[what] != facts[first][what]}

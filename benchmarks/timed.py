@@ -1,7 +1,7 @@
-"""The networks and the optimizer of the benchmarks: those of `models` and of PyTorch, with a stopwatch inside.
+"""The networks and the optimizer of the benchmarks: those of `models` and of PyTorch, with a stopwatch.
 
-Every system that is compared runs these very classes, so that each is timed in the same place and in the same way, by
-code that knows nothing of it. A step that is only counted costs less than a microsecond.
+All compared systems run these classes, so that each is timed at the same place and in the same way, by code independent
+of the system. Counting a step costs less than a microsecond.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from models import language, vision
 
 
 class Stopwatch:
-    """Times some steps whenever it is this system's turn, and rests until then; on rank 0, for which the others wait.
+    """Times some steps in each turn of this system, and is idle until then; on rank 0, for which the others wait.
 
-    The turns come from a benchmark that listens on 127.0.0.1 (benchmarks/harness.py, `Running`): so several systems can
-    be there at once and compute one after the other, every few seconds, and whatever disturbs one disturbs all of them.
+    A benchmark that listens on 127.0.0.1 (benchmarks/harness.py, `Running`) starts the turns, so that several systems
+    can run at once and compute one after the other, every few seconds, and a disturbance affects all of them.
 
     Args:
         port: where the benchmark listens.
         warm_up: steps before the first turn.
-        skipped: steps of a turn before its time begins: caches are warm again, and the other ranks have caught up.
+        skipped: steps of a turn before its timing starts, in which caches warm up and the other ranks catch up.
         steps: steps of a turn that are timed.
     """
 
@@ -67,12 +67,12 @@ class Stopwatch:
 
 
 def _clocks() -> tuple[float, float]:
-    """Seconds of an arbitrary clock, and seconds that this process has computed with all its threads."""
+    """Return the seconds of a monotonic clock, and the CPU seconds of this process with all its threads."""
     return time.perf_counter(), time.process_time()
 
 
 def facts(network: nn.Module, x: Tensor) -> dict[str, Any]:
-    """What must be the same for a fair comparison: this worker's batch, the number of workers, threads, …"""
+    """Return what must be equal for a fair comparison: this worker's batch, the number of workers, threads, …"""
     weights = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1]
     return {
         "batch": list(x.shape),
@@ -94,7 +94,7 @@ def workers() -> int:
 
 
 class ConvNet(vision.ConvNet):
-    """`models.vision.ConvNet`, with a stopwatch when `turns` says (port, warm_up, skipped, steps)."""
+    """`models.vision.ConvNet`, with a stopwatch if `turns` is (port, warm_up, skipped, steps)."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class ConvNet(vision.ConvNet):
 
 
 class GPT(language.GPT):
-    """`models.language.GPT`, with a stopwatch when `turns` says (port, warm_up, skipped, steps)."""
+    """`models.language.GPT`, with a stopwatch if `turns` is (port, warm_up, skipped, steps)."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class GPT(language.GPT):
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, with a stopwatch when `turns` says, and a file for the time of day when the first step was done."""
+    """PyTorch's AdamW, with a stopwatch if `turns` is set, and a file for the time of the first step."""
 
     def __init__(
         self,

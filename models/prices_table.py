@@ -74,7 +74,7 @@ def _frame(file: Path, parquet: bool) -> Any:
         import pandas
     except ImportError as error:
         raise FileNotFoundError(
-            f"{file} is read with pandas, which is missing: pip install 'launch[examples]'."
+            f"{file} is read with pandas, which is missing: pip install 'launch-train[examples]'."
         ) from error
     try:
         if parquet:

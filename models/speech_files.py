@@ -338,5 +338,7 @@ def _soundfile() -> Any:
     try:
         import soundfile
     except ImportError as error:
-        raise OSError("Package soundfile reads sound and is not installed: pip install 'launch[examples]'.") from error
+        raise OSError(
+            "Package soundfile, which reads sound, is not installed: pip install 'launch-train[examples]'."
+        ) from error
     return soundfile

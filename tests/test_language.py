@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Folders and files whose language is checked. Add a folder once it has no finding.
 CHECKED = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "conf", "models", "tools"]
+CHECKED += ["benchmarks"]
 # Pattern of the words to avoid -> what to write.
 BANNED = {
     r"told|tells?(?! \w+ apart)|telling": "print, report, log, notify, specify",

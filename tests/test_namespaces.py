@@ -94,7 +94,7 @@ def test_a_rank_that_fails_is_told_and_the_others_are_ended() -> None:
 
 def test_rates_are_read() -> None:
     assert [bits(rate) for rate in ("100mbit", "1gbit", "2.5gbit")] == [1e8, 1e9, 2.5e9]
-    with pytest.raises(ValueError, match=re.escape("'fast' is no rate")):
+    with pytest.raises(ValueError, match=re.escape("'fast' is not a rate")):
         bits("fast")
 
 

@@ -1,10 +1,10 @@
-"""One command for the owner of an Azure account: is `cluster=azure` what its documentation says?
+"""One command for the owner of an Azure account: checks `cluster=azure` against its documentation.
 
     make azure-acceptance ARGS="cluster.size=Standard_NC4as_T4_v3 cluster.budget_usd=5"
 
-Prints the cost and asks, rents two small GPU nodes, checks them, trains for minutes, has Azure evict one node, compares
-the plan with the cost and the time, removes everything, and writes report.md and report.json without secrets, ids,
-addresses or host names. Words are those of `launch`. Exit status: 0 when no check failed, 1 when one did, 2 when
+Prints the cost and asks, rents two small GPU nodes, checks them, trains for minutes, lets Azure evict one node,
+compares the plan with the cost and the time, removes everything, and writes report.md and report.json without secrets,
+ids, addresses or host names. Words are those of `launch`. Exit status: 0 when no check failed, 1 when one did, 2 when
 nothing was created, 130 when it was interrupted (the cluster is removed before).
 """
 
@@ -45,7 +45,7 @@ OWN = ("run.", "checkpoint.load", "cluster.min_nodes", "cluster.down_after", "cl
 
 
 class Refused(Exception):
-    """The run does not begin; nothing was created."""
+    """The run does not start; nothing was created."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         asked = asked_of(options.words, options.train, options.minutes, options.blob)
         cloud = Cloud(asked.name, _value(options.words, "cluster.subscription"))
-        # The report is the only file in `out` that is meant for others.
+        # The report is the only file in `out` that may be published.
         commands = Commands(out.resolve() / "work", out.resolve() / "private")
         plan = planned(commands, asked, options.offline)
         if cloud.exists():
@@ -93,16 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def asked_of(words: list[str], train: list[str], minutes: float, blob: str | None) -> Asked:
-    """Raises Refused for words that this run decides itself, LaunchError for a name that Azure could not use."""
+    """Raises Refused for words that this run sets itself, LaunchError for an invalid Azure name."""
     for word in [*words, *train]:
         key, equals, value = word.partition("=")
         if not equals or key.startswith(OWN) or FIXED.get(key, value) != value:
-            raise Refused(f"{word}: this run decides that itself. Leave it out; --blob names a run root.")
+            raise Refused(f"{word}: this run sets that itself. Omit it; --blob names a run root.")
     for key, example in (("cluster.size", "Standard_NC4as_T4_v3"), ("cluster.budget_usd", "5")):
         if _value(words, key) is None:
             raise Refused(f"{key} is missing. Name it, such as {key}={example}.")
     if blob is not None and not re.fullmatch(r"abfss?://[\w-]+@[\w.]+(/\S*)?", blob):
-        raise Refused("--blob is no directory of Blob storage: abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH.")
+        raise Refused("--blob is not a directory of Blob storage: abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH.")
     keys = {word.partition("=")[0] for word in words}
     cluster = [f"{key}={value}" for key, value in CLUSTER.items() if key not in keys]
     cluster += [word for word in words if word.startswith(("cluster=", "cluster."))]
@@ -126,7 +126,7 @@ def _value(words: list[str], key: str) -> str | None:
 
 
 def planned(commands: Commands, asked: Asked, offline: bool) -> Estimate:
-    """Return what it costs. The plan is that of the run on GPUs, whatever `--train` says. Creates nothing."""
+    """Return the cost estimate. The plan is that of the run on GPUs, independent of `--train`. Creates nothing."""
     done = commands.run("plan", *asked.plan, "--json", *(["--offline"] if offline else []), seconds=600, shows=False)
     if done.status:
         raise Refused(f"`launch plan` refuses: {done.err.strip()}")
@@ -152,7 +152,7 @@ def confirm(plan: Estimate, yes: bool) -> None:
 
 
 def facts_of(asked: Asked, words: list[str]) -> dict[str, str]:
-    """Return what the report says of the run as a whole: no word that could hold a secret or an address."""
+    """Return the report's description of the run, without words that could contain a secret or an address."""
     from launcher.runs.provenance import versions
 
     shown = (

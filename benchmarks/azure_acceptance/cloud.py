@@ -1,4 +1,4 @@
-"""What is asked of Azure beside the product's verbs: an eviction, and whether the resource group is gone."""
+"""Requests to Azure in addition to the product's verbs: an eviction, and a check that the resource group is gone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONTRIBUTOR = "Storage Blob Data Contributor"
 
 
 class Cloud:
-    """The account, seen through the product's own client. Raises ClusterError where Azure refuses."""
+    """The account, seen through the product's own client. Raises ClusterError if Azure refuses."""
 
     def __init__(self, name: str, subscription: str | None) -> None:
         self.group = group_of(name)
@@ -29,7 +29,7 @@ class Cloud:
         return [vm for vm in self.machines() if vm["kind"] != "head"]
 
     def evict(self, vm: str) -> None:
-        """Have Azure evict a spot VM as if it needed the capacity: with a notice, within 30 minutes.
+        """Let Azure evict a spot VM as if it needed the capacity: with a notice, within 30 minutes.
 
         https://learn.microsoft.com/rest/api/compute/virtual-machines/simulate-eviction
         """
@@ -41,12 +41,12 @@ class Cloud:
             return self._api().group(self.group) is not None
 
     def left(self) -> list[str]:
-        """Return the types of what the group still holds."""
+        """Return the types of the resources that are still in the group."""
         with told("Looking for what is left"):
             return sorted(one.split()[0] for one in self._api().left(self.group))
 
     def role_lines(self, blob: str) -> list[str]:
-        """Return the commands that let the cluster write to a container; they hold ids, so no report shows them."""
+        """Return the commands that let the cluster write to a container; they contain ids, so no report shows them."""
         api = self._api()
         group = f"/subscriptions/{api.account.subscription}/resourceGroups/{self.group}/providers"
         kind = f"{group}/Microsoft.ManagedIdentity/userAssignedIdentities"

@@ -1,4 +1,4 @@
-"""The product's own commands as processes: what a user types, with their output kept beside the report."""
+"""The product's own commands as processes: what a user types, with their output stored beside the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _END_SECONDS = 180.0  # after SIGINT: `launch up` ends Ray's launcher, and `trai
 
 @dataclass(frozen=True)
 class Done:
-    """A command that has ended."""
+    """A finished command."""
 
     status: int
     out: str
@@ -28,12 +28,12 @@ class Done:
 
     @property
     def why(self) -> str:
-        """The end of what it printed, for a row of the report."""
+        """Return the end of its output, for a row of the report."""
         return f"exit status {self.status}: {' '.join(self.err.split())[-400:]}"
 
 
 class Commands:
-    """Runs `launch VERB …` in a directory of its own, so that no project of the user's is sent.
+    """Runs `launch VERB …` in its own directory, so that no project of the user is sent.
 
     Args:
         directory: where the commands run; their runs are below it.
@@ -47,7 +47,7 @@ class Commands:
             path.mkdir(parents=True, exist_ok=True)
 
     def run(self, *words: str, seconds: float, shows: bool = True) -> Done:
-        """Run a command to its end; after so many seconds it is interrupted as by Ctrl-C. shows: on the terminal."""
+        """Run a command to its end; after `seconds` it is interrupted as by Ctrl-C. shows: print to the terminal."""
         return self.start(*words, shows=shows).wait(seconds)
 
     def start(self, *words: str, shows: bool = False) -> Running:
@@ -62,7 +62,7 @@ class Commands:
 
 
 class Running:
-    """A command that goes on, in a session of its own: Ctrl-C reaches this program alone, which passes it on."""
+    """A running command, in its own session: Ctrl-C reaches only this program, which forwards it."""
 
     def __init__(self, words: list[str], directory: Path, log: Path, shows: bool) -> None:
         self._began = time.monotonic()
@@ -96,7 +96,7 @@ class Running:
         return self._process.poll()
 
     def wait(self, seconds: float) -> Done:
-        """Wait for its end, and interrupt it where it takes longer."""
+        """Wait for its end, and interrupt it after a time-out."""
         try:
             self._process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
@@ -105,7 +105,7 @@ class Running:
         return Done(self._process.wait(), self._out.read_text(), self._err.read_text(), time.monotonic() - self._began)
 
     def end(self) -> None:
-        """Interrupt it where it still runs, and wait."""
+        """Interrupt it if it still runs, and wait."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             try:
@@ -116,7 +116,7 @@ class Running:
 
 
 def parsed(done: Done) -> Any:
-    """Return what a command with --json printed. Raises RuntimeError where it failed."""
+    """Return the output of a command with --json. Raises RuntimeError if it failed."""
     if done.status:
         raise RuntimeError(done.why)
     return json.loads(done.out)

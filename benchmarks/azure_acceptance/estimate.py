@@ -1,17 +1,17 @@
-"""What an acceptance run costs and how long it takes, from `launch plan --json`."""
+"""Estimates cost and duration of an acceptance run from `launch plan --json`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# Nobody has measured these on Azure: they are what the stages are given, and bound nothing. The budget does.
+# Not measured on Azure: these are estimates of the stages, and limit nothing. The budget does.
 UP_MINUTES, CHECK_MINUTES, EVICTION_MINUTES, DOWN_MINUTES = 20.0, 5.0, 10.0, 8.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rates in US dollars an hour; `minutes` are those that the whole run is expected to take."""
+    """Rates in US dollars per hour; `minutes` is the expected duration of the whole run."""
 
     usd_per_hour: float
     node_usd_per_hour: float
@@ -26,7 +26,7 @@ class Estimate:
 
     @property
     def limit_minutes(self) -> float:
-        """After how many minutes the budget would be spent."""
+        """Return the number of minutes after which the budget is spent."""
         return self.budget_usd / self.usd_per_hour * 60
 
     def text(self) -> str:
@@ -38,7 +38,7 @@ class Estimate:
 
 
 def estimate(plan: dict[str, Any], train_minutes: float, idle_minutes: float) -> Estimate:
-    """Raises ValueError with the reason where the plan does not allow the run."""
+    """Raises ValueError with the reason if the plan does not allow the run."""
     rate, budget = plan.get("usd_per_hour"), (plan.get("budget") or {}).get("usd")
     if not budget:
         raise ValueError("No budget is set. Set cluster.budget_usd, such as cluster.budget_usd=5.")

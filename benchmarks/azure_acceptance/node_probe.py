@@ -1,6 +1,6 @@
-"""Runs on one VM and prints one JSON object: what the image, the driver, the network and the metadata service are.
+"""Runs on one VM and prints one JSON object with facts of image, driver, network and metadata service.
 
-    python -I - < node_probe.py        (PyTorch where it is installed, else the standard library alone)
+    python -I - < node_probe.py        (PyTorch if it is installed, else the standard library only)
 
 No address and no host name is printed.
 """
@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # the asset tag of every VM of Azure
+AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # the asset tag of every Azure VM
 NVIDIA = "0x10de"
 
 

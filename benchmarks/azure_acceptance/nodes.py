@@ -1,4 +1,4 @@
-"""What the GPU VMs are: a probe runs on each through the SSH line of `launch status`, and its facts become rows."""
+"""Inspects the GPU VMs: a probe runs on each through the SSH command of `launch status`, and its facts become rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.clusters.azure.ray_yaml import IMAGE
 from launcher.clusters.azure.wanted import PYTHON, USER
 
 PROBE, NCCL = (Path(__file__).with_name(name).read_text() for name in ("node_probe.py", "nccl_probe.py"))
-KEY = "~/ray_bootstrap_key.pem"  # that Ray's autoscaler on the head reaches the nodes with
+KEY = "~/ray_bootstrap_key.pem"  # used by Ray's autoscaler on the head to reach the nodes
 ACCELERATED = {"mlx4_core", "mlx5_core", "mana"}  # drivers of the virtual function that accelerated networking adds
 NO_AZURE = "the node is no VM of Azure"
 _OPTIONS = "-o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
@@ -23,10 +23,10 @@ Facts = Mapping[str, Any]
 
 
 def ask(head: Sequence[str], address: str, script: str, *words: str, seconds: float = 240) -> dict[str, Any]:
-    """Run a Python script on a node, by way of the head, and return the JSON object that it prints last.
+    """Run a Python script on a node through the head, and return the JSON object that it prints last.
 
     Raises:
-        RuntimeError: it did not come to its end; says what was printed.
+        RuntimeError: the script failed; the message has its output.
     """
     there = shlex.join([PYTHON, "-I", "-", *words])
     hop = f"ssh -i {KEY} {_OPTIONS} -o LogLevel=ERROR {USER}@{shlex.quote(address)} {shlex.quote(there)}"
@@ -56,7 +56,7 @@ def probe(head: Sequence[str], addresses: Sequence[str]) -> tuple[list[dict[str,
 
 
 def rows(facts: Sequence[Facts], nccl: Facts, spot: bool) -> Iterator[Row]:
-    """Judge the facts of all nodes."""
+    """Evaluate the facts of all nodes."""
     if not all(one["azure"] for one in facts):
         asked = (
             "a driver on each node",
@@ -125,7 +125,7 @@ def _notices(facts: Sequence[Facts]) -> Row:
 
 
 def _each(texts: Iterator[str]) -> str:
-    """Return what is the same on all nodes once, else node by node."""
+    """Return a fact once if it is equal on all nodes, else node by node."""
     listed = list(texts)
     if len({*listed}) == 1:
         return listed[0]

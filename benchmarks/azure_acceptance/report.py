@@ -1,4 +1,4 @@
-"""The report of an acceptance run: one row a check, without anything that identifies the account or a machine."""
+"""The report of an acceptance run: one row per check, without anything that identifies the account or a machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scrubber:
         self._names |= {name for name in names if len(name) > 1 and name != "localhost"}
 
     def __call__(self, value: Any) -> Any:
-        """Return a text, or the texts of a nest, without them."""
+        """Return a text, or the texts of a nested structure, without them."""
         if isinstance(value, dict):
             return {key: self(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -59,7 +59,7 @@ class Scrubber:
 
 @dataclass(frozen=True)
 class Row:
-    """One check. found: what was measured; asked: what makes it pass."""
+    """One check. found: the measurement; asked: the requirement."""
 
     check: str
     found: str
@@ -93,7 +93,7 @@ class Report:
         return [row for row in self.rows if row.verdict == FAILED]
 
     def write(self) -> None:
-        """Write both files; called after every row, so an interrupted run leaves what it found."""
+        """Write both files; called after every row, so an interrupted run keeps its findings."""
         facts, rows = self.scrub(self.facts), [Row(**self.scrub(asdict(row))) for row in self.rows]
         content = {**facts, "checks": [asdict(row) for row in rows]}
         (self.directory / "report.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The order of an acceptance run: the cluster comes, each stage is checked, and the cluster always goes."""
+"""The stages of an acceptance run: the cluster is created, each stage is checked, and the cluster is always removed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from benchmarks.azure_acceptance.report import FAILED, NOT_CHECKED, PASSED, Repo
 from benchmarks.azure_acceptance.training import POLL_SECONDS, Training
 
 UP_SECONDS, DOWN_SECONDS, DOWN_ATTEMPTS = 2700.0, 1800.0, 3
-IDLE_SECONDS = 1500.0  # beyond cluster.idle_minutes, for a node to be deleted, and for one to come that was on its way
+IDLE_SECONDS = 1500.0  # beyond cluster.idle_minutes, for the deletion of a node, and for a pending node to start
 BUDGET_SHARE = 0.85  # of the budget; the rest pays for the removal
-BLOB_ATTEMPTS, BLOB_PAUSE = 4, 90.0  # a role takes minutes to count
+BLOB_ATTEMPTS, BLOB_PAUSE = 4, 90.0  # a role assignment takes minutes to become effective
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the owner of the account asked for.
+    """The request of the owner of the account.
 
     Attributes:
         cluster, plan, train: words of `launch up`, `launch plan` and `launch train`.
@@ -43,7 +43,7 @@ class Asked:
 
 
 class Session:
-    """One acceptance run. `run` raises nothing but KeyboardInterrupt, and that after the cluster is removed."""
+    """One acceptance run. `run` raises only KeyboardInterrupt, after the cluster is removed."""
 
     def __init__(self, asked: Asked, plan: Estimate, commands: Commands, cloud: Cloud, report: Report) -> None:
         self._asked, self._plan, self._commands, self._cloud, self._report = asked, plan, commands, cloud, report
@@ -81,11 +81,11 @@ class Session:
                 self._stage("cost and time of all", self._bill)
 
     def _left(self) -> float:
-        """Return for how many seconds more the budget lasts."""
+        """Return the number of seconds for which the budget lasts."""
         return self._plan.limit_minutes * 60 * BUDGET_SHARE - (time.monotonic() - self._began)
 
     def _stage(self, title: str, stage: Callable[[], Iterable[Row]]) -> None:
-        """Add the rows of a stage; one that raises is a row as well, and keeps no other from running."""
+        """Add the rows of a stage; an exception becomes a row as well, and does not prevent the other stages."""
         print(f"== {title}", file=sys.stderr, flush=True)
         try:
             for row in stage():
@@ -208,7 +208,7 @@ class Session:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the stages as Ctrl-C does, so that the cluster is removed."""
+    """Let SIGTERM and SIGHUP end the stages as Ctrl-C does, so that the cluster is removed."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -223,7 +223,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The removal is not interrupted."""
+    """Protect the removal from interruption."""
 
     def refuse(number: int, frame: Any) -> None:
         print("The cluster is being removed; this is not interrupted.", file=sys.stderr, flush=True)

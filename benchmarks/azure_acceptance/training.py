@@ -1,4 +1,4 @@
-"""A run on both nodes that loses one of them: it trains for minutes, is evicted, goes on, and is stopped."""
+"""A run on both nodes: it trains for minutes, loses an evicted node, continues, and is stopped."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from benchmarks.azure_acceptance.report import Row, judged, not_checked
 RUN = "acceptance"
 START_SECONDS, EVICTION_SECONDS, RESUME_SECONDS, STOP_SECONDS = 1200.0, 2100.0, 900.0, 600.0
 POLL_SECONDS = 2.0
-COPY_SECONDS = 15.0  # what has changed there is here by then
+COPY_SECONDS = 15.0  # remote changes are copied by then
 MOST_LOST = 1  # steps, after a notice
-NOTICE = "is to be taken away"  # what a run prints when a notice has reached it
+NOTICE = "is to be taken away"  # the output of a run that received a notice
 
 
 class Training:
@@ -34,7 +34,7 @@ class Training:
         return self._commands.directory / "runs" / RUN
 
     def step(self) -> int:
-        """Return the newest step that has been copied here."""
+        """Return the newest step that has been copied to this machine."""
         try:
             last = (self.directory / "metrics.jsonl").read_text().rpartition("}")[0].splitlines()[-1] + "}"
             return int(json.loads(last)["step"])
@@ -48,17 +48,17 @@ class Training:
         self._wait(lambda: self.step() > 0, min(START_SECONDS, limit), "The run did not log a step")
         first, began_training = time.monotonic() - began, time.monotonic()
         before = self.step()
-        self._wait(lambda: time.monotonic() - began_training > minutes * 60, limit, "The run did not train on")
+        self._wait(lambda: time.monotonic() - began_training > minutes * 60, limit, "The run did not continue to train")
         steps = self.step() - before
         yield judged(
             "training on two nodes",
             f"first step shown after {first:.0f} s, then {steps} steps in {minutes:.1f} min",
-            "steps go on",
+            "more steps",
             steps > 0,
         )
 
     def evict(self, limit: float) -> Iterator[Row]:
-        """Have Azure evict one node under the run, and wait until the run goes on."""
+        """Let Azure evict one node of the run, and wait until the run continues."""
         self._needs_run()
         spot = sorted(vm["name"] for vm in self._cloud.workers() if vm["spot"])
         if not spot:
@@ -74,12 +74,12 @@ class Training:
         )
         self._evicted = True
         seconds, until = time.monotonic() - began, time.monotonic() + COPY_SECONDS
-        yield judged("eviction of a node", f"gone {seconds:.0f} s after the call", "it goes", True)
-        self._wait(lambda: time.monotonic() > until, limit, "The run did not go on")
+        yield judged("eviction of a node", f"gone {seconds:.0f} s after the call", "it is deleted", True)
+        self._wait(lambda: time.monotonic() > until, limit, "The run did not continue")
         there = self.step()
         self._wait(lambda: self.step() > there, min(RESUME_SECONDS, limit), f"No step after step {there}")
         yield judged(
-            "the run goes on after the eviction",
+            "the run continues after the eviction",
             f"step {before} at the call, {there} when the node had gone, then {self.step()} "
             f"after {time.monotonic() - began - seconds:.0f} s",
             "later steps",
@@ -87,7 +87,7 @@ class Training:
         )
 
     def end(self, plan: Estimate, limit: float) -> Iterator[Row]:
-        """Stop the run, and judge what it has recorded."""
+        """Stop the run, and evaluate its record."""
         self._needs_run()
         assert self._running is not None
         stopped = self._commands.run("stop", RUN, seconds=min(STOP_SECONDS, limit))
@@ -124,7 +124,7 @@ class Training:
 
 
 def rows(result: dict[str, Any], plan: Estimate, evicted: bool, noticed: bool) -> Iterator[Row]:
-    """Judge result.json of the run. noticed: the run printed that a node would be taken away."""
+    """Evaluate result.json of the run. noticed: the run printed an eviction notice."""
     status, reason = result.get("status"), result.get("reason")
     yield judged("end of the run", f"{status} ({reason})", "stopped or completed", status in ("stopped", "completed"))
     asked = f"a notice, at least 1 regroup, at most {MOST_LOST} step lost, no restart"
@@ -144,7 +144,7 @@ def rows(result: dict[str, Any], plan: Estimate, evicted: bool, noticed: bool) -
 
 
 def _cost(result: dict[str, Any], plan: Estimate) -> Row:
-    """The run pays for one node or for two, and for the head, over its whole time."""
+    """Check the cost: one or two nodes and the head, over the whole time of the run."""
     hours = float(result.get("seconds") or 0.0) / 3600
     most = plan.usd_per_hour * hours
     least = (plan.usd_per_hour - plan.node_usd_per_hour) * hours

@@ -1,1 +1,1 @@
-"""The sections of `benchmarks/gpu.py`, one file each: a question about one GPU, and the checks that answer it."""
+"""The sections of `benchmarks/gpu.py`, one file each: a question about one GPU, and its checks."""

@@ -1,4 +1,4 @@
-"""Are the numbers right on the device? Losses, weights and batches beside those of the CPU or of plain PyTorch."""
+"""Compares losses, weights and batches on the device with those of the CPU or of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(session: Session) -> Section:
 
 
 def _other_device(section: Section, session: Session, plain: Trained) -> None:
-    """float32 without TF32 on the device beside the CPU, in the mode whose sums have no order."""
+    """Compare float32 without TF32 on the device with the CPU, in deterministic mode."""
     here = session.train(session.job(deterministic=True), "here")
     there = session.train(session.job(deterministic=True, device="cpu"), "cpu")
     section.at_most("float32 beside the CPU", difference(here.losses, there.losses), CPU_BESIDE_GPU)
@@ -95,7 +95,7 @@ def _fused(section: Section, session: Session, plain: Trained) -> None:
 
 
 def _clipping(section: Section, session: Session, plain: Trained) -> None:
-    """One step of SGD at rate 1: the distance that the weights move is the norm of the clipped gradient."""
+    """Run one step of SGD at rate 1: the distance that the weights move is the norm of the clipped gradient."""
     sgd = {"_target_": "torch.optim.SGD", "lr": 1.0}
     moved = {}
     for norm in (None, 0.1):
@@ -123,7 +123,7 @@ def _deterministic(section: Section, session: Session, plain: Trained) -> None:
 
 
 def _resume(section: Section, session: Session, plain: Trained) -> None:
-    """A run that is continued from a checkpoint of each device, beside one that never stopped."""
+    """Compare a run resumed from a checkpoint of each device with an uninterrupted one."""
     whole = session.train(session.job(deterministic=True), "whole")
     first: dict[str, Any] = {"deterministic": True, "steps": session.steps // 2}
     session.train(session.job(**first), "continued")
@@ -155,7 +155,7 @@ def _averages(section: Section, session: Session, plain: Trained) -> None:
 
 
 def _prefetch(section: Section, session: Session, plain: Trained) -> None:
-    """What the loader puts on the device ahead of time, beside the data set itself; and where everything is."""
+    """Compare the loader's prefetched batches with the data set, and check their device."""
     data = PicturesOneByOne(103, 5)
     keys = [Key(0, 0, torch.randperm(103, generator=torch.Generator().manual_seed(n))[:25]) for n in range(12)]
     fetch = Fetch(data, None, 0)
@@ -165,7 +165,7 @@ def _prefetch(section: Section, session: Session, plain: Trained) -> None:
         loader = Loader(fetch, session.device, workers)
         right, placed = True, True
         for (x, y), (a, b) in zip(loader.read(iter(keys)), wanted, strict=True):
-            # Something for the device to do, so that copies really overlap with it.
+            # Work for the device, so that copies overlap with it.
             if session.on_gpu:
                 torch.mm(*torch.ones(2, 512, 512, device=session.device))
             right = right and torch.equal(x.cpu(), a) and torch.equal(y.cpu(), b)
@@ -193,7 +193,7 @@ def _sharded(section: Section, session: Session, plain: Trained) -> None:
 
 
 def _left_behind(observer: Any, device: torch.device) -> str:
-    """Name what of a run's model and optimizer is on another device; scalars of the optimizer may be."""
+    """Return the tensors of a run's model and optimizer on another device; scalars of the optimizer may be there."""
     found = [name for name, p in observer.model.named_parameters() if p.device.type != device.type]
     found += [name for name, buffer in observer.model.named_buffers() if buffer.device.type != device.type]
     for state in observer.optimizer.state.values():
@@ -206,7 +206,7 @@ def _left_behind(observer: Any, device: torch.device) -> str:
 
 
 def _two_ranks(section: Section, session: Session, plain: Trained) -> None:
-    """Two processes on one device, joined by gloo, in the mode that promises the same bits as one."""
+    """Run two processes on one device, connected by gloo, in the mode that guarantees the same bits as one."""
     job = session.job(deterministic=True)
     one = session.train(job, "one-rank")
     directory = session.folder / "two-ranks"

@@ -1,4 +1,4 @@
-"""Does the memory that `launch plan` predicts for a worker match the peak that training then reaches?"""
+"""Compares the memory that `launch plan` predicts for a worker with the peak of training."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def networks(tiny: bool) -> list[tuple[str, dict[str, Any], tuple[int, ...]]]:
 
 
 def predict(job: Job) -> int:
-    """Return the bytes that `launch plan` names for the job on one VM with one GPU."""
+    """Return the bytes that `launch plan` predicts for the job on one VM with one GPU."""
     from launcher.planning.nodes import make_node_plan
 
     cluster = ClusterConfig(kind="azure", size=VM, nodes=1)
@@ -82,10 +82,10 @@ def predict(job: Job) -> int:
 
 
 def measure(session: Session, job: Job, name: str) -> int:
-    """Return the most bytes that were allocated at once while the job was trained.
+    """Return the peak of allocated bytes during training.
 
-    PyTorch counts them on a GPU. On the CPU, where the data and all that Python still holds count too, it is what the
-    run keeps when its second step begins and what that step then adds.
+    PyTorch counts them on a GPU. On the CPU, where the process memory also includes the data and other Python objects,
+    it is the memory of the run at the start of its second step plus the growth in that step.
     """
     gc.collect()
     if session.on_gpu:
@@ -100,11 +100,11 @@ def measure(session: Session, job: Job, name: str) -> int:
 
 
 class Added(Quiet):
-    """The engine's control. It records how far the memory of the CPU rises in the second step.
+    """The engine's control. It records the growth of the process memory in the second step.
 
     Attributes:
         kept: bytes of weights, gradients and optimizer state when the step begins.
-        peak: bytes that the step allocates beyond those, at most.
+        peak: maximum bytes that the step allocates in addition.
     """
 
     def __init__(self, trace: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the sections share: a device, a way to train on it through the engine, and checks with their verdicts."""
+"""Shared by the sections: a device, training on it through the engine, and checks with their verdicts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROUNDING = 1e-5  # relative to the loss, over 20 steps: float32 sums in another 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of a section's table: what was found beside what is asked. `passed` None: nothing is asked."""
+    """One row of a section's table: measured value and requirement. `passed` None: no requirement."""
 
     name: str
     found: str
@@ -46,7 +46,7 @@ class Check:
 
 @dataclass
 class Section:
-    """What a section found: checks with a verdict, and figures for the JSON file."""
+    """The result of a section: checks with a verdict, and figures for the JSON file."""
 
     title: str
     checks: list[Check] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Section:
         try:
             yield
         except Exception as error:
-            traceback.print_exc()  # with its traceback on standard error: a GPU is rarely at hand to look again
+            traceback.print_exc()  # with its traceback on standard error, because a GPU may not be available again
             line = str(error).strip().splitlines()
             self.holds(name, f"{type(error).__name__}: {line[0][:120] if line else ''}", "no error", False)
 
@@ -105,11 +105,11 @@ class Quiet:
 
 @dataclass(frozen=True)
 class Session:
-    """Where the checks compute.
+    """The device of the checks.
 
     Attributes:
-        device: the GPU, or the CPU as a stand-in that tries the checks themselves.
-        tiny: with networks of a few thousand weights and few steps, for the stand-in.
+        device: the GPU, or the CPU as a stand-in to test the checks.
+        tiny: networks of a few thousand weights and few steps, for the stand-in.
         folder: scratch space of this section.
     """
 
@@ -119,7 +119,7 @@ class Session:
 
     @property
     def steps(self) -> int:
-        """Of a run, unless it says otherwise: two epochs, with a smaller last batch in each."""
+        """Default data of a run: two epochs, with a smaller last batch in each."""
         return 6 if self.tiny else 20
 
     @property
@@ -162,7 +162,7 @@ class Session:
     def train(
         self, job: Job, name: str, runtime: Runtime | None = None, control: Any = None, observed: bool = True
     ) -> Trained:
-        """Train `job` in this process, in the folder `name`; a folder with checkpoints is continued.
+        """Train `job` in this process, in the folder `name`; a run with checkpoints in the folder is resumed.
 
         observed: copy the weights after each step, which waits for the device.
         """
@@ -180,8 +180,8 @@ class Session:
 
     @contextmanager
     def one_rank(self) -> Iterator[Runtime]:
-        """A process group of this process alone, which sharding needs: NCCL on a GPU, else gloo."""
-        # A store deletes its file when it is collected, so that two of one name would end each other.
+        """Create a process group of this process only, which sharding needs: NCCL on a GPU, else gloo."""
+        # A store deletes its file when it is garbage-collected, so two stores of one name would conflict.
         store = self.folder / f"store-{time.monotonic_ns()}"
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{store}", rank=0, world_size=1)
         try:
@@ -197,14 +197,14 @@ def losses_of(directory: Path) -> list[float]:
 
 
 def difference(one: list[float], other: list[float]) -> float:
-    """Return the largest relative difference of two curves; infinite where they are not equally long."""
+    """Return the largest relative difference of two curves; infinite if their lengths differ."""
     if len(one) != len(other) or not one:
         return float("inf")
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(one, other, strict=True))
 
 
 def weight_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Return the largest absolute difference of two sets of weights; infinite where their names differ."""
+    """Return the largest absolute difference of two sets of weights; infinite if their names differ."""
     if one.keys() != other.keys():
         return float("inf")
     return max(float((one[name] - other[name]).abs().max()) for name in one)

@@ -1,7 +1,7 @@
-"""Is the engine as fast as a loop written by hand? Interleaved with one over the same network, data and settings.
+"""Compares the speed of the engine with a loop written by hand, interleaved, over the same network, data and settings.
 
-The loop is written in the manner of nanoGPT (https://github.com/karpathy/nanoGPT, train.py): it copies the next batch
-while the device computes, uses the fused optimizer, and reads its loss once in a while.
+The loop follows nanoGPT (https://github.com/karpathy/nanoGPT, train.py): it copies the next batch while the device
+computes, uses the fused optimizer, and reads its loss occasionally.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ADAMW = {"_target_": "torch.optim.AdamW", "lr": 6e-4, "betas": [0.9, 0.95], "wei
 CLIP = 1.0
 ROUNDS = 3
 NEVER = (10**9, 10**9)  # no step is profiled
-# The stand-in shares its cores with whatever else runs there: it finds what is slow by a multiple.
+# The stand-in shares its cores with other work: it detects slowdowns by a multiple only.
 FASTER = {"GPT": Demand(least=1.05), "ResNet-18": Demand(least=1.0), "on the CPU": Demand(least=0.3)}
 CHECKPOINT = {True: Demand(most=1.05), False: Demand(most=10.0)}
 USED = Demand(least=0.45)
@@ -36,12 +36,12 @@ USED = Demand(least=0.45)
 
 @dataclass(frozen=True)
 class Network:
-    """What is trained: the same for both.
+    """The training job, the same for both.
 
     Attributes:
         samples: x (N, …) and y (N, …) in memory, on the host.
-        units: what is counted a second, and how many a sample has.
-        first, last: steps between which the time is taken.
+        units: what is counted per second, and how many a sample has.
+        first, last: steps between which the time is measured.
     """
 
     name: str
@@ -149,7 +149,7 @@ def _compare(section: Section, session: Session, network: Network) -> None:
 
 
 def _clear(session: Session) -> None:
-    """Begin as a new process would: nothing compiled, and no memory of the system before."""
+    """Reset to the state of a new process: nothing compiled, and no memory of the previous system."""
     torch.compiler.reset()
     if session.on_gpu:
         torch.cuda.empty_cache()
@@ -224,13 +224,13 @@ def _random_batches(network: Network, device: torch.device) -> Iterator[tuple[Te
 
 
 def _checkpoint(section: Section, session: Session) -> None:
-    """A perceptron whose weights and AdamW state fill 1 GB: 20 steps and a checkpoint beside 20 steps."""
+    """Compare 20 steps and a checkpoint with 20 steps, for a perceptron whose weights and AdamW state fill 1 GB."""
     width, layers, every = (64, 2, 5) if session.tiny else (3250, 8, 20)
     batch = 16 if session.tiny else 4096
     found: dict[str, list[float]] = {"none": [], "checkpoint": []}
     for number in range(1 if session.tiny else ROUNDS):
         for kind, runs in found.items():
-            # The first save also has to get the memory for copies: it is done before the time begins.
+            # The first save also allocates the memory for copies: it runs before the timing starts.
             meter = Meter(session.device, every + 2, 3 * every + 2, NEVER)
             job = session.job(
                 model={"_target_": f"{WORKLOAD}.Perceptron", "width": width, "layers": layers},

@@ -1,4 +1,4 @@
-"""Does the host ever wait for the device between two logs? Steps of every strategy are profiled, and waits counted."""
+"""Counts synchronizations of the host with the device between two logs, by profiling steps of every strategy."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from benchmarks.gpu_sections.session import Section, Session
 from benchmarks.harness import Failed
 from launcher.engine.runtime import Runtime
 
-# What the host waits in, as the profiler calls it. `.item()` on a GPU tensor ends in one of them.
+# Names of waiting operations in the profiler. `.item()` on a GPU tensor calls one of them.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-# What asks for a number on the host; without a wait where the tensor is on the host already.
+# Operations that read a number on the host; they do not wait if the tensor is on the host already.
 READS = ("aten::_local_scalar_dense", "aten::nonzero")
 BEGIN, END = "benchmark: begin", "benchmark: end"
 
 # By name: settings of the strategy and of the trainer, and the numbers that the host may read in a step on the CPU,
-# where the engine looks at the loss of each microbatch, at the gradients and at the vote.
+# where the engine checks the loss of each microbatch, the gradients and the vote.
 STRATEGIES: dict[str, tuple[Figures, Figures, int]] = {
     "ddp": ({}, {}, 3),
     "ddp, clipped": ({}, {"clip_norm": 1.0}, 3),
@@ -39,10 +39,11 @@ STRATEGIES: dict[str, tuple[Figures, Figures, int]] = {
 
 
 class Meter:
-    """The engine's control (`launcher.engine.control.Control`). It is asked at each step's begin, so it keeps time.
+    """The engine's control (`launcher.engine.control.Control`). It is called at the start of each step, so it measures
+    the time.
 
     Args:
-        first, last: steps between which the time is taken.
+        first, last: steps between which the time is measured.
         profiled: (first, last) of the steps under the profiler; no log may fall between them.
     """
 
@@ -85,7 +86,7 @@ def now(device: torch.device) -> float:
 
 
 def count(events: Iterable[Any]) -> Counter[str]:
-    """Return how often each of WAITS and READS was called between the marks; the profiler itself waits as well.
+    """Return how often each of WAITS and READS was called between the marks, without the profiler's own waits.
 
     Args:
         events: the profiler's, each with `name` and `time_range.start` and `.end`.

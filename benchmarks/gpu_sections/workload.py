@@ -1,6 +1,6 @@
-"""What the checks train: generated data, networks of a few thousand weights, and a callback that looks at a run.
+"""Training jobs of the checks: generated data, networks of a few thousand weights, and a callback that observes a run.
 
-Nothing here reads a file or needs a network connection, so the checks run on a machine that has PyTorch alone.
+Nothing here reads a file or needs a network connection, so the checks run on a machine with PyTorch only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def pictures(count: int, seed: int) -> TensorDataset:
 
 
 class PicturesOneByOne(Dataset[Any]):
-    """The same pictures, read sample by sample, so that loader processes take part."""
+    """The same images, read sample by sample, so that loader processes are used."""
 
     def __init__(self, count: int, seed: int) -> None:
         self._pictures = pictures(count, seed)
@@ -43,7 +43,7 @@ class PicturesOneByOne(Dataset[Any]):
 
 
 class Tokens:
-    """In memory: x (N, context) and y (N, context) int64, at random. What tokens they are changes no time."""
+    """In memory: x (N, context) and y (N, context) int64, at random. The tokens do not affect the time."""
 
     def __init__(self, vocabulary: int, context: int, train: int = 64, val: int = 4) -> None:
         self.train, self.val = (_tokens(count, vocabulary, context) for count in (train, val))
@@ -80,10 +80,10 @@ class Perceptron(nn.Module):
 
 
 class Observer:
-    """A callback that keeps the model and the optimizer of the run, and a copy of the weights after every step.
+    """A callback that stores the model and the optimizer of the run, and a copy of the weights after every step.
 
     Args:
-        copies: false leaves the weights where they are; a copy waits for the device.
+        copies: false disables the copies, which wait for the device.
 
     Attributes:
         latest: the observer of the last run in this process.
@@ -113,6 +113,6 @@ class Observer:
 
 
 def _whole(value: Tensor) -> Tensor:
-    """The tensor itself, or all of one that is sharded."""
+    """Return the tensor, gathered if it is sharded."""
     gather = getattr(value, "full_tensor", None)
     return value if gather is None else gather()

@@ -1,4 +1,4 @@
-"""What a competent user writes for one process: no launcher, no DDP.
+"""A plain training script for one process: no launcher, no DDP.
 
 python -m benchmarks.peers.alone --steps 2 --batch 100 --directory DIR --first-step FILE
 """

@@ -1,4 +1,4 @@
-"""What the peers share: arguments, data, and nothing of `launch`."""
+"""Shared by the peers: arguments and data, without code of `launch`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, required=True, help="samples in a step, over all workers")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--directory", required=True, help="where TensorBoard's file goes")
-    parser.add_argument("--turns", type=json.loads, help="what the stopwatch is told, see benchmarks/timed.py")
+    parser.add_argument("--turns", type=json.loads, help="arguments of the stopwatch, see benchmarks/timed.py")
     return parser
 
 
 def first_step_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add what those take whose first step is timed (benchmarks/startup.py)."""
+    """Add the arguments of peers whose first step is timed (benchmarks/startup.py)."""
     parser.add_argument("--first-step", required=True, help="file for the time of the first step")
-    parser.add_argument("--limit", type=int, help="use so many of the training pictures")
+    parser.add_argument("--limit", type=int, help="number of training images")
     return parser
 
 
 def shared_loader(data: Dataset[Any], batch: int, **how: Any) -> tuple[DataLoader[Any], DistributedSampler[Any]]:
-    """Return what a rank reads its part of every batch of `batch` samples with."""
+    """Return the loader of a rank's part of every batch of `batch` samples."""
     sampler: DistributedSampler[Any] = DistributedSampler(data, shuffle=True)
     return DataLoader(data, batch_size=batch // dist.get_world_size(), sampler=sampler, **how), sampler
 
@@ -58,6 +58,6 @@ def network(options: argparse.Namespace) -> timed.ConvNet:
 
 
 def training_data(limit: int | None = None) -> TensorDataset:
-    """The digits as `launch` sees them, normalised once and for all: x (N, 1, 28, 28) float32, y (N,) int64."""
+    """Return the digits with the normalization of `launch`: x (N, 1, 28, 28) float32, y (N,) int64."""
     pictures = Mnist(limit=limit).train
     return TensorDataset(*pictures.__getitems__(range(len(pictures))))

@@ -1,4 +1,4 @@
-"""What a competent user writes by hand: DistributedDataParallel under torchrun, TensorBoard from rank 0.
+"""A plain training script: DistributedDataParallel under torchrun, TensorBoard from rank 0.
 
 torchrun --nproc-per-node 2 -m benchmarks.peers.plain --steps 300 --batch 100 --directory DIR
 """
@@ -16,7 +16,7 @@ from benchmarks.peers.common import arguments, network, shared_loader, steps, tr
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--channels-last", action="store_true", help="pictures and weights in channels-last memory")
+    parser.add_argument("--channels-last", action="store_true", help="images and weights in channels-last memory")
     parser.add_argument("--tuned", action="store_true", help="fused optimizer, gradients as views of DDP's buckets")
     options = parser.parse_args()
 

@@ -43,7 +43,7 @@ def main() -> None:
         max_epochs=-1,
         logger=TensorBoardLogger(options.directory),
         log_every_n_steps=50,
-        # Neither does any of the others draw a bar or save in the steps that are timed.
+        # The other systems do not draw a progress bar or save during the timed steps either.
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -140,7 +140,9 @@ def export(job: Job, runtime: Runtime, control: Control, weights: str, folder: P
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ConfigError("Writing weights needs the package safetensors: pip install 'launch[examples]'.") from error
+        raise ConfigError(
+            "Package safetensors, which writes weights, is not installed: pip install 'launch-train[examples]'."
+        ) from error
     data, model = _trained(job, runtime, weights)
     for tensor in (*model.parameters(), *model.buffers()):  # whoever uses it has ordinary tensors
         tensor.data = tensor.data.contiguous()

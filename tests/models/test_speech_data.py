@@ -132,7 +132,7 @@ def test_strings_that_cannot_be_drawn(words: dict[str, int], message: str) -> No
 
 def test_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match=r"captcha.*not installed: pip install 'launch\[examples\]'"):
+    with pytest.raises(OSError, match=r"captcha.*not installed: pip install 'launch-train\[examples\]'"):
         SpokenDigits()
 
 
@@ -359,7 +359,7 @@ def test_unknown_characters_are_named() -> None:
 
 def test_missing_soundfile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    with pytest.raises(OSError, match=r"soundfile.*pip install 'launch\[examples\]'"):
+    with pytest.raises(OSError, match=r"soundfile.*pip install 'launch-train\[examples\]'"):
         speech_files.check_audio(Path("a.wav"), 8000)
 
 

