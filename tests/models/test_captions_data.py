@@ -118,7 +118,7 @@ def test_random_numbers_are_uniform_and_frozen() -> None:
         ({"least": 4, "most": 3}, "data.least=4, data.most=3"),
         ({"limit": 0}, "data.limit=0"),
         ({"words": ["one", "two"]}, "data.words has 2 words; ten"),
-        ({"words": ["one"] * 10}, '"one" is there 10 times'),
+        ({"words": ["one"] * 10}, '"one" occurs 10 times'),
         ({"words": ["ONE", *DIGITS[1:]]}, '"ONE" is not one word in lower case'),
     ],
 )
@@ -245,7 +245,7 @@ BAD: list[tuple[Change, str]] = [
     (edit(TRAIN, lambda c: c["images"][2].pop("file_name")), r'images\[2\] has no "file_name"; expected id and file'),
     (edit(VAL, lambda c: c["annotations"][1].pop("caption")), r'val2017.json: annotations\[1\] has no "caption"'),
     (edit(TRAIN, lambda c: c["annotations"][3].update(image_id=7)), r"annotations\[3\] belongs to image_id 7, which"),
-    (edit(TRAIN, lambda c: c["annotations"][4].update(caption=" ")), r"annotations\[4\].caption is ' '; expected a te"),
+    (edit(TRAIN, lambda c: c["annotations"][4].update(caption=" ")), r"annotations\[4\].caption is ' '; expected a no"),
     (edit(TRAIN, lambda c: c["annotations"][4].update(caption=None)), r"annotations\[4\].caption is None; expected a"),
     (edit(TRAIN, lambda c: c["annotations"][4].update(caption="?!")), r"caption is '\?!', which contains no word"),
     (edit(TRAIN, lambda c: c["images"][1].update(id=100)), r"images\[1\] has the id 100 of an earlier entry"),
@@ -274,7 +274,7 @@ def test_bad_captions_are_refused_with_file_and_entry(change: Change, message: s
         ({"min_count": 99}, r"no word .* min_count=99 times; the most frequent occurs 6 times"),
         ({"height": 7}, "height=7"),
         ({"channels": 2}, "data.channels=2"),
-        ({"limit": 13}, "data.limit=13: must be a whole number from 1 to 12"),
+        ({"limit": 13}, "data.limit=13: must be an integer from 1 to 12"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, Any], message: str, coco: Path) -> None:

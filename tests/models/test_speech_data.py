@@ -289,7 +289,7 @@ def test_a_person_is_heard_beside_the_strings(prompts: tuple[str, str]) -> None:
             lambda root, listed: root.rename(root.with_name("x")),
             r"data.root=.*apt-get install asterisk-core",
         ),
-        (lambda root, listed: listed.unlink(), r"data.texts=.*leave out /usr/share/doc.*dpkg-deb -x"),
+        (lambda root, listed: listed.unlink(), r"data.texts=.*omit /usr/share/doc.*dpkg-deb -x"),
         (lambda root, listed: listed.write_bytes(listed.read_bytes()[:-9]), r"texts.gz is damaged"),
         (lambda root, listed: listed.write_text("one: x"), r"texts.gz names no recording .*data.root="),
         (lambda root, listed: listed.write_bytes(gzip.compress(b"; x\none two\n")), r"line 2: expected NAME: TEXT"),
