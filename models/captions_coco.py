@@ -127,7 +127,7 @@ def _captions(file: Path, pictures: Path, key: str) -> list[tuple[str, str]]:
     images, captions = read_captions(str(file))
     if not pictures.is_dir():
         raise FileNotFoundError(
-            f"{pictures} is not a folder; data.{key}_pictures must name the folder of the pictures of {file}."
+            f"{pictures} is not a folder; {key}_pictures must name the folder of the pictures of {file}."
         )
     there = {entry.name for entry in os.scandir(pictures)}
     for i, (identity, _) in enumerate(captions):
