@@ -28,7 +28,7 @@ from launcher.config import TrainerConfig
 from launcher.engine.drift import Copy, Drift
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.ddp import DataParallel
-from launcher.engine.trained import Trained
+from launcher.engine.trained_parameters import TrainedParameters
 from models.language import GPT
 from models.vision import MLP, ConvNet
 
@@ -83,7 +83,7 @@ def _measure(runtime: Runtime, kind: Any, batch_of: Any, share: int, options: ar
     strategy.prepare(batch)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
     strategy.attach(optimizer, 0)
-    trained = Trained(network, optimizer, strategy, [])
+    trained = TrainedParameters(network, optimizer, strategy, [])
     drift = Drift(runtime, [""] * WORKERS, print)
 
     def step() -> None:

@@ -219,6 +219,44 @@ def test_the_other_examples_run(tmp_path: Path) -> None:
     assert {"parity.weight", "parity.bias"} <= both[1].keys()
 
 
+@pytest.mark.timeout(200)
+def test_the_hook_for_mlflow_sends_what_is_logged(tmp_path: Path) -> None:
+    """Would be wrong: values of another step, a metric twice, a second record for a resumed run."""
+    write_files(EXTENDING, tmp_path)
+    (tmp_path / "mlflow.py").write_text(MLFLOW)
+    (words,) = [words for words in commands(EXTENDING) if any("tracking.Mlflow" in word for word in words)]
+    words += ["cluster=none", "run.name=sent", "trainer.log_every=5"]
+    run_all([[*words, "trainer.epochs=1"], [*words, "trainer.epochs=2", "run.resume=true"]], tmp_path)
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (tmp_path / "runs/sent/metrics.jsonl").read_text().splitlines()]
+    position = ("step", "epoch", "samples", "time")
+    assert [call[1:] for call in calls if call[0] == "log_metrics"] == [
+        [line["step"], {tag: value for tag, value in line.items() if tag not in position}] for line in logged
+    ]
+    assert [call[1:] for call in calls if call[0] == "start_run"] == [[None, "sent"], ["run-of-sent", "sent"]]
+    assert [call[0] for call in calls].count("end_run") == 2
+
+
+MLFLOW = """
+# A stand-in for the package: writes down how it is called.
+import json
+from types import SimpleNamespace
+
+def note(*call):
+    with open("calls.jsonl", "a") as file:
+        file.write(json.dumps(call) + "\\n")
+
+def set_tracking_uri(uri): note("set_tracking_uri", uri)
+def set_experiment(name): note("set_experiment", name)
+def log_metrics(values, step): note("log_metrics", step, values)
+def end_run(): note("end_run")
+
+def start_run(run_id, run_name):
+    note("start_run", run_id, run_name)
+    return SimpleNamespace(info=SimpleNamespace(run_id=run_id or f"run-of-{run_name}"))
+"""
+
+
 @pytest.mark.timeout(600)
 def test_the_model_of_the_readme_runs(tmp_path: Path) -> None:
     write_files(README, tmp_path)

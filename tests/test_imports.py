@@ -115,6 +115,8 @@ RULES = (
     Rule("launcher", ("ray.train",), but=_RAY_TRAIN, why="few modules speak to Ray Train"),
     Rule("launcher.clusters", ("torch",), why="a cluster is planned on machines without PyTorch"),
     Rule("launcher.runs", ("torch",), why="`launch runs` lists without PyTorch"),
+    Rule("launcher.engine.strategies.kinds", ("torch",), at_import=True, why="options are checked without PyTorch"),
+    Rule("launcher.engine.registry", ("torch",), why="kinds of strategies are registered without PyTorch"),
     Rule(
         "launcher",
         ("hydra", "omegaconf"),
@@ -255,7 +257,7 @@ def check_rooms(path: str, seen: Import, other: str) -> list[str]:
 # Words that are also the name of a cluster kind, and mean something else there.
 OTHER_MEANING = {
     ("launcher/config/schema.py", "none"): "of strategy.compression and sweep.pruner",
-    ("launcher/config/checks.py", "none"): "of strategy.compression and sweep.pruner",
+    ("launcher/config/checks.py", "none"): "of sweep.pruner",
     ("launcher/config/own_hydra.py", "local"): "local/default.yaml of a configuration directory",
     ("launcher/config/calling_directory.py", "azure"): "an extra of the package",
     ("launcher/planning/plan.py", "none"): "of strategy.compression",
@@ -265,7 +267,8 @@ OTHER_MEANING = {
     ("launcher/engine/checkpoint/loading.py", "none"): "no section",
     ("launcher/engine/datasets.py", "none"): "no shape",
     ("launcher/engine/optimizer_check.py", "none"): "of strategy.compression",
-    ("launcher/engine/strategies/costs.py", "none"): "of strategy.compression",
+    ("launcher/engine/strategies/kinds/auto.py", "none"): "of strategy.compression",
+    ("launcher/engine/strategies/kinds/base.py", "none"): "of strategy.compression",
     ("launcher/engine/strategies/ddp.py", "none"): "of strategy.compression",
     ("launcher/sweeps/meaning.py", "none"): "of sweep.pruner",
     ("launcher/runs/gathered.py", "none"): "no file",

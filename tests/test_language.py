@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Folders and files whose language is checked. Add a folder once it has no finding.
 CHECKED = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "conf", "models", "tools"]
 CHECKED += ["benchmarks"]
+CHECKED += ["launcher/engine/sinks", "launcher/engine/strategies/kinds"]
+CHECKED += [
+    f"launcher/engine/{module}.py"
+    for module in (
+        *("trainer", "requests", "run_checkpoints", "global_batches", "performance", "throughput", "progress"),
+        *("record", "registry", "control", "profile"),
+    )
+]
 # Pattern of the words to avoid -> what to write.
 BANNED = {
     r"told|tells?(?! \w+ apart)|telling": "print, report, log, notify, specify",

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launcher.config.cluster_kinds import all_kinds
 from launcher.config.schema import (
-    STRATEGY_OPTIONS,
     CheckpointConfig,
     ClusterConfig,
     Job,
     LoggingConfig,
     RunConfig,
     ScalingConfig,
-    StrategyConfig,
     SweepConfig,
     TrainerConfig,
     cluster_section,
@@ -29,8 +27,6 @@ from launcher.errors import ConfigError, did_you_mean
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
-STRATEGIES = ("ddp", "fsdp", "local_sgd", "diloco", "auto")
-COMPRESSIONS = ("none", "bf16", "fp16", "powersgd")
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
 KEEP = ("all", "best")
@@ -62,18 +58,27 @@ def check_values(job: Job) -> None:
     _check_trainer(job.trainer)
     _check_scaling(job.scaling)
     _check_checkpoint(job.checkpoint)
-    _check_strategy(job.strategy, job.trainer)
     _check_cluster(job.cluster)
     _check_logging(job.logging)
     _check_sweep(job.sweep)
     _check_classes(job)
+    for check in _FURTHER:
+        check(job)
+
+
+_FURTHER: list[Callable[[Job], None]] = []
+
+
+def add_check(check: Callable[[Job], None]) -> None:
+    """Have `check_values` call a check of a package that this one does not import, such as that of strategies."""
+    _FURTHER.append(check)
 
 
 def _check_scaling(scaling: ScalingConfig) -> None:
     workers = scaling.workers
     if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise ConfigError(f"scaling.workers is {workers!r}, but must be a whole number of at least 1, or auto.")
-    _one_of("scaling.device", scaling.device, DEVICES)
+    one_of("scaling.device", scaling.device, DEVICES)
     above_zero("scaling.cpus_per_worker", scaling.cpus_per_worker)
     if scaling.gpus_per_worker is not None:
         at_least("scaling.gpus_per_worker", scaling.gpus_per_worker, 0)
@@ -84,7 +89,7 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     parse_interval(checkpoint.every, "checkpoint.every")
     at_least("checkpoint.keep", checkpoint.keep, 1)
     at_least("checkpoint.max_failures", checkpoint.max_failures, 0)
-    _one_of("checkpoint.mode", checkpoint.mode, MODES)
+    one_of("checkpoint.mode", checkpoint.mode, MODES)
 
 
 def _check_logging(logging: LoggingConfig) -> None:
@@ -152,9 +157,9 @@ def check_run(run: RunConfig) -> None:
 
 
 def _check_sweep(sweep: SweepConfig) -> None:
-    _one_of("sweep.sampler", sweep.sampler, SAMPLERS)
-    _one_of("sweep.pruner", sweep.pruner, PRUNERS)
-    _one_of("sweep.keep", sweep.keep, KEEP)
+    one_of("sweep.sampler", sweep.sampler, SAMPLERS)
+    one_of("sweep.pruner", sweep.pruner, PRUNERS)
+    one_of("sweep.keep", sweep.keep, KEEP)
     at_least("sweep.min_evaluations", sweep.min_evaluations, 1)
     at_least("sweep.reduction", sweep.reduction, 2)
     for name in ("trials", "concurrency"):
@@ -163,56 +168,11 @@ def _check_sweep(sweep: SweepConfig) -> None:
             at_least(f"sweep.{name}", value, 1)
     for direction in sweep.direction if isinstance(sweep.direction, list) else [sweep.direction]:
         if direction is not None:
-            _one_of("sweep.direction", direction, MODES)
-
-
-def _check_strategy(strategy: StrategyConfig, trainer: TrainerConfig) -> None:
-    name = strategy.name
-    _one_of("strategy.name", name, STRATEGIES)
-    _one_of("strategy.compression", strategy.compression, COMPRESSIONS, _SHORT)
-    for key, homes in STRATEGY_OPTIONS.items():
-        if getattr(strategy, key) is not None and name not in homes:
-            raise ConfigError(
-                f"strategy.{key} is an option of strategy={' and '.join(homes)}, but the strategy is {name}. "
-                "Leave it out, or choose that strategy."
-            )
-    if name == "auto" and strategy.compression != "none":
-        raise ConfigError(
-            f"strategy=auto chooses among strategies with the losses of ddp, and strategy.compression="
-            f"{strategy.compression} changes them. Name the strategy, or leave the compression out."
-        )
-    if strategy.compression == "powersgd" and name != "ddp":
-        raise ConfigError(
-            f"strategy.compression=powersgd compresses the gradients of strategy=ddp, but the strategy is {name}. Use "
-            f"strategy.compression=bf16 with {name}, or strategy=ddp."
-        )
-    if strategy.compression != "powersgd":
-        for key in ("powersgd_rank", "powersgd_after"):
-            if getattr(strategy, key) is not None:
-                raise ConfigError(f"strategy.{key} needs strategy.compression=powersgd; add it, or leave {key} out.")
-    if trainer.deterministic and (name not in ("ddp", "auto") or strategy.compression != "none"):
-        raise ConfigError(
-            "trainer.deterministic=true needs strategy=ddp and strategy.compression=none, whose sums do not depend on "
-            f"the number of workers; found strategy={name} with compression {strategy.compression}. Choose those, or "
-            "trainer.deterministic=false."
-        )
-    for key, least in (("powersgd_rank", 1), ("powersgd_after", 0), ("inner_steps", 1), ("overlap_steps", 0)):
-        if (value := getattr(strategy, key)) is not None:
-            at_least(f"strategy.{key}", value, least)
-    for key in ("bucket_mb", "outer_lr"):
-        if (value := getattr(strategy, key)) is not None:
-            above_zero(f"strategy.{key}", value)
-    if strategy.outer_momentum is not None and not 0 <= strategy.outer_momentum < 1:
-        raise ConfigError(f"strategy.outer_momentum is {strategy.outer_momentum}, but must be at least 0 and below 1.")
-    if name in ("local_sgd", "diloco") and strategy.option("overlap_steps") >= strategy.option("inner_steps"):
-        raise ConfigError(
-            f"strategy.overlap_steps is {strategy.overlap_steps}, but must be below strategy.inner_steps="
-            f"{strategy.option('inner_steps')}: what travels has to arrive before the workers meet again."
-        )
+            one_of("sweep.direction", direction, MODES)
 
 
 def _check_cluster(cluster: ClusterConfig) -> None:
-    _one_of("cluster.kind", cluster.kind, [*all_kinds()])
+    one_of("cluster.kind", cluster.kind, [*all_kinds()])
     for name in cluster.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             # Without the text itself: whoever writes NAME=VALUE here has put a secret where it will be kept.
@@ -304,7 +264,7 @@ def _check_trainer(trainer: TrainerConfig) -> None:
         value = getattr(trainer, name)
         if value is not None:
             at_least(f"trainer.{name}", value, 1)
-    _one_of("trainer.precision", trainer.precision, PRECISIONS)
+    one_of("trainer.precision", trainer.precision, PRECISIONS)
     if trainer.deterministic and trainer.precision != "float32":
         raise ConfigError(
             f"trainer.deterministic=true needs trainer.precision=float32, but the precision is {trainer.precision}."
@@ -338,10 +298,9 @@ _USUAL = {
     "half": "float16",
     "bf16": "bfloat16",
 }
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "powerSGD": "powersgd", "off": "none"}
 
 
-def _one_of(key: str, value: str, known: Sequence[str], usual: Mapping[str, str] = _USUAL) -> None:
+def one_of(key: str, value: str, known: Sequence[str], usual: Mapping[str, str] = _USUAL) -> None:
     if value not in known:
         hint = did_you_mean(usual.get(value, value), known)
         raise ConfigError(f"{key} is {value!r}, but must be one of {', '.join(known)}.{hint}")

@@ -73,12 +73,13 @@ class LoggingConfig:
     tensorboard: bool = True
     graph: bool = True
     hparams: Any = field(default_factory=list)  # a list of keys; a sweep hands its trials a mapping key -> value
+    sinks: list[str] = field(default_factory=list)  # that are not on by default, by name
     profile: list[int] | None = None  # [first step, last step] of a trace
 
 
 @dataclass
 class StrategyConfig:
-    """`None` stands for the strategy's own default, see `STRATEGY_OPTIONS`."""
+    """Options that only some strategies have are None by default: each strategy has its own default."""
 
     name: str = "ddp"
     compression: str = "none"
@@ -94,28 +95,6 @@ class StrategyConfig:
     overlap_steps: int | None = None
     outer_lr: float | None = None
     outer_momentum: float | None = None
-
-    def option(self, key: str) -> Any:
-        """Return an option's value: what is set, or this strategy's default. KeyError where it has no such option."""
-        default = STRATEGY_OPTIONS[key][self.name]
-        value = getattr(self, key)
-        return default if value is None else value
-
-
-# Option -> the strategies that have it, with their defaults. The paper of DiLoCo has an outer momentum of 0.9, for
-# hundreds of meetings; over tens of them it overshoots (docs/log.md).
-STRATEGY_OPTIONS: dict[str, dict[str, Any]] = {
-    "static_graph": {"ddp": False},
-    "bucket_mb": {"ddp": 25.0},
-    "powersgd_rank": {"ddp": 4},
-    "powersgd_after": {"ddp": 10},
-    "cpu_offload": {"fsdp": False},
-    "hybrid": {"fsdp": False},
-    "inner_steps": {"local_sgd": 8, "diloco": 20},
-    "overlap_steps": {"local_sgd": 0, "diloco": 0},
-    "outer_lr": {"diloco": 0.7},
-    "outer_momentum": {"diloco": 0.3},
-}
 
 
 @dataclass

@@ -28,7 +28,7 @@ __all__ = ["accepts", "add_calling_directory", "build", "check", "check_signatur
 
 KINDS = ("model", "data", "optimizer", "scheduler", "callback")
 # What a callback has at least one of.
-HOOKS = ("on_start", "on_step", "on_evaluate", "on_end")
+HOOKS = ("on_start", "on_step", "on_evaluate", "on_log", "on_end")
 # Of our own package only the engine holds things to be configured: a `launcher.cli` in a configuration is an attack.
 ALLOWED = ("launcher.engine", "models", "torch.nn", "torch.optim")
 # Keys that the engine reads itself and that never reach the constructor.

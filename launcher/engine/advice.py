@@ -18,7 +18,7 @@ from launcher.engine import probe
 from launcher.engine.cost import Link, Step
 from launcher.engine.kept import KeptBytes
 from launcher.engine.runtime import Runtime
-from launcher.engine.strategies import costs
+from launcher.engine.strategies.kinds.base import DEFAULT, Network, kind_of, kinds, label
 from launcher.engine.strategies.strategy import loss_of
 from launcher.engine.untouched import untouched
 from launcher.formatting import number
@@ -108,10 +108,10 @@ def advise(
         measured: by `measure`, where that was done already.
     """
     strategy, trainer = job.strategy, job.trainer
-    # One worker waits for nobody; a compiled or divided network computes otherwise than this one; exact sums do so too.
-    if runtime.world_size == 1 or trainer.compile or trainer.deterministic or strategy.name == "fsdp":
+    # One worker waits for no other; a compiled network computes otherwise than this one; exact sums do so too.
+    if runtime.world_size == 1 or trainer.compile or trainer.deterministic:
         return None
-    if strategy.compression == "powersgd":  # its bytes depend on the shapes of the weights
+    if not kind_of(strategy, job.trust).advises(strategy):
         return None
     measured = measured or measure(model, batch, passes, runtime, cast)
     if measured is None:
@@ -119,16 +119,16 @@ def advise(
     link, seconds = measured.link, measured.seconds
     nbytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     n = runtime.world_size
-    network = costs.Network(nbytes, nbytes, passes=passes)
-    configs = [
-        StrategyConfig(),
-        StrategyConfig(compression="bf16"),
-        StrategyConfig("local_sgd"),
-        StrategyConfig("diloco"),
-    ]
-    known = {costs.label(config): config for config in configs} | {costs.label(strategy): strategy}
-    steps = {name: costs.step(config, trainer.precision, network, seconds, n, link) for name, config in known.items()}
-    return Advice(link, steps, costs.label(strategy))
+    network = Network(nbytes, nbytes, passes=passes)
+    configs = [StrategyConfig(), StrategyConfig(compression="bf16")]
+    others = [(kind, StrategyConfig(kind.name)) for kind in kinds() if not kind.chooses and kind.name != DEFAULT]
+    configs += [config for kind, config in others if kind.advises(config)]
+    known = {label(config): config for config in [*configs, strategy]}
+    steps = {
+        name: kind_of(config).step(config, trainer.precision, network, seconds, n, link)
+        for name, config in known.items()
+    }
+    return Advice(link, steps, label(strategy))
 
 
 def _pass(

@@ -1,14 +1,14 @@
 """`strategy=auto`: what a run takes of the strategies that give the same losses, decided once, at its start.
 
-The exact ones are `ddp` and `fsdp` (docs/exactness.md). Among those that a worker's memory holds, the one with the
-shortest predicted step is taken; where none is held, the one that needs the least. The decision is kept in result.json:
-a run that is continued keeps it, whatever the link is like that day.
+The exact ones keep the losses of one worker (docs/exactness.md). Among those that a worker's memory holds, the one with
+the shortest predicted step is taken; where none is held, the one that needs the least. The decision is kept in
+result.json: a run that is continued keeps it, whatever the link is like that day.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +20,12 @@ from launcher.engine.advice import Measured, measure
 from launcher.engine.control import Control
 from launcher.engine.randomness import own_randomness
 from launcher.engine.runtime import Runtime
-from launcher.engine.strategies import costs
-from launcher.engine.strategies.blocks import blocks_of, check_divisible, recompute
+from launcher.engine.strategies.blocks import blocks_of, recompute
+from launcher.engine.strategies.kinds.base import DEFAULT, Network, StrategyKind, kind_of, kinds
 from launcher.errors import ConfigError
 from launcher.formatting import number, size
 from launcher.runs import RunDirectory
 
-EXACT = ("ddp", "fsdp")
 KEPT = "strategy"  # the key of result.json
 ROOM = 0.9  # of the memory: the rest is the framework's, and what lies between the pieces
 
@@ -65,15 +64,15 @@ def settle(
 
     Every rank calls it, before the model is wrapped; rank 0 decides. See `advice.advise` for the arguments.
     """
-    if job.strategy.name != "auto":
+    if not kind_of(job.strategy, job.trust).chooses:
         return job, None
     measured = None
     if job.trainer.deterministic:
-        name, why = "ddp", "trainer.deterministic=true needs it"
+        name, why = DEFAULT, "trainer.deterministic=true needs it"
     elif kept := runtime.broadcast(directory.result().get(KEPT) if runtime.is_first else None):
         name, why = kept, "as this run began"
     elif runtime.world_size == 1:  # also in a process group of one, which torchrun makes
-        name, why = "ddp", "there is one worker"
+        name, why = DEFAULT, "there is one worker"
     else:
         if job.strategy.activation_checkpointing:
             recompute(model, job.strategy.blocks)
@@ -105,34 +104,36 @@ def _decide(
     # A pass needs the weights, their gradients and the activations: it is not even tried where it cannot succeed.
     measured = measure(model, batch, passes, runtime, cast) if weights + trained <= room else None
     n, precision = runtime.world_size, job.trainer.precision
-    network = costs.Network(weights, trained, blocks=len(blocks_of(model, job.strategy.blocks)), passes=passes)
+    network = Network(weights, trained, blocks=len(blocks_of(model, job.strategy.blocks)), passes=passes)
     candidates = []
-    for name in _possible(job, model):
-        config = StrategyConfig(name)
-        needs = float(sum(costs.memory(config, n, whole).values()))
+    for kind in _possible(job, model):
+        config = StrategyConfig(kind.name)
+        needs = float(sum(kind.memory(config, n, whole).values()))
         if measured is None:
-            # ddp has been ruled out: by its weights and gradients, or by the pass.
-            candidates.append(Candidate(name, max(needs, room + 1) if name == "ddp" else needs))
+            # A whole network has been ruled out: by its weights and gradients, or by the pass.
+            candidates.append(Candidate(kind.name, needs if kind.divides else max(needs, room + 1)))
             continue
-        step = costs.step(config, precision, network, measured.seconds, n, measured.link)
-        candidates.append(Candidate(name, needs + measured.activations, step.seconds))
+        step = kind.step(config, precision, network, measured.seconds, n, measured.link)
+        candidates.append(Candidate(kind.name, needs + measured.activations, step.seconds))
     chosen = choose(candidates, room)
     return (*runtime.broadcast((chosen.name, _reason(chosen, candidates, min(rooms)))), measured)
 
 
-def _possible(job: Job, model: nn.Module) -> tuple[str, ...]:
+def _possible(job: Job, model: nn.Module) -> list[StrategyKind]:
     """Return the exact strategies that take this network."""
-    try:
-        check_divisible(model, job.strategy.blocks)
-    except ConfigError:
-        return ("ddp",)
-    return EXACT
+    possible = []
+    for kind in kinds():
+        if kind.exact and not kind.chooses:
+            with suppress(ConfigError):
+                kind.check_model(model, job.strategy)
+                possible.append(kind)
+    return possible
 
 
 def _reason(chosen: Candidate, candidates: list[Candidate], memory: float) -> str:
     held = ", ".join(f"{size(other.needs)} of memory with {other.name}" for other in candidates)
     text = f"a worker needs {held}, and has {size(memory)}"
     if chosen.seconds is None:
-        return f"{text}; nothing was timed, since ddp does not fit"
+        return f"{text}; nothing was timed, since {DEFAULT} does not fit"
     steps = ", ".join(f"{number(other.seconds)} s with {other.name}" for other in candidates if other.seconds)
     return f"{text}; predicted are {steps} a step"

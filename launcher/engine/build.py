@@ -20,8 +20,8 @@ from launcher.engine.order import Order, Split, order_of_evaluation
 from launcher.engine.randomness import seed_everything
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.blocks import recompute
-from launcher.engine.strategies.ddp import DataParallel
 from launcher.engine.strategies.exact import ExactDataParallel
+from launcher.engine.strategies.kinds.base import kind_of
 from launcher.engine.strategies.strategy import Strategy
 from launcher.engine.stream import StreamLoader
 from launcher.errors import ConfigError, DataError
@@ -157,20 +157,7 @@ def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
     if config.activation_checkpointing:
         recompute(model, config.blocks)
     if not trainer.deterministic:
-        # Imported where they are wanted: the default strategy need not wait for what it does not use.
-        if config.name == "fsdp" and not runtime.alone:
-            from launcher.engine.strategies.fsdp import FullySharded
-
-            return FullySharded(model, runtime, trainer, config, build_split(job))
-        if config.name in ("local_sgd", "diloco"):
-            from launcher.engine.strategies.replicas import Replicas
-
-            return Replicas(model, runtime, trainer, config)
-        if config.compression == "powersgd":
-            from launcher.engine.strategies.powersgd import PowerSGDParallel
-
-            return PowerSGDParallel(model, runtime, trainer, config)
-        return DataParallel(model, runtime, trainer, config if config.name == "ddp" else None)
+        return kind_of(config, job.trust).build(model, runtime, trainer, config, build_split(job))
     if trainer.precision != "float32":
         raise ConfigError(
             f"trainer.deterministic=true was asked for with trainer.precision={trainer.precision}; its exact sums are "

@@ -5,6 +5,9 @@ A callback is any object with some of these methods, all of them called on every
     on_start(run)          once, before the first step of this process; what a resumed run had saved is loaded already
     on_step(run)           after every optimizer step
     on_evaluate(run)       after every evaluation, whose values are in `run.metrics`
+    on_log(run, step, values)  after every step that has values to write, with these values by tag: those of the model
+                           are the means over all workers; those of the machine and of `run.log` are this rank's, and
+                           rank 0's are written
     on_end(run)            when the run has ended in order: completed or stopped, not failed
     weights()              {parameter's name: tensor}: what is evaluated, exported and begun with in the place of the
                            trained weights; one callback may have it
@@ -32,6 +35,7 @@ from launcher.engine.failures import traceback_of_user
 from launcher.engine.metrics import RESERVED
 from launcher.engine.progress import Progress
 from launcher.engine.runtime import Runtime
+from launcher.engine.strategies.kinds.base import DEFAULT, kind_of
 from launcher.errors import ConfigError, LaunchError, UserCodeError, did_you_mean
 
 
@@ -128,8 +132,8 @@ class Callbacks:
     def __bool__(self) -> bool:
         return bool(self._members)
 
-    def call(self, hook: str) -> None:
-        """Call `hook` of all that have it.
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call `hook` of all that have it, with the run and the further arguments.
 
         Raises:
             UserCodeError: one of them raised; says which.
@@ -138,7 +142,7 @@ class Callbacks:
             function = getattr(member, hook, None)
             if function is not None:
                 with _blamed(f"callbacks.{name}.{hook}"):
-                    function(self._run)
+                    function(self._run, *arguments)
 
     @property
     def wants_to_stop(self) -> bool:
@@ -242,11 +246,11 @@ def build_callbacks(job: Job) -> dict[str, Any]:
     averages = [name for name, member in members.items() if hasattr(member, "weights")]
     if len(averages) > 1:
         raise ConfigError(f"callbacks: {' and '.join(averages)} both say which weights are evaluated. Choose one.")
-    if averages and job.strategy.name in ("local_sgd", "diloco"):
+    if averages and kind_of(job.strategy, job.trust).diverges:
         raise ConfigError(
             f"callbacks.{averages[0]} averages the weights, and with strategy={job.strategy.name} every worker has "
             "weights of its own, whose own average is evaluated already. Leave the callback out "
-            f"(~callbacks.{averages[0]}), or use strategy=ddp."
+            f"(~callbacks.{averages[0]}), or use strategy={DEFAULT}."
         )
     return members
 

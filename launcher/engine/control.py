@@ -1,7 +1,7 @@
-"""The one seam between whoever supervises a run and the engine.
+"""The one seam between the runner that supervises a run and the engine.
 
 Requests come in (stop, checkpoint), events go out. Every request spreads to all ranks with the small vote that each
-step takes anyway (`Runtime.vote`), so that all act on it at the same step and nobody blocks for it.
+step takes anyway (`Runtime.vote`), so that all act on it at the same step and none blocks for it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Control(Protocol):
         ...
 
 
-class Watch:
+class Heartbeat:
     """A thread of rank 0 that keeps the run's heartbeat and looks for `launch stop`.
 
     The file system is asked here, twice a second, so that the training loop never is.
@@ -51,7 +51,7 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="launch-watch", daemon=True)
         self.stop_requested = False
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Heartbeat:
         self._directory.beat()
         self._thread.start()
         return self

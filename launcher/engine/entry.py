@@ -20,7 +20,7 @@ from launcher.engine.build import (
 )
 from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.console import Console
-from launcher.engine.control import Control, Watch
+from launcher.engine.control import Control, Heartbeat
 from launcher.engine.failures import translate
 from launcher.engine.runtime import Runtime
 from launcher.engine.shared import Outputs, kept
@@ -122,7 +122,7 @@ def _act(
         hardware.keep_compiled(directory.path.parent)
     if task.action == "train":
         # Compiling a large network may outlast the heartbeat's patience: it beats from here on.
-        with Watch(directory) if runtime.is_first else nullcontext():
+        with Heartbeat(directory) if runtime.is_first else nullcontext():
             trainer = _build_trainer(task, runtime, control, directory, uploads)
         return trainer.fit()
     actions = {"evaluate": _evaluate, "predict": _predict, "export": _export}

@@ -6,13 +6,12 @@ The start check (`start_check.py`) is part of it.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from launcher.config import Job, targets
-from launcher.config.schema import STRATEGY_OPTIONS
 from launcher.engine.build import build_data, build_model, build_order, converter
 from launcher.engine.callbacks import check_callbacks
 from launcher.engine.datasets import Data
@@ -22,14 +21,16 @@ from launcher.engine.optimizer_check import try_optimizer, try_schedule
 from launcher.engine.peaks import flops_per_sample
 from launcher.engine.reading_check import notes_on_reading
 from launcher.engine.runtime import Runtime
+from launcher.engine.sinks.base import chosen_sinks
 from launcher.engine.start_check import (
     SAMPLES,
     StartCheck,
     check_monitor,
     without_sync_batchnorm,
 )
-from launcher.engine.strategies.blocks import blocks_of, check_divisible, recompute
+from launcher.engine.strategies.blocks import blocks_of, recompute
 from launcher.engine.strategies.compression import powersgd_bytes
+from launcher.engine.strategies.kinds.base import DEFAULT, kind_of, option
 from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.engine.trials import Reader
 from launcher.engine.untouched import untouched
@@ -122,8 +123,7 @@ def _estimate(job: Job, ahead: bool, workers: int, weights: str | None) -> Estim
     optimizer, of_optimizer = try_optimizer(job, model)
     total_steps = job.trainer.steps or job.trainer.epochs * order.steps_per_epoch
     try_schedule(job, optimizer, total_steps, order.steps_per_epoch, bool(data.val))
-    if job.strategy.name == "fsdp":
-        check_divisible(model, job.strategy.blocks)
+    kind_of(job.strategy, job.trust).check_model(model, job.strategy)
     counter = _flop_counter() if ahead else None
     if ahead and job.strategy.activation_checkpointing:
         recompute(model, job.strategy.blocks)
@@ -137,6 +137,7 @@ def _estimate(job: Job, ahead: bool, workers: int, weights: str | None) -> Estim
     tags = check.tags
     check_monitor(job, tags, data)
     check_callbacks(job, tags)
+    chosen_sinks(job)  # raises where one does not exist
     trained = [p for p in model.parameters() if p.requires_grad]
     return Estimate(
         train_samples=len(data.train),
@@ -188,7 +189,7 @@ def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: Kept
         kept_once=once,
         largest_per_sample=largest,
         gathered=width * (weights - sum(inside) + max(inside, default=0)),
-        powersgd=powersgd_bytes(trained, strategy.powersgd_rank or STRATEGY_OPTIONS["powersgd_rank"]["ddp"]),
+        powersgd=powersgd_bytes(trained, option(replace(strategy, name=DEFAULT), "powersgd_rank")),
         blocks=len(blocks),
         flops_per_sample=flops * 3 / SAMPLES or None,
     )

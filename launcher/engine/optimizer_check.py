@@ -21,6 +21,7 @@ from launcher.engine.construct import construct, refusal
 from launcher.engine.optim import parameter_groups
 from launcher.engine.randomness import own_randomness
 from launcher.engine.schedules import Schedule
+from launcher.engine.strategies.kinds.base import kind_of
 from launcher.engine.strategies.sparse import refusal_of_sparse
 from launcher.errors import ConfigError, LaunchError
 
@@ -120,7 +121,7 @@ def _refuse_sparse(job: Job, sparse: Mapping[int, str]) -> None:
     """Raise ConfigError where the job has what cannot work with sparse gradients."""
     settings = {
         "trainer.deterministic=true": job.trainer.deterministic,
-        "strategy=fsdp": job.strategy.name == "fsdp",
+        f"strategy={job.strategy.name}": not kind_of(job.strategy, job.trust).takes_sparse,
         f"strategy.compression={job.strategy.compression}": job.strategy.compression != "none",
     }
     for name in sparse.values():

@@ -40,7 +40,7 @@ class Progress:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def joined(self, world_size: int) -> None:
-        """Note the number of workers that goes on from here."""
+        """Keep the number of workers that continue from here."""
         if not self.world_sizes or self.world_sizes[-1] != world_size:
             self.world_sizes.append(world_size)
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.config import Job, masking
 from launcher.engine.control import Control
 from launcher.engine.progress import Progress
-from launcher.engine.sinks.jsonl import JsonLines
-from launcher.engine.sinks.tensorboard import TensorBoard
+from launcher.engine.sinks.base import Position, Sink, SinkContext
 from launcher.engine.throughput import Throughput
 from launcher.formatting import count
 from launcher.money import Bill
@@ -32,6 +31,7 @@ class Recorder:
         bill: the seconds of the run before that, and what its machines cost.
         machines: how many there are now.
         resumed_at: the step that the run continues from, or None for a new run.
+        sinks: built, not yet opened.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Recorder:
         total_steps: int,
         steps_per_epoch: int,
         resumed_at: int | None,
+        sinks: Sequence[Sink],
     ) -> None:
         self._directory = directory
         self._job = job
@@ -60,15 +61,20 @@ class Recorder:
         self._bill = bill
         self.meter = bill.meter(directory.result(), started, machines)
         self.seconds_to_first_step: float | None = None
-        self._lines = JsonLines(directory.metrics, keep_until=resumed_at)
-        self._board: TensorBoard | None = None
+        self._sinks: list[Sink] = []  # that are open
+        self._late: list[Sink] = []
+        for sink in sinks:
+            if sink.opens_late:
+                self._late.append(sink)
+            else:
+                self._open(sink)
         self._steps_done = StepFile(directory.path)
         self._shown = 0.0
         self._ended_well = False
         self._loss: float | None = None
 
     def first_step(self, drawing: tuple[Any, Any] | None) -> None:
-        """Note that the first step is done. What can wait until then (TensorBoard's import) happens here.
+        """Note that the first step is done. Sinks that open late are opened here.
 
         drawing: the traced network and its arguments, see `drawing.traced_step`.
         """
@@ -77,21 +83,24 @@ class Recorder:
         self._phases = self._marks.seconds(now)
         if self._job.verbose:
             self._control.emit({"kind": "note", "text": told(self._phases)})
-        if self._job.logging.tensorboard:
-            purge = None if self._resumed_at is None else self._resumed_at + 1
-            self._board = TensorBoard(self._directory.path, purge)
-            if self._resumed_at is None:
-                self._board.configuration(self._directory.config.read_text() if self._directory.config.exists() else "")
-                if drawing is not None:
-                    self._board.graph(*drawing)
-            self._hyperparameters(self._board)
+        for sink in self._late:
+            self._open(sink, drawing)
+        if self._resumed_at is None:
+            yaml = self._directory.config.read_text() if self._directory.config.exists() else ""
+            code = "\n".join(f"    {line}" for line in yaml.splitlines())  # Markdown keeps what is indented
+            for sink in self._sinks:
+                sink.text("configuration", code, 0)
 
-    def _hyperparameters(self, board: TensorBoard) -> None:
+    def _open(self, sink: Sink, drawing: tuple[Any, Any] | None = None) -> None:
+        context = SinkContext(self._directory, self._job, self._resumed_at, self._hyperparameters(), drawing)
+        sink.open(context)
+        self._sinks.append(sink)
+
+    def _hyperparameters(self) -> dict[str, Any]:
         chosen = self._job.logging.hparams
-        if chosen:
-            # A sweep says the values itself: the name of a group's option, and one type for all trials.
-            values = chosen if isinstance(chosen, dict) else {key: look_up(self._job, key) for key in chosen}
-            board.hyperparameters({key: masking.mask_at(key, value) for key, value in values.items()})
+        # A sweep gives the values itself: the name of a group's option, and one type for all trials.
+        values = chosen if isinstance(chosen, dict) else {key: look_up(self._job, key) for key in chosen}
+        return {key: masking.mask_at(key, value) for key, value in values.items()}
 
     def step(self, progress: Progress, throughput: Throughput) -> None:
         """Note a finished step; show it at most twice a second."""
@@ -103,29 +112,23 @@ class Recorder:
 
     def log(self, progress: Progress, throughput: Throughput, values: Mapping[str, float]) -> None:
         """Write the tags of this step everywhere."""
-        entry = {
-            "step": progress.step,
-            "epoch": self._epochs(progress),
-            "samples": progress.samples,
-            "time": time.time(),
-        }
-        self._lines.log({**entry, **values})
-        if self._board is not None:
-            self._board.log(progress.step, values)
+        at = Position(progress.step, self._epochs(progress), progress.samples, time.time())
+        for sink in self._sinks:
+            sink.scalars(at, values)
         self._loss = values.get("train/loss", self._loss)
         self._show(progress, throughput, values)
         self.result(progress, throughput, status="running")
 
     def money_is_spent(self) -> bool:
-        """Whether the budget is spent; says so once when most of it is. For every step: no I/O."""
+        """Return whether the budget is spent; print a note once when most of it is. Called every step: no I/O."""
         if (warning := self.meter.warning()) is not None:
             self._control.emit({"kind": "note", "text": warning})
         return self.meter.is_over
 
-    def examples(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show examples in TensorBoard. ValueError where one of them is nothing that it can show."""
-        if self._board is not None:
-            self._board.examples(step, values)
+    def figures(self, values: Mapping[str, Any], step: int) -> None:
+        """Show examples. ValueError where a sink cannot show the form of one of them."""
+        for sink in self._sinks:
+            sink.figures(values, step)
 
     def _epochs(self, progress: Progress) -> float:
         return progress.epoch + progress.batch / self._steps_per_epoch
@@ -188,10 +191,9 @@ class Recorder:
         return self._directory.update_result(**changes)
 
     def close(self) -> None:
-        self._lines.close()
         self._steps_done.close()
-        if self._board is not None:
-            self._board.close(self._ended_well)
+        for sink in self._sinks:
+            sink.close(self._ended_well)
 
 
 class StepFile:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from launcher.config import Job, parse_interval
 from launcher.engine.callbacks import Callbacks
-from launcher.engine.control import CHECKPOINT, PRUNE, REGROUP, STOP, Control, Watch
+from launcher.engine.control import CHECKPOINT, PRUNE, REGROUP, STOP, Control, Heartbeat
 from launcher.engine.finite import Finite
 from launcher.engine.progress import Every
 from launcher.engine.runtime import Runtime
@@ -55,12 +55,12 @@ class Requests:
         self,
         control: Control,
         runtime: Runtime,
-        watch: Watch,
+        heartbeat: Heartbeat,
         callbacks: Callbacks,
         finite: Finite,
         intervals: Intervals,
     ) -> None:
-        self._control, self._is_first, self._watch = control, runtime.is_first, watch
+        self._control, self._is_first, self._heartbeat = control, runtime.is_first, heartbeat
         self._callbacks, self._finite, self._intervals = callbacks, finite, intervals
         self.over_budget: Callable[[], bool] = lambda: False
 
@@ -74,7 +74,7 @@ class Requests:
             "trained": False,
             "gradient": self._finite.gradient_was_bad,
             "bad": False,  # raised by the strategy where this rank's loss is not finite
-            "stop": STOP in requests or self._watch.stop_requested or spent,
+            "stop": STOP in requests or self._heartbeat.stop_requested or spent,
             "signal": STOP in requests,
             BUDGET: spent,
             "prune": PRUNE in requests,
@@ -87,7 +87,7 @@ class Requests:
 
 
 def ending_of(votes: Mapping[str, int], reason: str | None) -> Ending | None:
-    """Return how the run ends after a step with these votes, or None when it goes on.
+    """Return how the run ends after a step with these votes, or None when it continues.
 
     Args:
         reason: why a callback stops the run, which completes it.

@@ -178,7 +178,7 @@ _ELSEWHERE = {
         "on_before_batch_transfer",
         "on_after_batch_transfer",
     ),
-    "the methods of a callback (`on_start`, `on_step`, `on_evaluate`, `on_end`)": (
+    "the methods of a callback (`on_start`, `on_step`, `on_evaluate`, `on_log`, `on_end`)": (
         "on_fit_start",
         "on_fit_end",
         "on_train_start",

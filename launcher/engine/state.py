@@ -20,7 +20,7 @@ from launcher.engine.randomness import seed_everything
 from launcher.engine.runtime import Runtime
 from launcher.engine.schedules import Schedule
 from launcher.engine.strategies.strategy import Strategy
-from launcher.engine.trained import Trained
+from launcher.engine.trained_parameters import TrainedParameters
 
 
 class State:
@@ -40,7 +40,7 @@ class State:
         schedule: Schedule,
         strategy: Strategy,
         callbacks: Callbacks,
-        trained: Trained,
+        trained: TrainedParameters,
         sums: Sums,
         progress: Progress,
         runtime: Runtime,

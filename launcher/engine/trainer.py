@@ -1,9 +1,9 @@
 """The training loop: one global batch after another, whatever the number of workers.
 
-Construction order tells the story: data, model, strategy, optimizer, schedule, state. Then, for each global batch:
-step, log, evaluate, save. Two rules hold throughout: the share of a rank is computed when a step begins, from the rank
-facts of that moment, and the update is applied after all ranks have voted on the step. Requests to stop or to save
-travel with the same vote.
+The constructor builds in the order of dependence: data, strategy, optimizer, schedule, state. Then, for each global
+batch: step, log, evaluate, save. Two rules hold throughout: the share of a rank is computed when a step begins, from
+the rank facts of that moment, and the update is applied after all ranks have voted on the step. Requests to stop or to
+save travel with the same vote.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launcher.engine.auto import settle
 from launcher.engine.build import build_evaluator, build_loader, build_order, build_split, build_strategy
 from launcher.engine.callbacks import Callbacks, Run, build_callbacks
 from launcher.engine.checkpoint.uploads import Uploads
-from launcher.engine.control import Control, Watch
+from launcher.engine.control import Control, Heartbeat
 from launcher.engine.datasets import Data
 from launcher.engine.drawing import traced_step
 from launcher.engine.drift import Drift
@@ -42,11 +42,12 @@ from launcher.engine.requests import Ending, Intervals, Requests, asks_to_save, 
 from launcher.engine.run_checkpoints import RunCheckpoints
 from launcher.engine.runtime import Runtime
 from launcher.engine.schedules import Schedule
+from launcher.engine.sinks.base import chosen_sinks
 from launcher.engine.state import State
 from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.engine.stream import StreamLoader
 from launcher.engine.throughput import Throughput
-from launcher.engine.trained import Trained
+from launcher.engine.trained_parameters import TrainedParameters
 from launcher.errors import Regroup
 from launcher.money import Bill
 from launcher.runs import RunDirectory
@@ -105,7 +106,7 @@ class Trainer:
         may_fuse = self.strategy.uses_all and not self.strategy.sparse
         self.optimizer = build_optimizer(job.optimizer, model, job.trust, may_fuse, may_change=bool(job.callbacks))
         self.strategy.attach(self.optimizer, self.total_steps)
-        self.trained = Trained(model, self.optimizer, self.strategy, groups)
+        self.trained = TrainedParameters(model, self.optimizer, self.strategy, groups)
         self.drift = Drift(runtime, runtime.gather(hardware.kind_of(runtime.device)), self._note)
         length, monitored = (self.total_steps, self.steps_per_epoch), (job.checkpoint.monitor, job.checkpoint.mode)
         self.schedule = Schedule(job.scheduler, self.optimizer, *length, *monitored, job.trust)
@@ -121,12 +122,14 @@ class Trainer:
         )
         again = None if isinstance(loader, StreamLoader) else self.batches.again
         self.finite = Finite(runtime, self.strategy, again, self.checkpoints.describe_newest)
-        self.intervals, self.watch = Intervals.of(job), Watch(directory)
-        self.requests = Requests(control, runtime, self.watch, self.callbacks, self.finite, self.intervals)
+        self.intervals, self.heartbeat = Intervals.of(job), Heartbeat(directory)
+        self.requests = Requests(control, runtime, self.heartbeat, self.callbacks, self.finite, self.intervals)
         peak_share = share_of_a_sample(model, runtime.device, trainer.precision)
         measures = (self.throughput, self.pace, trainer.global_batch_size, peak_share, self.advice)
         self.performance = Performance(runtime, *measures, uploads)
         self.trace = StepTrace(job.logging.profile, directory.path, runtime, self._note)
+        self.sinks = chosen_sinks(job)
+        self.shows_figures = any(kind.visual for kind in self.sinks)
         self.recorder: Recorder | None = None  # of rank 0, once it trains
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -214,30 +217,29 @@ class Trainer:
         """Evaluate when it is due, and let the ranks agree on what callbacks make of it."""
         votes = result.votes
         due = self._is_last_step or votes["evaluate"] or self.intervals.evaluate.due(self.progress)
-        evaluates = self.evaluator is not None and due
-        if self.evaluator is not None and due:
+        evaluator = self.evaluator if due else None
+        if evaluator is not None:
             self.strategy.merge_buffers()
-            with self.throughput.pause(), self.pace.evaluation(), self._evaluation_weights():
-                result.values.update(self.evaluator.run())
+            weights = (self.callbacks.evaluated(), self.strategy.evaluation_weights())
+            with self.throughput.pause(), self.pace.evaluation(), weights[0], weights[1]:
+                result.values.update(evaluator.run())
         self.progress.metrics.update(result.values)
-        if evaluates:
+        if evaluator is not None:
             self.schedule.evaluated(self.progress.metrics)
             self._call("on_evaluate")
-        if evaluates or votes["callback"]:
+        if evaluator is not None or votes["callback"]:
             result.reason = self.callbacks.agree_to_stop()
         monitored = result.values.get(self.job.checkpoint.monitor or "")
         result.improved = monitored is not None and self.progress.improve(monitored, self.job.checkpoint.mode)
 
-    @contextmanager
-    def _evaluation_weights(self) -> Iterator[None]:
-        with self.callbacks.evaluated(), self.strategy.evaluation_weights():
-            yield
-
     def _write(self, result: StepResult) -> None:
-        """Write the tags of this step, those of callbacks included."""
+        """Write the tags of this step, those of callbacks included, and hand them to the callbacks."""
         values = {**self.callbacks.take_logged(), **result.values}
-        if values and self.recorder is not None:
+        if not values:
+            return
+        if self.recorder is not None:
             self.recorder.log(self.progress, self.throughput, values)
+        self._call("on_log", self.progress.step, values)
 
     def _save(self, result: StepResult) -> None:
         """Save when it is due or requested, unless this very step is saved already."""
@@ -259,12 +261,12 @@ class Trainer:
 
     # ---- callbacks and the record -----------------------------------------------------------------------------------
 
-    def _call(self, hook: str) -> None:
+    def _call(self, hook: str, *arguments: Any) -> None:
         """Call `hook` of all callbacks, which may change what is trained."""
         if not self.callbacks:
             return
         before = self.trained.flags()
-        self.callbacks.call(hook)
+        self.callbacks.call(hook, *arguments)
         if line := self.trained.follow(before, f"{hook} of a callback", self.progress.step):
             self._note(line)
 
@@ -290,16 +292,17 @@ class Trainer:
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
             resumed_at=resumed_at,
+            sinks=[kind() for kind in self.sinks],
         )
         self.requests.over_budget = recorder.money_is_spent
-        if self.evaluator is not None and self.job.logging.tensorboard:
+        if self.evaluator is not None and self.shows_figures:
             self.evaluator.examples = Examples(
                 self.strategy.model,
-                lambda values: recorder.examples(self.progress.step, values),
+                lambda values: recorder.figures(values, self.progress.step),
                 self._note,
                 self.job.trainer.seed,
             )
-        with closing(recorder), self.watch:
+        with closing(recorder), self.heartbeat:
             yield
 
     def _show_progress(self) -> None:
@@ -311,10 +314,9 @@ class Trainer:
             self.recorder.step(self.progress, self.throughput)
 
     def _drawing(self) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
-        """Return the traced network after the first step of a new run, for TensorBoard; every rank traces it."""
+        """Return the traced network after the first step of a new run, for the sinks; every rank traces it."""
         batch, self.first_batch = self.first_batch, None  # its memory
-        logging = self.job.logging
-        if batch is None or not (logging.tensorboard and logging.graph):
+        if batch is None or not (self.shows_figures and self.job.logging.graph):
             return None
         network = self.strategy.drawable()
         if network is None:
@@ -332,11 +334,13 @@ class Trainer:
 
     def _finish(self, ending: Ending) -> dict[str, Any]:
         self.callbacks.call("on_end")
-        self._write(StepResult({}))
+        logged = self.callbacks.take_logged()
         saved = self.checkpoints.wait()
         self.checkpoints.close()
         if self.recorder is None:
             return {}
+        if logged:
+            self.recorder.log(self.progress, self.throughput, logged)
         checkpoint = saved.path if saved else self.checkpoints.newest_here().path
         status, reason = ending.status, ending.reason
         return self.recorder.result(self.progress, self.throughput, status=status, reason=reason, checkpoint=checkpoint)

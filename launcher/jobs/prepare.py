@@ -18,6 +18,7 @@ from launcher.config import Composition, Job, RunConfig, Settings, authority, co
 from launcher.config.checks import check_run
 from launcher.config.schema import StrategyConfig
 from launcher.config.words import shown
+from launcher.engine.strategies.kinds.base import identity
 from launcher.errors import RequestError, RunError, StorageError
 from launcher.runs import RunDirectory, mirror, plain_files, user_state
 from launcher.runs.storage import check_uri, disk_path, is_gathered, is_uri, plain_path
@@ -306,14 +307,9 @@ def same_section(one: object, other: object) -> bool:
 
 
 def _identity(section: object) -> object:
-    """What must stay: not the number of loader processes, nor the learning rate, which may be mended on the way.
-
-    Of a strategy, what a checkpoint holds: `ddp`, `fsdp` and what `auto` takes save the same, wherever it lies.
-    """
+    """What must stay: not the number of loader processes, nor the learning rate, which may be mended on the way."""
     if isinstance(section, StrategyConfig):
-        alike = "ddp" if section.name in ("fsdp", "auto") else section.name
-        options = ("powersgd_rank", "inner_steps", "overlap_steps", "outer_lr", "outer_momentum")
-        return alike, section.compression, [getattr(section, key) for key in options]
+        return identity(section)
     if not isinstance(section, dict):
         return section
     return {key: value for key, value in section.items() if key not in ("num_workers", "lr")}

@@ -199,9 +199,9 @@ def ended_by_signals() -> Iterator[None]:
 
 def _alive(directory: RunDirectory) -> AbstractContextManager[object]:
     """Keep the run's heartbeat while workers start and read their data; they keep it themselves once they train."""
-    from launcher.engine.control import Watch
+    from launcher.engine.control import Heartbeat
 
-    return Watch(directory)
+    return Heartbeat(directory)
 
 
 # ---- torchrun and srun ----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a job would need and take on VMs that are not there: where workers sit, memory and time by strategy.
 
-The times are those of the cost model that runs are advised by (`engine.cost`, `engine.strategies.costs`). What a GPU
+The times are those of the cost model that runs are advised by (`engine.cost`, `engine.strategies.kinds`). What a GPU
 needs and how much of its peak it reaches are estimates; docs/scaling.md says what they leave out.
 """
 
@@ -152,13 +152,13 @@ def computing_of(job: Job, nodes: Nodes, plan: Plan, found: Estimate, reached: R
 
 def considered(job: Job, workers: int) -> list[StrategyConfig]:
     """Return the job's strategy and the others that it may have, in the order of the documentation."""
-    from launcher.engine.strategies.costs import label
+    from launcher.engine.strategies.kinds.base import DEFAULT, kind_of, kinds, label
 
-    given = [] if job.strategy.name == "auto" else [job.strategy]
+    given = [] if kind_of(job.strategy, job.trust).chooses else [job.strategy]
     others = [StrategyConfig()]
     if workers > 1 and not job.trainer.deterministic:
         others += [StrategyConfig(compression=word) for word in ("bf16", "powersgd")]
-        others += [StrategyConfig(name) for name in ("fsdp", "local_sgd", "diloco")]
+        others += [StrategyConfig(kind.name) for kind in kinds() if not kind.chooses and kind.name != DEFAULT]
     return list({label(config): config for config in [*others, *given]}.values())
 
 
@@ -172,16 +172,14 @@ def forecast(
     found: Estimate,
 ) -> Forecast:
     from launcher.engine.auto import ROOM
-    from launcher.engine.strategies import costs
+    from launcher.engine.strategies.kinds.base import Network, kind_of, label
 
     ahead, batches, workers = found.ahead, plan.batches, plan.machines.workers
     assert ahead is not None
-    fsdp = config.name == "fsdp"
-    hybrid, offload = fsdp and config.option("hybrid"), fsdp and config.option("cpu_offload")
+    kind = kind_of(config, job.trust)
     parts = {"parameters": found.parameter_bytes, "gradients": found.gradient_bytes, "optimizer": found.optimizer_bytes}
-    among = max(1, workers // nodes.nodes) if hybrid else workers
-    memory = {} if offload else costs.memory(config, among, parts)
-    if fsdp and workers > 1:
+    memory = kind.memory_on_gpu(config, workers, nodes.nodes, parts)
+    if kind.divides and workers > 1:
         memory["gathered"] = ahead.gathered
     elif ahead.kept_once:
         memory["kept once"] = ahead.kept_once
@@ -193,24 +191,24 @@ def forecast(
     room = int(ROOM * nodes.size.gpu_memory_gib * 2**30 * min(1.0, plan.machines.gpus_per_worker))
     most = max(0, (room - resident) // each) if each else batches.per_worker
     step = None
-    if computing.seconds is not None and not hybrid and not offload:  # those two are not in the model
-        network = costs.Network(
+    if computing.seconds is not None and kind.predicts(config):
+        network = Network(
             found.parameter_bytes, found.gradient_bytes, ahead.powersgd, ahead.blocks, batches.microbatches
         )
         between = link or Link(0.0, 1.0)  # one worker: nothing travels
-        step = costs.step(config, job.trainer.precision, network, computing.seconds, workers, between)
+        step = kind.step(config, job.trainer.precision, network, computing.seconds, workers, between)
     travels = 0
     if workers > 1:
-        travels, _ = costs.traffic(
+        travels, _ = kind.traffic(
             config, job.trainer, found.parameter_bytes, found.gradient_bytes, batches.microbatches
         )
         if config.compression == "powersgd":
             travels = ahead.powersgd
     narrow = f" strategy.compression={config.compression}" if config.compression != "none" else ""
     return Forecast(
-        strategy=costs.label(config),
+        strategy=label(config),
         words=f"strategy={config.name}{narrow}",
-        exact=config.name in ("ddp", "fsdp") and not narrow,
+        exact=kind.exact and not narrow,
         memory=memory,
         needs=needs,
         room=room,
@@ -225,14 +223,14 @@ def forecast(
 def choices(job: Job, forecasts: tuple[Forecast, ...]) -> tuple[str, str | None, str | None]:
     """Return the labels of what the job takes, of the quickest that fits, and of the quickest exact one that fits."""
     from launcher.engine.auto import Candidate, choose
-    from launcher.engine.strategies.costs import label
+    from launcher.engine.strategies.kinds.base import kind_of, label
 
     def quickest(among: list[Forecast]) -> str | None:
         timed = [(one.seconds_per_step, one.strategy) for one in among if one.fits and one.seconds_per_step is not None]
         return min(timed, key=lambda pair: pair[0])[1] if timed else None
 
     exact = [one for one in forecasts if one.exact]
-    if job.strategy.name == "auto":
+    if kind_of(job.strategy, job.trust).chooses:
         candidates = [Candidate(one.strategy, one.needs, one.seconds_per_step) for one in exact]
         taken = choose(candidates, exact[0].room).name
     else:

@@ -236,6 +236,8 @@ def _notes(job: Job, made: NodePlan) -> list[str]:
 
 
 def _too_large(made: NodePlan) -> str:
+    from launcher.engine.strategies.kinds.base import kinds
+
     one = made.forecast
     told = f"It does not fit: with {one.words} a worker needs {size(one.needs)} and may fill {size(one.room)}."
     if one.largest_microbatch > 0:
@@ -244,7 +246,8 @@ def _too_large(made: NodePlan) -> str:
     if others:
         words = f"{others[0].words} trainer.microbatch_size={others[0].largest_microbatch}"
         return f"{told} It fits with {words}."
-    return f"{told} Take a size with more memory (`launch sizes`), more nodes with strategy=fsdp, or a smaller network."
+    divided = " or ".join(f"strategy={kind.name}" for kind in kinds() if kind.divides)
+    return f"{told} Take a size with more memory (`launch sizes`), more nodes with {divided}, or a smaller network."
 
 
 def told_time(seconds: float | None) -> str:

@@ -20,8 +20,6 @@ from launcher.startup_timing import Marks
 if TYPE_CHECKING:
     from launcher.engine.estimate import Estimate
 
-_AUTO = " (at the start: ddp, or fsdp where a worker cannot hold the network; the figures here are those of ddp)"
-
 
 @dataclass(frozen=True)
 class Machines:
@@ -107,12 +105,18 @@ class Plan:
             ("data", ", ".join(f"{name} {count:,}" for name, count in self.data.items())),
             ("network", f"{self.parameters:,} parameters"),
             ("memory a worker", memory),
-            ("strategy", self.strategy + (_AUTO if self.strategy == "auto" else "")),
+            ("strategy", self.strategy + _strategy_note(self.strategy)),
             ("communication", self.communication if m.workers > 1 else "none (one worker)"),
             ("tags", ", ".join(self.tags)),
             ("cost", f"{self.usd_per_hour:.2f} USD/h"),
             *(("note", note) for note in self.notes),
         ]
+
+
+def _strategy_note(strategy: str) -> str:
+    from launcher.engine.strategies.kinds.base import kinds
+
+    return next((kind.plan_note for kind in kinds() if kind.name == strategy), "")
 
 
 def machines_of(job: Job, ranks: int | None = None) -> Machines:
@@ -220,7 +224,7 @@ def plan_on(job: Job, machines: Machines, found: Estimate) -> Plan:
     """
     from launcher.engine.build import build_split, check_batch
     from launcher.engine.order import Order
-    from launcher.engine.strategies import costs
+    from launcher.engine.strategies.kinds.base import kind_of
 
     check_batch(job, found.train_samples, machines.workers)
     trainer = job.trainer
@@ -242,9 +246,10 @@ def plan_on(job: Job, machines: Machines, found: Estimate) -> Plan:
         "gradients": found.gradient_bytes,
         "optimizer": found.optimizer_bytes,
     }
-    memory = costs.memory(job.strategy, machines.workers, kept)
+    kind = kind_of(job.strategy, job.trust)
+    memory = kind.memory(job.strategy, machines.workers, kept)
     memory["activations"] = found.activation_bytes_per_sample * microbatch
-    travels, communication = costs.traffic(
+    travels, communication = kind.traffic(
         job.strategy, trainer, found.parameter_bytes, found.gradient_bytes, len(share)
     )
     compression = job.strategy.compression

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from launcher.clusters import base
 from launcher.engine.checkpoint import available
-from launcher.engine.control import PRUNE, Watch
+from launcher.engine.control import PRUNE, Heartbeat
 from launcher.errors import LaunchError, OutOfMemory, RequestError, RunError, Stopped, UserCodeError, WorkerLost
 from launcher.formatting import duration, number
 from launcher.jobs.prepare import Prepared
@@ -98,7 +98,7 @@ class Driver:
                 self._show()
                 return self._outcome(None)
             self._observer.begun(self._directory, self._planned.headline())
-            with Watch(self._directory) as watch, self._place_to_run() as (self._runner, interrupts):
+            with Heartbeat(self._directory) as watch, self._place_to_run() as (self._runner, interrupts):
                 self._loop(self._runner, interrupts, watch)
                 signal_number = interrupts.signal_number
             self._conclude(signal_number, watch.stop_requested)
@@ -205,7 +205,7 @@ class Driver:
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
-    def _loop(self, runner: Runner, interrupts: Interrupts, watch: Watch) -> None:
+    def _loop(self, runner: Runner, interrupts: Interrupts, watch: Heartbeat) -> None:
         self._observer.event({"kind": "phase", "name": "workers"})
         stopping = False
 

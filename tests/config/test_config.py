@@ -25,6 +25,7 @@ from launcher.config import (
     sources,
 )
 from launcher.config.settings import Settings
+from launcher.engine.strategies.kinds import base  # noqa: F401 (registers the checks of strategies, as jobs do)
 from launcher.errors import ConfigError, LaunchError, TrustError
 
 

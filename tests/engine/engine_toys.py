@@ -367,6 +367,12 @@ class Watching:
         self._note("on_evaluate", run)
         RECORD.append(("metrics", run.metrics["val/loss"]))
 
+    def on_log(self, run: Any, step: int, values: dict[str, float]) -> None:
+        assert step == run.step
+        if self.mishap == "on_log":
+            raise KeyError("a callback's own mistake")
+        RECORD.append(("on_log", step, dict(values)))
+
     def on_end(self, run: Any) -> None:
         self._note("on_end", run)
 

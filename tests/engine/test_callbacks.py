@@ -58,6 +58,26 @@ def test_a_callback_is_called_on_every_rank_and_says_what_is_logged(tmp_path: Pa
     assert set(column(tmp_path, "own/rank")) == {0.0}
 
 
+def test_a_callback_gets_the_values_of_the_step_that_are_written(tmp_path: Path) -> None:
+    """Would be wrong: those of the log before, evaluation and log apart, or a rank without the means."""
+    job = make_job(epochs=2, log_every=4, evaluate_every=6, callbacks={"own": "Watching"})
+    ranks = succeed(job, tmp_path, 2)
+    position = ("epoch", "samples", "time", "step")
+    written = {
+        step: {tag: value for tag, value in entry.items() if tag not in position}
+        for step, entry in logged(tmp_path, machine=True).items()
+    }
+    assert sorted(written) == list(range(2, 23, 2))  # "Watching" logs every second step
+    for rank in ranks:
+        found = dict(entry[1:] for entry in rank.record if entry[0] == "on_log")
+        assert list(found) == sorted(written)
+        for step, values in found.items():
+            same = [tag for tag in values if tag.startswith(("train/", "val/"))]
+            assert {tag: values[tag] for tag in same} == {tag: written[step][tag] for tag in same}
+            assert values.keys() == written[step].keys()
+    assert dict(entry[1:] for entry in ranks[0].record if entry[0] == "on_log") == written
+
+
 def test_its_state_goes_on_with_the_run(tmp_path: Path) -> None:
     job = make_job(epochs=2, callbacks={"own": "Watching"}, checkpoint={"every": 3, "keep": 2})
     kill(job, tmp_path, 2, after=8, once_saved=6)
@@ -70,7 +90,7 @@ def test_its_state_goes_on_with_the_run(tmp_path: Path) -> None:
     assert result_of(tmp_path)["steps"] == 33
 
 
-@pytest.mark.parametrize("mishap", ["on_start", "on_step", "on_evaluate", "on_end"])
+@pytest.mark.parametrize("mishap", ["on_start", "on_step", "on_evaluate", "on_log", "on_end"])
 def test_a_callback_that_fails_is_told_with_its_own_traceback(mishap: str, tmp_path: Path) -> None:
     own = {"_target_": "Watching", "mishap": mishap}
     (rank,) = launch(make_job(epochs=2, callbacks={"own": own}), tmp_path)
@@ -229,7 +249,7 @@ def test_a_signal_says_more_than_a_callback(tmp_path: Path) -> None:
             ConfigError,
             r"callbacks.early.monitor=val/los .* mean \"val/loss\"",
         ),
-        ({"net": {"_target_": "torch.nn.Linear"}}, TrustError, r"on_start, on_step, on_evaluate, on_end"),
+        ({"net": {"_target_": "torch.nn.Linear"}}, TrustError, r"on_start, on_step, on_evaluate, on_log, on_end"),
         ({"out": {"_target_": "shutil.rmtree"}}, TrustError, r"outside of what a configuration may use"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.config.schema import StrategyConfig, TrainerConfig
 from launcher.engine.cost import OVERLAP, Link, Step, predict, predict_rare, predict_sharded
-from launcher.engine.strategies import costs
+from launcher.engine.strategies.kinds.base import Network, kind_of
 
 LINK = Link(latency=1e-4, bandwidth=125e6)
 WHOLE = {"parameters": 400, "gradients": 400, "optimizer": 800}
@@ -32,8 +32,8 @@ WHOLE = {"parameters": 400, "gradients": 400, "optimizer": 800}
 )
 def test_bytes(strategy: dict[str, Any], kept: int, travels: int, words: str) -> None:
     config = StrategyConfig(**strategy)
-    assert sum(costs.memory(config, 4, WHOLE).values()) == kept
-    found, text = costs.traffic(config, TrainerConfig(), 400, 400, 2)
+    assert sum(kind_of(config).memory(config, 4, WHOLE).values()) == kept
+    found, text = kind_of(config).traffic(config, TrainerConfig(), 400, 400, 2)
     assert found == travels
     assert words in text
 
@@ -52,5 +52,6 @@ def test_bytes(strategy: dict[str, Any], kept: int, travels: int, words: str) ->
 )
 def test_steps(strategy: dict[str, Any], expected: Step) -> None:
     """Two microbatches in bfloat16: FSDP gathers and reduces with each, the others reduce with the last alone."""
-    network = costs.Network(8e6, 8e6, powersgd=1e5, blocks=6, passes=2)
-    assert costs.step(StrategyConfig(**strategy), "bfloat16", network, 2.0, 4, LINK) == expected
+    network = Network(8e6, 8e6, powersgd=1e5, blocks=6, passes=2)
+    config = StrategyConfig(**strategy)
+    assert kind_of(config).step(config, "bfloat16", network, 2.0, 4, LINK) == expected

@@ -7,6 +7,9 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,19 @@ import pytest
 import torch
 from torch import nn
 
+from launcher.engine import entry, registry
 from launcher.engine.console import Captured, Console, captured
 from launcher.engine.drawing import traced_step
+from launcher.engine.runtime import Runtime
+from launcher.engine.sinks import base
+from launcher.engine.sinks.base import Position, Sink, SinkContext
 from launcher.engine.sinks.jsonl import JsonLines
+from launcher.engine.sinks.recording import Recording
 from launcher.engine.sinks.tensorboard import TensorBoard
+from launcher.errors import ConfigError, TrustError
+from launcher.runs import RunDirectory
 from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import board, logged, make_job, succeed
+from tests.engine.engine_ranks import Puppet, Script, board, logged, make_job, succeed
 
 # ---- metrics.jsonl --------------------------------------------------------------------------------------------------
 
@@ -29,29 +39,88 @@ def lines(path: Path) -> list[Any]:
 
 
 def write(path: Path, steps: range, keep_until: int | None = None) -> None:
-    sink = JsonLines(path, keep_until)
+    sink = JsonLines()
+    sink.open(SinkContext(RunDirectory(path), make_job(), keep_until))
     for step in steps:
-        sink.log({"step": step, "train/loss": 1 / step})
-    sink.close()
+        sink.scalars(Position(step, step / 9, step * 100, 0.0), {"train/loss": 1 / step})
+    sink.close(True)
 
 
 def test_what_lost_steps_had_written_is_removed_on_resume(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    write(file, range(1, 9))
+    write(tmp_path, range(1, 9))
     file.write_text(file.read_text() + '[1]\n{"no step": 1}\nnull\n{"step": 9, "tr')
-    write(file, range(6, 8), keep_until=5)
+    write(tmp_path, range(6, 8), keep_until=5)
     assert [line["step"] for line in lines(file)] == [1, 2, 3, 4, 5, 6, 7]
-    write(file, range(1, 3))  # a new run of this name
+    write(tmp_path, range(1, 3))  # a new run of this name
     assert [line["step"] for line in lines(file)] == [1, 2]
-    write(tmp_path / "none.jsonl", range(4, 5), keep_until=3)
-    assert [line["step"] for line in lines(tmp_path / "none.jsonl")] == [4]
+    file.unlink()
+    write(tmp_path, range(4, 5), keep_until=3)
+    assert [line["step"] for line in lines(file)] == [4]
 
 
 def test_every_line_is_on_the_disk_when_it_is_logged_and_is_json(tmp_path: Path) -> None:
-    sink = JsonLines(tmp_path / "metrics.jsonl")
-    sink.log({"step": 1, "train/loss": math.nan, "val/loss": math.inf, "epoch": 0.5})
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": None, "val/loss": None, "epoch": 0.5}]
-    sink.close()
+    sink = JsonLines()
+    sink.open(SinkContext(RunDirectory(tmp_path), make_job()))
+    sink.scalars(Position(1, 0.5, 100, 2.0), {"train/loss": math.nan, "val/loss": math.inf})
+    position = {"step": 1, "epoch": 0.5, "samples": 100, "time": 2.0}
+    assert lines(tmp_path / "metrics.jsonl") == [{**position, "train/loss": None, "val/loss": None}]
+    sink.close(True)
+
+
+# ---- the protocol ---------------------------------------------------------------------------------------------------
+
+
+def test_a_sink_that_is_named_gets_what_the_others_get(tmp_path: Path) -> None:
+    """Would be wrong: another value than metrics.jsonl's, one after it was closed, or an end without a close."""
+    job = make_job(model="Showing", epochs=1, log_every=4, evaluate_every=6, logging={"sinks": ["recording", "noop"]})
+    directory = RunDirectory(tmp_path / "run")
+    directory.create()
+    entry.run(entry.Task("train", job, str(directory.path)), Runtime.single("cpu"), Puppet(Script(), directory, 0))
+    calls = Recording.all.pop().calls
+    names = [name for name, _ in calls]
+    assert names[0] == "open"
+    assert names[-1] == "close"
+    assert calls[-1][1] == (True,)
+    assert {"text", "scalars", "figures"} == set(names[1:-1])
+    scalars = [{**asdict(at), **values} for name, (at, values) in (call for call in calls if call[0] == "scalars")]
+    assert scalars == lines(directory.metrics)
+    assert [line["step"] for line in scalars] == [4, 6, 8, 11]
+
+
+class Elsewhere(Sink):
+    """A sink of another package."""
+
+    def scalars(self, at: Position, values: Mapping[str, float]) -> None:
+        pass
+
+
+def point(value: str) -> EntryPoint:
+    return EntryPoint("elsewhere", value, "launch.sinks")
+
+
+@pytest.mark.parametrize(
+    ("value", "trust", "error"),
+    [
+        (f"{__name__}:Elsewhere", ["tests"], None),
+        (f"{__name__}:Elsewhere", [], TrustError),
+        (f"{__name__}:Absent", ["tests"], ConfigError),
+        (None, ["tests"], ConfigError),
+    ],
+)
+def test_a_sink_of_another_package_is_used_where_it_is_named_and_trusted(
+    value: str | None, trust: list[str], error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point(value)] if value else [])
+    job = make_job(logging={"sinks": ["elsewhere"]})
+    job.trust = trust
+    monkeypatch.setattr(base._SINKS, "_objects", dict(base._SINKS.all()))
+    assert base.chosen_sinks(make_job()) == [JsonLines]
+    if error is None:
+        assert base.chosen_sinks(job) == [JsonLines, Elsewhere]
+        return
+    with pytest.raises(error):
+        base.chosen_sinks(job)
 
 
 # ---- TensorBoard ----------------------------------------------------------------------------------------------------
@@ -173,14 +242,13 @@ def test_a_network_that_cannot_be_traced_is_not_drawn_and_no_harm_done(
     model: nn.Module, batch: Any, drawn: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     state = torch.get_rng_state()
-    sink = TensorBoard(tmp_path)
+    sink = TensorBoard()
     traced = traced_step(model, batch, torch.device("cpu"))
     assert (traced is not None) is drawn
-    if traced is not None:
-        sink.graph(*traced)
+    sink.open(SinkContext(RunDirectory(tmp_path), make_job(), drawing=traced))
     assert capfd.readouterr() == ("", ""), "it spoke to the user"
-    sink.log(1, {"train/loss": 0.5})
-    sink.close()
+    sink.scalars(Position(1, 0.1, 100, 0.0), {"train/loss": 0.5})
+    sink.close(True)
     assert board(tmp_path) == {"train/loss": [(1, 0.5)]}
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training

@@ -1,1 +1,1 @@
-"""Where the numbers of a run go: one file a destination."""
+"""Where the numbers of a run go: one file a destination. See `base`."""

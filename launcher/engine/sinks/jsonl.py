@@ -5,43 +5,47 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from launcher.config import Job
+from launcher.engine.sinks.base import Position, Sink, SinkContext, register
 from launcher.runs.plain_files import open_file, replace_text
 
 
-class JsonLines:
-    """Appends one JSON object a logged step; the same step logged twice (loss, then validation) gives two objects.
+@register("jsonl")
+class JsonLines(Sink):
+    """Appends one JSON object a logged step. On resume, the objects of lost steps are removed."""
 
-    Args:
-        path: the file.
-        keep_until: on resume, the last step that is kept; what later, lost steps had written is removed.
-    """
+    @classmethod
+    def is_on(cls, job: Job) -> bool:
+        return True
 
-    def __init__(self, path: Path, keep_until: int | None = None) -> None:
-        if keep_until is not None and path.exists():
-            _truncate(path, keep_until)
-        self._file = open_file(path, "a" if keep_until is not None else "w")
+    def open(self, context: SinkContext) -> None:
+        path, last_step = context.directory.metrics, context.resumed_at
+        if last_step is not None and path.exists():
+            _truncate(path, last_step)
+        self._file = open_file(path, "a" if last_step is not None else "w")
 
-    def log(self, entry: Mapping[str, Any]) -> None:
-        # NaN and infinity are not JSON; null says the same to every reader.
+    def scalars(self, at: Position, values: Mapping[str, float]) -> None:
+        # NaN and infinity are not JSON; every reader takes null as missing.
+        entry = {**asdict(at), **values}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, ended_well: bool) -> None:
         self._file.close()
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    kept = []
+    lines = []
     with open_file(path) as file:
-        lines = file.read().splitlines()
-    for line in lines:
+        content = file.read().splitlines()
+    for line in content:
         try:
             if json.loads(line)["step"] <= last_step:
-                kept.append(line)
+                lines.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # half a line: the process was killed while it wrote
-    replace_text(path, "".join(f"{line}\n" for line in kept))
+    replace_text(path, "".join(f"{line}\n" for line in lines))

@@ -7,13 +7,14 @@ import io
 import time
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from launcher.config import Job
 from launcher.engine.drawing import quietly
+from launcher.engine.sinks.base import Position, Sink, SinkContext, register
 
 _FORMS = (
     "an example is a picture (a tensor (C, H, W) or (N, C, H, W) of bytes or of floats from 0 to 1, with 1 or 3 "
@@ -22,28 +23,39 @@ _FORMS = (
 _GAP = 2  # pixels between the pictures of a grid
 
 
-class TensorBoard:
-    """Writes the run's scalars, its configuration, its graph and its hyperparameters into one event file.
+@register("tensorboard")
+class TensorBoard(Sink):
+    """Writes the run's scalars, its configuration, its graph and its hyperparameters into one event file."""
 
-    Args:
-        directory: the run's directory.
-        purge_step: first step whose earlier values TensorBoard shall forget; set on resume.
-    """
+    visual = True
+    opens_late = True
 
-    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+    @classmethod
+    def is_on(cls, job: Job) -> bool:
+        return job.logging.tensorboard
+
+    def open(self, context: SinkContext) -> None:
         # Imported here: TensorBoard takes about a second, which the first step need not wait for.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=30)
+        purge_step = None if context.resumed_at is None else context.resumed_at + 1  # later values are dropped
+        self._writer = SummaryWriter(str(context.directory.path), purge_step=purge_step, flush_secs=30)
         self._file: Any = self._writer.file_writer
         self._has_hyperparameters = False
+        if context.drawing is not None:
+            self._graph(*context.drawing)
+        if context.hyperparameters:
+            self._hyperparameters(context.hyperparameters)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, at: Position, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            self._writer.add_scalar(tag, value, at.step)
         self._writer.flush()
 
-    def examples(self, step: int, values: Mapping[str, Any]) -> None:
+    def text(self, tag: str, text: str, step: int) -> None:
+        self._writer.add_text(tag, text, step)
+
+    def figures(self, values: Mapping[str, Any], step: int) -> None:
         """Show pictures, audio, text and figures, by their form.
 
         A picture is a tensor (C, H, W), several are (N, C, H, W), with one or three channels: bytes, or floats of which
@@ -77,14 +89,10 @@ class TensorBoard:
         picture = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
         self._file.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
-    def configuration(self, yaml: str) -> None:
-        """Show the configuration as text, indented so that Markdown keeps it as code."""
-        self._writer.add_text("configuration", "\n".join(f"    {line}" for line in yaml.splitlines()), 0)
-
-    def hyperparameters(self, values: Mapping[str, Any]) -> None:
+    def _hyperparameters(self, values: Mapping[str, Any]) -> None:
         """Fill the HParams tab, into this file: `add_hparams` would open another run.
 
-        No summary says which keys the experiment has: TensorBoard would show those of whichever run it met first, and
+        No summary lists the keys of the experiment: TensorBoard would show those of whichever run it met first, and
         hide the keys of every other sweep. Without one it takes all keys of all runs.
         """
         from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
@@ -110,7 +118,7 @@ class TensorBoard:
         value = Summary.Value(tag=getattr(metadata, tag), metadata=SummaryMetadata(plugin_data=plugin))
         self._file.add_summary(Summary(value=[value]))
 
-    def graph(self, traced: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+    def _graph(self, traced: Any, arguments: tuple[torch.Tensor, ...]) -> None:
         """Draw a network that `drawing.traced_step` has traced; nothing is drawn where torch cannot read the trace."""
         from torch.utils.tensorboard._pytorch_graph import graph
 
@@ -118,7 +126,7 @@ class TensorBoard:
             warnings.simplefilter("ignore")
             self._file.add_graph(graph(traced, arguments))  # tracing what is traced already changes nothing
 
-    def close(self, ended_well: bool = True) -> None:
+    def close(self, ended_well: bool) -> None:
         if self._has_hyperparameters:
             from tensorboard.plugins.hparams.api_pb2 import Status
             from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from launcher.config import StrategyConfig, TrainerConfig
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.compression import WIRE, cast_hook
+from launcher.engine.strategies.kinds.base import option
 from launcher.engine.strategies.sparse import (
     average,
     coalesce,
@@ -99,7 +100,7 @@ class DataParallel(Strategy):
             return self._steps
         ignored = [name for name, p in self._steps.named_parameters(remove_duplicate=False) if id(p) in sparse]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._steps, ignored)
-        static = bool(self._config.option("static_graph"))
+        static = bool(option(self._config, "static_graph"))
         with warnings.catch_warnings():
             # 2.13 has another name for broadcast_buffers, which the older versions that serve as well do not know.
             warnings.simplefilter("ignore", FutureWarning)
@@ -110,7 +111,7 @@ class DataParallel(Strategy):
                 init_sync=False,  # all ranks hold the same already
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
-                bucket_cap_mb=self._config.option("bucket_mb"),
+                bucket_cap_mb=option(self._config, "bucket_mb"),
                 find_unused_parameters=not self.uses_all and not static,
                 static_graph=static,
             )

@@ -19,6 +19,7 @@ from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.blocks import blocks_of, check_divisible
 from launcher.engine.strategies.compression import WIRE
+from launcher.engine.strategies.kinds.base import option
 from launcher.engine.strategies.strategy import Record, Strategy, all_finite, loss_of, multiply, scale_by_count
 from launcher.engine.untouched import untouched
 from launcher.errors import ConfigError
@@ -47,7 +48,7 @@ class FullySharded(Strategy):
         self._spare: Any = None  # a batch for the rounds in which this rank has none
         self._parts: list[FSDPModule] = []
         check_divisible(model, config.blocks)
-        if config.option("cpu_offload") and runtime.device.type == "cpu":
+        if option(config, "cpu_offload") and runtime.device.type == "cpu":
             raise ConfigError(
                 "strategy.cpu_offload=true moves parameters from GPUs to the host's memory, and the workers compute on "
                 "CPUs. Leave it out."
@@ -73,7 +74,7 @@ class FullySharded(Strategy):
         how: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=reduces, cast_forward_inputs=False),
-            "offload_policy": offload if config.option("cpu_offload") else OffloadPolicy(),
+            "offload_policy": offload if option(config, "cpu_offload") else OffloadPolicy(),
         }
         for parameter in self.model.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP2 refuses channels-last weights
@@ -88,12 +89,12 @@ class FullySharded(Strategy):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         self._norm_group = runtime.group if mesh.ndim == 1 else mesh["shard"].get_group()
-        if config.option("cpu_offload"):
+        if option(config, "cpu_offload"):
             self._norm_group = runtime.host_group
 
     def _mesh(self) -> DeviceMesh:
         runtime = self.runtime
-        if not self._config.option("hybrid"):
+        if not option(self._config, "hybrid"):
             return DeviceMesh.from_group(runtime.group, runtime.device.type)
         here, everywhere = runtime.local_world_size, runtime.world_size
         if here < 2 or everywhere == here or everywhere % here:
@@ -102,7 +103,7 @@ class FullySharded(Strategy):
                 f"{everywhere} workers with {here} on this machine leave nothing for that. Use several machines with "
                 "the same number of workers, two or more, on each; or leave it out."
             )
-        if self._config.option("cpu_offload"):
+        if option(self._config, "cpu_offload"):
             raise ConfigError("strategy.hybrid=true and strategy.cpu_offload=true do not go together: choose one.")
         shape = (everywhere // here, here)
         mesh = dist.init_device_mesh(runtime.device.type, shape, mesh_dim_names=("replicate", "shard"))

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from launcher.engine.strategies.compression import PowerSGD
 from launcher.engine.strategies.ddp import DataParallel
+from launcher.engine.strategies.kinds.base import option
 
 
 class PowerSGDParallel(DataParallel):
@@ -23,7 +24,7 @@ class PowerSGDParallel(DataParallel):
     def attach(self, optimizer: Optimizer, total_steps: int) -> None:
         super().attach(optimizer, total_steps)
         trained = [p for p in self._parameters if p.requires_grad]
-        rank, after = self._config.option("powersgd_rank"), self._config.option("powersgd_after")
+        rank, after = option(self._config, "powersgd_rank"), option(self._config, "powersgd_after")
         self._power = PowerSGD(trained, self.runtime, rank, after, self._seed)
 
     def _combine(self, optimizer: Optimizer) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from launcher.config import StrategyConfig, TrainerConfig
 from launcher.engine.checkpoint.training import load_optimizer_state, optimizer_state
-from launcher.engine.runtime import Vote
+from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.compression import WIRE
 from launcher.engine.strategies.ddp import DataParallel
+from launcher.engine.strategies.kinds.base import option
 from launcher.engine.strategies.outer import OuterOptimizer
 from launcher.engine.strategies.strategy import Record, all_finite
 
@@ -37,20 +39,31 @@ class Replicas(DataParallel):
     _optimizer: Optimizer
     _buffers_met: dict[str, Tensor] | None = None  # of the last meeting, which belong to the weights agreed on
 
+    def __init__(
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        trainer: TrainerConfig,
+        config: StrategyConfig,
+        outer_lr: float,
+        outer_momentum: float,
+    ) -> None:
+        super().__init__(model, runtime, trainer, config)
+        self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
+
     def attach(self, optimizer: Optimizer, total_steps: int) -> None:
         super().attach(optimizer, total_steps)
         config = self._config
-        has_momentum = config.name == "diloco"
         self._trained = [p for p in self._parameters if p.requires_grad]
         self._optimizer = optimizer
         self._outer = OuterOptimizer(
             optimizer,
             self._trained,
             self.runtime,
-            every=config.option("inner_steps"),
-            lr=config.option("outer_lr") if has_momentum else 1.0,
-            momentum=config.option("outer_momentum") if has_momentum else 0.0,
-            delay=config.option("overlap_steps"),
+            every=option(config, "inner_steps"),
+            lr=self._outer_lr,
+            momentum=self._outer_momentum,
+            delay=option(config, "overlap_steps"),
             wire=WIRE.get(config.compression),
             total_steps=total_steps,
             met=self._meet,

@@ -20,8 +20,9 @@ from launcher.engine.buffers import Buffers
 from launcher.engine.metrics import ContractError, as_pair, check_answer
 from launcher.engine.order import Split
 from launcher.engine.runtime import Runtime, Vote
+from launcher.engine.strategies.kinds.base import DEFAULT
 from launcher.engine.strategies.sparse import dense_parts
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, TrainingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Record = Callable[[Mapping[str, Any]], None]
@@ -135,8 +136,20 @@ class Strategy(ABC):
             self._probed.append(parameter)
 
     def rewrap(self, batch: Any) -> None:
-        """Learn that other parameters are trained; see `prepare`. For strategies that `follows` says can."""
-        raise NotImplementedError
+        """Wrap the model again, since other parameters are trained; see `prepare`.
+
+        Raises:
+            TrainingError: this strategy cannot (`follows` is false).
+        """
+        raise TrainingError(self.refusal_to_follow())
+
+    def refusal_to_follow(self) -> str:
+        """Return why the strategy cannot train other parameters from a step on, and what to do."""
+        return (
+            "This strategy cannot follow a change of the trained parameters: it keeps state for each of them. Use "
+            f"strategy={DEFAULT} without strategy.compression=powersgd, or choose what is trained before the run, in "
+            "the model's constructor or with optimizer.groups."
+        )
 
     def replicated(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """Return what must be the same on all ranks, as (parameter, tensor that belongs to it)."""

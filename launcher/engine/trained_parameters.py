@@ -15,7 +15,7 @@ from launcher.engine.strategies.strategy import Strategy
 from launcher.errors import TrainingError
 
 
-class Trained:
+class TrainedParameters:
     """The trained parameters of a run: those that require a gradient when a step begins.
 
     A parameter that becomes trained joins the optimizer, in the group of its rule in `optimizer.groups`. One that is
@@ -70,9 +70,8 @@ class Trained:
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         if not self._strategy.follows:
             raise TrainingError(
-                f"{who} changed which parameters are trained at step {step} ({listed}), which this strategy cannot "
-                "follow: it keeps state for each of them. Use strategy=ddp without strategy.compression=powersgd, or "
-                "choose what is trained before the run, in the model's constructor or with optimizer.groups."
+                f"{who} changed which parameters are trained at step {step} ({listed}). "
+                f"{self._strategy.refusal_to_follow()}"
             )
         for index in changed:
             self._flags[index] = now[index]

@@ -1,0 +1,15 @@
+"""A sink that writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from launcher.engine.sinks.base import Position, Sink, register
+
+
+@register("noop")
+class Noop(Sink):
+    """Takes everything and writes nothing, to measure what other sinks cost."""
+
+    def scalars(self, at: Position, values: Mapping[str, float]) -> None:
+        pass
