@@ -21,7 +21,7 @@ def _confirmed(word: str) -> str:
     found = _EVERY_ADDRESS.fullmatch(word)
     if found is None or not (sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()):
         return word
-    from launcher.config.checks import ANYWHERE
+    from launcher.clusters.azure.kind import ANYWHERE
 
     print(f"{word} opens SSH on the cluster's head to every address. Open it? [y/N] ", end="", file=sys.stderr)
     sys.stderr.flush()

@@ -186,7 +186,7 @@ class Recorder:
         if checkpoint is not None:
             changes["checkpoint"] = self._directory.told(checkpoint)
         self._ended_well = status != "running"
-        if self._ended_well:  # first into the log: `launch logs` reads no further once result.json says so
+        if self._ended_well:  # first into the log: `launch logs` stops reading once result.json has that status
             self._control.emit({"kind": "log", "text": f"{status} after {count(progress.step, 'step')}"})
         return self._directory.update_result(**changes)
 
