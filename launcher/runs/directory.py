@@ -1,6 +1,6 @@
 """A run on disk: its directory, `result.json`, heartbeat, requests to stop, and the listing of a run root.
 
-Free of torch and Ray, so that `launch runs` answers at once. The layout is in docs/architecture.md.
+Imports neither torch nor Ray, so that `launch runs` responds immediately. docs/architecture.md has the layout.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from launcher.errors import RunError, did_you_mean
 from launcher.runs import plain_files, results, store_copies
 
 HEARTBEAT_SECONDS = 5.0
-# A run is called lost after this silence. It must outlast a long step or a slow save, since only a thread beats.
+# A run without a heartbeat for this time is lost. Long, because a long step or a slow save may delay the thread that
+# writes the heartbeat.
 LOST_AFTER_SECONDS = 60.0
 FINAL = ("completed", "stopped", "pruned", "failed")
 SENT = "sent"
-REMOTE = "remote.json"  # in the directory of a run that is driven elsewhere: where
+REMOTE = "remote.json"  # in the directory of a remote run: its location
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -38,7 +39,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old or the new file, never a part.
 
-    Where a full disk has no room for both, the old one is written over: that a run failed must still be said.
+    If a full disk cannot hold both, the old file is overwritten, so that the failure of a run is still recorded.
     """
     try:
         plain_files.replace_text(path, text)
@@ -52,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where one run lives: `<run.root>/<run.name>`."""
+    """The directory of one run: `<run.root>/<run.name>`."""
 
     path: Path
 
@@ -62,18 +63,18 @@ class RunDirectory:
 
     @property
     def uri(self) -> str | None:
-        """Where the run lies on an object store, or None."""
+        """The URI of the run on an object store, or None."""
         root = store_copies.uri_of(self.path.parent)
         return None if root is None else f"{root}/{self.name}"
 
     @property
     def root(self) -> str:
-        """The run root as run.root names it: a path, or a URI."""
+        """The run root as in run.root: a path, or a URI."""
         uri = self.uri
         return str(self.path.parent) if uri is None else uri.rpartition("/")[0]
 
     def told(self, path: Path | None = None) -> str:
-        """Return the run, or a path below it, as it is told to people: by its URI where it lies on an object store."""
+        """Return the run, or a path below it, for display: its URI if it is on an object store."""
         uri = self.uri
         if uri is None:
             return str(path or self.path)
@@ -113,16 +114,17 @@ class RunDirectory:
 
     @property
     def is_sent(self) -> bool:
-        """Whether it was sent to a cluster, by whose head it is driven (`launcher.jobs.remote.place`)."""
+        """Whether it was sent to a cluster, whose head drives it (`launcher.jobs.remote.place`)."""
         return (self.path / REMOTE).is_file()
 
     @property
     def sent(self) -> RunDirectory | None:
-        """What was sent to a cluster: the run, or the sweep whose trial it is; None of one that is driven here."""
+        """The run or the sweep (for a trial) that was sent to a cluster; None for a local run."""
         return next((one for one in (self, RunDirectory(self.path.parent)) if one.is_sent), None)
 
     def _is_copied(self) -> bool:
-        """Whether files of the run come from elsewhere now and then: a silent one may still go on."""
+        """Whether files of the run are copied from another machine at intervals, so that a silent run may still be
+        active."""
         sent = self.sent
         try:
             return sent is not None and bool(plain_files.read_json(sent.path / REMOTE).get("directory"))
@@ -133,7 +135,7 @@ class RunDirectory:
         return self.config.is_file() or self._result.is_file()
 
     def create(self) -> None:
-        """Make the directory and prove that it can be written.
+        """Create the directory and verify that it is writable.
 
         Raises:
             RunError: it cannot be created or written.
@@ -152,7 +154,7 @@ class RunDirectory:
             ) from error
 
     def result(self) -> dict[str, Any]:
-        """Return the content of `result.json`, or an empty mapping where there is none."""
+        """Return the content of `result.json`, or an empty mapping if it does not exist."""
         try:
             content = plain_files.read_json(self._result)
         except FileNotFoundError:
@@ -177,11 +179,11 @@ class RunDirectory:
         return content
 
     def beat(self) -> None:
-        """Say that this process is alive and works on the run."""
+        """Record that this process is alive and owns the run."""
         write_json(self._heartbeat, {"host": socket.gethostname(), "pid": os.getpid()})
 
     def is_alive(self) -> bool:
-        """Tell whether somebody works on the run: a fresh heartbeat, of a process that is not known to be gone."""
+        """Return whether a process owns the run: a recent heartbeat, of a process that is not known to have exited."""
         try:
             age = time.time() - self._heartbeat.stat().st_mtime
             writer = plain_files.read_json(self._heartbeat)
@@ -193,7 +195,7 @@ class RunDirectory:
         return age < LOST_AFTER_SECONDS
 
     def require_idle(self) -> None:
-        """Raise RunError where somebody works on the run."""
+        """Raise RunError if a process owns the run."""
         if self.status() == "running":
             raise RunError(
                 f'The run "{self.name}" is running. Follow it with: launch logs {self.name}; stop it with: launch stop '
@@ -201,13 +203,13 @@ class RunDirectory:
             )
 
     def claim(self) -> None:
-        """Begin to work on a run that is continued: of several commands at the same moment one does.
+        """Take ownership of a run that is resumed: of several simultaneous commands only one succeeds.
 
-        The lock is held for this moment alone, and goes with its process; from then on the heartbeat says who works on
-        the run, so that neither a dead process nor another machine keeps it for ever.
+        The lock is held only during this call, and is released when its process exits; afterwards the heartbeat
+        identifies the owner, so that neither a dead process nor another machine blocks the run forever.
 
         Raises:
-            RunError: somebody works on it.
+            RunError: another process owns it.
         """
         with _locked(self.config):
             self.require_idle()
@@ -226,9 +228,9 @@ class RunDirectory:
             self._stop.unlink()
 
     def status(self) -> str:
-        """Return the status of `result.json`, or `lost` where it says running and nobody works on it.
+        """Return the status of `result.json`, or `lost` if it is running and no process owns it.
 
-        `sent`: it was sent to a cluster, and nothing has come back yet, or not lately; the cluster knows more
+        `sent`: it was sent to a cluster, and no recent files were copied back; the cluster has the current state
         (`launcher.jobs.remote.states`).
         """
         status = str(self.result().get("status") or (SENT if self.is_sent else "unknown"))
@@ -239,7 +241,7 @@ class RunDirectory:
 
 @contextmanager
 def _locked(file: Path, patience: float = 5.0) -> Iterator[None]:
-    """Hold a file's lock, where its file system has locks and nobody has died on another machine with it."""
+    """Hold a file's lock, if its file system supports locks and no dead process of another machine holds it."""
     import fcntl
 
     latest = time.monotonic() + patience
@@ -250,7 +252,7 @@ def _locked(file: Path, patience: float = 5.0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(0.02)
-            except OSError:  # an object store that is mounted, for one
+            except OSError:  # for example a mounted object store
                 break
         yield
 
@@ -273,8 +275,8 @@ def find(root: str | Path, name: str) -> RunDirectory:
     """Return the run called `name` (a run, SWEEP/NUMBER or SWEEP/best) under `root`.
 
     Raises:
-        ConfigError: no run can have this name.
-        RunError: there is none; names the nearest.
+        ConfigError: the name is invalid.
+        RunError: the run does not exist; the message suggests similar names.
     """
     for part in name.split("/"):
         check_run_name(part, "the name of a run")
@@ -292,7 +294,7 @@ def find(root: str | Path, name: str) -> RunDirectory:
 
 
 def list_runs(root: str | Path) -> Iterator[RunDirectory]:
-    """Yield the runs under `root`, oldest first; also those that cannot be read, and links to directories."""
+    """Yield the runs under `root`, oldest first, including unreadable runs and links to directories."""
     base = Path(root).expanduser().absolute()
     if not base.is_dir():
         return
@@ -322,7 +324,7 @@ def _best_of(sweep: Path, name: str) -> str:
 
 
 def _begun(run: RunDirectory) -> float:
-    """When the run was started, or continued for the last time."""
+    """Return the time when the run was started, or resumed last."""
     with suppress(OSError):
         return run.config.lstat().st_mtime
     return 0.0

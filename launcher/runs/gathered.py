@@ -1,10 +1,10 @@
-"""Runs that several machines write and one disk keeps: the file system behind run.root=head:///PATH.
+"""The file system of run.root=head:///PATH: several machines write runs to the disk of one machine.
 
     head:///var/runs          the directory /var/runs of the machine on which the run is driven
 
-It behaves as an object store does (`launcher.runs.storage`): a file appears when it is whole, folders come with their
-files. On the driver's machine operations go to the disk; on others through a process there (`through`), which
-`launcher.clusters.remote.from_driver` provides. No Ray here.
+It behaves like an object store (`launcher.runs.storage`): a file appears when it is complete, folders are created with
+their files. On the driver's machine operations use the disk; on others they go through a process there (`through`),
+which `launcher.clusters.remote.from_driver` provides. No Ray here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SCHEME = "head"
 BLOCK_BYTES = 4 << 20
 _TEMPORARY = ".gathering"
 
-Call = Callable[..., Any]  # (name of a method of Disk, its arguments) -> what it returns
+Call = Callable[..., Any]  # (name of a method of Disk, its arguments) -> its result
 
 
 class Disk:
-    """Operations on the files of this machine, each whole in itself, so that any of them may be repeated."""
+    """Operations on the files of this machine. Each is atomic and may be repeated."""
 
     def info(self, path: str) -> tuple[str, int, float]:
         """Return (file, dir or none, bytes, time of the last change)."""
@@ -41,7 +41,7 @@ class Disk:
         return ("dir" if os.path.isdir(path) else "file"), found.st_size, found.st_mtime
 
     def below(self, path: str, recursive: bool) -> list[tuple[str, str, int, float]]:
-        """Return what lies in a folder: (path, and as `info`). FileNotFoundError where there is no such folder."""
+        """Return the entries of a folder: (path, and as `info`). FileNotFoundError if it does not exist."""
         if not os.path.isdir(path):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         found = []
@@ -60,7 +60,7 @@ class Disk:
             return file.read(most)
 
     def write(self, path: str, start: int, block: bytes) -> None:
-        """Write a part of a file that is not there yet; `finish` makes a file of it."""
+        """Write a part of an unfinished file; `finish` completes it."""
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(place, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -73,12 +73,12 @@ class Disk:
         try:
             os.truncate(temporary, size)
             os.replace(temporary, path)
-        except FileNotFoundError:  # done already, and the answer was lost
+        except FileNotFoundError:  # done already, and the response was lost
             if self.info(path)[1] != size:
                 raise
 
     def remove_folder(self, path: str) -> None:
-        """FileNotFoundError where there is none."""
+        """FileNotFoundError if it does not exist."""
         shutil.rmtree(path)
 
 
@@ -93,7 +93,7 @@ _call: Call = _call_here
 
 
 def through(call: Call) -> None:
-    """Have all operations of this process done elsewhere."""
+    """Redirect all operations of this process to another machine."""
     global _call
     _call = call
 
@@ -103,7 +103,7 @@ def filesystem() -> fs.FileSystem:
 
 
 class _Source(io.RawIOBase):
-    """A file to read from its beginning."""
+    """A file that is read from its beginning."""
 
     def __init__(self, path: str) -> None:
         kind, self._size, _ = _call("info", path)
@@ -122,7 +122,8 @@ class _Source(io.RawIOBase):
 
 
 class _Sink:
-    """A file to write. Not one of `io`'s: those close themselves when nobody needs them, and closing makes a file."""
+    """A file to write. Not a class of `io`: those close themselves at garbage collection, and closing completes the
+    file."""
 
     def __init__(self, path: str) -> None:
         self._path, self._place, self.closed = path, 0, False
@@ -152,7 +153,7 @@ class _Sink:
 
 
 class _Handler(fs.FileSystemHandler):
-    """What `launcher.runs.storage.Store` needs of a file system, and no more."""
+    """The part of pyarrow's file-system interface that `launcher.runs.storage.Store` needs."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Handler)
@@ -190,7 +191,7 @@ class _Handler(fs.FileSystemHandler):
         _call("remove_folder", path)
 
     def _never(self, *arguments: Any, **named: Any) -> Any:
-        raise NotImplementedError("the store of a run needs no such operation")
+        raise NotImplementedError("the store of a run does not support this operation")
 
     create_dir = delete_dir_contents = delete_root_dir_contents = delete_file = move = copy_file = _never
     open_input_file = open_append_stream = _never

@@ -1,7 +1,7 @@
-"""The logs of a run whose machines share no disk: `log.txt` of rank 0's machine, `log-HOST.txt` of each other one.
+"""The logs of a run whose machines share no disk: `log.txt` of rank 0's machine, `log-HOST.txt` of every other machine.
 
-Each file only grows, whichever machine rank 0 moves to. A machine that becomes rank 0's continues `log.txt` from the
-store. A machine that no longer is moves the lines that it could not send in time to its own `log-HOST.txt`.
+Each file only grows, also if rank 0 moves to another machine. A machine that becomes rank 0's continues `log.txt` from
+the store. A machine that is no longer rank 0's moves its unsent lines to its own `log-HOST.txt`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def log_of_host(host: str) -> str:
 
 
 def take_over(mirrored: Mirrored, name: str) -> None:
-    """Make this machine the writer of the run: rank 0 is here. Other ranks of this machine must not write yet.
+    """Make this machine, which runs rank 0, the writer of the run. Other ranks of this machine must not write yet.
 
     Args:
         name: of this machine's own log.
@@ -45,7 +45,7 @@ def take_up_log(mirrored: Mirrored, name: str) -> None:
 
 
 def _unsent_lines(mirrored: Mirrored) -> bytes:
-    """Return the lines of log.txt here that the store does not have, where it has the lines before them."""
+    """Return the lines of the local log.txt that the store lacks, if the store has the lines before them."""
     here = _here(mirrored, _LOG)
     if not here:
         return b""
@@ -53,11 +53,11 @@ def _unsent_lines(mirrored: Mirrored) -> bytes:
     ours = here.splitlines(keepends=True)
     pairs = zip(ours, stored.splitlines(keepends=True), strict=False)
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return b"".join(ours[common:]) if common else b""  # nothing in common: of an earlier run of this name
+    return b"".join(ours[common:]) if common else b""  # nothing in common: the log of an earlier run of this name
 
 
 def _continued(mirrored: Mirrored, name: str) -> bytes:
-    """Return the log as it is here if it continues what the store has, else as the store has it."""
+    """Return the local log if it continues the store's, else the store's."""
     here, stored = _here(mirrored, name), _stored(mirrored, name)
     return here if stored and here.startswith(stored) else stored
 
@@ -68,7 +68,7 @@ def _here(mirrored: Mirrored, name: str) -> bytes:
 
 
 def _stored(mirrored: Mirrored, name: str) -> bytes:
-    """Return a whole log of the store; empty where there is none."""
+    """Return a complete log from the store; empty if there is none."""
     path = mirrored.run.path / f".{name}.stored.tmp"
     try:
         mirrored.store.get(name, path)

@@ -1,4 +1,4 @@
-"""Secrets in uncommitted changes, by the rules of `detect-secrets` for source code and by ours."""
+"""Masks secrets in uncommitted changes, by the rules of `detect-secrets` for source code and by our own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"(-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----)([\sA-Za
 
 
 def mask_patch(text: str) -> str:
-    """Return a diff with what looks like a secret in its lines as ***. It may no longer apply; a key is not shared."""
+    """Return a diff with likely secrets replaced by ***. The diff may no longer apply."""
     if may_hold_token(text) and token_patterns() is None:
         return "# Not recorded: detect-secrets is not installed, so that secrets cannot be found.\n"
     text = _BLOCK.sub(lambda found: found[1] + re.sub(r"(?m)^([+ -]?).+$", rf"\1{MASK}", found[2]), hide(text))
@@ -49,7 +49,7 @@ def _mask_line(line: str, code: bool) -> str:
 
 
 def _of_keywords(line: str, code: bool) -> Iterator[tuple[int, int]]:
-    """Yield what detect-secrets' rules on keywords find."""
+    """Yield the findings of detect-secrets' keyword rules."""
     from detect_secrets.plugins import keyword
 
     rules = keyword.QUOTES_REQUIRED_DENYLIST_REGEX_TO_GROUP if code else keyword.CONFIG_DENYLIST_REGEX_TO_GROUP

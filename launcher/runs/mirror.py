@@ -1,15 +1,16 @@
 """A run root on an object store, and its copy on this machine.
 
-Everything works on the copy, a directory like any other: the engine writes there, `launch runs` reads there. This
-module carries files between the two. Checkpoints have a way of their own (`engine.checkpoint.uploads`).
+All code uses the copy, which is an ordinary directory: the engine writes there, `launch runs` reads there. This module
+copies files between the two. `engine.checkpoint.uploads` transfers checkpoints.
 
     $XDG_CACHE_HOME/launch/roots/<name>-<hash of the URI>/
       .store                the URI (`launcher.runs.store_copies`)
       <run>/                as in any run root, and
         .owner              this copy belongs to the machine that wrote the run last; the store has the same file
 
-Whoever is going to write a run claims it: pulls what others wrote, then leaves a token here and on the store. As long
-as the store has this very token, nobody else wrote since, and the copy holds at least what the store has.
+A machine claims a run before it writes it: it pulls the changes of others, then stores a token in the copy and on the
+store. As long as the store has this token, no other machine has written since, and the copy contains at least the
+content of the store.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from launcher.runs.store_copies import MARK
 CHECKPOINTS = "checkpoints"
 OWNER = ".owner"
 RESULT = "result.json"
-_REQUESTS = ".requests"  # on the store: what other machines ask of the run
+_REQUESTS = ".requests"  # on the store: requests of other machines
 SYNC_SECONDS = 5.0
-GATHERED_SYNC_SECONDS = 1.0  # on the disk of the driver's machine, where a request costs nothing
-HOST_LOG = re.compile(r"log-[^/]*\.txt")  # of a machine other than rank 0's; that machine alone writes it
-# An operation that the user waits for, with nothing trained yet, is given up sooner than one of a run.
+GATHERED_SYNC_SECONDS = 1.0  # on the disk of the driver's machine, where requests are cheap
+HOST_LOG = re.compile(r"log-[^/]*\.txt")  # of a machine other than rank 0's, which is its only writer
+# Operations that the user waits for, before training, are retried for a shorter time than those of a run.
 HASTY_SECONDS = 15.0
-# What tells which runs there are and how they are; everything else of a run is copied when it is asked for.
+# The files that list runs and their state; other files of a run are copied on demand.
 FACTS = ("config.yaml", "overrides.yaml", "result.json", ".heartbeat")
 _THREADS = 16
 _REFRESH_SECONDS = 2.0
@@ -52,9 +53,9 @@ _refreshed: dict[str, float] = {}
 
 
 def cache_of(uri: str) -> Path:
-    """Return the directory of this machine that mirrors a run root, made if need be. RunError where it cannot be made.
+    """Return the directory of this machine that mirrors a run root, created on demand. RunError if that fails.
 
-    It lies in $XDG_CACHE_HOME (~/.cache); where that cannot be written, in the temporary folder.
+    It is in $XDG_CACHE_HOME (~/.cache), or in the temporary folder if that is not writable.
     """
     problem: OSError | None = None
     bases = store_copies.bases()
@@ -79,7 +80,7 @@ def cache_of(uri: str) -> Path:
 
 
 def local(place: str) -> Path:
-    """Return the directory of this machine for a run that is named by its path or its URI, made if need be."""
+    """Return the directory of this machine for a run given by its path or its URI, created on demand."""
     if not is_uri(place):
         return Path(place)
     root, _, name = place.rpartition("/")
@@ -89,10 +90,10 @@ def local(place: str) -> Path:
 
 
 def root_of(uri: str) -> Path:
-    """Return the local copy of a run root, with the facts of all its runs as the store has them now.
+    """Return the local copy of a run root, with the current state of all its runs on the store.
 
     Raises:
-        ConfigError: the URI is none that can be used.
+        ConfigError: the URI is invalid.
         RunError: the store cannot be read.
     """
     uri = check_uri(uri)
@@ -104,7 +105,7 @@ def root_of(uri: str) -> Path:
 
 
 def refresh(root: Path, wanted: Callable[[str], bool] | None = None) -> None:
-    """Copy the files of all runs whose name is `wanted` (the facts) from the store, but for the runs owned here."""
+    """Copy the `wanted` files of all runs from the store, except for the runs that this machine owns."""
     uri = store_copies.uri_of(root)
     if uri is None:
         raise RunError(f"{root} is no copy of a run root on an object store. Name the root by its URI.")
@@ -122,21 +123,21 @@ def refresh(root: Path, wanted: Callable[[str], bool] | None = None) -> None:
                 _copy(store.under(run), root / run, chosen)
     except StorageError as error:
         raise RunError(f"The run root cannot be read. {error} See docs/storage.md for what it needs.") from None
-    for path in root.iterdir():  # copies of runs that somebody removed from the store; one that begins is young
+    for path in root.iterdir():  # copies of runs that were removed from the store; a starting run is recent
         old = path.is_dir() and path.stat().st_mtime < time.time() - _OLD_SECONDS
         if old and path.name not in by_run and not (path / OWNER).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _owned(store: Store, run: Path, files: Iterable[str]) -> bool:
-    """Whether nobody but this machine has written the run since this machine did; `files` are those on the store."""
+    """Return whether no other machine has written the run since this machine did; `files` are those on the store."""
     with contextlib.suppress(FileNotFoundError):
         return OWNER in files and (run / OWNER).read_bytes() == store.read(OWNER)
     return False
 
 
 def _copy(store: Store, run: Path, files: Mapping[str, Entry]) -> None:
-    """Copy files that differ in size or time. An empty one is being written at this moment: the old one stays."""
+    """Copy files that differ in size or time. An empty file is being written: the old one is kept."""
 
     def one(name: str, entry: Entry) -> None:
         target = run / name
@@ -145,7 +146,7 @@ def _copy(store: Store, run: Path, files: Mapping[str, Entry]) -> None:
             if found.st_size == entry.size and abs(found.st_mtime - entry.mtime) < 1e-3:
                 return
         target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError, WrongSize):  # removed or written meanwhile: the next time has it
+        with contextlib.suppress(FileNotFoundError, WrongSize):  # removed or written concurrently: copied the next time
             store.get(name, target, entry.size)
             os.utime(target, (entry.mtime, entry.mtime))
 
@@ -154,27 +155,28 @@ def _copy(store: Store, run: Path, files: Mapping[str, Entry]) -> None:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a file belongs to what is mirrored: neither a checkpoint nor a file that is being written."""
+    """Return whether a file is mirrored: neither a checkpoint nor an unfinished file."""
     ours = (f"{CHECKPOINTS}/", f"{_REQUESTS}/", OWNER, ".probe", ".stop")
     return not (name.startswith(ours) or name.endswith((".tmp", ".lock")))
 
 
 @dataclass(frozen=True)
 class Mirrored:
-    """One run that lies on a store, and its copy here."""
+    """One run on a store, and its local copy."""
 
     run: RunDirectory
     store: Store
 
     @classmethod
     def of(cls, run: RunDirectory, patience: float | None = None) -> Mirrored | None:
-        """Return it where the run's root is the copy of one on a store, else None."""
+        """Return it if the run's root is the copy of one on a store, else None."""
         return None if run.uri is None else cls(run, Store.open(run.uri, patience))
 
     def pull(self) -> bool:
-        """Copy everything but checkpoints to this machine, unless nobody else wrote since; tell whether that was so.
+        """Copy everything except checkpoints to this machine, unless no other machine has written; return whether none
+        has.
 
-        Checkpoints here that the store does not have belong to a history that another machine has left.
+        Local checkpoints that the store does not have belong to a history that another machine has discarded.
         """
         files = self.store.entries()
         if not files or _owned(self.store, self.run.path, files):
@@ -190,19 +192,19 @@ class Mirrored:
         return True
 
     def claim(self) -> None:
-        """Say, here and on the store, that this machine writes the run from now on. Call `pull` first."""
+        """Record, locally and on the store, that this machine writes the run from now on. Call `pull` first."""
         token = secrets.token_hex(8)
         self.store.put_bytes(OWNER, token.encode())
         write_text(self.run.path / OWNER, token)
 
     def push(self, names: Iterable[str] | None = None) -> None:
-        """Copy files, or all but checkpoints, to the store."""
+        """Copy files, or all except checkpoints, to the store."""
         for name in _files(self.run.path) if names is None else names:
             with contextlib.suppress(FileNotFoundError):
                 self.store.put(name, self.run.path / name)
 
     def publish(self) -> None:
-        """Claim a run that begins and put there what is known of it. RunError where that cannot be done."""
+        """Claim a starting run and upload its first files. RunError if that fails."""
         try:
             self.claim()
             self.push()
@@ -211,15 +213,15 @@ class Mirrored:
             raise RunError(f"The run root cannot be written. {error} See docs/storage.md for what it needs.") from None
 
     def push_end(self) -> None:
-        """Put what is said of the end of a run there. Where another machine wrote it, this one takes it over."""
+        """Upload the record of a run's end. If another machine wrote the run, this one takes it over."""
         if _owned(self.store, self.run.path, self.store.entries(recursive=False)):
-            self.push()  # what a worker of this machine wrote before it was killed as well
+            self.push()  # including what a killed worker of this machine wrote
             return
         self.claim()
         self.push(["log.txt", "result.json"])
 
     def remove(self) -> None:
-        """Remove what a run that could not begin has put there."""
+        """Remove the uploaded files of a run that could not start."""
         self.store.remove()
 
     def request_stop(self) -> None:
@@ -237,7 +239,7 @@ class Mirrored:
 
 @contextlib.contextmanager
 def written(run: RunDirectory) -> Iterator[None]:
-    """Around whatever adds to a run that was trained: what a store has comes first, and what is new goes there."""
+    """Context for additions to a trained run: pulls the store's files first, and uploads new ones."""
     mirrored = Mirrored.of(run)
     if mirrored is None:
         yield
@@ -252,7 +254,7 @@ def written(run: RunDirectory) -> Iterator[None]:
 
 
 def following(run: RunDirectory) -> Callable[[], None]:
-    """Return what brings result.json, heartbeat and log.txt of a run up to date, at most every two seconds."""
+    """Return a function that updates result.json, heartbeat and log.txt of a run, at most every two seconds."""
     mirrored = Mirrored.of(run, HASTY_SECONDS)
     last = -_REFRESH_SECONDS
 
@@ -269,7 +271,7 @@ def following(run: RunDirectory) -> Callable[[], None]:
 
 
 def board(root: Path, command: list[str], say: Callable[[str], None]) -> int:
-    """Run TensorBoard over the copy of a run root, and bring what runs write elsewhere, until it ends."""
+    """Run TensorBoard over the copy of a run root, and copy the changes of remote runs, until it exits."""
 
     def shown(name: str) -> bool:
         return name in FACTS or "events.out.tfevents" in name.rpartition("/")[2]
@@ -288,7 +290,7 @@ def board(root: Path, command: list[str], say: Callable[[str], None]) -> int:
                 if not told:
                     say(f"{error} It is tried again.")
                 told = True
-    except KeyboardInterrupt:  # it has come to TensorBoard as well
+    except KeyboardInterrupt:  # TensorBoard received the signal as well
         return process.wait()
     finally:
         process.terminate()
@@ -305,7 +307,7 @@ def _files(run: Path) -> list[str]:
             path = name if relative == "." else f"{relative}/{name}"
             if _is_own(path) and not HOST_LOG.fullmatch(path) and not os.path.islink(os.path.join(folder, name)):
                 found.append(path)
-    return sorted(found, key=lambda name: (name == RESULT, name))  # result.json last: it says how the run ended
+    return sorted(found, key=lambda name: (name == RESULT, name))  # result.json last
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
@@ -326,12 +328,12 @@ def _content(path: Path) -> tuple[tuple[int, int, int] | None, bytes] | None:
 
 
 class Sync:
-    """A thread that copies what a run writes to the store every few seconds, and looks there for `launch stop`.
+    """A thread that copies the files of a run to the store every few seconds, and checks there for `launch stop`.
 
-    A large file that grows is not sent over and over: all its transfers take at most a twentieth of the time.
+    A large growing file is not sent repeatedly: its transfers take at most a twentieth of the time.
 
     Args:
-        only: the files to send where this machine is not rank 0's; None: all but checkpoints.
+        only: the files to send if this machine is not rank 0's; None: all except checkpoints.
     """
 
     def __init__(self, mirrored: Mirrored, only: Iterable[str] | None = None, every: float = SYNC_SECONDS) -> None:
@@ -345,19 +347,19 @@ class Sync:
         self._thread.start()
 
     def close(self) -> None:
-        """Send what is left. StorageError where that fails after all tries."""
+        """Send the remaining changes. StorageError if that fails after all retries."""
         self._ended.set()
         self._thread.join()
         self.flush()
 
     def flush(self) -> None:
-        """Send what has changed, however large it is. StorageError where that fails after all tries."""
+        """Send all changes of any size. StorageError if that fails after all retries."""
         with self._lock:
             self._send(everything=True)
 
     def _run(self) -> None:
         while not self._ended.wait(self._every):
-            # The store is away for longer than its operations are tried: what is left is sent later.
+            # The store is unavailable for longer than the retries: the rest is sent later.
             with contextlib.suppress(StorageError, OSError):
                 with self._lock:
                     self._send()
@@ -366,7 +368,7 @@ class Sync:
 
     def _send(self, everything: bool = False) -> None:
         path = self._mirrored.run.path
-        # As it was before the log is sent: a reader stops reading the log when the result says that the run has ended.
+        # The result from before the log is sent: a reader stops reading the log at a result in a final state.
         result = None if self._only is not None else _content(path / RESULT)
         for name in self._only if self._only is not None else _files(path):
             signature, began = _signature(path / name), time.monotonic()

@@ -1,7 +1,7 @@
-"""Files of a run's directory, which may come from a stranger: links, FIFOs and devices in it are never opened.
+"""Opens files of a run's directory, which is untrusted: links, FIFOs and devices are never opened.
 
-`check_directory` looks at a whole directory before it is used. `open_file` is how each file in it is opened, also after
-the check: without following a link in its last place, and only where it is a regular file.
+`check_directory` checks a whole directory before it is used. `open_file` opens each file in it, also after the check:
+without following a link in the last component, and only if it is a regular file.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any, TextIO
 
 from launcher.errors import RunError
 
-MOST_BYTES = 16 << 20  # of a JSON file of ours, which has a few thousand
+MOST_BYTES = 16 << 20  # of a JSON file, which usually has a few thousand
 _KINDS = ((stat.S_ISLNK, "a link"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
 
 
 def open_file(path: Path, mode: str = "r", permissions: int = 0o666, **options: Any) -> TextIO:
-    """Open a regular file as `open` does in text mode. OSError where it is a link or no regular file.
+    """Open a regular file as `open` does in text mode. OSError if it is a link or not a regular file.
 
     permissions: of a file that is created, less the umask.
     """
 
     def opener(name: str, flags: int) -> int:
-        # O_NONBLOCK: a FIFO must not hang us; it means nothing for a regular file.
+        # O_NONBLOCK: opening a FIFO must not block; the flag has no effect on a regular file.
         descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, permissions)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -38,7 +38,7 @@ def open_file(path: Path, mode: str = "r", permissions: int = 0o666, **options: 
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """Return the text of a file. OSError also where it has more than `most` bytes."""
+    """Return the text of a file. OSError also if it has more than `most` bytes."""
     with open_file(path, errors="replace") as file:
         if os.fstat(file.fileno()).st_size > most:
             raise OSError(errno.EFBIG, f"larger than {most} bytes", str(path))
@@ -46,7 +46,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds. OSError; ValueError where it is not JSON or is nested too deeply."""
+    """Return the content of a JSON file. Raises OSError; ValueError if it is not JSON or is nested too deeply."""
     try:
         return json.loads(read_text(path))
     except RecursionError:
@@ -54,7 +54,7 @@ def read_json(path: Path) -> Any:
 
 
 def replace_text(path: Path, text: str, permissions: int = 0o666) -> None:
-    """Write a file of its own and put it in the place of `path`: a reader sees the old or the new one."""
+    """Write a temporary file and rename it to `path`: a reader sees the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -67,9 +67,9 @@ def replace_text(path: Path, text: str, permissions: int = 0o666) -> None:
 
 
 def problem_at(path: Path, deep: bool = True) -> str | None:
-    """Return what in a run's directory is not opened, and what it is; None where all is files and folders.
+    """Return the first entry of a run's directory that must not be opened, with its kind; None if there is none.
 
-    A link to a place within the directory is left alone: it leads nowhere else.
+    A link to a path within the directory is allowed.
 
     Args:
         deep: look into its folders.
@@ -88,13 +88,13 @@ def problem_at(path: Path, deep: bool = True) -> str | None:
             continue
         try:
             return f"{entry.path} is {_kind(entry.stat(follow_symlinks=False).st_mode)}"
-        except FileNotFoundError:  # removed meanwhile, by a run that goes on
+        except FileNotFoundError:  # removed concurrently by an active run
             continue
     return None
 
 
 def check_directory(path: Path) -> None:
-    """Raise RunError unless a run's directory, if there is one, holds files and folders alone."""
+    """Raise RunError unless a run's directory, if it exists, contains only files and folders."""
     try:
         problem = problem_at(path)
     except FileNotFoundError:

@@ -13,8 +13,8 @@ from launcher.runs.masked_patch import mask_patch
 from launcher.runs.secret_files import is_secret_path
 
 _PACKAGES = ("launch-train", "torch", "ray", "hydra-core", "tensorboard")
-# A diff longer than this is somebody's data, not code.
-# Without the programs that a repository's own configuration may name for looking at it.
+# A diff longer than this is data, not code. Without the programs that a repository's own configuration may
+# name for looking at it.
 GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
 _LARGEST_PATCH = 2 * 2**20
 

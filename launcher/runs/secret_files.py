@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
 
 IGNORE_FILE = ".launchignore"
-# Names of files and folders, at any depth, in any case. Both .gitignore and rsync read them the same way.
+# Names of files and folders, at any depth, in any case. .gitignore and rsync interpret them in the same way.
 PATTERNS = (
     # variables of an environment
     *(".env", ".env.*", "*.env", ".envrc", ".flaskenv"),
@@ -35,14 +35,14 @@ PATTERNS = (
     *(".cargo/credentials*", ".gem/credentials", ".m2/settings.xml"),
     # databases
     *(".pgpass", "pgpass.conf", ".my.cnf", ".mylogin.cnf", ".htpasswd"),
-    # what programs and people call their secrets
+    # usual names of secrets
     *("credentials", "credentials.*", ".credentials*", "secrets", "secret.*", "secrets.*", ".secret*", "password.*"),
     *("passwords.*", "hf_token*", ".token", "api[-_]key*", "apikey*", ".streamlit/secrets.toml"),
     *(".bash_history", ".zsh_history", ".python_history", ".psql_history", ".mysql_history"),
 )
-# What the patterns would match by accident: templates, and public halves of keys.
+# Files that the patterns match by accident: templates, and public keys.
 _HARMLESS = re.compile(r"\.(example|sample|template|dist|pub)$")
-# Code is not withheld for what it contains: without a module a run does not start.
+# Code is not withheld because of its content: without a module a run does not start.
 _CODE = frozenset((".py", ".pyi", ".ipynb", ".sh", ".md", ".rst", ".c", ".cc", ".cpp", ".cu", ".h", ".rs", ".js"))
 _SOURCES = frozenset((".py", ".pyi", ".pyx"))
 _LARGEST_KEY = 64 * 1024

@@ -1,7 +1,7 @@
 """Run roots that are object stores: what their URIs mean, and operations that are tried again when they fail.
 
-pyarrow's file systems do the talking. Credentials come from the environment alone (`filesystem_of`); a URI with a key
-in it is refused, since run.root is written to config.yaml and shown. No torch and no Ray here.
+The operations use pyarrow's file systems. Credentials come from the environment only (`filesystem_of`); a URI with a
+key is rejected, because run.root is written to config.yaml and shown. Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SCHEMES = ("abfs", "abfss", "s3", "gs", "head")
 BLOCK_BYTES = 8 << 20
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 20.0
-# What an operation may take with all its tries: a run outlives a restart of the store's front end.
+# Maximum time of an operation with its retries, so that a run survives a restart of the store's front end.
 _PATIENCE_SECONDS = 120.0
 _SECRETS = ("AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_CLIENT_SECRET", "AWS_SECRET_ACCESS_KEY")
 _FINAL = re.compile(r"\] (400|401|403|404|405|411|413|416)\b|HTTP status (400|401|403|404)\b|AccessDenied|NoSuchBucket")
@@ -49,7 +49,7 @@ def disk_path(uri: str) -> Path:
 
 
 def disk_uri(path: Path) -> str:
-    """Return the URI by which all machines find what lies on the disk of the driver's."""
+    """Return the URI by which all machines access a path on the disk of the driver's machine."""
     return f"head://{quote(str(path))}"
 
 
@@ -134,9 +134,9 @@ class Entry:
 class Store:
     """A place on an object store.
 
-    Every operation is tried again, with delays that grow from half a second to 20 s and vary at random, until
-    `patience` seconds are over; then, or at once where no repetition helps (no such container, no right), it raises
-    StorageError. Names are relative, with slashes.
+    Every operation is retried, with random delays that grow from half a second to 20 s, until `patience` seconds are
+    over; then, or immediately if no retry helps (no such container, no permission), it raises StorageError. Names are
+    relative, with slashes.
     """
 
     filesystem: FileSystem
@@ -151,7 +151,7 @@ class Store:
         try:
             filesystem, path = filesystem_of(uri)
         except (OSError, ValueError) as error:
-            raise StorageError(f"{uri} cannot be used: {_told(error)}. See docs/storage.md for credentials.") from None
+            raise StorageError(f"{uri} cannot be used: {_reason(error)}. See docs/storage.md for credentials.") from None
         return cls(filesystem, path.rstrip("/"), uri, given if patience is None else min(given, patience))
 
     def under(self, name: str) -> Store:
@@ -174,7 +174,7 @@ class Store:
         stream = self.filesystem.open_output_stream(f"{self.path}/{name}")
         for block in blocks:
             stream.write(block)
-        stream.close()  # not in a `with`: closing is what makes a file of it, and half of it must not become one
+        stream.close()  # not in a `with`: closing completes the file, and a partial file must not be completed
 
     def read(self, name: str, most: int = 1 << 20) -> bytes:
         """Return a small file, `most` bytes of it. FileNotFoundError where there is none."""
@@ -188,7 +188,7 @@ class Store:
     def get(self, name: str, target: Path, size: int | None = None) -> None:
         """Write a file of the store to this machine, whole or not at all; FileNotFoundError where there is none.
 
-        StorageError where it does not have `size` bytes.
+        StorageError if it does not have `size` bytes.
         """
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
@@ -217,7 +217,7 @@ class Store:
     def entries(self, name: str = "", recursive: bool = True) -> dict[str, Entry]:
         """Return the files below `name` by their names relative to this place; none where there is no such folder.
 
-        A name that would leave the folder it is copied to is left out.
+        A name that would leave the target folder is skipped.
         """
         from pyarrow import fs
 
@@ -235,8 +235,8 @@ class Store:
     def remove(self, name: str = "") -> None:
         """Delete a folder and all below it; one that is not there is no error.
 
-        Whole folders only: pyarrow deletes a single blob under a lease that it gives back after the blob is gone, and
-        the refused request was seen to stall for seven seconds, one time in thirty.
+        Only whole folders: pyarrow deletes a single blob under a lease that it releases after the blob is deleted, and
+        one in thirty of these rejected requests stalled for seven seconds.
         """
 
         def remove() -> None:
@@ -253,7 +253,7 @@ class Store:
             except (FileNotFoundError, WrongSize):
                 raise
             except OSError as error:
-                text = _told(error)
+                text = _reason(error)
                 if _FINAL.search(text) or time.monotonic() + delay > deadline:
                     times = "once" if tries == 1 else f"{tries} times"
                     raise StorageError(f"{self.uri}: {what} (tried {times}): {text}.") from None
@@ -279,10 +279,10 @@ def _delays() -> Iterator[float]:
         delay = min(2 * delay, _LONGEST_DELAY)
 
 
-def _told(error: BaseException) -> str:
-    """Return what an error says in one line, without what could be a secret."""
+def _reason(error: BaseException) -> str:
+    """Return an error's message in one line, without possible secrets."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"\?[^\s'\"]*", "", text)  # a SAS token travels in the query of a URL
+    text = re.sub(r"\?[^\s'\"]*", "", text)  # a SAS token is in the query of a URL
     for name in _SECRETS:
         if value := os.environ.get(name):
             text = text.replace(value, "***")

@@ -1,11 +1,11 @@
 """The user's state directory, $XDG_STATE_HOME/launch (~/.local/state/launch), and its record of the user's runs.
 
     save(run, cluster={"kind": "ssh", …}, place={"job": …})      # by the command that starts or sends the run
-    lookup(run)                                                  # RunRecord, or None for a run of anybody else
+    lookup(run)                                                  # RunRecord, or None for a run of another user
 
-A run's directory may come from a stranger, who can write into it which cluster the run is on. The state directory
-belongs to the user alone (mode 0700), and the record is keyed by the absolute path of the run, so a copy of the run
-elsewhere has none. What a run's directory says about clusters and addresses counts only where this record agrees.
+A run's directory is untrusted and may name any cluster. The state directory belongs to the user (mode 0700), and the
+record is keyed by the absolute path of the run, so a copy of the run at another path has none. Clusters and addresses
+in a run's directory are used only if this record agrees.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class RunRecord:
     Attributes:
         run: its key, see `key_of`.
         cluster: the section `cluster` that it was started with, as plain data; empty where none was recorded.
-        words: of a sweep, those that only its user may decide; None of a run.
+        words: of a sweep, the words that only its user may set; None for a run.
         config_dir: of a sweep, the configuration directory that it was started with.
-        place: what remote.json says where the run was sent to a cluster, else None.
+        place: content of remote.json if the run was sent to a cluster, else None.
         token: fingerprint of the token with which it was sent, see `fingerprint`.
         time: of the last change, in seconds since 1970.
     """
@@ -63,7 +63,7 @@ def write_private(path: Path, text: str) -> None:
     """
     for folder in (directory(), path.parent):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_mode & 0o077:  # created by something else, under another umask
+        if folder.stat().st_mode & 0o077:  # created by another program, with another umask
             folder.chmod(0o700)
     replace_text(path, text, permissions=0o600)
 
