@@ -104,7 +104,7 @@ def check_directory(path: Path) -> None:
     if problem is not None:
         raise RunError(
             f"{problem}, which is not opened: the directory of a run may come from a stranger, and holds files and "
-            "folders alone. Replace it by what it stands for, or remove it. run.root itself may be a link."
+            "folders alone. Replace it by its target, or remove it. run.root itself may be a link."
         )
 
 

@@ -151,7 +151,7 @@ class Store:
         try:
             filesystem, path = filesystem_of(uri)
         except (OSError, ValueError) as error:
-            raise StorageError(f"{uri} cannot be used: {_reason(error)}. See docs/storage.md for credentials.") from None
+            raise StorageError(f"{uri} cannot be used: {_line(error)}. See docs/storage.md for credentials.") from None
         return cls(filesystem, path.rstrip("/"), uri, given if patience is None else min(given, patience))
 
     def under(self, name: str) -> Store:
@@ -253,7 +253,7 @@ class Store:
             except (FileNotFoundError, WrongSize):
                 raise
             except OSError as error:
-                text = _reason(error)
+                text = _line(error)
                 if _FINAL.search(text) or time.monotonic() + delay > deadline:
                     times = "once" if tries == 1 else f"{tries} times"
                     raise StorageError(f"{self.uri}: {what} (tried {times}): {text}.") from None
@@ -279,7 +279,7 @@ def _delays() -> Iterator[float]:
         delay = min(2 * delay, _LONGEST_DELAY)
 
 
-def _reason(error: BaseException) -> str:
+def _line(error: BaseException) -> str:
     """Return an error's message in one line, without possible secrets."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"\?[^\s'\"]*", "", text)  # a SAS token is in the query of a URL
