@@ -3,6 +3,8 @@
     private.py            functions that call private parts of Ray
     kv.py                 the key-value store of a cluster
     lean_start.py         what is replaced in Ray while `ray.init` starts a Ray of our own
+    train_controller.py   Ray Train's controller, with a policy of launch
+    trainer.py            the trainer that starts it
     settings.py           environment variables, and the command line of Ray without its script
 
 No other module of launch may import a private part of Ray (`tests/test_imports.py`); `clusters/azure` alone subclasses

@@ -28,6 +28,7 @@ from launcher.clusters.existing.existing_ray import ExistingRay
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import LaunchError
+from launcher.ray_seam.trainer import ABORT_SECONDS
 from launcher.runners import ray_train
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
 from launcher.runners.ray_train import Event, Order
@@ -40,7 +41,7 @@ TALK_SECONDS = 0.1
 FOLLOW_SECONDS = 8.0
 LOOK_AGAIN_SECONDS = 2.0  # between two looks at the machines of a cluster
 # What all groups may take to end: Ray Train's controller is asked for ten seconds, and is then killed.
-END_SECONDS = ray_train.ABORT_SECONDS + 10.0
+END_SECONDS = ABORT_SECONDS + 10.0
 
 
 class Groups:

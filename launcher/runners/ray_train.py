@@ -30,27 +30,20 @@ import ray
 import ray.train
 from ray import cloudpickle
 from ray.train.backend import BackendConfig
-from ray.train.v2._internal.callbacks import DatasetsCallback, WorkingDirectorySetupCallback
-from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, WorkerMetricsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from launcher.clusters.existing.existing_ray import ExistingRay, interface_of
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import Regroup
-from launcher.ray_seam.private import NODE_ID_LABEL
-from launcher.ray_seam.settings import RAY_TRAIN_ENVIRONMENT
+from launcher.ray_seam.trainer import Trainer
 from launcher.runners import policies, ray_data
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
-from launcher.runners.policies import ATTEMPT, LOST, REGROUP, Rules
+from launcher.runners.policies import ATTEMPT, LOST, REGROUP, Rules, RunPolicy
 from launcher.runners.reports import Event, describe
 from launcher.runners.signals import Interrupts
-from launcher.runners.supervision import LOOK_SECONDS, NEVER_AGAIN, Limits, Supervision, explain
+from launcher.runners.supervision import NEVER_AGAIN, Limits, Supervision, explain
 
 __all__ = ["Event", "Limits", "Order", "explain", "run"]
-
-ABORT_SECONDS = 10.0
 
 
 @dataclass
@@ -129,17 +122,19 @@ def make_trainer(
 ) -> Trainer:
     """Return a trainer whose workers each call `work(order)` of `module`."""
     share = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
+    rules = Rules(
+        order.run,
+        workers=workers,
+        min_workers=limits.min_workers or workers,
+        share=share,
+        max_failures=limits.max_failures,
+        timeout=order.timeout,
+        lean=not cluster.existing,
+    )
+    policies.send_with_policy()
     return Trainer(
         _entrance(order, module),
-        rules=Rules(
-            order.run,
-            workers=workers,
-            min_workers=limits.min_workers or workers,
-            share=share,
-            max_failures=limits.max_failures,
-            timeout=order.timeout,
-            lean=not cluster.existing,
-        ),
+        policy=RunPolicy(rules),
         backend_config=BackendConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=share
@@ -150,57 +145,6 @@ def make_trainer(
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
-
-
-class Trainer(DataParallelTrainer):
-    """Ray's data-parallel trainer (that TorchTrainer is as well) with fewer processes.
-
-    The process group is joined by the workers themselves: so the controller never imports torch. No actor serves data
-    sets, which are not Ray's. On a Ray of our own none watches over placement groups, which end with that Ray, and none
-    asks an autoscaler; the controller takes its settings from the environment: it can use a process that waits ready.
-    The controller is ours, see `policies`.
-    """
-
-    def __init__(self, *args: Any, rules: Rules, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._rules = rules
-        self._controller: Any = None
-
-    def _create_default_callbacks(self) -> list[Any]:
-        # Relative paths mean on the workers what they mean here; Ray's own metrics have no reader; no Ray Data.
-        unwanted = [WorkingDirectorySetupCallback, ControllerMetricsCallback, WorkerMetricsCallback, DatasetsCallback]
-        if self._rules.lean:
-            unwanted.append(PlacementGroupCleanerCallback)
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, tuple(unwanted))]
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        here = {NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}
-        options: dict[str, Any] = {"num_cpus": 0, "label_selector": here}
-        if not self._rules.lean:
-            options["runtime_env"] = {"env_vars": RAY_TRAIN_ENVIRONMENT}
-        policies.travel_by_value()
-        arguments["train_fn_ref"] = policies.Inline(arguments["train_fn_ref"].get())
-        for own in ("scaling_policy", "failure_policy"):
-            del arguments[own]
-        self._controller = ray.remote(**options)(policies.TrainController).remote(rules=self._rules, **arguments)
-        ray.get(self._controller.run.remote())
-        return ray.get(self._controller.get_result.remote())
-
-    def end(self, hurry: Callable[[], bool]) -> None:
-        """End the run now. Asked to abort, the controller gives back what it reserved; it may be busy starting workers.
-
-        Without its controller the workers are ended by Ray, but the reservation stays as long as the cluster: so it is
-        only killed when it does not answer, or when `hurry` says so.
-        """
-        if self._controller is None:
-            return
-        aborted = self._controller.abort.remote()
-        deadline = time.monotonic() + ABORT_SECONDS
-        while time.monotonic() < deadline and not hurry():
-            if ray.wait([aborted], timeout=LOOK_SECONDS)[0]:
-                return
-        with contextlib.suppress(Exception):
-            ray.kill(self._controller)
 
 
 # ---- the workers' side ----------------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import ray
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from launcher.clusters.existing.existing_ray import ExistingRay
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import LaunchError, OutOfMemory, ResourceError, Stopped, TrainingError, WorkerLost
 from launcher.ray_seam import kv, private
+from launcher.ray_seam.train_controller import ControllerError, WorkerGroupError, WorkerGroupStartupTimeoutError
 from launcher.runners import policies, preemption
 from launcher.runners.channel import DriverEnd, publish
 from launcher.runners.reports import Event, crash_of, rebuild

@@ -19,7 +19,8 @@ import ray
 
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import RayVersionError
-from launcher.ray_seam import kv, lean_start, private, settings
+from launcher.ray_seam import kv, lean_start, private, settings, train_controller, trainer
+from launcher.runners import policies
 from tests.waiting import wait_for
 
 RAY = Path(ray.__file__).parent
@@ -61,7 +62,7 @@ NAMES = (
     ),
 )
 # The parts of the package that explain themselves without an entry: tools, data, and what a module's docstring covers.
-TOOLS = {"replaced", "attribute", "NodeInfo", "adapted", "put", "get", "keys", "delete", "delete_all"}
+TOOLS = {"Policy", "replaced", "attribute", "NodeInfo", "adapted", "put", "get", "keys", "delete", "delete_all"}
 
 
 def found(path: str) -> Any:
@@ -78,6 +79,98 @@ def test_the_name_exists(path: str) -> None:
 def test_the_function_takes_what_launch_passes(path: str) -> None:
     positional, keywords = CALLS[path]
     inspect.signature(found(path)).bind(*range(positional), **dict.fromkeys(keywords))
+
+
+# What each subclass of a class of Ray overrides, beside constructors.
+OVERRIDES: dict[type, set[str]] = {
+    train_controller.Avoidance: {"on_controller_start_worker_group"},
+    train_controller.Group: {"_start"},
+    train_controller.Introduction: {"after_worker_group_start"},
+    train_controller.Retries: {"make_decision"},
+    train_controller.Sizes: {
+        "_get_num_workers_for_resource_request",
+        "_maybe_send_resource_request",
+        "after_controller_start",
+        "make_decision_for_non_running_worker_group",
+        "make_decision_for_running_worker_group",
+    },
+    train_controller.TrainController: {
+        "_make_and_handle_scaling_decision_for_non_running_worker_group",
+        "_poll_workers",
+        "_start_worker_group",
+        "_step",
+        "worker_group_cls",
+    },
+    trainer.Trainer: {"_create_default_callbacks", "_initialize_and_run_controller"},
+}
+# What the subclasses and the policy use of Ray Train, without overriding it.
+USED = {
+    "ray.train.v2._internal.execution.worker_group:WorkerGroup": (
+        *("_start", "execute_async", "get_worker_group_state", "get_workers", "has_started", "shutdown", "create"),
+    ),
+    "ray.train.v2._internal.execution.controller:TrainController": (
+        *("_shutdown_worker_group", "abort", "get_result", "run"),
+    ),
+    "ray.train.v2._internal.execution.worker_group.poll:WorkerGroupPollStatus": ("errors", "finished"),
+}
+# Attributes that Ray sets while it runs, by the class whose source has to name them.
+ATTRIBUTES = {
+    "ray.train.v2._internal.execution.worker_group:WorkerGroup": ("_world_rank_to_ongoing_poll", "start_time"),
+    "ray.train.v2._internal.execution.worker_group:WorkerGroupState": ("placement_group_handle",),
+    "ray.train.v2._internal.execution.worker_group.worker:ActorMetadata": ("node_id",),
+    "ray.train.v2._internal.execution.worker_group.worker:Worker": ("actor", "metadata"),
+    "ray.train.v2._internal.execution.worker_group.poll:WorkerGroupPollStatus": ("worker_statuses",),
+    "ray.train.v2._internal.execution.worker_group.poll:WorkerStatus": ("error",),
+    "ray.train.v2._internal.execution.controller:TrainController": ("_worker_group", "worker_group_cls"),
+    "ray.train.v2._internal.execution.scaling_policy:ResizeDecision": ("num_workers", "resources_per_worker"),
+    "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError": ("health_check_failure",),
+    "ray.train.v2._internal.exceptions:WorkerGroupStartupTimeoutError": ("num_workers",),
+    "ray.train.v2.api.exceptions:ControllerError.__init__": ("controller_failure",),
+    "ray.train.v2.api.exceptions:WorkerGroupError.__init__": ("worker_failures",),
+    "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer": (
+        *("_create_default_callbacks", "_initialize_and_run_controller", "train_fn_ref", "scaling_policy"),
+        *("failure_policy", "train_run_context"),
+    ),
+}
+
+
+@pytest.mark.parametrize("own", OVERRIDES, ids=lambda own: own.__name__)
+def test_an_overridden_method_exists_and_is_called_as_ours_is(own: type) -> None:
+    (base,) = own.__bases__
+    for name in OVERRIDES[own]:
+        ours, theirs = vars(own)[name], getattr(base, name)
+        if inspect.isfunction(ours):
+            assert inspect.iscoroutinefunction(ours) == inspect.iscoroutinefunction(theirs), name
+            parameters = inspect.signature(theirs).parameters
+            if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(ours).parameters.values()):
+                assert list(inspect.signature(ours).parameters) == list(parameters), name
+
+
+@pytest.mark.parametrize("own", OVERRIDES, ids=lambda own: own.__name__)
+def test_every_override_is_listed(own: type) -> None:
+    (base,) = own.__bases__
+    dunder = {name for name in vars(own) if name.startswith("__")} | {"_abc_impl"}
+    inherited = {name for name in vars(own) if hasattr(base, name)}
+    private_names = {name for name in vars(own) if name.startswith("_")}
+    assert (inherited | private_names) - dunder == OVERRIDES[own]
+
+
+@pytest.mark.parametrize("path", USED)
+def test_the_class_has_the_methods(path: str) -> None:
+    assert [name for name in USED[path] if not hasattr(found(path), name)] == []
+
+
+@pytest.mark.parametrize("path", ATTRIBUTES)
+def test_the_class_has_the_attributes(path: str) -> None:
+    source = inspect.getsource(found(path))
+    assert [name for name in ATTRIBUTES[path] if name not in source] == []
+
+
+def test_the_policy_has_what_the_controller_asks() -> None:
+    policy = policies.RunPolicy(policies.Rules("run", workers=2, min_workers=1, share={"CPU": 1.0}))
+    asked = {name for name in vars(train_controller.Policy) if not name.startswith("_")}
+    asked |= train_controller.Policy.__annotations__.keys()
+    assert [name for name in asked if not hasattr(policy, name)] == []
 
 
 @pytest.mark.parametrize(
@@ -240,7 +333,7 @@ def test_a_node_at_work_is_drained(cluster: EmbeddedRay) -> None:
 
 
 def entries() -> list[Callable[..., Any]]:
-    modules = (private, kv, lean_start)
+    modules = (private, kv, lean_start, train_controller, trainer)
     return [
         entry
         for module in modules
@@ -266,18 +359,20 @@ class Absent:
         if name.partition(".")[0] == "launcher":
             raise ImportError(f"{name} is not installed here")
 sys.meta_path.insert(0, Absent())
-controller, inline = cloudpickle.loads(sys.stdin.buffer.read())
-ledger = controller.__init__.__globals__["Ledger"](None)
-try:
-    ledger.gone()
-except Exception as error:
-    assert "ray.init" in str(error) or "not been started" in str(error), error
-print(controller.__name__)
+policy, controller, inline = cloudpickle.loads(sys.stdin.buffer.read())
+assert inline.get() == [1]
+assert controller.worker_group_cls.kill
+assert policy.worker_environment() == {"LAUNCH_ATTEMPT": '{"attempt": 0, "cause": ""}'}
+for ask in (policy.new_size, policy.avoided_nodes, policy.group_begins):
+    try:
+        ask()
+    except Exception as error:  # as far as Ray, to which this process is not connected
+        assert not isinstance(error, ImportError), error
 """
-    from launcher.runners import policies
-
-    policies.travel_by_value()
-    content = ray.cloudpickle.dumps((policies.TrainController, policies.Inline))
+    policies.send_with_policy()
+    policy = policies.RunPolicy(policies.Rules("run", workers=2, min_workers=1, share={"CPU": 1.0}))
+    inline = train_controller.Inline([1])
+    content = ray.cloudpickle.dumps((policy, train_controller.TrainController, inline))
     words = [sys.executable, "-c", program]
     done = subprocess.run(words, input=content, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr.decode()
