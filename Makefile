@@ -20,7 +20,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # Folders with Python in them, so that a new one is linted from its first file on.
 SOURCES := $(sort $(patsubst %/,%,$(dir $(wildcard launcher/*.py models/*.py conf/*.py tests/*.py benchmarks/*.py tools/*.py))))
 
-.PHONY: help run test slow gpu-test azure-acceptance lint format lock clean venv-fits
+.PHONY: help run test slow compat gpu-test azure-acceptance lint format lock clean venv-fits
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: $(VENV)/.installed-test lint ## set up .venv with the test tools, lint, an
 
 slow: $(VENV)/.installed-test ## run the tests that take minutes, and record their result in docs/slow-tests.md
 	$(BIN)/python -m pytest -m slow --record docs/slow-tests.md $(PYTEST_ARGS)
+
+compat: $(VENV)/.created ## run the smoke suite on the supported corners of Ray and torch, write docs/compatibility.md
+	$(BIN)/python tools/compat.py $(ARGS)
 
 # TF32 rounds the inputs of products; without it the tolerances of float32 hold on a GPU too.
 gpu-test: $(VENV)/.installed-test ## run the tests of the engine that one GPU can run, on the GPU

@@ -76,6 +76,7 @@ def directory(tmp_path: Path) -> Path:
     return Path(shutil.copytree(PROJECT, tmp_path / "calling", ignore=shutil.ignore_patterns("__pycache__")))
 
 
+@pytest.mark.smoke
 @pytest.mark.timeout(240)
 def test_two_machines_train_as_one_process_does_and_the_cluster_stays(cluster: Lab, directory: Path) -> None:
     plan = launch(cluster, directory, "plan", *TINY, "--json")

@@ -148,6 +148,7 @@ def test_a_run_that_somebody_else_continues_meanwhile(stopped: Place, monkeypatc
     assert (run.status(), run.overrides.read_text()) == ("running", words)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "words",
     [

@@ -23,6 +23,7 @@ from launcher.ray_seam import kv, lean_start, private, settings, train_controlle
 from launcher.runners import policies
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.smoke
 RAY = Path(ray.__file__).parent
 # How launch calls functions of Ray: path, positional arguments, names of keyword arguments.
 CALLS: dict[str, tuple[int, tuple[str, ...]]] = {

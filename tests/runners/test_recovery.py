@@ -47,6 +47,7 @@ def test_killed_workers_are_replaced(place: Place) -> None:
     assert "Traceback" not in done.err
 
 
+@pytest.mark.smoke
 @pytest.mark.timeout(170)
 def test_a_halted_worker_is_replaced_and_workers_are_as_many_as_fit(place: Place) -> None:
     """Would be wrong: a wait without an end for a process that is there and does nothing; four workers asked of two

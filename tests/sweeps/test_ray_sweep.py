@@ -23,6 +23,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["experiment=line", f"run.root={tmp_path}", "run.name=s", "logging.tensorboard=false", "checkpoint.every=1"]
 
 
+@pytest.mark.smoke
 def test_a_killed_worker_costs_its_trial_one_retry_from_its_checkpoint(words: list[str], tmp_path: Path) -> None:
     """Would be wrong: a trial that is lost or begun anew, others that fail with it, numbers that differ afterwards."""
     trouble = ["data.trouble='',kill,ok", "data.at=70", f"data.flag={tmp_path / 'killed'}"]
