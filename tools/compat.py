@@ -83,6 +83,7 @@ def make_environment(ray: str, torch: str, index: str) -> Path:
 
 def run_smoke(python: Path, pytest_words: list[str]) -> Row:
     """Run the smoke suite with an interpreter; return its row."""
+    tested = commit()
     ask = (
         "import json, platform, ray, torch; "
         "print(json.dumps([platform.python_version(), ray.__version__, str(torch.__version__)]))"
@@ -112,7 +113,7 @@ def run_smoke(python: Path, pytest_words: list[str]) -> Row:
         else "none ran",
         "tests": f"{passed} passed, {failed} failed, {count['skipped']} skipped",
         "date": str(datetime.date.today()),
-        "commit": commit(),
+        "commit": tested,
         "machine": machine(),
     }
 
