@@ -1,4 +1,4 @@
-"""Configuration: typed defaults, where it is read from, what words and values may be, and its composition.
+"""Configuration: typed defaults, sources, validation of words and values, and composition.
 
 composition   words -> a `Job` of dataclasses       schema      every key, its type and its default
 search_path   the directories it is read from       own_hydra   Hydra, apart from the caller's

@@ -1,10 +1,10 @@
-"""What a configuration file may not decide: where code runs, and where secrets go.
+"""Keys that a configuration file may not set: where code runs, and where secrets are sent.
 
 The keys of this rule count only where the user chose them: in words of the command line, in the option file that a word
 `cluster=NAME` selects, and in the user's own settings (`launcher.config.settings`). To enforce it, `compose` composes
 these sources alone a second time, and compares: a value that the complete configuration has and this trusted one has
-not was decided by another file, whatever detour it took (packages, defaults lists, interpolation). Nothing of such a
-file is searched for forbidden keys, so there is nothing to hide them from.
+not was set by another file, by any mechanism (packages, defaults lists, interpolation). No file is searched for
+forbidden keys, so a file cannot hide them.
 
 Plain Python: no Hydra.
 """
@@ -43,7 +43,7 @@ _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file that was composed: its path without `.yaml`, its package, its plain content, the options it chooses."""
+    """A composed file: its path without `.yaml`, its package, its plain content, the options it chooses."""
 
     name: str
     package: Sequence[str]
@@ -68,7 +68,7 @@ def claims(cluster: Any, root: Any) -> dict[str, Any]:
 
 
 def without_claims(content: Mapping[str, Any], decided: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take out of a run's stored configuration what it may not decide.
+    """Remove the keys from a run's stored configuration that it may not set.
 
     A section `cluster` of another kind than local or none describes that cluster, and goes as a whole.
 
@@ -98,12 +98,12 @@ def without_claims(content: Mapping[str, Any], decided: Mapping[str, Any]) -> tu
 
 
 def _may_leave(root: Any) -> bool:
-    """Whether a stored run root may lie elsewhere, or depends on the environment."""
+    """Return whether a stored run root may be on another machine, or depends on the environment."""
     return not isinstance(root, str) or "://" in root or "${" in root
 
 
 def is_guarded_word(key: str, value: Any) -> bool:
-    """Whether a word about `key` needs the user's authority; of a recorded sweep it is dropped."""
+    """Return whether a word for `key` needs the user's authority; in a recorded sweep it is dropped."""
     section, _, name = key.partition(".")
     if section == "cluster" and not name:
         return not may_be_chosen_by_a_file(value)
@@ -131,7 +131,7 @@ def refusal(
     directory: str,
     settings: str,
 ) -> str:
-    """Return the error for keys that files have set and may not decide.
+    """Return the error for keys that files have set without authority.
 
     Args:
         found: the keys with their values as they were written.
@@ -159,7 +159,7 @@ def refusal(
 
 
 def _file_that_decides(key: str, value: Any, files: Sequence[File]) -> str | None:
-    """Return the name of the file that decides a key: its own, or that of a value that it refers to."""
+    """Return the name of the file that sets a key, or that sets a value to which the key refers."""
     for wanted in (*_REFERENCE.findall(str(value)), key):
         names = [one.name for one in files if _sets(one.content, wanted.split("."), [*one.package])]
         if names:
@@ -169,7 +169,7 @@ def _file_that_decides(key: str, value: Any, files: Sequence[File]) -> str | Non
 
 
 def _sets(content: Any, path: list[str], package: list[str]) -> bool:
-    """Whether plain content under a package sets the key at `path`, or all of a section that holds it."""
+    """Return whether plain content under a package sets the key at `path`, or a whole section that contains it."""
     while package and path and package[0] == path[0]:
         package, path = package[1:], path[1:]
     if package:

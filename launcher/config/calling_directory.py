@@ -1,4 +1,4 @@
-"""The calling directory on the module path: its modules come first, and shadow nothing that launch itself needs.
+"""Puts the calling directory on the module path: its modules have precedence, and shadow nothing that launch needs.
 
     guard(directory)                    # nothing protected is imported from it, even where it is on the path
     add_calling_directory(directory)    # also: its modules can be imported, before installed ones of the same name
@@ -26,7 +26,7 @@ from typing import Any
 
 HOME = Path(__file__).resolve().parents[2]
 SHARED = ("models", "conf")  # our top-level packages whose names users are likely to take as well
-# Ours, whatever metadata says: launch may be on the path without being installed.
+# Always launch's own, because launch may be on the path without being installed.
 _OWN = frozenset({"launcher", "hydra_plugins"})
 _DISTRIBUTION = "launch-train"
 _EXTRAS = ("", "examples", "azure")  # what a command may import
@@ -48,7 +48,7 @@ def calling_directories() -> list[Path]:
 
 
 def guard(directory: str | Path) -> None:
-    """Import nothing protected from a directory, whether or not it is on the module path."""
+    """Prevent imports of protected modules from a directory, whether or not it is on the module path."""
     path = Path(directory).resolve()
     if path not in _guarded and not _holds_packages(path):
         _guarded.insert(0, path)
@@ -153,7 +153,7 @@ def _path_elsewhere() -> list[str]:
 
 
 def _find_distributions(*arguments: Any, **options: Any) -> Iterator[Any]:
-    """Leave out guarded directories where all packages are listed: `import torch` loads the plugins that they name."""
+    """Exclude guarded directories when all packages are listed: `import torch` loads the plugins that they name."""
     from importlib.metadata import DistributionFinder, MetadataPathFinder
 
     context = arguments[0] if arguments else options.get("context", DistributionFinder.Context())

@@ -1,4 +1,4 @@
-"""What the values of a configuration may be, beyond their types: one error for each rule, with key, value and cure."""
+"""Validates the values of a configuration beyond their types: one error per rule, with key, value and remedy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST_TRACED = 100  # steps; some MB each
 
 
 def check_run_name(name: str, key: str = "run.name") -> None:
-    """Raise ConfigError unless `name` can be a directory of its own directly under the run root."""
+    """Raise ConfigError unless `name` can be a directory directly under the run root."""
     bad = (
         not name.strip()
         or name != name.strip()
@@ -70,7 +70,7 @@ _FURTHER: list[Callable[[Job], None]] = []
 
 
 def add_check(check: Callable[[Job], None]) -> None:
-    """Have `check_values` call a check of a package that this one does not import, such as that of strategies."""
+    """Register a check of a package that this one does not import, such as strategies, for `check_values`."""
     _FURTHER.append(check)
 
 
@@ -100,7 +100,7 @@ def _check_logging(logging: LoggingConfig) -> None:
 
 
 def _check_classes(job: Job) -> None:
-    """Raise ConfigError where an open section names no class, or the learning rate is no such number."""
+    """Raise ConfigError if an open section names no class, or the learning rate is invalid."""
     for section in ("model", "data", "optimizer"):
         if "_target_" not in getattr(job, section):
             raise ConfigError(
@@ -128,8 +128,8 @@ def _check_elastic(scaling: ScalingConfig) -> None:
     at_least("scaling.min_workers", fewest, 1)
     if workers == "auto":
         raise ConfigError(
-            f"scaling.min_workers={fewest} says with how few workers a run goes on, and needs to know with how many at "
-            "most: add scaling.workers=NUMBER."
+            f"scaling.min_workers={fewest} is the minimum number of workers, and also needs the maximum: "
+            "add scaling.workers=NUMBER."
         )
     if fewest > workers:
         raise ConfigError(f"scaling.min_workers={fewest} is more than scaling.workers={workers}. Lower it.")
@@ -175,7 +175,7 @@ def _check_cluster(cluster: ClusterConfig) -> None:
     one_of("cluster.kind", cluster.kind, [*all_kinds()])
     for name in cluster.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            # Without the text itself: whoever writes NAME=VALUE here has put a secret where it will be kept.
+            # Without the text itself: a NAME=VALUE here contains a secret, which must not be recorded.
             raise ConfigError(
                 "cluster.env lists names of environment variables, such as [HF_TOKEN], and one of its entries is none. "
                 "Export the variable and write its name alone; the value is read from the environment."
@@ -195,7 +195,7 @@ def _check_cluster(cluster: ClusterConfig) -> None:
         above_zero("cluster.budget_usd", cluster.budget_usd)
     _check_rates(cluster)
     _check_mounts(cluster)
-    # cluster.region and cluster.head_size may stand in a configuration of one's own, for the day when they count.
+    # A user's configuration may contain cluster.region and cluster.head_size although they have no effect yet.
     if cluster.size is None:
         for key, default in (("nodes", 1), ("spot", False)):
             if (value := getattr(cluster, key)) != default:
@@ -239,8 +239,8 @@ def _check_rates(cluster: ClusterConfig) -> None:
             at_least(f"cluster.{key}", value, 0)
     if cluster.head_usd_per_hour and cluster.node_usd_per_hour is None:
         raise ConfigError(
-            f"cluster.head_usd_per_hour={cluster.head_usd_per_hour:g} says what one machine costs beside the others: "
-            "add cluster.node_usd_per_hour=USD, what each of those costs."
+            f"cluster.head_usd_per_hour={cluster.head_usd_per_hour:g} is the price of the head alone: "
+            "add cluster.node_usd_per_hour=USD, the price of each node."
         )
     if cluster.budget_usd is not None and cluster.size is None and cluster.node_usd_per_hour is None:
         raise ConfigError(

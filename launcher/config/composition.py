@@ -2,9 +2,8 @@
 
 Few modules know Hydra and OmegaConf (`tests/test_imports.py` lists them), and all import them on use: everything else
 that imports a dataclass from this package stays light. Composition reads files and the environment; it instantiates
-nothing, writes nothing, and leaves a Hydra that the caller uses for something else as it was. Hydra's own logging
-configuration, callbacks and launchers are never acted on, whatever a file says about them, and its sweeper is always
-ours.
+nothing, writes nothing, and does not change a Hydra that the caller uses. Hydra's own logging configuration, callbacks
+and launchers have no effect in any file, and its sweeper is always launch's.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _HYDRA_TARGETS = frozenset(
 
 @dataclass(frozen=True)
 class Composition:
-    """What `compose` returns.
+    """The result of `compose`.
 
     job: complete, typed, interpolations resolved. words: as given. choices: configuration group -> chosen option.
     given: dotted keys and groups that the words name, without prefixes such as `+`. sweeper: `hydra.sweeper`, judged;
@@ -75,7 +74,7 @@ class Composition:
         return OmegaConf.to_yaml(OmegaConf.create(tree))
 
     def tree(self, resolved: bool = False) -> dict[str, Any]:
-        """Return the configuration as plain data, fit to be shown and kept.
+        """Return the configuration as plain data that may be shown and stored.
 
         Literal secrets are ***, and `trust` is left out, since only a command line can give it. resolved: with the
         values of interpolations instead of as they were written.
@@ -86,7 +85,7 @@ class Composition:
         return masked
 
     def shown_words(self) -> list[str]:
-        """Return the words with literal secrets as ***, fit for `overrides.yaml` and for the terminal."""
+        """Return the words with literal secrets as ***, for `overrides.yaml` and for the terminal."""
         return [shown(word) for word in self.words]
 
 
@@ -178,7 +177,7 @@ def hydra_for(words: Sequence[str], config_dir: Path | None = None) -> Iterator[
 
 
 def _drop_wishes(tree: Mapping[str, Any], given: frozenset[str]) -> None:
-    """A word of the command line stands above what an overlay wishes for."""
+    """Drop the wishes of an overlay for keys that the command line sets."""
     for key in given:
         section, _, name = key.partition(".")
         holder = tree.get(section)
@@ -253,7 +252,7 @@ def _judged(
 
 
 def _in_force(dropped: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return what was dropped and no word replaces."""
+    """Return the dropped keys that no word replaces."""
     replaced = {*plan.given, *(["trust"] if plan.trust else [])}
     return {
         key: value for key, value in dropped.items() if key not in replaced and key.partition(".")[0] not in plan.groups

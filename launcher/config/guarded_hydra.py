@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf are given while they compose a configuration that may come from a stranger.
+"""Restricts Hydra and OmegaConf while they compose an untrusted configuration.
 
 Files are checked against `launcher.config.limits` before they are parsed, references are resolved within a budget, and
 what ships with launch is found before any file of the same name in a directory of the user's own.
@@ -30,7 +30,7 @@ from launcher.errors import ConfigError
 if TYPE_CHECKING:
     from hydra.plugins.config_source import ConfigResult
 
-_MOST_FILES = 1000  # in one composition: files that include others can stand for billions
+_MOST_FILES = 1000  # in one composition: files that include others can expand to billions
 _BUDGET = 200_000  # values that references may bring into one composition
 _COST = 200  # of a reference itself, whose text is parsed each time
 
@@ -50,12 +50,12 @@ class LimitedFiles(FileConfigSource):
 
 
 class _Exhausted(BaseException):
-    """The budget is used up. Not an Exception: OmegaConf must not catch it and go on."""
+    """The budget is exhausted. Not an Exception, because OmegaConf must not catch it."""
 
 
 @contextmanager
 def within_limits() -> Iterator[None]:
-    """Compose within the limits. Raises ConfigError where references exceed them."""
+    """Compose within the limits. Raises ConfigError if references exceed them."""
     registry = SourcesRegistry.instance()
     types, resolve = registry.types, Container._resolve_interpolation_from_parse_tree
     load = CachingConfigRepository.load_config
@@ -134,7 +134,7 @@ def find_ours_first(settings: Settings) -> None:
 
 @contextmanager
 def without_environment() -> Iterator[list[str]]:
-    """Refuse variables of the environment to references. Yields the names of those that were asked for."""
+    """Hide environment variables from references. Yields the names of the requested variables."""
     asked: list[str] = []
 
     def refuse(key: str, default: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""The names of configuration keys: which exist, and what another tool calls them.
+"""The names of configuration keys, and their names in other tools.
 
 Plain Python: no Hydra, no torch.
 """
@@ -28,7 +28,7 @@ _LOG = "trainer.log_every is an interval in steps (50), epochs (1ep) or time (10
 _EVALUATE = "trainer.evaluate_every is an interval in steps (50), epochs (1ep) or time (10min)"
 _SAVE = "checkpoint.every is an interval in steps (50), epochs (1ep) or time (10min)"
 
-# What Lightning, Transformers, Accelerate, torchrun and DeepSpeed call things -> what it is here.
+# Key of Lightning, Transformers, Accelerate, torchrun or DeepSpeed -> key of launch.
 FOREIGN: dict[str, str] = {
     **dict.fromkeys(("max_epochs", "num_epochs", "num_train_epochs", "n_epochs"), _EPOCHS),
     **dict.fromkeys(("max_steps", "num_steps", "max_iters", "num_training_steps", "total_steps"), _STEPS),
@@ -87,7 +87,7 @@ def is_known(key: str) -> bool:
 
 
 def explain_unknown(key: str, others: Iterable[str] = ()) -> str:
-    """Say what an unknown key may have been meant to be: one or two sentences, or nothing.
+    """Return a suggestion for an unknown key: one or two sentences, or an empty text.
 
     others: further names that may stand at the key's place, such as configuration groups.
     """

@@ -1,6 +1,6 @@
-"""Limits on the size of a configuration, so that one from a stranger cannot use up this machine.
+"""Limits on the size of a configuration, so that an untrusted one cannot exhaust this machine.
 
-A few lines of YAML can stand for billions of values (aliases of aliases), a reference can double its own text, and deep
+A few lines of YAML can expand to billions of values (aliases of aliases), a reference can double its own text, and deep
 nesting or a number of thousands of digits overflows its reader. Each limit is far above what a training job needs, and
 is checked before the text reaches a parser that is slow or recursive. Errors are ConfigErrors that name the limit.
 """
@@ -18,14 +18,14 @@ DEEPEST = 64  # levels of nesting
 LONGEST_NUMBER = 100  # digits
 LONGEST_REFERENCE = 4096  # characters of a value with ${...}, whose parser is slow
 LONGEST_KEY = 500  # characters, with dots
-LONGEST_WORD = 16_384  # characters of a word of the command line, likewise
+LONGEST_WORD = 16_384  # characters of a word of the command line, whose parser is slow too
 
 _NUMBER = re.compile(r"[-+]?\.?[0-9][0-9a-fA-FxXoO_:.eE+-]*")
 _OPEN, _CLOSE = frozenset("[{("), frozenset("]})")
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a configuration file. ConfigError where it is too large, OSError where it is not readable."""
+    """Return the text of a configuration file. ConfigError if it is too large, OSError if it is not readable."""
     size = file.stat().st_size
     if size > MOST_CHARACTERS * 4:
         raise too_large(str(file), f"has {size:,} bytes", f"{MOST_CHARACTERS:,} characters")

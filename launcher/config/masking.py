@@ -1,4 +1,4 @@
-"""Which keys and texts hold secrets, and what is written in their place.
+"""Detects keys and texts that contain secrets, and masks them.
 
     mask({"db": {"password": "x"}})     # {"db": {"password": "***"}}: configuration, by name and by form
     hide("cannot open postgres://…")    # values that are known to be secret, in any text
@@ -96,12 +96,12 @@ _known: set[str] = set()
 
 
 def remember(values: Iterable[str]) -> None:
-    """Have `hide` replace these values in this process from now on."""
+    """Register values that `hide` replaces in this process from now on."""
     _known.update(value for value in values if _is_telling(value))
 
 
 def secrets_in(value: Any, name: str = "", inherited: bool = False) -> Iterator[str]:
-    """Yield the texts of plain data that `mask` hides, but for those whose key alone does not tell."""
+    """Yield the texts of plain data that `mask` hides, except those whose key is ambiguous."""
     secret = inherited or _is_strong(name)
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -193,7 +193,7 @@ def mask_word(word: str) -> str:
 
 
 def mask_at(key: str, value: Any) -> Any:
-    """Return the value of a dotted key, masked as `mask` does it where the key stands in a configuration."""
+    """Return the value of a dotted key, masked as by `mask` for that key of a configuration."""
     return mask(value, inherited=any(is_secret_name(part) for part in re.split(r"[.@/]", key.lstrip("+~"))))
 
 

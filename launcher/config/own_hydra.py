@@ -1,4 +1,4 @@
-"""A Hydra of our own, apart from the caller's: composing, and what its errors mean."""
+"""A separate Hydra, isolated from the caller's: composition, and translation of its errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRIMARY = "launch_primary"
 
 @contextmanager
 def own_hydra() -> Iterator[None]:
-    """Give composition a Hydra of its own, and the caller's back afterwards.
+    """Use a separate Hydra for composition, and restore the caller's afterwards.
 
     Without this, a schema that a notebook keeps in the ConfigStore under the name `config` would be applied to our
     config.yaml, and a Hydra that is initialised already would refuse ours.
@@ -84,7 +84,7 @@ def compose_with_hydra(
 
 
 def initialize(overrides: Sequence[str], where: Sources, primary: Mapping[str, Any], settings: Settings) -> list[str]:
-    """Tell Hydra where everything is. Returns the overrides that it is to be given."""
+    """Configure Hydra's search path and schema. Returns the overrides for Hydra."""
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
@@ -195,7 +195,7 @@ def wrong_type(key: str, error: BaseException) -> str:
 
 
 def _file_of(error: BaseException) -> str:
-    """Hydra says `In 'experiment/mine': ...` where a file is to blame."""
+    """Return the file that Hydra names in an error, as in `In 'experiment/mine': ...`."""
     text = str(error)
     if not text.startswith("In '"):
         return ""

@@ -1,4 +1,4 @@
-"""A section that names another class begins with the keys that were written for that class.
+"""A section that names another class starts from the keys that were written for that class.
 
 Hydra merges the files of a configuration key by key. Without this module the `weight_decay` that `optimizer/adamw.yaml`
 has for AdamW would also reach the `torch.optim.Adam` of a later file or word, whose user never wrote it.
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher.config.schema import OPEN_SECTIONS
 from launcher.config.search_path import CONF
 
-# These say nothing about the class: which parameters are frozen, and what an overlay asks of any class.
+# These are independent of the class: frozen parameters, and requirements of an overlay on any class.
 _STAYS = ("_target_", "groups", "_if_taken_")
 
 

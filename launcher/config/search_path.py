@@ -1,4 +1,4 @@
-"""Where configuration is read from: `conf/`, a directory of the user's own, a run's `config.yaml`."""
+"""The sources of configuration: `conf/`, a user's directory, a run's `config.yaml`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def sources(config_dir: Path | None = None) -> Sources:
 
 
 def read_yaml(file: Path) -> Mapping[str, Any]:
-    """Return the plain content of a file. Raises ConfigError where it is not readable, or not a mapping."""
+    """Return the plain content of a file. Raises ConfigError if it is not readable, or not a mapping."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -70,7 +70,7 @@ def read_yaml(file: Path) -> Mapping[str, Any]:
 
 
 def read_stored(file: Path) -> Mapping[str, Any]:
-    """Read a run's config.yaml, which may come from a stranger: only sections of the schema may stand in it."""
+    """Read a run's config.yaml, which is untrusted: it may contain only sections of the schema."""
     content = dict(read_yaml(file))
     for key in content:
         if key not in {item.name for item in dataclasses.fields(Job)}:
@@ -87,7 +87,7 @@ def read_stored(file: Path) -> Mapping[str, Any]:
 
 
 def where_trusted(where: Sources, stored: Path | None) -> str:
-    """Return in which file `trust` stands, for an error."""
+    """Return the file that sets `trust`, for an error."""
     if stored is not None:
         return f"in {stored}"
     for directory in where.directories:

@@ -34,7 +34,7 @@ class Settings:
 
     @classmethod
     def decided(cls, cluster: Mapping[str, Any]) -> Settings:
-        """Return what the user decided on earlier: a complete section `cluster`, or an empty one."""
+        """Return the cluster of the user's settings: a complete section `cluster`, or an empty one."""
         keys = {key: value for key, value in cluster.items() if key != "kind"}
         return cls(cluster.get("kind"), keys) if cluster else cls()
 
@@ -59,7 +59,7 @@ def settings_file() -> Path:
 
 
 def user_settings() -> Settings:
-    """Read the user's own settings. ConfigError where they are not valid."""
+    """Read the user's own settings. ConfigError if they are not valid."""
     file = settings_file()
     try:
         if not file.is_file():

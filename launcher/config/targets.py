@@ -1,4 +1,4 @@
-"""Which classes a configuration may name under `_target_`, and how they are built.
+"""The classes that a configuration may name under `_target_`, and their instantiation.
 
 A configuration may come from a stranger, so that a name in it must not be able to call things. A name is judged three
 times: by itself, before anything is imported (`check`); by what it turns out to be, a class of the kind that its
@@ -33,7 +33,7 @@ HOOKS = ("on_start", "on_step", "on_evaluate", "on_log", "on_end")
 ALLOWED = ("launcher.engine", "models", "torch.nn", "torch.optim")
 # Keys that the engine reads itself and that never reach the constructor.
 RESERVED: dict[str, frozenset[str]] = {"optimizer": frozenset({"groups"}), "scheduler": frozenset({"interval"})}
-# Arguments that only the engine can give, and those that it gives to whoever asks for them.
+# Arguments that only the engine can pass, and those that it passes to classes that accept them.
 SUPPLIED: dict[str, frozenset[str]] = {"optimizer": frozenset({"params"}), "scheduler": frozenset({"optimizer"})}
 OFFERED: dict[str, frozenset[str]] = {"scheduler": frozenset({"total_steps", "T_max"})}
 # What an overlay such as `debug=pdb` wishes for whatever class the section names: taken where the class takes it.
@@ -54,7 +54,7 @@ def find_targets(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check(tree: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
-    """Judge every `_target_` in `tree` by its name alone; nothing is imported.
+    """Check every `_target_` in `tree` by its name only; nothing is imported.
 
     Raises TrustError for a name outside the allow-list, ConfigError for Hydra's `_partial_` and its like.
     """
@@ -106,7 +106,7 @@ def _calling_text() -> str:
 
 
 def _is_allowed(name: str, trust: Sequence[str]) -> bool:
-    """Whether a dotted name (of a module or of something in it) lies inside the allow-list; imports nothing."""
+    """Return whether a dotted name (of a module or an object in it) is in the allow-list; imports nothing."""
     if any(name == prefix or name.startswith(f"{prefix}.") for prefix in (*ALLOWED, *trust)):
         return True
     return _is_of_calling_directory(name)
@@ -146,9 +146,9 @@ def _lies_in_calling(entry: Path) -> bool:
 
 
 def resolve(path: str, kind: str, trust: Sequence[str] = (), *, nested: bool = False) -> type:
-    """Import the class that `path` names and judge what it really is.
+    """Import the class that `path` names and check its actual type.
 
-    kind: one of KINDS. nested: the section lies inside another one, where any network may stand.
+    kind: one of KINDS. nested: the section is inside another one, where any network is allowed.
     Raises TrustError for what is not allowed or not a class of the kind, ConfigError for what does not exist.
     """
     _check_name(path, "", trust)

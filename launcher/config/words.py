@@ -1,6 +1,6 @@
-"""What the words of a command line ask for: options of groups, values of keys, and whom to trust.
+"""Parses the words of a command line: options of groups, values of keys, and trusted packages.
 
-Each word is judged before Hydra sees it, so that a mistake is told with the nearest right word. Plain Python: the
+Each word is checked before Hydra receives it, so that an error names the nearest valid word. Plain Python: the
 words come parsed (`hydra.core.override_parser.types.Override`) from `launcher.config`.
 """
 
@@ -40,7 +40,7 @@ def read_words(
     listed: frozenset[str] | None,
     own: Container[str] | None = None,
 ) -> Plan:
-    """Judge each (word, parsed override) and put the words into the form that Hydra is to be given.
+    """Check each (word, parsed override) and convert the words to Hydra's form.
 
     groups: every group with its options. listed: the groups of the primary defaults list, None where a run's stored
     configuration takes its place. own: the words that the user typed, where others come from a recorded sweep. Raises
@@ -82,7 +82,7 @@ def read_words(
 
 
 def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
-    """Say why a word could not be read as an override."""
+    """Return the reason why a word could not be parsed as an override."""
     name, equals, _ = word.partition("=")
     if not equals:
         hint = did_you_mean(word, [*groups, *keys.leaves()]) or keys.explain_unknown(word, groups)
@@ -100,9 +100,9 @@ def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
 
 def _about_hydra(word: str, key: str) -> str:
     hints = {
-        "hydra/sweeper": "launch -m has its own sweeper, and sweep=grid, random, tpe, gp, cmaes or nsga2 says how",
-        "hydra.run.dir": "run.root and run.name say where a run is written",
-        "hydra.sweep.dir": "run.root and run.name say where a run is written",
+        "hydra/sweeper": "launch -m has its own sweeper, and sweep=grid, random, tpe, gp, cmaes or nsga2 selects it",
+        "hydra.run.dir": "run.root and run.name set the directory of a run",
+        "hydra.sweep.dir": "run.root and run.name set the directory of a run",
         "hydra.verbose": "verbose=true shows more",
         "hydra.searchpath": "--config-dir DIR adds a directory of your own",
         "hydra.job.chdir": "the working directory is never changed",
