@@ -168,7 +168,7 @@ class Session:
 
     def _down(self) -> Iterator[Row]:
         for _ in range(DOWN_ATTEMPTS):
-            done = self._commands.run("down", self._asked.name, seconds=DOWN_SECONDS)
+            done = self._commands.run("down", self._asked.name, "--force", seconds=DOWN_SECONDS)
             if done.status == 0 or not self._cloud.exists():
                 break
         removed = "there was nothing left to remove" if done.status else f"removed in {done.seconds / 60:.1f} min"

@@ -12,6 +12,7 @@ from launcher.terminal_text import printable
 
 if TYPE_CHECKING:
     from launcher.cli.line import Line
+    from launcher.clusters.remote.registry import Head
 
 
 def sizes(line: Line) -> int:
@@ -62,7 +63,16 @@ def down(line: Line) -> int:
     from launcher.cli import machines
 
     _no_words(line)
-    machines.down(line.name, say, forget="forget" in line.flags)
+    if "force" in line.flags and "save" in line.flags:
+        raise ConfigError("--force ends runs without saving them, and --save saves them first: choose one.")
+
+    def before(head: Head) -> None:
+        from launcher.jobs.remote.at_work import release  # with Ray's client
+
+        if "force" not in line.flags:
+            release(head, say, save="save" in line.flags)
+
+    machines.down(line.name, say, before, forget="forget" in line.flags)
     return 0
 
 

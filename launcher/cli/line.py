@@ -43,6 +43,8 @@ _FLAGS = {
     "--region": ("region", True),
     "--offline": ("offline", False),
     "--forget": ("forget", False),
+    "--force": ("force", False),
+    "--save": ("save", False),
     "--help": ("help", False),
     "-h": ("help", False),
     "--version": ("version", False),

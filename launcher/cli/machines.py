@@ -59,10 +59,11 @@ def told(clusters: list[dict[str, Any]]) -> str:
     return "\n".join(sessions[one["name"]].text() if one["name"] in sessions else _told(one) for one in clusters)
 
 
-def down(name: str | None, tell: Tell, forget: bool = False) -> None:
+def down(name: str | None, tell: Tell, before: Callable[[Head], None], forget: bool = False) -> None:
     """End a cluster with whatever runs on it; without a name the only one there is.
 
     Args:
+        before: called with one elsewhere before it is ended, and may raise to keep it.
         forget: of one elsewhere, only what is written down here; its machines are left as they are.
 
     Raises:
@@ -84,7 +85,9 @@ def down(name: str | None, tell: Tell, forget: bool = False) -> None:
         registry.forget(chosen)
         tell(f"The cluster {chosen} is forgotten here. What runs on its machines was left as it is.")
     else:
-        base.named(registry.load(chosen).kind).remove(chosen, tell)
+        head = registry.load(chosen)
+        before(head)
+        base.named(head.kind).remove(chosen, tell)
 
 
 def _sessions() -> dict[str, base.Session]:

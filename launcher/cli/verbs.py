@@ -113,9 +113,10 @@ _ALL = (
     Verb(
         "down",
         "clusters",
-        "end every process of a cluster, and see that none is left (--forget: only forget it)",
+        "end every process of a cluster, and see that none is left (--save: save its runs first; --force: do not save; "
+        "--forget: only forget it)",
         named="cluster",
-        flags=("forget",),
+        flags=("forget", "force", "save"),
     ),
     Verb(
         "help",

@@ -112,14 +112,25 @@ def record_cluster(run: RunDirectory, cluster: dict[str, Any]) -> None:
 def lookup(run: RunDirectory) -> RunRecord | None:
     """Return what this user's commands recorded about a run; None where they recorded nothing."""
     key = key_of(run)
+    record = _read(_path(key))
+    return record if record is not None and record.run == key else None
+
+
+def records() -> list[RunRecord]:
+    """Return what this user's commands recorded about all runs."""
+    found = [_read(path) for path in sorted((directory() / "runs").glob("*.json"))]
+    return [record for record in found if record is not None]
+
+
+def _read(path: Path) -> RunRecord | None:
     try:
-        content = json.loads(_path(key).read_text())
+        content = json.loads(path.read_text())
         known = {each.name for each in fields(RunRecord)}
         record = RunRecord(**{name: value for name, value in content.items() if name in known})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    valid = record.run == key and isinstance(record.cluster, dict) and isinstance(record.words, list | None)
-    return record if valid else None
+    valid = isinstance(record.run, str) and isinstance(record.cluster, dict) and isinstance(record.words, list | None)
+    return record if valid and isinstance(record.place, dict | None) else None
 
 
 def cluster_of(run: RunDirectory) -> dict[str, Any]:

@@ -37,6 +37,9 @@ def processes():
 
 def logs():
     for file in Path(os.environ["TMPDIR"]).rglob("*"):
+        if "/session_" in str(file):  # of Ray, and there while it runs
+            with open(os.environ["FOUND"] + ".looked", "a") as looked:
+                looked.write(f"{file}\\n")
         try:
             if file.is_file() and file.stat().st_size < 2**24 and MARK in file.read_bytes().lower():
                 yield str(file)
@@ -156,6 +159,21 @@ def test_a_run_that_fails_keeps_none(project: Place, scratch: Path) -> None:
     assert done.status == 1, done.err[-3000:]
     assert "no entry with ***" in project.result("a")["error"]
     assert found(project, scratch) == []
+
+
+def test_a_run_of_two_ray_workers_keeps_none(project: Place, scratch: Path) -> None:
+    """Each worker looks while it trains: at the command line of every process, and at every file of Ray's session."""
+    words = ["--config-dir", "own", "experiment=planted", "cluster=local", "scaling.workers=2", *WORDS]
+    words += ["scaling.cpus_per_worker=0.5", "run.name=r"]
+    done = project.launch(*words, seconds=240, **environment(project, scratch))
+    assert done.status == 0, done.err[-3000:]
+    assert project.result("r")["workers"] == 2
+    looked = (project.directory / "found.txt.looked").read_text()
+    assert "/logs/worker-" in looked, "Ray's session was not below TMPDIR, or nothing of it was looked at"
+    assert found(project, scratch) == []
+    assert MARK not in done.err.lower().encode() + done.out.lower().encode()
+    log = (project.runs / "r/log.txt").read_text()
+    assert all(f"[rank {rank}] connecting with" in log for rank in range(2))
 
 
 def test_a_sweep_keeps_none(project: Place, scratch: Path) -> None:

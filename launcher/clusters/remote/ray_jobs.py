@@ -118,6 +118,14 @@ class Jobs:
                 return "GONE"
             raise Unreachable(_line(error)) from None
 
+    def unfinished(self) -> list[str]:
+        """Return the ids of the submitted jobs that have not ended. Unreachable where nobody answers."""
+        try:
+            listed = self._client.list_jobs()
+        except Exception as error:
+            raise Unreachable(_line(error)) from None
+        return [one.submission_id for one in listed if one.submission_id and str(one.status.value) not in OVER]
+
     def stop(self, job: str) -> None:
         """Send the job SIGTERM. Unreachable where nobody answers; a job that is over is no error."""
         try:

@@ -1,0 +1,95 @@
+"""`launch down` with a run at work: it is named, saved or ended, as the user says, and never without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import cli
+from launcher.clusters import base
+from launcher.clusters.remote import registry
+from launcher.clusters.remote.ray_jobs import Unreachable
+from launcher.clusters.remote.registry import Head
+from launcher.jobs.remote import at_work
+from launcher.jobs.remote.place import Place
+from launcher.runs import RunDirectory
+
+
+class Cluster:
+    """Records in order what is done to it."""
+
+    def __init__(self) -> None:
+        self.open = ["job-k1"]
+        self.done: list[str] = []
+        self.answers = True
+
+    @contextmanager
+    def through(self, head: Head) -> Iterator[Any]:
+        yield self
+
+    def unfinished(self) -> list[str]:
+        if not self.answers:
+            raise Unreachable("connection refused.")
+        return self.open
+
+    def remove(self, name: str, tell: Callable[[str], None]) -> None:
+        self.done.append(f"removed {name}")
+
+    def stop(self, run: RunDirectory) -> str:
+        self.done.append(f"saved {run.name}")
+        return f"{run.name} is stopped at step 5."
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    registry.save(Head("pair", "ssh", ["ssh", "vm1"], "python3", "vm1:6379", 8265, "/there"))
+    for name in ("k1", "ended"):
+        run = RunDirectory(tmp_path / "runs" / name)
+        run.create()
+        Place(f"job-{name}", head="pair", directory=f"/there/{name}").write(run)
+    made = Cluster()
+    monkeypatch.setattr(at_work, "through", made.through)
+    monkeypatch.setattr(at_work.attend, "stop", made.stop)
+    monkeypatch.setattr(type(base.named("ssh")), "remove", lambda self, name, tell: made.remove(name, tell))
+    return made
+
+
+def test_a_run_at_work_is_named_and_keeps_its_cluster(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["down", "pair"]) == 2
+    said = capsys.readouterr().err
+    assert cluster.done == []
+    assert '"k1" is at work on pair' in said
+    assert "ended" not in said.replace("would end", "")
+    assert "launch down pair --save" in said
+    assert "launch down pair --force" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "done"), [(["--force"], ["removed pair"]), (["--save"], ["saved k1", "removed pair"])]
+)
+def test_the_user_decides(cluster: Cluster, flags: list[str], done: list[str]) -> None:
+    assert cli.run(["down", "pair", *flags]) == 0
+    assert cluster.done == done
+
+
+def test_a_run_that_was_sent_from_elsewhere_is_not_ended_by_save(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.open.append("job-of-another")
+    assert cli.run(["down", "pair", "--save"]) == 2
+    assert "job-of-another" in capsys.readouterr().err
+    assert cluster.done == ["saved k1"]
+
+
+def test_a_cluster_without_work_or_without_an_answer_is_removed(cluster: Cluster) -> None:
+    cluster.answers = False
+    assert cli.run(["down", "pair"]) == 0
+    cluster.answers, cluster.open = True, []
+    assert cli.run(["down", "pair"]) == 0
+    assert cluster.done == ["removed pair"] * 2
+    assert cli.run(["down", "pair", "--force", "--save"]) == 2

@@ -1,0 +1,90 @@
+"""On hosts of a cluster only the ports that docs/security.md names listen beyond loopback while a run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from tests.vmlab import elsewhere
+from tests.vmlab.elsewhere import Elsewhere
+from tests.vmlab.lab import Host
+
+# (what the process is, which of its ports) as the table of docs/security.md has it.
+RAY = r"raylet|ray::|/dashboard/agent\.py|/runtime_env/agent/main\.py|ray\S*/default_worker\.py"
+
+
+@dataclass(frozen=True)
+class Socket:
+    address: str
+    port: int
+    owner: str
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.address not in ("*", "0.0.0.0", "::") and ip_address(self.address).is_loopback
+
+
+def sockets(host: Host) -> list[Socket]:
+    """Return what listens in the network namespace of a host, by `ss -ltnp`."""
+    shown = subprocess.run(
+        ["ip", "netns", "exec", host._link.name, "ss", "-ltnpH"], capture_output=True, text=True, check=True
+    ).stdout
+    found = []
+    for line in shown.splitlines():
+        address, _, port = line.split()[3].rpartition(":")
+        pids = re.findall(r"pid=(\d+)", line)
+        words = Path(f"/proc/{pids[0]}/cmdline").read_bytes().replace(b"\0", b" ").decode() if pids else ""
+        found.append(Socket(address.strip("[]").partition("%")[0].removeprefix("::ffff:"), int(port), words))
+    return found
+
+
+def is_named(socket: Socket, host: Host, gcs: int) -> bool:
+    """Whether docs/security.md names a socket that listens beyond loopback."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if "sshd" in socket.owner:
+        return socket.port == elsewhere.PORT
+    if "gcs_server" in socket.owner:
+        return socket.port == gcs or low <= socket.port <= high
+    return bool(re.search(RAY, socket.owner)) and low <= socket.port <= high
+
+
+@pytest.fixture
+def there() -> Iterator[Elsewhere]:
+    if problem := elsewhere.why_not():
+        if os.environ.get("CI"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    with Elsewhere(2) as made:
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_only_the_named_ports_listen_beyond_loopback(there: Elsewhere) -> None:
+    words = ["--config-dir", "own", "experiment=toy", "trainer.steps=1000000", "checkpoint.every=200"]
+    words += ["scaling.workers=2", "scaling.cpus_per_worker=2", "run.name=long", *there.words()]
+    there.start(*words)
+    metrics, latest = there.calling / "runs" / "long" / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert time.monotonic() < latest, there.laptop.log()[-3000:]
+        time.sleep(0.5)
+    (record,) = (there.own(there.laptop) / "state" / "launch" / "clusters").glob("*.json")
+    gcs = int(json.loads(record.read_text())["address"].rpartition(":")[2])
+    for host in there.machines:
+        found = sockets(host)
+        assert any(one.is_loopback for one in found)
+        assert any("raylet" in one.owner for one in found), "Ray's sockets were not found"
+        assert any("ray::" in one.owner and one.address == host.address for one in found), "nor those of gloo"
+        open_ones = [one for one in found if not one.is_loopback]
+        assert [one for one in open_ones if not is_named(one, host, gcs)] == []
+    assert there.launch("stop", "long", seconds=100).status == 0
+    assert there.launch("down", "ssh", seconds=60).status == 0
