@@ -114,3 +114,11 @@ def test_every_file_names_the_same_version() -> None:
     }
     found = {name: re.search(line, (ROOT / name).read_text(), re.MULTILINE) for name, line in places.items()}
     assert {name: match and match[1] for name, match in found.items()} == dict.fromkeys(places, version)
+
+
+def test_the_changelog_has_each_heading_once_per_version() -> None:
+    """A merge that keeps both sides may repeat a heading, and the entries below it."""
+    for version in re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]:
+        headings = re.findall(r"^### (\w+)$", version, re.MULTILINE)
+        assert len(headings) == len(set(headings)), version.splitlines()[0]
+        assert set(headings) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

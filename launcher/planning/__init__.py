@@ -1,4 +1,4 @@
-"""What a run would do and cost, as a value: made without side effects, printed, or carried out by somebody else.
+"""The plan of a run and its cost, as a value: created without side effects, then printed or executed by other packages.
 
     plan       on the machines that there are         hosts      on the hosts of cluster=ssh
     nodes      on VMs of the catalogue                tables     those, printed

@@ -1,7 +1,7 @@
 """What a job would need and take on VMs that are not there: where workers sit, memory and time by strategy.
 
 The times are those of the cost model that runs are advised by (`engine.cost`, `engine.strategies.kinds`). What a GPU
-needs and how much of its peak it reaches are estimates; docs/scaling.md says what they leave out.
+needs and how much of its peak it reaches are estimates; docs/scaling.md lists what they exclude.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Computing:
     """How long a worker computes in a step, and what that rests on.
 
     Attributes:
-        flops_per_sample, flops_from: of forward and backward pass; "the model", or "counted" where it does not say.
+        flops_per_sample, flops_from: of forward and backward pass; "the model", or "counted" if the model does not
+        define them.
         peak_flops, mfu: of the GPU, and the share of it that is reached.
         mfu_from: "assumed", or the run that reached it.
         seconds: None where one of the two is not known.

@@ -1,6 +1,6 @@
 """The plan of a run on named hosts (`cluster=ssh`), from what is recorded of them. Connects to nothing.
 
-Of a host that `launch up` has seen its CPUs and GPUs are known; of another one they are assumed, and the plan says so.
+CPUs and GPUs of a host that `launch up` has seen are known; those of another host are assumed, and the plan states it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _seat(entry: dict[str, Any], workers: int, usable: bool) -> Seat:
 
 
 def _nodes(job: Job, entries: list[dict[str, Any]]) -> list[Node]:
-    """Return the hosts as nodes; one that nobody has seen has room for its share of the workers, and no more."""
+    """Return the hosts as nodes; an unknown host has exactly the capacity for its share of the workers."""
     scaling = job.scaling
     unseen = sum(entry.get("cpus") is None for entry in entries)
     wants_gpu = scaling.device == "cuda"
