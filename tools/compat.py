@@ -35,8 +35,9 @@ HEADER = """\
 # Supported releases of Ray and torch
 
 launch supports the last three minor releases of Ray ({ray}), and torch {torch}. `make compat` runs the
-smoke suite with each pair below and writes this page. The smoke suite covers the private parts of Ray, training, resuming,
-a sweep, an elastic restart and, for root, two machines in network namespaces. A row without a result was not run.
+smoke suite with each pair below and writes this page. The smoke suite covers the private parts of Ray, training, a
+resume, a sweep, an elastic restart and, for root, two machines in network namespaces. A row without a result was not
+run.
 
 """
 Row = dict[str, str]
