@@ -157,8 +157,15 @@ def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
 
     def enter() -> dict[str, Any] | None:
         import importlib
+        import logging
         import pickle
 
+        # Ray Train has the root logger write what user code logs into a file of its session, with secrets as they are.
+        # log.txt has these lines, masked.
+        root = logging.getLogger()
+        for handler in [*root.handlers]:
+            if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
+                root.removeHandler(handler)
         if home not in sys.path:
             sys.path.append(home)
         importlib.import_module("launcher.clusters.remote.from_driver").adopt()
