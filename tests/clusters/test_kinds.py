@@ -71,11 +71,13 @@ def ray() -> Iterator[tuple[str, str]]:
         process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_local_conforms(place: Place, reference: Harness) -> None:
     check(harness(place.directory, ["cluster=local"], [["cluster.keep_minutes=-1"], ["cluster.hosts=[a]"]]), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_existing_conforms(place: Place, reference: Harness, ray: tuple[str, str]) -> None:
     address, token = ray
@@ -86,6 +88,7 @@ def test_existing_conforms(place: Place, reference: Harness, ray: tuple[str, str
         check(harness(place.directory, words, bad, RAY_AUTH_TOKEN=token), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_kind_of_another_package_conforms(place: Place, reference: Harness, toy: str) -> None:
     """Would be wrong: a kind that cannot be added without an edit of launch. It sweeps as well."""
