@@ -22,7 +22,9 @@ from tests.vmlab.lab import Host
 RAY = r"raylet|ray::|/dashboard/agent\.py|/runtime_env/agent/main\.py|ray\S*/default_worker\.py"
 
 
+DRIVER = r"launcher\.driver"  # a worker of Ray as well
 RAY_WORKERS = range(10002, 20000)
+RAY_CLIENT = 10001
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ def is_named(socket: Socket, host: Host, gcs: int) -> bool:
         return socket.port == elsewhere.PORT
     if "gcs_server" in socket.owner:
         return socket.port == gcs or low <= socket.port <= high
-    return bool(re.search(RAY, socket.owner)) and (low <= socket.port <= high or socket.port in RAY_WORKERS)
+    if "ray.util.client.server" in socket.owner:
+        return (socket.address, socket.port) == (host.address, RAY_CLIENT)
+    of_ray = bool(re.search(f"{RAY}|{DRIVER}", socket.owner))
+    return of_ray and (low <= socket.port <= high or socket.port in RAY_WORKERS)
 
 
 @pytest.fixture
