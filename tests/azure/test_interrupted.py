@@ -102,7 +102,7 @@ def test_an_interrupted_up(
         lifecycle.up(CLUSTER, said)
     assert len(azure.of_type(VM)) == made
     assert azure.left("launch-demo") != []
-    machines.down("demo", said)
+    machines.down("demo", said, lambda head: None)
     assert azure.left("launch-demo") == []
     assert list(place.iterdir()) == []
     assert machines.status() == []
