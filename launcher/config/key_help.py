@@ -48,6 +48,7 @@ MEANING: dict[str, str] = {
     "logging.tensorboard": "false: write no TensorBoard file.",
     "logging.graph": "false: do not draw the network for TensorBoard.",
     "logging.hparams": "Keys shown in TensorBoard's HParams tab; a sweep sets them itself.",
+    "logging.sinks": "Further destinations of the numbers, by name: those of packages that trust names.",
     "logging.profile": "[first, last] step of a trace on every rank, for Perfetto and TensorBoard.",
     "strategy.name": "How gradients become an update: ddp, fsdp, local_sgd, diloco or auto.",
     "strategy.compression": "Compression of gradients on the network: none, bf16, fp16 or powersgd.",
