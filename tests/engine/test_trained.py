@@ -119,7 +119,7 @@ def test_a_strategy_that_cannot_follow_says_so(strategy: dict[str, str], tmp_pat
     for rank in launch(job_of({"plan": {2: {"stem": True}}}, strategy=strategy), tmp_path, 2):
         assert rank.error is not None
         assert rank.error[0] == "TrainingError"
-        assert "at step 2 (stem.weight, stem.bias), which this strategy cannot follow" in rank.error[1]
+        assert "at step 2 (stem.weight, stem.bias)" in rank.error[1]
 
 
 def test_one_rank_that_unfreezes_alone_is_found(tmp_path: Path) -> None:
