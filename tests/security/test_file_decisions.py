@@ -104,7 +104,8 @@ def test_a_run_of_a_stranger_names_no_address(
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token-of-another-cluster")
     targets.add_calling_directory(here.directory)
     composed = compose(["cluster=none", "experiment=toy"], here.directory / "own")
-    theirs = composed.to_yaml().replace("kind: none", "kind: existing").replace("address: null", f"address: {url}")
+    theirs = composed.to_yaml().replace("kind: none", f"kind: existing\n  address: {url}")
+    assert url in theirs
     write(here.runs / "theirs", {"config.yaml": theirs, "result.json": "{}"})
     done = here.here("run.like=theirs", "run.name=mine", "cluster.keep_minutes=0", "scaling.workers=1", "cluster=none")
     assert (done.status, heard) == (0, []), done.err
