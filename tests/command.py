@@ -197,3 +197,6 @@ def here(
     monkeypatch.setenv("HOME", str(home))
     yield Place(directory, home, capfd)
     shutil.rmtree(directory / "runs", ignore_errors=True)
+    for path in directory.rglob("*"):  # what the test added to the project is not there for the next one
+        if path.is_file() and "__pycache__" not in path.parts and not (PROJECT / path.relative_to(directory)).exists():
+            path.unlink()
