@@ -33,7 +33,7 @@ class Marks:
         return lengths
 
 
-def told(seconds: dict[str, float]) -> str:
+def describe(seconds: dict[str, float]) -> str:
     """Return the phases in one line: `first step after 11.3s: configuration 0.4, imports 1.1, …`."""
     parts = ", ".join(f"{phase.replace('_', ' ')} {length:.1f}" for phase, length in seconds.items())
     return f"first step after {sum(seconds.values()):.1f}s: {parts}"

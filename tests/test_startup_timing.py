@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.startup_timing import Marks, told
+from launcher.startup_timing import Marks, describe
 from tests.command import TOY, Place
 
 
@@ -23,4 +23,4 @@ def test_a_run_says_where_the_time_before_its_first_step_went(here: Place) -> No
     phases = result["phases"]
     assert list(phases) == ["configuration", "imports", "check", "data", "model", "first_step"]
     assert sum(phases.values()) == pytest.approx(result["seconds_to_first_step"], abs=0.02)
-    assert told(phases) in done.err
+    assert describe(phases) in done.err

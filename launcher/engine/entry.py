@@ -102,14 +102,14 @@ def _translated(phase: _Phase, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = translate(error, rank)
-        if phase.training and isinstance(told, RequestError):
-            told.exit_status = 1
+        translated = translate(error, rank)
+        if phase.training and isinstance(translated, RequestError):
+            translated.exit_status = 1
         if phase.note is not None:
-            phase.note(f"{type(told).__name__}: {told}")
-        if told is error:
+            phase.note(f"{type(translated).__name__}: {translated}")
+        if translated is error:
             raise
-        raise told from error
+        raise translated from error
 
 
 def _act(

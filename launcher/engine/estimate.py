@@ -102,11 +102,11 @@ def estimate(job: Job, ahead: bool = False, workers: int = 1, weights: str | Non
     try:
         return _estimate(job, ahead, workers, weights)
     except Exception as error:
-        told = translate(error)
-        if told is error:
-            told.exit_status = 2  # a request that is refused; an exception of the user's own code is a failure
+        translated = translate(error)
+        if translated is error:
+            translated.exit_status = 2  # a request that is refused; an exception of the user's own code is a failure
             raise
-        raise told from error
+        raise translated from error
 
 
 def _estimate(job: Job, ahead: bool, workers: int, weights: str | None) -> Estimate:

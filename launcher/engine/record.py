@@ -17,7 +17,7 @@ from launcher.engine.throughput import Throughput
 from launcher.formatting import count
 from launcher.money import Bill
 from launcher.runs import RunDirectory
-from launcher.startup_timing import Marks, told
+from launcher.startup_timing import Marks, describe
 
 _PROGRESS_SECONDS = 0.5
 
@@ -82,7 +82,7 @@ class Recorder:
         self.seconds_to_first_step = now - self._began
         self._phases = self._marks.seconds(now)
         if self._job.verbose:
-            self._control.emit({"kind": "note", "text": told(self._phases)})
+            self._control.emit({"kind": "note", "text": describe(self._phases)})
         for sink in self._late:
             self._open(sink, drawing)
         if self._resumed_at is None:
