@@ -67,7 +67,7 @@ def down(line: Line) -> int:
         raise ConfigError("--force ends runs without saving them, and --save saves them first: choose one.")
 
     def before(head: Head) -> None:
-        from launcher.jobs.remote.at_work import release  # with Ray's client
+        from launcher.jobs.remote.active_jobs import release  # with Ray's client
 
         if "force" not in line.flags:
             release(head, say, save="save" in line.flags)

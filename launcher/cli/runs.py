@@ -39,7 +39,7 @@ def _confirm_address(line: Line, sent: RunDirectory) -> None:
         key, _, address = word.partition("=")
         if key == ADDRESS:
             from launcher.clusters.remote.ray_jobs import own_token
-            from launcher.jobs.remote.place import confirm
+            from launcher.jobs.remote.location import confirm
 
             confirm(sent, address, own_token())
 
@@ -68,8 +68,8 @@ def logs(line: Line) -> int:
         follow(run, until_the_end)
         return 0
     from launcher.cli.terminal import Display
-    from launcher.jobs.remote import attend
-    from launcher.jobs.remote.place import why_not_followed
+    from launcher.jobs.remote import control
+    from launcher.jobs.remote.location import why_not_followed
     from launcher.jobs.remote.states import Waiting
 
     _confirm_address(line, sent)
@@ -77,11 +77,11 @@ def logs(line: Line) -> int:
         say(why)
         follow(run, until_the_end=False)
         return 0
-    with attend.copied(sent, say) as copies:
+    with control.copied(sent, say) as copies:
         still = Waiting(sent, say)
         try:
             with Display() as display:
-                attend.until_it_begins(sent, display.show, copies, still)
+                control.until_it_begins(sent, display.show, copies, still)
             follow(run, until_the_end, still, copies.bring if copies is not None else lambda: None)
         except KeyboardInterrupt:
             say(f"{run.name} goes on without this command.")
@@ -98,10 +98,10 @@ def stop(line: Line) -> int:
     if sent is None:
         say(stop(run))
     else:
-        from launcher.jobs.remote import attend
+        from launcher.jobs.remote import control
 
         _confirm_address(line, sent)
-        say(attend.stop(run) if sent == run else attend.stop_trial(run, sent, stop))
+        say(control.stop(run) if sent == run else control.stop_trial(run, sent, stop))
     print(printable(run.told()))
     return 0
 

@@ -92,7 +92,7 @@ def is_here(address: str) -> bool:
 
 
 def _answers(host: str, port: int) -> bool:
-    # As `runners.room` has it, which travels by value and may import nothing.
+    # As `runners.free_capacity` has it, which travels by value and may import nothing.
     with contextlib.suppress(OSError):
         socket.create_connection((host, port), ANSWER_SECONDS).close()
         return True

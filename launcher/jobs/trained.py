@@ -28,7 +28,7 @@ from launcher.jobs.prepare import (
     run_section,
     same_section,
 )
-from launcher.jobs.remote.place import is_elsewhere
+from launcher.jobs.remote.location import is_elsewhere
 from launcher.jobs.training import Observer, device_of, ended_by_signals, over_text, run_task
 from launcher.jobs.weights import best_checkpoint
 from launcher.planning.plan import machines_of

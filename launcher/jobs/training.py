@@ -20,7 +20,7 @@ from launcher.errors import LaunchError, from_dict, to_dict
 from launcher.jobs import ranks
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.record import Record
-from launcher.jobs.remote.place import is_elsewhere
+from launcher.jobs.remote.location import is_elsewhere
 from launcher.planning.plan import Machines, Plan, make_plan
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
@@ -107,7 +107,7 @@ def train(request: Request, observer: Observer) -> Outcome:
 
 def _train_elsewhere(request: Request, prepared: Prepared, observer: Observer) -> Outcome:
     """Send the run to the cluster that its configuration names, and follow it."""
-    from launcher.jobs.remote.caller import Caller
+    from launcher.jobs.remote.submit import Caller
     from launcher.runners.signals import Interrupts
 
     def sent(where: str) -> None:

@@ -31,8 +31,8 @@ from launcher.errors import LaunchError
 from launcher.ray_seam.trainer import ABORT_SECONDS
 from launcher.runners import ray_train
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
+from launcher.runners.free_capacity import alive_nodes, unreachable
 from launcher.runners.ray_train import Event, Order
-from launcher.runners.room import alive_nodes, unreachable
 from launcher.runners.tasks import Ended, Shape, fits
 
 # Pruning is decided by the driver between two evaluations: what it takes to hear and to answer is trained for nothing.

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from launcher.clusters import eviction
 from launcher.clusters.eviction import Notice
 from launcher.ray_seam import kv, private
-from launcher.runners.reports import Event
+from launcher.runners.worker_errors import Event
 
 LOOK_SECONDS = 1.0
 RPC_SECONDS = 2.0

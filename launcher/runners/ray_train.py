@@ -36,12 +36,12 @@ from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import Regroup
 from launcher.ray_seam.trainer import Trainer
-from launcher.runners import policies, ray_data
+from launcher.runners import controller_policy, ray_data
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
-from launcher.runners.policies import ATTEMPT, LOST, REGROUP, Rules, RunPolicy
-from launcher.runners.reports import Event, describe
+from launcher.runners.controller_policy import ATTEMPT, LOST, REGROUP, Rules, RunPolicy
 from launcher.runners.signals import Interrupts
 from launcher.runners.supervision import NEVER_AGAIN, Limits, Supervision, explain
+from launcher.runners.worker_errors import Event, describe
 
 __all__ = ["Event", "Limits", "Order", "explain", "run"]
 
@@ -131,7 +131,7 @@ def make_trainer(
         timeout=order.timeout,
         lean=not cluster.existing,
     )
-    policies.send_with_policy()
+    controller_policy.send_with_policy()
     return Trainer(
         _entrance(order, module),
         policy=RunPolicy(rules),

@@ -16,10 +16,10 @@ from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import LaunchError, OutOfMemory, ResourceError, Stopped, TrainingError, WorkerLost
 from launcher.ray_seam import kv, private
 from launcher.ray_seam.train_controller import ControllerError, WorkerGroupError, WorkerGroupStartupTimeoutError
-from launcher.runners import policies, preemption
+from launcher.runners import controller_policy, preemption
 from launcher.runners.channel import DriverEnd, publish
-from launcher.runners.reports import Event, crash_of, rebuild
 from launcher.runners.signals import STOPPING, Interrupts
+from launcher.runners.worker_errors import Event, crash_of, rebuild
 
 LOOK_SECONDS = 0.2
 
@@ -282,7 +282,9 @@ def explain(
     genuine = [event for event in errors if not event["aftermath"]]
     if genuine:
         return rebuild(min(genuine, key=lambda event: event["time"]))
-    suspects = suspects or (policies.suspects(outcome.worker_failures) if isinstance(outcome, WorkerGroupError) else {})
+    suspects = suspects or (
+        controller_policy.suspects(outcome.worker_failures) if isinstance(outcome, WorkerGroupError) else {}
+    )
     if suspects:
         kind, cure = WorkerLost, "Continue the run from its newest checkpoint with run.resume=true"
         if "memory" in suspects.values():

@@ -114,7 +114,7 @@ class RunDirectory:
 
     @property
     def is_sent(self) -> bool:
-        """Whether it was sent to a cluster, whose head drives it (`launcher.jobs.remote.place`)."""
+        """Whether it was sent to a cluster, whose head drives it (`launcher.jobs.remote.location`)."""
         return (self.path / REMOTE).is_file()
 
     @property

@@ -32,7 +32,7 @@ def run(request: Request, observer: SweepObserver) -> SweepOutcome:
         RequestError: it cannot be done as asked; nothing was started.
         Stopped: it was ended at once by a signal.
     """
-    from launcher.jobs.remote.place import is_elsewhere
+    from launcher.jobs.remote.location import is_elsewhere
     from launcher.jobs.training import ended_by_signals
     from launcher.sweeps import elsewhere
     from launcher.sweeps.meaning import read_sweep

@@ -34,7 +34,7 @@ def run(meant: Meant, observer: SweepObserver) -> SweepOutcome:
         LaunchError: what its driver ended with.
         Stopped: a second signal; the sweep goes on stopping there.
     """
-    from launcher.jobs.remote.caller import Caller
+    from launcher.jobs.remote.submit import Caller
     from launcher.runners.signals import Interrupts
 
     if is_gathered(meant.root):

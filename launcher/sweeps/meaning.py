@@ -29,8 +29,8 @@ from launcher.jobs.prepare import (
     unused,
     where_others_are,
 )
-from launcher.jobs.remote.attend import bring_here
-from launcher.jobs.remote.place import place_of
+from launcher.jobs.remote.control import bring_here
+from launcher.jobs.remote.location import place_of
 from launcher.runs import RunDirectory, plain_files, user_state
 from launcher.runs.storage import disk_uri, is_gathered, is_uri
 from launcher.sweeps import syntax

@@ -20,7 +20,7 @@ import ray
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import RayVersionError
 from launcher.ray_seam import kv, lean_start, private, settings, train_controller, trainer
-from launcher.runners import policies
+from launcher.runners import controller_policy
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.smoke
@@ -168,7 +168,7 @@ def test_the_class_has_the_attributes(path: str) -> None:
 
 
 def test_the_policy_has_what_the_controller_asks() -> None:
-    policy = policies.RunPolicy(policies.Rules("run", workers=2, min_workers=1, share={"CPU": 1.0}))
+    policy = controller_policy.RunPolicy(controller_policy.Rules("run", workers=2, min_workers=1, share={"CPU": 1.0}))
     asked = {name for name in vars(train_controller.Policy) if not name.startswith("_")}
     asked |= train_controller.Policy.__annotations__.keys()
     assert [name for name in asked if not hasattr(policy, name)] == []
@@ -370,8 +370,8 @@ for ask in (policy.new_size, policy.avoided_nodes, policy.group_begins):
     except Exception as error:  # as far as Ray, to which this process is not connected
         assert not isinstance(error, ImportError), error
 """
-    policies.send_with_policy()
-    policy = policies.RunPolicy(policies.Rules("run", workers=2, min_workers=1, share={"CPU": 1.0}))
+    controller_policy.send_with_policy()
+    policy = controller_policy.RunPolicy(controller_policy.Rules("run", workers=2, min_workers=1, share={"CPU": 1.0}))
     inline = train_controller.Inline([1])
     content = ray.cloudpickle.dumps((policy, train_controller.TrainController, inline))
     words = [sys.executable, "-c", program]

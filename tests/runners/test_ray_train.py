@@ -23,7 +23,7 @@ from ray_jobs import HERE, Task
 from launcher.clusters import reaper
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import DataError, LaunchError, LoaderLost, NonFiniteLoss, Stopped, UserCodeError, WorkerLost
-from launcher.runners import reports
+from launcher.runners import worker_errors
 from launcher.runners.signals import Interrupts
 from launcher.runners.supervision import Limits, again, explain
 from tests.waiting import wait_for
@@ -120,7 +120,7 @@ def test_an_exception_on_one_rank_is_raised_as_what_it_was(cluster: EmbeddedRay)
     ],
 )
 def test_errors_of_ours_arrive_as_they_left(error: LaunchError) -> None:
-    arrived = reports.rebuild(json.loads(json.dumps(reports.describe(error, rank=1))))
+    arrived = worker_errors.rebuild(json.loads(json.dumps(worker_errors.describe(error, rank=1))))
 
     assert type(arrived) is type(error)
     assert str(arrived) == str(error)
@@ -130,7 +130,7 @@ def test_errors_of_ours_arrive_as_they_left(error: LaunchError) -> None:
 def test_a_dead_loader_process_is_a_cause_and_not_what_follows() -> None:
     """Would be wrong: no restart; or the broken connections of the others are reported as the cause."""
     lost, gone = (
-        reports.describe(error, 0) for error in (LoaderLost("a loader process was killed"), WorkerLost("gone"))
+        worker_errors.describe(error, 0) for error in (LoaderLost("a loader process was killed"), WorkerLost("gone"))
     )
     assert (lost["lost"], lost["aftermath"]) == (True, False)
     assert (gone["lost"], gone["aftermath"]) == (False, True)

@@ -15,7 +15,7 @@ import pytest
 
 from launcher import cli
 from launcher.errors import RunError
-from launcher.jobs.remote.place import Place, place_of
+from launcher.jobs.remote.location import Place, place_of
 from launcher.runs import RunDirectory, mirror, plain_files, user_state
 
 TOKEN = "token-of-the-user's-own-cluster"

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.clusters.remote import project
 from launcher.clusters.ssh import lifecycle as ssh
-from launcher.jobs.remote import freight
+from launcher.jobs.remote import packaging
 from launcher.runs import provenance
 from launcher.runs.secret_files import is_secret_path
 
@@ -46,7 +46,7 @@ def files_below(directory: Path) -> set[str]:
 
 
 def test_no_secret_is_packed_for_a_cluster(calling: Path, tmp_path: Path) -> None:
-    packed = freight.pack(calling, None, tmp_path / "freight")
+    packed = packaging.pack(calling, None, tmp_path / "freight")
     assert files_below(tmp_path / "freight" / "calling") == SENT.keys()
     assert ".aws/credentials" in packed.withheld
     assert "\n" not in packed.withheld
@@ -59,7 +59,7 @@ def test_no_secret_of_a_configuration_directory_is_packed(calling: Path, tmp_pat
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "train.py").touch()
-    packed = freight.pack(outside, calling, tmp_path / "freight")
+    packed = packaging.pack(outside, calling, tmp_path / "freight")
     place = tmp_path / "freight" / "calling" / str(packed.config_dir)
     assert files_below(place) == SENT.keys()
     assert ".env" in packed.withheld

@@ -10,7 +10,7 @@ from launcher.clusters.remote import registry
 from launcher.clusters.remote.ray_jobs import Jobs, checked_url, own_token
 from launcher.clusters.remote.registry import Head
 from launcher.errors import ClusterError
-from launcher.jobs.remote.place import required_place
+from launcher.jobs.remote.location import required_place
 from launcher.runs import RunDirectory, user_state
 
 

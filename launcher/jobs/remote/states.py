@@ -25,7 +25,7 @@ from launcher.clusters.remote.ray_jobs import OVER, Unreachable
 from launcher.clusters.remote.registry import Head
 from launcher.errors import LaunchError, RunError
 from launcher.jobs.remote.connection import connected, through
-from launcher.jobs.remote.place import Place, place_of
+from launcher.jobs.remote.location import Place, place_of
 from launcher.runs import FINAL, RunDirectory
 
 QUEUED, STARTING, WORKING, LOST, UNREACHABLE = "queued", "starting", "working", "lost", "unreachable"

@@ -12,7 +12,7 @@ import pytest
 
 from launcher.clusters.remote.shell import Shell
 from launcher.jobs.remote.copies import Copies
-from launcher.jobs.remote.place import Place
+from launcher.jobs.remote.location import Place
 from launcher.runs import RunDirectory
 from tests import servers
 

@@ -18,7 +18,7 @@ from launcher.clusters.remote.ray_jobs import Unreachable
 from launcher.clusters.remote.registry import Head
 from launcher.errors import HostError
 from launcher.jobs.remote import states
-from launcher.jobs.remote.place import Place
+from launcher.jobs.remote.location import Place
 from launcher.jobs.remote.states import Waiting, states_of
 from launcher.runs import RunDirectory
 
@@ -134,7 +134,7 @@ def test_a_run_of_somebody_else_is_not_asked_about(cluster: Cluster, tmp_path: P
 def test_stop_of_a_lost_run_leads_forward(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.jobs.remote.attend.bring_here", lambda run: None)
+    monkeypatch.setattr("launcher.jobs.remote.control.bring_here", lambda run: None)
     cluster.send(tmp_path / "runs", "a", "RUNNING", RUNNING)
     cluster.fault = "rebooted"
     assert cli.run(["stop", "a", f"run.root={tmp_path / 'runs'}"]) == 2

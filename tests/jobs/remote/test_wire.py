@@ -18,7 +18,7 @@ from launcher.clusters.remote.ray_jobs import Unreachable, checked_url
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, DataError, HostError, UserCodeError, WorkerLost, from_dict, to_dict
 from launcher.jobs.remote import follow
-from launcher.jobs.remote.place import Place, is_elsewhere, place_of
+from launcher.jobs.remote.location import Place, is_elsewhere, place_of
 from launcher.jobs.remote.wire import Reader, Writer
 from launcher.runs import RunDirectory, find, list_runs
 

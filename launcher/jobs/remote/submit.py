@@ -21,10 +21,10 @@ from launcher.clusters.ssh.lifecycle import place_of as place_on_host
 from launcher.config.schema import ScalingConfig
 from launcher.errors import HostError, LaunchError, RunError, Stopped, WorkerLost, from_dict
 from launcher.jobs.prepare import Prepared, Request, key_of
-from launcher.jobs.remote import follow, freight, place
+from launcher.jobs.remote import follow, location, packaging
 from launcher.jobs.remote.connection import connected, through
 from launcher.jobs.remote.copies import Copies, bring
-from launcher.jobs.remote.place import Place, place_of
+from launcher.jobs.remote.location import Place, place_of
 from launcher.jobs.remote.wire import Event
 from launcher.runs import user_state
 from launcher.runs.storage import disk_uri
@@ -88,7 +88,7 @@ class Caller:
             Stopped: a second signal; the run goes on stopping there.
         """
         cluster = self._prepared.job.cluster
-        values = freight.environment(cluster.env)
+        values = packaging.environment(cluster.env)
         mounted = mounts.setup_lines(mounts.read(cluster.mounts))
         self._needs = asdict(Needs.of(self._request.calling, [*mounted, *cluster.setup], cluster.env))
         try:
@@ -105,7 +105,7 @@ class Caller:
                 assert self._recorded is not None
                 self._before.write(self._run, cluster=self._recorded.cluster, token=self._recorded.token)
             elif not self._run.exists() and not lost:  # refused before it began: the name stays free
-                place.forget(self._run, self._made)
+                location.forget(self._run, self._made)
             raise
 
     def _check_idle(self) -> None:
@@ -131,7 +131,7 @@ class Caller:
         jobs = Jobs(checked_url(address), token)
         self._on_event({"kind": "phase", "name": "cluster"})
         self._check_idle()
-        found = Place(freight.new_job(), jobs.url, config_dir=self._config_dir)
+        found = Place(packaging.new_job(), jobs.url, config_dir=self._config_dir)
         self._write_down(found, token)
         self._submit(jobs, found, values)
         return self._attended(jobs, found, interrupts)
@@ -153,7 +153,7 @@ class Caller:
             root, there = directory, f"{directory}/{self._run.name}"
             if len(head.hosts) != 1:  # no disk is known that all of them see
                 root = disk_uri(Path(directory))
-        found = Place(freight.new_job(), head=head.name, directory=there, config_dir=self._config_dir)
+        found = Place(packaging.new_job(), head=head.name, directory=there, config_dir=self._config_dir)
         with through(head) as jobs:
             self._check_idle()
             self._write_down(found)
@@ -192,25 +192,25 @@ class Caller:
                 self._note_withheld(chosen.withheld())
                 head.shell().send(config_dir, chosen.files, config)
             jobs.put(found.job, self._order(words, where, config, values))
-            jobs.submit(found.job, freight.entrypoint("-P", "-m", "launcher.driver", found.job, python=python), {})
+            jobs.submit(found.job, packaging.entrypoint("-P", "-m", "launcher.driver", found.job, python=python), {})
             return
         with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
-            packed = freight.pack(calling, config_dir, Path(folder))
+            packed = packaging.pack(calling, config_dir, Path(folder))
             self._note(f"Sending {packed.what}.")
             self._note_withheld(packed.withheld)
             jobs.put(found.job, self._order(words, None, packed.config_dir, values))
             workdir = str(Path(folder) / "calling")
             if head is not None:  # VMs that come and go have launch from the head: in one place
-                driver = freight.entrypoint("-P", "-m", "launcher.driver", found.job, python=python)
+                driver = packaging.entrypoint("-P", "-m", "launcher.driver", found.job, python=python)
                 jobs.submit(found.job, driver, {"PYTHONPATH": f"{head.directory}/launch"}, working_dir=workdir)
                 return
-            driver = freight.entrypoint(*freight.with_own("launcher.driver"), found.job)
-            jobs.submit(found.job, driver, {}, [Path(folder) / freight.OWN], working_dir=workdir)
+            driver = packaging.entrypoint(*packaging.with_own("launcher.driver"), found.job)
+            jobs.submit(found.job, driver, {}, [Path(folder) / packaging.OWN], working_dir=workdir)
 
     def _order(self, words: list[str], calling: str | None, config_dir: str | None, values: dict[str, str]) -> bytes:
         cluster = asdict(self._prepared.job.cluster)
         more = {"needs": self._needs, "sweep": self._trials is not None, "cluster": cluster}
-        return freight.order(words, calling, config_dir, values, **more)
+        return packaging.order(words, calling, config_dir, values, **more)
 
     def _note(self, text: str) -> None:
         self._on_event({"kind": "note", "text": text})
@@ -242,14 +242,14 @@ class Caller:
         """Compare, send what the cluster does not have, and start the driver there."""
         calling, config_dir = self._request.calling.absolute(), self._request.config_dir
         on_store = self._run.uri is not None
-        seen = freight.probe(jobs, None if on_store else self._run.path, calling)
+        seen = packaging.probe(jobs, None if on_store else self._run.path, calling)
         if not on_store and not seen.sees_root:
             raise RunError(
                 f"The head of the cluster at {jobs.url} does not see {self._run.root}, so that the run would not come "
                 "back from there. Mount one directory under the same path on both sides and name it with run.root=…, "
                 "or use an object store (run.root=abfss://…, see docs/storage.md)."
             )
-        driver = freight.entrypoint("-P", "-m", "launcher.driver", found.job)
+        driver = packaging.entrypoint("-P", "-m", "launcher.driver", found.job)
         words = self._words(self._run.root)
         if seen.sees_calling and seen.same_project:
             where = str(config_dir) if config_dir else None

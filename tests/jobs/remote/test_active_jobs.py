@@ -14,8 +14,8 @@ from launcher.clusters import base
 from launcher.clusters.remote import registry
 from launcher.clusters.remote.ray_jobs import Unreachable
 from launcher.clusters.remote.registry import Head
-from launcher.jobs.remote import at_work
-from launcher.jobs.remote.place import Place
+from launcher.jobs.remote import active_jobs
+from launcher.jobs.remote.location import Place
 from launcher.runs import RunDirectory
 
 
@@ -53,8 +53,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
         run.create()
         Place(f"job-{name}", head="pair", directory=f"/there/{name}").write(run)
     made = Cluster()
-    monkeypatch.setattr(at_work, "through", made.through)
-    monkeypatch.setattr(at_work.attend, "stop", made.stop)
+    monkeypatch.setattr(active_jobs, "through", made.through)
+    monkeypatch.setattr(active_jobs.control, "stop", made.stop)
     monkeypatch.setattr(type(base.named("ssh")), "remove", lambda self, name, tell: made.remove(name, tell))
     return made
 

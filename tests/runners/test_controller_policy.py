@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.runners.policies import freed_less
+from launcher.runners.controller_policy import freed_less
 
 
 @pytest.mark.parametrize(

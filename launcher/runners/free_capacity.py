@@ -2,7 +2,7 @@
 
 Ray holds a node for alive until it has missed its questions for a minute. What is reserved meanwhile on a machine whose
 network is gone is never granted, and what was reserved beside it on other machines is not given back (Ray 2.60): a
-group must not be placed there. These functions travel to the controller by value, see `policies`.
+group must not be placed there. These functions travel to the controller by value, see `controller_policy`.
 """
 
 from __future__ import annotations

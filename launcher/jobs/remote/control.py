@@ -13,7 +13,7 @@ from launcher.errors import ClusterError, HostError, LaunchError, RunError, from
 from launcher.jobs.remote import follow, states
 from launcher.jobs.remote.connection import connected
 from launcher.jobs.remote.copies import Copies
-from launcher.jobs.remote.place import Place, forget, required_place
+from launcher.jobs.remote.location import Place, forget, required_place
 from launcher.jobs.remote.states import Waiting
 from launcher.jobs.remote.wire import Event
 from launcher.runs import FINAL, RunDirectory

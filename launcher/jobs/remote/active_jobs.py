@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher.clusters.remote.ray_jobs import Unreachable
 from launcher.clusters.remote.registry import Head
 from launcher.errors import LaunchError, RunError
-from launcher.jobs.remote import attend
+from launcher.jobs.remote import control
 from launcher.jobs.remote.connection import through
 from launcher.jobs.remote.states import PATIENCE_SECONDS
 from launcher.runs import RunDirectory, user_state
@@ -63,7 +63,7 @@ def release(head: Head, tell: Callable[[str], None], save: bool) -> None:
         for one in found:
             if one.run is not None:
                 tell(f"Saving {one.name} and copying it to {one.run.path}.")
-                tell(attend.stop(one.run))
+                tell(control.stop(one.run))
         found = [one for one in found if one.run is None]
     if found:
         raise RunError(_refused(head.name, found))

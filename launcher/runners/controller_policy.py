@@ -1,8 +1,8 @@
-"""The rules of Ray Train's controller: what is tried again, with how many workers, and what counts as alive.
+"""The policy of Ray Train's controller: what is retried, with how many workers, and which workers count as alive.
 
-The controller is an actor, on a machine where this package may not be installed: the module travels to it by value
-(see `send_with_policy`) and imports nothing of launcher but `room` and parts of `ray_seam`, which travel too. What it
-decides it tells the driver through the run's part of the key-value store, as one more sender of events
+The controller is an actor that may run on a machine without this package. The module is therefore pickled by value (see
+`send_with_policy`) and imports nothing of launcher but `free_capacity` and parts of `ray_seam`, which are pickled with
+it. The policy sends its decisions to the driver as events, through the run's part of the key-value store
 (`launcher.runners.channel`).
 
     worker dies, hangs, loses a peer    the group ends, the next one continues from the newest checkpoint; counted
@@ -35,7 +35,7 @@ from launcher.ray_seam.train_controller import (
     WorkerHealthCheckTimeoutError,
     travel_by_value,
 )
-from launcher.runners.room import alive_nodes, room, rooms, unreachable
+from launcher.runners.free_capacity import alive_nodes, room, rooms, unreachable
 
 # How a worker marks what it raises, since the controller knows none of our exceptions.
 LOST, REGROUP = "[lost] ", "[regroup] "
