@@ -51,7 +51,7 @@ WITHIN: dict[str, tuple[str, ...]] = {
             "limits",
             "authority",
             "checks",
-            "words",
+            "overrides",
             "search_path",
         ),
         *(

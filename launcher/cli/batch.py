@@ -68,16 +68,16 @@ def _batch(line: Line) -> tuple[str, Batch]:
 
 def _words(line: Line) -> list[str]:
     """Return the words for the command on the head: all but those about where it runs."""
-    from launcher.config.words import shown
+    from launcher.config.overrides import masked
     from launcher.jobs.prepare import key_of
 
     request = line.request()
     kept = [word for word in request.words if key_of(word).split(".")[0] != "cluster"]
     kept = [word for word in kept if key_of(word) not in ("run.name", "run.root")]
     for word in kept:
-        if shown(word) != word:
+        if masked(word) != word:
             raise ConfigError(
-                f"{shown(word)} holds a secret, and a manifest is kept by Kubernetes, where others may read it. Say "
+                f"{masked(word)} holds a secret, and a manifest is kept by Kubernetes, where others may read it. Say "
                 "KEY=${oc.env:NAME} instead, with cluster.env=[NAME] and cluster.secret=SECRET."
             )
     if request.config_dir is None:

@@ -77,7 +77,7 @@ def down(line: Line) -> int:
 
 
 def _no_words(line: Line) -> None:
-    from launcher.config.words import shown
+    from launcher.config.overrides import masked
 
     if line.words:
-        raise ConfigError(f'"{shown(line.words[0])}" means nothing to launch {line.verb}. Leave it out.')
+        raise ConfigError(f'"{masked(line.words[0])}" means nothing to launch {line.verb}. Leave it out.')

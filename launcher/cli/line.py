@@ -162,7 +162,7 @@ def _take_flag(line: Line, flag: str, value: str | None, rest: list[str]) -> Non
 def _neither(word: str, line: Line) -> str:
     """Say what a word without `=` may have been meant to be."""
     from launcher.config import sources
-    from launcher.config.words import not_an_override
+    from launcher.config.overrides import not_an_override
 
     if VERBS[line.verb].named == "run":
         return f'launch {line.verb} takes one name; "{line.name}" is one, and "{word}" another.'

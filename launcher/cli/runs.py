@@ -23,13 +23,13 @@ ADDRESS = "cluster.address"
 
 def _root(line: Line) -> Path:
     """Return the run root for a verb that composes no job; other words than `run.root` would mean nothing to it."""
-    from launcher.config.words import shown
+    from launcher.config.overrides import masked
     from launcher.jobs.prepare import key_of, root_of, run_section
 
     taken = ("run.root", ADDRESS) if line.verb in ("logs", "stop") else ("run.root",)
     for word in line.words:
         if key_of(word) not in taken:
-            raise ConfigError(f'"{shown(word)}" means nothing to launch {line.verb}; it takes run.root=DIRECTORY.')
+            raise ConfigError(f'"{masked(word)}" means nothing to launch {line.verb}; it takes run.root=DIRECTORY.')
     return root_of(run_section(line.request()).root)
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.cli.terminal import PHASES, stop_or_detach
-from launcher.config.words import shown
+from launcher.config.overrides import masked
 from launcher.formatting import duration, goes_on, number
 from launcher.money import BUDGET, larger
 from launcher.runs import RunDirectory
@@ -170,7 +170,7 @@ def conclusion(outcome: SweepOutcome) -> list[str]:
         f"{result['status']} in {duration(result['seconds'] or 0)}: {summary} of {result['trials']['total']} trials"
     ]
     if outcome.best is not None:
-        words = " ".join(shown(word) for word in outcome.best["overrides"])
+        words = " ".join(masked(word) for word in outcome.best["overrides"])
         lines.append(f"best: trial {outcome.best['number']}, {_objective(outcome.best['objective'])}  {words}")
     root = "" if outcome.root == "runs" else f" run.root={outcome.root}"
     if result["status"] == "stopped":

@@ -2,7 +2,7 @@
 
 composition   words -> a `Job` of dataclasses       schema      every key, its type and its default
 search_path   the directories it is read from       own_hydra   Hydra, apart from the caller's
-words, keys   words and names of keys, judged       checks      what values may be
+overrides, keys   overrides and key names, validated   checks   valid values
 authority     what a file may not decide            settings    the user's own settings
 limits, guarded_hydra   what a configuration from a stranger may cost
 targets       which classes may be named, and how they are built

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config import authority, keys, limits, masking, schema, targets
 from launcher.config.checks import check_foreign_keys, check_values
+from launcher.config.overrides import ParsedOverrides, masked, not_an_override, parse_overrides
 from launcher.config.own_hydra import (
     PRIMARY,
     SCHEMA,
@@ -31,7 +32,6 @@ from launcher.config.own_hydra import (
 from launcher.config.schema import Job
 from launcher.config.search_path import Sources, read_stored, sources, where_trusted
 from launcher.config.settings import Settings, settings_file, user_settings
-from launcher.config.words import Plan, not_an_override, read_words, shown
 from launcher.errors import ConfigError, TrustError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Composition:
 
     def shown_words(self) -> list[str]:
         """Return the words with literal secrets as ***, for `overrides.yaml` and for the terminal."""
-        return [shown(word) for word in self.words]
+        return [masked(word) for word in self.words]
 
 
 def compose(
@@ -197,7 +197,9 @@ def _drop_foreign_keys(unresolved: dict[str, Any], cluster: Mapping[str, Any]) -
 # --- the words of the command line ------------------------------------------------------------------------------------
 
 
-def _read_words(words: Sequence[str], where: Sources, of_a_run: bool, own: Collection[str] | None = None) -> Plan:
+def _read_words(
+    words: Sequence[str], where: Sources, of_a_run: bool, own: Collection[str] | None = None
+) -> ParsedOverrides:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -210,7 +212,7 @@ def _read_words(words: Sequence[str], where: Sources, of_a_run: bool, own: Colle
             parsed.append((word, parser.parse_override(word)))
         except HydraException as error:
             raise ConfigError(not_an_override(word, groups, str(error).splitlines()[0])) from None
-    return read_words(parsed, groups, None if of_a_run else _listed_groups(where), own)
+    return parse_overrides(parsed, groups, None if of_a_run else _listed_groups(where), own)
 
 
 def _listed_groups(where: Sources) -> frozenset[str]:
@@ -228,7 +230,7 @@ def _listed_groups(where: Sources) -> frozenset[str]:
 
 
 def _judged(
-    plan: Plan,
+    plan: ParsedOverrides,
     where: Sources,
     node: Mapping[str, Any],
     decided: Mapping[str, Any],
@@ -251,7 +253,7 @@ def _judged(
     return composed, tree, unresolved
 
 
-def _in_force(dropped: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def _in_force(dropped: Mapping[str, Any], plan: ParsedOverrides) -> dict[str, Any]:
     """Return the dropped keys that no word replaces."""
     replaced = {*plan.given, *(["trust"] if plan.trust else [])}
     return {

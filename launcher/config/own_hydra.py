@@ -90,7 +90,7 @@ def initialize(overrides: Sequence[str], where: Sources, primary: Mapping[str, A
     from hydra.core.global_hydra import GlobalHydra
 
     from launcher.config.guarded_hydra import find_ours_first
-    from launcher.config.replacing import Loader
+    from launcher.config.replacing import ReplacingConfigLoader
 
     if "searchpath" in (primary.get("hydra") or {}):
         raise ConfigError("hydra.searchpath in config.yaml is not supported: --config-dir names the one directory.")
@@ -100,7 +100,7 @@ def initialize(overrides: Sequence[str], where: Sources, primary: Mapping[str, A
     hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
     current = GlobalHydra.instance().hydra
     assert current is not None
-    current.config_loader = Loader(current.config_loader.get_search_path())
+    current.config_loader = ReplacingConfigLoader(current.config_loader.get_search_path())
     find_ours_first(settings)
     others = [directory.as_uri() for directory in where.directories[1:]]
     # A `pkg://` among the search paths would import that package: the list is ours alone.

@@ -23,7 +23,7 @@ from launcher.config.search_path import CONF
 _STAYS = ("_target_", "groups", "_if_taken_")
 
 
-class Loader(ConfigLoaderImpl):
+class ReplacingConfigLoader(ConfigLoaderImpl):
     """Merges the files of a defaults list; a file that replaces the `_target_` of an open section drops its keys.
 
     Two kinds of keys stay: those that a file of the user's own gives to a section without naming its class, and those

@@ -16,8 +16,8 @@ from launcher import runs
 from launcher.clusters.base import attached
 from launcher.config import Composition, Job, RunConfig, Settings, authority, compose, default_run_name, peek, targets
 from launcher.config.checks import check_run
+from launcher.config.overrides import masked
 from launcher.config.schema import StrategyConfig
-from launcher.config.words import shown
 from launcher.engine.strategies.kinds.base import identity
 from launcher.errors import RequestError, RunError, StorageError
 from launcher.runs import RunDirectory, mirror, plain_files, user_state
@@ -229,7 +229,7 @@ def over_the_run(request: Request, directory: RunDirectory) -> tuple[Composition
         words.append("scaling.workers=auto")
         composition = compose_stored(request, words, directory)
     note_dropped(request, composition, directory)
-    return composition, tuple(shown(word) for word in words)
+    return composition, tuple(masked(word) for word in words)
 
 
 def compose_stored(
@@ -263,7 +263,7 @@ def _new_words(request: Request, directory: RunDirectory) -> list[str]:
     if "experiment" not in in_force and any(key_of(word) == "experiment" for word in words):
         chosen = compose([], request.config_dir).choices.get("experiment")
         in_force["experiment"] = f"experiment={chosen}"
-    return [word for word in words if in_force.get(key_of(word)) != word or shown(word) != word]
+    return [word for word in words if in_force.get(key_of(word)) != word or masked(word) != word]
 
 
 def recorded_words(directory: RunDirectory) -> list[str]:

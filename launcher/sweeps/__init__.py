@@ -95,7 +95,7 @@ def describe(meant: Meant, planned: Planned | HostPlan | NodePlan, most: int = 2
     """Return what `launch plan -m` prints: the sweep, its first trials' words, and the plan of the first trial."""
     import itertools
 
-    from launcher.config.words import shown
+    from launcher.config.overrides import masked
     from launcher.sweeps.planning import Planned
     from launcher.sweeps.space import grid
 
@@ -112,7 +112,7 @@ def describe(meant: Meant, planned: Planned | HostPlan | NodePlan, most: int = 2
     }
     if meant.settings.sampler == "grid":
         found["grid"] = [
-            [shown(word) for word in meant.words.overrides(values)]
+            [masked(word) for word in meant.words.overrides(values)]
             for values in itertools.islice(grid(meant.words), most)
         ]
     return found

@@ -15,8 +15,8 @@ from launcher import runs
 from launcher.config import Composition, SweepConfig, authority, compose, default_run_name, peek, sources, targets
 from launcher.config.checks import check_run
 from launcher.config.keys import REMOVED
+from launcher.config.overrides import masked
 from launcher.config.schema import ClusterConfig
-from launcher.config.words import shown
 from launcher.errors import ConfigError, RunError
 from launcher.jobs import ranks
 from launcher.jobs.prepare import (
@@ -167,7 +167,7 @@ def remember(meant: Meant) -> None:
     """Record for this user what the journal may not decide when the sweep is continued. RunError where it cannot be."""
     if meant.request.on_head is not None:
         return
-    typed = meant.recorded.words if meant.own is None else tuple(shown(word) for word in meant.own)
+    typed = meant.recorded.words if meant.own is None else tuple(masked(word) for word in meant.own)
     decided, config_dir = list(dict.fromkeys(_without_decisions(typed)[1])), meant.recorded.config_dir
     if decided or config_dir or user_state.lookup(meant.directory):
         user_state.save(meant.directory, words=decided, config_dir=config_dir)
@@ -184,10 +184,10 @@ def _without_decisions(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _note_dropped(request: Request, directory: RunDirectory, dropped: Sequence[str], config_dir: str | None) -> None:
-    words = [shown(word) for word in dropped] + ([f"--config-dir {config_dir}"] if config_dir is not None else [])
+    words = [masked(word) for word in dropped] + ([f"--config-dir {config_dir}"] if config_dir is not None else [])
     if words:
         request.note(
-            f"Not used from the record of {directory.path}: {shown(' '.join(words))}, since a file does not choose "
+            f"Not used from the record of {directory.path}: {masked(' '.join(words))}, since a file does not choose "
             "where code runs or where secrets go, and this user has no record of the sweep. To use it, add it to the "
             "command line."
         )
@@ -198,16 +198,16 @@ def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]
     words = list(before)
     for word in given:
         key = key_of(word)
-        if shown(word) in words:  # a secret was not kept, and is given again
-            words[words.index(shown(word))] = word
+        if masked(word) in words:  # a secret was not kept, and is given again
+            words[words.index(masked(word))] = word
         elif key == "cluster":  # its keys belong to the one before
             words = [other for other in words if key_of(other).partition(".")[0] != key] + [word]
         elif key.partition(".")[0] in ("sweep", "cluster", "verbose", "trust"):
             words = [other for other in words if key_of(other) != key] + [word]
         elif not key.startswith("run."):
             raise RunError(
-                f'The sweep "{name}" cannot be continued with {shown(word)}: its trials would no longer be comparable. '
-                "Leave the word out (sweep.*, cluster.*, trust and verbose may change), or start a new sweep."
+                f'The sweep "{name}" cannot be continued with {masked(word)}: its trials would no longer be '
+                "comparable. Leave the word out (sweep.*, cluster.*, trust and verbose may change), or start another."
             )
     return words
 
@@ -220,7 +220,7 @@ def _meant(
     own: tuple[str, ...] | None = None,
 ) -> Meant:
     like = _like(words, root)
-    said = [shown(word) for word in words]
+    said = [masked(word) for word in words]
     words = [word for word in words if key_of(word) != "run.like"]
     groups = sources(request.config_dir).groups()
     space = syntax.read(words, {}, groups)

@@ -16,7 +16,7 @@ from typing import Any
 
 from launcher.config import limits
 from launcher.config.masking import mask_at
-from launcher.config.words import shown
+from launcher.config.overrides import masked
 from launcher.errors import ConfigError
 
 Value = bool | int | float | str | None
@@ -162,7 +162,7 @@ def parse(word: str) -> Any:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
         raise ConfigError(
-            f'"{shown(word)}" cannot be read as an override or a sweep ({str(error).splitlines()[0]}). Sweeps are '
+            f'"{masked(word)}" cannot be read as an override or a sweep ({str(error).splitlines()[0]}). Sweeps are '
             "written KEY=A,B  KEY=range(1,5)  KEY=interval(0,1)  KEY=tag(log,interval(1e-4,1e-1))  GROUP=glob(*)."
         ) from None
 
@@ -177,7 +177,7 @@ def _unfolded(word: str) -> list[str]:
     content = parse(word).value()
     if not isinstance(content, dict):
         raise ConfigError(
-            f'"{shown(word)}" must be a mapping of keys to sweeps, such as {PARAMS}.optimizer.lr=1e-3,1e-2.'
+            f'"{masked(word)}" must be a mapping of keys to sweeps, such as {PARAMS}.optimizer.lr=1e-3,1e-2.'
         )
     return [f"{key}={text}" for key, text in _flat(content).items()]
 
@@ -201,7 +201,7 @@ def _axis(override: Any, word: str, groups: Mapping[str, list[str]], seed: int) 
         or key.startswith(("hydra.", "hydra/", "run.", "sweep", "cluster"))
         or key in ("trust", "verbose")
     ):
-        raise ConfigError(f'"{shown(word)}" cannot be swept: {key} belongs to the sweep as a whole.')
+        raise ConfigError(f'"{masked(word)}" cannot be swept: {key} belongs to the sweep as a whole.')
     value = override._value
     if isinstance(value, IntervalSweep):
         return _interval(key, value, word)
@@ -209,7 +209,7 @@ def _axis(override: Any, word: str, groups: Mapping[str, list[str]], seed: int) 
         options = value.filter(groups.get(key, []))
         if not options:
             known = f"There are: {', '.join(groups[key])}." if key in groups else f"{key} is no configuration group."
-            raise ConfigError(f'"{shown(word)}" matches nothing. {known}')
+            raise ConfigError(f'"{masked(word)}" matches nothing. {known}')
         return Choice(key, tuple(options), tuple(options))
     if isinstance(value, RangeSweep):
         return _range(key, value, word, seed)
@@ -222,23 +222,23 @@ def _axis(override: Any, word: str, groups: Mapping[str, list[str]], seed: int) 
 def _interval(key: str, found: Any, word: str) -> Interval:
     low, high, log = found.start, found.end, "log" in found.tags
     if low is None or high is None or not low < high:
-        raise ConfigError(f'"{shown(word)}": an interval goes from a lower to a higher number.')
+        raise ConfigError(f'"{masked(word)}": an interval goes from a lower to a higher number.')
     if log and low <= 0:
-        raise ConfigError(f'"{shown(word)}": on a logarithmic scale an interval begins above zero.')
+        raise ConfigError(f'"{masked(word)}": on a logarithmic scale an interval begins above zero.')
     return Interval(key, low, high, isinstance(low, int) and isinstance(high, int), log)
 
 
 def _range(key: str, found: Any, word: str, seed: int) -> Choice:
     if not found.step:
-        raise ConfigError(f'"{shown(word)}": the step of a range cannot be zero.')
+        raise ConfigError(f'"{masked(word)}": the step of a range cannot be zero.')
     values = list(itertools.islice(iter(found.range()), _MOST_VALUES + 1))
     if not values:
-        raise ConfigError(f'"{shown(word)}" is empty: a range ends before its second number is reached.')
+        raise ConfigError(f'"{masked(word)}" is empty: a range ends before its second number is reached.')
     if len(values) > _MOST_VALUES:
-        raise ConfigError(f'"{shown(word)}" has more than {_MOST_VALUES:,} values. Use an interval with a search.')
+        raise ConfigError(f'"{masked(word)}" has more than {_MOST_VALUES:,} values. Use an interval with a search.')
     log = "log" in found.tags
     if log and (found.step != 1 or min(values) <= 0):
-        raise ConfigError(f'"{shown(word)}": on a logarithmic scale a range has the step 1 and begins above zero.')
+        raise ConfigError(f'"{masked(word)}": on a logarithmic scale a range has the step 1 and begins above zero.')
     if found.shuffle:
         random.Random(seed).shuffle(values)
     step = None if found.shuffle else abs(found.step)
@@ -256,12 +256,12 @@ def _choice(key: str, elements: Sequence[Any], word: str) -> Choice:
             isinstance(element, list) and any(isinstance(e, (dict, list)) for e in element)
         ):
             raise ConfigError(
-                f'"{shown(word)}": {text} cannot be searched. Sweep its keys one by one, or put each variant into a '
+                f'"{masked(word)}": {text} cannot be searched. Sweep its keys one by one, or put each variant into a '
                 "file of a configuration group and sweep over the group."
             )
         value = text if isinstance(element, list) else element.text if isinstance(element, QuotedString) else element
         if any(_same(value, other) or value == other for other in values):
-            raise ConfigError(f'"{shown(word)}" names {text} twice.')
+            raise ConfigError(f'"{masked(word)}" names {text} twice.')
         values.append(value)
         texts.append(text)
     if any(mask_at(key, value) != value for value in values):

@@ -15,7 +15,7 @@ from launcher.errors import ConfigError, TrustError, did_you_mean
 
 
 @dataclass(frozen=True)
-class Plan:
+class ParsedOverrides:
     """overrides: what Hydra is given. groups: the groups chosen among them. trust: packages trusted by the user.
     given: every key and group that was named. decided: the overrides that may choose where code runs: values of keys,
     and options of `cluster`, in words of the user.
@@ -28,18 +28,18 @@ class Plan:
     decided: list[str] = field(default_factory=list)
 
 
-def shown(word: str) -> str:
+def masked(word: str) -> str:
     """Return a word fit for the terminal and for files: a literal secret as ***, control characters escaped."""
     text = masking.mask_word(word)
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def read_words(
+def parse_overrides(
     parsed: Sequence[tuple[str, Any]],
     groups: Mapping[str, list[str]],
     listed: frozenset[str] | None,
     own: Container[str] | None = None,
-) -> Plan:
+) -> ParsedOverrides:
     """Check each (word, parsed override) and convert the words to Hydra's form.
 
     groups: every group with its options. listed: the groups of the primary defaults list, None where a run's stored
@@ -54,7 +54,7 @@ def read_words(
         key = override.key_or_group
         if override.is_sweep_override():
             raise ConfigError(
-                f'"{shown(word)}" names several values, which is a sweep: add -m for one run each, '
+                f'"{masked(word)}" names several values, which is a sweep: add -m for one run each, '
                 f"write {key}=[...] for a list, or quote the value for a text with a comma in it."
             )
         if word == "hydra/sweeper=launch":
@@ -64,7 +64,7 @@ def read_words(
         typed = own is None or word in own
         if key == "trust":
             if not typed:
-                raise TrustError(f'"{shown(word)}" comes from a file. If you trust that code, type it: {shown(word)}')
+                raise TrustError(f'"{masked(word)}" comes from a file. If you trust that code, type it: {masked(word)}')
             trust = _read_trust(override, word)
         elif key in groups and not isinstance(override.value(), dict):
             chosen.append(key)
@@ -78,7 +78,9 @@ def read_words(
             overrides.append(word if override.is_delete() else f"++{word.lstrip('+')}")
             if typed and not override.is_delete():
                 decided.append(overrides[-1])
-    return Plan(overrides, chosen, trust, frozenset(override.key_or_group for _, override in parsed), decided)
+    return ParsedOverrides(
+        overrides, chosen, trust, frozenset(override.key_or_group for _, override in parsed), decided
+    )
 
 
 def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
@@ -91,10 +93,10 @@ def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
         choices = [f"{group}={word}" for group, options in groups.items() if word in options]
         if choices:
             hint = f" Did you mean {' or '.join(choices)}?"
-        return f'"{shown(word)}" is not an override: write key=value or group=option.{hint}'
+        return f'"{masked(word)}" is not an override: write key=value or group=option.{hint}'
     return (
-        f'"{shown(word)}" cannot be read ({reason}). A value with special characters needs quotes of its own inside '
-        f"those of the shell, such as '{shown(f'{name}=')}\"VALUE\"'."
+        f'"{masked(word)}" cannot be read ({reason}). A value with special characters needs quotes of its own inside '
+        f"those of the shell, such as '{masked(f'{name}=')}\"VALUE\"'."
     )
 
 
@@ -108,7 +110,7 @@ def _about_hydra(word: str, key: str) -> str:
         "hydra.job.chdir": "the working directory is never changed",
     }
     hint = hints.get(key, "launch uses Hydra for composition alone")
-    return f'"{shown(word)}" has no effect: {hint}. Leave it out.'
+    return f'"{masked(word)}" has no effect: {hint}. Leave it out.'
 
 
 def _read_trust(override: Any, word: str) -> list[str]:
@@ -119,7 +121,7 @@ def _read_trust(override: Any, word: str) -> list[str]:
         or not isinstance(names, list)
         or not all(isinstance(name, str) and all(p.isidentifier() for p in name.split(".")) for name in names)
     ):
-        raise ConfigError(f'"{shown(word)}" must be a list of package names, for example trust=[mypackage].')
+        raise ConfigError(f'"{masked(word)}" must be a list of package names, for example trust=[mypackage].')
     return [str(name) for name in names]
 
 
@@ -127,7 +129,7 @@ def _group_word(override: Any, word: str, groups: Mapping[str, list[str]], liste
     group, value = override.key_or_group, override.value()
     if listed is None and group == "experiment":
         raise ConfigError(
-            f'"{shown(word)}" cannot be applied to the configuration of a run that exists: an experiment is a whole '
+            f'"{masked(word)}" cannot be applied to the configuration of a run that exists: an experiment is a whole '
             "configuration of its own. Give the groups and keys that are to change, or start a new run."
         )
     if override.is_delete():
@@ -139,7 +141,7 @@ def _group_word(override: Any, word: str, groups: Mapping[str, list[str]], liste
         folder, _, stem = f"{group}/{name}".rpartition("/")
         if stem not in groups.get(folder, []):
             raise ConfigError(
-                f'"{shown(word)}": there is no {group} called "{name}".{did_you_mean(name, groups[group])} '
+                f'"{masked(word)}": there is no {group} called "{name}".{did_you_mean(name, groups[group])} '
                 f"There are: {', '.join(groups[group])}."
             )
     body = word.lstrip("+")
@@ -150,13 +152,13 @@ def _group_word(override: Any, word: str, groups: Mapping[str, list[str]], liste
 def _check_key(override: Any, word: str, groups: Mapping[str, list[str]]) -> None:
     key = override.key_or_group
     if override.package is not None or "/" in key:
-        raise ConfigError(f'"{shown(word)}": there is no configuration group "{key}".{did_you_mean(key, groups)}')
+        raise ConfigError(f'"{masked(word)}": there is no configuration group "{key}".{did_you_mean(key, groups)}')
     if key.startswith("trust."):
-        raise ConfigError(f'"{shown(word)}" is not understood: write trust=[PACKAGE].')
+        raise ConfigError(f'"{masked(word)}" is not understood: write trust=[PACKAGE].')
     if keys.is_known(key):
         if override.is_delete() and key.partition(".")[0] not in keys.OPEN_SECTIONS:
             raise ConfigError(
-                f'"{shown(word)}": {key} is part of every configuration and cannot be deleted. Set it instead.'
+                f'"{masked(word)}": {key} is part of every configuration and cannot be deleted. Set it instead.'
             )
         return
-    raise ConfigError(f'"{shown(word)}": there is no key "{key}".{keys.explain_unknown(key, groups)}')
+    raise ConfigError(f'"{masked(word)}": there is no key "{key}".{keys.explain_unknown(key, groups)}')
