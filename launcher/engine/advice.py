@@ -16,11 +16,11 @@ from torch import nn
 from launcher.config import Job, StrategyConfig
 from launcher.engine import probe
 from launcher.engine.cost import Link, Step
-from launcher.engine.kept import KeptBytes
+from launcher.engine.preserve import preserve_model
 from launcher.engine.runtime import Runtime
+from launcher.engine.saved_tensors import SavedTensorBytes
 from launcher.engine.strategies.kinds.base import DEFAULT, Network, kind_of, kinds, label
 from launcher.engine.strategies.strategy import loss_of
-from launcher.engine.untouched import untouched
 from launcher.formatting import number
 
 _WORTH_TELLING = 0.05  # of the step waits for the network
@@ -135,12 +135,12 @@ def _pass(
     model: nn.Module, batch: Any, device: torch.device, cast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[float, int]:
     """Return the seconds of one forward and backward pass, the quickest of some, and the bytes kept between the two."""
-    kept = KeptBytes(model)
+    kept = SavedTensorBytes(model)
     times = []
-    with untouched(model, device):
+    with preserve_model(model, device):
         for again in range(1 + _TIMED):
             began = time.perf_counter()
-            with cast(), nullcontext() if again else kept.counted():
+            with cast(), nullcontext() if again else kept.recording():
                 answer = model.training_step(batch)  # type: ignore[operator]
             loss_of(answer)[0].backward()
             if device.type == "cuda":

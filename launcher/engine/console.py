@@ -16,7 +16,7 @@ from launcher.config import masking
 from launcher.engine.control import Control
 
 
-class Log:
+class ConsoleLog:
     """log.txt, to which all ranks append whole lines (O_APPEND keeps them whole).
 
     Where it cannot be written (somebody else's run is evaluated) nothing is.
@@ -45,7 +45,7 @@ class Log:
             self._file = None
 
 
-class Captured(io.TextIOBase):
+class CapturedStream(io.TextIOBase):
     """Stands in for standard output and error while the user's code runs.
 
     Args:
@@ -90,7 +90,7 @@ class Captured(io.TextIOBase):
                 self._buffer = ""
 
 
-class _StandIn(Captured):
+class _StandIn(CapturedStream):
     """The one object that stands in for both streams of this process, whoever captures them at the moment.
 
     A logging handler keeps the stream that it was made with: made during the start check, it still writes to where the
@@ -115,8 +115,8 @@ _stand_in = _StandIn()
 
 
 @contextmanager
-def captured(on_text: Callable[[str, bool], None]) -> Iterator[None]:
-    """Have `on_text` take what is written to `sys.stdout` and `sys.stderr`; see `Captured`."""
+def capture_output(on_text: Callable[[str, bool], None]) -> Iterator[None]:
+    """Have `on_text` take what is written to `sys.stdout` and `sys.stderr`; see `CapturedStream`."""
     kept = sys.stdout, sys.stderr
     _stand_in.takers.append(on_text)
     sys.stdout = sys.stderr = cast(Any, _stand_in)
@@ -129,7 +129,7 @@ def captured(on_text: Callable[[str, bool], None]) -> Iterator[None]:
 
 
 class _Bytes(io.RawIOBase):
-    def __init__(self, text: Captured) -> None:
+    def __init__(self, text: CapturedStream) -> None:
         self._text = text
 
     def writable(self) -> bool:
@@ -144,13 +144,13 @@ class Console:
     """Captures `sys.stdout` and `sys.stderr` of this process for the time of a run."""
 
     def __init__(self, path: Path, rank: int, control: Control) -> None:
-        self._log = Log(path, rank)
+        self._log = ConsoleLog(path, rank)
         self._rank = rank
         self._control = control
         self._process = os.getpid()
 
     def __enter__(self) -> Console:
-        self._capture = captured(self._show)
+        self._capture = capture_output(self._show)
         self._capture.__enter__()
         return self
 

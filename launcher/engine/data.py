@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 
 from launcher.engine.batches import move, pin
 from launcher.engine.failures import LoaderDied, traceback_of_user
-from launcher.engine.fetch import Failure, Fetch
+from launcher.engine.fetch import Fetch, ReadFailure
 from launcher.engine.order import Key, mix
-from launcher.engine.randomness import own_randomness, seed_for_reading
+from launcher.engine.randomness import preserve_random_states, seed_for_reading
 from launcher.errors import DataError, UserCodeError
 
 
@@ -125,7 +125,7 @@ class Loader:
 
     def _placed(self, batch: Any) -> Any:
         """Return the batch on the device, after the data's own augmentation and what the model asks of every batch."""
-        if isinstance(batch, Failure):
+        if isinstance(batch, ReadFailure):
             batch.raise_it()
         augment = self._fetch.augment
         seed = 0 if augment is None else int(batch[1][0])  # before it is on the device
@@ -134,7 +134,7 @@ class Loader:
         began = time.perf_counter()
         if augment is not None:
             try:
-                with torch.no_grad(), own_randomness(self._device):
+                with torch.no_grad(), preserve_random_states(self._device):
                     seed_for_reading(seed)
                     batch = augment(*batch)
             except Exception as error:

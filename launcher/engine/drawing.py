@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from launcher.engine.batches import leaves, tree_map
-from launcher.engine.untouched import untouched
+from launcher.engine.preserve import preserve_model
 
 
 class TrainingStep(nn.Module):
@@ -36,7 +36,7 @@ def traced_step(model: nn.Module, batch: Any, device: torch.device) -> tuple[Any
     `training_step` is called once, in evaluation mode. Every rank traces, though rank 0 alone draws: a training step
     may contain collectives. The model is as before afterwards.
     """
-    with warnings.catch_warnings(), untouched(model, device), torch.no_grad(), quietly():
+    with warnings.catch_warnings(), preserve_model(model, device), torch.no_grad(), quietly():
         warnings.simplefilter("ignore")
         try:
             step = TrainingStep(model, batch).eval()

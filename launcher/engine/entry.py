@@ -23,7 +23,7 @@ from launcher.engine.console import Console
 from launcher.engine.control import Control, Heartbeat
 from launcher.engine.failures import translate
 from launcher.engine.runtime import Runtime
-from launcher.engine.shared import Outputs, kept
+from launcher.engine.shared_storage import Outputs, open_outputs
 from launcher.engine.trainer import Trainer
 from launcher.engine.weights import load_weights_into, on_this_machine
 from launcher.errors import ConfigError, RequestError
@@ -86,9 +86,10 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
     masking.remember(masking.secrets_in(asdict(task.job)))
     directory = RunDirectory(Path(task.directory))
     phase = _Phase(control, task.marks)
-    shared = kept(directory, runtime, phase) if task.action == "train" else nullcontext(Outputs(directory.log, None))
+    trains = task.action == "train"
+    shared = open_outputs(directory, runtime, phase) if trains else nullcontext(Outputs(directory.log, None))
     result: dict[str, Any] = {}
-    # The log is closed before `kept` ends, which sends its last lines.
+    # The log is closed before `open_outputs` ends, which sends its last lines.
     with _translated(phase, runtime.rank), shared as outputs, Console(outputs.log, runtime.rank, phase) as console:
         phase.note = console.note
         with _translated(phase, runtime.rank):

@@ -16,11 +16,12 @@ from launcher.engine.build import build_data, build_model, build_order, converte
 from launcher.engine.callbacks import check_callbacks
 from launcher.engine.datasets import Data
 from launcher.engine.failures import translate
-from launcher.engine.kept import KeptBytes
 from launcher.engine.optimizer_check import try_optimizer, try_schedule
 from launcher.engine.peaks import flops_per_sample
+from launcher.engine.preserve import preserve_model
 from launcher.engine.reading_check import notes_on_reading
 from launcher.engine.runtime import Runtime
+from launcher.engine.saved_tensors import SavedTensorBytes
 from launcher.engine.sinks.base import chosen_sinks
 from launcher.engine.start_check import (
     SAMPLES,
@@ -32,8 +33,7 @@ from launcher.engine.strategies.blocks import blocks_of, recompute
 from launcher.engine.strategies.compression import powersgd_bytes
 from launcher.engine.strategies.kinds.base import DEFAULT, kind_of, option
 from launcher.engine.strategies.strategy import DTYPES, casting
-from launcher.engine.trials import Reader
-from launcher.engine.untouched import untouched
+from launcher.engine.trials import BatchReader
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -166,15 +166,15 @@ def _bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: KeptBytes, flops: int) -> Ahead:
+def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: SavedTensorBytes, flops: int) -> Ahead:
     """See `Ahead`. whole, flops: what the small batch kept, and what its forward pass cost."""
-    one, once, largest = KeptBytes(model), 0, whole.largest // SAMPLES
-    batch = Reader(job, data, data.train, "train", converter(model))(0, 1)
+    one, once, largest = SavedTensorBytes(model), 0, whole.largest // SAMPLES
+    batch = BatchReader(job, data, data.train, "train", converter(model))(0, 1)
     with (
-        untouched(model),
+        preserve_model(model),
         suppress(Exception),
         _as_trained(job, runtime),
-        one.counted(),
+        one.recording(),
     ):  # some layers refuse a batch of one
         model.training_step(batch)  # type: ignore[operator]
         once = max(0, 2 * one.total - whole.total)

@@ -13,9 +13,9 @@ from launcher.engine.data import Loader
 from launcher.engine.examples import Examples
 from launcher.engine.metrics import Sums, check_answer, means
 from launcher.engine.order import Split, keys_of_evaluation
+from launcher.engine.preserve import evaluation_mode
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy
-from launcher.engine.untouched import evaluating
 from launcher.errors import TrainingError, UserCodeError
 
 
@@ -58,7 +58,7 @@ class Evaluator:
         """Return the global metrics by tag, on every rank. Every module is in the mode that it was in afterwards."""
         results: dict[str, float] = {}
         model = self._strategy.model
-        with evaluating(model):
+        with evaluation_mode(model):
             for name, evaluated in self._sets.items():
                 prefix = f"{self._tag}/{name}/" if name else f"{self._tag}/"
                 found = self._one(evaluated, prefix)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from launcher.engine.preserve import preserve_model
 from launcher.engine.randomness import seed_everything
-from launcher.engine.untouched import untouched
 from launcher.errors import UserCodeError
 
 Show = Callable[[Mapping[str, Any]], None]
@@ -44,7 +44,7 @@ class Examples:
             return
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
         try:
-            with untouched(self._model, device), torch.no_grad():
+            with preserve_model(self._model, device), torch.no_grad():
                 seed_everything(self._seed)
                 answer = self._function(batch)
             if not isinstance(answer, Mapping):

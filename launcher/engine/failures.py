@@ -78,7 +78,7 @@ def _first_of_user(error: Exception) -> int | None:
     return next((i for i, frame in enumerate(frames) if not is_foreign(frame.filename)), None)
 
 
-def is_own_words(error: Exception) -> bool:
+def is_raised_by_user(error: Exception) -> bool:
     """Whether the user's code raised the error itself, in a `raise` statement, so that its text is meant to be read."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     return bool(last) and not is_foreign(last[0].filename) and (last[0].line or "raise ").startswith("raise ")

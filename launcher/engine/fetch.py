@@ -12,17 +12,17 @@ import torch
 from torch.utils.data import Subset, TensorDataset, default_collate, get_worker_info
 
 from launcher.config.calling_directory import Entrance
-from launcher.engine.failures import is_own_words, traceback_of_user
+from launcher.engine.failures import is_raised_by_user, traceback_of_user
+from launcher.engine.mismatched_sample import find_mismatched_sample
 from launcher.engine.order import Key, mix, mix_each
-from launcher.engine.randomness import own_randomness, seed_for_reading
-from launcher.engine.samples import odd_sample
+from launcher.engine.randomness import preserve_random_states, seed_for_reading
 from launcher.errors import DataError, UserCodeError
 
 _BATCH = 1  # distinguishes the seed of a batch from that of its first sample
 
 
 @dataclass(frozen=True)
-class Failure:
+class ReadFailure:
     """An exception of a loader process, carried to the trainer as a value so that its message stays as it was."""
 
     is_data: bool
@@ -36,7 +36,7 @@ class Failure:
 
 
 class Fetch:
-    """Reads one microbatch: `fetch[key]` is the collated batch, or a Failure.
+    """Reads one microbatch: `fetch[key]` is the collated batch, or a ReadFailure.
 
     In-memory data is gathered in one indexing operation. Elsewhere the global generators of torch, random and NumPy are
     seeded before each sample with (seed, epoch, position), and before each batch (`__getitems__`, `collate`) with
@@ -85,7 +85,7 @@ class Fetch:
                 batch: Any = tuple(tensor[key.indices] for tensor in self._tensors)
             else:
                 # A loader process has no random states that anything else draws from.
-                with own_randomness() if get_worker_info() is None else nullcontext():
+                with preserve_random_states() if get_worker_info() is None else nullcontext():
                     batch = self._batch(key)
         except _Failed as failed:
             return failed.failure
@@ -103,11 +103,11 @@ class Fetch:
             return (self._collate or default_collate)(samples)
         except Exception as error:
             given = samples if isinstance(samples, list) and samples else [()]
-            odd = odd_sample(given, key.indices.tolist(), self._name, shapes=self._collate is None)
+            odd = find_mismatched_sample(given, key.indices.tolist(), self._name, shapes=self._collate is None)
             if odd is None or self._collate is not None:
                 raise _Failed(_failure(error, odd)) from error
             remedy = "Give all samples one form, or give data a `collate` that makes a batch of a list of such samples."
-            raise _Failed(Failure(True, f"{odd} {remedy}", traceback_of_user(error))) from error
+            raise _Failed(ReadFailure(True, f"{odd} {remedy}", traceback_of_user(error))) from error
 
     def _samples(self, key: Key) -> Any:
         """Return the samples of the key as a list, or what `__getitems__` makes of them."""
@@ -133,21 +133,23 @@ class Fetch:
 
 
 class _Failed(Exception):
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: ReadFailure) -> None:
         super().__init__(failure.message)
         self.failure = failure
 
 
-def _failure(error: Exception, remark: str | None = None) -> Failure:
+def _failure(error: Exception, remark: str | None = None) -> ReadFailure:
     """Return the error as a value. Bad data is an OSError, or a ValueError that the data set raises in its own words.
 
     Args:
         remark: a sentence that is added to any other error.
     """
-    if isinstance(error, OSError) or (isinstance(error, ValueError) and is_own_words(error)):
-        return Failure(True, str(error), traceback_of_user(error))
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and is_raised_by_user(error)):
+        return ReadFailure(True, str(error), traceback_of_user(error))
     message, text = f"{type(error).__name__}: {error}", traceback_of_user(error)
-    return Failure(False, f"{message} ({remark})", f"{text}{remark}\n") if remark else Failure(False, message, text)
+    if remark:
+        message, text = f"{message} ({remark})", f"{text}{remark}\n"
+    return ReadFailure(False, message, text)
 
 
 def _tensors_of(dataset: Any) -> tuple[torch.Tensor, ...] | None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from launcher.engine.metrics import as_pair
+from launcher.engine.preserve import preserve_model
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy, loss_of
-from launcher.engine.untouched import untouched
 from launcher.errors import NonFiniteLoss
 
 _NEVER = 2**62
@@ -144,7 +144,7 @@ class Finite:
             return None
         strategy = self._strategy
         parameters = [(name, p) for name, p in strategy.model.named_parameters() if p.requires_grad]
-        with untouched(strategy.model, self._runtime.device):
+        with preserve_model(strategy.model, self._runtime.device):
             for batch in self._again():
                 with strategy.cast():
                     loss, _ = loss_of(strategy.model.training_step(batch))  # type: ignore[operator]

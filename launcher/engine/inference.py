@@ -23,7 +23,7 @@ from launcher.engine.datasets import Data
 from launcher.engine.fetch import Fetch
 from launcher.engine.order import keys_of_evaluation
 from launcher.engine.runtime import Runtime
-from launcher.engine.start_check import said_in_words
+from launcher.engine.start_check import call_user_step
 from launcher.engine.strategies.strategy import DTYPES
 from launcher.engine.weights import load_weights_into
 from launcher.errors import ConfigError, DataError, ExportError, UserCodeError
@@ -72,7 +72,7 @@ def predict(job: Job, runtime: Runtime, control: Control, weights: str, path: st
         keys = keys_of_evaluation(torch.arange(len(dataset)), spans)
         for (start, stop), batch in zip(spans, loader.read(keys), strict=True):
             with _cast(job, runtime):
-                answer = said_in_words(model.predict_step, batch)
+                answer = call_user_step(model.predict_step, batch)
             if not isinstance(answer, Sequence) or isinstance(answer, str) or len(answer) != stop - start:
                 found = f"{len(answer)}" if isinstance(answer, Sequence) else f"a {type(answer).__name__}"
                 raise UserCodeError(

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from launcher.config import Job, targets
 from launcher.engine.construct import construct, refusal
 from launcher.engine.optim import parameter_groups
-from launcher.engine.randomness import own_randomness
+from launcher.engine.randomness import preserve_random_states
 from launcher.engine.schedules import Schedule
 from launcher.engine.strategies.kinds.base import kind_of
 from launcher.engine.strategies.sparse import refusal_of_sparse
@@ -169,7 +169,7 @@ def _step(optimizer: Optimizer, section: Mapping[str, Any], job: Job) -> None:
         "gradients; or build the embedding with sparse=False."
     )
     try:
-        with own_randomness():
+        with preserve_random_states():
             optimizer.step()
     except Exception as error:
         on_gpu = job.scaling.device == "cuda" or torch.cuda.is_available() or job.cluster.of_kind.is_rented

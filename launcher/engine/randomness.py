@@ -32,7 +32,7 @@ def seed_for_reading(seed: int) -> None:
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
 
 
-class own_randomness:
+class preserve_random_states:
     """Leave the random states of torch, random and NumPy as they were.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 
 from launcher.engine.batches import leaves
 from launcher.engine.datasets import Data
-from launcher.engine.fetch import Failure, Fetch
+from launcher.engine.fetch import Fetch, ReadFailure
 from launcher.engine.order import Key
 from launcher.errors import DataError
 
@@ -94,7 +94,7 @@ def _other_generators(data: Data, seed: int) -> list[str]:
         key = Key(0, 0, torch.arange(min(_SAMPLES, len(dataset))))
         first, second = fetch[key], fetch[key]
         for batch in (first, second):
-            if isinstance(batch, Failure):
+            if isinstance(batch, ReadFailure):
                 batch.raise_it()
         if data.num_workers:
             _require_picklable(first, where)

@@ -20,14 +20,14 @@ from launcher.engine.build import build_data, build_model, converter
 from launcher.engine.datasets import Data
 from launcher.engine.evaluation import summarize, validation_answer
 from launcher.engine.failures import is_foreign
-from launcher.engine.kept import KeptBytes
 from launcher.engine.metrics import Sums, check_answer, check_names
+from launcher.engine.preserve import evaluation_mode, preserve_model
 from launcher.engine.runtime import Runtime
+from launcher.engine.saved_tensors import SavedTensorBytes
 from launcher.engine.shares import training_shares, validation_shares
 from launcher.engine.strategies.strategy import loss_of
 from launcher.engine.trial_world import TrialWorld
-from launcher.engine.trials import Pair, Reader, Trials, as_pairs
-from launcher.engine.untouched import evaluating, untouched
+from launcher.engine.trials import BatchReader, Pair, Trials, as_pairs
 from launcher.engine.weights import check_weights, on_this_machine
 from launcher.errors import ConfigError, RequestError, UserCodeError, did_you_mean
 
@@ -52,7 +52,7 @@ class StartCheck:
         _check_signatures(model)
         self._job, self._model, self._data, self._workers = job, model, data, workers
         self._world = TrialWorld(workers)
-        self.kept = KeptBytes(model)
+        self.kept = SavedTensorBytes(model)
         self.tags: list[str] = []
         self.notes: list[str] = ignored_methods(model)
 
@@ -65,8 +65,8 @@ class StartCheck:
         """
         read = self._reader(self._data.train, "train")
         batch = read(0, SAMPLES)
-        with self._world.installed(), untouched(self._model):
-            with self._world.a_pass(), self.kept.counted():
+        with self._world.installed(), preserve_model(self._model):
+            with self._world.a_pass(), self.kept.recording():
                 answer = self._training_step(batch)
             loss_of(answer)
             self._first = as_pairs(answer)
@@ -75,7 +75,7 @@ class StartCheck:
         self.tags += [f"train/{name}" for name in sorted(answer)]
 
     def _training_step(self, batch: Any) -> dict[str, Any]:
-        answer = check_answer(said_in_words(self._model.training_step, batch))
+        answer = check_answer(call_user_step(self._model.training_step, batch))
         check_names(answer, "training_step")
         return answer
 
@@ -119,12 +119,12 @@ class StartCheck:
             return answer
 
         shares = validation_shares(self._job, self._data, self._workers)
-        with evaluating(self._model), torch.no_grad(), self._world.installed():
+        with evaluation_mode(self._model), torch.no_grad(), self._world.installed():
             for number, (prefix, dataset) in enumerate(self._data.val.items()):
                 read = self._reader(dataset, f"val/{prefix}".rstrip("/"))
                 batch = read(0, SAMPLES)
-                with untouched(self._model), self._world.a_pass():
-                    first = as_pairs(said_in_words(call, batch))
+                with preserve_model(self._model), self._world.a_pass():
+                    first = as_pairs(call_user_step(call, batch))
                     found = self._metrics(first)
                 self.tags += [f"val/{prefix}/{metric}" if prefix else f"val/{metric}" for metric in found]
                 if number == 0:
@@ -143,8 +143,8 @@ class StartCheck:
         check_names(made, "summarize")
         return [*scalars, *made]
 
-    def _reader(self, dataset: Any, name: str) -> Reader:
-        return Reader(self._job, self._data, dataset, name, converter(self._model))
+    def _reader(self, dataset: Any, name: str) -> BatchReader:
+        return BatchReader(self._job, self._data, dataset, name, converter(self._model))
 
     def _remedy(self) -> str:
         """Return what to do about a share of one sample."""
@@ -246,7 +246,7 @@ def check_monitor(job: Job, tags: list[str], data: Data) -> None:
     )
 
 
-def said_in_words(step: Any, *arguments: Any) -> Any:
+def call_user_step(step: Any, *arguments: Any) -> Any:
     """Call `step`. A ValueError that the model raises itself, in a `raise` of its own, says why data does not fit it.
 
     Raises:
@@ -268,7 +268,7 @@ def check_fit(job: Job, name: str) -> None:
     for dataset in (*data.val.values(), *data.test.values()):
         try:
             with torch.no_grad():
-                validation_answer(model, Reader(job, data, dataset, "", converter(model))(0, _TRIED))
+                validation_answer(model, BatchReader(job, data, dataset, "", converter(model))(0, _TRIED))
         except RequestError:
             raise
         except Exception as error:

@@ -19,7 +19,7 @@ from launcher.engine.data import Loader
 from launcher.engine.failures import traceback_of_user
 from launcher.engine.fetch import Fetch
 from launcher.engine.order import Key, mix, mix_each
-from launcher.engine.randomness import own_randomness, seed_for_reading
+from launcher.engine.randomness import preserve_random_states, seed_for_reading
 from launcher.engine.runtime import Runtime
 from launcher.errors import DataError, UserCodeError
 
@@ -63,7 +63,7 @@ class StreamLoader(Loader):
     def _seeded(self, pieces: Generator[Any], at: int) -> Generator[Any]:
         with closing(pieces):
             for number in count():
-                with own_randomness():
+                with preserve_random_states():
                     seed_for_reading(mix(self._base, at, self._runtime.rank, number))
                     piece = next(pieces, None)
                 if piece is None:

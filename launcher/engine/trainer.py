@@ -19,7 +19,7 @@ from torch import nn
 from launcher.config import Job
 from launcher.engine import hardware
 from launcher.engine.advice import advise
-from launcher.engine.auto import settle
+from launcher.engine.auto_strategy import resolve_strategy
 from launcher.engine.build import build_evaluator, build_loader, build_order, build_split, build_strategy
 from launcher.engine.callbacks import Callbacks, Run, build_callbacks
 from launcher.engine.checkpoint.uploads import Uploads
@@ -96,7 +96,7 @@ class Trainer:
 
         parameter_groups(model, groups)  # freezes, which wrapping must know
         cast, passes = partial(casting, runtime.device, DTYPES[trainer.precision]), self.batches.passes
-        job, measured = settle(job, model, self.first_batch, passes, runtime, directory, control, cast)
+        job, measured = resolve_strategy(job, model, self.first_batch, passes, runtime, directory, control, cast)
         self.job = job
         self.strategy = build_strategy(job, model, runtime)
         self.advice = advise(job, model, self.first_batch, passes, runtime, cast, measured)

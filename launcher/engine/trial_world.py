@@ -85,7 +85,7 @@ _REDUCED: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
 def _group_class() -> Callable[[TrialWorld], Any]:
     """Return the class of the group; made on use, since torch can be built without torch.distributed."""
 
-    class Group(dist.ProcessGroup):
+    class TrialGroup(dist.ProcessGroup):
         def __init__(self, world: TrialWorld) -> None:
             super().__init__(0, world.workers)  # type: ignore[call-arg]
             self._trial = world
@@ -149,7 +149,7 @@ def _group_class() -> Callable[[TrialWorld], Any]:
         def getBackendName(self) -> str:
             return "gloo"
 
-    return Group
+    return TrialGroup
 
 
 def _done(value: Any) -> Any:

@@ -23,10 +23,10 @@ from launcher.engine.data import Loader
 from launcher.engine.datasets import Data
 from launcher.engine.fetch import Fetch
 from launcher.engine.metrics import ContractError, Sums, as_pair
-from launcher.engine.randomness import own_randomness
+from launcher.engine.preserve import preserve_model
+from launcher.engine.randomness import preserve_random_states
 from launcher.engine.shares import Shares
 from launcher.engine.trial_world import Call, TrialWorld
-from launcher.engine.untouched import untouched
 from launcher.errors import ConfigError
 from launcher.formatting import count
 
@@ -35,7 +35,7 @@ Answer = Mapping[str, Pair]
 _TOLERANCE = 1e-3  # relative; float32 sums in another order differ by 1e-6
 
 
-class Reader:
+class BatchReader:
     """Reads batches of the first samples of a data set, as the training loop would read them.
 
     Attributes:
@@ -57,7 +57,7 @@ class Reader:
     def look(self) -> None:
         """See whether the data set's own `__getitems__` draws random numbers; given seeds belong to the samples."""
         if self._gather is not None and "seeds" not in signature(self._gather).parameters:
-            with own_randomness():
+            with preserve_random_states():
                 self._watched(self._gather)(list(range(min(2, self.samples))))
 
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +88,7 @@ class Trials:
         name: str,
         model: nn.Module,
         call: Callable[[Any], Mapping[str, Any]],
-        read: Reader,
+        read: BatchReader,
         shares: list[Shares],
         world: TrialWorld,
     ) -> None:
@@ -150,7 +150,7 @@ class Trials:
 
     def _answer(self, start: int, stop: int) -> Answer:
         batch = self._read(start, stop)
-        with untouched(self._model):
+        with preserve_model(self._model):
             before = _random_states(self._model)
             answer = as_pairs(self._call(batch))
             self._drew = self._drew or _random_states(self._model) != before

@@ -143,13 +143,13 @@ def checked_host_plan(job: Job, observer: Observer) -> HostPlan:
 
 
 def _trying(observer: Observer) -> AbstractContextManager[object]:
-    from launcher.engine.console import captured
+    from launcher.engine.console import capture_output
 
     def show(text: str, whole: bool) -> None:
         observer.event({"kind": "line", "rank": 0, "text": text, "whole": whole})
 
     observer.event({"kind": "phase", "name": "check"})
-    return captured(show)
+    return capture_output(show)
 
 
 def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) -> tuple[dict[str, Any], int | None]:

@@ -172,7 +172,7 @@ def forecast(
     computing: Computing,
     found: Estimate,
 ) -> Forecast:
-    from launcher.engine.auto import ROOM
+    from launcher.engine.auto_strategy import ROOM
     from launcher.engine.strategies.kinds.base import Network, kind_of, label
 
     ahead, batches, workers = found.ahead, plan.batches, plan.machines.workers
@@ -223,7 +223,7 @@ def forecast(
 
 def choices(job: Job, forecasts: tuple[Forecast, ...]) -> tuple[str, str | None, str | None]:
     """Return the labels of what the job takes, of the quickest that fits, and of the quickest exact one that fits."""
-    from launcher.engine.auto import Candidate, choose
+    from launcher.engine.auto_strategy import Candidate, choose
     from launcher.engine.strategies.kinds.base import kind_of, label
 
     def quickest(among: list[Forecast]) -> str | None:

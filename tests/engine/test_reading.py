@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset, get_worker_info
 from launcher.engine.data import Loader
 from launcher.engine.fetch import Fetch
 from launcher.engine.order import Key, Order, Split, keys_of_training
-from launcher.engine.randomness import own_randomness, seed_everything
+from launcher.engine.randomness import preserve_random_states, seed_everything
 from launcher.engine.runtime import Runtime
 from launcher.engine.stream import StreamLoader
 from tests.engine.engine_ranks import (
@@ -125,9 +125,9 @@ def test_blocks_with_their_own_random_numbers_may_be_nested() -> None:
     expected = np.random.rand(3)
     np.random.seed(7)
     for number in range(3):
-        with own_randomness():
+        with preserve_random_states():
             np.random.seed(1)
-            with own_randomness():
+            with preserve_random_states():
                 np.random.seed(2)
                 np.random.randn()
             first = np.random.rand()

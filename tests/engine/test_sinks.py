@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from launcher.engine import entry, registry
-from launcher.engine.console import Captured, Console, captured
+from launcher.engine.console import CapturedStream, Console, capture_output
 from launcher.engine.drawing import traced_step
 from launcher.engine.runtime import Runtime
 from launcher.engine.sinks import base
@@ -270,7 +270,7 @@ def test_a_network_that_cannot_be_traced_is_not_drawn_and_no_harm_done(
 )
 def test_prints_become_lines(writes: list[str], expected: list[tuple[str, bool]]) -> None:
     seen: list[tuple[str, bool]] = []
-    stream = Captured(lambda text, whole: seen.append((text, whole)))
+    stream = CapturedStream(lambda text, whole: seen.append((text, whole)))
     for text in writes:
         assert stream.write(text) == len(text)
     assert seen == expected
@@ -278,7 +278,7 @@ def test_prints_become_lines(writes: list[str], expected: list[tuple[str, bool]]
 
 def test_a_prompt_is_shown_before_its_line_ends() -> None:
     seen: list[tuple[str, bool]] = []
-    stream = Captured(lambda text, whole: seen.append((text, whole)))
+    stream = CapturedStream(lambda text, whole: seen.append((text, whole)))
     stream.write("(Pdb) ")
     stream.flush()
     stream.flush()
@@ -289,10 +289,10 @@ def test_a_logger_made_while_one_captures_writes_to_the_next(capsys: pytest.Capt
     """A model may set up logging when it is imported, which the start check does; the run begins afterwards."""
     seen: list[str] = []
     logger = logging.Logger("mine")
-    with captured(lambda text, whole: seen.append(f"check: {text}")):
+    with capture_output(lambda text, whole: seen.append(f"check: {text}")):
         logger.addHandler(logging.StreamHandler())
         logger.warning("one")
-    with captured(lambda text, whole: seen.append(f"run: {text}")):
+    with capture_output(lambda text, whole: seen.append(f"run: {text}")):
         logger.warning("two")
     logger.warning("three")
     assert seen == ["check: one", "run: two"]

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from launcher.engine.preserve import preserve_model
 from launcher.engine.runtime import Vote
 from launcher.engine.strategies.kinds.base import StrategyKind, register
 from launcher.engine.strategies.strategy import Record, Strategy, loss_of
-from launcher.engine.untouched import untouched
 from launcher.errors import ConfigError
 from tests.engine import engine_toys
 
@@ -22,7 +22,7 @@ class Summed(Strategy):
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         self._broadcast()
-        with untouched(self.model, self.runtime.device):
+        with preserve_model(self.model, self.runtime.device):
             return self._warm_up(self._steps, batch)
 
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from launcher.config import StrategyConfig, TrainerConfig
+from launcher.engine.preserve import preserve_model
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.compression import WIRE, cast_hook
 from launcher.engine.strategies.kinds.base import option
@@ -26,7 +27,6 @@ from launcher.engine.strategies.sparse import (
     refuse_sparse,
 )
 from launcher.engine.strategies.strategy import Record, Strategy, loss_of, mark_last, scale_by_count
-from launcher.engine.untouched import untouched
 from launcher.errors import UserCodeError
 
 
@@ -74,7 +74,7 @@ class DataParallel(Strategy):
 
     def _wrap(self, batch: Any) -> dict[str, Any]:
         self._views = []
-        with untouched(self.model, self.runtime.device):
+        with preserve_model(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
             self._steps.used = [p for p in self._parameters if p.grad is not None]
             self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)

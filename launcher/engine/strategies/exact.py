@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 
 from launcher.config import TrainerConfig
 from launcher.engine.metrics import LIMBS, from_limbs, to_limbs
+from launcher.engine.preserve import preserve_model
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.sparse import refuse_sparse
 from launcher.engine.strategies.strategy import Record, Strategy, as_real, loss_of
-from launcher.engine.untouched import untouched
 from launcher.errors import TrainingError
 
 _UNIT = 2.0**-40
@@ -53,7 +53,7 @@ class ExactDataParallel(Strategy):
         self._wrap(batch)
 
     def _wrap(self, batch: Any) -> dict[str, Any]:
-        with untouched(self.model, self.runtime.device):
+        with preserve_model(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
             refuse_sparse(self.model.parameters(), "trainer.deterministic=true")
             # Those without a gradient here too: another batch may take another way through the network.

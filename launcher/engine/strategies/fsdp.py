@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 
 from launcher.config import StrategyConfig, TrainerConfig
 from launcher.engine.order import Split
+from launcher.engine.preserve import preserve_model
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.blocks import blocks_of, check_divisible
 from launcher.engine.strategies.compression import WIRE
 from launcher.engine.strategies.kinds.base import option
 from launcher.engine.strategies.strategy import Record, Strategy, all_finite, loss_of, multiply, scale_by_count
-from launcher.engine.untouched import untouched
 from launcher.errors import ConfigError
 
 
@@ -59,7 +59,7 @@ class FullySharded(Strategy):
         self._shard()
         self._parameters = list(self.model.parameters())  # this worker's parts
         self._spare = batch
-        with untouched(self.model, self.runtime.device):
+        with preserve_model(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
             self.uses_all = all(p.grad is not None for p in self._parameters if p.requires_grad)
         return answer

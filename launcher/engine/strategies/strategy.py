@@ -248,7 +248,7 @@ class Strategy(ABC):
             torch.distributed._broadcast_coalesced(self.runtime.group, tensors, _BROADCAST_BYTES, 0)
 
     def _warm_up(self, network: nn.Module, batch: Any) -> dict[str, Any]:
-        """Run forward and backward over a batch; return the model's answer. For use inside `untouched`."""
+        """Run forward and backward over a batch; return the model's answer. For use inside `preserve_model`."""
         with self.cast():
             answer = network(batch)
         loss_of(answer)[0].backward()

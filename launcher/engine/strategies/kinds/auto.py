@@ -1,4 +1,4 @@
-"""`strategy=auto`: the quickest strategy with the same losses, chosen at the start; see `launcher.engine.auto`."""
+"""`strategy=auto`: the quickest strategy with the same losses, chosen at the start; see `engine.auto_strategy`."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from launcher.engine import advice
 from launcher.engine.build import build_strategy
 from launcher.engine.drawing import traced_step
 from launcher.engine.examples import Examples
+from launcher.engine.preserve import evaluation_mode, preserve_model
 from launcher.engine.runtime import Runtime
-from launcher.engine.untouched import evaluating, untouched
 from tests.engine import model_toys as toys
 from tests.engine.engine_ranks import final_weights, make_job, on_ranks, succeed
 from tests.engine.engine_toys import Points
@@ -66,7 +66,7 @@ def test_a_look_at_a_model_leaves_it_as_it_was_on_every_rank(kind: str) -> None:
 
 
 def _spoil(model: Any) -> None:
-    with untouched(model):
+    with preserve_model(model):
         model.training_step(batch_of(5))
         model.stem.weight.register_hook(lambda grad: grad)
         model.head.weight.data.fill_(torch.nan)
@@ -98,7 +98,7 @@ def test_evaluating_calls_the_models_own_train_and_keeps_every_mode() -> None:
     model = Merging()
     model.head.eval()
     seen = []
-    with evaluating(model):
+    with evaluation_mode(model):
         seen.append((model.merged, model.stem.training))
     assert [*seen, (model.merged, model.stem.training)] == [(True, False), (False, True)]
     assert (model.training, model.stem.training, model.head.training) == (True, True, False)

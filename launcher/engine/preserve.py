@@ -1,7 +1,7 @@
 """Runs a model for inspection and leaves it as it was.
 
 The engine calls the user's model beside training steps: to measure it, to warm up its wrapper, to draw it, to ask for
-examples. `untouched` makes sure that such a call has no effect on training.
+examples. `preserve_model` makes sure that such a call has no effect on training.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from launcher.engine.randomness import own_randomness
+from launcher.engine.randomness import preserve_random_states
 
 _CONTAINERS = (dict, list, set)
 _ROOM = 0.1  # of a GPU's free memory: what is larger is copied to the host, to leave room for the pass itself
 
 
 @contextmanager
-def untouched(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+def preserve_model(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
     """Restore the model at the end of the block, whatever the block does with it.
 
     Restored are parameters and buffers (values and identity), gradients, `requires_grad`, the mode of every module,
@@ -46,7 +46,7 @@ def untouched(model: nn.Module, device: torch.device | None = None) -> Iterator[
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    with own_randomness(device):
+    with preserve_random_states(device):
         try:
             yield
         finally:
@@ -62,7 +62,7 @@ def untouched(model: nn.Module, device: torch.device | None = None) -> Iterator[
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, and every module back into its own mode at the end of the block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -13,7 +13,7 @@ import torch
 
 from launcher.config.checks import check_values
 from launcher.engine import hardware
-from launcher.engine.auto import Candidate, choose, settle
+from launcher.engine.auto_strategy import Candidate, choose, resolve_strategy
 from launcher.engine.runtime import Runtime
 from launcher.errors import ConfigError
 from launcher.runs import RunDirectory
@@ -57,7 +57,7 @@ def settled(runtime: Runtime, room: float, folder: str) -> tuple[str, list[str],
     before, random = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
     batch = (torch.zeros(20, FEATURES), torch.zeros(20, dtype=torch.int64), torch.arange(20))
     with patch.object(hardware, "memory_of_a_worker", lambda *_: room * (1 + runtime.rank)):
-        job, _ = settle(
+        job, _ = resolve_strategy(
             make_job(strategy=AUTO), model, batch, 1, runtime, RunDirectory(Path(folder)), notes, nullcontext
         )
     same = all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

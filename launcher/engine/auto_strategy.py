@@ -18,7 +18,7 @@ from launcher.config import Job, StrategyConfig
 from launcher.engine import hardware
 from launcher.engine.advice import Measured, measure
 from launcher.engine.control import Control
-from launcher.engine.randomness import own_randomness
+from launcher.engine.randomness import preserve_random_states
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.blocks import blocks_of, recompute
 from launcher.engine.strategies.kinds.base import DEFAULT, Network, StrategyKind, kind_of, kinds
@@ -50,7 +50,7 @@ def choose(candidates: list[Candidate], room: float) -> Candidate:
     return min(held, key=lambda candidate: candidate.seconds or 0.0)
 
 
-def settle(
+def resolve_strategy(
     job: Job,
     model: nn.Module,
     batch: Any,
@@ -96,7 +96,7 @@ def _decide(
 
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    with own_randomness():
+    with preserve_random_states():
         optimizer = optimizer_bytes(job, model)
     whole = {"parameters": weights, "gradients": trained, "optimizer": optimizer}
     rooms = runtime.gather(hardware.memory_of_a_worker(runtime, job.scaling.gpus_per_worker))

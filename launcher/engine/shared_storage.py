@@ -35,7 +35,7 @@ class Outputs:
 
 
 @contextmanager
-def kept(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterator[Outputs]:
+def open_outputs(directory: RunDirectory, runtime: Runtime, control: Control) -> Iterator[Outputs]:
     """Check that all workers share the run, and keep its copy on the store up to date while inside.
 
     Open the log inside, and close it there: the log's last lines are sent when this context ends.

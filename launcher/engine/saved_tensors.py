@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-class KeptBytes:
+class SavedTensorBytes:
     """Counts the storages that autograd keeps, each once and the network's own parameters not at all.
 
     Attributes:
@@ -27,7 +27,7 @@ class KeptBytes:
     def largest(self) -> int:
         return max(self._kept.values(), default=0)
 
-    def counted(self) -> AbstractContextManager[object]:
+    def recording(self) -> AbstractContextManager[object]:
         return torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:

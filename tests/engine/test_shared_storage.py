@@ -15,7 +15,7 @@ from launcher.engine import checkpoint
 from launcher.engine.checkpoint.files import Newest
 from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.runtime import Runtime
-from launcher.engine.shared import check_shared, kept
+from launcher.engine.shared_storage import check_shared, open_outputs
 from launcher.errors import RunError
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
@@ -77,7 +77,7 @@ def _train(rank: int, group: Any, uri: str, environment: list[dict[str, str]], s
             raise AssertionError(event)
 
     runtime = _runtime(rank)
-    with kept(directory, runtime, Control()) as outputs:
+    with open_outputs(directory, runtime, Control()) as outputs:
         uploads = outputs.uploads
         assert isinstance(uploads, Uploads)
         with outputs.log.open("a") as log:

@@ -12,7 +12,9 @@ import torch
 _COLLATED = (torch.Tensor, np.ndarray, np.generic, float, int, str, bytes, Mapping, tuple, list)
 
 
-def odd_sample(samples: Sequence[Any], indices: Sequence[int], name: str, shapes: bool = True) -> str | None:
+def find_mismatched_sample(
+    samples: Sequence[Any], indices: Sequence[int], name: str, shapes: bool = True
+) -> str | None:
     """Return a sentence that names the sample which has another form than the others of its batch, or None.
 
     Args:
