@@ -18,20 +18,20 @@ from launcher import sweeps
 from launcher.clusters.existing.existing_ray import ExistingRay
 from launcher.clusters.gcs import look
 from launcher.clusters.remote import ray_jobs
-from launcher.clusters.remote.node_setup import Needs
+from launcher.clusters.remote.node_setup import NodeSetup
 from launcher.config import Settings
 from launcher.errors import ClusterError, LaunchError, Stopped, to_dict
 from launcher.jobs import training
 from launcher.jobs.prepare import Prepared, Request
-from launcher.jobs.remote.wire import Event, Writer
+from launcher.jobs.remote.wire import Event, EventWriter
 from launcher.planning.plan import Plan
 from launcher.sweeps import elsewhere
 
 
-class Telling(training.Observer):
+class EventForwarder(training.Observer):
     """Passes everything on."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: EventWriter) -> None:
         self._writer = writer
 
     def prepared(self, prepared: Prepared, plan: Plan | None) -> None:
@@ -46,9 +46,9 @@ def main() -> int:
     job = sys.argv[1]
     descriptor = os.dup(1)
     os.dup2(2, 1)  # what is printed past us is not mixed with events on the same line
-    with Writer(descriptor, job) as writer:
+    with EventWriter(descriptor, job) as writer:
         try:
-            end = _drive(job, Telling(writer))
+            end = _drive(job, EventForwarder(writer))
         except LaunchError as error:
             end = {"status": error.exit_status, "error": to_dict(error)}
         except Stopped as stopped:
@@ -68,7 +68,7 @@ def _drive(job: str, observer: training.Observer) -> dict[str, Any]:
     os.environ.update(order["environment"])
     if order["calling"]:
         os.chdir(order["calling"])
-    _meet(Needs(**order["needs"]), address, observer)
+    _meet(NodeSetup(**order["needs"]), address, observer)
     config_dir = Path(order["config_dir"]).absolute() if order["config_dir"] else None
     request = Request(order["words"], config_dir, on_head=address, settings=Settings.decided(order["cluster"]))
     if order["sweep"]:
@@ -85,13 +85,13 @@ def _sweep(request: Request, observer: elsewhere.Telling) -> dict[str, Any]:
     return {"status": sweeps.exit_status(outcome), "result": outcome.result, "more": elsewhere.ended(outcome)}
 
 
-def _meet(needs: Needs, address: str, observer: training.Observer) -> None:
+def _meet(needs: NodeSetup, address: str, observer: training.Observer) -> None:
     """Have every node get what the job needs, before anything of the calling directory is imported here."""
     if not needs:
         return
-    observer.event({"kind": "note", "text": f"Preparing the nodes: {needs.told()}"})
+    observer.event({"kind": "note", "text": f"Preparing the nodes: {needs.describe()}"})
     with ExistingRay(address, environment=needs.names):
-        needs.meet(look(address), os.getcwd())
+        needs.install(look(address), os.getcwd())
     importlib.invalidate_caches()
 
 

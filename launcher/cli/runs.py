@@ -69,11 +69,11 @@ def logs(line: Line) -> int:
         return 0
     from launcher.cli.terminal import Display
     from launcher.jobs.remote import control
-    from launcher.jobs.remote.location import why_not_followed
+    from launcher.jobs.remote.location import why_not_confirmed
     from launcher.jobs.remote.states import Waiting
 
     _confirm_address(line, sent)
-    if run.log.exists() and (why := why_not_followed(sent)):
+    if run.log.exists() and (why := why_not_confirmed(sent)):
         say(why)
         follow(run, until_the_end=False)
         return 0

@@ -28,7 +28,7 @@ from launcher.jobs.prepare import (
     run_section,
     same_section,
 )
-from launcher.jobs.remote.location import is_elsewhere
+from launcher.jobs.remote.location import is_remote
 from launcher.jobs.training import Observer, device_of, ended_by_signals, over_text, run_task
 from launcher.jobs.weights import best_checkpoint
 from launcher.planning.plan import machines_of
@@ -49,7 +49,7 @@ class Trained:
     def task(self, action: Any, request: Request, alone: bool = False, **more: Any) -> Task:
         """alone: in this process, whatever the run was trained on; so is that of a cluster elsewhere."""
         job = self.composition.job
-        if alone or is_elsewhere(job.cluster):
+        if alone or is_remote(job.cluster):
             job = replace(job, cluster=in_process().config(), scaling=replace(job.scaling, workers="auto"))
         return Task(
             action=action,

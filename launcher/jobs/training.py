@@ -20,7 +20,7 @@ from launcher.errors import LaunchError, from_dict, to_dict
 from launcher.jobs import ranks
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.record import Record
-from launcher.jobs.remote.location import is_elsewhere
+from launcher.jobs.remote.location import is_remote
 from launcher.planning.plan import Machines, Plan, make_plan
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
@@ -89,7 +89,7 @@ def train(request: Request, observer: Observer) -> Outcome:
         if prepared.finished:
             observer.prepared(prepared, None)
             return Outcome(prepared.directory.result(), prepared.directory)
-        if is_elsewhere(prepared.job.cluster):
+        if is_remote(prepared.job.cluster):
             return _train_elsewhere(request, prepared, observer)
         if prepared.job.cluster.setup and request.on_head is None:
             observer.event(
@@ -107,14 +107,14 @@ def train(request: Request, observer: Observer) -> Outcome:
 
 def _train_elsewhere(request: Request, prepared: Prepared, observer: Observer) -> Outcome:
     """Send the run to the cluster that its configuration names, and follow it."""
-    from launcher.jobs.remote.submit import Caller
+    from launcher.jobs.remote.submit import Submission
     from launcher.runners.signals import Interrupts
 
     def sent(where: str) -> None:
         observer.sent(prepared.directory, where)
 
     with Interrupts() as interrupts:
-        ended = Caller(request, prepared, sent, observer.event, observer.asked_to_end).train(interrupts)
+        ended = Submission(request, prepared, sent, observer.event, observer.asked_to_end).train(interrupts)
     return Outcome(ended.result, prepared.directory, ended.signal_number, ended.detached)
 
 

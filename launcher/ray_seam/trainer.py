@@ -21,7 +21,7 @@ ABORT_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
 
 
-class Trainer(DataParallelTrainer):
+class RayTrainer(DataParallelTrainer):
     """Ray's data-parallel trainer, the base of TorchTrainer, with a policy of its own and fewer processes.
 
     The workers join their process group themselves, so the controller never imports torch. No actor serves data sets,

@@ -32,8 +32,8 @@ from launcher.ray_seam.trainer import ABORT_SECONDS
 from launcher.runners import ray_train
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
 from launcher.runners.free_capacity import alive_nodes, unreachable
-from launcher.runners.ray_train import Event, Order
-from launcher.runners.tasks import Ended, Shape, fits
+from launcher.runners.ray_train import Event, WorkerSpec
+from launcher.runners.tasks import Shape, TaskOutcome, fits
 
 # Pruning is decided by the driver between two evaluations: what it takes to hear and to answer is trained for nothing.
 TALK_SECONDS = 0.1
@@ -114,7 +114,7 @@ class Groups:
             if group.idle:
                 group.finish()
 
-    def look(self) -> list[Ended]:
+    def look(self) -> list[TaskOutcome]:
         """Take what the workers have sent; return the tasks that have ended."""
         ended = []
         for group in list(self._groups):
@@ -156,7 +156,7 @@ class _Group:
     def __init__(self, shape: Shape, python_path: list[str], cluster: EmbeddedRay | ExistingRay) -> None:
         self.shape = shape
         self.key: str | None = None
-        self._order = Order(
+        self._spec = WorkerSpec(
             run=f"launch-{uuid.uuid4().hex[:12]}",
             job=b"",
             python_path=python_path,
@@ -164,7 +164,7 @@ class _Group:
             meeting=str(cluster.directory) if cluster.one_machine else None,
         )
         self._trainer = ray_train.make_trainer(
-            self._order, __name__, shape.workers, shape.cpus_per_worker, shape.gpus_per_worker, cluster
+            self._spec, __name__, shape.workers, shape.cpus_per_worker, shape.gpus_per_worker, cluster
         )
         self._parcels = 0
         self._channel: DriverEnd | None = None
@@ -197,7 +197,7 @@ class _Group:
     def give(self, key: str, main: Any, task: Any) -> None:
         self.key, self._errors, self._done = key, [], {}
         self._training, self._failed_at = False, None
-        self._channel = DriverEnd(f"{self._order.run}/{self._parcels}")
+        self._channel = DriverEnd(f"{self._spec.run}/{self._parcels}")
         parcel = cloudpickle.dumps((self._renew, cloudpickle.dumps((main, task))))
         self._renew = False
         self._post(base64.b64encode(parcel).decode())
@@ -208,7 +208,7 @@ class _Group:
         self._post("")
 
     def _post(self, parcel: str) -> None:
-        publish(f"{self._order.run}/parcel/{self._parcels}", parcel)
+        publish(f"{self._spec.run}/parcel/{self._parcels}", parcel)
         self._parcels += 1
 
     def request(self, what: str) -> None:
@@ -238,7 +238,7 @@ class _Group:
             if thread is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
-    def look(self, on_event: Callable[[str, Event], None]) -> Ended | None:
+    def look(self, on_event: Callable[[str, Event], None]) -> TaskOutcome | None:
         if self.key is None:
             return None
         alive = self._thread.is_alive()  # asked before reading: what was sent last is still read
@@ -282,13 +282,13 @@ class _Group:
     def _error(self) -> LaunchError:
         return ray_train.explain(RuntimeError("a worker failed"), self._workers, self._errors)
 
-    def _end(self, error: LaunchError | None, interrupted: bool = False) -> Ended:
+    def _end(self, error: LaunchError | None, interrupted: bool = False) -> TaskOutcome:
         assert self.key is not None
         assert self._channel is not None
         self._channel.close()
-        ended = Ended(self.key, None if error else self._done.get(0), error, interrupted)
+        ended = TaskOutcome(self.key, None if error else self._done.get(0), error, interrupted)
         self.key, self._channel, self._renew = None, None, bool(self._errors)
-        if self._errors and self._order.on_gpu and not self._finishing:
+        if self._errors and self._spec.on_gpu and not self._finishing:
             # An illegal access spoils the CUDA context of the process for good, and cannot be told from other errors.
             self.finish()
         return ended
@@ -297,10 +297,10 @@ class _Group:
 # ---- the workers' side ----------------------------------------------------------------------------------------------
 
 
-def work(order: Order) -> None:
+def work(spec: WorkerSpec) -> None:
     """Everything that one worker of a group does: task after task, until an empty parcel comes."""
     context = ray_train.own_context()
-    for path in order.python_path:
+    for path in spec.python_path:
         add_calling_directory(path)
     number, joined = 0, contextlib.ExitStack()
     # Before the process group is there: functions of PyTorch take it as the default of an argument when they are
@@ -308,24 +308,24 @@ def work(order: Order) -> None:
     importlib.import_module("launcher.engine.entry")
     # What was imported stays: to look through it for garbage after every task would take longer than a small task.
     gc.freeze()
-    runtime = joined.enter_context(ray_train.joined(order, context))
-    while parcel := wait_for(f"{order.run}/parcel/{number}", math.inf):
+    runtime = joined.enter_context(ray_train.joined(spec, context))
+    while parcel := wait_for(f"{spec.run}/parcel/{number}", math.inf):
         renew, job = cloudpickle.loads(base64.b64decode(parcel))
         if renew:
             # After an error the ranks may have left the process group at different places: they meet in a new one.
             _leave(runtime)
-            runtime = joined.enter_context(ray_train.joined(replace(order, run=f"{order.run}/{number}/again"), context))
-        _do(order, number, job, runtime)
+            runtime = joined.enter_context(ray_train.joined(replace(spec, run=f"{spec.run}/{number}/again"), context))
+        _do(spec, number, job, runtime)
         number += 1
     with contextlib.suppress(Exception):
         joined.close()
 
 
-def _do(order: Order, number: int, job: bytes, runtime: Any) -> None:
+def _do(spec: WorkerSpec, number: int, job: bytes, runtime: Any) -> None:
     from launcher.engine.hardware import give_back_memory
 
     rank = runtime.rank
-    with WorkerEnd(f"{order.run}/{number}", rank, TALK_SECONDS) as control:
+    with WorkerEnd(f"{spec.run}/{number}", rank, TALK_SECONDS) as control:
         control.emit({"kind": "worker", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
         failed = False
         try:
@@ -340,7 +340,7 @@ def _do(order: Order, number: int, job: bytes, runtime: Any) -> None:
         main = task = None
         control.emit(event)
         control.flush()
-        if failed and not order.on_gpu:
+        if failed and not spec.on_gpu:
             _leave(runtime)  # the others, who wait for this rank in a collective, are told that it has gone
     give_back_memory(runtime.device)
 

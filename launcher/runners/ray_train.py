@@ -35,7 +35,7 @@ from launcher.clusters.existing.existing_ray import ExistingRay, interface_of
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import Regroup
-from launcher.ray_seam.trainer import Trainer
+from launcher.ray_seam.trainer import RayTrainer
 from launcher.runners import controller_policy, ray_data
 from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
 from launcher.runners.controller_policy import ATTEMPT, LOST, REGROUP, Rules, RunPolicy
@@ -43,11 +43,11 @@ from launcher.runners.signals import Interrupts
 from launcher.runners.supervision import NEVER_AGAIN, Limits, Supervision, explain
 from launcher.runners.worker_errors import Event, describe
 
-__all__ = ["Event", "Limits", "Order", "explain", "run"]
+__all__ = ["Event", "Limits", "WorkerSpec", "explain", "run"]
 
 
 @dataclass
-class Order:
+class WorkerSpec:
     """What one worker is told, beside what Ray Train knows."""
 
     run: str
@@ -76,9 +76,9 @@ def run(
         task: what `main` gets; it is pickled, and its `python_path` is put before the workers' module path.
         gpus_per_worker: above 0 the workers compute on GPUs and talk over NCCL, else on CPUs over gloo.
         cluster: entered already; feasibility has been checked.
-        on_event: called in this thread with every event that a worker emits, those of one worker in their order.
+        on_event: called in this thread with every event that a worker emits, those of one worker in order.
             Errors are raised instead.
-        interrupts: entered already. The first signal asks the workers to stop in order (before training has begun: at
+        interrupts: entered already. The first signal asks the workers to stop gracefully (before training has begun: at
             once), the second ends them.
         main: a function that the workers can import, or "module:function".
         limits: how often it is tried again after the loss of a worker, and with how few workers.
@@ -88,7 +88,7 @@ def run(
         WorkerLost: a worker process died.
         Stopped: ended at once by a signal.
     """
-    order = Order(
+    spec = WorkerSpec(
         run=f"launch-{uuid.uuid4().hex[:12]}",
         job=cloudpickle.dumps((main, task)),
         python_path=list(task.python_path),
@@ -97,10 +97,10 @@ def run(
         timeout=limits.timeout,
     )
 
-    def make() -> Trainer:
-        return make_trainer(order, __name__, workers, cpus_per_worker, gpus_per_worker, cluster, limits)
+    def make() -> RayTrainer:
+        return make_trainer(spec, __name__, workers, cpus_per_worker, gpus_per_worker, cluster, limits)
 
-    supervision = Supervision(make, DriverEnd(order.run), on_event, interrupts, cluster, limits)
+    supervision = Supervision(make, DriverEnd(spec.run), on_event, interrupts, cluster, limits)
     try:
         return supervision.watch()
     finally:
@@ -112,35 +112,35 @@ def run(
 
 
 def make_trainer(
-    order: Order,
+    spec: WorkerSpec,
     module: str,
     workers: int,
     cpus_per_worker: float,
     gpus_per_worker: float,
     cluster: EmbeddedRay | ExistingRay,
     limits: Limits = NEVER_AGAIN,
-) -> Trainer:
-    """Return a trainer whose workers each call `work(order)` of `module`."""
+) -> RayTrainer:
+    """Return a trainer whose workers each call `work(spec)` of `module`."""
     share = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
     rules = Rules(
-        order.run,
+        spec.run,
         workers=workers,
         min_workers=limits.min_workers or workers,
         share=share,
         max_failures=limits.max_failures,
-        timeout=order.timeout,
+        timeout=spec.timeout,
         lean=not cluster.existing,
     )
     controller_policy.send_with_policy()
-    return Trainer(
-        _entrance(order, module),
+    return RayTrainer(
+        _entry(spec, module),
         policy=RunPolicy(rules),
         backend_config=BackendConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=share
         ),
         run_config=ray.train.RunConfig(
-            name=order.run,
+            name=spec.run,
             storage_path=str(cluster.directory),
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
@@ -150,10 +150,10 @@ def make_trainer(
 # ---- the workers' side ----------------------------------------------------------------------------------------------
 
 
-def _entrance(order: Order, module: str) -> Callable[[], dict[str, Any] | None]:
+def _entry(spec: WorkerSpec, module: str) -> Callable[[], dict[str, Any] | None]:
     """Return the training function for Ray Train, which travels by value: our package may not be installed there."""
     home = _home()
-    pickled = pickle.dumps(order)
+    pickled = pickle.dumps(spec)
 
     def enter() -> dict[str, Any] | None:
         import importlib
@@ -183,24 +183,24 @@ def own_context() -> Any:
     return ray.train.get_context()
 
 
-def work(order: Order) -> dict[str, Any] | None:
+def work(spec: WorkerSpec) -> dict[str, Any] | None:
     """Everything that one worker does."""
     began = time.time()
     context = own_context()
     rank = context.get_world_rank()
     attempt, cause = introduced()
-    with WorkerEnd(order.run, rank, attempt=attempt) as control:
+    with WorkerEnd(spec.run, rank, attempt=attempt) as control:
         control.emit({"kind": "worker", "rank": rank, "attempt": attempt, **_whereabouts()})
         control.flush()
         try:
-            for path in order.python_path:
+            for path in spec.python_path:
                 add_calling_directory(path)
-            main, task = cloudpickle.loads(order.job)
+            main, task = cloudpickle.loads(spec.job)
             function = function_of(main)  # with what it imports
             if hasattr(task, "marks"):
                 task.marks.begin("worker_imports", began)
                 task.marks.begin("process_group")
-            with joined(order, context) as runtime:
+            with joined(spec, context) as runtime:
                 runtime.attempt, runtime.cause, runtime.machines = attempt, cause, machines()
                 result = function(task, runtime, control)
         except BaseException as error:
@@ -240,51 +240,51 @@ def function_of(main: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def joined(order: Order, context: Any) -> Iterator[Any]:
+def joined(spec: WorkerSpec, context: Any) -> Iterator[Any]:
     """Join the process group of all workers and yield this one's rank facts."""
     import torch.distributed as dist
 
     from launcher.engine.runtime import Runtime
 
-    timeout = timedelta(seconds=order.timeout)
+    timeout = timedelta(seconds=spec.timeout)
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    choose_interface(order)
+    choose_interface(spec)
     if world_size > 1:
         # Imported while a group exists, it would keep that group for ever as the default of its arguments: the peers of
         # a worker that fails would wait for it until they time out.
         importlib.import_module("torch.distributed.nn.functional")
 
-        store = _rendezvous(order, rank, world_size, timeout)
-        backend = "nccl" if order.on_gpu else "gloo"
+        store = _rendezvous(spec, rank, world_size, timeout)
+        backend = "nccl" if spec.on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    runtime = Runtime.adopt(rank, world_size, context.get_local_rank(), context.get_local_world_size(), _device(order))
-    runtime.apply = ray_data.reader(_home(), order.python_path, world_size)
+    runtime = Runtime.adopt(rank, world_size, context.get_local_rank(), context.get_local_world_size(), _device(spec))
+    runtime.apply = ray_data.reader(_home(), spec.python_path, world_size)
     yield runtime
     if world_size > 1:
         dist.destroy_process_group()
 
 
-def choose_interface(order: Order) -> None:
+def choose_interface(spec: WorkerSpec) -> None:
     """Have gloo and NCCL talk over the interface of this node's address."""
     from launcher.engine import rendezvous
 
-    if order.meeting is not None:  # one machine: it works without a network or a name that resolves
+    if spec.meeting is not None:  # one machine: it works without a network or a name that resolves
         rendezvous.stay_on_loopback()
     # Both would take the host's name, which may stand for loopback, or another network.
     elif (interface := interface_of(ray.util.get_node_ip_address())) is not None:
         rendezvous.use_interface(interface)
 
 
-def _rendezvous(order: Order, rank: int, world_size: int, timeout: timedelta) -> Any:
+def _rendezvous(spec: WorkerSpec, rank: int, world_size: int, timeout: timedelta) -> Any:
     """Return the store where the ranks meet.
 
     On one machine it is a file. Elsewhere rank 0 listens on its node's address and publishes the port.
     """
     from launcher.engine import rendezvous
 
-    key = f"{order.run}/rendezvous/{introduced()[0]}"
-    if order.meeting is not None:
-        return rendezvous.file_store(Path(order.meeting), key, world_size, timeout)
+    key = f"{spec.run}/rendezvous/{introduced()[0]}"
+    if spec.meeting is not None:
+        return rendezvous.file_store(Path(spec.meeting), key, world_size, timeout)
     if rank == 0:
         host = ray.util.get_node_ip_address()
         store = rendezvous.serve(rendezvous.own_address(host), world_size, timeout)
@@ -294,9 +294,9 @@ def _rendezvous(order: Order, rank: int, world_size: int, timeout: timedelta) ->
     return rendezvous.join(host, int(port), world_size, timeout)
 
 
-def _device(order: Order) -> str:
+def _device(spec: WorkerSpec) -> str:
     """Return this worker's device. Ray shows a worker all GPUs of its group on this machine: its own is one of them."""
-    if not order.on_gpu:
+    if not spec.on_gpu:
         return "cpu"
     own = ray.get_runtime_context().get_accelerator_ids()["GPU"][0]
     return f"cuda:{os.environ['CUDA_VISIBLE_DEVICES'].split(',').index(own)}"

@@ -68,10 +68,10 @@ class Sequential:
         self._asked |= {what}
 
     def look(self) -> list[Any]:
-        from launcher.runners.tasks import Ended
+        from launcher.runners.tasks import TaskOutcome
 
         ended, self._ended = self._ended, []
-        return [Ended(*each) for each in ended]
+        return [TaskOutcome(*each) for each in ended]
 
     def release(self) -> None:
         """Nothing is kept warm but this process."""

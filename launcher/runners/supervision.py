@@ -42,7 +42,7 @@ class Limits:
 NEVER_AGAIN = Limits()
 
 
-class Trainer(Protocol):
+class RunningTrainer(Protocol):
     def fit(self) -> Any: ...
 
     def end(self, hurry: Callable[[], bool]) -> None: ...
@@ -57,7 +57,7 @@ class Supervision:
 
     def __init__(
         self,
-        make: Callable[[], Trainer],
+        make: Callable[[], RunningTrainer],
         channel: DriverEnd,
         on_event: Callable[[Event], None],
         interrupts: Interrupts,

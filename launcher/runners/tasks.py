@@ -20,7 +20,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Ended:
+class TaskOutcome:
     """How a task ended: with rank 0's result, or an error, or interrupted before it had begun to train."""
 
     key: str

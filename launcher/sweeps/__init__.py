@@ -32,7 +32,7 @@ def run(request: Request, observer: SweepObserver) -> SweepOutcome:
         RequestError: it cannot be done as asked; nothing was started.
         Stopped: it was ended at once by a signal.
     """
-    from launcher.jobs.remote.location import is_elsewhere
+    from launcher.jobs.remote.location import is_remote
     from launcher.jobs.training import ended_by_signals
     from launcher.sweeps import elsewhere
     from launcher.sweeps.meaning import read_sweep
@@ -41,7 +41,7 @@ def run(request: Request, observer: SweepObserver) -> SweepOutcome:
 
     with ended_by_signals():
         meant = read_sweep(request)
-        if is_elsewhere(meant.cluster):
+        if is_remote(meant.cluster):
             return elsewhere.run(meant, observer)
         outcome: SweepOutcome = sweeper(plan_sweep(meant, observer), observer).sweep(list(request.words))
         return outcome

@@ -22,7 +22,7 @@ from launcher.jobs.record import Origin, Record
 from launcher.money import BUDGET, Bill, Rate, tell_owner
 from launcher.planning.plan import machines_of
 from launcher.runners.signals import Interrupts
-from launcher.runners.tasks import Ended, Shape
+from launcher.runners.tasks import Shape, TaskOutcome
 from launcher.runs import REMOTE, RunDirectory, user_state
 from launcher.runs.mirror import OWNER
 from launcher.sweeps import records
@@ -45,7 +45,7 @@ class Runner(Protocol):
     def ready(self, shape: Shape) -> bool: ...
     def submit(self, key: str, task: Any, shape: Shape) -> None: ...
     def request(self, key: str, what: str) -> None: ...
-    def look(self) -> list[Ended]: ...
+    def look(self) -> list[TaskOutcome]: ...
     def release(self) -> None: ...
     def interrupt(self) -> None: ...
     def close(self) -> None: ...
@@ -320,7 +320,7 @@ class Driver:
 
     # ---- how trials end ---------------------------------------------------------------------------------------------
 
-    def _ended(self, ended: Ended, stopping: bool) -> None:
+    def _ended(self, ended: TaskOutcome, stopping: bool) -> None:
         trial = self._trials.pop(int(ended.key))
         run = trial.directory
         if ended.interrupted:

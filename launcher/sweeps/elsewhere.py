@@ -1,6 +1,6 @@
 """A sweep that the head of a cluster drives: sent from here, told from there, event by event.
 
-caller's end    run        sends it off and follows it        Heard      events -> a SweepObserver
+submission's end    run        sends it off and follows it        Heard      events -> a SweepObserver
 head's end      Telling    a SweepObserver -> events          ended      an outcome -> plain data
 """
 
@@ -34,7 +34,7 @@ def run(meant: Meant, observer: SweepObserver) -> SweepOutcome:
         LaunchError: what its driver ended with.
         Stopped: a second signal; the sweep goes on stopping there.
     """
-    from launcher.jobs.remote.submit import Caller
+    from launcher.jobs.remote.submit import Submission
     from launcher.runners.signals import Interrupts
 
     if is_gathered(meant.root):
@@ -55,8 +55,8 @@ def run(meant: Meant, observer: SweepObserver) -> SweepOutcome:
     prepared = Prepared(meant.first, meant.directory, resumes=meant.resumes)
     most = min(left, meant.settings.concurrency or left)
     with Interrupts() as interrupts:
-        caller = Caller(meant.request, prepared, sent, heard.event, observer.asked_to_end, trials=most)
-        ended = caller.train(interrupts)
+        submission = Submission(meant.request, prepared, sent, heard.event, observer.asked_to_end, trials=most)
+        ended = submission.train(interrupts)
     return SweepOutcome(
         ended.result,
         meant.directory,

@@ -30,7 +30,7 @@ from launcher.jobs.prepare import (
     where_others_are,
 )
 from launcher.jobs.remote.control import bring_here
-from launcher.jobs.remote.location import place_of
+from launcher.jobs.remote.location import location_of
 from launcher.runs import RunDirectory, plain_files, user_state
 from launcher.runs.storage import disk_uri, is_gathered, is_uri
 from launcher.sweeps import syntax
@@ -159,7 +159,7 @@ def _own(directory: RunDirectory, request: Request) -> tuple[list[str] | None, s
     record = None if request.on_head is not None else user_state.lookup(directory)
     if record is None or record.words is None:
         return None, None
-    place = place_of(directory)
+    place = location_of(directory)
     return record.words, record.config_dir if place is None else place.config_dir
 
 

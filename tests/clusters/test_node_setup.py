@@ -7,27 +7,27 @@ from pathlib import Path
 import pytest
 
 from launcher.clusters.remote import project
-from launcher.clusters.remote.node_setup import Needs, _work
+from launcher.clusters.remote.node_setup import NodeSetup, _work
 from launcher.errors import ConfigError
 
 PYPROJECT = '[project]\nname = "mine"\nversion = "1"\ndependencies = ["rich>=1", "numpy"]\n'
 
 
 def test_requirements_come_before_the_project(tmp_path: Path) -> None:
-    assert not Needs.of(tmp_path, [])
+    assert not NodeSetup.of(tmp_path, [])
     (tmp_path / "pyproject.toml").write_text(PYPROJECT)
-    assert Needs.of(tmp_path, []).packages == ["rich>=1", "numpy"]
+    assert NodeSetup.of(tmp_path, []).packages == ["rich>=1", "numpy"]
     (tmp_path / "requirements.txt").write_text("rich\n")
-    found = Needs.of(tmp_path, ["true"], ["HF_TOKEN"])
+    found = NodeSetup.of(tmp_path, ["true"], ["HF_TOKEN"])
     assert (found.file, found.packages, found.setup, found.names) == ("requirements.txt", [], ["true"], ["HF_TOKEN"])
-    assert found.told() == "requirements.txt and cluster.setup"
-    assert not Needs.of(project.HOME, []), "launch's own packages are there"
+    assert found.describe() == "requirements.txt and cluster.setup"
+    assert not NodeSetup.of(project.HOME, []), "launch's own packages are there"
 
 
 def test_a_project_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[project\n")
     with pytest.raises(ConfigError, match=r"pyproject\.toml cannot be read"):
-        Needs.of(tmp_path, [])
+        NodeSetup.of(tmp_path, [])
 
 
 @pytest.mark.parametrize(

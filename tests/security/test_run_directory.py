@@ -15,7 +15,7 @@ import pytest
 
 from launcher import cli
 from launcher.errors import RunError
-from launcher.jobs.remote.location import Place, place_of
+from launcher.jobs.remote.location import RunLocation, location_of
 from launcher.runs import RunDirectory, mirror, plain_files, user_state
 
 TOKEN = "token-of-the-user's-own-cluster"
@@ -65,8 +65,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     return made
 
 
-def _planted(run: RunDirectory, **content: Any) -> Place:
-    place = Place("launch-1", **content)
+def _planted(run: RunDirectory, **content: Any) -> RunLocation:
+    place = RunLocation("launch-1", **content)
     (run.path / "remote.json").write_text(json.dumps(asdict(place)))
     return place
 
@@ -83,11 +83,13 @@ def test_a_run_does_not_decide_where_a_token_goes(
 
 def test_a_record_of_another_run_confirms_nothing(run: RunDirectory, listener: Listener) -> None:
     """Neither that of the same path with another place, nor that of another path with the same place."""
-    user_state.save(run, place=asdict(Place("launch-1", "http://127.0.0.1:9")), token=user_state.fingerprint(TOKEN))
+    user_state.save(
+        run, place=asdict(RunLocation("launch-1", "http://127.0.0.1:9")), token=user_state.fingerprint(TOKEN)
+    )
     stolen = _planted(run, address=listener.url)
     other = RunDirectory(run.path.parent / "b")
     user_state.save(other, place=asdict(stolen))
-    assert place_of(run) is None
+    assert location_of(run) is None
     assert cli.run(["logs", "a", f"run.root={run.path.parent}"]) == 2
     assert listener.requests == 0
 
@@ -96,7 +98,7 @@ def test_a_record_of_another_run_confirms_nothing(run: RunDirectory, listener: L
 def test_a_token_goes_only_to_the_cluster_it_was_given_for(
     run: RunDirectory, listener: Listener, sent_with: str | None, received: bool
 ) -> None:
-    place = Place("launch-1", listener.url)
+    place = RunLocation("launch-1", listener.url)
     place.write(run, token=sent_with and user_state.fingerprint(sent_with))
     assert cli.run(["stop", "a", f"run.root={run.path.parent}"]) == 2
     assert (f"Bearer {TOKEN}" in listener.tokens) is received
@@ -110,7 +112,7 @@ def test_a_word_of_the_command_line_confirms_an_address(run: RunDirectory, liste
     assert listener.requests == 0
     assert cli.run([*words, f"cluster.address={listener.url}"]) == 2  # this server has no such job
     assert set(listener.tokens) == {f"Bearer {TOKEN}"}
-    assert place_of(run) == Place("launch-1", listener.url)
+    assert location_of(run) == RunLocation("launch-1", listener.url)
 
 
 def test_what_was_copied_of_a_run_is_shown_without_a_connection(

@@ -12,7 +12,7 @@ from sweep_fixtures import HERE, PROJECT, Sweep
 from launcher import sweeps
 from launcher.errors import ConfigError
 from launcher.jobs.prepare import Request
-from launcher.jobs.remote.location import Place
+from launcher.jobs.remote.location import RunLocation
 from launcher.runs import RunDirectory
 from launcher.sweeps.elsewhere import ROWS, Heard, Telling
 from launcher.sweeps.observer import Headline, SweepObserver
@@ -81,8 +81,10 @@ def test_progress_is_told_now_and_then_and_values_always() -> None:
 
 def test_a_finished_sweep_brings_up_no_cluster(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = sweep("optimizer.lr=0.1,0.2", "run.name=s")
-    Place("launch-1", head="nobody", directory="/there/s", config_dir=str(PROJECT)).write(RunDirectory(tmp_path / "s"))
-    monkeypatch.setattr("launcher.jobs.remote.submit.Caller.train", None)
+    RunLocation("launch-1", head="gone", directory="/there/s", config_dir=str(PROJECT)).write(
+        RunDirectory(tmp_path / "s")
+    )
+    monkeypatch.setattr("launcher.jobs.remote.submit.Submission.train", None)
     listener = Listener()
     words = [f"run.root={tmp_path}", "run.name=s", "run.resume=true", "cluster=ssh", "cluster.hosts=[vm1]"]
 
@@ -102,7 +104,7 @@ def test_a_finished_sweep_brings_up_no_cluster(sweep: Sweep, tmp_path: Path, mon
 def test_what_cannot_be_is_told_before_a_cluster_is_brought_up(
     words: list[str], monkeypatch: pytest.MonkeyPatch, more: list[str], says: str
 ) -> None:
-    monkeypatch.setattr("launcher.jobs.remote.submit.Caller.train", None)
+    monkeypatch.setattr("launcher.jobs.remote.submit.Submission.train", None)
     asked = [*words, "optimizer.lr=0.1,0.2", "cluster=ssh", "cluster.hosts=[vm1]", *more]
     with pytest.raises(ConfigError, match=says):
         sweeps.run(Request(asked, PROJECT), Listener())

@@ -11,7 +11,7 @@ from group_jobs import Task
 
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import UserCodeError, WorkerLost
-from launcher.runners.tasks import Ended, Shape, fits
+from launcher.runners.tasks import Shape, TaskOutcome, fits
 
 CPUS = 2
 PAIR = Shape(2, 1.0, 0.0)
@@ -31,8 +31,8 @@ class Driver:
         self.until(lambda: self.groups.ready(shape), f"no room for {key}")
         self.groups.submit(key, Task(note), shape)
 
-    def until(self, done: Any, what: str, seconds: float = 60.0) -> list[Ended]:
-        ended: list[Ended] = []
+    def until(self, done: Any, what: str, seconds: float = 60.0) -> list[TaskOutcome]:
+        ended: list[TaskOutcome] = []
         deadline = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < deadline, what
@@ -40,7 +40,7 @@ class Driver:
             time.sleep(0.02)
         return ended
 
-    def do(self, note: str, shape: Shape = PAIR) -> Ended:
+    def do(self, note: str, shape: Shape = PAIR) -> TaskOutcome:
         self.start("task", note, shape)
         (ended,) = self.until(lambda: "task" not in self.groups.running, f"{note} did not end")
         assert ended.key == "task"

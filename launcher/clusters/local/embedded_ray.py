@@ -43,7 +43,7 @@ class EmbeddedRay:
         directory: private scratch space on this machine, removed at the end.
         available: CPUs and GPUs of this Ray.
         one_machine: all of this Ray is on one machine, so that its workers can talk over loopback.
-        address, token, marker: of a Ray that was started here; see `ray_session.Kept`.
+        address, token, marker: of a Ray that was started here; see `ray_session.RaySession`.
 
     Args:
         cpus, gpus: what the Ray has, default: what this machine has.
@@ -65,7 +65,7 @@ class EmbeddedRay:
         self._verbose = verbose
         self._keep_minutes = 0.0 if verbose else keep_minutes
         self._holding = contextlib.ExitStack()  # the lease of a Ray that is kept
-        self._kept: ray_session.Kept | None = None
+        self._kept: ray_session.RaySession | None = None
         self.marker = f"{MARKER}={uuid.uuid4().hex}"
         self.token = secrets.token_hex(32)
         self.address = ""
@@ -132,7 +132,7 @@ class EmbeddedRay:
             loading.join()
         self.address = found.address_info["gcs_address"]
 
-    def _connect(self, kept: ray_session.Kept) -> bool:
+    def _connect(self, kept: ray_session.RaySession) -> bool:
         """Become a driver of a Ray that is kept; where it does not answer, end it and return False."""
         import ray
 

@@ -16,7 +16,7 @@ from launcher.formatting import count, duration
 
 if TYPE_CHECKING:
     from launcher.clusters.local.embedded_ray import EmbeddedRay
-    from launcher.clusters.local.ray_session import Kept
+    from launcher.clusters.local.ray_session import RaySession
 
 
 @dataclass
@@ -50,13 +50,13 @@ class Local(ClusterKind):
         from launcher.clusters.local import ray_session
 
         kept = ray_session.current()
-        return None if kept is None else KeptRay(kept)
+        return None if kept is None else LocalSession(kept)
 
 
-class KeptRay:
+class LocalSession:
     """The Ray that `cluster.keep_minutes` keeps on this machine."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: RaySession) -> None:
         self._kept = kept
 
     def facts(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ _PASSING = {
 
 
 @dataclass(frozen=True)
-class Kept:
+class RaySession:
     """A Ray that is kept.
 
     Attributes:
@@ -99,13 +99,13 @@ def runtime_directory() -> Path | None:
     return path if safe else None
 
 
-def current() -> Kept | None:
+def current() -> RaySession | None:
     """Return the session that is kept now, in use or not."""
     directory = runtime_directory()
     if directory is None:
         return None
     try:
-        kept = Kept(**json.loads((directory / "session.json").read_text()))
+        kept = RaySession(**json.loads((directory / "session.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
     return kept if kept.alive() else None
@@ -129,7 +129,7 @@ def idle_minutes() -> float:
 
 
 @contextlib.contextmanager
-def lease(minutes: float) -> Iterator[Kept | None]:
+def lease(minutes: float) -> Iterator[RaySession | None]:
     """Hold the kept Ray for the length of the block; start it where there is none, or none that fits.
 
     Yields None where it cannot be had: another command uses it, or there is no private directory.
@@ -163,7 +163,7 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def _start(directory: Path) -> Kept | None:
+def _start(directory: Path) -> RaySession | None:
     """Start a keeper and wait until its Ray is there; None where that fails."""
     (directory / "session.json").unlink(missing_ok=True)
     code = Path(__file__).resolve().parents[3]
@@ -190,7 +190,7 @@ def _start(directory: Path) -> Kept | None:
     return None
 
 
-def end(kept: Kept) -> bool:
+def end(kept: RaySession) -> bool:
     """End a kept Ray now, with whatever runs on it. Returns whether nothing of it is left."""
     with contextlib.suppress(OSError):
         if kept.alive():
@@ -218,7 +218,7 @@ def keeper() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: told_to_end.append(number))
     with EmbeddedRay() as cluster:
-        kept = Kept(
+        kept = RaySession(
             address=cluster.address,
             token=cluster.token,
             made_for=made_for,

@@ -1,7 +1,7 @@
 """What a job needs on the nodes beside launch: packages that the calling directory names, and shell lines.
 
-    needs = Needs.of(directory, cluster.setup)      # where the command is given
-    with ExistingRay(…): needs.meet(nodes, calling) # on the head, before anything of the directory is imported
+    needs = NodeSetup.of(directory, cluster.setup)      # where the command is given
+    with ExistingRay(…): needs.install(nodes, calling) # on the head, before anything of the directory is imported
 
 torch and ray stay as they are on every node: a package that wants others is refused.
 """
@@ -25,7 +25,7 @@ PINNED = ("torch", "ray")
 
 
 @dataclass(frozen=True)
-class Needs:
+class NodeSetup:
     """What has to be there on every node.
 
     Attributes:
@@ -41,7 +41,7 @@ class Needs:
     names: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, directory: Path, setup: Sequence[str], names: Sequence[str] = ()) -> Needs:
+    def of(cls, directory: Path, setup: Sequence[str], names: Sequence[str] = ()) -> NodeSetup:
         """Read what a directory says that it needs.
 
         Raises:
@@ -63,12 +63,12 @@ class Needs:
     def __bool__(self) -> bool:
         return bool(self.file or self.packages or self.setup)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         parts = [self.file or (f"{len(self.packages)} packages of pyproject.toml" if self.packages else "")]
         parts.append("cluster.setup" if self.setup else "")
         return " and ".join(part for part in parts if part)
 
-    def meet(self, nodes: Sequence[Node], calling: str) -> None:
+    def install(self, nodes: Sequence[Node], calling: str) -> None:
         """Install and run what is needed, on all nodes at the same time. Ray is initialised.
 
         Raises:
@@ -99,7 +99,9 @@ class Needs:
                 said = hide(said)
                 problems.append(f"{node.host} ({node.address}): {said}")
         if problems:
-            raise ClusterError(f"What the job needs ({self.told()}) is not there on all nodes. {'; '.join(problems)}")
+            raise ClusterError(
+                f"What the job needs ({self.describe()}) is not there on all nodes. {'; '.join(problems)}"
+            )
 
 
 def _work() -> Callable[[str, str, dict[str, Any]], str]:

@@ -46,7 +46,7 @@ print(json.dumps(found))
 """
 
 
-class Failed(Exception):
+class CommandFailed(Exception):
     """Something cannot be done here; says what, in a sentence without the host's name."""
 
 
@@ -199,9 +199,9 @@ def _await_start(process: subprocess.Popen[bytes], log: Path) -> None:
     latest = time.monotonic() + START_SECONDS
     while STARTED not in log.read_text(errors="replace"):
         if process.poll() is not None:
-            raise Failed(f"Ray did not start: {_tail(log)}")
+            raise CommandFailed(f"Ray did not start: {_tail(log)}")
         if time.monotonic() > latest:
-            raise Failed(f"Ray had not started after {START_SECONDS:g} s: {_tail(log)}")
+            raise CommandFailed(f"Ray had not started after {START_SECONDS:g} s: {_tail(log)}")
         time.sleep(0.05)
 
 
@@ -210,7 +210,7 @@ def _check_way(head: dict[str, Any]) -> None:
     try:
         socket.create_connection((head["address"], head["port"]), timeout=10).close()
     except OSError as error:
-        raise Failed(
+        raise CommandFailed(
             f"the head's Ray at {place} cannot be reached from here ({error.strerror or error}). The hosts of a "
             "cluster have to reach each other on all ports, and this is the address at which the head took SSH"
         ) from None
@@ -227,7 +227,7 @@ def _scratch(directory: Path) -> Path:
         path.mkdir(mode=0o700)
     found = path.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or path.is_symlink():
-        raise Failed(f"{path} is there, and is not a directory of this user alone. Remove it")
+        raise CommandFailed(f"{path} is there, and is not a directory of this user alone. Remove it")
     return path
 
 
@@ -277,7 +277,7 @@ def _venv(version: str, place: Path) -> list[str]:
     uv = shutil.which("uv", path=os.pathsep.join([os.environ.get("PATH", ""), os.path.expanduser("~/.local/bin")]))
     if uv is not None:
         return [uv, "venv", "--seed", "--python", version, str(place)]
-    raise Failed(
+    raise CommandFailed(
         f"there is no Python {version} with venv, the version that runs here (Debian and Ubuntu: apt-get install "
         f"python{version}-venv; or install uv, which brings it). Or name an environment: cluster.python=/PATH/TO/python"
     )
@@ -291,12 +291,12 @@ def _run(words: list[str], sink: Any, log: Path) -> None:
     lost = re.search(r"Retry\(total=0,.*connection broken by '(.*)': /", log.read_text(errors="replace"))
     if lost is not None:
         why = re.sub(r"<[^>]*>: ", "", lost[1])[-200:]
-        raise Failed(
+        raise CommandFailed(
             f"the Python environment could not be made: pip does not reach its index from there ({why}). Let the host "
             "reach PyPI, set its pip to a mirror (pip config set global.index-url URL), or name an environment that it "
             f"has: cluster.python=/PATH/TO/python. {log} says more"
         )
-    raise Failed(f"the Python environment could not be made ({log} says more): {_tail(log)}")
+    raise CommandFailed(f"the Python environment could not be made ({log} says more): {_tail(log)}")
 
 
 def _versions(python: str) -> dict[str, str]:
@@ -343,7 +343,7 @@ def _free_port(address: str, wanted: int) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address, port))
             return port
-    raise Failed(f"no port from {wanted} to {wanted + 99} is free on {address}")
+    raise CommandFailed(f"no port from {wanted} to {wanted + 99} is free on {address}")
 
 
 def _mark(directory: Path) -> str:
@@ -380,7 +380,7 @@ def _locked(path: Path, seconds: float) -> Iterator[None]:
                 break
             except OSError:
                 if time.monotonic() > latest:
-                    raise Failed(f"another command has been at work here for {seconds:g} s ({path})") from None
+                    raise CommandFailed(f"another command has been at work here for {seconds:g} s ({path})") from None
                 time.sleep(0.1)
         yield
 
@@ -406,7 +406,7 @@ def main(order: dict[str, Any]) -> None:
     answer: dict[str, Any]
     try:
         answer = {"done": ORDERS[order["order"]](order)}
-    except Failed as problem:
+    except CommandFailed as problem:
         answer = {"failed": str(problem)}
     except OSError as error:
         answer = {"failed": f"{order['order']} failed: {error}"}

@@ -172,7 +172,7 @@ def down(name: str, tell: Tell) -> None:
     tell(f"Nothing of the cluster {name} runs{where} any more. Files stay in {head.directory}.")
 
 
-def place_of(calling: Path) -> str:
+def copy_directory(calling: Path) -> str:
     """Return where the copy of a calling directory lies on every host, relative to the cluster's directory."""
     return f"projects/{calling.name or 'root'}-{hashlib.sha256(str(calling).encode()).hexdigest()[:6]}"
 
@@ -277,7 +277,7 @@ def _send(each: _Each, calling: Path, tell: Tell) -> None:
 
     def send(host: _Host) -> dict[str, Any]:
         host.shell.send(project.HOME, own, f"{host.facts['directory']}/launch")
-        host.shell.send(calling, files, f"{host.facts['directory']}/{place_of(calling)}")
+        host.shell.send(calling, files, f"{host.facts['directory']}/{copy_directory(calling)}")
         return {}
 
     each.do(send)

@@ -10,7 +10,7 @@ from launcher.clusters.remote import registry
 from launcher.clusters.remote.ray_jobs import Jobs, checked_url, own_token
 from launcher.clusters.remote.registry import Head
 from launcher.errors import ClusterError
-from launcher.jobs.remote.location import required_place
+from launcher.jobs.remote.location import required_location
 from launcher.runs import RunDirectory, user_state
 
 
@@ -22,7 +22,7 @@ def connected(run: RunDirectory) -> Iterator[Jobs]:
         ClusterError: it cannot be reached, its head is not known any more, or this environment has another token.
         RunError: this user's record does not confirm where the run was sent.
     """
-    place = required_place(run)
+    place = required_location(run)
     if place.head is not None:
         with through(registry.load(place.head)) as jobs:
             yield jobs

@@ -13,7 +13,7 @@ from launcher.errors import ClusterError, HostError, LaunchError, RunError, from
 from launcher.jobs.remote import follow, states
 from launcher.jobs.remote.connection import connected
 from launcher.jobs.remote.copies import Copies
-from launcher.jobs.remote.location import Place, forget, required_place
+from launcher.jobs.remote.location import RunLocation, forget, required_location
 from launcher.jobs.remote.states import Waiting
 from launcher.jobs.remote.wire import Event
 from launcher.runs import FINAL, RunDirectory
@@ -21,7 +21,7 @@ from launcher.runs import FINAL, RunDirectory
 _STOP_SECONDS = 600.0
 
 
-def _is_gone(place: Place) -> bool:
+def _is_gone(place: RunLocation) -> bool:
     """Whether its cluster is down, or forgotten."""
     return place.head is not None and place.head not in [head.name for head in registry.all_heads()]
 
@@ -40,7 +40,7 @@ def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: 
     Raises:
         ClusterError: its head cannot be reached, or is gone before anything was copied.
     """
-    place = required_place(run)
+    place = required_location(run)
     if place.head is None or place.directory is None:
         yield None
         return
@@ -67,7 +67,7 @@ def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: 
 
 def bring_here(run: RunDirectory) -> None:
     """Copy what there is of a run that was sent, once. LaunchError where its head cannot be reached, or is gone."""
-    place = required_place(run)
+    place = required_location(run)
     if place.head is not None and place.directory is not None:
         Copies(registry.load(place.head).shell(), place.directory, run).fetch()
 
@@ -99,7 +99,7 @@ def until_it_begins(
 
 
 def _hear_of_it(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
-    place = required_place(run)
+    place = required_location(run)
     with connected(run) as jobs:
         for event in follow.events(jobs, place.job, place.where, lambda: None, run.name):
             if event["kind"] == "end" and "error" in event:
@@ -119,7 +119,7 @@ def stop(run: RunDirectory) -> str:
         RunError: it does not go on, or did not stop in ten minutes.
         ClusterError: its cluster cannot be reached.
     """
-    place = required_place(run)
+    place = required_location(run)
     if _is_gone(place):
         over = run.status() in FINAL
         why = f"it is {run.status()}" if over else f"its cluster {place.head} is not known here any more (launch down)"
@@ -147,7 +147,7 @@ def stop_trial(run: RunDirectory, sweep: RunDirectory, stop_here: Callable[[RunD
         RunError: it does not go on, or did not stop in ten minutes.
         ClusterError: its cluster cannot be reached.
     """
-    place = required_place(sweep)
+    place = required_location(sweep)
     if place.head is None or place.directory is None:  # its directory is seen here
         return stop_here(run)
     with copied(sweep) as copies:
@@ -164,7 +164,7 @@ def stop_trial(run: RunDirectory, sweep: RunDirectory, stop_here: Callable[[RunD
     return f"{run.name} is {run.status()} at step {run.result().get('steps')}."
 
 
-def _stop(run: RunDirectory, place: Place) -> None:
+def _stop(run: RunDirectory, place: RunLocation) -> None:
     with connected(run) as jobs:
         try:
             status = jobs.status(place.job)

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.clusters.remote.ray_jobs import OVER, Jobs, Unreachable
 from launcher.errors import WorkerLost
-from launcher.jobs.remote.wire import BEAT_SECONDS, Event, Reader
+from launcher.jobs.remote.wire import BEAT_SECONDS, Event, EventReader
 
 # Without a line for so long the connection is made anew: one that is only half open says nothing.
 SILENCE_SECONDS = 4 * BEAT_SECONDS
@@ -29,7 +29,7 @@ def events(jobs: Jobs, job: str, where: str, poll: Callable[[], None], name: str
     Raises:
         WorkerLost: the job has ended without a word, or the cluster does not answer for a quarter of an hour.
     """
-    reader, seen = Reader(job), 0
+    reader, seen = EventReader(job), 0
     heard = time.monotonic()
     lost: float | None = None
     while True:
@@ -81,7 +81,7 @@ def _note(text: str) -> dict[str, Any]:
     return {"kind": "note", "text": text}
 
 
-def _without_a_word(jobs: Jobs, job: str, status: str, where: str, name: str, reader: Reader) -> str:
+def _without_a_word(jobs: Jobs, job: str, status: str, where: str, name: str, reader: EventReader) -> str:
     said = [line for line in reader.others if not line.startswith("Running entrypoint")]
     text = " ".join(said[-6:]) or jobs.message(job)[:600] or "it printed nothing"
     if status == "GONE":

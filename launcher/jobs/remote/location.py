@@ -18,13 +18,13 @@ from launcher.runs import REMOTE, RunDirectory, user_state, write_json
 from launcher.runs.plain_files import read_json
 
 
-def is_elsewhere(cluster: ClusterConfig) -> bool:
+def is_remote(cluster: ClusterConfig) -> bool:
     """Whether a run with this section is driven by the head of a cluster, not by the command itself."""
     return kind_of(cluster).is_remote(cluster)
 
 
 @dataclass(frozen=True)
-class Place:
+class RunLocation:
     """Where a run is driven.
 
     Attributes:
@@ -55,21 +55,21 @@ class Place:
         write_json(run.path / REMOTE, asdict(self))
 
 
-def place_of(run: RunDirectory) -> Place | None:
+def location_of(run: RunDirectory) -> RunLocation | None:
     """Return where a run is driven, or was; None for one that was driven here, or that this user did not send."""
-    return None if why_not_followed(run) else _recorded(run)
+    return None if why_not_confirmed(run) else _recorded(run)
 
 
-def required_place(run: RunDirectory) -> Place:
+def required_location(run: RunDirectory) -> RunLocation:
     """Return where a run that was sent is driven. RunError where this user's record does not confirm it."""
-    if why := why_not_followed(run):
+    if why := why_not_confirmed(run):
         raise RunError(why)
     place = _recorded(run)
     assert place is not None
     return place
 
 
-def why_not_followed(run: RunDirectory) -> str | None:
+def why_not_confirmed(run: RunDirectory) -> str | None:
     """Return the reason why what remote.json says of a run is not used; None where the record confirms it."""
     recorded, stated = _recorded(run), _stated(run)
     if recorded is not None and stated == asdict(recorded):
@@ -92,7 +92,7 @@ def confirm(run: RunDirectory, address: str, token: str | None) -> None:
     stated = _stated(run)
     if stated.get("address") != address.rstrip("/") or not isinstance(stated.get("job"), str):
         raise RunError(f'The run "{run.name}" was not sent to {address}. Leave cluster.address out.')
-    fields_of_record = {} if place_of(run) else {"place": asdict(Place(stated["job"], address.rstrip("/")))}
+    fields_of_record = {} if location_of(run) else {"place": asdict(RunLocation(stated["job"], address.rstrip("/")))}
     user_state.save(run, token=token and user_state.fingerprint(token), **fields_of_record)
 
 
@@ -104,12 +104,12 @@ def _stated(run: RunDirectory) -> dict[str, Any]:
     return {}
 
 
-def _recorded(run: RunDirectory) -> Place | None:
+def _recorded(run: RunDirectory) -> RunLocation | None:
     record = user_state.lookup(run)
     with suppress(TypeError):
-        known = {each.name for each in fields(Place)}
+        known = {each.name for each in fields(RunLocation)}
         if record is not None and record.place is not None:
-            return Place(**{key: value for key, value in record.place.items() if key in known})
+            return RunLocation(**{key: value for key, value in record.place.items() if key in known})
     return None
 
 

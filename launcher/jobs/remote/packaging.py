@@ -20,7 +20,7 @@ from launcher.errors import ClusterError, ConfigError
 from launcher.formatting import size
 
 # A folder that Ray makes importable. Launch lies in it as a whole: its parts look for each other.
-OWN = "launch_freight"
+OWN = "launch_package"
 PROBE_SECONDS = 120.0
 # A job is started by a shell, whose PATH may know another Python than the one that Ray runs on: the shell's parent.
 _PYTHON = (
@@ -61,7 +61,7 @@ def environment(names: Sequence[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names}
 
 
-def order(
+def job_spec(
     words: Sequence[str], calling: str | None, config_dir: str | None, environment: dict[str, str], **more: Any
 ) -> bytes:
     """Return what `launcher.driver` reads. It holds values of the environment, and goes through memory alone."""
@@ -70,7 +70,7 @@ def order(
 
 
 @dataclass(frozen=True)
-class Found:
+class HeadFacts:
     """What the head of a cluster has: whether it sees the run root and the calling directory, and the same launch."""
 
     sees_root: bool
@@ -78,7 +78,7 @@ class Found:
     same_project: bool
 
 
-def probe(jobs: Jobs, root: Path | None, calling: Path) -> Found:
+def probe(jobs: Jobs, root: Path | None, calling: Path) -> HeadFacts:
     """Compare the head of a cluster with this process, by a small job there.
 
     Args:
@@ -120,7 +120,7 @@ def probe(jobs: Jobs, root: Path | None, calling: Path) -> Found:
             "versions on both sides."
         )
     seen = calling in places and not there["no_modules"]
-    return Found(root in places and not there["no_run"], seen, there["project"] == own["project"])
+    return HeadFacts(root in places and not there["no_run"], seen, there["project"] == own["project"])
 
 
 def _answer(jobs: Jobs, job: str, mark: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _answer(jobs: Jobs, job: str, mark: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Freight:
+class Package:
     """What `pack` has put together.
 
     what: in words. withheld: a sentence on the files that stay here, or nothing. config_dir: the configuration's place
@@ -162,7 +162,7 @@ class Freight:
     size: int
 
 
-def pack(calling: Path, config_dir: Path | None, target: Path) -> Freight:
+def pack(calling: Path, config_dir: Path | None, target: Path) -> Package:
     """Copy the calling directory, a configuration beside it and launch itself to `target`, to be sent to a cluster."""
     chosen = project.select(calling)
     place = _copy(calling, chosen.files, target / "calling")
@@ -182,7 +182,7 @@ def pack(calling: Path, config_dir: Path | None, target: Path) -> Freight:
     _copy(project.HOME, own, target / OWN)
     (target / OWN / "__init__.py").touch()
     total += project.size(project.HOME, own)
-    return Freight(f"{calling} and launch itself, {size(total)}", " ".join(filter(None, withheld)), relative, total)
+    return Package(f"{calling} and launch itself, {size(total)}", " ".join(filter(None, withheld)), relative, total)
 
 
 def _copy(source: Path, names: Sequence[str], target: Path) -> Path:

@@ -25,7 +25,7 @@ from launcher.clusters.remote.ray_jobs import OVER, Unreachable
 from launcher.clusters.remote.registry import Head
 from launcher.errors import LaunchError, RunError
 from launcher.jobs.remote.connection import connected, through
-from launcher.jobs.remote.location import Place, place_of
+from launcher.jobs.remote.location import RunLocation, location_of
 from launcher.runs import FINAL, RunDirectory
 
 QUEUED, STARTING, WORKING, LOST, UNREACHABLE = "queued", "starting", "working", "lost", "unreachable"
@@ -62,13 +62,13 @@ def states_of(runs: Sequence[RunDirectory], patience: float = PATIENCE_SECONDS) 
     Args:
         patience: seconds after which a cluster that has not answered is unreachable.
     """
-    by_cluster: dict[str, list[tuple[RunDirectory, Place]]] = {}
+    by_cluster: dict[str, list[tuple[RunDirectory, RunLocation]]] = {}
     for run in runs:
-        if (place := place_of(run)) is not None:
+        if (place := location_of(run)) is not None:
             by_cluster.setdefault(place.where, []).append((run, place))
     found: dict[Path, RunState] = {}
 
-    def ask(sent: list[tuple[RunDirectory, Place]]) -> None:
+    def ask(sent: list[tuple[RunDirectory, RunLocation]]) -> None:
         found.update(_of_head(sent) if sent[0][1].head is not None else _of_address(sent))
 
     threads = [threading.Thread(target=ask, args=(sent,), daemon=True) for sent in by_cluster.values()]
@@ -85,7 +85,7 @@ def states_of(runs: Sequence[RunDirectory], patience: float = PATIENCE_SECONDS) 
     return answered
 
 
-def _of_address(sent: Sequence[tuple[RunDirectory, Place]]) -> dict[Path, RunState]:
+def _of_address(sent: Sequence[tuple[RunDirectory, RunLocation]]) -> dict[Path, RunState]:
     found = {}
     for run, place in sent:
         try:
@@ -96,7 +96,7 @@ def _of_address(sent: Sequence[tuple[RunDirectory, Place]]) -> dict[Path, RunSta
     return found
 
 
-def _of_head(sent: Sequence[tuple[RunDirectory, Place]]) -> dict[Path, RunState]:
+def _of_head(sent: Sequence[tuple[RunDirectory, RunLocation]]) -> dict[Path, RunState]:
     where = sent[0][1].where
     if where not in [head.name for head in registry.all_heads()]:
         return {run.path: _lost(run, f"Its cluster {where} was removed.", _result_here(run)) for run, _ in sent}
@@ -142,7 +142,7 @@ def _result_here(run: RunDirectory) -> dict[str, Any]:
         return {}
 
 
-def _state(run: RunDirectory, place: Place, job: str, result: Mapping[str, Any]) -> RunState:
+def _state(run: RunDirectory, place: RunLocation, job: str, result: Mapping[str, Any]) -> RunState:
     """Return the state of a run whose job has the status `job`."""
     where, said = place.where, result.get("status")
     if said in FINAL:

@@ -14,17 +14,17 @@ from typing import Any
 from launcher.clusters import base
 from launcher.clusters.pricing import rates
 from launcher.clusters.remote import mounts, project
-from launcher.clusters.remote.node_setup import Needs
+from launcher.clusters.remote.node_setup import NodeSetup
 from launcher.clusters.remote.ray_jobs import OVER, Jobs, Unreachable, checked_url, own_token
 from launcher.clusters.remote.registry import Head
-from launcher.clusters.ssh.lifecycle import place_of as place_on_host
+from launcher.clusters.ssh.lifecycle import copy_directory
 from launcher.config.schema import ScalingConfig
 from launcher.errors import HostError, LaunchError, RunError, Stopped, WorkerLost, from_dict
 from launcher.jobs.prepare import Prepared, Request, key_of
 from launcher.jobs.remote import follow, location, packaging
 from launcher.jobs.remote.connection import connected, through
 from launcher.jobs.remote.copies import Copies, bring
-from launcher.jobs.remote.location import Place, place_of
+from launcher.jobs.remote.location import RunLocation, location_of
 from launcher.jobs.remote.wire import Event
 from launcher.runs import user_state
 from launcher.runs.storage import disk_uri
@@ -33,7 +33,7 @@ DETACH = "detach"
 
 
 @dataclass(frozen=True)
-class Sent:
+class RemoteOutcome:
     """How a run that was sent away has ended, or that nobody follows it any more (`detached`).
 
     more: what else its driver tells of the end.
@@ -45,7 +45,7 @@ class Sent:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-class Caller:
+class Submission:
     """One run on a cluster, from this end.
 
     Args:
@@ -68,7 +68,7 @@ class Caller:
         self._on_event, self._ask, self._trials = on_event, ask, trials
         self._run = prepared.directory
         self._config_dir = str(request.config_dir) if request.config_dir else None
-        self._before, self._recorded = place_of(prepared.directory), user_state.lookup(prepared.directory)
+        self._before, self._recorded = location_of(prepared.directory), user_state.lookup(prepared.directory)
         self._submitted = False
         self._begun = False  # the driver there has the run in hand
         self._ended_there = False
@@ -76,7 +76,7 @@ class Caller:
         self._made: list[Path] = []
         self._needs: dict[str, Any] = {}
 
-    def train(self, interrupts: Any) -> Sent:
+    def train(self, interrupts: Any) -> RemoteOutcome:
         """Send the run off and follow it to its end.
 
         Args:
@@ -90,7 +90,7 @@ class Caller:
         cluster = self._prepared.job.cluster
         values = packaging.environment(cluster.env)
         mounted = mounts.setup_lines(mounts.read(cluster.mounts))
-        self._needs = asdict(Needs.of(self._request.calling, [*mounted, *cluster.setup], cluster.env))
+        self._needs = asdict(NodeSetup.of(self._request.calling, [*mounted, *cluster.setup], cluster.env))
         try:
             kind = base.kind_of(cluster)
             if (url := kind.jobs_url(cluster)) is not None:
@@ -126,12 +126,12 @@ class Caller:
                 f"{name}."
             )
 
-    def _on_url(self, address: str, values: dict[str, str], interrupts: Any) -> Sent:
+    def _on_url(self, address: str, values: dict[str, str], interrupts: Any) -> RemoteOutcome:
         token = own_token()
         jobs = Jobs(checked_url(address), token)
         self._on_event({"kind": "phase", "name": "cluster"})
         self._check_idle()
-        found = Place(packaging.new_job(), jobs.url, config_dir=self._config_dir)
+        found = RunLocation(packaging.new_job(), jobs.url, config_dir=self._config_dir)
         self._write_down(found, token)
         self._submit(jobs, found, values)
         return self._attended(jobs, found, interrupts)
@@ -144,16 +144,16 @@ class Caller:
         least = scaling.min_workers or scaling.workers
         return replace(scaling, workers=scaling.workers * self._trials, min_workers=least)
 
-    def _on_head(self, head: Head, values: dict[str, str], interrupts: Any) -> Sent:
+    def _on_head(self, head: Head, values: dict[str, str], interrupts: Any) -> RemoteOutcome:
         """Have the head of a cluster that is reached over SSH drive the run, and copy the run's files from there."""
         calling, shell = self._request.calling.absolute(), head.shell()
-        directory = f"{head.directory}/runs/{Path(place_on_host(calling)).name}"
+        directory = f"{head.directory}/runs/{Path(copy_directory(calling)).name}"
         root, there = self._run.root, None
         if self._run.uri is None:
             root, there = directory, f"{directory}/{self._run.name}"
             if len(head.hosts) != 1:  # no disk is known that all of them see
                 root = disk_uri(Path(directory))
-        found = Place(packaging.new_job(), head=head.name, directory=there, config_dir=self._config_dir)
+        found = RunLocation(packaging.new_job(), head=head.name, directory=there, config_dir=self._config_dir)
         with through(head) as jobs:
             self._check_idle()
             self._write_down(found)
@@ -178,27 +178,27 @@ class Caller:
             return replace(sent, result=self._run.result() or sent.result) if sent.result else sent
 
     def _send(
-        self, jobs: Jobs, found: Place, words: list[str], values: dict[str, str], head: Head | None = None
+        self, jobs: Jobs, found: RunLocation, words: list[str], values: dict[str, str], head: Head | None = None
     ) -> None:
         """Start the driver; where no copy of the project lies on the nodes, it is sent through Ray Jobs."""
         python = head.python if head is not None else None
         calling, config_dir = self._request.calling.absolute(), self._request.config_dir
         if head is not None and base.named(head.kind).copies_project:
-            where = f"{head.directory}/{place_on_host(calling)}"
+            where = f"{head.directory}/{copy_directory(calling)}"
             config = str(config_dir.relative_to(calling)) if config_dir and config_dir.is_relative_to(calling) else None
             if config_dir is not None and config is None:
                 config = f"{where}-config-{hashlib.sha256(str(config_dir).encode()).hexdigest()[:6]}"
                 chosen = project.select(config_dir)
                 self._note_withheld(chosen.withheld())
                 head.shell().send(config_dir, chosen.files, config)
-            jobs.put(found.job, self._order(words, where, config, values))
+            jobs.put(found.job, self._spec(words, where, config, values))
             jobs.submit(found.job, packaging.entrypoint("-P", "-m", "launcher.driver", found.job, python=python), {})
             return
-        with tempfile.TemporaryDirectory(prefix="launch-freight-") as folder:
+        with tempfile.TemporaryDirectory(prefix="launch-package-") as folder:
             packed = packaging.pack(calling, config_dir, Path(folder))
             self._note(f"Sending {packed.what}.")
             self._note_withheld(packed.withheld)
-            jobs.put(found.job, self._order(words, None, packed.config_dir, values))
+            jobs.put(found.job, self._spec(words, None, packed.config_dir, values))
             workdir = str(Path(folder) / "calling")
             if head is not None:  # VMs that come and go have launch from the head: in one place
                 driver = packaging.entrypoint("-P", "-m", "launcher.driver", found.job, python=python)
@@ -207,10 +207,10 @@ class Caller:
             driver = packaging.entrypoint(*packaging.with_own("launcher.driver"), found.job)
             jobs.submit(found.job, driver, {}, [Path(folder) / packaging.OWN], working_dir=workdir)
 
-    def _order(self, words: list[str], calling: str | None, config_dir: str | None, values: dict[str, str]) -> bytes:
+    def _spec(self, words: list[str], calling: str | None, config_dir: str | None, values: dict[str, str]) -> bytes:
         cluster = asdict(self._prepared.job.cluster)
         more = {"needs": self._needs, "sweep": self._trials is not None, "cluster": cluster}
-        return packaging.order(words, calling, config_dir, values, **more)
+        return packaging.job_spec(words, calling, config_dir, values, **more)
 
     def _note(self, text: str) -> None:
         self._on_event({"kind": "note", "text": text})
@@ -219,18 +219,18 @@ class Caller:
         if text:
             self._note(text)
 
-    def _write_down(self, found: Place, token: str | None = None) -> None:
+    def _write_down(self, found: RunLocation, token: str | None = None) -> None:
         """Write where the run is driven into its directory, and record it for this user."""
         self._made = [path for path in (self._run.path, *self._run.path.parents) if not path.exists()]
         self._run.create()
         cluster, known = asdict(self._prepared.job.cluster), token and user_state.fingerprint(token)
         found.write(self._run, cluster=cluster, token=known)
 
-    def _attended(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
+    def _attended(self, jobs: Jobs, found: RunLocation, interrupts: Any) -> RemoteOutcome:
         self._submitted = True
         self._on_sent(found.where)
         if self._prepared.job.cluster.detach:
-            return Sent({}, detached=True)
+            return RemoteOutcome({}, detached=True)
         return self._followed(jobs, found, interrupts)
 
     def _words(self, root: str) -> list[str]:
@@ -238,7 +238,7 @@ class Caller:
         kept = [word for word in self._request.words if key_of(word) not in own]
         return [*kept, f"run.name={_quoted(self._run.name)}", f"run.root={_quoted(root)}"]
 
-    def _submit(self, jobs: Jobs, found: Place, values: dict[str, str]) -> None:
+    def _submit(self, jobs: Jobs, found: RunLocation, values: dict[str, str]) -> None:
         """Compare, send what the cluster does not have, and start the driver there."""
         calling, config_dir = self._request.calling.absolute(), self._request.config_dir
         on_store = self._run.uri is not None
@@ -253,12 +253,12 @@ class Caller:
         words = self._words(self._run.root)
         if seen.sees_calling and seen.same_project:
             where = str(config_dir) if config_dir else None
-            jobs.put(found.job, self._order(words, str(calling), where, values))
+            jobs.put(found.job, self._spec(words, str(calling), where, values))
             jobs.submit(found.job, driver, {"PYTHONPATH": str(project.HOME)})
             return
         self._send(jobs, found, words, values)
 
-    def _followed(self, jobs: Jobs, found: Place, interrupts: Any) -> Sent:
+    def _followed(self, jobs: Jobs, found: RunLocation, interrupts: Any) -> RemoteOutcome:
         handled = 0
 
         def poll() -> None:
@@ -285,16 +285,16 @@ class Caller:
                         self._copies.start()
                 self._on_event(event)
         except _Detached:
-            return Sent({}, detached=True)
+            return RemoteOutcome({}, detached=True)
         raise AssertionError
 
-    def _ended(self, end: Event, interrupts: Any) -> Sent:
+    def _ended(self, end: Event, interrupts: Any) -> RemoteOutcome:
         self._ended_there = True
         if error := end.get("error"):
             raise from_dict(error)
         if "stopped" in end:
             raise Stopped(interrupts.signal_number or end["stopped"])
-        return Sent(end["result"], interrupts.signal_number, more=end.get("more", {}))
+        return RemoteOutcome(end["result"], interrupts.signal_number, more=end.get("more", {}))
 
 
 def _quoted(value: str) -> str:

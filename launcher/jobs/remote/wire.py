@@ -19,7 +19,7 @@ def mark_of(job: str) -> str:
     return f"\x1e{job} "
 
 
-class Writer:
+class EventWriter:
     """Writes events to a file descriptor, each as a line of its own, from any thread.
 
     A line every ten seconds says that the stream is alive, while the `with` block lasts.
@@ -31,7 +31,7 @@ class Writer:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="launch-beat", daemon=True)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> EventWriter:
         self._thread.start()
         return self
 
@@ -52,7 +52,7 @@ class Writer:
             self.send({"kind": "beat"})
 
 
-class Reader:
+class EventReader:
     """Takes text in pieces of any length and gives the events in it; the lines of others are kept for an error.
 
     Attributes:

@@ -15,7 +15,7 @@ from launcher.clusters.remote import registry
 from launcher.clusters.remote.ray_jobs import Unreachable
 from launcher.clusters.remote.registry import Head
 from launcher.jobs.remote import active_jobs
-from launcher.jobs.remote.location import Place
+from launcher.jobs.remote.location import RunLocation
 from launcher.runs import RunDirectory
 
 
@@ -51,7 +51,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     for name in ("k1", "ended"):
         run = RunDirectory(tmp_path / "runs" / name)
         run.create()
-        Place(f"job-{name}", head="pair", directory=f"/there/{name}").write(run)
+        RunLocation(f"job-{name}", head="pair", directory=f"/there/{name}").write(run)
     made = Cluster()
     monkeypatch.setattr(active_jobs, "through", made.through)
     monkeypatch.setattr(active_jobs.control, "stop", made.stop)

@@ -12,7 +12,7 @@ import pytest
 
 from launcher.clusters.remote.shell import Shell
 from launcher.jobs.remote.copies import Copies
-from launcher.jobs.remote.location import Place
+from launcher.jobs.remote.location import RunLocation
 from launcher.runs import RunDirectory
 from tests import servers
 
@@ -56,7 +56,7 @@ def steps(run: Path) -> list[str]:
 def copied(shell: Shell, there: Path, here: Path) -> tuple[Copies, RunDirectory]:
     run = RunDirectory(here / "s")
     run.create()
-    Place("launch-1", head="pair", directory=str(there)).write(run)
+    RunLocation("launch-1", head="pair", directory=str(there)).write(run)
     copies = Copies(shell, str(there), run)
     copies.fetch()
     return copies, run

@@ -18,7 +18,7 @@ from launcher.clusters.remote.ray_jobs import Unreachable
 from launcher.clusters.remote.registry import Head
 from launcher.errors import HostError
 from launcher.jobs.remote import states
-from launcher.jobs.remote.location import Place
+from launcher.jobs.remote.location import RunLocation
 from launcher.jobs.remote.states import Waiting, states_of
 from launcher.runs import RunDirectory
 
@@ -58,7 +58,7 @@ class Cluster:
         there.mkdir(parents=True)
         if result is not None:
             (there / "result.json").write_text(json.dumps(result))
-        Place(f"job-{name}", head=CLUSTER, directory=str(there)).write(run)
+        RunLocation(f"job-{name}", head=CLUSTER, directory=str(there)).write(run)
         self.jobs[f"job-{name}"] = job
         return run
 

@@ -18,8 +18,8 @@ from launcher.clusters.remote.ray_jobs import Unreachable, checked_url
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ClusterError, DataError, HostError, UserCodeError, WorkerLost, from_dict, to_dict
 from launcher.jobs.remote import follow
-from launcher.jobs.remote.location import Place, is_elsewhere, place_of
-from launcher.jobs.remote.wire import Reader, Writer
+from launcher.jobs.remote.location import RunLocation, is_remote, location_of
+from launcher.jobs.remote.wire import EventReader, EventWriter
 from launcher.runs import RunDirectory, find, list_runs
 
 
@@ -27,7 +27,7 @@ def stream(tmp_path: Path, job: str = "launch-1") -> tuple[list[dict[str, Any]],
     events = [{"kind": "line", "rank": 0, "text": f'{number} "é\n\x1elaunch-1 {{}}'} for number in range(20)]
     path = tmp_path / "log"
     with path.open("ab") as file:
-        writer = Writer(file.fileno(), job)
+        writer = EventWriter(file.fileno(), job)
         for event in events:
             os.write(file.fileno(), b"half a line of somebody else")
             writer.send(event)
@@ -39,14 +39,14 @@ def stream(tmp_path: Path, job: str = "launch-1") -> tuple[list[dict[str, Any]],
 def test_events_survive_any_cut(tmp_path: Path, seed: int) -> None:
     events, text = stream(tmp_path)
     cut = random.Random(seed)
-    reader, found = Reader("launch-1"), []
+    reader, found = EventReader("launch-1"), []
     while text:
         length = cut.randint(1, 60)
         found += list(reader.feed(text[:length]))
         text = text[length:]
     assert found == events
     assert set(reader.others) == {"half a line of somebody else"}
-    assert list(Reader("launch-2").feed(stream(tmp_path)[1])) == []
+    assert list(EventReader("launch-2").feed(stream(tmp_path)[1])) == []
 
 
 class Dropping:
@@ -131,14 +131,14 @@ def test_errors_come_back_as_what_they_were() -> None:
 def test_the_place_of_a_run_is_kept_and_a_run_that_was_sent_is_found(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "a")
     run.create()
-    assert place_of(run) is None
-    Place("launch-1", "http://head:8265").write(run)
-    assert place_of(run) == Place("launch-1", "http://head:8265")
+    assert location_of(run) is None
+    RunLocation("launch-1", "http://head:8265").write(run)
+    assert location_of(run) == RunLocation("launch-1", "http://head:8265")
     assert find(tmp_path, "a").status() == "sent"
     assert not run.exists()
     assert [one.name for one in list_runs(tmp_path)] == ["a"]
     (run.path / "remote.json").write_text("[]")
-    assert place_of(run) is None
+    assert location_of(run) is None
 
 
 def test_a_run_outlives_its_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +146,7 @@ def test_a_run_outlives_its_cluster(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["a", f"run.root={tmp_path}"]
     run = RunDirectory(tmp_path / "a")
     run.create()
-    Place("launch-1", head="pair", directory="/there/a").write(run)
+    RunLocation("launch-1", head="pair", directory="/there/a").write(run)
     assert cli.run(["logs", *words]) == 2
     assert "was sent to the cluster pair, which is not known here any more" in capsys.readouterr().err
     assert cli.run(["stop", *words]) == 2
@@ -171,7 +171,7 @@ def test_a_run_outlives_its_cluster(tmp_path: Path, capsys: pytest.CaptureFixtur
     ],
 )
 def test_who_drives_a_run(cluster: ClusterConfig, elsewhere: bool) -> None:
-    assert is_elsewhere(cluster) is elsewhere
+    assert is_remote(cluster) is elsewhere
 
 
 @pytest.mark.parametrize("url", ["http://ada:secret@head:8265", "http://head:8265/?token=secret", "http://"])
