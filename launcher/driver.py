@@ -16,7 +16,7 @@ from typing import Any
 
 from launcher import sweeps
 from launcher.clusters.existing.existing_ray import ExistingRay
-from launcher.clusters.gcs import look
+from launcher.clusters.gcs import living_nodes
 from launcher.clusters.remote import ray_jobs
 from launcher.clusters.remote.node_setup import NodeSetup
 from launcher.config import Settings
@@ -91,7 +91,7 @@ def _meet(needs: NodeSetup, address: str, observer: training.Observer) -> None:
         return
     observer.event({"kind": "note", "text": f"Preparing the nodes: {needs.describe()}"})
     with ExistingRay(address, environment=needs.names):
-        needs.install(look(address), os.getcwd())
+        needs.install(living_nodes(address), os.getcwd())
     importlib.invalidate_caches()
 
 

@@ -40,7 +40,7 @@ class Rate:
     budget: float | None = None
     share: float = 1.0
 
-    def an_hour(self, machines: int | None = None) -> float:
+    def usd_per_hour(self, machines: int | None = None) -> float:
         """Return US dollars an hour with so many machines, the head among them where there is one."""
         there = machines or self.machines
         nodes = there - 1 if self.head and there > 1 else there
@@ -48,7 +48,7 @@ class Rate:
 
     def over(self, seconds: float, machines: int | None = None) -> float:
         """Return the US dollars of a time."""
-        return max(0.0, seconds) / 3600 * self.an_hour(machines)
+        return max(0.0, seconds) / 3600 * self.usd_per_hour(machines)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Meter:
         assert self._rate is not None
         if usd >= budget:
             return f"{usd:,.2f} USD are spent, all of cluster.budget_usd={budget:g}: what runs saves and stops."
-        left = max(0.0, budget - usd) / max(self._rate.an_hour(self._machines), 1e-12) * 60
+        left = max(0.0, budget - usd) / max(self._rate.usd_per_hour(self._machines), 1e-12) * 60
         return (
             f"{usd:,.2f} USD of cluster.budget_usd={budget:g} are spent: in {left:.3g} minutes what runs saves a "
             "checkpoint and stops."
@@ -125,21 +125,21 @@ class Meter:
         return None if self._rate is None else self._rate.budget
 
 
-def larger(spent: float) -> str:
+def larger_budget(spent: float) -> str:
     """Return a word that lets a run go on that has spent its budget."""
     return f"cluster.budget_usd={max(1, math.ceil(2 * spent))}"
 
 
-def refused(name: str, spent: float, rate: Rate) -> str:
+def budget_refusal(name: str, spent: float, rate: Rate) -> str:
     """Return why a run, or a sweep, is not continued. spent: what it has cost."""
     return (
         f'"{name}" has spent its budget: {spent:,.2f} USD of cluster.budget_usd={rate.budget:g}, and every hour costs '
-        f"{rate.an_hour():,.2f}. Continue it with a larger one, which counts from its beginning: {larger(spent)}. Or "
-        "use what it has saved."
+        f"{rate.usd_per_hour():,.2f}. Continue it with a larger budget, which covers the whole life of the run: "
+        f"{larger_budget(spent)}. Or use its checkpoints."
     )
 
 
-def tell_owner(result: Mapping[str, Any]) -> None:
+def mark_budget_spent(result: Mapping[str, Any]) -> None:
     """Where a run has stopped for its budget, touch the file that LAUNCH_BUDGET_SPENT names, if it does."""
     path = os.environ.get(SPENT_VARIABLE)
     if path and result.get("reason") == BUDGET:

@@ -12,7 +12,7 @@ import pytest
 
 from launcher import money
 from launcher.clusters.existing.kind import ExistingCluster
-from launcher.clusters.pricing.rates import rate_of, words
+from launcher.clusters.pricing.rates import overrides, rate_of
 from launcher.config.schema import ClusterConfig, cluster_section
 from launcher.errors import ConfigError
 from launcher.money import Bill, Meter, Rate
@@ -27,7 +27,7 @@ SLOW = ("+model.delay=0.1", "trainer.epochs=100", "trainer.log_every=1")  # 40 s
 
 
 @pytest.mark.parametrize(
-    ("rate", "machines", "an_hour"),
+    ("rate", "machines", "usd_per_hour"),
     [
         (Rate(2.0), 3, 6.0),
         (Rate(2.0, machines=4), None, 8.0),
@@ -36,8 +36,8 @@ SLOW = ("+model.delay=0.1", "trainer.epochs=100", "trainer.log_every=1")  # 40 s
         (Rate(2.0, head=0.5, share=0.5), 3, 2.25),
     ],
 )
-def test_an_hour_of_the_machines_that_are_there(rate: Rate, machines: int | None, an_hour: float) -> None:
-    assert rate.an_hour(machines) == pytest.approx(an_hour)
+def test_an_hour_of_the_machines_that_are_there(rate: Rate, machines: int | None, usd_per_hour: float) -> None:
+    assert rate.usd_per_hour(machines) == pytest.approx(usd_per_hour)
 
 
 def test_groups_of_workers_count_on_from_each_other() -> None:
@@ -101,10 +101,10 @@ def test_a_budget_needs_a_price(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_driver_elsewhere_is_told_the_same_rate() -> None:
-    told = dict(word.removeprefix("cluster.").split("=") for word in words(ClusterConfig(), 12.0, machines=4))
+    told = dict(word.removeprefix("cluster.").split("=") for word in overrides(ClusterConfig(), 12.0, machines=4))
     there = cluster_section({"kind": "existing", **{key: float(value) for key, value in told.items()}})
     assert rate_of(there, 4) == Rate(3.0, 0.0, 4)
-    assert words(ClusterConfig()) == []
+    assert overrides(ClusterConfig()) == []
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_continues_it(
     assert paid == sorted(paid)
     assert paid[-1] <= result["cost_usd"]
     assert sign.exists(), "whoever owns the machines is not told"
-    assert f"Continue it with: launch run.name=a run.resume=true {money.larger(result['cost_usd'])}" in done.err
+    assert f"Continue it with: launch run.name=a run.resume=true {money.larger_budget(result['cost_usd'])}" in done.err
 
     again = here.here("--config-dir", "own", "run.name=a", "run.resume=true")
     assert again.status == 2

@@ -22,7 +22,7 @@ from benchmarks.azure_acceptance.commands import Commands, parsed
 from benchmarks.azure_acceptance.estimate import Estimate, estimate
 from benchmarks.azure_acceptance.report import Report
 from benchmarks.azure_acceptance.session import Asked, Session
-from launcher.clusters.azure.wanted import check_name
+from launcher.clusters.azure.spec import check_name
 from launcher.errors import LaunchError
 
 CLUSTER = {

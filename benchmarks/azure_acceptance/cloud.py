@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.clusters.azure.api import Api, sign_in, told
-from launcher.clusters.azure.wanted import group_of
+from launcher.clusters.azure.api import Api, sign_in, translated_errors
+from launcher.clusters.azure.spec import group_of
 from launcher.clusters.remote.mounts import READER, Mount, role_lines
 
 CONTRIBUTOR = "Storage Blob Data Contributor"
@@ -22,7 +22,7 @@ class Cloud:
         return Api(sign_in(self._subscription))
 
     def machines(self) -> list[dict[str, Any]]:
-        with told("Asking for the machines"):
+        with translated_errors("Asking for the machines"):
             return self._api().machines(self.group)
 
     def workers(self) -> list[dict[str, Any]]:
@@ -33,16 +33,16 @@ class Cloud:
 
         https://learn.microsoft.com/rest/api/compute/virtual-machines/simulate-eviction
         """
-        with told("Simulating an eviction"):
+        with translated_errors("Simulating an eviction"):
             self._api().compute.virtual_machines.simulate_eviction(self.group, vm)
 
     def exists(self) -> bool:
-        with told("Looking for the resource group"):
+        with translated_errors("Looking for the resource group"):
             return self._api().group(self.group) is not None
 
     def left(self) -> list[str]:
         """Return the types of the resources that are still in the group."""
-        with told("Looking for what is left"):
+        with translated_errors("Looking for what is left"):
             return sorted(one.split()[0] for one in self._api().left(self.group))
 
     def role_lines(self, blob: str) -> list[str]:
@@ -52,6 +52,6 @@ class Cloud:
         kind = f"{group}/Microsoft.ManagedIdentity/userAssignedIdentities"
         container, _, account = blob.partition("://")[2].partition("/")[0].partition("@")
         mount = Mount("/blob", account.partition(".")[0], container)
-        with told("Asking for the identities"):
+        with translated_errors("Asking for the identities"):
             who = {part: api.principal(f"{kind}/{self._name}-{part}") for part in ("head", "nodes")}
         return [line.replace(READER, CONTRIBUTOR) for line in role_lines([mount], who)]

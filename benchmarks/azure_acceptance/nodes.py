@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.azure_acceptance.report import Row, judged, not_checked
 from launcher.clusters.azure.ray_yaml import IMAGE
-from launcher.clusters.azure.wanted import PYTHON, USER
+from launcher.clusters.azure.spec import PYTHON, USER
 
 PROBE, NCCL = (Path(__file__).with_name(name).read_text() for name in ("node_probe.py", "nccl_probe.py"))
 KEY = "~/ray_bootstrap_key.pem"  # used by Ray's autoscaler on the head to reach the nodes

@@ -8,7 +8,7 @@ from launcher.cli.terminal import Display
 from launcher.formatting import count, duration, evaluated, goes_on
 from launcher.jobs.prepare import Prepared
 from launcher.jobs.training import Observer, Outcome, begun, over_text
-from launcher.money import BUDGET, larger
+from launcher.money import BUDGET, larger_budget
 from launcher.planning.plan import Plan
 from launcher.runs import RunDirectory
 
@@ -67,7 +67,7 @@ def conclusion(outcome: Outcome, interactive: bool) -> list[str]:
     lines = ["  ".join(facts + evaluated(result.get("metrics") or {}))]
     if result["status"] == "stopped":
         spent = result.get("reason") == BUDGET
-        more = f" {larger(result['cost_usd'])}" if spent else ""
+        more = f" {larger_budget(result['cost_usd'])}" if spent else ""
         begin = "The budget is spent. Continue it" if spent else "Continue it"
         lines.append(how_to_continue(outcome.directory, begin) + more)
     elif interactive:

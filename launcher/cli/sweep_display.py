@@ -15,7 +15,7 @@ from rich.text import Text
 from launcher.cli.terminal import PHASES, stop_or_detach
 from launcher.config.overrides import masked
 from launcher.formatting import duration, goes_on, number
-from launcher.money import BUDGET, larger
+from launcher.money import BUDGET, larger_budget
 from launcher.runs import RunDirectory
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.syntax import plain_text
@@ -175,7 +175,7 @@ def conclusion(outcome: SweepOutcome) -> list[str]:
     root = "" if outcome.root == "runs" else f" run.root={outcome.root}"
     if result["status"] == "stopped":
         spent = result.get("reason") == BUDGET
-        more = f" {larger(result['cost_usd'])}" if spent else ""
+        more = f" {larger_budget(result['cost_usd'])}" if spent else ""
         lines.append(
             f"{'The budget is spent. ' * spent}Continue it with: launch -m run.name={name}{root} run.resume=true{more}"
         )

@@ -132,7 +132,7 @@ def this_machine() -> Node:
     return Node("", "", "", float(cpus), float(gpus))
 
 
-def room(nodes: Sequence[Node], cpus_per_worker: float, gpus_per_worker: float) -> float:
+def worker_capacity(nodes: Sequence[Node], cpus_per_worker: float, gpus_per_worker: float) -> float:
     """Return how many workers fit: one never spans two machines."""
     return sum(
         min(
@@ -149,7 +149,7 @@ def check_feasible_on(workers: int, cpus_per_worker: float, gpus_per_worker: flo
     Raises:
         ResourceError: names both numbers and what to set.
     """
-    most = room(nodes, cpus_per_worker, gpus_per_worker)
+    most = worker_capacity(nodes, cpus_per_worker, gpus_per_worker)
     if workers <= most:
         return
     total = (sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
@@ -157,11 +157,11 @@ def check_feasible_on(workers: int, cpus_per_worker: float, gpus_per_worker: flo
     cure = f"Set scaling.workers={most:g}, lower" if most else "Lower"
     raise ResourceError(
         f"{workers} workers with {cpus_per_worker:g} CPU and {gpus_per_worker:g} GPU each were asked for, and the "
-        f"{len(nodes)} nodes have room for {most:g}: each worker sits on one node ({described(nodes)}). {cure} "
+        f"{len(nodes)} nodes have room for {most:g}: each worker sits on one node ({describe(nodes)}). {cure} "
         "scaling.cpus_per_worker or scaling.gpus_per_worker, or add nodes."
     )
 
 
-def described(nodes: Sequence[Node]) -> str:
+def describe(nodes: Sequence[Node]) -> str:
     """Return the nodes for people: `vm1 10.0.0.4 (24 CPU, 1 GPU), …`."""
     return ", ".join(f"{node.host} {node.address} ({node.cpus:g} CPU, {node.gpus:g} GPU)" for node in nodes)

@@ -66,7 +66,7 @@ class Harness:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunOutcome:
     """One run as it is compared: its exit status, what result.json says, and what was logged at which step."""
 
     status: int
@@ -159,7 +159,7 @@ def check_down(harness: Harness) -> None:
     assert not [*harness.left()], f"left: {harness.left()}"
 
 
-def _train(harness: Harness, name: str, *words: str) -> Run:
+def _train(harness: Harness, name: str, *words: str) -> RunOutcome:
     done = harness.launch("train", *harness.job, *harness.words, f"run.name={name}", *words)
     directory = _runs(harness) / name
     assert (directory / "result.json").is_file(), done.stderr
@@ -167,7 +167,7 @@ def _train(harness: Harness, name: str, *words: str) -> Run:
     result = json.loads((directory / "result.json").read_text())
     rows = [json.loads(line) for line in _lines(directory / "metrics.jsonl")]
     exact = [{key: row[key] for key in row if key == "step" or key.startswith(("train/", "val/"))} for row in rows]
-    return Run(done.returncode, {key: result.get(key) for key in _FACTS}, exact)
+    return RunOutcome(done.returncode, {key: result.get(key) for key in _FACTS}, exact)
 
 
 def _runs(harness: Harness) -> Path:

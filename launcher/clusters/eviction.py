@@ -129,7 +129,7 @@ class Metadata:
         return body
 
 
-class Node(Protocol):
+class NodeControl(Protocol):
     """What the agent does to the cluster. All of it may raise, and is then tried again."""
 
     def publish(self, notice: Notice) -> None: ...
@@ -203,7 +203,7 @@ def _own_address(head: str) -> str:
 class Agent:
     """Turns what is known of this VM into what the cluster is told. Call `step` often; it does what is due."""
 
-    def __init__(self, node: Node, drain_seconds: float, log: Callable[[str], None]) -> None:
+    def __init__(self, node: NodeControl, drain_seconds: float, log: Callable[[str], None]) -> None:
         self._node, self._drain_seconds, self._log = node, drain_seconds, log
         self._azure: Notice | None = None
         self._term: Notice | None = None
@@ -306,7 +306,7 @@ class Poll:
             self._log(text)
 
 
-def watch(node: Node, metadata: Metadata, options: argparse.Namespace, log: Callable[[str], None]) -> None:
+def watch(node: NodeControl, metadata: Metadata, options: argparse.Namespace, log: Callable[[str], None]) -> None:
     """Be the agent, until SIGINT, or until the time after a SIGTERM is over. For the main thread.
 
     A thread asks Azure and one tells the cluster: either may be kept waiting, and a signal is heard nevertheless.

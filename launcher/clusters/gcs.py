@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launcher.clusters.capacity import Node
-from launcher.clusters.ray_adapted import environment_set
+from launcher.clusters.ray_process import environment_set
 from launcher.errors import ClusterError
 from launcher.ray_seam import private
 
@@ -44,7 +44,7 @@ def address_of(asked: str | None) -> str:
     )
 
 
-def look(address: str) -> list[Node]:
+def living_nodes(address: str) -> list[Node]:
     """Return the nodes that live, by address. Becomes no driver and starts nothing.
 
     Ray believes in a machine that fell silent for a minute more: of the nodes it knows those count that can be
@@ -61,7 +61,7 @@ def look(address: str) -> list[Node]:
         try:
             alive = private.living_nodes(private.gcs_client(address), CONNECT_SECONDS)
         except Exception as error:
-            raise refused(address, error) from None
+            raise connection_error(address, error) from None
     answers = [True] * len(alive)
     if any(is_here(node.address) for node in alive):
         with ThreadPoolExecutor(min(32, len(alive))) as pool:
@@ -110,7 +110,7 @@ def _require_answer(address: str) -> None:
         ) from None
 
 
-def refused(address: str, error: Exception) -> ClusterError:
+def connection_error(address: str, error: Exception) -> ClusterError:
     said = " ".join(str(error).split())
     if "token" in said.lower() or "UNAUTHENTICATED" in said:
         cure = "Give this process the cluster's token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."

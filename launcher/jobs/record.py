@@ -265,7 +265,7 @@ def check_budget(directory: RunDirectory, result: dict[str, Any], rate: Rate | N
     """Raise RunError where a run that is to be continued has spent its budget."""
     spent = result.get("cost_usd") or 0.0
     if rate is not None and rate.budget is not None and spent >= rate.budget:
-        raise RunError(f"run.resume: {money.refused(directory.name, spent, rate)}")
+        raise RunError(f"run.resume: {money.budget_refusal(directory.name, spent, rate)}")
 
 
 def _write_words(directory: RunDirectory, words: Sequence[str], append: bool) -> None:

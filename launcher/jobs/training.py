@@ -21,7 +21,7 @@ from launcher.jobs import ranks
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.record import Record
 from launcher.jobs.remote.location import is_remote
-from launcher.planning.plan import Machines, Plan, make_plan
+from launcher.planning.plan import Placement, Plan, make_plan
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
 from launcher.startup_timing import Marks
@@ -101,7 +101,7 @@ def train(request: Request, observer: Observer) -> Outcome:
         with _alive(prepared.directory):
             result, signal_number = run_task(task, plan.machines, observer.event)
         record.ended()
-        money.tell_owner(result)
+        money.mark_budget_spent(result)
         return Outcome(result, prepared.directory, signal_number)
 
 
@@ -152,7 +152,7 @@ def _trying(observer: Observer) -> AbstractContextManager[object]:
     return capture_output(show)
 
 
-def run_task(task: Task, machines: Machines, on_event: Callable[[Event], None]) -> tuple[dict[str, Any], int | None]:
+def run_task(task: Task, machines: Placement, on_event: Callable[[Event], None]) -> tuple[dict[str, Any], int | None]:
     """Run the task where the plan puts it. Returns rank 0's result, and the signal that came meanwhile."""
     if machines.in_process:
         from launcher.engine.runtime import Runtime
@@ -223,7 +223,7 @@ def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, rec
         ):
             result = in_process.run(task, runtime, control)
         record.ended()
-        money.tell_owner(result)
+        money.mark_budget_spent(result)
         return Outcome(result, directory, control.signal_number)
 
 

@@ -14,7 +14,7 @@ from launcher.config import Job, StrategyConfig
 from launcher.engine.cost import MFU, Link
 from launcher.errors import ConfigError, ResourceError
 from launcher.formatting import count
-from launcher.planning.plan import Machines, Plan
+from launcher.planning.plan import Placement, Plan
 
 if TYPE_CHECKING:
     from launcher.engine.estimate import Estimate
@@ -24,7 +24,7 @@ _RECOMPUTED = 4 / 3  # with activation checkpointing: a second forward pass, hal
 
 
 @dataclass(frozen=True)
-class Computing:
+class ComputeTime:
     """How long a worker computes in a step, and what that rests on.
 
     Attributes:
@@ -77,7 +77,7 @@ class Forecast:
     communication_share: float | None
 
 
-def seat(job: Job, nodes: Nodes) -> tuple[Machines, tuple[int, ...]]:
+def place_workers(job: Job, nodes: Nodes) -> tuple[Placement, tuple[int, ...]]:
     """Return where the workers sit, and how many on each node: node after node is filled, as Ray packs them.
 
     Raises:
@@ -104,15 +104,15 @@ def seat(job: Job, nodes: Nodes) -> tuple[Machines, tuple[int, ...]]:
             f"scaling.workers={workers} was asked for, and {count(nodes.nodes, vm.name)} can hold {most * nodes.nodes} "
             f"({most} each). Ask for cluster.nodes={-(-workers // most)}, or leave scaling.workers out."
         )
-    sits = tuple(min(most, max(0, workers - node * most)) for node in range(nodes.nodes))
+    workers_per_node = tuple(min(most, max(0, workers - node * most)) for node in range(nodes.nodes))
     where = f"{nodes.nodes} x {vm.name} in {nodes.region}"
     cpus, gpus = vm.vcpus * nodes.nodes, vm.gpus * nodes.nodes
-    return Machines("nodes", where, cpus, gpus, workers, "cuda", scaling.cpus_per_worker, each), sits
+    return Placement("nodes", where, cpus, gpus, workers, "cuda", scaling.cpus_per_worker, each), workers_per_node
 
 
-def link_between(nodes: Nodes, sits: tuple[int, ...]) -> Link | None:
+def link_between(nodes: Nodes, workers_per_node: tuple[int, ...]) -> Link | None:
     """Return what the ring of all workers amounts to: Ethernet from node to node, PCI Express inside a node."""
-    used, workers = sum(1 for here in sits if here), sum(sits)
+    used, workers = sum(1 for here in workers_per_node if here), sum(workers_per_node)
     if workers < 2:
         return None
     hops = [(workers - used if used > 1 else workers, Link.pcie(nodes.size.pcie))]
@@ -123,14 +123,16 @@ def link_between(nodes: Nodes, sits: tuple[int, ...]) -> Link | None:
 
 
 @dataclass(frozen=True)
-class Reached:
+class MeasuredMfu:
     """The share of a GPU's peak that a run reached (`throughput/mfu`)."""
 
     run: str
     mfu: float
 
 
-def computing_of(job: Job, nodes: Nodes, plan: Plan, found: Estimate, reached: Reached | None = None) -> Computing:
+def computing_of(
+    job: Job, nodes: Nodes, plan: Plan, found: Estimate, reached: MeasuredMfu | None = None
+) -> ComputeTime:
     """Return how long a worker computes in a step, by the network's FLOPs and the GPU's peak.
 
     reached: by a run of the same network; else `cost.MFU` is assumed.
@@ -148,10 +150,10 @@ def computing_of(job: Job, nodes: Nodes, plan: Plan, found: Estimate, reached: R
         share = min(1.0, plan.machines.gpus_per_worker)
         again = _RECOMPUTED if job.strategy.activation_checkpointing else 1.0
         seconds = flops * again * plan.batches.per_worker / (peak * share * mfu)
-    return Computing(flops, None if flops is None else source, peak, mfu, origin, seconds, plan.batches.microbatches)
+    return ComputeTime(flops, None if flops is None else source, peak, mfu, origin, seconds, plan.batches.microbatches)
 
 
-def considered(job: Job, workers: int) -> list[StrategyConfig]:
+def candidate_strategies(job: Job, workers: int) -> list[StrategyConfig]:
     """Return the job's strategy and the others that it may have, in the order of the documentation."""
     from launcher.engine.strategies.kinds.base import DEFAULT, kind_of, kinds, label
 
@@ -169,7 +171,7 @@ def forecast(
     nodes: Nodes,
     plan: Plan,
     link: Link | None,
-    computing: Computing,
+    computing: ComputeTime,
     found: Estimate,
 ) -> Forecast:
     from launcher.engine.auto_strategy import ROOM

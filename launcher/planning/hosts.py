@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.clusters import base
-from launcher.clusters.capacity import Node, room
+from launcher.clusters.capacity import Node, worker_capacity
 from launcher.clusters.pricing.rates import rate_of
 from launcher.config import Job
 from launcher.errors import ResourceError
 from launcher.formatting import count
-from launcher.planning.plan import Plan, plan_on, seated_on
+from launcher.planning.plan import Plan, place_on, plan_on
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Seat:
             "usable": self.usable,
         }
 
-    def told(self) -> str:
+    def describe(self) -> str:
         has = "CPUs and GPUs unknown" if self.cpus is None else f"{self.cpus:g} CPU, {self.gpus or 0:g} GPU"
         does = count(self.workers, "worker") if self.usable else "left out: it did not answer when it was last asked"
         return f"{self.name} {self.address} ({has}): {does}".replace("  ", " ")
@@ -64,7 +64,7 @@ class HostPlan:
         rows = self.plan.lines()
         if self.plan.rate is None:
             rows = [(what, unknown if what == "cost" else told) for what, told in rows]
-        seats = [("head" if place == 0 else "host", seat.told()) for place, seat in enumerate(self.seats)]
+        seats = [("head" if place == 0 else "host", seat.describe()) for place, seat in enumerate(self.seats)]
         return [*rows[:2], *seats, *rows[2:], *(("note", note) for note in self.notes)]
 
 
@@ -72,7 +72,7 @@ def make_host_plan(job: Job) -> HostPlan:
     """Work out what a run on the hosts of the configuration would be.
 
     Raises:
-        RequestError: it cannot be done as asked; see `ClusterKind.known_hosts`, `plan.seated_on` and `engine.estimate`.
+        RequestError: it cannot be done as asked; see `ClusterKind.known_hosts`, `plan.place_on` and `engine.estimate`.
     """
     kind = base.kind_of(job.cluster)
     entries = kind.known_hosts(job.cluster)
@@ -84,16 +84,16 @@ def make_host_plan(job: Job) -> HostPlan:
         )
     nodes = _nodes(job, usable)
     where = f"{count(len(nodes), 'host')} of cluster={kind.name}: {', '.join(node.host for node in nodes)}"
-    machines = seated_on(job, nodes, where, kind.name)
+    machines = place_on(job, nodes, where, kind.name)
 
     from launcher.engine.estimate import estimate
 
     rate = rate_of(job.cluster, len(nodes))
     plan = plan_on(job, machines, estimate(job, workers=machines.workers))
     if rate is not None:
-        plan = replace(plan, rate=rate, usd_per_hour=round(rate.an_hour(), 6))
-    sits = _sits(plan, nodes)
-    seats = tuple(_seat(entry, sits.get(entry["name"], 0), entry in usable) for entry in entries)
+        plan = replace(plan, rate=rate, usd_per_hour=round(rate.usd_per_hour(), 6))
+    workers_per_node = _sits(plan, nodes)
+    seats = tuple(_seat(entry, workers_per_node.get(entry["name"], 0), entry in usable) for entry in entries)
     return HostPlan(plan, seats, tuple(_notes(usable, nodes, plan)))
 
 
@@ -110,7 +110,7 @@ def _nodes(job: Job, entries: list[dict[str, Any]]) -> list[Node]:
     seen = [_node(entry) for entry in entries if entry.get("cpus") is not None]
     usual = len(entries) if wants_gpu else 2  # what scaling.workers=auto comes to
     asked = usual if scaling.workers == "auto" else scaling.workers
-    left = max(0, asked - int(room(seen, scaling.cpus_per_worker, each_gpu)))
+    left = max(0, asked - int(worker_capacity(seen, scaling.cpus_per_worker, each_gpu)))
     share = max(1, math.ceil(left / unseen)) if unseen else 0
     cpus, gpus = max(1.0, share * scaling.cpus_per_worker), float(math.ceil(share * each_gpu))
     return [
@@ -125,11 +125,12 @@ def _node(entry: dict[str, Any]) -> Node:
 def _sits(plan: Plan, nodes: list[Node]) -> dict[str, int]:
     """Return the workers of each host: host after host is filled, as Ray packs them."""
     machines, left = plan.machines, plan.machines.workers
-    sits = {}
+    workers_per_node = {}
     for node in nodes:
-        sits[node.host] = int(min(left, room([node], machines.cpus_per_worker, machines.gpus_per_worker)))
-        left -= sits[node.host]
-    return sits
+        fits = worker_capacity([node], machines.cpus_per_worker, machines.gpus_per_worker)
+        workers_per_node[node.host] = int(min(left, fits))
+        left -= workers_per_node[node.host]
+    return workers_per_node
 
 
 def _notes(usable: list[dict[str, Any]], nodes: list[Node], plan: Plan) -> list[str]:

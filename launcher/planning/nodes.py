@@ -8,22 +8,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher.clusters.pricing.nodes import Nodes, chosen
+from launcher.clusters.pricing.nodes import Nodes, nodes_for
 from launcher.config import Job
 from launcher.engine.cost import Link
 from launcher.formatting import count, duration, size
 from launcher.planning.forecast import (
-    Computing,
+    ComputeTime,
     Forecast,
-    Reached,
+    MeasuredMfu,
+    candidate_strategies,
     choices,
     computing_of,
-    considered,
     forecast,
     link_between,
-    seat,
+    place_workers,
 )
-from launcher.planning.plan import Machines, Plan, plan_on
+from launcher.planning.plan import Placement, Plan, plan_on
 from launcher.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class NodePlan:
     """What a run on these VMs would be.
 
     Attributes:
-        sits: workers on each node.
+        workers_per_node: workers on each node.
         link: between neighbours of the ring of all workers; None for one worker.
         forecasts: of each strategy that the job may have.
         chosen: the label of what the job would take; best, best_exact: the quickest that fits, of all and of the exact
@@ -56,9 +56,9 @@ class NodePlan:
 
     plan: Plan
     nodes: Nodes
-    sits: tuple[int, ...]
+    workers_per_node: tuple[int, ...]
     link: Link | None
-    computing: Computing
+    computing: ComputeTime
     forecasts: tuple[Forecast, ...]
     chosen: str
     best: str | None
@@ -113,7 +113,7 @@ class NodePlan:
                 "head_size": nodes.head.name,
                 "region": nodes.region,
                 "spot": nodes.spot,
-                "workers": list(self.sits),
+                "workers": list(self.workers_per_node),
             },
             "link": None if self.link is None else asdict(self.link),
             "computing": asdict(self.computing),
@@ -148,32 +148,34 @@ def make_node_plan(job: Job, ask: bool = True, earlier: RunDirectory | None = No
         earlier: a run of the same network, whose share of its GPUs' peak is taken where it is known.
 
     Raises:
-        RequestError: it cannot be done as asked; see `pricing.nodes.chosen`, `forecast.seat` and `engine.estimate`.
+        RequestError: the request cannot be met; see `pricing.nodes.nodes_for`, `forecast.place_workers` and
+            `engine.estimate`.
     """
-    nodes = chosen(job.cluster, ask)
-    machines, sits = seat(job, nodes)
+    nodes = nodes_for(job.cluster, ask)
+    machines, workers_per_node = place_workers(job, nodes)
     from launcher.engine.estimate import estimate
 
     found = estimate(job, ahead=True, workers=machines.workers)
     reached = None
     if earlier is not None and (mfu := (earlier.result().get("metrics") or {}).get("throughput/mfu")):
-        reached = Reached(earlier.name, float(mfu))
-    return node_plan_of(job, nodes, machines, sits, found, reached)
+        reached = MeasuredMfu(earlier.name, float(mfu))
+    return node_plan_of(job, nodes, machines, workers_per_node, found, reached)
 
 
 def node_plan_of(
     job: Job,
     nodes: Nodes,
-    machines: Machines,
-    sits: tuple[int, ...],
+    machines: Placement,
+    workers_per_node: tuple[int, ...],
     found: Estimate,
-    reached: Reached | None = None,
+    reached: MeasuredMfu | None = None,
 ) -> NodePlan:
     """Join the pieces; see `make_node_plan`. found: with what was looked at ahead."""
-    plan, link = plan_on(job, machines, found), link_between(nodes, sits)
+    plan, link = plan_on(job, machines, found), link_between(nodes, workers_per_node)
     computing = computing_of(job, nodes, plan, found, reached)
     forecasts = tuple(
-        forecast(config, job, nodes, plan, link, computing, found) for config in considered(job, machines.workers)
+        forecast(config, job, nodes, plan, link, computing, found)
+        for config in candidate_strategies(job, machines.workers)
     )
     taken, best, best_exact = choices(job, forecasts)
     step = next(one for one in forecasts if one.strategy == taken).seconds_per_step
@@ -181,7 +183,7 @@ def node_plan_of(
     made = NodePlan(
         plan=replace(plan, usd_per_hour=nodes.usd_per_hour or 0.0),
         nodes=nodes,
-        sits=sits,
+        workers_per_node=workers_per_node,
         link=link,
         computing=computing,
         forecasts=forecasts,
@@ -207,7 +209,7 @@ def _notes(job: Job, made: NodePlan) -> list[str]:
         found.append(f"{vm.name} is a preview of Azure.")
     if vm.note:
         found.append(f"{vm.name}: {vm.note}.")
-    idle = sum(1 for here in made.sits if not here)
+    idle = sum(1 for here in made.workers_per_node if not here)
     if idle:
         found.append(f"{count(idle, 'node')} would have no worker: ask for cluster.nodes={nodes.nodes - idle}.")
     if computing.peak_flops is None:
@@ -250,7 +252,7 @@ def _too_large(made: NodePlan) -> str:
     return f"{told} Take a size with more memory (`launch sizes`), more nodes with {divided}, or a smaller network."
 
 
-def told_time(seconds: float | None) -> str:
+def format_time(seconds: float | None) -> str:
     """Return a time for people; `unknown` where there is none."""
     if seconds is None:
         return "unknown"

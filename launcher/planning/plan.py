@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Machines:
+class Placement:
     """Where the workers sit. `cluster` is the configuration's word; CPUs and GPUs are those of the whole cluster."""
 
     cluster: str
@@ -59,7 +59,7 @@ class Batches:
 class Plan:
     """What `train` would do. Bytes are those of one worker; `memory["total"]` leaves out the framework's own."""
 
-    machines: Machines
+    machines: Placement
     batches: Batches
     data: dict[str, int]
     parameters: int
@@ -119,7 +119,7 @@ def _strategy_note(strategy: str) -> str:
     return next((kind.plan_note for kind in kinds() if kind.name == strategy), "")
 
 
-def machines_of(job: Job, ranks: int | None = None) -> Machines:
+def machines_of(job: Job, ranks: int | None = None) -> Placement:
     """Decide where the workers sit and how many there are.
 
     Args:
@@ -140,7 +140,7 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
         kind = base.in_process()
     found = kind.machines(job.cluster)
     if not found.is_this_machine:
-        return seated_on(job, found.nodes, found.where, kind.name)
+        return place_on(job, found.nodes, found.where, kind.name)
     cpus, gpus = int(sum(node.cpus for node in found.nodes)), int(sum(node.gpus for node in found.nodes))
     scaling = job.scaling
     use_gpu = _uses_gpu(job, gpus)
@@ -152,17 +152,17 @@ def machines_of(job: Job, ranks: int | None = None) -> Machines:
                 f"Use cluster=local, or start them with: torchrun --nproc-per-node={scaling.workers} -m launcher ..."
             )
         where = found.where if ranks is None else f"{ranks} processes started by torchrun or srun"
-        return Machines(kind.name, where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
+        return Placement(kind.name, where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
     gpus_per_worker = _gpus_per_worker(job, use_gpu)
     workers = scaling.workers
     if workers == "auto":
         # On CPUs two workers show what there is to show; more would only share the same cores.
         workers = max(1, int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker)))
     capacity.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
-    return Machines(kind.name, found.where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
+    return Placement(kind.name, found.where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
 
 
-def seated_on(job: Job, nodes: Sequence[capacity.Node], where: str, cluster: str) -> Machines:
+def place_on(job: Job, nodes: Sequence[capacity.Node], where: str, cluster: str) -> Placement:
     """Return how many workers there are on the nodes of a cluster.
 
     Raises:
@@ -174,11 +174,11 @@ def seated_on(job: Job, nodes: Sequence[capacity.Node], where: str, cluster: str
     gpus_per_worker = _gpus_per_worker(job, use_gpu)
     workers = scaling.workers
     if workers == "auto":
-        most = int(capacity.room(nodes, scaling.cpus_per_worker, gpus_per_worker))
+        most = int(capacity.worker_capacity(nodes, scaling.cpus_per_worker, gpus_per_worker))
         workers = max(1, most if use_gpu else min(2, most))
     capacity.check_feasible_on(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, nodes)
     device = "cuda" if use_gpu else "cpu"
-    return Machines(cluster, where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker, len(nodes))
+    return Placement(cluster, where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker, len(nodes))
 
 
 def _uses_gpu(job: Job, gpus: int) -> bool:
@@ -213,10 +213,10 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None, we
 
     marks.begin("check")
     plan = plan_on(job, machines, estimate(job, workers=machines.workers, weights=weights))
-    return plan if rate is None else replace(plan, rate=rate, usd_per_hour=round(rate.an_hour(), 6))
+    return plan if rate is None else replace(plan, rate=rate, usd_per_hour=round(rate.usd_per_hour(), 6))
 
 
-def plan_on(job: Job, machines: Machines, found: Estimate) -> Plan:
+def plan_on(job: Job, machines: Placement, found: Estimate) -> Plan:
     """Join what the job needs with the machines that it is to run on.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.clusters.pricing.catalogue import Price
 from launcher.formatting import count, size
-from launcher.planning.nodes import NodePlan, told_time
+from launcher.planning.nodes import NodePlan, format_time
 
 
 def text(made: NodePlan, run: str, width: int) -> str:
@@ -74,8 +74,12 @@ def _lines(made: NodePlan) -> list[tuple[str, str]]:
 
 def _seats(made: NodePlan) -> str:
     """Return how many workers sit where: `8 on GPUs: 2 on each of 4 nodes`."""
-    machines, sits = made.plan.machines, made.sits
-    groups = [(here, sum(1 for other in sits if other == here)) for here in dict.fromkeys(sits) if here]
+    machines, workers_per_node = made.plan.machines, made.workers_per_node
+    groups = [
+        (here, sum(1 for other in workers_per_node if other == here))
+        for here in dict.fromkeys(workers_per_node)
+        if here
+    ]
     told = ", ".join(
         f"{here} on each of {nodes} nodes" if nodes > 1 else f"{here} on one node" for here, nodes in groups
     )
@@ -86,7 +90,7 @@ def _link(made: NodePlan) -> str:
     if made.link is None:
         return "none: one worker"
     rate = f"{made.link.bandwidth * 8 / 1e9:.3g} Gbit/s, {made.link.latency * 1e6:.0f} us from worker to worker"
-    if sum(1 for here in made.sits if here) > 1:
+    if sum(1 for here in made.workers_per_node if here) > 1:
         return f"{rate} (assumed: 94 % of the network's rate)"
     return f"{rate} (assumed: half the rate of PCI Express {made.nodes.size.pcie}; no network between VMs)"
 
@@ -101,7 +105,7 @@ def _strategies(made: NodePlan) -> Any:
             "yes" if one.fits else "no",
             f"{one.largest_microbatch:,}",
             size(one.bytes_per_step) if one.bytes_per_step else "",
-            told_time(one.seconds_per_step),
+            format_time(one.seconds_per_step),
             "unknown" if one.communication_share is None else f"{one.communication_share:.0%}",
         )
     return grid
@@ -111,7 +115,7 @@ def _time(made: NodePlan) -> Any:
     parts = ", ".join(f"{what} {size(part)}" for what, part in made.forecast.memory.items())
     rows = [("memory a worker", parts), ("quickest that fits", _best(made)), ("computing", _computing(made))]
     if made.seconds is not None:
-        each, whole = told_time(made.seconds_per_epoch), told_time(made.seconds)
+        each, whole = format_time(made.seconds_per_epoch), format_time(made.seconds)
         told = f"{each} an epoch, {whole} for {count(made.plan.batches.steps, 'step')}"
         rows.append(("time", f"{told}; the start of the VMs (minutes), reading and evaluation come on top"))
     return _pairs(rows)
@@ -135,7 +139,7 @@ def _computing(made: NodePlan) -> str:
     origin = "as the model says" if computing.flops_from == "the model" else "as counted in its matrix products"
     reached = "assumed at" if computing.mfu_from == "assumed" else f"at what {computing.mfu_from} reached,"
     return (
-        f"{told_time(computing.seconds)} a step: {computing.flops_per_sample / 1e9:,.4g} GFLOP a sample ({origin}), "
+        f"{format_time(computing.seconds)} a step: {computing.flops_per_sample / 1e9:,.4g} GFLOP a sample ({origin}), "
         f"{reached} {computing.mfu:.0%} of the {made.nodes.size.gpu}'s {computing.peak_flops / 1e12:.4g} TFLOP/s"
     )
 
@@ -152,7 +156,7 @@ def _money(made: NodePlan) -> Any:
     grid.add_row("head", _dollars(nodes.head_usd_per_hour), _source(nodes.head_price))
     grid.add_row("together", _dollars(nodes.usd_per_hour), "disks, addresses and traffic not counted")
     if made.usd is not None:
-        grid.add_row("the run", f"{made.usd:,.2f} USD", told_time(made.seconds))
+        grid.add_row("the run", f"{made.usd:,.2f} USD", format_time(made.seconds))
     if made.budget is not None:
         bought = [(made.budget.hours, "hour"), (made.budget.epochs, "epoch")]
         told = " or ".join(count(float(f"{many:.4g}"), what) for many, what in bought if many is not None)

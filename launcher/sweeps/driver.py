@@ -19,7 +19,7 @@ from launcher.errors import LaunchError, OutOfMemory, RequestError, RunError, St
 from launcher.formatting import duration, number
 from launcher.jobs.prepare import Prepared
 from launcher.jobs.record import Origin, Record
-from launcher.money import BUDGET, Bill, Rate, tell_owner
+from launcher.money import BUDGET, Bill, Rate, mark_budget_spent
 from launcher.planning.plan import machines_of
 from launcher.runners.signals import Interrupts
 from launcher.runners.tasks import Shape, TaskOutcome
@@ -188,7 +188,7 @@ class Driver:
             self._write(status="failed", error=self._failure)
         elif self._left() and (signal_number or asked or self._meter.is_over):
             self._write(status="stopped", reason="signal" if signal_number else "request" if asked else BUDGET)
-            tell_owner(self._directory.result())
+            mark_budget_spent(self._directory.result())
         elif self._study.best() is None:
             errors = [row["error"] for row in records.rows(self._study) if row["error"]]
             self._write(status="failed", error=f"No trial was completed. {errors[0] if errors else ''}".strip())

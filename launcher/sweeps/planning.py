@@ -11,7 +11,7 @@ from launcher.errors import ConfigError, did_you_mean
 from launcher.jobs.record import check_budget
 from launcher.jobs.training import Observer, checked_plan
 from launcher.jobs.weights import weights_of
-from launcher.planning.plan import Machines, Plan, machines_of
+from launcher.planning.plan import Placement, Plan, machines_of
 from launcher.runners.tasks import Shape, fits
 from launcher.sweeps.meaning import Meant
 from launcher.sweeps.observer import Headline
@@ -76,7 +76,7 @@ def check_values(meant: Meant) -> list[Composition]:
     return [meant.compose_words(words) for words in _samples(meant.words)]
 
 
-def shape_of(machines: Machines) -> Shape:
+def shape_of(machines: Placement) -> Shape:
     return Shape(machines.workers, machines.cpus_per_worker, machines.gpus_per_worker)
 
 
@@ -92,7 +92,7 @@ def _samples(space: Words) -> Iterator[list[str]]:
         yield space.trial({**first, **dict(zip((axis.key for axis in sizes), values, strict=True))})
 
 
-def _concurrency(machines: Machines, settings: SweepConfig, total: int) -> int:
+def _concurrency(machines: Placement, settings: SweepConfig, total: int) -> int:
     if machines.in_process:
         return 1
     most, shape, count = min(settings.concurrency or total, total), shape_of(machines), 1

@@ -12,7 +12,7 @@ from launcher.clusters.azure.checks import check
 from launcher.errors import ClusterError, ResourceError
 from tests.azure.conftest import A100
 from tests.azure.fake import SUBSCRIPTION, Fake
-from tests.azure.test_wanted import the
+from tests.azure.test_spec import spec_of
 
 
 def test_who_asks(azure: Fake) -> None:
@@ -53,14 +53,14 @@ def test_a_token_that_expired_meanwhile(azure: Fake) -> None:
     account = sign_in()
     azure.token = "another"
     with pytest.raises(ClusterError, match="login has expired"):
-        check(Api(account), the())
+        check(Api(account), spec_of())
 
 
 def test_the_first_zone_that_has_both(azure: Fake) -> None:
     """One zone for all: traffic between zones is slower."""
     azure.sizes[A100] = ["3", "2"]
     azure.sizes["Standard_D4s_v5"] = ["1", "2", "3"]
-    wish = the()
+    wish = spec_of()
     assert check(Api(sign_in()), wish).zone == "2"
     azure.sizes[A100] = []
     with pytest.raises(ResourceError, match=r"cluster\.zone=2.*no zone that has both"):
@@ -86,28 +86,28 @@ def test_too_little_quota_names_family_limit_and_use(
 ) -> None:
     azure.usages |= usages
     with pytest.raises(ResourceError, match=said):
-        check(Api(sign_in()), the(spot=spot))
+        check(Api(sign_in()), spec_of(spot=spot))
     assert azure.groups == {}
 
 
 def test_preferred_spot_needs_one_of_the_two_quotas(azure: Fake) -> None:
     azure.usages["lowPriorityCores"] = (0, 0)
-    check(Api(sign_in()), the(spot="prefer"))
+    check(Api(sign_in()), spec_of(spot="prefer"))
 
 
 def test_a_size_that_is_not_there(azure: Fake) -> None:
     azure.blocked[A100] = "NotAvailableForSubscription"
     with pytest.raises(ResourceError, match="not available in eastus for your subscription"):
-        check(Api(sign_in()), the())
+        check(Api(sign_in()), spec_of())
     del azure.sizes[A100]
     with pytest.raises(ResourceError, match="is not offered in eastus"):
-        check(Api(sign_in()), the())
+        check(Api(sign_in()), spec_of())
 
 
 def test_throttling_is_waited_out(azure: Fake) -> None:
     """Azure's SDK tries again after the time that the answer names."""
     azure.throttle = 2
-    assert check(Api(sign_in()), the()).zone == "2"
+    assert check(Api(sign_in()), spec_of()).zone == "2"
     assert len(azure.requests) > 3
 
 
@@ -119,4 +119,4 @@ def test_azure_that_cannot_be_reached(azure: Fake, monkeypatch: pytest.MonkeyPat
     api = Api(account)
     api.compute._config.retry_policy.total_retries = 0
     with pytest.raises(ClusterError, match="cannot be reached from here"):
-        check(api, the())
+        check(api, spec_of())

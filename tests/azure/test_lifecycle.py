@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters.azure import here, lifecycle
+from launcher.clusters.azure import lifecycle, local_files
 from launcher.clusters.azure.kind import AzureCluster
 from launcher.clusters.remote import registry
 from launcher.clusters.remote.registry import Head
@@ -152,7 +152,7 @@ def test_the_head_gets_what_ray_needs() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert here.pins() == project["optional-dependencies"]["azure"]
+    assert local_files.pins() == project["optional-dependencies"]["azure"]
 
 
 def test_status_of_a_cluster_that_somebody_deleted(azure: Fake) -> None:
@@ -163,7 +163,7 @@ def test_status_of_a_cluster_that_somebody_deleted(azure: Fake) -> None:
 
 def test_each_machine_costs_what_it_came_for() -> None:
     """cluster.spot=prefer: which node is spot stands in the VM, not in the wish."""
-    from launcher.clusters.azure.joining import usd_per_hour
+    from launcher.clusters.azure.node_join import usd_per_hour
     from launcher.clusters.pricing import catalogue
 
     vms = {**catalogue.sizes(), **catalogue.heads()}

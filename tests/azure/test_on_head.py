@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters.azure import joining, on_head
+from launcher.clusters.azure import node_join, on_head
 from launcher.clusters.azure.on_head import GRACE_SECONDS, HOLD_SECONDS, WISH_SECONDS, Seen, Watch
 
 IDLE = 600.0
@@ -85,7 +85,7 @@ def test_a_wish_that_comes_while_nodes_are_deleted_waits(tmp_path: Path, monkeyp
 
     def act(what: str, count: int) -> None:
         assert what == "workers"
-        command = joining.wish_of(2).replace(joining.DIRECTORY, str(tmp_path))
+        command = node_join.wish_of(2).replace(node_join.DIRECTORY, str(tmp_path))
         wish.append(subprocess.Popen(["sh", "-c", command], text=True))
         with pytest.raises(subprocess.TimeoutExpired):
             wish[0].wait(0.3)
@@ -155,4 +155,4 @@ def test_what_the_autoscaler_complains_of_is_reported(tmp_path: Path, monkeypatc
     assert told["monitor_err"] == complaint
     assert told["nodes"] == []
     assert "127.0.0.1:9" in told["why_none"]
-    assert complaint in joining.complaint(told)
+    assert complaint in node_join.complaint(told)

@@ -12,7 +12,7 @@ from launcher.clusters.azure import failures, network, ray_yaml
 from launcher.clusters.azure.api import Api, sign_in
 from tests.azure.conftest import A100
 from tests.azure.fake import NIC, VM, Fake
-from tests.azure.test_wanted import the
+from tests.azure.test_spec import spec_of
 
 KIND, NAME = "ray-node-type", "ray-node-name"
 CAPACITY = ("SkuNotAvailable", "The requested size is currently not available in location eastus zone 2.")
@@ -24,7 +24,7 @@ class Cluster:
     def __init__(self, azure: Fake, directory: Path, **keys: Any) -> None:
         from launcher.clusters.azure.provider import Provider
 
-        self.wish = the(**keys)
+        self.wish = spec_of(**keys)
         api = Api(sign_in())
         api.resources.resource_groups.create_or_update(self.wish.group, {"location": "eastus", "tags": self.wish.tags})
         api.deploy(self.wish.group, network.DEPLOYMENT, network.template(self.wish))
@@ -32,7 +32,7 @@ class Cluster:
         key.write_text("secret")
         key.with_suffix(".pub").write_text("ssh-rsa AAAA")
         hosts = str(directory / "hosts")
-        local = ray_yaml.Local(subscription=api.account.subscription, key=str(key), known_hosts=hosts, files={})
+        local = ray_yaml.LocalFiles(subscription=api.account.subscription, key=str(key), known_hosts=hosts, files={})
         self.config = Provider.bootstrap_config(ray_yaml.ray_config(self.wish, local))
         self.provider = Provider(self.config["provider"], self.wish.name)
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters.azure.wanted import DIRECTORY, USER
+from launcher.clusters.azure.spec import DIRECTORY, USER
 from launcher.clusters.pricing import catalogue
 from tests.azure.fake import Fake, nic_of
 from tests.command import Result

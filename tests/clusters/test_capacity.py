@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.clusters import capacity
-from launcher.clusters.capacity import Node, check_feasible, check_feasible_on, room
+from launcher.clusters.capacity import Node, check_feasible, check_feasible_on, worker_capacity
 from launcher.errors import ResourceError
 
 
@@ -104,7 +104,7 @@ def nodes(*shapes: tuple[float, float]) -> list[Node]:
     ],
 )
 def test_a_worker_sits_on_one_node(shapes: list[tuple[float, float]], each: tuple[float, float], fit: int) -> None:
-    assert room(nodes(*shapes), *each) == fit
+    assert worker_capacity(nodes(*shapes), *each) == fit
     check_feasible_on(fit, *each, nodes(*shapes))
     with pytest.raises(ResourceError, match=f"{fit + 1} workers"):
         check_feasible_on(fit + 1, *each, nodes(*shapes))

@@ -14,7 +14,7 @@ import pytest
 
 from launcher import cli
 from launcher.clusters.pricing import catalogue, prices
-from launcher.clusters.pricing.nodes import chosen
+from launcher.clusters.pricing.nodes import nodes_for
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 from tests.servers import HttpServer
@@ -153,7 +153,7 @@ def test_todays_prices_come_before_the_tables(server: PriceList) -> None:
 
 def test_a_plan_has_todays_prices_of_nodes_and_head(server: PriceList) -> None:
     server.pages = [[*PAGES[0], item("Standard_D4s_v5", 0.2, productName="Virtual Machines Dsv5 Series")]]
-    nodes = chosen(ClusterConfig(size=A100, nodes=2))
+    nodes = nodes_for(ClusterConfig(size=A100, nodes=2))
     assert (nodes.nodes_usd_per_hour, nodes.head_usd_per_hour, nodes.usd_per_hour) == (8.0, 0.2, 8.2)
     assert nodes.prices_from == "Prices of today from the Azure Retail Prices API, where it has them."
     assert "armSkuName eq 'Standard_D4s_v5'" in parse_qs(urlsplit(server.asked[0]).query)["$filter"][0]

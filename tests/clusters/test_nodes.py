@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.clusters.pricing import catalogue
-from launcher.clusters.pricing.nodes import chosen
+from launcher.clusters.pricing.nodes import nodes_for
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 
@@ -28,7 +28,7 @@ A100 = "Standard_NC24ads_A100_v4"
 def test_spot_has_a_price_and_a_quota_of_its_own(
     spot: bool | str, per_hour: float, on_demand: float, quotas: dict[str, int]
 ) -> None:
-    nodes = chosen(ClusterConfig(size=A100, nodes=2, spot=spot), ask=False)
+    nodes = nodes_for(ClusterConfig(size=A100, nodes=2, spot=spot), ask=False)
     assert (nodes.nodes_usd_per_hour, nodes.nodes_usd_per_hour_on_demand) == (per_hour, on_demand)
     assert nodes.head_usd_per_hour == 0.192
     assert nodes.usd_per_hour == pytest.approx(per_hour + 0.192)
@@ -51,7 +51,7 @@ def test_spot_has_a_price_and_a_quota_of_its_own(
     ],
 )
 def test_prices_that_are_not_known_are_named(cluster: dict[str, object], missing: list[str]) -> None:
-    nodes = chosen(ClusterConfig(**cluster), ask=False)  # type: ignore[arg-type]
+    nodes = nodes_for(ClusterConfig(**cluster), ask=False)  # type: ignore[arg-type]
     assert nodes.missing() == missing
     assert (nodes.usd_per_hour is None) == bool(missing)
 
@@ -61,4 +61,4 @@ def test_a_head_is_small_and_of_the_table() -> None:
         assert 2 <= head.vcpus <= 16
         assert head.quota_family
     with pytest.raises(ConfigError, match=r'none of those that launch knows\. Did you mean "Standard_D4s_v5"'):
-        chosen(ClusterConfig(size=A100, head_size="Standard_D4s_v4"), ask=False)
+        nodes_for(ClusterConfig(size=A100, head_size="Standard_D4s_v4"), ask=False)

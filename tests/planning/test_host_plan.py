@@ -78,7 +78,7 @@ def test_a_host_that_did_not_answer_has_no_workers(job: Job) -> None:
     seen({"cpus": 4, "gpus": 0}, {"cpus": None, "gpus": None, "state": "dead"})
     plan = planned(job, workers=2)
     assert [(seat.workers, seat.usable) for seat in plan.seats] == [(2, True), (0, False)]
-    assert "did not answer" in plan.seats[1].told()
+    assert "did not answer" in plan.seats[1].describe()
 
 
 def test_more_workers_than_seen_hosts_hold_are_refused(job: Job) -> None:

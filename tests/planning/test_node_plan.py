@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters.pricing.nodes import Nodes, chosen
+from launcher.clusters.pricing.nodes import Nodes, nodes_for
 from launcher.config.schema import ClusterConfig, Job, ScalingConfig, StrategyConfig, TrainerConfig, cluster_section
 from launcher.engine import cost
 from launcher.engine.estimate import Ahead, Estimate
@@ -65,8 +65,8 @@ def job_for(cluster: dict[str, Any], strategy: str | StrategyConfig = "ddp", **t
 
 
 def planned(found: Estimate, job: Job) -> NodePlan:
-    nodes = chosen(job.cluster, ask=False)
-    return node_plan_of(job, nodes, *forecast.seat(job, nodes), found)
+    nodes = nodes_for(job.cluster, ask=False)
+    return node_plan_of(job, nodes, *forecast.place_workers(job, nodes), found)
 
 
 def fitting(made: NodePlan) -> dict[str, bool]:
@@ -192,8 +192,8 @@ def test_what_times_rest_on(found: Estimate, size: str, precision: str, source: 
 
 def test_what_an_earlier_run_reached_is_taken() -> None:
     job = job_for({"size": A100})
-    nodes = chosen(job.cluster, ask=False)
-    made = node_plan_of(job, nodes, *forecast.seat(job, nodes), GPT2, forecast.Reached("first", 0.5))
+    nodes = nodes_for(job.cluster, ask=False)
+    made = node_plan_of(job, nodes, *forecast.place_workers(job, nodes), GPT2, forecast.MeasuredMfu("first", 0.5))
     assumed = planned(GPT2, job).computing
     assert assumed.mfu_from == "assumed"
     assert made.computing.mfu_from == "first"
@@ -217,7 +217,7 @@ def test_the_earlier_run_is_the_one_that_is_imitated_or_continued(here: Place) -
 
 
 @pytest.mark.parametrize(
-    ("cluster", "scaling", "sits"),
+    ("cluster", "scaling", "workers_per_node"),
     [
         ({"size": FOUR_T4, "nodes": 3}, {}, (4, 4, 4)),
         ({"size": FOUR_T4, "nodes": 3}, {"workers": 5}, (4, 1, 0)),
@@ -226,10 +226,10 @@ def test_the_earlier_run_is_the_one_that_is_imitated_or_continued(here: Place) -
         ({"size": T4}, {"cpus_per_worker": 4.0}, (1,)),
     ],
 )
-def test_where_workers_sit(cluster: dict[str, Any], scaling: dict[str, Any], sits: tuple[int, ...]) -> None:
+def test_where_workers_sit(cluster: dict[str, Any], scaling: dict[str, Any], workers_per_node: tuple[int, ...]) -> None:
     job = replace(job_for(cluster), scaling=ScalingConfig(**scaling))
-    machines, found = forecast.seat(job, chosen(job.cluster, ask=False))
-    assert (found, machines.workers, machines.device) == (sits, sum(sits), "cuda")
+    machines, found = forecast.place_workers(job, nodes_for(job.cluster, ask=False))
+    assert (found, machines.workers, machines.device) == (workers_per_node, sum(workers_per_node), "cuda")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_where_workers_sit(cluster: dict[str, Any], scaling: dict[str, Any], sit
 def test_workers_that_cannot_sit_are_refused(scaling: dict[str, Any], error: type[Exception], expected: str) -> None:
     job = replace(job_for({"size": FOUR_T4, "nodes": 2}), scaling=ScalingConfig(**scaling))
     with pytest.raises(error, match=expected):
-        forecast.seat(job, chosen(job.cluster, ask=False))
+        forecast.place_workers(job, nodes_for(job.cluster, ask=False))
 
 
 def test_what_a_run_costs_and_what_a_budget_buys() -> None:
@@ -374,7 +374,7 @@ def kinds(nodes: Nodes) -> dict[str, int]:
 
 
 def test_every_vm_has_what_it_needs() -> None:
-    found = kinds(chosen(ClusterConfig(size=A100, nodes=3), ask=False))
+    found = kinds(nodes_for(ClusterConfig(size=A100, nodes=3), ask=False))
     assert (found["node"], found["head"]) == (3, 1)
     assert found["network interface"] == found["system disk"] == 4
     assert found["public address"] == 1

@@ -21,7 +21,7 @@ from launcher.clusters.remote import mounts
 from launcher.clusters.remote.shell import Shell, destination
 from launcher.config import compose
 from launcher.errors import ConfigError
-from tests.azure.test_wanted import LOCAL, the
+from tests.azure.test_spec import LOCAL, spec_of
 
 OPTION = "-oProxyCommand=touch${IFS}mark"
 
@@ -87,7 +87,7 @@ def test_ssh_is_opened_to_whom_the_word_names(value: str, prefix: str) -> None:
 
     words = ["cluster=azure", "cluster.size=Standard_NC24ads_A100_v4", f"cluster.ssh_from={value}"]
     cluster = compose(words).job.cluster
-    template = network.template(replace(the(), ssh_from=asdict(cluster)["ssh_from"]))
+    template = network.template(replace(spec_of(), ssh_from=asdict(cluster)["ssh_from"]))
     (group,) = [part for part in template["resources"] if part["type"].endswith("networkSecurityGroups")]
     rules = group["properties"]["securityRules"]
     assert [rule["properties"]["sourceAddressPrefix"] for rule in rules] == [prefix]
@@ -98,7 +98,7 @@ def test_ray_compares_host_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setenv(failures.VARIABLE, str(tmp_path / "failures"))
     provider: Any = Provider.__new__(Provider)
-    provider.provider_config = ray_yaml.ray_config(the(), LOCAL)["provider"]
+    provider.provider_config = ray_yaml.ray_config(spec_of(), LOCAL)["provider"]
     kinds = {"vm-head": "head", "vm-node": "worker"}
     monkeypatch.setattr(Provider, "node_tags", lambda self, node: {"ray-node-type": kinds[node]})
     options = {}

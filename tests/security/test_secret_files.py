@@ -96,10 +96,10 @@ def test_ray_up_copies_no_secret_to_azure() -> None:
     """`ray up` copies whole folders with rsync: files that it leaves out are passed by name."""
     from launcher.clusters.azure import ray_yaml
     from launcher.runs.secret_files import PATTERNS
-    from tests.azure.test_wanted import LOCAL, the
+    from tests.azure.test_spec import LOCAL, spec_of
 
     own = {"*.key"}  # Ray sends the cluster's own key, demo.key, under the same patterns
-    assert set(PATTERNS) - own <= set(ray_yaml.ray_config(the(), LOCAL)["rsync_exclude"])
+    assert set(PATTERNS) - own <= set(ray_yaml.ray_config(spec_of(), LOCAL)["rsync_exclude"])
 
 
 def test_rsync_reads_the_patterns_as_we_do(calling: Path, tmp_path: Path) -> None:

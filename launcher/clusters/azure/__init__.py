@@ -8,5 +8,5 @@ provider.py    Ray's Azure provider: workers get an identity of their own, failu
 on_head.py     what runs on the head: idle watchdog, and a report for `launch status`
 lifecycle.py   up, status and down
 making.py      `ray up` makes the head
-joining.py     the nodes that are waited for, and what they cost
+node_join.py     the nodes that are waited for, and what they cost
 """

@@ -87,7 +87,7 @@ def _refused(said: str, subscription: str | None) -> ClusterError:
 
 
 @contextlib.contextmanager
-def told(doing: str) -> Iterator[None]:
+def translated_errors(doing: str) -> Iterator[None]:
     """Raise ClusterError in place of an error of Azure's SDK; `doing` says what was done, for the sentence."""
     from azure.core.exceptions import AzureError, ClientAuthenticationError, ServiceRequestError
 

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.clusters.azure.api import Api, told
-from launcher.clusters.azure.wanted import Wanted
+from launcher.clusters.azure.api import Api, translated_errors
+from launcher.clusters.azure.spec import ClusterSpec
 from launcher.clusters.pricing.nodes import REGIONAL, SPOT_POOL
 from launcher.errors import ResourceError
 from launcher.formatting import count
 
 
 @dataclass(frozen=True)
-class Use:
+class QuotaUsage:
     """vCPUs of one quota in one region."""
 
     limit: int
     used: int
 
 
-def check(api: Api, wanted: Wanted) -> Wanted:
+def check(api: Api, wanted: ClusterSpec) -> ClusterSpec:
     """Return what is wanted with its zone chosen.
 
     Raises:
@@ -29,17 +29,17 @@ def check(api: Api, wanted: Wanted) -> Wanted:
             names the family, its limit and what is used.
         ClusterError: Azure does not answer.
     """
-    with told(f"Asking Azure for {wanted.place}"):
+    with translated_errors(f"Asking Azure for {wanted.place}"):
         zone = _zone(api, wanted)
         uses = {
-            usage.name.value.lower(): Use(int(usage.limit), int(usage.current_value))
+            usage.name.value.lower(): QuotaUsage(int(usage.limit), int(usage.current_value))
             for usage in api.compute.usage.list(wanted.nodes.region)
         }
     _check_quota(wanted, uses)
     return replace(wanted, zone=zone)
 
 
-def _zone(api: Api, wanted: Wanted) -> str | None:
+def _zone(api: Api, wanted: ClusterSpec) -> str | None:
     nodes = wanted.nodes
     names = {nodes.size.name, nodes.head.name}
     listed: dict[str, Any] = {
@@ -75,7 +75,7 @@ def _zones_of(sku: Any, name: str, region: str) -> set[str]:
     return zones
 
 
-def _check_quota(wanted: Wanted, uses: dict[str, Use]) -> None:
+def _check_quota(wanted: ClusterSpec, uses: dict[str, QuotaUsage]) -> None:
     nodes, size, head = wanted.nodes, wanted.nodes.size, wanted.nodes.head
     vcpus = nodes.nodes * size.vcpus
     told_nodes = f"{count(nodes.nodes, 'node')} of {size.name}"
@@ -92,7 +92,7 @@ def _check_quota(wanted: Wanted, uses: dict[str, Use]) -> None:
     return _need(told_nodes, on_demand, wanted, uses)
 
 
-def _need(what: str, needs: Sequence[tuple[str, int]], wanted: Wanted, uses: dict[str, Use]) -> None:
+def _need(what: str, needs: Sequence[tuple[str, int]], wanted: ClusterSpec, uses: dict[str, QuotaUsage]) -> None:
     for family, vcpus in needs:
         use = uses.get(family.lower())
         if use is not None and use.used + vcpus > use.limit:

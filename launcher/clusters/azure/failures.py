@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters.azure.wanted import DIRECTORY
+from launcher.clusters.azure.spec import DIRECTORY
 
 VARIABLE = "LAUNCH_FAILURES"  # the file, where it is not the head's
 FORGOTTEN_SECONDS = 1800.0  # capacity comes and goes: after this Azure is asked again
@@ -34,7 +34,7 @@ CAPACITY = frozenset(
 
 
 @dataclass(frozen=True)
-class Failure:
+class LaunchFailure:
     """One launch that failed. kind: SPOT, ON_DEMAND, or "" for the head; at: seconds since the epoch."""
 
     kind: str
@@ -52,7 +52,7 @@ def path() -> Path:
     return Path(os.environ.get(VARIABLE) or f"{DIRECTORY}/failures.jsonl")
 
 
-def add(failure: Failure) -> None:
+def add(failure: LaunchFailure) -> None:
     with path().open("a") as file:
         file.write(json.dumps(asdict(failure)) + "\n")
 
@@ -65,13 +65,13 @@ def forget(kind: str) -> None:
         path().write_text("".join(json.dumps(asdict(failure)) + "\n" for failure in left))
 
 
-def read() -> list[Failure]:
+def read() -> list[LaunchFailure]:
     """Return what failed, oldest first."""
     try:
         lines = path().read_text().splitlines()
     except OSError:
         return []
-    return [Failure(**json.loads(line)) for line in lines if line.endswith("}")]
+    return [LaunchFailure(**json.loads(line)) for line in lines if line.endswith("}")]
 
 
 def recent(kind: str, now: float | None = None) -> int:
@@ -80,7 +80,7 @@ def recent(kind: str, now: float | None = None) -> int:
     return sum(1 for failure in read() if failure.kind == kind and now - failure.at < FORGOTTEN_SECONDS)
 
 
-def failure_of(error: Exception, kind: str, count: int) -> Failure:
+def failure_of(error: Exception, kind: str, count: int) -> LaunchFailure:
     """Return what an error of Azure's SDK says, by its innermost cause: the outer ones say "deployment failed" only."""
     found: Any = getattr(error, "error", None)
     code, message = getattr(found, "code", None) or type(error).__name__, str(getattr(found, "message", "") or error)
@@ -91,4 +91,4 @@ def failure_of(error: Exception, kind: str, count: int) -> Failure:
     with_code = re.search(r'"code"\s*:\s*"(\w+)".*?"message"\s*:\s*"((?:[^"\\]|\\.)*)"', message, re.DOTALL)
     if with_code:
         code, message = with_code[1], with_code[2]
-    return Failure(kind, count, str(code), " ".join(str(message).split())[:_LONGEST], time.time())
+    return LaunchFailure(kind, count, str(code), " ".join(str(message).split())[:_LONGEST], time.time())

@@ -13,12 +13,21 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from launcher.clusters.azure import checks, here, network, ray_yaml
-from launcher.clusters.azure.api import Api, sign_in, told
-from launcher.clusters.azure.joining import complaint, report, usd_per_hour, wait
+from launcher.clusters.azure import checks, local_files, network, ray_yaml
+from launcher.clusters.azure.api import Api, sign_in, translated_errors
+from launcher.clusters.azure.head_creation import NoCapacity, ray_up
 from launcher.clusters.azure.kind import KIND, AzureCluster
-from launcher.clusters.azure.making import NoCapacity, ray_up
-from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, USER, Wanted, check_name, for_run, group_of, wanted
+from launcher.clusters.azure.node_join import complaint, report, usd_per_hour, wait
+from launcher.clusters.azure.spec import (
+    DIRECTORY,
+    PYTHON,
+    USER,
+    ClusterSpec,
+    check_name,
+    cluster_specs,
+    for_run,
+    group_of,
+)
 from launcher.clusters.pricing import catalogue
 from launcher.clusters.remote import mounts, registry
 from launcher.clusters.remote.registry import Head
@@ -47,16 +56,16 @@ def up(cluster: AzureCluster, tell: Tell, scaling: ScalingConfig | None = None) 
         ConfigError, ResourceError, ClusterError: it cannot be made; nothing was created.
         MachineError: it was begun and failed; what was created is removed again.
     """
-    alternatives = [one if scaling is None else for_run(one, scaling) for one in wanted(cluster)]
+    alternatives = [one if scaling is None else for_run(one, scaling) for one in cluster_specs(cluster)]
     name = alternatives[0].name
     api = Api(sign_in(cluster.subscription))
-    with told(f"Looking for the cluster {name}"):
+    with translated_errors(f"Looking for the cluster {name}"):
         group = api.group(group_of(name))
     if group is not None:
         _own(group, name)
         if group.properties is not None and group.properties.provisioning_state == "Deleting":
             tell(f"The cluster {name} is being removed; that is waited for.")
-            with told(f"Removing {name}"):
+            with translated_errors(f"Removing {name}"):
                 _remove(api, name)
             group = None
     if group is not None:
@@ -79,7 +88,7 @@ def up(cluster: AzureCluster, tell: Tell, scaling: ScalingConfig | None = None) 
     raise ResourceError(" ".join(refused))
 
 
-def _begun(group: Any, alternatives: Sequence[Wanted]) -> Wanted:
+def _begun(group: Any, alternatives: Sequence[ClusterSpec]) -> ClusterSpec:
     """Return the alternative that a group was made for."""
     size = (group.tags or {}).get(_SIZE)
     for one in alternatives:
@@ -93,9 +102,9 @@ def _begun(group: Any, alternatives: Sequence[Wanted]) -> Wanted:
     )
 
 
-def _make(api: Api, wish: Wanted, group: Any, tell: Tell) -> Head:
+def _make(api: Api, wish: ClusterSpec, group: Any, tell: Tell) -> Head:
     """Create what is missing and wait for the nodes. What this call created it removes again where it fails."""
-    wish = replace(wish, ssh_from=wish.ssh_from or f"{here.own_address()}/32")
+    wish = replace(wish, ssh_from=wish.ssh_from or f"{local_files.own_address()}/32")
     if group is not None:
         wish = replace(wish, zone=(group.tags or {}).get(_ZONE) or None)
         head = _running(wish.name)
@@ -121,32 +130,32 @@ def _make(api: Api, wish: Wanted, group: Any, tell: Tell) -> Head:
         raise
 
 
-def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
+def _create(api: Api, wish: ClusterSpec, tell: Tell) -> Head:
     tell(f"Creating {wish.name}: {count(wish.nodes.nodes, 'node')} at most, {wish.place}.")
-    key = here.key_of(wish.name)
+    key = local_files.key_of(wish.name)
     registry.save(_head(wish, None, api.account.subscription))  # so that `down` finds what is begun
-    with told(f"Creating the resource group {wish.group}"):
+    with translated_errors(f"Creating the resource group {wish.group}"):
         tags = {**wish.tags, _ZONE: wish.zone or "", _SIZE: wish.nodes.size.name}
         api.resources.resource_groups.create_or_update(wish.group, {"location": wish.nodes.region, "tags": tags})
-    with told(f"Creating the network of {wish.name}"):
+    with translated_errors(f"Creating the network of {wish.name}"):
         api.deploy(wish.group, network.DEPLOYMENT, network.template(wish))
         granted = _roles(api, wish)
     if granted:
         tell("Its machines may read what cluster.mounts names once you have said so, once for this cluster:")
         for line in granted:
             tell(f"  {line}")
-    local = ray_yaml.Local(
+    local = ray_yaml.LocalFiles(
         subscription=api.account.subscription,
         key=str(key),
-        known_hosts=str(here.file_of(wish.name, "hosts")),
-        files=here.files(wish.name),
-        azure=here.pins(),
+        known_hosts=str(local_files.file_of(wish.name, "hosts")),
+        files=local_files.files(wish.name),
+        azure=local_files.pins(),
     )
-    file = here.file_of(wish.name, "yaml")
+    file = local_files.file_of(wish.name, "yaml")
     file.write_text(ray_yaml.text(wish, local))
-    tell(f"Ray makes the head, a {wish.nodes.head.name}; its words go to {here.file_of(wish.name, 'log')}.")
+    tell(f"Ray makes the head, a {wish.nodes.head.name}; its words go to {local_files.file_of(wish.name, 'log')}.")
     ray_up(wish, file)
-    with told(f"Asking for the address of {wish.name}"):
+    with translated_errors(f"Asking for the address of {wish.name}"):
         address = api.head_address(wish.group)
     if address is None:
         raise MachineError(f"The head of {wish.name} has no public address.")
@@ -155,16 +164,16 @@ def _create(api: Api, wish: Wanted, tell: Tell) -> Head:
     return head
 
 
-def _roles(api: Api, wish: Wanted) -> list[str]:
+def _roles(api: Api, wish: ClusterSpec) -> list[str]:
     if not wish.mounts:
         return []
     base = network.ids(api.account.subscription, wish)
     return mounts.role_lines(wish.mounts, {who: api.principal(base[who]) for who in ("head", "nodes")})
 
 
-def _head(wish: Wanted, address: str | None, subscription: str) -> Head:
+def _head(wish: ClusterSpec, address: str | None, subscription: str) -> Head:
     """Return the cluster as it is before its nodes; without an address it has begun to be made."""
-    known = here.file_of(wish.name, "hosts")
+    known = local_files.file_of(wish.name, "hosts")
     options = [
         "-o",
         "IdentitiesOnly=yes",
@@ -176,7 +185,7 @@ def _head(wish: Wanted, address: str | None, subscription: str) -> Head:
     return Head(
         name=wish.name,
         kind=KIND.name,
-        ssh=["ssh", "-i", str(here.file_of(wish.name, "key")), *options, f"{USER}@{address}"] if address else [],
+        ssh=["ssh", "-i", str(local_files.file_of(wish.name, "key")), *options, f"{USER}@{address}"] if address else [],
         python=PYTHON,
         address=f"127.0.0.1:{ray_yaml.PORT}",
         dashboard=ray_yaml.DASHBOARD,
@@ -206,7 +215,7 @@ def status(head: Head) -> tuple[Head, list[str]]:
         ClusterError: Azure does not answer, or nobody is logged in.
     """
     api = Api(sign_in(head.hosts[0].get("subscription") if head.hosts else None))
-    with told(f"Asking for the machines of {head.name}"):
+    with translated_errors(f"Asking for the machines of {head.name}"):
         machines = api.machines(group_of(head.name))
         region = getattr(api.group(group_of(head.name)), "location", "")
     if not machines:
@@ -248,7 +257,7 @@ def down(name: str, tell: Tell, subscription: str | None = None) -> None:
         if head.ssh:
             head.shell().close()
     api = Api(sign_in(subscription))
-    with told(f"Removing {name}"):
+    with translated_errors(f"Removing {name}"):
         group = api.group(group_of(name))
         if group is not None:
             _own(group, name)
@@ -265,8 +274,8 @@ def _remove(api: Api, name: str) -> None:
             f"`launch down {name}` again; why it stays is told in Azure's portal, in the group's activity log."
         )
     registry.forget(name)
-    for kind in here.KINDS:
-        here.file_of(name, kind).unlink(missing_ok=True)
+    for kind in local_files.KINDS:
+        local_files.file_of(name, kind).unlink(missing_ok=True)
 
 
 def _own(group: Any, name: str) -> None:

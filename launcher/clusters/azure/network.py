@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.clusters.azure.kind import ANYWHERE
-from launcher.clusters.azure.wanted import Wanted
+from launcher.clusters.azure.spec import ClusterSpec
 
 DEPLOYMENT = "launch-base"
 CONTRIBUTOR = "b24988ac-6180-42a0-ab88-20f7382dd24c"  # built-in roles of Azure
@@ -21,7 +21,7 @@ _NETWORK_API = "2024-10-01"
 _SCHEMA = "https://schema.management.azure.com/schemas/2019-04-01/deploymentTemplate.json#"
 
 
-def ids(subscription: str, wanted: Wanted) -> dict[str, str]:
+def ids(subscription: str, wanted: ClusterSpec) -> dict[str, str]:
     """Return the resource ids that VMs refer to: head (identity), nodes (identity), nsg, subnet."""
     group = f"/subscriptions/{subscription}/resourceGroups/{wanted.group}/providers"
     name = wanted.name
@@ -33,7 +33,7 @@ def ids(subscription: str, wanted: Wanted) -> dict[str, str]:
     }
 
 
-def template(wanted: Wanted) -> dict[str, Any]:
+def template(wanted: ClusterSpec) -> dict[str, Any]:
     """Return the ARM template, for a deployment into the cluster's group. No parameters: all is written in it."""
     name = wanted.name
     head = f"resourceId('Microsoft.ManagedIdentity/userAssignedIdentities', '{name}-head')"
@@ -87,7 +87,7 @@ def template(wanted: Wanted) -> dict[str, Any]:
     return {"$schema": _SCHEMA, "contentVersion": "1.0.0.0", "resources": resources}
 
 
-def _resource(kind: str, api: str, name: str, wanted: Wanted) -> dict[str, Any]:
+def _resource(kind: str, api: str, name: str, wanted: ClusterSpec) -> dict[str, Any]:
     return {
         "type": kind,
         "apiVersion": api,

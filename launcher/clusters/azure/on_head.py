@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.clusters.azure import failures
-from launcher.clusters.azure.wanted import DIRECTORY, SPENT_FILE
+from launcher.clusters.azure.spec import DIRECTORY, SPENT_FILE
 from launcher.ray_seam import private
 
 ADDRESS = "127.0.0.1:6379"
@@ -147,12 +147,12 @@ def _alone() -> Iterator[None]:
 
 def report() -> dict[str, Any]:
     """Return what is known here: nodes, launches that failed, and what the autoscaler complains of."""
-    from launcher.clusters.gcs import look
+    from launcher.clusters.gcs import living_nodes
 
     nodes: list[dict[str, Any]] = []
     why = ""
     try:
-        nodes = [asdict(node) for node in look(ADDRESS)]
+        nodes = [asdict(node) for node in living_nodes(ADDRESS)]
     except Exception as error:
         why = str(error)
     complaint = ""

@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 from launcher.clusters.azure import network
-from launcher.clusters.azure.wanted import DIRECTORY, PYTHON, SPENT_FILE, USER, Wanted
+from launcher.clusters.azure.spec import DIRECTORY, PYTHON, SPENT_FILE, USER, ClusterSpec
 from launcher.clusters.pricing.catalogue import Vm
 from launcher.clusters.remote import mounts
 from launcher.money import SPENT_VARIABLE
@@ -41,7 +41,7 @@ _ENVIRONMENT = f"export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 {_NO_METRI
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local:
+class LocalFiles:
     """What the cluster takes from this machine.
 
     Attributes:
@@ -59,7 +59,7 @@ class Local:
     azure: Sequence[str] = ()
 
 
-def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
+def ray_config(wanted: ClusterSpec, local: LocalFiles) -> dict[str, Any]:
     """Return what Ray's cluster launcher is told, in its own words."""
     base = network.ids(local.subscription, wanted)
     nodes = wanted.nodes
@@ -130,7 +130,7 @@ def ray_config(wanted: Wanted, local: Local) -> dict[str, Any]:
     }
 
 
-def _withheld(local: Local) -> list[str]:
+def _withheld(local: LocalFiles) -> list[str]:
     """Return the patterns of secret files, without those that match the cluster's own key.
 
     Ray applies them to every file that it sends, and without the key its autoscaler reaches no node.
@@ -139,7 +139,7 @@ def _withheld(local: Local) -> list[str]:
     return [pattern for pattern in secret_files.PATTERNS if not fnmatchcase(own, pattern)]
 
 
-def text(wanted: Wanted, local: Local) -> str:
+def text(wanted: ClusterSpec, local: LocalFiles) -> str:
     """Return the file."""
     import yaml
 
@@ -147,7 +147,7 @@ def text(wanted: Wanted, local: Local) -> str:
     return f"# Written by launch for `ray up`; written anew by every `launch up`.\n{told}"
 
 
-def _vm(vm: Vm, wanted: Wanted, spot: bool) -> dict[str, Any]:
+def _vm(vm: Vm, wanted: ClusterSpec, spot: bool) -> dict[str, Any]:
     asked: dict[str, Any] = {
         "vmSize": vm.name,
         **IMAGE,
@@ -160,7 +160,7 @@ def _vm(vm: Vm, wanted: Wanted, spot: bool) -> dict[str, Any]:
     return {"tags": wanted.tags, "azure_arm_parameters": asked}
 
 
-def _mounted(wanted: Wanted) -> list[str]:
+def _mounted(wanted: ClusterSpec) -> list[str]:
     """Return the lines by which a node that comes at any time has `cluster.mounts`.
 
     A storage that refuses ends no node, which would be made again and again: what it says is in a file there, and the
@@ -171,7 +171,7 @@ def _mounted(wanted: Wanted) -> list[str]:
     return [f"sh -c {script} > {DIRECTORY}/mounts.log 2>&1 || cat {DIRECTORY}/mounts.log"] if lines else []
 
 
-def _watchdog(wanted: Wanted) -> str:
+def _watchdog(wanted: ClusterSpec) -> str:
     gpus = wanted.nodes.size.gpus
     words = f"launcher.clusters.azure.on_head watch --nodes {wanted.min_nodes} --gpus {gpus}"
     words += f" --idle-minutes {wanted.idle_minutes:g}"

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.clusters.capacity import described
-from launcher.clusters.gcs import as_client, is_here, look, refused
-from launcher.clusters.ray_adapted import private_directory, signal_handlers_kept
+from launcher.clusters.capacity import describe
+from launcher.clusters.gcs import as_client, connection_error, is_here, living_nodes
+from launcher.clusters.ray_process import preserved_signal_handlers, private_directory
 from launcher.clusters.remote.compare import compare
 from launcher.clusters.remote.from_driver import serve_disk, share_environment
 from launcher.errors import ClusterError
@@ -67,7 +67,7 @@ class ExistingRay:
         try:
             if not ray.is_initialized():
                 self._connect()
-            nodes = look(self.address)
+            nodes = living_nodes(self.address)
             self.available = (sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
             compare(nodes, self._python_path, self._run)
             share_environment(self._environment)
@@ -88,17 +88,17 @@ class ExistingRay:
     def _connect(self) -> None:
         import ray
 
-        nodes = look(self.address)
+        nodes = living_nodes(self.address)
         own = next((node.address for node in nodes if is_here(node.address)), None)
         if own is None:  # Ray's native part would end this process
             raise ClusterError(
                 f"cluster=existing: this machine ({socket.gethostname()}) is no node of the Ray cluster at "
-                f"{self.address} ({described(nodes)}), and a driver needs a Ray process on its own machine. Run this "
+                f"{self.address} ({describe(nodes)}), and a driver needs a Ray process on its own machine. Run this "
                 "command on a node of the cluster, or join it with `ray start --address=…`."
             )
         quiet = contextlib.nullcontext() if self._verbose else private.quiet_errors()
         level = logging.INFO if self._verbose else logging.ERROR
-        with as_client(RAY_TRAIN_ENVIRONMENT), signal_handlers_kept(), quiet:
+        with as_client(RAY_TRAIN_ENVIRONMENT), preserved_signal_handlers(), quiet:
             try:
                 ray.init(
                     address=self.address,
@@ -109,7 +109,7 @@ class ExistingRay:
                 )
             except Exception as error:
                 ray.shutdown()
-                raise refused(self.address, error) from None
+                raise connection_error(self.address, error) from None
         self._connected = True
 
     def _leave(self) -> None:

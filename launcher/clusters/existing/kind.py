@@ -32,8 +32,8 @@ class Existing(ClusterKind):
         from launcher.clusters import capacity, gcs
 
         assert isinstance(cluster, ExistingCluster)
-        nodes = gcs.look(gcs.address_of(cluster.address))
-        return Machines(nodes, f"the existing cluster of {count(len(nodes), 'node')}: {capacity.described(nodes)}")
+        nodes = gcs.living_nodes(gcs.address_of(cluster.address))
+        return Machines(nodes, f"the existing cluster of {count(len(nodes), 'node')}: {capacity.describe(nodes)}")
 
     def connect(self, cluster: ClusterConfig, use: Use) -> AbstractContextManager[ExistingRay]:
         from launcher.clusters.existing.existing_ray import ExistingRay

@@ -14,8 +14,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from launcher.clusters.kuberay.kind import KubeRayCluster
-from launcher.clusters.pricing.nodes import Nodes, chosen
-from launcher.clusters.pricing.rates import words as rate_words
+from launcher.clusters.pricing.nodes import Nodes, nodes_for
+from launcher.clusters.pricing.rates import overrides as rate_overrides
 from launcher.clusters.remote.mounts import Mount, read
 from launcher.errors import ConfigError, TrainingError
 from launcher.runs.storage import check_uri, is_gathered, is_uri
@@ -128,8 +128,8 @@ def ray_job(cluster: KubeRayCluster, run: str, root: str, words: Sequence[str], 
         raise ConfigError(
             f"cluster.min_nodes={cluster.min_nodes} is more than cluster.nodes={cluster.nodes}: lower it."
         )
-    nodes = chosen(cluster, ask)
-    money = rate_words(cluster, nodes=nodes)
+    nodes = nodes_for(cluster, ask)
+    money = rate_overrides(cluster, nodes=nodes)
     if cluster.budget_usd is not None:
         money.append(f"cluster.budget_usd={cluster.budget_usd:g}")
     command = ("launch", "train", *words, f"run.name={run}", f"run.root={root}", "cluster=existing", *money)

@@ -22,7 +22,7 @@ from pathlib import Path
 from launcher.clusters import reaper
 from launcher.clusters.capacity import resources
 from launcher.clusters.local import ray_session
-from launcher.clusters.ray_adapted import environment_set, private_directory, signal_handlers_kept
+from launcher.clusters.ray_process import environment_set, preserved_signal_handlers, private_directory
 from launcher.ray_seam import private
 from launcher.ray_seam.lean_start import adapted
 from launcher.ray_seam.settings import RAY_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
@@ -114,7 +114,7 @@ class EmbeddedRay:
         environment = RAY_ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": self.token, name: value}
         self._reaper = _start_reaper(self.marker, self.directory)
         # The variables are for Ray's processes, not for what else this process starts: so they are taken back below.
-        with environment_set(environment), signal_handlers_kept(), adapted(lean=not self._verbose):
+        with environment_set(environment), preserved_signal_handlers(), adapted(lean=not self._verbose):
             private.refresh_settings()
             loading = _preload(self._preload)
             found = ray.init(
@@ -137,7 +137,7 @@ class EmbeddedRay:
         import ray
 
         environment = RAY_ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": kept.token}
-        with environment_set(environment), signal_handlers_kept(), adapted(lean=True):
+        with environment_set(environment), preserved_signal_handlers(), adapted(lean=True):
             private.refresh_settings()
             loading = _preload(self._preload)
             try:

@@ -120,7 +120,7 @@ class Nodes:
         return [{"kind": kind, "count": number, "what": what} for kind, number, what in listed]
 
 
-def chosen(cluster: ClusterConfig, ask: bool = True) -> Nodes:
+def nodes_for(cluster: ClusterConfig, ask: bool = True) -> Nodes:
     """Return the VMs that the configuration asks for. ask: Azure's public list for today's prices, if it answers.
 
     Raises:

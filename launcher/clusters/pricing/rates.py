@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.clusters.pricing.nodes import Nodes, chosen
+from launcher.clusters.pricing.nodes import Nodes, nodes_for
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
 from launcher.money import Rate
@@ -17,13 +17,13 @@ def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: 
         nodes: what the configuration asks for, where that is known.
 
     Raises:
-        ConfigError: there is a budget and a price is not known; or see `nodes.chosen`.
+        ConfigError: there is a budget and a price is not known; or see `nodes.nodes_for`.
     """
     if cluster.node_usd_per_hour is not None:
         return Rate(cluster.node_usd_per_hour, cluster.head_usd_per_hour or 0.0, machines, cluster.budget_usd)
     if cluster.size is None or not cluster.of_kind.is_rented:
         return None
-    nodes = nodes or chosen(cluster, ask)
+    nodes = nodes or nodes_for(cluster, ask)
     node, head = nodes.counted_price, nodes.head_price
     if node is not None and head is not None:
         return Rate(node.usd_per_hour, head.usd_per_hour, machines, cluster.budget_usd)
@@ -35,7 +35,7 @@ def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: 
     return None
 
 
-def words(
+def overrides(
     cluster: ClusterConfig, usd_per_hour: float | None = None, machines: int = 1, nodes: Nodes | None = None
 ) -> list[str]:
     """Return the words of a command line that tell a driver elsewhere what its machines cost.

@@ -159,7 +159,7 @@ class Submission:
             self._write_down(found)
             if there is not None and self._prepared.resumes:
                 bring(shell, there, self._run)
-            cost = rates.words(self._prepared.job.cluster, head.usd_per_hour, len(head.hosts) or 1)
+            cost = rates.overrides(self._prepared.job.cluster, head.usd_per_hour, len(head.hosts) or 1)
             words = [*self._words(root), *cost]
             self._send(jobs, found, words, values, head)
             if there is None or self._prepared.job.cluster.detach:

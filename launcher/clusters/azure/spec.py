@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from launcher.clusters.azure.kind import AzureCluster
-from launcher.clusters.pricing.nodes import Nodes, chosen
+from launcher.clusters.pricing.nodes import Nodes, nodes_for
 from launcher.clusters.remote import mounts
 from launcher.clusters.remote.mounts import Mount
 from launcher.config.schema import ScalingConfig
@@ -26,7 +26,7 @@ ALTERNATIVE_KEYS = ("size", "region", "zone", "spot", "nodes", "min_nodes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class ClusterSpec:
     """One cluster.
 
     Attributes:
@@ -85,7 +85,7 @@ def check_name(name: str | None) -> str:
     return name
 
 
-def wanted(cluster: AzureCluster, ask: bool = True) -> list[Wanted]:
+def cluster_specs(cluster: AzureCluster, ask: bool = True) -> list[ClusterSpec]:
     """Return the cluster that is wanted, and after it the alternatives in their order.
 
     Args:
@@ -100,12 +100,12 @@ def wanted(cluster: AzureCluster, ask: bool = True) -> list[Wanted]:
     found, mounted = [], tuple(mounts.read(cluster.mounts))
     mounts.setup_lines(mounted)  # refuses what is none of a VM
     for each in [cluster, *(_alternative(cluster, one) for one in cluster.alternatives)]:
-        nodes = chosen(each, ask)
+        nodes = nodes_for(each, ask)
         least = nodes.nodes if each.min_nodes is None else each.min_nodes
         if least > nodes.nodes:
             raise ConfigError(f"cluster.min_nodes={least} is more than cluster.nodes={nodes.nodes}: lower it.")
         found.append(
-            Wanted(
+            ClusterSpec(
                 name=check_name(each.name),
                 nodes=nodes,
                 min_nodes=least,
@@ -121,7 +121,7 @@ def wanted(cluster: AzureCluster, ask: bool = True) -> list[Wanted]:
     return found
 
 
-def for_run(wish: Wanted, scaling: ScalingConfig) -> Wanted:
+def for_run(wish: ClusterSpec, scaling: ScalingConfig) -> ClusterSpec:
     """Return the cluster with as many nodes to wait for as the workers of a run sit on.
 
     `cluster.min_nodes` is what the cluster keeps itself to: a run with scaling.workers=auto takes all nodes, and those

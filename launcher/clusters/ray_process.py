@@ -25,7 +25,7 @@ def environment_set(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signal_handlers_kept() -> Iterator[None]:
+def preserved_signal_handlers() -> Iterator[None]:
     """Give the signals back to who had them: Ray's native part takes SIGTERM, to print its stack and die."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

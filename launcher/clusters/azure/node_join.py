@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from launcher.clusters.azure import failures, ray_yaml
-from launcher.clusters.azure.api import Api, told
-from launcher.clusters.azure.making import NoCapacity
-from launcher.clusters.azure.wanted import DIRECTORY, Wanted
+from launcher.clusters.azure.api import Api, translated_errors
+from launcher.clusters.azure.head_creation import NoCapacity
+from launcher.clusters.azure.spec import DIRECTORY, ClusterSpec
 from launcher.clusters.pricing import catalogue
 from launcher.clusters.pricing.catalogue import Vm
 from launcher.clusters.remote.registry import Head, save
@@ -24,7 +24,7 @@ ASK_SECONDS = 600.0  # the watchdog may be deleting VMs
 Tell = Callable[[str], None]
 
 
-def wait(api: Api, wish: Wanted, head: Head, tell: Tell) -> Head:
+def wait(api: Api, wish: ClusterSpec, head: Head, tell: Tell) -> Head:
     """Wait until the nodes have joined that were asked for, and return the head with all that are there."""
     _ask(head, wish.min_nodes)
     begun = time.monotonic()
@@ -46,7 +46,7 @@ def wait(api: Api, wish: Wanted, head: Head, tell: Tell) -> Head:
             _ask(head, seen)
             break
         time.sleep(POLL_SECONDS)
-    with told(f"Asking what the machines of {wish.name} cost"):
+    with translated_errors(f"Asking what the machines of {wish.name} cost"):
         machines = api.machines(wish.group)
     fresh = {vm.name: vm for vm in (wish.nodes.size, wish.nodes.head)}
     usd = usd_per_hour(machines, wish.nodes.region, {**catalogue.sizes(), **catalogue.heads(), **fresh})
@@ -67,11 +67,11 @@ def _ask(head: Head, nodes: int) -> None:
     head.shell().run(wish_of(nodes), seconds=ASK_SECONDS, what="asking for nodes")
 
 
-def _give_up(wish: Wanted, found: dict[str, Any], seen: int, seconds: float) -> None:
+def _give_up(wish: ClusterSpec, found: dict[str, Any], seen: int, seconds: float) -> None:
     """Raise where nodes were refused as often as they may be (on spot and on demand where both are wanted), or late."""
     spot, plain = failures.SPOT, failures.ON_DEMAND
     kinds = {True: [spot], False: [plain], "prefer": [spot, plain]}[wish.nodes.spot]
-    failed = [failures.Failure(**one) for one in found["failures"]]
+    failed = [failures.LaunchFailure(**one) for one in found["failures"]]
     if all(sum(1 for one in failed if one.kind == kind) >= wish.launch_attempts for kind in kinds):
         last = failed[-1]
         error = NoCapacity if last.code in failures.CAPACITY else MachineError
@@ -87,7 +87,7 @@ def _give_up(wish: Wanted, found: dict[str, Any], seen: int, seconds: float) -> 
 
 
 def complaint(found: dict[str, Any]) -> str:
-    words = [failures.Failure(**one).words for one in found["failures"][-1:]]
+    words = [failures.LaunchFailure(**one).words for one in found["failures"][-1:]]
     if found["monitor_err"]:
         words.append(f"Ray's autoscaler says: {found['monitor_err'][-600:]}")
     return " ".join(words)

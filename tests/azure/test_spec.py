@@ -14,13 +14,13 @@ import pytest
 
 from launcher.clusters.azure import network, ray_yaml
 from launcher.clusters.azure.kind import AzureCluster
-from launcher.clusters.azure.wanted import Wanted, for_run, wanted
+from launcher.clusters.azure.spec import ClusterSpec, cluster_specs, for_run
 from launcher.config.schema import ScalingConfig
 from launcher.errors import ConfigError
 
 HERE = Path(__file__).parent
 SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
-LOCAL = ray_yaml.Local(
+LOCAL = ray_yaml.LocalFiles(
     subscription=SUBSCRIPTION,
     key="/home/ada/.local/state/launch/clusters/demo.key",
     known_hosts="/home/ada/.local/state/launch/clusters/demo.hosts",
@@ -29,10 +29,10 @@ LOCAL = ray_yaml.Local(
 )
 
 
-def the(**keys: Any) -> Wanted:
+def spec_of(**keys: Any) -> ClusterSpec:
     """Return what is wanted by a configuration, in zone 2 and with an address that may come in."""
     cluster = AzureCluster(name="demo", size="Standard_NC24ads_A100_v4", **keys)
-    return replace(wanted(cluster, ask=False)[0], zone="2", ssh_from="203.0.113.7/32")
+    return replace(cluster_specs(cluster, ask=False)[0], zone="2", ssh_from="203.0.113.7/32")
 
 
 def compare(name: str, text: str) -> None:
@@ -44,13 +44,13 @@ def compare(name: str, text: str) -> None:
 
 def test_the_file_for_ray_up() -> None:
     """Every line of it decides what is created, who may come in, and what goes when idle."""
-    compare("ray_up.yaml", ray_yaml.text(the(nodes=4, min_nodes=0, spot="prefer", down_after=True), LOCAL))
+    compare("ray_up.yaml", ray_yaml.text(spec_of(nodes=4, min_nodes=0, spot="prefer", down_after=True), LOCAL))
 
 
 def test_the_nodes_have_what_is_mounted() -> None:
     """Those too that come later, in the place of an evicted one; and no key is in the file."""
     mounts = {"/data": "abfss://images@imagenet.dfs.core.windows.net/2012"}
-    plain, mounted = (ray_yaml.ray_config(the(mounts=each), LOCAL) for each in ({}, mounts))
+    plain, mounted = (ray_yaml.ray_config(spec_of(mounts=each), LOCAL) for each in ({}, mounts))
     compare("mounts.sh", "\n".join(mounted["worker_setup_commands"]) + "\n")
     assert {key for key in plain if plain[key] != mounted[key]} == {"worker_setup_commands"}
 
@@ -62,7 +62,7 @@ def test_a_node_whose_storage_refuses_comes_nevertheless(tmp_path: Path) -> None
         (tmp_path / name).write_text("#!/bin/sh\necho no role >&2\nexit 1\n")
         (tmp_path / name).chmod(0o755)
     mounts = {"/data": "abfss://images@imagenet.dfs.core.windows.net/2012"}
-    (line,) = ray_yaml.ray_config(the(mounts=mounts), LOCAL)["worker_setup_commands"]
+    (line,) = ray_yaml.ray_config(spec_of(mounts=mounts), LOCAL)["worker_setup_commands"]
     line = line.replace(ray_yaml.DIRECTORY, str(tmp_path)).replace("/var/cache", f"{tmp_path}/cache")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, timeout=30)
@@ -70,13 +70,13 @@ def test_a_node_whose_storage_refuses_comes_nevertheless(tmp_path: Path) -> None
 
 
 def test_the_network() -> None:
-    compare("network.json", json.dumps(network.template(the()), indent=2) + "\n")
+    compare("network.json", json.dumps(network.template(spec_of()), indent=2) + "\n")
 
 
 @pytest.mark.parametrize("spot", [True, False, "prefer"])
 def test_spot_is_for_nodes(spot: Any) -> None:
     """They are asked for at the price on demand and deleted when evicted; the head is never one."""
-    config = ray_yaml.ray_config(the(spot=spot), LOCAL)
+    config = ray_yaml.ray_config(spec_of(spot=spot), LOCAL)
     for kind, described in config["available_node_types"].items():
         asked = described["node_config"]["azure_arm_parameters"]
         wanted = kind == "node" and spot is not False
@@ -89,19 +89,19 @@ def test_ray_itself_takes_the_file() -> None:
     """Ray's own check of the file, with its provider, says nothing against it."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config = ray_yaml.ray_config(the(nodes=4, spot="prefer"), LOCAL)
+    config = ray_yaml.ray_config(spec_of(nodes=4, spot="prefer"), LOCAL)
     validate_config(prepare_config(config))
 
 
 @pytest.mark.parametrize("name", ["a", "demo-2", "a" * 40])
 def test_names_that_are_taken(name: str) -> None:
-    assert wanted(AzureCluster(name=name, size="NC24ads_A100_v4"), ask=False)[0].group == f"launch-{name}"
+    assert cluster_specs(AzureCluster(name=name, size="NC24ads_A100_v4"), ask=False)[0].group == f"launch-{name}"
 
 
 @pytest.mark.parametrize("name", ["A", "2x", "a-", "a_b", "a" * 41, "a.b"])
 def test_names_that_azure_or_ray_cannot_use_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot name a cluster"):
-        wanted(AzureCluster(name=name, size="NC24ads_A100_v4"), ask=False)
+        cluster_specs(AzureCluster(name=name, size="NC24ads_A100_v4"), ask=False)
 
 
 def test_the_longest_name_leaves_room_for_what_ray_adds() -> None:
@@ -113,7 +113,9 @@ def test_the_longest_name_leaves_room_for_what_ray_adds() -> None:
 def test_alternatives_in_their_order() -> None:
     others = [{"region": "westeurope"}, {"size": "Standard_NC40ads_H100_v5", "spot": False}]
     cluster = AzureCluster(size="NC24ads_A100_v4", zone="1", spot=True, alternatives=others)
-    found = [(one.nodes.size.name, one.nodes.region, one.zone, one.nodes.spot) for one in wanted(cluster, ask=False)]
+    found = [
+        (one.nodes.size.name, one.nodes.region, one.zone, one.nodes.spot) for one in cluster_specs(cluster, ask=False)
+    ]
     assert found == [
         ("Standard_NC24ads_A100_v4", "eastus", "1", True),
         ("Standard_NC24ads_A100_v4", "westeurope", None, True),
@@ -134,7 +136,7 @@ def test_alternatives_in_their_order() -> None:
 )
 def test_what_cannot_be_wanted(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        wanted(AzureCluster(**keys), ask=False)
+        cluster_specs(AzureCluster(**keys), ask=False)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_a_run_waits_for_the_nodes_of_its_workers(
     cluster: dict[str, Any], scaling: dict[str, Any], most: int, enough: int
 ) -> None:
     """With min_nodes=0 no GPU is there before a run asks: `auto` would find nothing to count."""
-    wish = for_run(the(nodes=8, **cluster), ScalingConfig(**scaling))
+    wish = for_run(spec_of(nodes=8, **cluster), ScalingConfig(**scaling))
     assert (wish.min_nodes, wish.enough) == (most, enough)
 
 
@@ -168,7 +170,7 @@ def test_the_key_reaches_the_head_and_other_secrets_do_not(tmp_path: Path, name:
     (tmp_path / "code").mkdir()
     for file in ("module.py", ".env", "other.pem"):
         (tmp_path / "code" / file).write_text("text")
-    excluded = ray_yaml.ray_config(the(), replace(LOCAL, key=str(key)))["rsync_exclude"]
+    excluded = ray_yaml.ray_config(spec_of(), replace(LOCAL, key=str(key)))["rsync_exclude"]
     options = [word for pattern in excluded for word in ("--exclude", pattern)]
     head.mkdir()
     # As `ray up` sends them.

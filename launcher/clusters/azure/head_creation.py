@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from launcher.clusters.azure import failures, here
-from launcher.clusters.azure.wanted import Wanted
+from launcher.clusters.azure import failures, local_files
+from launcher.clusters.azure.spec import ClusterSpec
 from launcher.errors import MachineError
 from launcher.ray_seam.settings import COMMAND
 
@@ -24,13 +24,13 @@ class NoCapacity(MachineError):
     """Azure has none of what was asked; the next alternative may be had."""
 
 
-def ray_up(wish: Wanted, file: Path) -> None:
+def ray_up(wish: ClusterSpec, file: Path) -> None:
     """Run `ray up`, which makes the head. What it says goes to a file.
 
     Raises:
         NoCapacity, MachineError: it failed, and why.
     """
-    log, refused = here.file_of(wish.name, "log"), here.file_of(wish.name, "failures")
+    log, refused = local_files.file_of(wish.name, "log"), local_files.file_of(wish.name, "failures")
     refused.unlink(missing_ok=True)
     words = [sys.executable, "-P", *COMMAND, "up", str(file), "--yes", "--no-config-cache"]
     root = str(Path(__file__).resolve().parents[3])
@@ -46,7 +46,7 @@ def ray_up(wish: Wanted, file: Path) -> None:
     if status == 0:
         return
     for line in refused.read_text().splitlines() if refused.exists() else ():
-        failure = failures.Failure(**json.loads(line))
+        failure = failures.LaunchFailure(**json.loads(line))
         kind = NoCapacity if failure.code in failures.CAPACITY else MachineError
         raise kind(f"Azure did not create the head of {wish.name} ({wish.place}). {failure.words}")
     said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
