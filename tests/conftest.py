@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from launcher.config import calling_directory
-from tests import device
-from tests.command import here, place
-from tests.stores import container, emulator
-from tests.vmlab import lab
-from tests.vmlab.lab import Lab
+from tests.support import device
+from tests.support.command import here, place
+from tests.support.stores import container, emulator
+from tests.support.vmlab import elsewhere, lab
+from tests.support.vmlab.elsewhere import Elsewhere
+from tests.support.vmlab.lab import Lab
 
 __all__ = ["container", "emulator", "here", "place"]  # fixtures for every test that runs `launch`, or needs a store
 
@@ -85,7 +86,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="session")
 def machines() -> Iterator[Lab]:
-    """Three machines, see tests/vmlab. Where they cannot be made the test is skipped, but fails where CI is set."""
+    """Three machines, see tests/support/vmlab. Where they cannot be made, skip the test, or fail it where CI is set."""
     if problem := lab.why_not():
         if os.environ.get("CI"):
             pytest.fail(problem)
@@ -99,6 +100,17 @@ def cluster(machines: Lab) -> Lab:
     """The machines, Ray on two of them with a CPU each."""
     machines.restore()
     return machines
+
+
+@pytest.fixture
+def there(request: pytest.FixtureRequest) -> Iterator[Elsewhere]:
+    """Two machines with SSH servers and a laptop. `indirect` parameters change the number and the links' rate."""
+    if problem := elsewhere.why_not():
+        if os.environ.get("CI"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    with Elsewhere(*getattr(request, "param", (2,))) as ssh_machines:
+        yield ssh_machines
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,7 +12,7 @@ import pytest
 
 from launcher import launch
 from launcher.errors import ConfigError, DataError, RunError, UserCodeError
-from tests.command import Place
+from tests.support.command import Place
 
 TOY = ("experiment=toy", "logging.tensorboard=false")
 

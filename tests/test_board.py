@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.board_server import is_known
-from tests.stores import free_port
+from tests.support.stores import free_port
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from launcher.cli import line
 from launcher.cli.verbs import VERBS, Verb
 from launcher.errors import ConfigError
-from tests.command import LAUNCH, TOY, Place
+from tests.support.command import LAUNCH, TOY, Place
 
 # ---- taking a command line apart ------------------------------------------------------------------------------------
 

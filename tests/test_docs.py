@@ -21,7 +21,7 @@ from launcher.config import calling_directory, keys, targets
 from launcher.engine.checkpoint import load_weights
 from launcher.jobs.weights import best_checkpoint
 from launcher.runs import RunDirectory
-from tests.command import LAUNCH, Place
+from tests.support.command import LAUNCH, Place
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import TOY, Place, Running
+from tests.support.command import TOY, Place, Running
 
 LONG = (*TOY, "trainer.epochs=1000", "model.delay=0.1", "logging.tensorboard=false", "run.name=a")
 

@@ -16,7 +16,7 @@ from launcher.clusters.pricing.rates import overrides, rate_of
 from launcher.config.schema import ClusterConfig, cluster_section
 from launcher.errors import ConfigError
 from launcher.money import Bill, Meter, Rate
-from tests.command import TOY, Place
+from tests.support.command import TOY, Place
 from tests.sweeps.sweep_fixtures import PROJECT as SWEEP_PROJECT
 
 A_SECOND = "cluster.node_usd_per_hour=3600"  # one dollar

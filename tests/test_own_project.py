@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import Place
+from tests.support.command import Place
 
 FILES = {
     # Packages called like ours. Theirs win file by file, and ours stay reachable below them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.startup_timing import Marks, describe
-from tests.command import TOY, Place
+from tests.support.command import TOY, Place
 
 
 def test_phases_add_up_and_a_clock_that_lags_behind_takes_nothing_away() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.cli.terminal import Display
 from launcher.formatting import count, duration, number, size, step_line
-from tests.command import TOY, Place
+from tests.support.command import TOY, Place
 
 
 def progress(step: int, **values: float) -> dict[str, Any]:

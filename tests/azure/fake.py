@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.azure.proxy import HOST, Refusal, certificates, handler
-from tests.servers import HttpServer
+from tests.support.servers import HttpServer
 
 SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
 TENANT = "99999999-1111-2222-3333-444444444444"

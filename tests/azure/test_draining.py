@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.jobs.remote import jobs_cluster
-from tests.vmlab.lab import ROOT
+from tests.support.vmlab.lab import ROOT
 
 pytestmark = pytest.mark.slow
 CODE = """

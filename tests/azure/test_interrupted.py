@@ -19,7 +19,7 @@ from launcher.clusters.remote import registry
 from launcher.errors import MachineError
 from tests.azure.fake import VM, Fake
 from tests.azure.test_lifecycle import CLUSTER, said
-from tests.vmlab.lab import ROOT
+from tests.support.vmlab.lab import ROOT
 
 WORDS = ["cluster=azure", "cluster.name=demo", f"cluster.size={CLUSTER.size}", "cluster.ssh_from=203.0.113.7/32"]
 

@@ -14,7 +14,7 @@ from launcher.clusters.remote.registry import Head
 from launcher.errors import ClusterError, MachineError, ResourceError
 from tests.azure.conftest import A100
 from tests.azure.fake import SUBSCRIPTION, Fake
-from tests.vmlab.lab import ROOT
+from tests.support.vmlab.lab import ROOT
 
 CLUSTER = AzureCluster(name="demo", size=A100, ssh_from="203.0.113.7/32")
 HEAD = Head(

@@ -25,10 +25,10 @@ from typing import Any
 from launcher.clusters.azure.spec import DIRECTORY, USER
 from launcher.clusters.pricing import catalogue
 from tests.azure.fake import Fake, nic_of
-from tests.command import Result
-from tests.servers import HttpServer
-from tests.vmlab import lab
-from tests.vmlab.lab import ROOT, Host, Lab
+from tests.support.command import Result
+from tests.support.servers import HttpServer
+from tests.support.vmlab import lab
+from tests.support.vmlab.lab import ROOT, Host, Lab
 
 SSHD = "/usr/sbin/sshd"
 _CLONE_NEWNET = 0x40000000

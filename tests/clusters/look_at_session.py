@@ -12,7 +12,7 @@ import ray
 
 from launcher.clusters import reaper
 from launcher.clusters.local.embedded_ray import LOOPBACK, EmbeddedRay
-from tests.clusters.sockets import listeners
+from tests.support.sockets import listeners
 
 STRANGER = "import sys; from ray._raylet import GcsClient; GcsClient(sys.argv[1]).internal_kv_keys(b''); print('in')"
 

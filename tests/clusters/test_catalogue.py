@@ -17,7 +17,7 @@ from launcher.clusters.pricing import catalogue, prices
 from launcher.clusters.pricing.nodes import nodes_for
 from launcher.config.schema import ClusterConfig
 from launcher.errors import ConfigError
-from tests.servers import HttpServer
+from tests.support.servers import HttpServer
 
 
 def item(name: str, usd: float, meter: str = "", **more: Any) -> dict[str, Any]:

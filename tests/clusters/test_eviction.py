@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from launcher.clusters.eviction import Agent, Metadata, Notice, Poll, notice_in
-from tests.clusters.scheduled_events import ScheduledEvents, body, event, reset
-from tests.waiting import wait_for
+from tests.support.scheduled_events import ScheduledEvents, body, event, reset
+from tests.support.waiting import wait_for
 
 NOW = 1_795_000_000.0
 

@@ -14,10 +14,10 @@ from launcher.clusters.existing.existing_ray import interface_of
 from launcher.clusters.gcs import address_of
 from launcher.clusters.remote.compare import facts_of_a_node
 from launcher.errors import ClusterError
-from tests.command import LAUNCH, PROJECT, Place, Result
-from tests.engine.engine_ranks import assert_same_weights, final_weights
-from tests.vmlab.lab import Lab
-from tests.waiting import wait_for
+from tests.support.command import LAUNCH, PROJECT, Place, Result
+from tests.support.engine_ranks import assert_same_weights, final_weights
+from tests.support.vmlab.lab import Lab
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("experiment=mnist_tiny", "logging.graph=false", "trainer.deterministic=true")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.clusters.test_existing import TINY, launch
-from tests.command import PROJECT
-from tests.vmlab.lab import Lab
+from tests.support.command import PROJECT
+from tests.support.vmlab.lab import Lab
 
 SAVED = ("checkpoint.every=2", "checkpoint.keep=2", "strategy=fsdp", "trainer.deterministic=false")
 

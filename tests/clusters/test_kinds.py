@@ -21,7 +21,7 @@ from launcher.clusters.ssh.kind import SshCluster
 from launcher.config import compose
 from launcher.config.schema import Job, cluster_schema, cluster_section
 from launcher.errors import ConfigError
-from tests.command import Place
+from tests.support.command import Place
 
 JOB = ("--config-dir", "own", "experiment=toy", "scaling.workers=2", "trainer.deterministic=true")
 LONG = ("trainer.steps=1000000", "checkpoint.every=1000", "trainer.log_every=50")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launcher.clusters import reaper
 from launcher.clusters.local.embedded_ray import EmbeddedRay
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 
 def test_a_session_is_quiet_private_and_leaves_nothing(tmp_path: Path) -> None:

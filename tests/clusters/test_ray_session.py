@@ -17,7 +17,7 @@ from launcher.clusters.local.kind import LocalCluster
 from launcher.config.checks import check_values
 from launcher.config.schema import Job
 from launcher.errors import ConfigError
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 USE = """
 import sys, time

@@ -19,7 +19,7 @@ import pytest
 from launcher.clusters.remote import shell as shells
 from launcher.clusters.remote.shell import Shell, destination
 from launcher.errors import HostError
-from tests import servers
+from tests.support import servers
 
 pytestmark = pytest.mark.skipif(bool(servers.why_no_ssh()), reason=servers.why_no_ssh() or "-")
 

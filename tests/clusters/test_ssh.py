@@ -21,8 +21,8 @@ from launcher.clusters.remote.shell import Shell
 from launcher.clusters.ssh import lifecycle as ssh
 from launcher.clusters.ssh.kind import SshCluster
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
-from tests import servers
-from tests.command import Place
+from tests.support import servers
+from tests.support.command import Place
 
 pytestmark = pytest.mark.skipif(bool(servers.why_no_ssh()), reason=servers.why_no_ssh() or "-")
 PLACE: dict[str, Any] = {"base": "~/.launch", "cluster": "pair"}

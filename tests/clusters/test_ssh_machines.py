@@ -6,21 +6,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.engine.engine_ranks import assert_same_weights, final_weights
-from tests.vmlab import elsewhere
-from tests.vmlab.elsewhere import Elsewhere
-
-
-def wait_for(condition: object, seconds: float, complaint: str) -> None:
-    latest = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < latest, complaint
-        time.sleep(0.2)
+from tests.support.engine_ranks import assert_same_weights, final_weights
+from tests.support.vmlab.elsewhere import Elsewhere
+from tests.support.waiting import wait_for
 
 
 def status(there: Elsewhere) -> dict[str, str]:
@@ -59,17 +51,7 @@ def seen_everywhere(there: Elsewhere, secret: str, environments: bool = True) ->
     return found
 
 
-@pytest.fixture
-def there(request: pytest.FixtureRequest) -> Iterator[Elsewhere]:
-    """Three machines; another number or rate by `indirect` parameters."""
-    if problem := elsewhere.why_not():
-        if os.environ.get("CI"):
-            pytest.fail(problem)
-        pytest.skip(problem)
-    with Elsewhere(*getattr(request, "param", (3,))) as made:
-        yield made
-
-
+@pytest.mark.parametrize("there", [(3,)], indirect=True)
 @pytest.mark.timeout(900)
 def test_what_answers_comes_up_and_down_leaves_nothing(there: Elsewhere) -> None:
     """The dead host is named; a second `up` starts nothing; the token is its user's; an interrupted `down` repeats."""
@@ -105,6 +87,7 @@ def _commands(there: Elsewhere) -> list[str]:
     return [words for host in there.machines for words in host.processes().values()]
 
 
+@pytest.mark.parametrize("there", [(3,)], indirect=True)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_host_that_comes_back_joins_and_one_that_is_named_no_more_leaves(there: Elsewhere) -> None:
@@ -134,7 +117,6 @@ def test_a_host_that_comes_back_joins_and_one_that_is_named_no_more_leaves(there
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("there", [(2,)], indirect=True)
 @pytest.mark.parametrize("running", ["raylet/raylet", "gcs_server"])
 def test_an_interrupted_up_can_be_repeated_and_ended(there: Elsewhere, running: str) -> None:
     """Would be wrong: machines on which something runs that nobody knows of."""
@@ -174,7 +156,7 @@ def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(there: Elsewhere, tm
     there.machines[0].mend()
 
     config = there.config.read_text()
-    from tests import servers
+    from tests.support import servers
 
     another = servers.make_key(tmp_path / "another")
     there.config.write_text(config.replace(str(there.key), str(another)))

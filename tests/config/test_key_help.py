@@ -11,7 +11,7 @@ from launcher.config import key_help
 from launcher.config.keys import is_known, leaves
 from launcher.config.schema import OPEN_SECTIONS
 from launcher.errors import ConfigError
-from tests.command import Place
+from tests.support.command import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 

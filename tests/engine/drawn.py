@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 
 from launcher.config import Job
 from launcher.engine.order import mix
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import make_job
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import make_job
 
 FEATURES, CLASSES = 3, 2
 THEIRS = "torch.optim.lr_scheduler"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.engine.engine_toys import CLASSES, FEATURES, MODELS, RECORD
+from tests.support.engine_toys import CLASSES, FEATURES, MODELS, RECORD
 
 HERE = __name__
 

@@ -18,8 +18,8 @@ from typing import Any
 from launcher.config import Job
 from launcher.engine import entry
 from launcher.runs import RunDirectory
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import _SERVER, Rank, Script, _body
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import _SERVER, Rank, Script, _body
 
 
 def _serve(connection: Connection) -> None:

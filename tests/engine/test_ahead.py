@@ -10,7 +10,7 @@ import torch
 from launcher.engine.estimate import Ahead, estimate
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.compression import PowerSGD, powersgd_bytes
-from tests.engine.engine_ranks import make_job
+from tests.support.engine_ranks import make_job
 
 MLP = {"_target_": "models.vision.MLP"}  # 784 -> 128 -> 128 -> 10
 GPT = {"_target_": "models.language.GPT", "layers": 3, "width": 64, "context": 32}

@@ -17,8 +17,8 @@ from launcher.engine.auto_strategy import Candidate, choose, resolve_strategy
 from launcher.engine.runtime import Runtime
 from launcher.errors import ConfigError
 from launcher.runs import RunDirectory
-from tests.engine.engine_ranks import Script, column, make_job, on_ranks, result_of, succeed
-from tests.engine.engine_toys import FEATURES, Tokens
+from tests.support.engine_ranks import Script, column, make_job, on_ranks, result_of, succeed
+from tests.support.engine_toys import FEATURES, Tokens
 
 AUTO = {"name": "auto"}
 DROPPED = {"_target_": "Net", "dropout": 0.5}

@@ -77,7 +77,7 @@ def _with_and_without_compilation() -> tuple[list[torch.Tensor], list[torch.Tens
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_compiled_blocks_train_as_before(tmp_path: Path) -> None:
-    from tests.engine.engine_ranks import column, make_job, succeed
+    from tests.support.engine_ranks import column, make_job, succeed
 
     size = {"vocabulary": 256, "context": 32, "width": 16, "layers": 3, "heads": 2, "generate": 1}
     job: dict[str, Any] = {

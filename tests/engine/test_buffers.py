@@ -15,7 +15,7 @@ from launcher.engine.checkpoint import newest_intact
 from launcher.engine.runtime import Runtime
 from launcher.errors import ConfigError, TrainingError
 from tests.engine import model_toys as toys
-from tests.engine.engine_ranks import (
+from tests.support.engine_ranks import (
     Rank,
     Script,
     assert_same_run,

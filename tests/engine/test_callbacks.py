@@ -14,8 +14,8 @@ from launcher.engine.estimate import estimate
 from launcher.engine.progress import Progress
 from launcher.engine.runtime import Runtime
 from launcher.errors import ConfigError, TrustError
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import (
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import (
     Rank,
     Script,
     assert_same_run,

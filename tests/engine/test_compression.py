@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.compression import WIRE, PowerSGD, cast_hook
 from launcher.engine.strategies.outer import OuterOptimizer
-from tests.engine.engine_ranks import column, make_job, on_ranks, succeed
+from tests.support.engine_ranks import column, make_job, on_ranks, succeed
 
 
 def gradient(rank: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -19,8 +19,8 @@ from launcher.engine.data import Loader, in_background
 from launcher.engine.fetch import Fetch
 from launcher.engine.order import Key, Order, Split, keys_of_training, mix
 from launcher.errors import DataError, UserCodeError
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import (
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import (
     Script,
     assert_same_log,
     assert_same_run,

@@ -15,7 +15,7 @@ from launcher.engine.estimate import estimate
 from launcher.engine.order import Order
 from launcher.errors import ConfigError
 from tests.engine import model_toys as toys
-from tests.engine.engine_ranks import (
+from tests.support.engine_ranks import (
     Script,
     assert_same_run,
     assert_same_weights,
@@ -24,7 +24,7 @@ from tests.engine.engine_ranks import (
     make_job,
     succeed,
 )
-from tests.engine.engine_toys import Points
+from tests.support.engine_toys import Points
 
 STEPS, BATCH, TRAIN = 6, 31, 62
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import Rank, final_weights, launch, logged, make_job, result_of, succeed
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import Rank, final_weights, launch, logged, make_job, result_of, succeed
 
 pytestmark = pytest.mark.gpu
 

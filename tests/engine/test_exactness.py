@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from launcher.engine.order import Order
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import (
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import (
     assert_same_log,
     assert_same_weights,
     column,

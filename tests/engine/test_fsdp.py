@@ -16,8 +16,8 @@ from launcher.engine.build import build_model, build_strategy
 from launcher.engine.metrics import as_pair
 from launcher.engine.optim import build_optimizer
 from launcher.engine.runtime import Runtime
-from tests.device import device
-from tests.engine.engine_ranks import on_ranks
+from tests.support.device import device
+from tests.support.engine_ranks import on_ranks
 
 pytestmark = pytest.mark.gpu
 

@@ -18,8 +18,8 @@ from launcher.engine.runtime import Runtime
 from launcher.errors import WorkerLost
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import Mirrored, local
-from tests.engine.engine_ranks import make_job
 from tests.engine.test_checkpoint_ranks import run
+from tests.support.engine_ranks import make_job
 
 NEVER = 1e6  # seconds
 

@@ -19,7 +19,7 @@ from launcher.engine.strategies.ddp import DataParallel
 from launcher.engine.strategies.kinds import base
 from launcher.engine.strategies.kinds.base import Network, StrategyKind, check_strategy, identity, kind_of, kinds
 from launcher.errors import ConfigError, TrainingError, TrustError
-from tests.engine.engine_ranks import logged, make_job, result_of, succeed
+from tests.support.engine_ranks import logged, make_job, result_of, succeed
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = {"_target_": "tests.engine.toy_strategy.Net"}

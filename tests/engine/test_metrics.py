@@ -12,7 +12,7 @@ import torch
 
 from launcher.engine.metrics import ContractError, Sums, as_pair, check_answer, means
 from launcher.engine.runtime import Runtime
-from tests.engine.engine_ranks import Rank, column, launch, logged, make_job, succeed
+from tests.support.engine_ranks import Rank, column, launch, logged, make_job, succeed
 
 CPU = torch.device("cpu")
 ALONE = Runtime.single("cpu")

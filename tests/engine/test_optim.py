@@ -11,7 +11,7 @@ from torch import nn
 
 from launcher.engine.optim import build_optimizer, parameter_groups
 from launcher.errors import ConfigError
-from tests.engine.engine_ranks import final_weights, make_job, succeed
+from tests.support.engine_ranks import final_weights, make_job, succeed
 
 ADAM = {"_target_": "torch.optim.AdamW", "lr": 0.1}
 

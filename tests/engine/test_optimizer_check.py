@@ -11,8 +11,8 @@ from torch import nn
 from launcher.engine.estimate import estimate
 from launcher.engine.optimizer_check import optimizer_bytes, try_optimizer
 from launcher.errors import ConfigError, UserCodeError
-from tests.engine.engine_ranks import make_job
-from tests.engine.engine_toys import Net
+from tests.support.engine_ranks import make_job
+from tests.support.engine_toys import Net
 
 ADAM, SGD = "torch.optim.AdamW", "torch.optim.SGD"
 THEIRS = "torch.optim.lr_scheduler"
@@ -45,7 +45,7 @@ def refused(**how: Any) -> str:
 )
 def test_an_optimizer_that_refuses_its_values(optimizer: dict[str, Any], words: str) -> None:
     if "." not in optimizer["_target_"]:
-        optimizer = {**optimizer, "_target_": f"tests.engine.engine_toys.{optimizer['_target_']}"}
+        optimizer = {**optimizer, "_target_": f"tests.support.engine_toys.{optimizer['_target_']}"}
     assert words in refused(optimizer=optimizer)
 
 
@@ -96,7 +96,7 @@ def test_a_model_or_a_callback_that_refuses_its_values() -> None:
 
 def test_a_defect_of_the_users_class_keeps_its_traceback() -> None:
     with pytest.raises(UserCodeError) as caught:
-        estimate(make_job(optimizer={"_target_": "tests.engine.engine_toys.Defective"}))
+        estimate(make_job(optimizer={"_target_": "tests.support.engine_toys.Defective"}))
     assert "engine_toys" in caught.value.traceback_text
 
 

@@ -22,7 +22,7 @@ from launcher.engine.order import (
     order_of_evaluation,
 )
 from launcher.errors import RequestError
-from tests.engine.engine_ranks import (
+from tests.support.engine_ranks import (
     Script,
     assert_same_run,
     make_job,

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.engine.checkpoint import Saved
 from launcher.engine.pace import Pace
-from tests.engine.engine_ranks import make_job, succeed
+from tests.support.engine_ranks import make_job, succeed
 
 
 def test_ranks_tell_how_long_steps_saves_and_evaluations_take(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from launcher.clusters.pricing import catalogue
 from launcher.engine import entry, peaks, trainer
 from launcher.engine.runtime import Runtime
 from launcher.runs import RunDirectory
-from tests.engine.engine_ranks import Puppet, Script, column, make_job
+from tests.support.engine_ranks import Puppet, Script, column, make_job
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from launcher.engine.examples import Examples
 from launcher.engine.preserve import evaluation_mode, preserve_model
 from launcher.engine.runtime import Runtime
 from tests.engine import model_toys as toys
-from tests.engine.engine_ranks import final_weights, make_job, on_ranks, succeed
-from tests.engine.engine_toys import Points
+from tests.support.engine_ranks import final_weights, make_job, on_ranks, succeed
+from tests.support.engine_toys import Points
 
 
 def batch_of(count: int) -> Any:

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.drawn import OPTIMIZERS, SCHEDULES, Draw, PlainLoop
-from tests.engine.engine_ranks import Rank, Script, column, final_weights, logged, trained
 from tests.engine.rank_pool import RankPool
+from tests.support.engine_ranks import Rank, Script, column, final_weights, logged, trained
 
 MOST_RANKS = 3
 

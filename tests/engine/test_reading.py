@@ -19,7 +19,7 @@ from launcher.engine.order import Key, Order, Split, keys_of_training
 from launcher.engine.randomness import preserve_random_states, seed_everything
 from launcher.engine.runtime import Runtime
 from launcher.engine.stream import StreamLoader
-from tests.engine.engine_ranks import (
+from tests.support.engine_ranks import (
     Script,
     assert_same_log,
     assert_same_run,

@@ -18,8 +18,8 @@ from launcher.engine.fetch import Fetch
 from launcher.engine.order import Key
 from launcher.engine.reading_check import notes_on_reading
 from launcher.errors import DataError, LoaderLost, UserCodeError
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import launch, make_job
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import launch, make_job
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import pytest
 from launcher.config.schema import Job
 from launcher.engine.checkpoint import available
 from launcher.engine.record import StepFile
-from tests.engine.engine_ranks import (
+from tests.support.engine_ranks import (
     Script,
     assert_same_log,
     assert_same_run,

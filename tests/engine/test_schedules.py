@@ -12,7 +12,7 @@ from torch.optim import SGD
 
 from launcher.engine.schedules import Schedule, rate_of
 from launcher.errors import ConfigError, TrustError
-from tests.engine.engine_ranks import (
+from tests.support.engine_ranks import (
     Script,
     assert_same_weights,
     column,

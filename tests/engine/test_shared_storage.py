@@ -20,7 +20,7 @@ from launcher.errors import RunError
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
 from tests.engine.test_checkpoint_ranks import run
-from tests.stores import Container
+from tests.support.stores import Container
 
 
 def _runtime(rank: int) -> Runtime:

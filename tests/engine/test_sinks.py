@@ -28,8 +28,8 @@ from launcher.engine.sinks.recording import Recording
 from launcher.engine.sinks.tensorboard import TensorBoard
 from launcher.errors import ConfigError, TrustError
 from launcher.runs import RunDirectory
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import Puppet, Script, board, logged, make_job, succeed
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import Puppet, Script, board, logged, make_job, succeed
 
 # ---- metrics.jsonl --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 
 from launcher.engine.estimate import estimate
 from launcher.errors import ConfigError
-from tests.engine.engine_ranks import column, final_weights, launch, make_job, succeed
+from tests.support.engine_ranks import column, final_weights, launch, make_job, succeed
 
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.5}
 ADAGRAD = {"_target_": "torch.optim.Adagrad", "lr": 0.1}

@@ -18,7 +18,7 @@ from launcher.engine.progress import Progress
 from launcher.engine.runtime import Runtime
 from launcher.errors import ConfigError, LaunchError, UserCodeError
 from tests.engine import start_toys
-from tests.engine.engine_ranks import column, make_job, succeed
+from tests.support.engine_ranks import column, make_job, succeed
 
 _TOYS = "tests.engine.start_toys"
 

@@ -17,7 +17,7 @@ from launcher.engine.build import build_strategy
 from launcher.engine.runtime import Runtime
 from launcher.errors import RunError
 from launcher.jobs.prepare import check_continuation
-from tests.engine.engine_ranks import (
+from tests.support.engine_ranks import (
     Script,
     assert_same_run,
     assert_same_weights,
@@ -30,7 +30,7 @@ from tests.engine.engine_ranks import (
     result_of,
     succeed,
 )
-from tests.engine.engine_toys import Normed, points
+from tests.support.engine_toys import Normed, points
 
 pytestmark = pytest.mark.gpu
 

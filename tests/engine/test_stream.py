@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.engine_ranks import (
+from tests.support.engine_ranks import (
     Script,
     launch,
     make_job,

@@ -27,7 +27,7 @@ from launcher.engine.trainer import Trainer
 from launcher.runs import RunDirectory
 from launcher.startup_timing import Marks
 from models.language import GPT
-from tests.engine.engine_ranks import make_job
+from tests.support.engine_ranks import make_job
 
 GPU = torch.device("meta")  # the stand-in
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3}

@@ -16,7 +16,7 @@ from launcher.engine.order import Order
 from launcher.engine.runtime import Runtime
 from launcher.errors import TrainingError
 from tests.engine import model_toys as toys
-from tests.engine.engine_ranks import (
+from tests.support.engine_ranks import (
     Script,
     assert_same_run,
     assert_same_weights,
@@ -26,7 +26,7 @@ from tests.engine.engine_ranks import (
     on_ranks,
     succeed,
 )
-from tests.engine.engine_toys import Points
+from tests.support.engine_toys import Points
 
 STEPS, BATCH, TRAIN = 9, 30, 120
 SCHEDULE = {"_target_": "launcher.engine.optim.WarmupCosine", "warmup_steps": 2}

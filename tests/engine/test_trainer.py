@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from launcher.engine.checkpoint import available, load_weights, newest_intact
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import (
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import (
     Rank,
     Script,
     assert_same_run,
@@ -420,11 +420,11 @@ class Silent:
 directory = RunDirectory(Path(sys.argv[1]))
 directory.create()
 job = Job(
-    model={"_target_": "tests.engine.engine_toys.Net"},
-    data={"_target_": "tests.engine.engine_toys.Points"},
+    model={"_target_": "tests.support.engine_toys.Net"},
+    data={"_target_": "tests.support.engine_toys.Points"},
     optimizer={"_target_": "torch.optim.AdamW", "lr": 0.01},
     trainer=TrainerConfig(steps=3, global_batch_size=100, log_every=1),
-    trust=["tests.engine.engine_toys"],
+    trust=["tests.support.engine_toys"],
 )
 result = run(Task("train", job, sys.argv[1], [], time.time()), Runtime.single("cpu"), Silent())
 print(result["status"], [name for name in ("ray", "hydra", "omegaconf") if name in sys.modules])

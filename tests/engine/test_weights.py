@@ -13,8 +13,8 @@ from launcher.engine.checkpoint import load_weights
 from launcher.engine.estimate import estimate
 from launcher.engine.weights import check_weights, load_weights_into
 from launcher.errors import CheckpointError
-from tests.engine import engine_toys as toys
-from tests.engine.engine_ranks import make_job
+from tests.support import engine_toys as toys
+from tests.support.engine_ranks import make_job
 
 
 class Tied(nn.Module):

@@ -14,7 +14,7 @@ from launcher.engine.runtime import Vote
 from launcher.engine.strategies.kinds.base import StrategyKind, register
 from launcher.engine.strategies.strategy import Record, Strategy, loss_of
 from launcher.errors import ConfigError
-from tests.engine import engine_toys
+from tests.support import engine_toys
 
 
 class Summed(Strategy):

@@ -1,7 +1,7 @@
 """Play the faults, print the table, and write it into docs/reliability.md: `python -m tests.faults [WORD…]`.
 
 With words only the rows are played whose fault has one of them in its name; the other rows of the document stay.
-Those on several machines need root (see tests/vmlab).
+Those on several machines need root (see tests/support/vmlab).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.figures import commit, machine
 from tests.faults.harness import Outcome
 from tests.faults.table import ROWS, play, undisturbed
-from tests.vmlab.lab import ROOT, Lab, why_not
+from tests.support.vmlab.lab import ROOT, Lab, why_not
 
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"

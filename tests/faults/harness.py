@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.engine.checkpoint import available, newest_intact
-from tests.command import LAUNCH
-from tests.engine.engine_ranks import assert_same_weights, final_weights
-from tests.vmlab.lab import ROOT, Lab
+from tests.support.command import LAUNCH
+from tests.support.engine_ranks import assert_same_weights, final_weights
+from tests.support.vmlab.lab import ROOT, Lab
+from tests.support.waiting import wait_for
 
 PROJECT = Path(__file__).resolve().parent / "project"
 STEPS, EVERY, STEPS_PER_EPOCH, SAMPLES = 30, 4, 6, 72
@@ -155,13 +156,14 @@ class Trial:
         return max(attempts[-1].steps, default=0) if attempts else 0
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 90, what: str = "") -> None:
-        latest = time.monotonic() + seconds
-        while not condition():
+        def holds() -> bool:
+            if condition():
+                return True
             if self.process is not None and self.process.poll() is not None:
-                raise AssertionError(f"the command has ended with {self.process.returncode}, {what}:\n{self.said()}")
-            if time.monotonic() > latest:
-                raise AssertionError(f"not within {seconds:g} s, {what}:\n{self.said()}")
-            time.sleep(0.05)
+                raise AssertionError(f"the command exited with {self.process.returncode}, {what}:\n{self.said()}")
+            return False
+
+        wait_for(holds, seconds, lambda: f"{what}:\n{self.said()}")
 
     def wait_for_step(self, step: int, attempt: int = 1) -> None:
         """Wait until the group number `attempt` has done this step."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.engine.checkpoint import available
-from tests.clusters.scheduled_events import event
 from tests.faults.harness import EVERY, SAVING, Outcome, Trial, failed_in_order, judge
-from tests.vmlab.lab import Host, Lab
+from tests.support.scheduled_events import event
+from tests.support.vmlab.lab import Host, Lab
 
 UNANNOUNCED = EVERY + SAVING - 1  # lost_steps < checkpoint.every + the steps of one save
 DAMAGED = UNANNOUNCED + EVERY  # the newest checkpoint is worth nothing, the one before it is used
@@ -270,7 +270,7 @@ def noticed(seconds: float, withdrawn: bool = False) -> Callable[[Trial], tuple[
         events = trial.directory / "events.json"
         events.write_text("[]")
         python = [sys.executable, "-m"]
-        host.start([*python, "tests.clusters.scheduled_events", host.name, "8111", str(events)])
+        host.start([*python, "tests.support.scheduled_events", host.name, "8111", str(events)])
         metadata = ["--metadata", "http://127.0.0.1:8111"]
         agent = host.start([*python, "launcher.clusters.eviction", "--address", lab.address, *metadata], log="agent")
         trial.start(*unhurried(seconds))

@@ -17,7 +17,7 @@ import pytest
 
 from launcher.jobs import training
 from launcher.runs import RunDirectory
-from tests.command import TOY, Place
+from tests.support.command import TOY, Place
 
 RESULT_KEYS = {
     *("status", "reason", "error", "steps", "epochs", "samples", "workers", "world_sizes", "restarts", "lost_steps"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import TOY, Place, Result, Running
+from tests.support.command import TOY, Place, Result, Running
 
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2", "-m", "launcher")
 Start = Callable[..., Running]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.command import Place
+from tests.support.command import Place
 
 MODULE = """\
 import os, signal

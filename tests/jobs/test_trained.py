@@ -14,7 +14,7 @@ import torch
 
 from launcher.engine.inference import plain
 from launcher.errors import UserCodeError
-from tests.command import TOY, Place, Result
+from tests.support.command import TOY, Place, Result
 
 RUN = ("run.name=a", "trainer.steps=2")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from models import captions
 from models.captions import Captioner
 from models.captions_data import DIGITS, END, PAD, START, UNKNOWN, DigitRows
-from tests.engine.engine_ranks import make_job
-from tests.networks import check_configuration, check_two_workers_equal_one, losses_while_training
+from tests.support.engine_ranks import make_job
+from tests.support.networks import check_configuration, check_two_workers_equal_one, losses_while_training
 
 CONF = Path(captions.__file__).parents[1] / "conf"
 FILES = [CONF / "model/captioner.yaml", CONF / "data/digit_rows.yaml", CONF / "data/coco.yaml"]

@@ -30,7 +30,7 @@ from models.captions_data import (
     words_of,
 )
 from models.vision_data import Pictures
-from tests.command import Place
+from tests.support.command import Place
 
 
 @pytest.fixture(scope="module")

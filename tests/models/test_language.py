@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import language
 from models.language import GPT, UNCOUNTED, rotations, turn
-from tests.command import Place
+from tests.support.command import Place
 
 CONF = Path(language.__file__).parents[1] / "conf"
 SIZES = {"gpt_1m": 1.0e6, "gpt_2m": 1.9e6, "gpt_10m": 10.8e6, "gpt_50m": 49.5e6, "gpt2_124m": 124e6}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.language_data import UNCOUNTED, Held, KingJames, TextFile, Tokens, Windows, read_verses
-from tests.command import Place
+from tests.support.command import Place
 
 TOKENS = np.arange(1000, 1103, dtype=np.uint16)
 

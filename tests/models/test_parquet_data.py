@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models.parquet_data import GROUPS_KEPT, Parquet, Rows, Stream
-from tests.command import Place
+from tests.support.command import Place
 
 
 def write(file: Path, rows: int = 100, group: int = 10, first: int = 0, **columns: Any) -> Path:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.prices import PatchTransformer, pinball
-from tests.command import Place
-from tests.engine.engine_ranks import column, make_job, succeed
+from tests.support.command import Place
+from tests.support.engine_ranks import column, make_job, succeed
 
 LEVELS = [0.1, 0.5, 0.9]
 SHAPE = {"quantiles": LEVELS, "horizons": 4, "context": 16, "patch": 4, "width": 8}

@@ -25,8 +25,8 @@ from models.speech import (
 )
 from models.speech_data import SpokenDigits
 from models.speech_files import SpeechData, encode
-from tests.engine.engine_ranks import make_job
-from tests.networks import check_configuration, check_two_workers_equal_one, losses_while_training
+from tests.support.engine_ranks import make_job
+from tests.support.networks import check_configuration, check_two_workers_equal_one, losses_while_training
 
 CONF = Path(speech.__file__).parents[1] / "conf"
 FILES = [

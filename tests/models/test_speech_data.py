@@ -28,7 +28,7 @@ from models.speech_files import (
     read_asterisk,
     spoken_words,
 )
-from tests.command import Place
+from tests.support.command import Place
 
 REAL = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 LISTED = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")

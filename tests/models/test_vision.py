@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import vision
 from models.vision import MLP, Classifier, ConvNet, ResNet18
 from models.vision_data import Mnist
-from tests.networks import check_configuration
+from tests.support.networks import check_configuration
 
 CONF = Path(vision.__file__).parents[1] / "conf"
 FILES = [

@@ -14,7 +14,7 @@ from launcher.clusters.ssh.kind import SshCluster
 from launcher.config.schema import Job
 from launcher.errors import ConfigError, ResourceError
 from launcher.planning.hosts import HostPlan, make_host_plan
-from tests.command import TOY, Place
+from tests.support.command import TOY, Place
 
 HOSTS = ["10.255.0.1", "10.255.0.2"]
 

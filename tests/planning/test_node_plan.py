@@ -17,7 +17,7 @@ from launcher.errors import ConfigError, ResourceError
 from launcher.planning import forecast
 from launcher.planning.nodes import NodePlan, node_plan_of
 from launcher.planning.tables import text
-from tests.command import TOY, Place
+from tests.support.command import TOY, Place
 
 GOLDEN = Path(__file__).with_name("node_plan.txt")
 MIB = 2**20

@@ -21,7 +21,7 @@ from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import RayVersionError
 from launcher.ray_seam import kv, lean_start, private, settings, train_controller, trainer
 from launcher.runners import controller_policy
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.smoke
 RAY = Path(ray.__file__).parent

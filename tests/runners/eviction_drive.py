@@ -22,7 +22,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from launcher import launch
-from tests.clusters.scheduled_events import ScheduledEvents, event
+from tests.support.scheduled_events import ScheduledEvents, event
 
 SMALL = {"object_store_memory": 80_000_000}
 METRICS = Path("runs/evicted/metrics.jsonl")

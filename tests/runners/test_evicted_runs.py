@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.engine_ranks import assert_same_weights, final_weights
+from tests.support.engine_ranks import assert_same_weights, final_weights
 
 DRIVE = Path(__file__).with_name("eviction_drive.py")
 ROOT = DRIVE.parents[2]

@@ -26,7 +26,7 @@ from launcher.errors import DataError, LaunchError, LoaderLost, NonFiniteLoss, S
 from launcher.runners import worker_errors
 from launcher.runners.signals import Interrupts
 from launcher.runners.supervision import Limits, again, explain
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 CPUS = 2
 

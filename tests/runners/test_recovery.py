@@ -10,7 +10,7 @@ import torch
 
 from launcher.clusters.capacity import resources
 from launcher.engine.checkpoint import load_weights
-from tests.command import TOY, Place
+from tests.support.command import TOY, Place
 
 CPUS = resources()[0]
 JOB = (*TOY, "trainer.deterministic=true", "trainer.steps=16", "checkpoint.every=4", "logging.tensorboard=false")

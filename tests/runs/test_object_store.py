@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launcher.runs import mirror
-from tests.command import TOY, Place
-from tests.stores import KEY, Container, FaultyProxy
+from tests.support.command import TOY, Place
+from tests.support.stores import KEY, Container, FaultyProxy
 
 
 class Machine:

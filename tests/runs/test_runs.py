@@ -19,7 +19,7 @@ import pytest
 from launcher import runs
 from launcher.errors import ConfigError, RunError
 from launcher.runs import RunDirectory
-from tests.command import TOY, Place
+from tests.support.command import TOY, Place
 
 
 def make(root: Path, name: str, **result: Any) -> RunDirectory:

@@ -26,7 +26,7 @@ from launcher.config.schema import Job, cluster_schema
 from launcher.errors import LaunchError
 from launcher.jobs import prepare
 from launcher.runs import RunDirectory, user_state
-from tests.command import Place
+from tests.support.command import Place
 
 GLOBAL = "# @package _global_\n"
 EVIL = "experiment/evil.yaml"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import Place, place  # noqa: F401 (a fixture)
+from tests.support.command import Place, place  # noqa: F401 (a fixture)
 
 MARK = b"pl4nted"
 MODEL = '''\

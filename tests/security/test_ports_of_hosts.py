@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
-from tests.vmlab import elsewhere
-from tests.vmlab.elsewhere import Elsewhere
-from tests.vmlab.lab import Host
+from tests.support.vmlab import elsewhere
+from tests.support.vmlab.elsewhere import Elsewhere
+from tests.support.vmlab.lab import Host
+from tests.support.waiting import wait_for
 
 # (what the process is, which of its ports) as the table of docs/security.md has it.
 RAY = r"raylet|ray::|/dashboard/agent\.py|/runtime_env/agent/main\.py|ray\S*/default_worker\.py"
@@ -65,26 +63,18 @@ def is_named(socket: Socket, host: Host, gcs: int) -> bool:
     return of_ray and (low <= socket.port <= high or socket.port in RAY_WORKERS)
 
 
-@pytest.fixture
-def there() -> Iterator[Elsewhere]:
-    if problem := elsewhere.why_not():
-        if os.environ.get("CI"):
-            pytest.fail(problem)
-        pytest.skip(problem)
-    with Elsewhere(2) as made:
-        yield made
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_only_the_named_ports_listen_beyond_loopback(there: Elsewhere) -> None:
     words = ["--config-dir", "own", "experiment=toy", "trainer.steps=1000000", "checkpoint.every=200"]
     words += ["scaling.workers=2", "scaling.cpus_per_worker=2", "run.name=long", *there.words()]
     there.start(*words)
-    metrics, latest = there.calling / "runs" / "long" / "metrics.jsonl", time.monotonic() + 240
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-        assert time.monotonic() < latest, there.laptop.log()[-3000:]
-        time.sleep(0.5)
+    metrics = there.calling / "runs" / "long" / "metrics.jsonl"
+    wait_for(
+        lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2,
+        240,
+        lambda: there.laptop.log()[-3000:],
+    )
     (record,) = (there.own(there.laptop) / "state" / "launch" / "clusters").glob("*.json")
     gcs = int(json.loads(record.read_text())["address"].rpartition(":")[2])
     for host in there.machines:

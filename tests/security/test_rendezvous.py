@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.clusters.sockets import Listener, descendants, listeners
+from tests.support.sockets import Listener, descendants, listeners
 
 pytestmark = pytest.mark.timeout(600)  # on a busy machine a run takes minutes to its first step
 NOBODY = 65534

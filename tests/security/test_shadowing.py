@@ -16,8 +16,8 @@ import pytest
 
 from launcher.config import calling_directory, targets
 from launcher.errors import TrustError
-from tests.command import Place
-from tests.stores import free_port
+from tests.support.command import Place
+from tests.support.stores import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "open(r'{mark}', 'a').write(__name__ + ' ')\n"

@@ -7,9 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from sweep_fixtures import HERE, PROJECT, Sweep, result, table
 
 import launcher
 from launcher.errors import ConfigError, RequestError, RunError
-from tests.waiting import PATIENCE
+from tests.support.waiting import wait_for
 
 
 def test_numbers_parameters_and_objective_agree_everywhere(sweep: Sweep, words: list[str], tmp_path: Path) -> None:
@@ -220,13 +218,6 @@ def test_a_finished_sweep_resumed_does_nothing_and_other_words_are_refused(sweep
 def command(tmp_path: Path, *more: str) -> list[str]:
     fixed = ["experiment=line", "cluster=none", f"run.root={tmp_path}", "run.name=s"]
     return [sys.executable, "-m", "launcher", "-m", "--config-dir", str(PROJECT), *fixed, *more]
-
-
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    deadline = time.monotonic() + PATIENCE * seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_killed_driver_loses_no_finished_trial(sweep: Sweep, tmp_path: Path) -> None:

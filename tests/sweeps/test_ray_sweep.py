@@ -14,7 +14,7 @@ import pytest
 from sweep_fixtures import HERE, PROJECT, result, table
 
 import launcher
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture

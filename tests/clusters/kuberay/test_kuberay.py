@@ -20,7 +20,7 @@ from launcher.clusters.kuberay import kubectl as kubectl_module
 from launcher.clusters.kuberay.kind import KubeRayCluster
 from launcher.clusters.kuberay.ray_job import ENTRYPOINT, LONGEST_NAME, RayJob, manifests, name_of, ray_job, text
 from launcher.errors import ConfigError
-from tests.command import TOY, Place, Result
+from tests.support.command import TOY, Place, Result
 
 HERE = Path(__file__).resolve().parent
 STORE = "abfss://runs@ada.dfs.core.windows.net/runs"

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.stores import free_port
+from tests.support.stores import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 

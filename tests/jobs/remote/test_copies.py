@@ -14,7 +14,7 @@ from launcher.clusters.remote.shell import Shell
 from launcher.jobs.remote.copies import Copies
 from launcher.jobs.remote.location import RunLocation
 from launcher.runs import RunDirectory
-from tests import servers
+from tests.support import servers
 
 pytestmark = pytest.mark.skipif(bool(servers.why_no_ssh()), reason=servers.why_no_ssh() or "-")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import Place, Running
 from tests.jobs.remote.jobs_cluster import JobsCluster, Network, running
+from tests.support.command import Place, Running
 
 SECRET = "pLaNtEd-5f2c77"
 SPY = """

@@ -6,29 +6,18 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.command import Result
-from tests.engine.engine_ranks import assert_same_weights, final_weights
-from tests.vmlab import elsewhere
-from tests.vmlab.elsewhere import Elsewhere
+from tests.support.command import Result
+from tests.support.engine_ranks import assert_same_weights, final_weights
+from tests.support.vmlab.elsewhere import Elsewhere
+from tests.support.waiting import wait_for
 
 TINY = ("experiment=mnist_tiny", "logging.graph=false", "trainer.deterministic=true")
 LONG = ("--config-dir", "own", "experiment=toy", "trainer.steps=1000000", "checkpoint.every=200")
-
-
-@pytest.fixture
-def there() -> Iterator[Elsewhere]:
-    if problem := elsewhere.why_not():
-        if os.environ.get("CI"):
-            pytest.fail(problem)
-        pytest.skip(problem)
-    with Elsewhere(2) as made:
-        yield made
 
 
 def result(run: Path) -> dict[str, object]:
@@ -37,10 +26,12 @@ def result(run: Path) -> dict[str, object]:
 
 
 def wait_until(there: Elsewhere, run: Path, step: int, seconds: float = 60) -> None:
-    latest = time.monotonic() + seconds
-    while not (run / "metrics.jsonl").exists() or f'"step": {step}' not in (run / "metrics.jsonl").read_text():
-        assert time.monotonic() < latest, there.laptop.log()[-3000:]
-        time.sleep(0.5)
+    metrics = run / "metrics.jsonl"
+    wait_for(
+        lambda: metrics.exists() and f'"step": {step}' in metrics.read_text(),
+        seconds,
+        lambda: there.laptop.log()[-3000:],
+    )
 
 
 @pytest.mark.timeout(900)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import xxhash
+
+from tests.support.servers import wait_for_port
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -73,22 +74,20 @@ def azurite() -> Iterator[str]:
     program = install_azurite() / "node_modules" / ".bin" / "azurite-blob"
     port = free_port()
     options = ["--silent", "--skipApiVersionCheck", "--disableTelemetry", "--inMemoryPersistence"]
-    with tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             ["node", str(program), *options, "--blobPort", str(port)],
-            stdout=told,
-            stderr=told,
+            stdout=output,
+            stderr=output,
             cwd=tempfile.gettempdir(),
         )
         try:
-            deadline = time.monotonic() + 40
-            while True:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                    break
-                if process.poll() is not None or time.monotonic() > deadline:
-                    told.seek(0)
-                    raise RuntimeError(f"Azurite did not start: {told.read().decode(errors='replace')[-500:]}")
-                time.sleep(0.1)
+            try:
+                wait_for_port("127.0.0.1", port, 40, process)
+            except AssertionError as error:
+                output.seek(0)
+                text = output.read().decode(errors="replace")[-500:]
+                raise RuntimeError(f"Azurite did not start: {text}") from error
             yield f"127.0.0.1:{port}"
         finally:
             process.terminate()

@@ -1,6 +1,6 @@
 """Azure's Scheduled Events, played by a server on loopback whose answers a test writes.
 
-    python -m tests.clusters.scheduled_events VM PORT FILE
+    python -m tests.support.scheduled_events VM PORT FILE
 
 serves on a machine of a laboratory the list of events that the file holds at that moment.
 """
@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-from tests.servers import HttpServer
+from tests.support.servers import HttpServer
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from launcher.config import Job
-from tests.engine.engine_ranks import column, succeed
+from tests.support.engine_ranks import column, succeed
 
 
 def check_configuration(file: Path) -> None:

@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from tests.waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
-PROJECT = Path(__file__).resolve().parent / "project"
+PROJECT = Path(__file__).resolve().parents[1] / "project"
 LAUNCH = Path(sys.executable).with_name("launch")
 TOY = ("--config-dir", "own", "experiment=toy")  # 8 steps of a straight line, in this process
 

@@ -23,14 +23,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import namespaces
-from tests.waiting import PATIENCE
+from tests.support.waiting import wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PORT = 6379
 OBJECT_STORE_BYTES = 80_000_000
 # Ray on a host: no reports, no memory monitor (which sees the whole machine).
@@ -269,12 +268,11 @@ class Lab:
         return done.stdout.split()
 
     def wait_for_nodes(self, count: int, seconds: float = 60) -> None:
-        latest = time.monotonic() + PATIENCE * seconds
-        while len(found := self.nodes()) != count:
-            if time.monotonic() > latest:
-                logs = "\n".join(f"{host.name}: {host.log('ray.log')[-1500:]}" for host in self.hosts)
-                raise AssertionError(f"{count} nodes were expected, there are {found}\n{logs}")
-            time.sleep(0.3)
+        def complaint() -> str:
+            logs = "\n".join(f"{host.name}: {host.log('ray.log')[-1500:]}" for host in self.hosts)
+            return f"expected {count} nodes, found {self.nodes()}\n{logs}"
+
+        wait_for(lambda: len(self.nodes()) == count, seconds, complaint)
 
     def restore(self, nodes: int = 2) -> None:
         """Mend every link, and have Ray run on the first `nodes` hosts and nowhere else."""

@@ -15,21 +15,20 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests import servers
-from tests.command import Result
-from tests.vmlab.lab import ROOT, Host, Lab
-from tests.waiting import PATIENCE
+from tests.support import servers
+from tests.support.command import Result
+from tests.support.vmlab.lab import ROOT, Host, Lab
+from tests.support.waiting import PATIENCE, wait_for
 
 PORT = 22
 
 
 def why_not() -> str:
     """Return why there can be no such machines here; empty where they can be made."""
-    from tests.vmlab import lab
+    from tests.support.vmlab import lab
 
     return servers.why_no_ssh() or lab.why_not()
 
@@ -101,14 +100,17 @@ class Elsewhere(Lab):
             "-E",
             str(self._etc(host) / "sshd.log"),
         ]
-        log, latest = self._etc(host) / "sshd.log", time.monotonic() + 10
+        log = self._etc(host) / "sshd.log"
         before = _listened(log)
         process = host.start(command)
-        while _listened(log) == before:
-            assert time.monotonic() < latest, f"sshd of {host.name} does not listen: {log.read_text()[-500:]}"
-            if process.poll() is not None:  # the one before it has not let go of the port yet
+
+        def listens() -> bool:
+            nonlocal process
+            if process.poll() is not None:  # its predecessor still holds the port
                 process = host.start(command)
-            time.sleep(0.05)
+            return _listened(log) > before
+
+        wait_for(listens, 10, lambda: f"sshd of {host.name} does not listen: {log.read_text()[-500:]}")
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the laptop's: nothing of Ray, and places of its own."""
@@ -164,7 +166,7 @@ class Elsewhere(Lab):
         """A directory of the laptop's user, with a project of their own in it."""
         path = self.own(self.laptop) / "calling"
         if not path.exists():
-            from tests.command import PROJECT
+            from tests.support.command import PROJECT
 
             shutil.copytree(PROJECT, path, ignore=shutil.ignore_patterns("__pycache__"))
         return path

@@ -27,9 +27,9 @@ from launcher.engine.checkpoint import available, load_weights, newest_intact
 from launcher.engine.runtime import Runtime
 from launcher.money import Bill
 from launcher.runs import RunDirectory
-from tests.device import device
-from tests.engine import engine_toys as toys
-from tests.waiting import PATIENCE
+from tests.support import engine_toys as toys
+from tests.support.device import device
+from tests.support.waiting import PATIENCE
 
 # A server that has imported torch forks every rank: a process of its own for each, without seconds of importing.
 _SERVER = multiprocessing.get_context("forkserver")
@@ -42,7 +42,7 @@ _SERVER.set_forkserver_preload(
         "torch._dynamo",
     ]
 )
-_TOYS = "tests.engine.engine_toys"
+_TOYS = "tests.support.engine_toys"
 
 
 # ---- what to run ----------------------------------------------------------------------------------------------------

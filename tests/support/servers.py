@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.support.waiting import wait_for
 
 
 class HttpServer(ThreadingHTTPServer):
@@ -169,13 +170,16 @@ def write_client(path: Path, hosts: dict[str, str], key: Path, known_hosts: Path
     path.write_text("\n".join(lines) + "\n")
 
 
-def wait_for_port(address: str, port: int, seconds: float = 10) -> None:
-    latest = time.monotonic() + seconds
-    while True:
+def wait_for_port(address: str, port: int, seconds: float = 10, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait until a server accepts connections. If `process`, which is to start it, exits first, fail at once."""
+
+    def listens() -> bool:
         with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
-            return
-        assert time.monotonic() < latest, f"nothing listens on {address}:{port}"
-        time.sleep(0.02)
+            return True
+        assert process is None or process.poll() is None, f"the server of {address}:{port} has exited"
+        return False
+
+    wait_for(listens, seconds, f"nothing listens on {address}:{port}")
 
 
 def _descendants(pid: int) -> list[int]:
