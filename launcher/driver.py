@@ -25,7 +25,7 @@ from launcher.jobs import training
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.remote.wire import Event, EventWriter
 from launcher.planning.plan import Plan
-from launcher.sweeps import elsewhere
+from launcher.sweeps import remote
 
 
 class EventForwarder(training.Observer):
@@ -72,7 +72,7 @@ def _drive(job: str, observer: training.Observer) -> dict[str, Any]:
     config_dir = Path(order["config_dir"]).absolute() if order["config_dir"] else None
     request = Request(order["words"], config_dir, on_head=address, settings=Settings.decided(order["cluster"]))
     if order["sweep"]:
-        return _sweep(request, elsewhere.Telling(observer.event))
+        return _sweep(request, remote.EventSender(observer.event))
     outcome = training.train(request, observer)
     status = 0
     if outcome.signal_number is not None and outcome.result.get("status") == "stopped":
@@ -80,9 +80,9 @@ def _drive(job: str, observer: training.Observer) -> dict[str, Any]:
     return {"status": status, "result": outcome.result}
 
 
-def _sweep(request: Request, observer: elsewhere.Telling) -> dict[str, Any]:
+def _sweep(request: Request, observer: remote.EventSender) -> dict[str, Any]:
     outcome = sweeps.run(request, observer)
-    return {"status": sweeps.exit_status(outcome), "result": outcome.result, "more": elsewhere.ended(outcome)}
+    return {"status": sweeps.exit_status(outcome), "result": outcome.result, "more": remote.outcome_to_dict(outcome)}
 
 
 def _meet(needs: NodeSetup, address: str, observer: training.Observer) -> None:

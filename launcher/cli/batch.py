@@ -51,12 +51,12 @@ def _batch(line: Line) -> tuple[str, Batch]:
 
     request, ask = line.request(), "offline" not in line.flags
     if "multirun" in line.flags:
-        from launcher.sweeps.meaning import read_sweep
         from launcher.sweeps.planning import check_values
+        from launcher.sweeps.specification import read_sweep
 
-        meant = read_sweep(request)
-        check_values(meant)
-        cluster, run, root = meant.cluster, meant.directory.name, str(meant.directory.path.parent)
+        spec = read_sweep(request)
+        check_values(spec)
+        cluster, run, root = spec.cluster, spec.directory.name, str(spec.directory.path.parent)
         words = ["-m", *_words(line)]
     else:
         composition = composed(request)

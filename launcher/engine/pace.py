@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-from launcher.engine.checkpoint import Saved
+from launcher.engine.checkpoint import SavedCheckpoint
 
 _CHANGE = 1.25  # told again when one of the figures has changed by so much
 
@@ -23,7 +23,7 @@ class Pace:
 
     def __init__(self, emit: Callable[[dict[str, Any]], None]) -> None:
         self._emit = emit
-        self._saves: deque[Saved] = deque(maxlen=3)
+        self._saves: deque[SavedCheckpoint] = deque(maxlen=3)
         self._evaluation = 0.0
         self._told: dict[str, float | None] = {}
 
@@ -33,7 +33,7 @@ class Pace:
         yield
         self._evaluation = perf_counter() - began
 
-    def look(self, step_seconds: float, newest: Saved | None, sending: float | None = 0.0) -> None:
+    def look(self, step_seconds: float, newest: SavedCheckpoint | None, sending: float | None = 0.0) -> None:
         """Take the figures of an interval; tell them where they are news.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.engine import hardware
 from launcher.engine.advice import Advice
-from launcher.engine.checkpoint import Saved
+from launcher.engine.checkpoint import SavedCheckpoint
 from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.pace import Pace
 from launcher.engine.progress import Progress
@@ -33,7 +33,7 @@ class Performance:
         self._runtime, self._throughput, self._pace, self._uploads = runtime, throughput, pace, uploads
         self._global_batch_size, self._peak_share, self._advice = global_batch_size, peak_share, advice
 
-    def interval(self, progress: Progress, last_save: Saved | None) -> dict[str, float]:
+    def interval(self, progress: Progress, last_save: SavedCheckpoint | None) -> dict[str, float]:
         """Close the interval and return its tags. Rank 0 reports the pace of steps and saves to the runner."""
         values = self._throughput.interval()
         rate = values["throughput/samples_per_second"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from launcher.engine.checkpoint import Checkpointer, Newest, Saved
+from launcher.engine.checkpoint import Checkpointer, NewestCheckpoint, SavedCheckpoint
 from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.control import Control
 from launcher.engine.progress import Progress
@@ -48,7 +48,7 @@ class RunCheckpoints:
         self.saved_step: int | None = None
 
     @property
-    def last(self) -> Saved | None:
+    def last(self) -> SavedCheckpoint | None:
         """The newest checkpoint that this process has saved."""
         return self._checkpointer.last
 
@@ -59,7 +59,7 @@ class RunCheckpoints:
         self._checkpointer.save(self._progress.step, *self._state.collect())
         self.saved_step = self._progress.step
 
-    def wait(self) -> Saved | None:
+    def wait(self) -> SavedCheckpoint | None:
         """Wait until the current save is durable.
 
         Raises:
@@ -74,14 +74,14 @@ class RunCheckpoints:
     def close(self) -> None:
         self._checkpointer.close()
 
-    def newest(self) -> Newest:
+    def newest(self) -> NewestCheckpoint:
         """Return the newest intact checkpoint, on every rank."""
         with suppress(CheckpointError):  # a failed save raises where it matters; the question here is what exists
             self._checkpointer.wait()
         found = self._runtime.broadcast(self.newest_here().to_dict() if self._runtime.is_first else None)
-        return self._checkpointer.here(Newest.from_dict(found))
+        return self._checkpointer.local_copy(NewestCheckpoint.from_dict(found))
 
-    def newest_here(self) -> Newest:
+    def newest_here(self) -> NewestCheckpoint:
         """Return the newest intact checkpoint that this rank sees."""
         return self._checkpointer.newest()
 
@@ -112,7 +112,7 @@ class RunCheckpoints:
         self._directory.update_result(**{name: getattr(self._progress, name) for name in counters})
         return self._progress.step
 
-    def _note_restart(self, newest: Newest) -> bool:
+    def _note_restart(self, newest: NewestCheckpoint) -> bool:
         """Count the lost steps and report them. Returns False for a new run."""
         progress = self._progress
         file = StepFile(self._directory.path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from launcher.engine.checkpoint.uploads import brought
+from launcher.engine.checkpoint.uploads import downloaded
 from launcher.errors import CheckpointError
 from launcher.runs.storage import is_uri
 
@@ -53,7 +53,7 @@ class Fit:
 
 def on_this_machine(place: str | None) -> str | None:
     """Return the place of weights as a path: those on an object store are fetched."""
-    return str(brought(place)) if place is not None and is_uri(place) else place
+    return str(downloaded(place)) if place is not None and is_uri(place) else place
 
 
 def load_weights_into(model: nn.Module, weights: Mapping[str, Tensor], source: str, strict: bool = True) -> str:

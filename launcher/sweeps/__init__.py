@@ -1,6 +1,6 @@
 """Sweeps: Hydra's syntax, Optuna's search, warm groups of workers.
 
-    syntax      words -> axes                    space       axes -> Optuna's distributions, sampler, pruner
+    syntax         words -> axes                    search    axes -> Optuna's distributions, sampler, pruner
     meaning     which sweep the words mean       planning    what it does on the machines that there are
     plugin      Hydra makes the sweeper          driver      the loop
     study       the journal: ask, report, tell   records     trials.csv, best.yaml, log.txt
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from launcher.jobs.prepare import Request
     from launcher.planning.hosts import HostPlan
     from launcher.planning.nodes import NodePlan
-    from launcher.sweeps.meaning import Meant
     from launcher.sweeps.observer import SweepObserver, SweepOutcome
-    from launcher.sweeps.planning import Planned
+    from launcher.sweeps.planning import SweepPlan
+    from launcher.sweeps.specification import SweepSpec
 
 
 def run(request: Request, observer: SweepObserver) -> SweepOutcome:
@@ -34,27 +34,29 @@ def run(request: Request, observer: SweepObserver) -> SweepOutcome:
     """
     from launcher.jobs.remote.location import is_remote
     from launcher.jobs.training import ended_by_signals
-    from launcher.sweeps import elsewhere
-    from launcher.sweeps.meaning import read_sweep
+    from launcher.sweeps import remote
     from launcher.sweeps.planning import plan_sweep
     from launcher.sweeps.plugin import sweeper
+    from launcher.sweeps.specification import read_sweep
 
     with ended_by_signals():
-        meant = read_sweep(request)
-        if is_remote(meant.cluster):
-            return elsewhere.run(meant, observer)
-        outcome: SweepOutcome = sweeper(plan_sweep(meant, observer), observer).sweep(list(request.words))
+        spec = read_sweep(request)
+        if is_remote(spec.cluster):
+            return remote.run(spec, observer)
+        outcome: SweepOutcome = sweeper(plan_sweep(spec, observer), observer).sweep(list(request.words))
         return outcome
 
 
-def drive(planned: Planned, observer: SweepObserver) -> SweepOutcome:
-    """Run a sweep that is planned; what Hydra's sweeper does when it is called. Raises as `run`."""
+def drive(sweep_plan: SweepPlan, observer: SweepObserver) -> SweepOutcome:
+    """Run a sweep that is sweep_plan; what Hydra's sweeper does when it is called. Raises as `run`."""
     from launcher.sweeps.driver import Driver
 
-    return Driver(planned, observer).run()
+    return Driver(sweep_plan, observer).run()
 
 
-def plan(request: Request, observer: SweepObserver, ask: bool = True) -> tuple[Meant, Planned | HostPlan | NodePlan]:
+def plan(
+    request: Request, observer: SweepObserver, ask: bool = True
+) -> tuple[SweepSpec, SweepPlan | HostPlan | NodePlan]:
     """Work out what `run` would do, and create nothing.
 
     Args:
@@ -69,16 +71,16 @@ def plan(request: Request, observer: SweepObserver, ask: bool = True) -> tuple[M
     from launcher.clusters.base import kind_of
     from launcher.jobs.prepare import Prepared
     from launcher.jobs.training import checked_host_plan, checked_node_plan
-    from launcher.sweeps.meaning import read_sweep
     from launcher.sweeps.planning import check_values, plan_sweep
+    from launcher.sweeps.specification import read_sweep
 
-    meant = read_sweep(request)
-    if meant.cluster.size is None and not kind_of(meant.cluster).names_hosts:
-        return meant, plan_sweep(meant, observer)
-    check_values(meant)
-    if meant.cluster.size is None:
-        return meant, checked_host_plan(meant.first.job, observer)
-    return meant, checked_node_plan(Prepared(meant.first, meant.directory), observer, ask)
+    spec = read_sweep(request)
+    if spec.cluster.size is None and not kind_of(spec.cluster).names_hosts:
+        return spec, plan_sweep(spec, observer)
+    check_values(spec)
+    if spec.cluster.size is None:
+        return spec, checked_host_plan(spec.first.job, observer)
+    return spec, checked_node_plan(Prepared(spec.first, spec.directory), observer, ask)
 
 
 def exit_status(outcome: SweepOutcome) -> int:
@@ -91,48 +93,48 @@ def exit_status(outcome: SweepOutcome) -> int:
     return 1 if status == "failed" else 0
 
 
-def describe(meant: Meant, planned: Planned | HostPlan | NodePlan, most: int = 200) -> dict[str, Any]:
+def describe(spec: SweepSpec, sweep_plan: SweepPlan | HostPlan | NodePlan, most: int = 200) -> dict[str, Any]:
     """Return what `launch plan -m` prints: the sweep, its first trials' words, and the plan of the first trial."""
     import itertools
 
     from launcher.config.overrides import masked
-    from launcher.sweeps.planning import Planned
-    from launcher.sweeps.space import grid
+    from launcher.sweeps.planning import SweepPlan
+    from launcher.sweeps.search import grid
 
     found: dict[str, Any] = {
-        "sweep": meant.directory.name,
-        "directory": str(meant.directory.path),
-        "sampler": meant.settings.sampler,
-        "pruner": meant.settings.pruner,
-        "objectives": {objective.tag: objective.direction for objective in meant.objectives},
-        "trials": meant.total,
-        "concurrency": planned.concurrency if isinstance(planned, Planned) else None,
-        "keys": [axis.key for axis in meant.words.axes],
-        "plan": (planned.plan if isinstance(planned, Planned) else planned).to_dict(),
+        "sweep": spec.directory.name,
+        "directory": str(spec.directory.path),
+        "sampler": spec.settings.sampler,
+        "pruner": spec.settings.pruner,
+        "objectives": {objective.tag: objective.direction for objective in spec.objectives},
+        "trials": spec.total,
+        "concurrency": sweep_plan.concurrency if isinstance(sweep_plan, SweepPlan) else None,
+        "keys": [axis.key for axis in spec.space.axes],
+        "plan": (sweep_plan.plan if isinstance(sweep_plan, SweepPlan) else sweep_plan).to_dict(),
     }
-    if meant.settings.sampler == "grid":
+    if spec.settings.sampler == "grid":
         found["grid"] = [
-            [masked(word) for word in meant.words.overrides(values)]
-            for values in itertools.islice(grid(meant.words), most)
+            [masked(word) for word in spec.space.overrides(values)]
+            for values in itertools.islice(grid(spec.space), most)
         ]
     return found
 
 
-def lines(meant: Meant, planned: Planned | HostPlan | NodePlan) -> list[tuple[str, str]]:
+def lines(spec: SweepSpec, sweep_plan: SweepPlan | HostPlan | NodePlan) -> list[tuple[str, str]]:
     """Return the plan of a sweep as (what, value) for people; that of VMs has tables of its own."""
     from launcher.planning.hosts import HostPlan
-    from launcher.sweeps.planning import Planned
+    from launcher.sweeps.planning import SweepPlan
 
-    about = describe(meant, planned)
-    told = planned.headline().text if isinstance(planned, Planned) else meant.told()
+    about = describe(spec, sweep_plan)
+    told = sweep_plan.headline().text if isinstance(sweep_plan, SweepPlan) else spec.told()
     rows = [("sweep", about["directory"]), ("trials", told)]
     rows += [(f"trial {number}", " ".join(words)) for number, words in enumerate(about.get("grid", ()))]
-    if len(about.get("grid", ())) < meant.total and "grid" in about:
-        rows.append(("", f"and {meant.total - len(about['grid'])} more"))
+    if len(about.get("grid", ())) < spec.total and "grid" in about:
+        rows.append(("", f"and {spec.total - len(about['grid'])} more"))
     rows.append(("the first trial", ""))
-    if isinstance(planned, Planned):
-        return [*rows, *planned.plan.lines()]
-    return [*rows, *planned.lines()] if isinstance(planned, HostPlan) else rows
+    if isinstance(sweep_plan, SweepPlan):
+        return [*rows, *sweep_plan.plan.lines()]
+    return [*rows, *sweep_plan.lines()] if isinstance(sweep_plan, HostPlan) else rows
 
 
 def as_words(params: Mapping[str, Any]) -> list[str]:

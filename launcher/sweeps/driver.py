@@ -26,10 +26,10 @@ from launcher.runners.tasks import Shape, TaskOutcome
 from launcher.runs import REMOTE, RunDirectory, user_state
 from launcher.runs.mirror import OWNER
 from launcher.sweeps import records
-from launcher.sweeps.meaning import remember
 from launcher.sweeps.observer import SweepObserver, SweepOutcome
-from launcher.sweeps.planning import Planned, shape_of
-from launcher.sweeps.space import shown
+from launcher.sweeps.planning import SweepPlan, shape_of
+from launcher.sweeps.search import display_values
+from launcher.sweeps.specification import save_user_record
 from launcher.sweeps.study import Study
 from launcher.sweeps.syntax import Value
 
@@ -66,16 +66,16 @@ class Trial:
 
 
 class Driver:
-    """Runs a planned sweep. `run` returns when nothing is left to do, or when somebody asked to stop."""
+    """Runs a sweep_plan sweep. `run` returns when nothing is left to do, or when somebody asked to stop."""
 
-    def __init__(self, planned: Planned, observer: SweepObserver) -> None:
-        self._planned, self._meant = planned, planned.meant
+    def __init__(self, sweep_plan: SweepPlan, observer: SweepObserver) -> None:
+        self._sweep_plan, self._spec = sweep_plan, sweep_plan.spec
         self._observer = observer
-        self._directory = planned.meant.directory
+        self._directory = sweep_plan.spec.directory
         self._study: Study
-        self._log: records.Log
+        self._log: records.SweepLog
         self._runner: Runner
-        self._origin = Origin.of(planned.meant.request.calling)
+        self._origin = Origin.of(sweep_plan.spec.request.calling)
         self._trials: dict[int, Trial] = {}  # begun, not ended
         self._held: Trial | None = None  # drawn, waits for a place
         self._again: list[int] = []  # trials to be continued
@@ -94,10 +94,10 @@ class Driver:
         signal_number = None
         try:
             if self._left() == 0:
-                self._observer.begun(self._directory, replace(self._planned.headline(), finished=True))
+                self._observer.begun(self._directory, replace(self._sweep_plan.headline(), finished=True))
                 self._show()
                 return self._outcome(None)
-            self._observer.begun(self._directory, self._planned.headline())
+            self._observer.begun(self._directory, self._sweep_plan.headline())
             with Heartbeat(self._directory) as watch, self._place_to_run() as (self._runner, interrupts):
                 self._loop(self._runner, interrupts, watch)
                 signal_number = interrupts.signal_number
@@ -115,30 +115,30 @@ class Driver:
     # ---- before and after -------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        meant, directory = self._meant, self._directory
+        spec, directory = self._spec, self._directory
         directory.create()
         directory.clear_requests()
-        if meant.request.on_head is None:
+        if spec.request.on_head is None:
             (directory.path / REMOTE).unlink(missing_ok=True)  # from now on it is driven here
-            user_state.record_cluster(directory, asdict(meant.cluster))
-            remember(meant)
-        self._log = records.Log(directory.log)
+            user_state.record_cluster(directory, asdict(spec.cluster))
+            save_user_record(spec)
+        self._log = records.SweepLog(directory.log)
         self._study = Study(
             directory.path,
-            meant.words,
-            meant.settings,
-            meant.objectives,
-            meant.total,
-            self._planned.evaluations,
-            None if meant.resumes else meant.recorded,
+            spec.space,
+            spec.settings,
+            spec.objectives,
+            spec.total,
+            self._sweep_plan.evaluations,
+            None if spec.resumes else spec.recorded,
         )
-        self._seconds_before = float(directory.result().get("seconds") or 0.0) if meant.resumes else 0.0
-        self._meter = Bill(self._seconds_before, self._planned.plan.rate).meter(directory.result(), self._began)
-        if meant.resumes:
+        self._seconds_before = float(directory.result().get("seconds") or 0.0) if spec.resumes else 0.0
+        self._meter = Bill(self._seconds_before, self._sweep_plan.plan.rate).meter(directory.result(), self._began)
+        if spec.resumes:
             self._settle()
         if self._left():
             self._write(status="running", **self._origin.facts)
-        self._log.line(f"{directory.name}: {self._planned.headline().text}")
+        self._log.line(f"{directory.name}: {self._sweep_plan.headline().text}")
 
     def _settle(self) -> None:
         """Record what had ended when the driver went away, and note what had only begun."""
@@ -157,27 +157,25 @@ class Driver:
 
     def _left(self) -> int:
         """How many trials have not ended."""
-        return max(0, self._meant.total - sum(trial.state.is_finished() for trial in self._study.frozen()))
+        return max(0, self._spec.total - sum(trial.state.is_finished() for trial in self._study.frozen()))
 
     @contextmanager
     def _place_to_run(self) -> Iterator[tuple[Runner, Interrupts]]:
-        meant = self._meant
-        if self._planned.plan.machines.in_process:
+        spec = self._spec
+        if self._sweep_plan.plan.machines.in_process:
             from launcher.runners.sequential import Sequential
 
             with Interrupts() as interrupts:
                 yield Sequential(interrupts, self._event), interrupts
             return
         self._observer.event({"kind": "phase", "name": "ray"})
-        calling, verbose = [str(meant.request.calling)], "verbose=true" in meant.words.fixed
-        use = base.Use(
-            calling, meant.task_directory(self._directory), verbose, "launcher.runners.groups", is_sweep=True
-        )
-        place = base.kind_of(meant.cluster).connect(meant.cluster, use)
+        calling, verbose = [str(spec.request.calling)], "verbose=true" in spec.space.fixed
+        use = base.Use(calling, spec.task_directory(self._directory), verbose, "launcher.runners.groups", is_sweep=True)
+        place = base.kind_of(spec.cluster).connect(spec.cluster, use)
         with Interrupts() as interrupts, place as cluster:
             from launcher.runners.groups import Groups
 
-            groups = Groups(cluster, self._event, meant.settings.concurrency)
+            groups = Groups(cluster, self._event, spec.settings.concurrency)
             try:
                 yield groups, interrupts
             finally:
@@ -201,7 +199,7 @@ class Driver:
 
     def _outcome(self, signal_number: int | None) -> SweepOutcome:
         result, found = self._directory.result(), records.best(self._study)
-        return SweepOutcome(result, self._directory, self._rows(), found, signal_number, self._meant.root)
+        return SweepOutcome(result, self._directory, self._rows(), found, signal_number, self._spec.root)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -232,10 +230,10 @@ class Driver:
     def _place(self, runner: Runner) -> None:
         """Give trials to whoever is free."""
         while True:
-            usual = shape_of(self._planned.plan.machines)
+            usual = shape_of(self._sweep_plan.plan.machines)
             if self._held is None:
                 # A search draws when somebody is free, and not before: by then it knows more.
-                if self._meant.settings.sampler != "grid" and not self._again and not runner.ready(usual):
+                if self._spec.settings.sampler != "grid" and not self._again and not runner.ready(usual):
                     return
                 self._held = self._next()
             trial = self._held
@@ -260,7 +258,7 @@ class Driver:
             values = self._study.values(self._study.frozen()[drawn.number])
             run = RunDirectory(self._directory.path / str(drawn.number))
             try:
-                composition = self._meant.compose(values)
+                composition = self._spec.compose(values)
                 shape = shape_of(machines_of(composition.job))
             except RequestError as error:
                 run.create()
@@ -269,37 +267,35 @@ class Driver:
                 continue
             job = composition.job
             job.run.name, job.run.root = str(drawn.number), str(self._directory.path)
-            job.logging.hparams = shown(values, self._meant.words)
+            job.logging.hparams = display_values(values, self._spec.space)
             resumes = run.config.is_file()
             if resumes:
                 composition = replace(composition, words=[])  # overrides.yaml has them already
             prepared = Prepared(composition, run, resumes=resumes)
-            record = Record(replace(self._meant.request, started=time.time()), prepared, self._origin)
+            record = Record(replace(self._spec.request, started=time.time()), prepared, self._origin)
             return Trial(drawn.number, values, shape, record, run)
 
     def _begin(self, runner: Runner, trial: Trial) -> None:
         trial.started = time.time()
         try:
-            task = trial.record.begin(None, self._rate_of(trial.shape), self._meant.root)
+            task = trial.record.begin(None, self._rate_of(trial.shape), self._spec.root)
         except RequestError as error:  # no weights to begin with, a full disk
             trial.directory.create()
             trial.directory.update_result(status="failed", error=f"{type(error).__name__}: {error}")
             self._finish(trial.number, trial.directory, trial.directory.result())
             return
-        task.directory, task.started = self._meant.task_directory(trial.directory), trial.started
+        task.directory, task.started = self._spec.task_directory(trial.directory), trial.started
         (trial.directory.path / OWNER).unlink(missing_ok=True)  # whoever trains it reads what was written here
-        self._study.already_evaluated(
-            trial.number, records.evaluated_at(trial.directory, self._meant.objectives[0].tag)
-        )
+        self._study.already_evaluated(trial.number, records.evaluated_at(trial.directory, self._spec.objectives[0].tag))
         self._trials[trial.number] = trial
-        words = " ".join(self._meant.words.overrides(trial.values))
+        words = " ".join(self._spec.space.overrides(trial.values))
         self._log.line(f"trial {trial.number} begins: {words}")
         self._changed()
         runner.submit(str(trial.number), task, trial.shape)
 
     def _rate_of(self, shape: Shape) -> Rate | None:
         """Return what a trial costs: its part of the machines. The budget is the sweep's, not a trial's."""
-        rate, machines = self._planned.plan.rate, self._planned.plan.machines
+        rate, machines = self._sweep_plan.plan.rate, self._sweep_plan.plan.machines
         if rate is None:
             return None
         has, needs = (
@@ -311,7 +307,7 @@ class Driver:
         """Take an event of a trial: an evaluation may be its last."""
         trial = self._trials[int(key)]
         trial.heard = trial.heard or time.time()
-        tag = self._meant.objectives[0].tag
+        tag = self._spec.objectives[0].tag
         value = event["values"].get(tag) if event["kind"] == "progress" else None
         if value is not None and self._study.report(trial.number, event["step"], value) and not trial.pruning:
             trial.pruning = True
@@ -343,7 +339,7 @@ class Driver:
         """Continue a trial whose worker was lost from its checkpoint, as often as a run of its own would."""
         if not isinstance(error, WorkerLost) or isinstance(error, OutOfMemory) or stopping:
             return False
-        attributes, most = self._study.frozen()[trial.number].user_attrs, self._meant.first.job.checkpoint.max_failures
+        attributes, most = self._study.frozen()[trial.number].user_attrs, self._spec.first.job.checkpoint.max_failures
         saved = max(available(trial.directory.checkpoints), default=0)
         got_on = saved > attributes.get("retried_from", -1)
         failures = 1 if got_on else attributes.get("retries", 0) + 1  # in a row
@@ -359,7 +355,7 @@ class Driver:
     def _finish(self, trial: int, run: RunDirectory, result: Mapping[str, Any]) -> None:
         """Tell the study how a trial has ended, and bring all files up to date."""
         status, error = str(result.get("status")), result.get("error")
-        tags = [objective.tag for objective in self._meant.objectives]
+        tags = [objective.tag for objective in self._spec.objectives]
         found = [(result.get("metrics") or {}).get(tag) for tag in tags]
         values = [value for value in found if value is not None and math.isfinite(value)]
         if status == "completed" and len(values) < len(tags):
@@ -370,23 +366,23 @@ class Driver:
         facts = {"seconds": result.get("seconds"), "steps": result.get("steps"), "error": error}
         self._study.finish(trial, state, values, facts)
         frozen = self._study.frozen()[trial]
-        parameters = shown(self._study.values(frozen), self._meant.words)
+        parameters = display_values(self._study.values(frozen), self._spec.space)
         reached = records.objective(frozen)
         about = {"number": trial, "parameters": parameters, "objective": reached}
         run.update_result(trial=about, **({"status": "failed", "error": error} if state == "failed" else {}))
         if state == "failed":
             self._say(f"trial {trial} failed: {error}")
-            if self._meant.settings.fail_fast:
+            if self._spec.settings.fail_fast:
                 self._failure = f"Trial {trial} failed, and sweep.fail_fast=true: {error}"
         else:
             told = reached if isinstance(reached, list) else [] if reached is None else [reached]
             values_text = "  ".join(f"{tag} {number(value)}" for tag, value in zip(tags, told, strict=False))
-            words = " ".join(self._meant.words.overrides(self._study.values(frozen)))
+            words = " ".join(self._spec.space.overrides(self._study.values(frozen)))
             took = duration(float(result.get("seconds") or 0.0))
             self._say(f"trial {trial} {state} after {result.get('steps')} steps in {took}  {values_text}  {words}")
-        if self._meant.settings.keep == "best":
+        if self._spec.settings.keep == "best":
             ended = [other.number for other in self._study.frozen() if other.state.is_finished()]
-            records.give_up_checkpoints(self._directory, self._study, ended)
+            records.delete_checkpoints(self._directory, self._study, ended)
         self._changed()
 
     # ---- telling ----------------------------------------------------------------------------------------------------
@@ -404,7 +400,7 @@ class Driver:
         """Bring trials.csv, best.yaml and result.json up to date, and show it."""
         rows = self._rows()
         with suppress(OSError):  # a full disk must not end what still trains; the journal is what counts
-            records.write_csv(self._directory.path / "trials.csv", rows, [axis.key for axis in self._meant.words.axes])
+            records.write_csv(self._directory.path / "trials.csv", rows, [axis.key for axis in self._spec.space.axes])
             records.write_best(self._directory, self._study)
             self._write(status="running")
         self._show()
@@ -418,7 +414,7 @@ class Driver:
         if not self._durations:
             return None
         each = sum(self._durations) / len(self._durations)
-        return each * self._left() / max(1, min(self._planned.concurrency, self._left()))
+        return each * self._left() / max(1, min(self._sweep_plan.concurrency, self._left()))
 
     def _write(self, **changes: Any) -> None:
         """Write the sweep's result.json."""
@@ -433,15 +429,15 @@ class Driver:
             "reason": None,
             "error": None,
             "steps": sum(trial.user_attrs.get("steps") or 0 for trial in self._study.frozen()),
-            "workers": self._planned.plan.machines.workers,
+            "workers": self._sweep_plan.plan.machines.workers,
             "seconds": round(self._seconds_before + now - self._began, 3),
             "cost_usd": None if usd is None else round(usd, 6),
-            "trials": {"total": self._meant.total, **counts},
+            "trials": {"total": self._spec.total, **counts},
             "metrics": {},
             "best": None
             if best is None
             else {
-                "tag": self._meant.objectives[0].tag,
+                "tag": self._spec.objectives[0].tag,
                 "value": best.values[0],
                 "step": best.user_attrs.get("steps"),
                 "trial": best.number,

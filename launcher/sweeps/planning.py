@@ -13,36 +13,36 @@ from launcher.jobs.training import Observer, checked_plan
 from launcher.jobs.weights import weights_of
 from launcher.planning.plan import Placement, Plan, machines_of
 from launcher.runners.tasks import Shape, fits
-from launcher.sweeps.meaning import Meant
 from launcher.sweeps.observer import Headline
-from launcher.sweeps.space import SIZES, grid
+from launcher.sweeps.search import SIZES, grid
+from launcher.sweeps.specification import SweepSpec
 from launcher.sweeps.study import Objective
-from launcher.sweeps.syntax import Words
+from launcher.sweeps.syntax import SearchSpace
 
 _MOST_SIZES = 64
 
 
 @dataclass(frozen=True)
-class Planned:
+class SweepPlan:
     """A sweep that is ready to start here, or one with nothing left to do.
 
     `plan` is that of the first trial, `concurrency` counts the trials at a time on what is here now.
     """
 
-    meant: Meant
+    spec: SweepSpec
     plan: Plan
     concurrency: int
     evaluations: int | None
 
     def headline(self) -> Headline:
         """Return what is told of a sweep that begins."""
-        meant, m = self.meant, self.plan.machines
+        spec, m = self.spec, self.plan.machines
         each = f"{m.workers} {'GPU' if m.device == 'cuda' else 'CPU'} worker{'s' if m.workers > 1 else ''}"
-        text = meant.told(f"{self.concurrency} at a time on {each} each ({m.description})")
-        return Headline(text, [axis.key for axis in meant.words.axes], meant.total)
+        text = spec.told(f"{self.concurrency} at a time on {each} each ({m.description})")
+        return Headline(text, [axis.key for axis in spec.space.axes], spec.total)
 
 
-def plan_sweep(meant: Meant, observer: Observer) -> Planned:
+def plan_sweep(spec: SweepSpec, observer: Observer) -> SweepPlan:
     """Work out what a sweep does on the machines that its configuration names.
 
     Raises:
@@ -50,37 +50,37 @@ def plan_sweep(meant: Meant, observer: Observer) -> Planned:
         RunError: its budget is spent.
         ResourceError: a trial is larger than what is there.
     """
-    for composition in check_values(meant):
+    for composition in check_values(spec):
         machines_of(composition.job)
-    plan = checked_plan(meant.first.job, observer, weights=weights_of(meant.first.job, meant.root))
+    plan = checked_plan(spec.first.job, observer, weights=weights_of(spec.first.job, spec.root))
     for note in plan.notes:
         observer.event({"kind": "note", "text": note})
-    for objective in meant.objectives:
+    for objective in spec.objectives:
         if objective.tag not in plan.tags:
             raise ConfigError(
                 f"sweep.metric={objective.tag}: the job logs no such tag.{did_you_mean(objective.tag, plan.tags)} "
                 f"It logs {', '.join(plan.tags)}."
             )
-    if meant.resumes:
-        check_budget(meant.directory, meant.directory.result(), plan.rate)
-    return Planned(
-        meant=meant,
+    if spec.resumes:
+        check_budget(spec.directory, spec.directory.result(), plan.rate)
+    return SweepPlan(
+        spec=spec,
         plan=plan,
-        concurrency=_concurrency(plan.machines, meant.settings, meant.total),
-        evaluations=_evaluations(meant, plan, meant.objectives[0]),
+        concurrency=_concurrency(plan.machines, spec.settings, spec.total),
+        evaluations=_evaluations(spec, plan, spec.objectives[0]),
     )
 
 
-def check_values(meant: Meant) -> list[Composition]:
+def check_values(spec: SweepSpec) -> list[Composition]:
     """Compose trials that have every value between them, and return them. Raises ConfigError."""
-    return [meant.compose_words(words) for words in _samples(meant.words)]
+    return [spec.compose_words(words) for words in _samples(spec.space)]
 
 
 def shape_of(machines: Placement) -> Shape:
     return Shape(machines.workers, machines.cpus_per_worker, machines.gpus_per_worker)
 
 
-def _samples(space: Words) -> Iterator[list[str]]:
+def _samples(space: SearchSpace) -> Iterator[list[str]]:
     """Yield words of trials that are composed to find mistakes: each text once, of many numbers the ends, all sizes."""
     first = next(iter(grid(space.with_first_only())))
     for axis in space.axes:
@@ -101,8 +101,8 @@ def _concurrency(machines: Placement, settings: SweepConfig, total: int) -> int:
     return count
 
 
-def _evaluations(meant: Meant, plan: Plan, objective: Objective) -> int | None:
-    trainer = meant.first.job.trainer
+def _evaluations(spec: SweepSpec, plan: Plan, objective: Objective) -> int | None:
+    trainer = spec.first.job.trainer
     key = "evaluate_every" if objective.tag.startswith("val/") else "log_every"
     interval = parse_interval(getattr(trainer, key), f"trainer.{key}")
     if interval.steps is not None:

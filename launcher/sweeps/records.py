@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config import masking
 from launcher.runs import RunDirectory
 from launcher.runs.plain_files import open_file, replace_text
-from launcher.sweeps.space import shown
+from launcher.sweeps.search import display_values
 from launcher.sweeps.syntax import plain_text
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def rows(study: Study, interrupted: frozenset[int] = frozenset()) -> list[dict[s
                 "objective": objective(trial),
                 "seconds": trial.user_attrs.get("seconds"),
                 "error": trial.user_attrs.get("error"),
-                **shown(study.values(trial), study.words),
+                **display_values(study.values(trial), study.space),
             }
         )
     return found
@@ -68,8 +68,8 @@ def best(study: Study) -> dict[str, Any] | None:
     return {
         "number": found.number,
         "objective": objective(found),
-        "overrides": study.words.overrides(values),
-        "parameters": shown(values, study.words),
+        "overrides": study.space.overrides(values),
+        "parameters": display_values(values, study.space),
     }
 
 
@@ -100,7 +100,7 @@ def write_best(directory: RunDirectory, study: Study) -> FrozenTrial | None:
         f"number: {best.number}",
         f"objective: {json.dumps(values)}",
         "overrides:",
-        *(f"- {json.dumps(word)}" for word in study.words.overrides(study.values(best))),
+        *(f"- {json.dumps(word)}" for word in study.space.overrides(study.values(best))),
     ]
     if len(study.objectives) > 1:
         lines.append(
@@ -110,7 +110,7 @@ def write_best(directory: RunDirectory, study: Study) -> FrozenTrial | None:
     return best
 
 
-def give_up_checkpoints(directory: RunDirectory, study: Study, ended: Sequence[int]) -> None:
+def delete_checkpoints(directory: RunDirectory, study: Study, ended: Sequence[int]) -> None:
     """Remove the checkpoints of the trials that have ended and are not the best (`sweep.keep=best`)."""
     kept = {trial.number for trial in study.front()}
     for number in ended:
@@ -132,7 +132,7 @@ def evaluated_at(run: RunDirectory, tag: str) -> list[int]:
     return steps
 
 
-class Log:
+class SweepLog:
     """The sweep's log.txt: one line for whatever happens to a trial."""
 
     def __init__(self, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.runs import RunDirectory, write_text
 from launcher.sweeps import records
-from launcher.sweeps.space import shown
+from launcher.sweeps.search import display_values
 from launcher.sweeps.study import Study
 from launcher.sweeps.syntax import plain_text
 
@@ -40,7 +40,7 @@ def _best(study: Study) -> str:
     goals = ", ".join(
         f"{objective.tag} {value:.6g}" for objective, value in zip(study.objectives, best.values, strict=True)
     )
-    values = shown(study.values(best), study.words)
+    values = display_values(study.values(best), study.space)
     words = " ".join(f"{key}={plain_text(value)}" for key, value in values.items())
     importances = study.importances()
     text = f"<p>Best: trial {best.number}, {html.escape(goals)}<br><code>{html.escape(words)}</code></p>"
@@ -88,7 +88,7 @@ def _pictures(study: Study) -> list[tuple[str, str]]:
 
 def _table(study: Study) -> str:
     found = records.rows(study)
-    columns = [*records.COLUMNS, *(axis.key for axis in study.words.axes)]
+    columns = [*records.COLUMNS, *(axis.key for axis in study.space.axes)]
     head = "".join(f"<th>{html.escape(column)}" for column in columns)
     rows = "\n".join(
         "<tr>" + "".join(f"<td>{html.escape(records.cell(row.get(column)))}" for column in columns) for row in found

@@ -19,8 +19,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from launcher.config import SweepConfig
 from launcher.errors import RunError
-from launcher.sweeps import space
-from launcher.sweeps.syntax import Value, Words
+from launcher.sweeps import search
+from launcher.sweeps.syntax import SearchSpace, Value
 
 JOURNAL = "study.journal"
 _MOST_WORDS = 1000
@@ -46,7 +46,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class SweepRecord:
     """What the journal holds of how a sweep was started."""
 
     words: tuple[str, ...]
@@ -60,7 +60,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="optuna")
 
 
-def recorded(directory: Path) -> Recorded:
+def read_record(directory: Path) -> SweepRecord:
     """Return how the sweep in `directory` was started.
 
     Raises:
@@ -75,7 +75,7 @@ def recorded(directory: Path) -> Recorded:
         or not isinstance(config_dir, str | None)
     ):
         raise RunError(f"{directory / JOURNAL} is damaged: it does not hold the words of a sweep. Restore it.")
-    return Recorded(tuple(words), config_dir)
+    return SweepRecord(tuple(words), config_dir)
 
 
 def _load(directory: Path, **options: Any) -> optuna.Study:
@@ -94,7 +94,7 @@ def _storage(path: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(path)))
 
 
-def mend(directory: Path) -> None:
+def repair(directory: Path) -> None:
     """Take away what a killed driver has left: half a line at the journal's end, and the journal's lock."""
     path = directory / JOURNAL
     content = path.read_bytes()
@@ -117,18 +117,18 @@ class Study:
     def __init__(
         self,
         directory: Path,
-        words: Words,
+        space: SearchSpace,
         settings: SweepConfig,
         objectives: Sequence[Objective],
         total: int,
         evaluations: int | None,
-        start: Recorded | None,
+        start: SweepRecord | None,
     ) -> None:
         quiet()
-        self.words, self.total, self.objectives = words, total, tuple(objectives)
+        self.space, self.total, self.objectives = space, total, tuple(objectives)
         self._grid = settings.sampler == "grid"
-        self._distributions = space.distributions(words, self._grid)
-        pruner = space.pruner(settings, evaluations)
+        self._distributions = search.distributions(space, self._grid)
+        pruner = search.pruner(settings, evaluations)
         if start is None:
             self._study = _load(directory, pruner=pruner)
         else:
@@ -140,9 +140,9 @@ class Study:
             )
             self._study.set_user_attr("words", list(start.words))
             self._study.set_user_attr("config_dir", start.config_dir)
-        self._study.sampler = space.sampler(settings, words, len(self.frozen()))
+        self._study.sampler = search.sampler(settings, space, len(self.frozen()))
         if self._grid:
-            for values in list(space.grid(words))[len(self.frozen()) :]:
+            for values in list(search.grid(space))[len(self.frozen()) :]:
                 self._study.enqueue_trial(dict(values))
         self._running: dict[int, optuna.Trial] = {}
         self._reported: dict[int, dict[int, int]] = {}  # trial -> optimizer step -> number of the evaluation
@@ -225,7 +225,7 @@ class Study:
     def values(self, trial: FrozenTrial) -> dict[str, Value]:
         """Return a trial's parameters, of a trial that waits those that it will have."""
         params = trial.params or trial.system_attrs.get("fixed_params", {})
-        return {axis.key: params[axis.key] for axis in self.words.axes if axis.key in params}
+        return {axis.key: params[axis.key] for axis in self.space.axes if axis.key in params}
 
     def importances(self) -> dict[str, float]:
         """Return how much each swept key matters for the first objective; empty where that cannot be known."""

@@ -26,7 +26,7 @@ _MOST_VALUES = 100_000
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChoiceAxis:
     """Values one by one. `texts` is how each is written in an override.
 
     `step`: set where the values are numbers so far apart (a range that was not shuffled).
@@ -54,7 +54,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Interval:
+class IntervalAxis:
     """All numbers from `low` to `high`, whole ones where `whole`."""
 
     key: str
@@ -70,11 +70,11 @@ class Interval:
         return [int(end) if self.whole else float(end) for end in (self.low, self.high)]
 
 
-Axis = Choice | Interval
+Axis = ChoiceAxis | IntervalAxis
 
 
 @dataclass(frozen=True)
-class Words:
+class SearchSpace:
     """What the words of a sweep ask for: `fixed` holds for every trial, each of `axes` is swept."""
 
     fixed: tuple[str, ...]
@@ -82,7 +82,7 @@ class Words:
 
     @property
     def finite(self) -> bool:
-        return all(isinstance(axis, Choice) for axis in self.axes)
+        return all(isinstance(axis, ChoiceAxis) for axis in self.axes)
 
     def first(self) -> list[str]:
         """Return the words of one trial, for what must be known before any is drawn."""
@@ -96,14 +96,16 @@ class Words:
         """Return the words of the swept keys alone."""
         return [f"{axis.key}={axis.text(values[axis.key])}" for axis in self.axes]
 
-    def with_first_only(self) -> Words:
+    def with_first_only(self) -> SearchSpace:
         """Return the words with one value on each axis."""
         values = {axis.key: axis.samples()[0] for axis in self.axes}
-        axes = tuple(Choice(key, (value,), (plain_text(value),)) for key, value in values.items())
-        return Words(self.fixed, axes)
+        axes = tuple(ChoiceAxis(key, (value,), (plain_text(value),)) for key, value in values.items())
+        return SearchSpace(self.fixed, axes)
 
 
-def read(words: Sequence[str], params: Mapping[str, Any], groups: Mapping[str, list[str]], seed: int = 0) -> Words:
+def read(
+    words: Sequence[str], params: Mapping[str, Any], groups: Mapping[str, list[str]], seed: int = 0
+) -> SearchSpace:
     """Read the words of a sweep.
 
     Args:
@@ -129,7 +131,7 @@ def read(words: Sequence[str], params: Mapping[str, Any], groups: Mapping[str, l
             axes.append(_axis(override, word, groups, seed))
         else:
             fixed.append(word)
-    return Words(tuple(fixed), tuple(axes))
+    return SearchSpace(tuple(fixed), tuple(axes))
 
 
 def words_of(params: Mapping[str, Any]) -> list[str]:
@@ -210,7 +212,7 @@ def _axis(override: Any, word: str, groups: Mapping[str, list[str]], seed: int) 
         if not options:
             known = f"There are: {', '.join(groups[key])}." if key in groups else f"{key} is no configuration group."
             raise ConfigError(f'"{masked(word)}" matches nothing. {known}')
-        return Choice(key, tuple(options), tuple(options))
+        return ChoiceAxis(key, tuple(options), tuple(options))
     if isinstance(value, RangeSweep):
         return _range(key, value, word, seed)
     elements = list(value.list)
@@ -219,16 +221,16 @@ def _axis(override: Any, word: str, groups: Mapping[str, list[str]], seed: int) 
     return _choice(key, elements, word)
 
 
-def _interval(key: str, found: Any, word: str) -> Interval:
+def _interval(key: str, found: Any, word: str) -> IntervalAxis:
     low, high, log = found.start, found.end, "log" in found.tags
     if low is None or high is None or not low < high:
         raise ConfigError(f'"{masked(word)}": an interval goes from a lower to a higher number.')
     if log and low <= 0:
         raise ConfigError(f'"{masked(word)}": on a logarithmic scale an interval begins above zero.')
-    return Interval(key, low, high, isinstance(low, int) and isinstance(high, int), log)
+    return IntervalAxis(key, low, high, isinstance(low, int) and isinstance(high, int), log)
 
 
-def _range(key: str, found: Any, word: str, seed: int) -> Choice:
+def _range(key: str, found: Any, word: str, seed: int) -> ChoiceAxis:
     if not found.step:
         raise ConfigError(f'"{masked(word)}": the step of a range cannot be zero.')
     values = list(itertools.islice(iter(found.range()), _MOST_VALUES + 1))
@@ -242,10 +244,10 @@ def _range(key: str, found: Any, word: str, seed: int) -> Choice:
     if found.shuffle:
         random.Random(seed).shuffle(values)
     step = None if found.shuffle else abs(found.step)
-    return Choice(key, tuple(values), tuple(plain_text(value) for value in values), step, log)
+    return ChoiceAxis(key, tuple(values), tuple(plain_text(value) for value in values), step, log)
 
 
-def _choice(key: str, elements: Sequence[Any], word: str) -> Choice:
+def _choice(key: str, elements: Sequence[Any], word: str) -> ChoiceAxis:
     from hydra.core.override_parser.types import Override, QuotedString
 
     values: list[Value] = []
@@ -270,7 +272,7 @@ def _choice(key: str, elements: Sequence[Any], word: str) -> Choice:
             f"trial. Export each secret as a variable of the environment and sweep over references to them, "
             f"{key}='${{oc.env:FIRST}}','${{oc.env:SECOND}}'."
         )
-    return Choice(key, tuple(values), tuple(texts))
+    return ChoiceAxis(key, tuple(values), tuple(texts))
 
 
 def _same(one: Value, other: Value) -> bool:

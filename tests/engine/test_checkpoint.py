@@ -305,7 +305,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: s
 
 
 def test_none_intact_and_none_at_all(tmp_path: Path) -> None:
-    assert checkpoint.newest_intact(tmp_path / "absent") == checkpoint.Newest(None, [])
+    assert checkpoint.newest_intact(tmp_path / "absent") == checkpoint.NewestCheckpoint(None, [])
     assert checkpoint.available(tmp_path / "absent") == {}
     (save(tmp_path, 5, {"n": 1}) / "state.json").unlink()
     (tmp_path / "step-00000009").write_text("a file")
@@ -513,7 +513,7 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(tmp_path: Path) -
     assert told.count("\n") == 0
     assert str(directory) in told
     assert re.search(r"rank 0: File too large, \S+ [GM]iB are free there;", told)
-    assert "step-00000010, is kept" in told
+    assert "step-00000010 is intact" in told
     assert [path.name for path in directory.iterdir()] == ["step-00000030"]
     checkpoint.verify(directory / "step-00000030")
 

@@ -278,7 +278,7 @@ def test_a_failure_of_one_rank_is_told_by_all_and_leaves_nothing(tmp_path: Path)
     for problem, last in run(2, fail_on_one, str(directory), tmp_path=tmp_path):
         assert "step 2" in problem
         assert "rank 1: File too large" in problem
-        assert "step-00000001, is kept" in problem
+        assert "step-00000001 is intact" in problem
         assert last == 3
     assert [path.name for path in directory.iterdir()] == ["step-00000003"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.engine.checkpoint import Saved
+from launcher.engine.checkpoint import SavedCheckpoint
 from launcher.engine.pace import Pace
 from tests.support.engine_ranks import make_job, succeed
 
@@ -28,8 +28,8 @@ def test_only_news_are_told_and_a_slow_save_is_remembered_for_a_while() -> None:
     told: list[dict[str, Any]] = []
     pace = Pace(told.append)
 
-    def saved(step: int, seconds: float) -> Saved:
-        return Saved(step, Path(), 0, 0.0, seconds)
+    def saved(step: int, seconds: float) -> SavedCheckpoint:
+        return SavedCheckpoint(step, Path(), 0, 0.0, seconds)
 
     pace.look(1.0, None)
     pace.look(1.1, None)
@@ -44,7 +44,7 @@ def test_a_save_takes_until_it_is_on_the_object_store() -> None:
     """Would be wrong: a machine that is left with the only copy of the newest checkpoint."""
     told: list[dict[str, Any]] = []
     pace = Pace(told.append)
-    newest = Saved(4, Path(), 0, 0.0, 2.0)
+    newest = SavedCheckpoint(4, Path(), 0, 0.0, 2.0)
     pace.look(1.0, newest, None)  # nothing has been sent yet
     pace.look(1.0, newest, 30.0)
     assert [event["save_seconds"] for event in told] == [None, 32.0]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.engine import checkpoint
-from launcher.engine.checkpoint.files import Newest
+from launcher.engine.checkpoint.files import NewestCheckpoint
 from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.runtime import Runtime
 from launcher.engine.shared_storage import check_shared, open_outputs
@@ -84,7 +84,9 @@ def _train(rank: int, group: Any, uri: str, environment: list[dict[str, str]], s
             log.write(f"of {rank}, {steps}\n")
         assert uploads.scattered
         saver = checkpoint.Checkpointer(directory.checkpoints, keep=2, group=group, uploads=uploads)
-        newest = saver.here(Newest.from_dict(runtime.broadcast(saver.newest().to_dict() if rank == 0 else None)))
+        newest = saver.local_copy(
+            NewestCheckpoint.from_dict(runtime.broadcast(saver.newest().to_dict() if rank == 0 else None))
+        )
         found = None
         if newest.path is not None:
             content = checkpoint.load(newest.path)

@@ -18,10 +18,10 @@ from launcher.config import SweepConfig
 from launcher.errors import RunError, TrustError
 from launcher.jobs.prepare import Request
 from launcher.runs import user_state
-from launcher.sweeps import space
-from launcher.sweeps.meaning import read_sweep, remember
-from launcher.sweeps.study import JOURNAL, recorded
-from launcher.sweeps.syntax import Interval, Words
+from launcher.sweeps import search
+from launcher.sweeps.specification import read_sweep, save_user_record
+from launcher.sweeps.study import JOURNAL, read_record
+from launcher.sweeps.syntax import IntervalAxis, SearchSpace
 
 
 def _journal(directory: Path, words: Any, config_dir: str | None = None) -> optuna.Study:
@@ -39,11 +39,11 @@ def test_recorded_words_choose_neither_code_nor_a_cluster(tmp_path: Path) -> Non
     words += ["cluster.keep_minutes=1", "++cluster={env: [HOME]}"]
     _journal(tmp_path / "theirs", words, config_dir="/somewhere")
     lines: list[str] = []
-    meant = read_sweep(Request(["run.name=theirs", "run.resume=true", f"run.root={tmp_path}"], note=lines.append))
-    job = meant.first.job
+    spec = read_sweep(Request(["run.name=theirs", "run.resume=true", f"run.root={tmp_path}"], note=lines.append))
+    job = spec.first.job
     assert (job.trust, job.cluster, job.vars) == ([], LocalCluster(keep_minutes=1), {"x": 1})
-    assert meant.compose({"optimizer.lr": 1e-2}).job.cluster.kind == "local"
-    assert meant.request.config_dir is None
+    assert spec.compose({"optimizer.lr": 1e-2}).job.cluster.kind == "local"
+    assert spec.request.config_dir is None
     assert len(lines) == 1
     for word in ("trust=[os]", "cluster=existing", "address", "--config-dir /somewhere"):
         assert word in lines[0]
@@ -54,17 +54,17 @@ def test_recorded_words_choose_neither_code_nor_a_cluster(tmp_path: Path) -> Non
 
 def test_the_users_own_sweep_keeps_its_words(tmp_path: Path) -> None:
     start = ["optimizer.lr=1e-3,1e-2", "trust=[mine]", "cluster=existing", "cluster.address=h:1", "run.name=mine"]
-    meant = read_sweep(Request([*start, f"run.root={tmp_path}"]))
+    spec = read_sweep(Request([*start, f"run.root={tmp_path}"]))
     _journal(tmp_path / "mine", [word for word in start if not word.startswith("run.")])
-    user_state.record_cluster(meant.directory, {"kind": "existing", "address": "h:1"})
-    remember(meant)
+    user_state.record_cluster(spec.directory, {"kind": "existing", "address": "h:1"})
+    save_user_record(spec)
     lines: list[str] = []
     request = Request(["run.name=mine", "run.resume=true", f"run.root={tmp_path}"], note=lines.append)
     again = read_sweep(request)
     job = again.first.job
     assert (job.trust, job.cluster.kind, asdict(job.cluster)["address"], lines) == (["mine"], "existing", "h:1", [])
     assert "trust=[mine]" in again.request.words  # for the head of a cluster, which has no record
-    remember(again)
+    save_user_record(again)
     assert read_sweep(request).first.job == job
 
 
@@ -83,7 +83,7 @@ def test_what_a_file_wants_to_be_swept_chooses_neither(params: str, tmp_path: Pa
 def test_words_that_are_none(words: Any, tmp_path: Path) -> None:
     _journal(tmp_path / "s", words)
     with pytest.raises(RunError, match=r"study\.journal"):
-        recorded(tmp_path / "s")
+        read_record(tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_lines_that_are_no_journal(line: str, tmp_path: Path) -> None:
     with (tmp_path / "s" / JOURNAL).open("a") as file:
         file.write(line + "\n")
     with pytest.raises(RunError, match=r"study\.journal"):
-        recorded(tmp_path / "s")
+        read_record(tmp_path / "s")
 
 
 # ---- the state of a search -------------------------------------------------------------------------------------------
@@ -111,17 +111,17 @@ class _Mark:
 
 
 SETTINGS = SweepConfig(sampler="cmaes", trials=50)
-WORDS = Words((), (Interval("vars.x", 0.0, 1.0), Interval("vars.y", 0.0, 1.0)))
+WORDS = SearchSpace((), (IntervalAxis("vars.x", 0.0, 1.0), IntervalAxis("vars.y", 0.0, 1.0)))
 
 
 def _search(study: optuna.Study, trials: int, anew: bool) -> list[tuple[float, float]]:
     """Return what is drawn. anew: with a sampler that has seen nothing, as after every resume."""
-    study.sampler = space.sampler(SETTINGS, WORDS, 0)
+    study.sampler = search.sampler(SETTINGS, WORDS, 0)
     drawn = []
     for _ in range(trials):
         if anew:
-            study.sampler = space.sampler(SETTINGS, WORDS, 0)
-        trial = study.ask(space.distributions(WORDS, grid=False))
+            study.sampler = search.sampler(SETTINGS, WORDS, 0)
+        trial = study.ask(search.distributions(WORDS, grid=False))
         drawn.append((trial.params["vars.x"], trial.params["vars.y"]))
         study.tell(trial, (trial.params["vars.x"] - 0.7) ** 2 + (trial.params["vars.y"] - 0.2) ** 2)
     return drawn
@@ -131,7 +131,7 @@ def test_no_pickle_of_a_journal_is_read(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     study = _journal(tmp_path / "theirs", [])
     _search(study, 2, anew=False)
-    trial = study.ask(space.distributions(WORDS, grid=False))
+    trial = study.ask(search.distributions(WORDS, grid=False))
     study._storage.set_trial_system_attr(trial._trial_id, "cma:optimizer:0", pickle.dumps(_Mark(mark)).hex())
     study.tell(trial, 0.5)
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "theirs" / JOURNAL)))

@@ -299,9 +299,9 @@ def test_sweeper_parameters_of_a_file(words: list[str], tmp_path: Path) -> None:
     shutil.copytree(PROJECT, project)
     with (project / "experiment" / "line.yaml").open("a") as file:
         file.write("\nhydra:\n  sweeper:\n    params:\n      optimizer.lr: 0.1,0.2\n      trainer.epochs: range(1,4)\n")
-    meant, _ = sweeps.plan(Request([*words, "trainer.epochs=2,3"], project), SweepObserver())
-    assert meant.total == 4
-    assert [axis.key for axis in meant.words.axes] == ["optimizer.lr", "trainer.epochs"]
+    spec, _ = sweeps.plan(Request([*words, "trainer.epochs=2,3"], project), SweepObserver())
+    assert spec.total == 4
+    assert [axis.key for axis in spec.space.axes] == ["optimizer.lr", "trainer.epochs"]
 
 
 def test_stop_from_elsewhere_and_what_listing_shows(sweep: Sweep, tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from optuna.distributions import IntDistribution as Int
 
 from launcher.config import SweepConfig
 from launcher.errors import ConfigError
-from launcher.sweeps import space, syntax
+from launcher.sweeps import search, syntax
 
 GROUPS = {"model": ["convnet", "mlp", "resnet18"], "data": ["mnist"]}
 
 
-def read(*words: str, params: dict[str, Any] | None = None) -> syntax.Words:
+def read(*words: str, params: dict[str, Any] | None = None) -> syntax.SearchSpace:
     return syntax.read(words, params or {}, GROUPS)
 
 
@@ -69,12 +69,12 @@ def read(*words: str, params: dict[str, Any] | None = None) -> syntax.Words:
 def test_each_form_of_the_grammar(word: str, searched: Any, gridded: Any) -> None:
     words = read(word)
     (axis,) = words.axes
-    assert space.distribution(axis) == searched
+    assert search.distribution(axis) == searched
     if gridded is None:
         with pytest.raises(ConfigError, match=r"interval.*no end of values.*sweep=tpe"):
-            space.distribution(axis, grid=True)
+            search.distribution(axis, grid=True)
     else:
-        assert space.distribution(axis, grid=True) == gridded
+        assert search.distribution(axis, grid=True) == gridded
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_mixture_of_everything() -> None:
         "model=convnet",
         "optimizer.lr=0.001",
     ]
-    assert len(list(space.grid(words))) == 2 * 2 * 3 * 2
+    assert len(list(search.grid(words))) == 2 * 2 * 3 * 2
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_trials_words_say_what_was_swept(word: str) -> None:
     """Would be wrong: a value that Hydra reads as another one than it was given."""
     words = read(word)
     key, expected = word.partition("=")[0], syntax.parse(word)
-    values = list(space.grid(words))
+    values = list(search.grid(words))
     from hydra.core.override_parser.types import Override
 
     for value, element in zip(values, expected.sweep_iterator(), strict=True):
@@ -155,7 +155,7 @@ def test_a_trials_words_say_what_was_swept(word: str) -> None:
 def test_trials_of_one_size_follow_each_other() -> None:
     """Would be wrong: a warm group is ended and started anew after every trial."""
     words = read("optimizer.lr=1,2", "scaling.workers=1,2")
-    assert [values["scaling.workers"] for values in space.grid(words)] == [1, 1, 2, 2]
+    assert [values["scaling.workers"] for values in search.grid(words)] == [1, 1, 2, 2]
 
 
 def test_a_shuffle_is_the_same_each_time() -> None:
@@ -179,12 +179,12 @@ def test_a_shuffle_is_the_same_each_time() -> None:
 def test_one_key_has_one_type(word: str, values: list[Any], shown: list[Any]) -> None:
     """Would be wrong: TensorBoard takes a key's type from the first trial, and shows the others wrongly."""
     words = read(word)
-    assert [space.shown({"vars.a": value}, words)["vars.a"] for value in values] == shown
+    assert [search.display_values({"vars.a": value}, words)["vars.a"] for value in values] == shown
 
 
 def test_cmaes_needs_numbers() -> None:
     with pytest.raises(ConfigError, match="cmaes searches over numbers"):
-        space.sampler(SweepConfig(sampler="cmaes", trials=3), read("model=mlp,convnet"), 0)
+        search.sampler(SweepConfig(sampler="cmaes", trials=3), read("model=mlp,convnet"), 0)
 
 
 @pytest.mark.parametrize(

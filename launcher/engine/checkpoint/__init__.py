@@ -8,12 +8,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from launcher.engine.checkpoint.files import Damaged, Newest, available, name_of, newest_intact, step_of, verify
+from launcher.engine.checkpoint.files import (
+    DamagedCheckpoint,
+    NewestCheckpoint,
+    available,
+    name_of,
+    newest_intact,
+    step_of,
+    verify,
+)
 
 if TYPE_CHECKING:
     from launcher.engine.checkpoint.loading import Content, inspect, load, load_weights
     from launcher.engine.checkpoint.nest import Mismatch, TensorInfo
-    from launcher.engine.checkpoint.saver import Checkpointer, Saved
+    from launcher.engine.checkpoint.saver import Checkpointer, SavedCheckpoint
     from launcher.engine.checkpoint.training import (
         load_model_state,
         load_optimizer_state,
@@ -28,7 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "loading": ("Content", "inspect", "load", "load_weights"),
     "nest": ("Mismatch", "TensorInfo"),
-    "saver": ("Checkpointer", "Saved"),
+    "saver": ("Checkpointer", "SavedCheckpoint"),
     "training": (
         "load_model_state",
         "load_optimizer_state",
@@ -44,10 +52,10 @@ _HOMES = {
 __all__ = [
     "Checkpointer",
     "Content",
-    "Damaged",
+    "DamagedCheckpoint",
     "Mismatch",
-    "Newest",
-    "Saved",
+    "NewestCheckpoint",
+    "SavedCheckpoint",
     "TensorInfo",
     "available",
     "inspect",

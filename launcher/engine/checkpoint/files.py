@@ -53,7 +53,7 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class Damaged:
+class DamagedCheckpoint:
     """A checkpoint that was passed over, and why, in words for the user."""
 
     path: Path
@@ -61,11 +61,11 @@ class Damaged:
 
 
 @dataclass(frozen=True)
-class Newest:
+class NewestCheckpoint:
     """The newest intact checkpoint, if there is one, and the newer ones that are damaged (newest first)."""
 
     path: Path | None
-    skipped: list[Damaged] = field(default_factory=list)
+    skipped: list[DamagedCheckpoint] = field(default_factory=list)
 
     def explain(self) -> str:
         """Return one line on what was skipped, or an empty string."""
@@ -81,9 +81,9 @@ class Newest:
         return {"path": None if self.path is None else str(self.path), "skipped": skipped}
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Newest:
+    def from_dict(cls, found: Mapping[str, Any]) -> NewestCheckpoint:
         path = None if found["path"] is None else Path(found["path"])
-        return cls(path, [Damaged(Path(damaged), reason) for damaged, reason in found["skipped"]])
+        return cls(path, [DamagedCheckpoint(Path(damaged), reason) for damaged, reason in found["skipped"]])
 
 
 def name_of(step: int) -> str:
@@ -129,17 +129,17 @@ def verify(path: str | os.PathLike[str]) -> None:
             )
 
 
-def newest_intact(directory: str | os.PathLike[str]) -> Newest:
+def newest_intact(directory: str | os.PathLike[str]) -> NewestCheckpoint:
     """Return the newest checkpoint in `directory` whose files all have the size and checksum that were recorded."""
     skipped = []
     for path in reversed(available(directory).values()):
         try:
             verify(path)
         except CheckpointError as error:
-            skipped.append(Damaged(path, str(error).replace(f"{path}{os.sep}", "").rstrip(".")))
+            skipped.append(DamagedCheckpoint(path, str(error).replace(f"{path}{os.sep}", "").rstrip(".")))
         else:
-            return Newest(path, skipped)
-    return Newest(None, skipped)
+            return NewestCheckpoint(path, skipped)
+    return NewestCheckpoint(None, skipped)
 
 
 def read_manifest(path: Path) -> dict[str, FileEntry]:

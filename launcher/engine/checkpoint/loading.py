@@ -147,13 +147,15 @@ def _read(
     reads: list[tuple[nest.TensorInfo, Tensor]],
 ) -> None:
     """Fill the destinations. Keys are positions, since tied weights are stored once and wanted twice."""
-    wanted = {f"{index}": table[info.name] for index, (info, _) in enumerate(reads)}
+    requested = {f"{index}": table[info.name] for index, (info, _) in enumerate(reads)}
     targets: dict[str, Any] = {f"{index}": target for index, (_, target) in enumerate(reads)}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(targets, storage_reader=reader.Reader(path, entries, wanted), planner=planner, no_dist=True)
+            dcp.load(
+                targets, storage_reader=reader.CheckpointReader(path, entries, requested), planner=planner, no_dist=True
+            )
     except CheckpointException as error:
         cause = next((cause for cause, _ in error.failures.values()), error)
         if isinstance(cause, CheckpointError):

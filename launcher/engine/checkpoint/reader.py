@@ -130,7 +130,7 @@ def _sizes(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-class Reader(StorageReader):
+class CheckpointReader(StorageReader):
     """Reads the tensors `wanted` (key in DCP's state dict -> stored tensor) of one checkpoint; a stored one may be
     wanted twice.
     """

@@ -20,11 +20,11 @@ from launcher.errors import CheckpointError
 # the first step need not wait for.
 if TYPE_CHECKING:
     from launcher.engine.checkpoint.uploads import Uploads
-    from launcher.engine.checkpoint.writer import Part, Planner, Writer
+    from launcher.engine.checkpoint.writer import CheckpointWriter, Part, Planner
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint that is complete and durable.
 
     `nbytes`: of all ranks' tensors, on rank 0 (0 elsewhere); `blocked`, `seconds`: how long `save` kept the caller, and
@@ -47,7 +47,7 @@ class Checkpointer:
     background; None for a single process. Rank 0 of the group coordinates and is the one that deletes.
 
     `best` is the step of the best checkpoint, which is never deleted; set it whenever it is known. `last` is the newest
-    `Saved`.
+    `SavedCheckpoint`.
 
     With `uploads` what is saved is also sent to an object store, in the background.
 
@@ -67,7 +67,7 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self.keep = keep
         self.best: int | None = None
-        self.last: Saved | None = None
+        self.last: SavedCheckpoint | None = None
         self._group = group
         self._uploads = uploads
         self._rank = dist.get_rank(group) if group is not None else 0
@@ -99,7 +99,7 @@ class Checkpointer:
         start = time.perf_counter()
         self.wait()
         from launcher.engine.checkpoint.nest import Encoder
-        from launcher.engine.checkpoint.writer import Planner, Writer, part_of
+        from launcher.engine.checkpoint.writer import CheckpointWriter, Planner, part_of
 
         shared, private = Encoder(), Encoder()
         skeleton = {key: shared.encode(value, str(key)) for key, value in state.items()}
@@ -114,7 +114,7 @@ class Checkpointer:
             # What is still being copied, or computed where nothing is copied: the thread has a stream of its own.
             torch.cuda.current_stream(device).synchronize()
         scattered = self._uploads is not None and self._uploads.scattered
-        writer = Writer(self.directory, step, skeleton if self._rank == 0 else None, scattered)
+        writer = CheckpointWriter(self.directory, step, skeleton if self._rank == 0 else None, scattered)
         planner = Planner(present, own_skeleton)
         blocked = time.perf_counter() - start if asynchronous else None
         self._thread = threading.Thread(
@@ -124,7 +124,7 @@ class Checkpointer:
         if not asynchronous:
             self.wait()
 
-    def wait(self) -> Saved | None:
+    def wait(self) -> SavedCheckpoint | None:
         """Wait until the save that is going on is done. Returns `last`; CheckpointError where it failed (told once)."""
         if self._thread is not None:
             self._thread.join()
@@ -156,13 +156,13 @@ class Checkpointer:
             if self._rank == 0 and self.last is not None:
                 files.prune(self.directory, self.last.step, self.best, self.keep)
 
-    def newest(self) -> files.Newest:
+    def newest(self) -> files.NewestCheckpoint:
         """Return the newest intact checkpoint, here or on the store; for rank 0."""
         return files.newest_intact(self.directory) if self._uploads is None else self._uploads.newest()
 
-    def here(self, newest: files.Newest) -> files.Newest:
+    def local_copy(self, newest: files.NewestCheckpoint) -> files.NewestCheckpoint:
         """Return what rank 0 has found as it lies on this machine, brought from the store if need be."""
-        return newest if self._uploads is None or self._rank == 0 else self._uploads.here(newest)
+        return newest if self._uploads is None or self._rank == 0 else self._uploads.local_copy(newest)
 
     def _writes(self, tensor: Tensor) -> bool:
         from torch.distributed.tensor import DTensor
@@ -183,8 +183,10 @@ class Checkpointer:
         self._staging = buffers
         return [replace(part, source=buffers[part.item.index.fqn]) for part in parts]
 
-    def _write(self, step: int, writer: Writer, planner: Planner, start: float, blocked: float | None) -> None:
-        from launcher.engine.checkpoint.together import write
+    def _write(
+        self, step: int, writer: CheckpointWriter, planner: Planner, start: float, blocked: float | None
+    ) -> None:
+        from launcher.engine.checkpoint.collective_save import write
 
         try:
             write(writer, planner, self._group)
@@ -195,20 +197,23 @@ class Checkpointer:
                 pinned = self._uploads.pinned()
             note = files.prune(self.directory, step, self.best, self.keep, pinned) if self._rank == 0 else ""
             seconds = time.perf_counter() - start
-            self.last = Saved(step, path, writer.nbytes, seconds if blocked is None else blocked, seconds, note)
+            self.last = SavedCheckpoint(
+                step, path, writer.nbytes, seconds if blocked is None else blocked, seconds, note
+            )
         except BaseException as error:
             writer.discard()
             self._failure = self._explain(step, error)
 
     def _explain(self, step: int, error: BaseException) -> CheckpointError:
-        from launcher.engine.checkpoint.together import Failed, in_words
+        from launcher.engine.checkpoint.collective_save import RanksFailed, describe_error
 
-        rank, cause = min(error.causes.items()) if isinstance(error, Failed) else (self._rank, in_words(error))
-        kept = f"the last good one, {self.last.path}, is kept" if self.last else "those that were there before are kept"
-        told = CheckpointError(
+        causes = error.causes if isinstance(error, RanksFailed) else {self._rank: describe_error(error)}
+        rank, cause = min(causes.items())
+        previous = f"the checkpoint {self.last.path} is intact" if self.last else "earlier checkpoints are intact"
+        failure = CheckpointError(
             f"The checkpoint of step {step} could not be written to {self.directory}: rank {rank}: "
-            f"{cause.rstrip('.')}; {kept}. See that the disk has room and that all workers run and share this "
-            "directory, then continue with run.resume=true."
+            f"{cause.rstrip('.')}; {previous}. Check that the disk has free space and that all workers run and share "
+            "this directory, then continue with run.resume=true."
         )
-        told.__cause__ = error
-        return told
+        failure.__cause__ = error
+        return failure

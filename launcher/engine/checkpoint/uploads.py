@@ -233,39 +233,39 @@ class Uploads:
 
     # ---- finding -----------------------------------------------------------------------------------------------------
 
-    def newest(self) -> files.Newest:
+    def newest(self) -> files.NewestCheckpoint:
         """Return the newest checkpoint, here or on the store, that verifies; it is here afterwards. For rank 0.
 
         With several machines it is on the store afterwards as well.
         """
         remote = steps_on(self.store)
         local = files.available(self.directory)
-        skipped: list[files.Damaged] = []
+        skipped: list[files.DamagedCheckpoint] = []
         for step in sorted({*remote, *local}, reverse=True):
             path = self.directory / files.name_of(step)
             try:
                 if step in remote:
-                    bring(self.store, path)
+                    download(self.store, path)
                 else:
                     files.verify(path)
                     if self.scattered:
                         self._send(Upload(step, path))
             except CheckpointError as error:
-                skipped.append(files.Damaged(path, str(error).replace(f"{path}{os.sep}", "").rstrip(".")))
+                skipped.append(files.DamagedCheckpoint(path, str(error).replace(f"{path}{os.sep}", "").rstrip(".")))
             else:
                 for damaged in skipped:  # what follows makes another history
                     if files.step_of(damaged.path) in remote:
                         self._remove(files.step_of(damaged.path))
-                return files.Newest(path, skipped)
-        return files.Newest(None, skipped)
+                return files.NewestCheckpoint(path, skipped)
+        return files.NewestCheckpoint(None, skipped)
 
-    def here(self, newest: files.Newest) -> files.Newest:
+    def local_copy(self, newest: files.NewestCheckpoint) -> files.NewestCheckpoint:
         """Return what rank 0 has found as it lies on this machine, brought from the store if need be."""
         if newest.path is None:
             return newest
         path = self.directory / newest.path.name
-        bring(self.store, path)
-        return files.Newest(path, newest.skipped)
+        download(self.store, path)
+        return files.NewestCheckpoint(path, newest.skipped)
 
 
 def steps_on(store: Store) -> dict[int, Entry]:
@@ -277,11 +277,11 @@ def steps_on(store: Store) -> dict[int, Entry]:
     return dict(sorted(found.items()))
 
 
-def brought(uri: str) -> Path:
+def downloaded(uri: str) -> Path:
     """Return the place on this machine of a checkpoint on a store (ROOT/RUN/checkpoints/step-…), brought if need be."""
     root, run, _, name = uri.rsplit("/", 3)
     path = cache_of(root) / run / CHECKPOINTS / name
-    bring(Store.open(uri.rpartition("/")[0]), path)
+    download(Store.open(uri.rpartition("/")[0]), path)
     return path
 
 
@@ -297,17 +297,17 @@ def fetch(run: RunDirectory, best: int | None) -> Path | None:
     steps = steps_on(store)
     if best in steps:
         path = run.checkpoints / files.name_of(best)
-        bring(store, path)
+        download(store, path)
         return path
     for step in reversed(steps):
         path = run.checkpoints / files.name_of(step)
         with contextlib.suppress(CheckpointError):
-            bring(store, path)
+            download(store, path)
             return path
     return None
 
 
-def bring(store: Store, path: Path) -> None:
+def download(store: Store, path: Path) -> None:
     """See that the checkpoint `path` is here and intact: copy it from the store unless it is.
 
     Only files that a checkpoint can have are copied, each with the size that the manifest gives; nothing gets its name

@@ -39,7 +39,7 @@ from launcher.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Place:
+class ChunkLocation:
     """Where a chunk lies: `size` and `checksum` are those of the whole file, for the manifest."""
 
     file: str
@@ -102,7 +102,7 @@ class Planner(DefaultSavePlanner):
         return self.parts[write_item.index].source
 
 
-class Writer(StorageWriter):
+class CheckpointWriter(StorageWriter):
     """Writes one checkpoint: each rank its data file, the coordinator the rest, the manifest last, and then gives it
     its name.
     """
@@ -158,7 +158,7 @@ class Writer(StorageWriter):
             with _told(file.parent.parent):
                 entry = files.write_file(file, blocks())
             results = [
-                WriteResult(item.index, _nbytes(item), Place(file.name, start, entry.size, entry.checksum))
+                WriteResult(item.index, _nbytes(item), ChunkLocation(file.name, start, entry.size, entry.checksum))
                 for item, start in zip(plan.items, starts, strict=True)
             ]
         future.set_result(results)
@@ -166,7 +166,9 @@ class Writer(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         assert self.temporary is not None
-        places: dict[MetadataIndex, Place] = {result.index: result.storage_data for part in results for result in part}
+        places: dict[MetadataIndex, ChunkLocation] = {
+            result.index: result.storage_data for part in results for result in part
+        }
         entries = {place.file: files.FileEntry(place.size, place.checksum) for place in places.values()}
         for name, entry in entries.items():
             if self.scattered and not (self.temporary / name).exists():
@@ -212,7 +214,7 @@ def _nbytes(item: WriteItem) -> int:
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
-def _describe(name: str, stored: Any, places: Mapping[MetadataIndex, Place]) -> dict[str, Any]:
+def _describe(name: str, stored: Any, places: Mapping[MetadataIndex, ChunkLocation]) -> dict[str, Any]:
     chunks = []
     for chunk in stored.chunks:
         place = places[MetadataIndex(name, chunk.offsets)]

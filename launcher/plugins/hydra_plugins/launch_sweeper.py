@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from launcher.sweeps.observer import SweepObserver, SweepOutcome
-    from launcher.sweeps.planning import Planned
+    from launcher.sweeps.planning import SweepPlan
 
 
 @dataclass
@@ -34,7 +34,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="launch", node=LaunchSw
 class LaunchSweeper(Sweeper):
     """Runs sweeps with Optuna's search over warm groups of Ray Train workers.
 
-    `launch -m` hands it a sweep that is planned already (`take`). Under another program's `hydra.main` the
+    `launch -m` hands it a sweep that is sweep_plan already (`take`). Under another program's `hydra.main` the
     configuration directory is that program's, and what runs is the `launch` job in it: the program's own function is
     not called, since a trial lives in worker processes.
     """
@@ -48,9 +48,9 @@ class LaunchSweeper(Sweeper):
         sources = config.hydra.runtime.config_sources
         self._config_dir = next((Path(s.path) for s in sources if s.provider == "main" and s.schema == "file"), None)
 
-    def take(self, planned: "Planned", observer: "SweepObserver") -> None:
+    def take(self, sweep_plan: "SweepPlan", observer: "SweepObserver") -> None:
         """Run this sweep, and tell this observer of it."""
-        self._taken = (planned, observer)
+        self._taken = (sweep_plan, observer)
 
     def sweep(self, arguments: list[str]) -> "SweepOutcome":
         """Run the sweep that the words ask for, to its end or until somebody stops it.

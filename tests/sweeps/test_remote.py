@@ -14,8 +14,8 @@ from launcher.errors import ConfigError
 from launcher.jobs.prepare import Request
 from launcher.jobs.remote.location import RunLocation
 from launcher.runs import RunDirectory
-from launcher.sweeps.elsewhere import ROWS, Heard, Telling
 from launcher.sweeps.observer import Headline, SweepObserver
+from launcher.sweeps.remote import ROWS, EventReceiver, EventSender
 
 
 class Listener(SweepObserver):
@@ -42,7 +42,7 @@ class Listener(SweepObserver):
 
 def test_what_is_told_there_is_heard_here(tmp_path: Path) -> None:
     sent: list[str] = []
-    telling, listener = Telling(lambda event: sent.append(json.dumps(event))), Listener()
+    telling, listener = EventSender(lambda event: sent.append(json.dumps(event))), Listener()
     rows = [{"number": number, "state": "waiting", "objective": None} for number in range(2 * ROWS + 10)]
     headline = Headline("many trials", ["optimizer.lr"], len(rows))
     note = {"kind": "note", "text": "step"}
@@ -54,7 +54,7 @@ def test_what_is_told_there_is_heard_here(tmp_path: Path) -> None:
     telling.changed(later, {"best": 7, "seconds_left": 2.5})
     telling.say("trial 7 completed")
 
-    heard = Heard(RunDirectory(tmp_path / "s"), listener)
+    heard = EventReceiver(RunDirectory(tmp_path / "s"), listener)
     for line in sent:
         heard.event(json.loads(line))
 
@@ -73,7 +73,7 @@ def test_what_is_told_there_is_heard_here(tmp_path: Path) -> None:
 
 def test_progress_is_told_now_and_then_and_values_always() -> None:
     sent: list[dict[str, Any]] = []
-    telling = Telling(sent.append)
+    telling = EventSender(sent.append)
     for step in range(100):
         telling.trial(0, {"kind": "progress", "step": step, "values": {"train/loss": 1.0} if step % 10 == 5 else {}})
     assert [each["event"]["step"] for each in sent] == [0, 5, 15, 25, 35, 45, 55, 65, 75, 85, 95]

@@ -5,7 +5,7 @@
     every rank     writes; where each chunk is      -> rank 0
     rank 0         metadata, manifest, name
 
-A rank that fails says so in its place, and all ranks raise `Failed`.
+A rank that fails says so in its place, and all ranks raise `RanksFailed`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from launcher.engine import objects
 from launcher.engine.checkpoint.reader import DTYPE_NAMES, DTYPES
-from launcher.engine.checkpoint.writer import Place, Planner, Writer
+from launcher.engine.checkpoint.writer import CheckpointWriter, ChunkLocation, Planner
 from launcher.errors import CheckpointError
 
 
-class Failed(Exception):
+class RanksFailed(Exception):
     """Ranks that failed. causes: rank -> what happened there, in words."""
 
     def __init__(self, causes: dict[int, str]) -> None:
@@ -35,15 +35,15 @@ class Failed(Exception):
         self.causes = causes
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
-def write(writer: Writer, planner: Planner, group: dist.ProcessGroup | None) -> None:
+def write(writer: CheckpointWriter, planner: Planner, group: dist.ProcessGroup | None) -> None:
     """Write a checkpoint; every rank of `group` (None: this process alone) calls it.
 
     Raises:
-        Failed: on every rank, where one of them failed.
+        RanksFailed: on every rank, where one of them failed.
     """
     metadata: Metadata | None = None
 
@@ -81,7 +81,7 @@ def _step(own: Callable[[], Any], decide: Callable[[list[Any]], list[Any]], grou
     if group is not None:
         answer = objects.broadcast(answer, group)
     if answer["causes"]:
-        raise Failed(answer["causes"])
+        raise RanksFailed(answer["causes"])
     return answer["value"][0 if group is None else dist.get_rank(group)]
 
 
@@ -89,7 +89,7 @@ def _attempt(function: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"value": function()}
     except Exception as error:
-        return {"cause": in_words(error)}
+        return {"cause": describe_error(error)}
 
 
 # ---- plans and results as plain data --------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def _order_of(plan: SavePlan, offer: dict[str, Any]) -> dict[str, Any]:
 
 def _result_of(found: list[Any]) -> WriteResult:
     name, offsets, size, place = found
-    return WriteResult(MetadataIndex(name, torch.Size(offsets)), size, Place(**place))
+    return WriteResult(MetadataIndex(name, torch.Size(offsets)), size, ChunkLocation(**place))
 
 
 def _key_of(index: MetadataIndex) -> tuple[str, list[int]]:

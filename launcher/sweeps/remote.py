@@ -1,7 +1,7 @@
 """A sweep that the head of a cluster drives: sent from here, told from there, event by event.
 
-submission's end    run        sends it off and follows it        Heard      events -> a SweepObserver
-head's end      Telling    a SweepObserver -> events          ended      an outcome -> plain data
+caller's end    run        sends it off and follows it        EventReceiver      events -> a SweepObserver
+head's end      EventSender    a SweepObserver -> events          ended      an outcome -> plain data
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from launcher.jobs.prepare import Prepared
 from launcher.runs import RunDirectory
 from launcher.runs.storage import is_gathered
 from launcher.sweeps import records
-from launcher.sweeps.meaning import Meant, remember
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.planning import check_values
+from launcher.sweeps.specification import SweepSpec, save_user_record
 from launcher.sweeps.study import Study
 
 Event = dict[str, Any]
@@ -26,7 +26,7 @@ PROGRESS_SECONDS = 2.0  # between two signs of progress of a trial without value
 ROWS = 500  # of the table in one event: a line of a job's log has a length that Ray still sends
 
 
-def run(meant: Meant, observer: SweepObserver) -> SweepOutcome:
+def run(spec: SweepSpec, observer: SweepObserver) -> SweepOutcome:
     """Send a sweep to the cluster that its configuration names, and follow it.
 
     Raises:
@@ -37,54 +37,54 @@ def run(meant: Meant, observer: SweepObserver) -> SweepOutcome:
     from launcher.jobs.remote.submit import Submission
     from launcher.runners.signals import Interrupts
 
-    if is_gathered(meant.root):
+    if is_gathered(spec.root):
         raise ConfigError(
-            f"run.root={meant.root} was asked for with cluster={meant.cluster.kind}, whose head drives it. Name a "
+            f"run.root={spec.root} was asked for with cluster={spec.cluster.kind}, whose head drives it. Name a "
             "directory here, or leave it out: the sweep comes back to it."
         )
-    check_values(meant)
-    left = meant.total - _ended(meant)
+    check_values(spec)
+    left = spec.total - _ended(spec)
     if left <= 0:  # no machine is rented for that
-        return _finished(meant, observer)
-    heard = Heard(meant.directory, observer)
+        return _finished(spec, observer)
+    heard = EventReceiver(spec.directory, observer)
 
     def sent(where: str) -> None:
-        observer.sent(meant.directory, where)
+        observer.sent(spec.directory, where)
 
-    remember(meant)
-    prepared = Prepared(meant.first, meant.directory, resumes=meant.resumes)
-    most = min(left, meant.settings.concurrency or left)
+    save_user_record(spec)
+    prepared = Prepared(spec.first, spec.directory, resumes=spec.resumes)
+    most = min(left, spec.settings.concurrency or left)
     with Interrupts() as interrupts:
-        submission = Submission(meant.request, prepared, sent, heard.event, observer.asked_to_end, trials=most)
+        submission = Submission(spec.request, prepared, sent, heard.event, observer.asked_to_end, trials=most)
         ended = submission.train(interrupts)
     return SweepOutcome(
         ended.result,
-        meant.directory,
+        spec.directory,
         heard.table(),
         ended.more.get("best"),
         ended.signal_number,
-        meant.root,
+        spec.root,
         ended.detached,
     )
 
 
-def _finished(meant: Meant, observer: SweepObserver) -> SweepOutcome:
-    study = Study(meant.directory.path, meant.words, meant.settings, meant.objectives, meant.total, None, None)
-    keys = [axis.key for axis in meant.words.axes]
-    observer.begun(meant.directory, Headline(meant.told(), keys, meant.total, finished=True))
-    result = meant.directory.result()
-    return SweepOutcome(result, meant.directory, records.rows(study), records.best(study), root=meant.root)
+def _finished(spec: SweepSpec, observer: SweepObserver) -> SweepOutcome:
+    study = Study(spec.directory.path, spec.space, spec.settings, spec.objectives, spec.total, None, None)
+    keys = [axis.key for axis in spec.space.axes]
+    observer.begun(spec.directory, Headline(spec.told(), keys, spec.total, finished=True))
+    result = spec.directory.result()
+    return SweepOutcome(result, spec.directory, records.rows(study), records.best(study), root=spec.root)
 
 
-def _ended(meant: Meant) -> int:
+def _ended(spec: SweepSpec) -> int:
     """Return how many trials have ended, as far as it is known here."""
-    if not meant.resumes:
+    if not spec.resumes:
         return 0
-    counts = meant.directory.result().get("trials") or {}
+    counts = spec.directory.result().get("trials") or {}
     return sum(counts.get(state, 0) for state in ("completed", "pruned", "failed"))
 
 
-class Heard:
+class EventReceiver:
     """Tells an observer what events say of a sweep. Only what changed of its table is sent."""
 
     def __init__(self, directory: RunDirectory, observer: SweepObserver) -> None:
@@ -111,7 +111,7 @@ class Heard:
             self._observer.event(event)
 
 
-class Telling(SweepObserver):
+class EventSender(SweepObserver):
     """Makes events of what an observer is told: few and short ones, since whoever comes back reads all of them."""
 
     def __init__(self, send: Callable[[Event], None]) -> None:
@@ -145,6 +145,6 @@ class Telling(SweepObserver):
         self._send({"kind": "said", "text": text})
 
 
-def ended(outcome: SweepOutcome) -> dict[str, Any]:
+def outcome_to_dict(outcome: SweepOutcome) -> dict[str, Any]:
     """Return what is told of a sweep's end beside its result; its trials are known."""
     return {"best": outcome.best}

@@ -34,14 +34,14 @@ from launcher.jobs.remote.location import location_of
 from launcher.runs import RunDirectory, plain_files, user_state
 from launcher.runs.storage import disk_uri, is_gathered, is_uri
 from launcher.sweeps import syntax
-from launcher.sweeps.space import distributions, sampler
-from launcher.sweeps.study import JOURNAL, Objective, Recorded, mend, recorded
-from launcher.sweeps.syntax import Choice, Value, Words
+from launcher.sweeps.search import distributions, sampler
+from launcher.sweeps.study import JOURNAL, Objective, SweepRecord, read_record, repair
+from launcher.sweeps.syntax import ChoiceAxis, SearchSpace, Value
 
 
 @dataclass(frozen=True)
-class Meant:
-    """A sweep that is meant, wherever it is driven. `first` is its first trial, `total` counts all of them.
+class SweepSpec:
+    """A sweep that is spec, wherever it is driven. `first` is its first trial, `total` counts all of them.
 
     like: the run that `run.like` names. own: the words that the user typed, where others were recorded or come from
     `hydra.sweeper.params` of a file, and may not choose where code runs (`launcher.config.authority`).
@@ -51,14 +51,14 @@ class Meant:
 
     request: Request
     directory: RunDirectory
-    words: Words
+    space: SearchSpace
     settings: SweepConfig
     objectives: tuple[Objective, ...]
     total: int
     first: Composition
     like: RunDirectory | None
     own: tuple[str, ...] | None
-    recorded: Recorded
+    recorded: SweepRecord
     root: str
     resumes: bool = False
 
@@ -69,8 +69,8 @@ class Meant:
 
     def compose(self, values: dict[str, Value]) -> Composition:
         """Compose a trial. Raises ConfigError."""
-        keys = ",".join(f"'{axis.key}'" for axis in self.words.axes)
-        return self.compose_words([*self.words.trial(values), f"logging.hparams=[{keys}]"])
+        keys = ",".join(f"'{axis.key}'" for axis in self.space.axes)
+        return self.compose_words([*self.space.trial(values), f"logging.hparams=[{keys}]"])
 
     def compose_words(self, words: Sequence[str]) -> Composition:
         """Compose the words of a trial, whose name and place are the sweep's business. Raises ConfigError."""
@@ -79,7 +79,7 @@ class Meant:
     def told(self, how: str | None = None) -> str:
         """Return the one line that a sweep begins with. how: what is known of how it runs."""
         kind = "grid over" if self.settings.sampler == "grid" else f"{self.settings.sampler} search over"
-        keys = ", ".join(axis.key for axis in self.words.axes) or "nothing"
+        keys = ", ".join(axis.key for axis in self.space.axes) or "nothing"
         goal = ", ".join(f"{objective.direction} {objective.tag}" for objective in self.objectives)
         trials = f"{self.total} trial{'s' if self.total > 1 else ''}, a {kind} {keys}"
         return "; ".join(part for part in (trials, how, goal) if part)
@@ -89,7 +89,7 @@ class Meant:
         return disk_uri(run.path) if is_gathered(self.root) else str(run.path)
 
 
-def read_sweep(request: Request) -> Meant:
+def read_sweep(request: Request) -> SweepSpec:
     """Work out which sweep the words of `launch -m` mean.
 
     Raises:
@@ -128,7 +128,7 @@ def read_sweep(request: Request) -> Meant:
         raise RunError(
             f'"{run.name}" exists already in {root}. Continue it with run.resume=true, or choose another run.name.'
         )
-    return _meant(request, words, None if run.name is None else RunDirectory(root / run.name), run.root)
+    return _build_spec(request, words, None if run.name is None else RunDirectory(root / run.name), run.root)
 
 
 def _is_taken(path: Path, request: Request) -> bool:
@@ -136,12 +136,12 @@ def _is_taken(path: Path, request: Request) -> bool:
     return path.exists() and not (request.on_head and {file.name for file in path.iterdir()} <= {runs.REMOTE})
 
 
-def _continued(request: Request, words: list[str], directory: RunDirectory, root: str) -> Meant:
+def _continued(request: Request, words: list[str], directory: RunDirectory, root: str) -> SweepSpec:
     name = directory.name
     if directory.status() == "running":
         raise RunError(f'The sweep "{name}" is running. Stop it with: launch stop {name}.')
-    mend(directory.path)
-    before = recorded(directory.path)
+    repair(directory.path)
+    before = read_record(directory.path)
     own, config_dir = _own(directory, request)
     kept, dropped = _without_decisions(before.words)
     if own is None and request.on_head is None:
@@ -151,7 +151,7 @@ def _continued(request: Request, words: list[str], directory: RunDirectory, root
     merged = _merged([*(word for word in kept if key_of(word) not in REMOVED), *(own or ())], words, name)
     trust = [word for word in merged if key_of(word) == "trust" and word not in words]  # for the head, if it is sent
     request = replace(request, words=[*request.words, *trust])
-    return replace(_meant(request, merged, directory, root, (*(own or ()), *words)), resumes=True)
+    return replace(_build_spec(request, merged, directory, root, (*(own or ()), *words)), resumes=True)
 
 
 def _own(directory: RunDirectory, request: Request) -> tuple[list[str] | None, str | None]:
@@ -163,14 +163,14 @@ def _own(directory: RunDirectory, request: Request) -> tuple[list[str] | None, s
     return record.words, record.config_dir if place is None else place.config_dir
 
 
-def remember(meant: Meant) -> None:
+def save_user_record(spec: SweepSpec) -> None:
     """Record for this user what the journal may not decide when the sweep is continued. RunError where it cannot be."""
-    if meant.request.on_head is not None:
+    if spec.request.on_head is not None:
         return
-    typed = meant.recorded.words if meant.own is None else tuple(masked(word) for word in meant.own)
-    decided, config_dir = list(dict.fromkeys(_without_decisions(typed)[1])), meant.recorded.config_dir
-    if decided or config_dir or user_state.lookup(meant.directory):
-        user_state.save(meant.directory, words=decided, config_dir=config_dir)
+    typed = spec.recorded.words if spec.own is None else tuple(masked(word) for word in spec.own)
+    decided, config_dir = list(dict.fromkeys(_without_decisions(typed)[1])), spec.recorded.config_dir
+    if decided or config_dir or user_state.lookup(spec.directory):
+        user_state.save(spec.directory, words=decided, config_dir=config_dir)
 
 
 def _without_decisions(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -207,18 +207,18 @@ def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]
         elif not key.startswith("run."):
             raise RunError(
                 f'The sweep "{name}" cannot be continued with {masked(word)}: its trials would no longer be '
-                "comparable. Leave the word out (sweep.*, cluster.*, trust and verbose may change), or start another."
+                "comparable. Leave it out (sweep.*, cluster.*, trust and verbose may change), or start a new sweep."
             )
     return words
 
 
-def _meant(
+def _build_spec(
     request: Request,
     words: list[str],
     directory: RunDirectory | None,
     root: str,
     own: tuple[str, ...] | None = None,
-) -> Meant:
+) -> SweepSpec:
     like = _like(words, root)
     said = [masked(word) for word in words]
     words = [word for word in words if key_of(word) != "run.like"]
@@ -240,17 +240,17 @@ def _meant(
     if directory is None:
         directory = unused(RunDirectory(where_others_are(root) / default_run_name(first.choices, datetime.now())))
     config_dir = str(request.config_dir) if request.config_dir else None
-    return Meant(
+    return SweepSpec(
         request=request,
         directory=directory,
-        words=space,
+        space=space,
         settings=settings,
         objectives=objectives,
         total=total,
         first=first,
         like=like,
         own=own,
-        recorded=Recorded(tuple(said), config_dir),
+        recorded=SweepRecord(tuple(said), config_dir),
         root=root,
     )
 
@@ -277,11 +277,11 @@ def _of_trials(words: Sequence[str]) -> list[str]:
     return [word for word in words if not key_of(word).startswith("run.")]
 
 
-def _settings(first: Composition, space: Words) -> SweepConfig:
+def _settings(first: Composition, space: SearchSpace) -> SweepConfig:
     settings = first.job.sweep
     chosen = {"sweep", "sweep.sampler"} & first.given
     if settings.sampler == "grid" and settings.trials is not None and not space.finite and not chosen:
-        return replace(settings, sampler="tpe")  # so many trials of something endless: a search was meant
+        return replace(settings, sampler="tpe")  # so many trials of something endless: a search was spec
     return settings
 
 
@@ -301,7 +301,7 @@ def _objectives(first: Composition, settings: SweepConfig) -> tuple[Objective, .
     return tuple(Objective(tag, direction or usual) for tag, direction, usual in found)
 
 
-def _total(settings: SweepConfig, space: Words) -> int:
+def _total(settings: SweepConfig, space: SearchSpace) -> int:
     distributions(space, settings.sampler == "grid")  # raises for what has no grid
     if settings.sampler == "grid":
         if settings.trials is not None:
@@ -311,7 +311,7 @@ def _total(settings: SweepConfig, space: Words) -> int:
             )
         total = 1
         for axis in space.axes:
-            total *= len(axis.values) if isinstance(axis, Choice) else 1
+            total *= len(axis.values) if isinstance(axis, ChoiceAxis) else 1
         if total > 100_000:
             raise ConfigError(f"The grid has {total:,} trials. Search instead: sweep=tpe sweep.trials=100.")
         return total
@@ -325,7 +325,7 @@ def _total(settings: SweepConfig, space: Words) -> int:
     return settings.trials
 
 
-def _check_searchable(settings: SweepConfig, space: Words, objectives: Sequence[Objective]) -> None:
+def _check_searchable(settings: SweepConfig, space: SearchSpace, objectives: Sequence[Objective]) -> None:
     sampler(settings, space, 0)
     if len(objectives) > 1 and settings.pruner != "none":
         raise ConfigError("sweep.pruner needs one objective: leave it out, or give a single sweep.metric.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config import SweepConfig, masking
 from launcher.errors import ConfigError
-from launcher.sweeps.syntax import Axis, Choice, Interval, Value, Words
+from launcher.sweeps.syntax import Axis, ChoiceAxis, IntervalAxis, SearchSpace, Value
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -32,7 +32,7 @@ def distribution(axis: Axis, grid: bool = False) -> BaseDistribution:
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    if isinstance(axis, Interval):
+    if isinstance(axis, IntervalAxis):
         if grid:
             raise ConfigError(
                 f"{axis.key} is swept over an interval, which has no end of values for a grid. Name values "
@@ -50,19 +50,19 @@ def distribution(axis: Axis, grid: bool = False) -> BaseDistribution:
     return FloatDistribution(low, high, step=float(axis.step))
 
 
-def distributions(words: Words, grid: bool) -> dict[str, BaseDistribution]:
-    return {axis.key: distribution(axis, grid) for axis in words.axes}
+def distributions(space: SearchSpace, grid: bool) -> dict[str, BaseDistribution]:
+    return {axis.key: distribution(axis, grid) for axis in space.axes}
 
 
-def grid(words: Words) -> Iterator[dict[str, Value]]:
+def grid(space: SearchSpace) -> Iterator[dict[str, Value]]:
     """Yield every combination, the last key fastest, keys of size (workers, devices) slowest."""
-    axes = [axis for axis in words.axes if isinstance(axis, Choice)]
+    axes = [axis for axis in space.axes if isinstance(axis, ChoiceAxis)]
     axes.sort(key=lambda axis: not axis.key.startswith(SIZES))
     for values in itertools.product(*(axis.values for axis in axes)):
         yield dict(zip((axis.key for axis in axes), values, strict=True))
 
 
-def sampler(settings: SweepConfig, words: Words, drawn: int) -> BaseSampler:
+def sampler(settings: SweepConfig, space: SearchSpace, drawn: int) -> BaseSampler:
     """Return Optuna's sampler.
 
     Args:
@@ -75,7 +75,7 @@ def sampler(settings: SweepConfig, words: Words, drawn: int) -> BaseSampler:
 
     seed = (settings.seed + 1_000_003 * drawn) % 2**32
     name = settings.sampler
-    if name == "cmaes" and all(isinstance(axis, Choice) and axis.step is None for axis in words.axes):
+    if name == "cmaes" and all(isinstance(axis, ChoiceAxis) and axis.step is None for axis in space.axes):
         raise ConfigError("sweep=cmaes searches over numbers, and only choices are swept. Use sweep=tpe or sweep=grid.")
     kinds: dict[str, Any] = {
         "grid": samplers.RandomSampler,  # the values are there already; nothing is drawn
@@ -139,19 +139,19 @@ def pruner(settings: SweepConfig, evaluations: int | None) -> BasePruner:
     return pruners.NopPruner()
 
 
-def shown(values: Mapping[str, Value], words: Words) -> dict[str, Value]:
+def display_values(values: Mapping[str, Value], space: SearchSpace) -> dict[str, Value]:
     """Return a trial's values as TensorBoard, result.json and trials.csv show them: one type for each key.
 
     TensorBoard takes the type of a key from all of its values, so numbers and texts never mix under one key.
     """
-    found = {axis.key: _of_one_type(axis, values[axis.key]) for axis in words.axes if axis.key in values}
+    found = {axis.key: _of_one_type(axis, values[axis.key]) for axis in space.axes if axis.key in values}
     return {key: masking.mask_at(key, value) for key, value in found.items()}
 
 
 def _of_one_type(axis: Axis, value: Value) -> Value:
     from launcher.sweeps.syntax import plain_text
 
-    if isinstance(axis, Interval) or all(isinstance(v, bool) for v in axis.values):
+    if isinstance(axis, IntervalAxis) or all(isinstance(v, bool) for v in axis.values):
         return value
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in axis.values):
         return value
