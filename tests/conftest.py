@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,13 +56,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="the test computes on the CPU; -m gpu leaves it out"))
 
 
+@pytest.fixture(scope="session")
+def _user_directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("user")
+
+
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_environment(monkeypatch: pytest.MonkeyPatch, _user_directories: Path) -> None:
     for name in FOREIGN:
         monkeypatch.delenv(name, raising=False)
     # Never the developer's own record of runs and clusters.
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
+    # `mkdtemp`, since `tmp_path_factory.mktemp` reads the names of all earlier directories, each time.
+    for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, tempfile.mkdtemp(dir=_user_directories))
 
 
 @pytest.fixture(autouse=True)
