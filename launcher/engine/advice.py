@@ -1,5 +1,7 @@
-"""Measured advice at the start of a run: what a step will take, how much of that waits for the network, and what of the
-other strategies would take less. After the run `throughput/predicted_ratio` says how good the prediction was.
+"""Predicts the duration of a training step for each strategy, from measurements at the start of a run.
+
+The prediction includes the share of the step that waits for the network. During the run the tag
+`throughput/predicted_ratio` compares the prediction with the measured step.
 """
 
 from __future__ import annotations
@@ -23,16 +25,18 @@ from launcher.engine.strategies.kinds.base import DEFAULT, Network, kind_of, kin
 from launcher.engine.strategies.strategy import loss_of
 from launcher.formatting import number
 
-_WORTH_TELLING = 0.05  # of the step waits for the network
-_TIMED = 2  # passes, after one that warms up
+_MIN_NETWORK_SHARE = 0.05  # of a step: below this share of network time no advice is printed
+_TIMED_PASSES = 2  # after one warm-up pass
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Predictions by strategy, for the network and batch of this job on this link.
+    """The predicted steps of this job by strategy.
 
     Attributes:
-        chosen: the strategy of this run, one of `steps`.
+        link: the measured link between the workers.
+        steps: {label of a strategy: its predicted step}.
+        chosen: the strategy of this run, a key of `steps`.
     """
 
     link: Link
@@ -44,29 +48,35 @@ class Advice:
         return self.steps[self.chosen]
 
     def line(self) -> str | None:
-        """Return what to tell the user, or None where the network hardly matters."""
-        if self.step.share < _WORTH_TELLING:
+        """Return the advice to print, or None if a step spends less than 5% of its time waiting for the network."""
+        if self.step.share < _MIN_NETWORK_SHARE:
             return None
         best = min(self.steps, key=lambda name: self.steps[name].seconds)
         mbit = self.link.bandwidth * 8 / 1e6
-        told = (
+        prediction = (
             f"Between the workers: {self.link.latency * 1e3:.2f} ms, {mbit:,.0f} Mbit/s. Predicted with "
             f"strategy={self.chosen}: {number(self.step.seconds)} s a step, {self.step.share:.0%} of it waiting for "
             "the network."
         )
         if best == self.chosen or self.steps[best].seconds > 0.95 * self.step.seconds:
-            return told
+            return prediction
         others = ", ".join(
             f"{name} {number(step.seconds)} s" for name, step in self.steps.items() if name != self.chosen
         )
-        return f"{told} The quickest a step: {best} ({others}); docs/exactness.md says what each changes."
+        return (
+            f"{prediction} The fastest strategy is {best} ({others}); docs/exactness.md describes how each affects "
+            "results."
+        )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The link, the seconds that a worker computes in a step, and the bytes that a microbatch keeps for its gradients.
+    """Measurements of the model on this cluster, before it is wrapped.
 
-    The seconds are those of the slowest worker, the bytes those of the one that keeps most.
+    Attributes:
+        link: the link between the workers.
+        seconds: computing time of the slowest worker in one step.
+        activations: bytes that autograd saves for one microbatch, the maximum over all workers.
     """
 
     link: Link
@@ -77,7 +87,10 @@ class Measured:
 def measure(
     model: nn.Module, batch: Any, passes: int, runtime: Runtime, cast: Callable[[], AbstractContextManager[Any]]
 ) -> Measured | None:
-    """Measure; every rank calls it, see `advise`. None, on every rank, where one has no memory for a pass."""
+    """Measure the link and one forward and backward pass. A collective; see `advise` for the arguments.
+
+    Returns None on every rank if any rank runs out of memory during the pass.
+    """
     link = probe.measure(runtime.group, runtime.device)
     runtime.barrier()
     try:
@@ -87,7 +100,7 @@ def measure(
     found = runtime.gather(own)
     if None in found:
         return None
-    return Measured(link, max(seconds for seconds, _ in found) * passes, max(kept for _, kept in found))
+    return Measured(link, max(seconds for seconds, _ in found) * passes, max(saved for _, saved in found))
 
 
 def advise(
@@ -99,16 +112,22 @@ def advise(
     cast: Callable[[], AbstractContextManager[Any]],
     measured: Measured | None = None,
 ) -> Advice | None:
-    """Measure and predict; every rank calls it, before the model is wrapped. None where a prediction means nothing.
+    """Predict the step of each strategy for the advice that is printed at the start. A collective.
+
+    Call it before the model is wrapped. Weights, buffers, gradients and random states are restored afterwards.
 
     Args:
-        batch: a microbatch on the device. Weights, buffers, gradients and random states are as before afterwards.
+        batch: a microbatch on the device.
         passes: microbatches in a worker's step.
-        cast: the context in which the network computes.
-        measured: by `measure`, where that was done already.
+        cast: returns the autocast context in which the network computes.
+        measured: the result of `measure`, if it has been called already.
+
+    Returns:
+        None if no prediction is possible: one worker, `trainer.compile`, `trainer.deterministic`, a strategy without
+        a cost model, or not enough memory for a pass.
     """
     strategy, trainer = job.strategy, job.trainer
-    # One worker waits for no other; a compiled network computes otherwise than this one; exact sums do so too.
+    # A compiled network, and the exact sums of deterministic mode, take another time than the pass that is measured.
     if runtime.world_size == 1 or trainer.compile or trainer.deterministic:
         return None
     if not kind_of(strategy, job.trust).advises(strategy):
@@ -134,16 +153,16 @@ def advise(
 def _pass(
     model: nn.Module, batch: Any, device: torch.device, cast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[float, int]:
-    """Return the seconds of one forward and backward pass, the quickest of some, and the bytes kept between the two."""
-    kept = SavedTensorBytes(model)
+    """Return the seconds of the fastest of several forward and backward passes, and the bytes that autograd saves."""
+    saved = SavedTensorBytes(model)
     times = []
     with preserve_model(model, device):
-        for again in range(1 + _TIMED):
+        for timed in range(1 + _TIMED_PASSES):
             began = time.perf_counter()
-            with cast(), nullcontext() if again else kept.recording():
+            with cast(), nullcontext() if timed else saved.recording():
                 answer = model.training_step(batch)  # type: ignore[operator]
             loss_of(answer)[0].backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)
-    return min(times[1:]), kept.total
+    return min(times[1:]), saved.total

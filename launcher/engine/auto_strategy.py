@@ -1,8 +1,8 @@
-"""`strategy=auto`: what a run takes of the strategies that give the same losses, decided once, at its start.
+"""Selects the strategy of a run with `strategy=auto`, once, when the run starts.
 
-The exact ones keep the losses of one worker (docs/exactness.md). Among those that a worker's memory holds, the one with
-the shortest predicted step is taken; where none is held, the one that needs the least. The decision is kept in
-result.json: a run that is continued keeps it, whatever the link is like that day.
+Only exact strategies are considered, which give the same losses as one worker (docs/exactness.md). Of those that fit
+into a worker's memory, the one with the shortest predicted step is selected; if none fits, the one that needs the least
+memory. The selection is stored in result.json, so a resumed run uses the same strategy even if the link has changed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ from launcher.errors import ConfigError
 from launcher.formatting import number, size
 from launcher.runs import RunDirectory
 
-KEPT = "strategy"  # the key of result.json
-ROOM = 0.9  # of the memory: the rest is the framework's, and what lies between the pieces
+RESULT_KEY = "strategy"  # in result.json
+ROOM = 0.9  # usable share of the memory; the framework and fragmentation use the rest
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exact strategy. needs: bytes of a worker. seconds: of a step, as predicted; None where nothing was timed."""
+    """An exact strategy that a run may use.
+
+    Attributes:
+        needs: bytes of memory per worker.
+        seconds: the predicted duration of a step, or None if no pass was timed.
+    """
 
     name: str
     needs: float
@@ -40,14 +45,14 @@ class Candidate:
 
 
 def choose(candidates: list[Candidate], room: float) -> Candidate:
-    """Return the quickest of the candidates that `room` bytes hold, the first where none is quicker than another.
+    """Return the fastest of the candidates that fit into `room` bytes, the first of several equally fast ones.
 
-    Where none is held: the one that needs the least.
+    If none fits, return the one that needs the least memory.
     """
-    held = [candidate for candidate in candidates if candidate.needs <= room]
-    if not held:
+    fitting = [candidate for candidate in candidates if candidate.needs <= room]
+    if not fitting:
         return min(candidates, key=lambda candidate: candidate.needs)
-    return min(held, key=lambda candidate: candidate.seconds or 0.0)
+    return min(fitting, key=lambda candidate: candidate.seconds or 0.0)
 
 
 def resolve_strategy(
@@ -60,26 +65,29 @@ def resolve_strategy(
     control: Control,
     cast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Job, Measured | None]:
-    """Return the job with the strategy that `auto` stands for, and what was measured; other jobs as they are.
+    """Replace `strategy=auto` of a job with the selected strategy; return other jobs unchanged. A collective.
 
-    Every rank calls it, before the model is wrapped; rank 0 decides. See `advice.advise` for the arguments.
+    Call it before the model is wrapped; rank 0 decides. See `advice.advise` for the arguments.
+
+    Returns:
+        The job, and the measurements if any were made.
     """
     if not kind_of(job.strategy, job.trust).chooses:
         return job, None
     measured = None
     if job.trainer.deterministic:
         name, why = DEFAULT, "trainer.deterministic=true needs it"
-    elif kept := runtime.broadcast(directory.result().get(KEPT) if runtime.is_first else None):
-        name, why = kept, "as this run began"
-    elif runtime.world_size == 1:  # also in a process group of one, which torchrun makes
+    elif recorded := runtime.broadcast(directory.result().get(RESULT_KEY) if runtime.is_first else None):
+        name, why = recorded, "the run started with it"
+    elif runtime.world_size == 1:  # torchrun creates a process group for one process, too
         name, why = DEFAULT, "there is one worker"
     else:
         if job.strategy.activation_checkpointing:
             recompute(model, job.strategy.blocks)
         name, why, measured = _decide(job, model, batch, passes, runtime, cast)
     if runtime.is_first:
-        directory.update_result(**{KEPT: name})
-        control.emit({"kind": "note", "text": f"strategy=auto takes {name}: {why}."})
+        directory.update_result(**{RESULT_KEY: name})
+        control.emit({"kind": "note", "text": f"strategy=auto selects {name}: {why}."})
     return replace(job, strategy=replace(job.strategy, name=name)), measured
 
 
@@ -91,7 +99,7 @@ def _decide(
     runtime: Runtime,
     cast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[str, str, Measured | None]:
-    """Return the name, the reason in words, and what was measured, the first two the same on every rank."""
+    """Return the name of the strategy and the reason, the same on every rank, and the measurements of this rank."""
     from launcher.engine.optimizer_check import optimizer_bytes
 
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -101,7 +109,7 @@ def _decide(
     whole = {"parameters": weights, "gradients": trained, "optimizer": optimizer}
     rooms = runtime.gather(hardware.memory_of_a_worker(runtime, job.scaling.gpus_per_worker))
     room = ROOM * min(rooms)
-    # A pass needs the weights, their gradients and the activations: it is not even tried where it cannot succeed.
+    # A pass needs at least the memory of the weights and their gradients.
     measured = measure(model, batch, passes, runtime, cast) if weights + trained <= room else None
     n, precision = runtime.world_size, job.trainer.precision
     network = Network(weights, trained, blocks=len(blocks_of(model, job.strategy.blocks)), passes=passes)
@@ -110,7 +118,7 @@ def _decide(
         config = StrategyConfig(kind.name)
         needs = float(sum(kind.memory(config, n, whole).values()))
         if measured is None:
-            # A whole network has been ruled out: by its weights and gradients, or by the pass.
+            # The whole network does not fit into the memory of one worker: its size or the failed pass shows it.
             candidates.append(Candidate(kind.name, needs if kind.divides else max(needs, room + 1)))
             continue
         step = kind.step(config, precision, network, measured.seconds, n, measured.link)
@@ -120,7 +128,7 @@ def _decide(
 
 
 def _possible(job: Job, model: nn.Module) -> list[StrategyKind]:
-    """Return the exact strategies that take this network."""
+    """Return the exact strategies that support this network."""
     possible = []
     for kind in kinds():
         if kind.exact and not kind.chooses:
@@ -131,9 +139,9 @@ def _possible(job: Job, model: nn.Module) -> list[StrategyKind]:
 
 
 def _reason(chosen: Candidate, candidates: list[Candidate], memory: float) -> str:
-    held = ", ".join(f"{size(other.needs)} of memory with {other.name}" for other in candidates)
-    text = f"a worker needs {held}, and has {size(memory)}"
+    needs = ", ".join(f"{size(other.needs)} of memory with {other.name}" for other in candidates)
+    text = f"a worker needs {needs}, and has {size(memory)}"
     if chosen.seconds is None:
-        return f"{text}; nothing was timed, since {DEFAULT} does not fit"
+        return f"{text}; no step was timed because {DEFAULT} does not fit into the memory"
     steps = ", ".join(f"{number(other.seconds)} s with {other.name}" for other in candidates if other.seconds)
-    return f"{text}; predicted are {steps} a step"
+    return f"{text}; the predicted steps take {steps}"

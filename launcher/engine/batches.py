@@ -1,6 +1,6 @@
-"""Batches, whatever the data set makes them of: on the device, in its memory layout, cut and joined.
+"""Moves, pins, slices and joins batches of any type: nested containers, dataclasses, objects with `.to(device)`.
 
-The type of a batch is kept, and of everything within it. A batch in which nothing changes stays the same object.
+The result has the type of the input, at every level. A batch in which nothing changes is returned as the same object.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def tree_map(function: Callable[[Any], Any], batch: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """Apply `function` to every tensor within a batch: in mappings, sequences, dataclasses, attrs classes, namespaces.
+    """Apply `function` to every tensor of a batch.
+
+    Mappings, sequences, dataclasses, attrs classes and namespaces are searched recursively.
 
     Args:
-        is_leaf: chooses what else is handed to `function`, and not looked into.
+        is_leaf: returns whether a value that is not a tensor is passed to `function` instead of being searched.
     """
     if isinstance(batch, torch.Tensor) or (is_leaf is not None and is_leaf(batch)):
         return function(batch)
@@ -38,14 +40,14 @@ def tree_map(function: Callable[[Any], Any], batch: Any, is_leaf: Callable[[Any]
 
 
 def leaves(batch: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
-    """Return every tensor within a batch, and what `is_leaf` chooses, in the order of `tree_map`."""
+    """Return every tensor of a batch, and the values that `is_leaf` selects, in the order of `tree_map`."""
     found: list[Any] = []
 
-    def note(value: Any) -> Any:
+    def collect(value: Any) -> Any:
         found.append(value)
         return value
 
-    tree_map(note, batch, is_leaf)
+    tree_map(collect, batch, is_leaf)
     return found
 
 
@@ -63,7 +65,7 @@ def _mapping(batch: Mapping[Any, Any], before: dict[Any, Any], items: dict[Any, 
         return type(batch)(items)  # type: ignore[call-arg]
     except TypeError as error:
         raise DataError(
-            f"A batch holds a {type(batch).__name__}, which cannot be made again from its items. Give that class a "
+            f"A batch holds a {type(batch).__name__}, which cannot be rebuilt from its items. Give that class a "
             "method to(device) that returns it on the device, or let `collate` return a dictionary."
         ) from error
 
@@ -77,8 +79,8 @@ def _sequence(batch: Any, values: list[Any]) -> Any:
             clone[number] = value
         return clone
     try:
-        clone = tuple.__new__(type(batch), values)  # a named tuple, too
-    except TypeError:  # what torch.max returns
+        clone = tuple.__new__(type(batch), values)  # also builds a named tuple
+    except TypeError:  # a structseq, such as the result of torch.max
         return type(batch)(values)
     if getattr(batch, "__dict__", None):
         vars(clone).update(vars(batch))
@@ -99,7 +101,7 @@ def _object(batch: Any, values: dict[str, Any]) -> Any:
         return batch
     clone = copy.copy(batch)
     for name, value in changed.items():
-        object.__setattr__(clone, name, value)  # its constructor does not run again, and it may be frozen
+        object.__setattr__(clone, name, value)  # without the constructor; works for frozen dataclasses
     return clone
 
 
@@ -107,24 +109,24 @@ def _object(batch: Any, values: dict[str, Any]) -> Any:
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """Return the batch on `device`. An object with a method `to` moves itself.
+    """Return the batch on `device`. An object with a method `to` is moved by that method.
 
-    From pageable memory to a GPU plain tensors pass through pinned memory, to copy at once.
+    For a GPU, plain tensors in pageable memory are pinned first, so that the copy is asynchronous.
     """
 
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return (_pinned(value) if device.type == "cuda" else value).to(device, non_blocking=True)
         moved = value.to(device)
-        return value if moved is None else moved  # in place
+        return value if moved is None else moved  # None: moved in place
 
     return tree_map(one, batch, lambda value: _has(value, "to"))
 
 
 def pin(batch: Any) -> Any:
-    """Return the batch in pinned memory, from which it is copied to a GPU while that computes.
+    """Return the batch in pinned memory, from which copies to a GPU overlap with computation.
 
-    An object with a method `pin_memory` pins itself.
+    An object with a method `pin_memory` is pinned by that method.
     """
 
     def one(value: Any) -> Any:
@@ -141,8 +143,8 @@ def _has(value: Any, method: str) -> bool:
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    wanted = _is_dense(tensor) and type(tensor) in _PLAIN and tensor.device.type == "cpu"
-    return tensor.pin_memory() if wanted and not tensor.is_pinned() else tensor
+    can_pin = _is_dense(tensor) and type(tensor) in _PLAIN and tensor.device.type == "cpu"
+    return tensor.pin_memory() if can_pin and not tensor.is_pinned() else tensor
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -150,33 +152,33 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def channels_last(batch: Any) -> Any:
-    """Return the batch with its pictures (floating, 4-D) in channels-last memory, which convolutions read faster."""
+    """Return the batch with its images (floating point, 4-D) in channels-last layout, which speeds up convolutions."""
 
     def one(tensor: torch.Tensor) -> torch.Tensor:
         if not _is_dense(tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
             return tensor
         if type(tensor) in _PLAIN:
             return tensor.contiguous(memory_format=torch.channels_last)
-        return tensor.to(memory_format=torch.channels_last)  # which keeps a subclass
+        return tensor.to(memory_format=torch.channels_last)  # preserves a subclass
 
     return tree_map(one, batch)
 
 
-# ---- by samples -----------------------------------------------------------------------------------------------------
+# ---- samples --------------------------------------------------------------------------------------------------------
 
 
 def rows(batch: Any) -> int:
-    """Return how many samples a batch has whose tensors, arrays and lists of values have one row a sample."""
+    """Return the number of samples of a batch whose tensors, arrays and lists have one row per sample."""
     return len(_columns(batch)[0])
 
 
 def cut(batch: Any, start: int, stop: int | None = None) -> Any:
-    """Return samples `start` … `stop` of such a batch."""
+    """Return the samples [start, stop) of a batch; see `rows`."""
     return tree_map(lambda value: value[start:stop], batch, _has_rows)
 
 
 def join(batches: Sequence[Any]) -> Any:
-    """Return one batch with the samples of several."""
+    """Concatenate several batches into one; see `rows`."""
     parts = zip(*map(_columns, batches), strict=True)
     return tree_map(lambda _: _joined(next(parts)), batches[0], _has_rows)
 

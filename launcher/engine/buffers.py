@@ -1,8 +1,8 @@
-"""Makes the buffers of all ranks one: running statistics, codebooks, counters.
+"""Merges the buffers of all ranks: running statistics, codebooks, counters.
 
-Each rank updates the buffers of its own copy of the model as it trains, so they differ between the ranks. What is
-evaluated, saved and exported is one model: running statistics of batch normalisation are averaged, all other buffers
-are those of rank 0, as DistributedDataParallel has it. A model may name other rules:
+Each rank updates the buffers of its own copy of the model during training, so they differ between ranks. Evaluation,
+checkpoints and exports use merged buffers: running statistics of BatchNorm modules are averaged, all other buffers
+are taken from rank 0, as in DistributedDataParallel. A model may specify other rules:
 
     merge_buffers = {"quantizer.usage": "max", "*.mean": "mean"}     # pattern of names: "mean", "max" or "first"
 """
@@ -26,17 +26,17 @@ RULES = ("mean", "max", "first")
 
 
 class Buffers:
-    """The buffers of a model of which every rank has a copy."""
+    """The buffers of a model that is replicated on every rank."""
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self._model, self._runtime = model, runtime
 
     def merge(self) -> None:
-        """Give every rank the merged buffers. A collective."""
+        """Replace the buffers of every rank with the merged values. A collective."""
         self.put(self.merged())
 
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Copy values into the buffers of these names; a buffer takes another shape with its value."""
+        """Copy values into the buffers of the same names. A buffer takes the shape of its new value."""
         own = dict(self._model.named_buffers())
         with torch.no_grad():
             for name in values.keys() & own.keys():
@@ -50,7 +50,7 @@ class Buffers:
 
     @contextmanager
     def shown(self, values: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Inside, the buffers of these names hold `values`. Yields what they hold outside."""
+        """Replace the buffers of these names with `values` inside the context; yield their original values."""
         own = {name: buffer for name, buffer in self._model.named_buffers() if name in values}
         held = {name: buffer.data for name, buffer in own.items()}
         for name, buffer in own.items():
@@ -63,10 +63,11 @@ class Buffers:
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
-        """Return the merged values of the buffers that are not the same on all ranks. A collective.
+        """Return the merged values of the buffers that differ between ranks. A collective.
 
         Raises:
-            TrainingError: the ranks have buffers of other names, or of other shapes where the rule is not `first`.
+            TrainingError: the names of the buffers differ between ranks, or the shapes of a buffer with another rule
+                than `first`.
         """
         if self._runtime.alone:
             return {}
@@ -76,8 +77,8 @@ class Buffers:
         missing = sorted({name for other in everyone for name in other.keys() ^ everyone[0].keys()})
         if missing:
             raise TrainingError(
-                f'The buffer "{missing[0]}" of the model exists on some ranks only, so the ranks cannot be made one '
-                "model. Register the same buffers on every rank, in the constructor."
+                f'The buffer "{missing[0]}" of the model exists on some ranks only, so the buffers cannot be merged. '
+                "Register the same buffers on every rank, in the constructor."
             )
         rules = rules_of(self._model)
         merged = {}
@@ -89,8 +90,9 @@ class Buffers:
                 continue
             if any(layout != layouts[0] for layout in layouts):
                 raise TrainingError(
-                    f'The buffer "{name}" has another shape or type on each rank ({_words(layouts)}), and the rule '
-                    f'"{rule}" needs the same on all. Use merge_buffers = {{"{name}": "first"}}, or keep its shape.'
+                    f'The shape or type of the buffer "{name}" differs between ranks ({_describe(layouts)}), but the '
+                    f'rule "{rule}" needs equal ones. Use merge_buffers = {{"{name}": "first"}}, or keep its shape '
+                    "constant."
                 )
             merged[name] = self._mean(own[name]) if rule == "mean" else self._max(own[name])
         return merged
@@ -108,7 +110,7 @@ class Buffers:
         return largest.to(value.dtype)
 
     def _first(self, value: Tensor, layout: tuple[tuple[int, ...], str]) -> Tensor:
-        """Return rank 0's value. It travels as bytes, which every backend takes."""
+        """Return rank 0's value. It is broadcast as bytes, which every backend supports."""
         shape, dtype = layout
         sent = value if self._runtime.is_first else value.new_empty(shape, dtype=getattr(torch, dtype))
         sent = sent.clone(memory_format=torch.contiguous_format)
@@ -119,10 +121,10 @@ class Buffers:
 
 
 def rules_of(model: nn.Module) -> dict[str, str]:
-    """Return the rule of every buffer that is merged otherwise than by taking rank 0's.
+    """Return {name: rule} for the buffers whose rule is not the default `first` (the value of rank 0).
 
     Raises:
-        ConfigError: `merge_buffers` of the model names an unknown rule, or a pattern that no buffer has.
+        ConfigError: `merge_buffers` of the model has an unknown rule, or a pattern that matches no buffer.
     """
     rules = {
         f"{path}.{name}" if path else name: "mean"
@@ -143,25 +145,30 @@ def rules_of(model: nn.Module) -> dict[str, str]:
     matched: dict[str, str] = {}
     for pattern, rule in own.items():
         if rule not in RULES:
-            raise ConfigError(f'merge_buffers of the model: "{pattern}" has the rule "{rule}"; use mean, max or first.')
+            raise ConfigError(
+                f'merge_buffers of the model: "{pattern}" has the unknown rule "{rule}"; use mean, max or first.'
+            )
         names = [name for name in buffers if fnmatchcase(name, str(pattern))]
         if not names:
             raise ConfigError(
-                f'merge_buffers of the model: no buffer is called "{pattern}".{did_you_mean(str(pattern), buffers)}'
+                f'merge_buffers of the model: no buffer matches "{pattern}".{did_you_mean(str(pattern), buffers)}'
             )
         for name in names:
             if rule == "max" and buffers[name].is_complex():
-                raise ConfigError(f'merge_buffers of the model: "{name}" is complex and has no maximum.')
+                raise ConfigError(
+                    f'merge_buffers of the model: "{name}" is complex, so the rule max does not apply; use mean or '
+                    "first."
+                )
             matched.setdefault(name, rule)
     return {**rules, **matched}
 
 
 def _facts(buffer: Tensor) -> tuple[tuple[int, ...], str, str]:
-    """Return shape, type and a digest of the bits."""
+    """Return the shape, the type and a digest of the bytes of a buffer."""
     content = buffer.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
     dtype = str(buffer.dtype).removeprefix("torch.")
     return tuple(buffer.shape), dtype, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _words(layouts: list[Any]) -> str:
+def _describe(layouts: list[Any]) -> str:
     return ", ".join(f"rank {rank}: {shape} {dtype}" for rank, (shape, dtype) in enumerate(layouts))

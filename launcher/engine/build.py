@@ -1,4 +1,4 @@
-"""From a section of the configuration to the object that the trainer works with."""
+"""Builds the objects of a training run from the sections of the configuration."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from launcher.engine.strategies.strategy import Strategy
 from launcher.engine.stream import StreamLoader
 from launcher.errors import ConfigError, DataError
 
-# Chunks of a global batch in deterministic mode, when trainer.microbatch_size does not say otherwise: enough for eight
-# workers to share the work, few enough that each still fills the kernels.
+# Chunks of a global batch in deterministic mode without trainer.microbatch_size: enough for up to eight workers, and
+# large enough for efficient kernels.
 _CHUNKS = 8
 
 
@@ -35,7 +35,7 @@ def build_data(job: Job) -> Data:
     """Build the job's data sets.
 
     Raises:
-        DataError: missing, empty or damaged data, in the data set's own words.
+        DataError: the data is missing, empty or damaged; has the message of the data set.
     """
     try:
         return Data.of(targets.build(job.data, "data", job.trust))
@@ -44,23 +44,23 @@ def build_data(job: Job) -> Data:
 
 
 def build_model(job: Job, runtime: Runtime) -> nn.Module:
-    """Build the network on the device, from the seed alone.
+    """Build the network on the device, initialised from `trainer.seed`.
 
     Raises:
-        ConfigError: it has no `training_step`, or asks for what cannot be done, on this device or at all.
+        ConfigError: it has no `training_step`, or an option that the device does not support.
     """
     seed_everything(job.trainer.seed)
     model = construct(job.model, "model", job.trust)
     if not callable(getattr(model, "training_step", None)):
         raise ConfigError(
-            f"model._target_={job.model['_target_']} has no training_step(batch); a model says there what its loss is, "
-            "one value a sample (see docs/extending.md)."
+            f"model._target_={job.model['_target_']} has no method training_step(batch), which computes the loss, "
+            "one value per sample. Add it (see docs/extending.md)."
         )
     rules_of(model)
     if job.trainer.sync_batchnorm:
         if runtime.device.type != "cuda":
             raise ConfigError(
-                "trainer.sync_batchnorm=true needs GPUs (SyncBatchNorm refuses CPU tensors); leave it out."
+                "trainer.sync_batchnorm=true needs GPUs (SyncBatchNorm does not support CPU tensors). Leave it out."
             )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(runtime.device)
@@ -72,12 +72,12 @@ def has_convolutions(model: nn.Module) -> bool:
 
 
 def converter(model: nn.Module) -> Callable[[Any], Any]:
-    """What every batch passes through before the model sees it."""
+    """Return the function that converts every batch before it is passed to the model."""
     return channels_last if has_convolutions(model) else (lambda batch: batch)
 
 
 def build_split(job: Job) -> Split:
-    """How global batches are cut; in deterministic mode by position alone."""
+    """Return how global batches are divided among workers; in deterministic mode by position only."""
     trainer = job.trainer
     if not trainer.deterministic:
         return Split(trainer.microbatch_size)
@@ -85,31 +85,31 @@ def build_split(job: Job) -> Split:
 
 
 def check_batch(job: Job, samples: int, workers: int) -> None:
-    """Raise ConfigError where the batch arithmetic cannot be met by `samples` training samples and so many workers."""
+    """Raise ConfigError if the batch sizes do not fit the number of training samples and workers."""
     trainer = job.trainer
     share = -(-trainer.global_batch_size // workers)
     if trainer.microbatch_size is not None and trainer.microbatch_size > share:
         raise ConfigError(
             f"trainer.microbatch_size={trainer.microbatch_size} is larger than a worker's share of the global batch: "
-            f"{trainer.global_batch_size} samples over {workers} worker(s) are {share}. Leave it out, or make it "
-            "smaller."
+            f"{trainer.global_batch_size} samples on {workers} worker(s) are {share} per worker. Leave it out, or "
+            "reduce it."
         )
     if trainer.global_batch_size > samples:
         raise ConfigError(
             f"trainer.global_batch_size={trainer.global_batch_size} is larger than the training data, which has "
-            f"{samples} "
-            "samples. Use at most that."
+            f"{samples} samples. Reduce it to at most that number."
         )
 
 
 def build_loader(job: Job, data: Data, runtime: Runtime, model: nn.Module) -> Loader:
-    """Build the reader of the training data."""
+    """Build the loader of the training data."""
     fetch = Fetch(data.train, data.collate, job.trainer.seed, data.augment, "train")
     if callable(getattr(data.train, "stream", None)) and not job.trainer.overfit_batches:
         if job.trainer.deterministic:
             raise ConfigError(
-                "trainer.deterministic=true was asked for with training data that are read as a stream, whose order "
-                "depends on the workers. Read them sample by sample (data.stream=false), or leave deterministic mode."
+                "trainer.deterministic=true does not support training data that are read as a stream, because their "
+                "order depends on the workers. Read them sample by sample (data.stream=false), or leave deterministic "
+                "mode."
             )
         return StreamLoader(data.train, runtime, job.trainer.seed, fetch=fetch, convert=converter(model))
     return Loader(fetch, runtime.device, data.num_workers, converter(model))
@@ -119,20 +119,20 @@ def build_order(job: Job, data: Data) -> Order:
     """Build the order of the training samples.
 
     Raises:
-        ConfigError: `weights` of the data with an order that cannot follow them.
+        ConfigError: the data has `weights`, and the order of the job does not support them.
     """
     trainer, train = job.trainer, data.train
     streams = callable(getattr(train, "stream", None)) and not trainer.overfit_batches
     if data.weights is not None and not trainer.shuffle:
         raise ConfigError(
-            "trainer.shuffle=false keeps the order of the data set, and the data have `weights`, by which samples are "
-            "drawn at random. Leave one of them out."
+            "trainer.shuffle=false keeps the order of the data set, but the data has `weights`, by which samples are "
+            "drawn at random. Remove one of the two."
         )
     if streams and (data.weights is not None or not trainer.shuffle):
-        word = "trainer.shuffle=false" if data.weights is None else "`weights` of the data"
+        option = "trainer.shuffle=false" if data.weights is None else "`weights` of the data"
         raise ConfigError(
-            f"The training data are read as a stream, which decides their order: {word} cannot be followed. Read them "
-            "sample by sample (data.stream=false), or leave it out."
+            f"The training data are read as a stream, which determines their order: {option} has no effect. Read them "
+            "sample by sample (data.stream=false), or leave the option out."
         )
     return Order(
         len(train),
@@ -151,7 +151,7 @@ def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
     """Build the strategy that the configuration names.
 
     Raises:
-        ConfigError: deterministic mode with what it does not cover, or options that this place or model cannot have.
+        ConfigError: the device or the model does not support an option, or deterministic mode does not.
     """
     trainer, config = job.trainer, job.strategy
     if config.activation_checkpointing:
@@ -160,8 +160,8 @@ def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
         return kind_of(config, job.trust).build(model, runtime, trainer, config, build_split(job))
     if trainer.precision != "float32":
         raise ConfigError(
-            f"trainer.deterministic=true was asked for with trainer.precision={trainer.precision}; its exact sums are "
-            "made for float32. Use trainer.precision=float32, or leave deterministic mode."
+            f"trainer.deterministic=true does not support trainer.precision={trainer.precision}; its exact sums need "
+            "float32. Use trainer.precision=float32, or leave deterministic mode."
         )
     chunk = build_split(job).chunk
     assert chunk is not None
@@ -169,7 +169,7 @@ def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
 
 
 def build_evaluator(job: Job, strategy: Strategy, runtime: Runtime, data: Data, tag: str) -> Evaluator | None:
-    """Build the evaluator of the validation (`val`) or the test sets (`test`), or None where there are none."""
+    """Build the evaluator of the validation sets (tag `val`) or test sets (`test`); None if the data has none."""
     sets = data.val if tag == "val" else data.test
     if not sets:
         return None
@@ -183,35 +183,35 @@ def build_evaluator(job: Job, strategy: Strategy, runtime: Runtime, data: Data, 
 
 
 def evaluation_order(job: Job, dataset: Any, workers: int) -> tuple[torch.Tensor, Split]:
-    """Return the order in which a validation or test set is evaluated, and how it is divided among the workers."""
+    """Return the order in which a validation or test set is evaluated, and its division among the workers."""
     split = build_split(job)
     if split.chunk is None and split.microbatch is None:
-        # As many samples at once as training takes: what fits there, fits here.
+        # As many samples at once as in training, so that they fit into the memory.
         split = Split(microbatch=max(1, -(-job.trainer.global_batch_size // workers)))
     lengths = lengths_of(dataset)
     block = split.chunk or split.microbatch or 1
-    # Shares of whole blocks, so that the samples of similar length stay together.
+    # Shares consist of whole blocks, so that samples of similar length stay together.
     own_split = split if lengths is None else Split(chunk=block)
     return order_of_evaluation(len(dataset), lengths, block), own_split
 
 
 def caveats(model: nn.Module) -> list[str]:
-    """Return what in the network makes its results depend on how a batch is split, one line each."""
+    """Return a note for each part of the network that makes results depend on the number of workers."""
     lines = []
     names = {type(module).__name__ for module in model.modules()}
     normalised = sorted(name for name in names if "BatchNorm" in name)
     if normalised:
         lines.append(
-            f"The network has {', '.join(normalised)}: its statistics are those of a worker's microbatch, so results "
-            "depend on the number of workers (trainer.sync_batchnorm=true shares them on GPUs; group normalisation has "
-            "none)."
+            f"The network has {', '.join(normalised)}: its statistics are computed from one worker's microbatch, so "
+            "results depend on the number of workers. On GPUs trainer.sync_batchnorm=true computes them over all "
+            "workers; group normalisation does not depend on the batch."
         )
     random_layers = sorted(
         {type(m).__name__ for m in model.modules() if "Dropout" in type(m).__name__ and getattr(m, "p", True)}
     )
     if random_layers:
         lines.append(
-            f"The network has {', '.join(random_layers)}: random numbers are drawn by each worker, so results depend "
+            f"The network has {', '.join(random_layers)}: each worker draws its own random numbers, so results depend "
             "on the number of workers."
         )
     return lines

@@ -1,20 +1,21 @@
-"""What happens beside training: your own code at certain moments, an average of the weights, an early end.
+"""The callback interface, and the callbacks that come with launch: `Ema` and `EarlyStopping`.
 
-A callback is any object with some of these methods, all of them called on every rank:
+A callback is an object with any of these methods. All of them are called on every rank:
 
-    on_start(run)          once, before the first step of this process; what a resumed run had saved is loaded already
+    on_start(run)          once per process, before its first step and after the state of a resumed run is loaded
     on_step(run)           after every optimizer step
-    on_evaluate(run)       after every evaluation, whose values are in `run.metrics`
-    on_log(run, step, values)  after every step that has values to write, with these values by tag: those of the model
-                           are the means over all workers; those of the machine and of `run.log` are this rank's, and
+    on_evaluate(run)       after every evaluation; `run.metrics` has the results
+    on_log(run, step, values)  after every step that writes values, with these values by tag. The values of the model
+                           are means over all workers; those of the machine and of `run.log` are this rank's, and only
                            rank 0's are written
-    on_end(run)            when the run has ended in order: completed or stopped, not failed
-    weights()              {parameter's name: tensor}: what is evaluated, exported and begun with in the place of the
-                           trained weights; one callback may have it
-    state_dict()           what a checkpoint keeps of it: tensors and plain values, the same on every rank
-    load_state_dict(state) takes that back, before `on_start`
+    on_end(run)            when the run has completed or been stopped; not after a failure
+    weights()              {parameter's name: tensor}: weights that are evaluated, exported and loaded instead of the
+                           trained weights. At most one callback may have this method
+    state_dict()           returns the state for a checkpoint: tensors and plain values, the same on every rank
+    load_state_dict(state) restores that state, before `on_start`
 
-`run` is a `Run`. Constructors run at the start check too, in another process: what opens files belongs in `on_start`.
+`run` is a `Run`. The start check calls constructors too, in another process, so open files and connections in
+`on_start`.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ from launcher.errors import ConfigError, LaunchError, UserCodeError, did_you_mea
 
 
 class Run:
-    """What a callback is given.
+    """The run that a callback belongs to.
 
     Attributes:
-        model, optimizer: those that are trained. The model is the user's own, not wrapped.
-        directory: the run on disk.
-        rank, world_size, device: of this process. Files and services are rank 0's business.
-        total_steps: optimizer steps of the whole run.
+        model: the user's model, not wrapped.
+        optimizer: the optimizer of the run.
+        directory: the run's directory.
+        rank, world_size, device: of this process. Write files and call services on rank 0 only.
+        total_steps: number of optimizer steps of the whole run.
     """
 
     def __init__(
@@ -77,49 +79,50 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """The number of optimizer steps done."""
         return self._progress.step
 
     @property
     def epoch(self) -> int:
-        """Epochs done."""
+        """The number of epochs done."""
         return self._progress.epoch
 
     @property
     def samples(self) -> int:
-        """Samples used so far, over all workers."""
+        """The number of samples used so far by all workers."""
         return self._progress.samples
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last value of every tag that was logged, the same on every rank."""
+        """The last logged value of every tag, the same on every rank."""
         return dict(self._progress.metrics)
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Write {tag: value} with this step to TensorBoard and `metrics.jsonl`. The values of rank 0 are used.
+        """Log {tag: value} at this step to TensorBoard, `metrics.jsonl` and the other sinks. Rank 0's values are used.
 
         Raises:
-            UserCodeError: launch itself logs a tag of this name.
+            UserCodeError: launch itself logs a tag with this name.
         """
         for tag in map(str, values):
             if tag in self._progress.metrics or tag.removeprefix("train/").removeprefix("val/") in RESERVED:
                 raise UserCodeError(
-                    f'run.log: "{tag}" is a name that launch itself logs, and one of the two values would be lost. '
+                    f'run.log: "{tag}" is the name of a tag that launch itself logs, so one of the values would be '
+                    "lost. "
                     f'Choose another name, such as "own/{tag}".',
                     "",
                 )
         self._logged.update({str(tag): float(value) for tag, value in values.items()})
 
     def stop(self, reason: str) -> None:
-        """End the run in order: after this step when asked in `on_evaluate`, after the next one in `on_step`.
+        """End the run: after this step if called in `on_evaluate`, after the next step if called in `on_step`.
 
-        It is completed then, and result.json gives the reason. It is enough that one rank asks.
+        The status of the run is then `completed`, with the reason in result.json. A call on one rank is sufficient.
         """
         self._reason = self._reason or str(reason)
 
 
 class Callbacks:
-    """The callbacks of a job, called in their order.
+    """Calls the callbacks of a job in their configured order.
 
     Args:
         members: the built objects, by name.
@@ -133,65 +136,65 @@ class Callbacks:
         return bool(self._members)
 
     def call(self, hook: str, *arguments: Any) -> None:
-        """Call `hook` of all that have it, with the run and the further arguments.
+        """Call the method `hook` of all callbacks that have it, with the run and the further arguments.
 
         Raises:
-            UserCodeError: one of them raised; says which.
+            UserCodeError: a callback raised an exception; names the callback.
         """
         for name, member in self._members.items():
             function = getattr(member, hook, None)
             if function is not None:
-                with _blamed(f"callbacks.{name}.{hook}"):
+                with _user_code(f"callbacks.{name}.{hook}"):
                     function(self._run, *arguments)
 
     @property
     def wants_to_stop(self) -> bool:
-        """Whether a callback of this rank has asked to stop."""
+        """Whether a callback has called `run.stop` on this rank."""
         return self._run._reason is not None
 
     def agree_to_stop(self) -> str | None:
-        """Return the reason to stop that the first rank with one has, or None; a collective."""
+        """Return the reason of the first rank that called `run.stop`, or None. A collective."""
         if not self._members:
             return None
         return next((reason for reason in self._runtime.gather(self._run._reason) if reason is not None), None)
 
     def take_logged(self) -> dict[str, float]:
-        """Return what was logged since the last call."""
+        """Return the values that were logged since the last call."""
         logged, self._run._logged = self._run._logged, {}
         return logged
 
     # ---- averaged weights -------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Return a whole state dict with what is evaluated in the place of the trained weights; None without."""
+        """Return a full state dict with the averaged weights in it, or None if no callback averages weights."""
         averages = self._averages()
         return {**self._run.model.state_dict(), **averages} if averages else None
 
     def _averages(self) -> dict[str, Tensor]:
-        """Return what a callback names, under every name that the model's state dict has for it (tied weights)."""
+        """Return the averaged weights by each name in the model's state dict; a tied weight has several names."""
         name = self._average
         if name is None:
             return {}
-        with _blamed(f"callbacks.{name}.weights"):
+        with _user_code(f"callbacks.{name}.weights"):
             given = dict(self._members[name].weights())
         parameters = dict(self._run.model.named_parameters())
         if unknown := sorted(given.keys() - parameters.keys()):
-            raise UserCodeError(f"callbacks.{name}.weights: {unknown[0]} is no parameter of the model.", "")
+            raise UserCodeError(f'callbacks.{name}.weights: the model has no parameter "{unknown[0]}".', "")
         by_parameter = {id(parameters[key]): value for key, value in given.items()}
         own = self._run.model.state_dict(keep_vars=True)
         return {key: by_parameter[id(value)] for key, value in own.items() if id(value) in by_parameter}
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Put the weights that are evaluated into the model, and the trained ones back afterwards."""
+        """Replace the trained weights of the model with the averaged weights inside the context."""
         chosen = self._averages()
         own = self._run.model.state_dict()
-        kept = {name: own[name].clone() for name in chosen}
+        trained = {name: own[name].clone() for name in chosen}
         _copy_all(chosen, own)
         try:
             yield
         finally:
-            _copy_all(kept, own)
+            _copy_all(trained, own)
 
     # ---- checkpoint -------------------------------------------------------------------------------------------------
 
@@ -199,15 +202,15 @@ class Callbacks:
         state = {}
         for name, member in self._members.items():
             if hasattr(member, "state_dict"):
-                with _blamed(f"callbacks.{name}.state_dict"):
+                with _user_code(f"callbacks.{name}.state_dict"):
                     state[name] = member.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Give every callback its own; one that is new begins anew, and what belongs to none is left."""
+        """Restore the state of every callback. Callbacks without saved state, and unknown states, are skipped."""
         for name, member in self._members.items():
             if name in state and hasattr(member, "load_state_dict"):
-                with _blamed(f"callbacks.{name}.load_state_dict"):
+                with _user_code(f"callbacks.{name}.load_state_dict"):
                     member.load_state_dict(state[name])
 
 
@@ -218,7 +221,8 @@ def _copy_all(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Non
 
 
 @contextmanager
-def _blamed(where: str) -> Iterator[None]:
+def _user_code(where: str) -> Iterator[None]:
+    """Raise an exception of the user's code inside as a UserCodeError that names `where`."""
     try:
         yield
     except LaunchError:
@@ -231,57 +235,60 @@ def build_callbacks(job: Job) -> dict[str, Any]:
     """Build the callbacks of the configuration, by name.
 
     Raises:
-        ConfigError, TrustError: a section names no class of this kind, or an argument that it does not take; two name
-            the weights that are evaluated.
-        UserCodeError: a constructor raised.
+        ConfigError, TrustError: the class of a section does not exist, or does not accept an argument; or two
+            callbacks average the weights.
+        UserCodeError: a constructor raised an exception.
     """
     members = {}
     for name, section in job.callbacks.items():
-        if section is None:  # taken out of what an overlay had put in
+        if section is None:  # removed from an overlay, by callbacks.NAME=null
             continue
         where = f"callbacks.{name}"
         targets.check_signature(section, "callback", job.trust, at=where)
-        with _blamed(where):
+        with _user_code(where):
             members[name] = construct(section, "callback", job.trust, at=where)
     averages = [name for name, member in members.items() if hasattr(member, "weights")]
     if len(averages) > 1:
-        raise ConfigError(f"callbacks: {' and '.join(averages)} both say which weights are evaluated. Choose one.")
+        raise ConfigError(f"callbacks: {' and '.join(averages)} both average the weights. Remove one of them.")
     if averages and kind_of(job.strategy, job.trust).diverges:
         raise ConfigError(
-            f"callbacks.{averages[0]} averages the weights, and with strategy={job.strategy.name} every worker has "
-            "weights of its own, whose own average is evaluated already. Leave the callback out "
+            f"callbacks.{averages[0]} averages the weights, which strategy={job.strategy.name} does not support: each "
+            "worker has different weights, and their average over the workers is evaluated already. Remove the "
+            "callback "
             f"(~callbacks.{averages[0]}), or use strategy={DEFAULT}."
         )
     return members
 
 
 def check_callbacks(job: Job, tags: list[str]) -> None:
-    """Raise what `build_callbacks` does, and ConfigError where early stopping watches a tag that does not exist."""
+    """Check the callbacks at the start: as `build_callbacks`, and that early stopping monitors an existing tag."""
     for name, member in build_callbacks(job).items():
         if isinstance(member, EarlyStopping) and member.monitor not in tags:
             raise ConfigError(
-                f"callbacks.{name}.monitor={member.monitor} is no tag of this job; there are {', '.join(tags)}."
+                f"callbacks.{name}.monitor={member.monitor} is not a tag of this job. Available tags: "
+                f"{', '.join(tags)}."
                 f"{did_you_mean(str(member.monitor), tags)}"
             )
 
 
-# ---- ours -----------------------------------------------------------------------------------------------------------
+# ---- built in -------------------------------------------------------------------------------------------------------
 
 
 class Ema:
-    """An exponential moving average of the weights (Polyak and Juditsky 1992), evaluated in their place.
+    """Keeps an exponential moving average of the weights, which is evaluated instead of the trained weights.
 
-    After step n each average moves by 1 - d towards its weight, d being the smaller of `decay` and (1 + n) / (10 + n):
-    early averages forget the first, random weights soon (as TensorFlow's ExponentialMovingAverage does). Parameters
-    are averaged, in float32 at least; buffers are the model's own. The same operations on every rank.
+    Source: Polyak and Juditsky 1992. After step n, average = d * average + (1 - d) * weight, where d is the smaller of
+    `decay` and (1 + n) / (10 + n), so that the random initial weights lose their influence early (as in TensorFlow's
+    ExponentialMovingAverage). Parameters are averaged in float32 or wider; buffers are not averaged. All ranks compute
+    the same averages.
 
     Args:
-        decay: 0 to 1, 1 excluded; about 1 - 1 / the number of steps that the average reaches back.
+        decay: in [0, 1); the average covers about 1 / (1 - decay) steps.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise ConfigError(f"callbacks.ema.decay={decay}: it must lie between 0 and 1, 1 excluded, such as 0.999.")
+            raise ConfigError(f"callbacks.ema.decay={decay} must be at least 0 and less than 1, such as 0.999.")
         self.decay = decay
         self._updates = 0
         self._averages: dict[str, Tensor] = {}
@@ -320,8 +327,8 @@ class Ema:
 
 
 def _copy_into(target: Tensor, value: Tensor) -> None:
-    """Copy a full tensor into one that may be sharded."""
-    from torch.distributed.tensor import DTensor, distribute_tensor  # with SymPy behind it: half a second
+    """Copy a full tensor into a tensor that may be sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # imports SymPy, which takes half a second
 
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
@@ -329,13 +336,13 @@ def _copy_into(target: Tensor, value: Tensor) -> None:
 
 
 class EarlyStopping:
-    """Ends a run whose evaluations no longer improve; result.json gives the reason `early_stopping`.
+    """Ends a run when its evaluations no longer improve. The reason in result.json is `early_stopping`.
 
     Args:
-        patience: evaluations in a row without a better value that are waited for.
-        min_delta: by how much a value must be better to count, at least 0.
-        monitor: the tag; by default that of `checkpoint.monitor`.
-        mode: `min` or `max`; by default `checkpoint.mode`.
+        patience: number of consecutive evaluations without improvement after which the run ends.
+        min_delta: minimum change of the value that counts as an improvement, at least 0.
+        monitor: the monitored tag; default: `checkpoint.monitor`.
+        mode: `min` or `max`; default: `checkpoint.mode`.
     """
 
     def __init__(
@@ -343,8 +350,9 @@ class EarlyStopping:
     ) -> None:
         if patience < 1 or not 0 <= min_delta < math.inf or mode not in ("min", "max"):
             raise ConfigError(
-                f"callbacks.early_stopping: patience={patience}, min_delta={min_delta}, mode={mode}; needed are a "
-                "patience of at least 1 evaluation, a min_delta of at least 0, and min or max."
+                f"callbacks.early_stopping: patience={patience}, min_delta={min_delta}, mode={mode}. patience must be "
+                "at "
+                "least 1, min_delta at least 0, and mode min or max."
             )
         self.patience, self.min_delta, self.monitor, self.mode = patience, min_delta, monitor, mode
         self._best: float | None = None

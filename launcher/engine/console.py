@@ -1,4 +1,4 @@
-"""What the user's code prints: into log.txt with time and rank, and as events to whoever shows the run."""
+"""Captures the output of the user's code: it is written to log.txt, and passed to the display as events."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from launcher.engine.control import Control
 
 
 class ConsoleLog:
-    """log.txt, to which all ranks append whole lines (O_APPEND keeps them whole).
+    """log.txt, to which all ranks append lines. O_APPEND makes each write atomic.
 
-    Where it cannot be written (somebody else's run is evaluated) nothing is.
+    If the file cannot be opened (for example, the run belongs to another user), nothing is written.
     """
 
     def __init__(self, path: Path, rank: int) -> None:
@@ -30,7 +30,7 @@ class ConsoleLog:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
 
     def line(self, text: str) -> str:
-        """Write a line, with secrets as ***. Return it as it was written."""
+        """Write a line, with secrets replaced by ***. Return the line as it was written."""
         text = self._hide(text)
         if self._file is None:
             return text
@@ -46,10 +46,10 @@ class ConsoleLog:
 
 
 class CapturedStream(io.TextIOBase):
-    """Stands in for standard output and error while the user's code runs.
+    """A text stream that replaces standard output and error while the user's code runs.
 
     Args:
-        on_text: is given each line, and whether it is whole; a part is passed on when it is flushed (a prompt).
+        on_text: called with each line and True, and with each incomplete line that is flushed (a prompt) and False.
     """
 
     def __init__(self, on_text: Callable[[str, bool], None]) -> None:
@@ -62,7 +62,7 @@ class CapturedStream(io.TextIOBase):
 
     @property
     def buffer(self) -> io.RawIOBase:
-        """For code that writes bytes."""
+        """The binary stream, for code that writes bytes."""
         return _Bytes(self)
 
     @property
@@ -73,12 +73,12 @@ class CapturedStream(io.TextIOBase):
         with self._lock:
             *lines, self._buffer = (self._buffer + text).split("\n")
             for line in lines:
-                # A bar that redraws itself ends each picture with a carriage return: the last picture is the line.
+                # A progress bar separates its states with carriage returns: only the last state is a line.
                 self._on_text(line.rsplit("\r", 1)[-1] if "\r" in line.rstrip("\r") else line.rstrip("\r"), True)
         return len(text)
 
     def finish(self) -> None:
-        """Pass on what was begun as a line, at the end."""
+        """Pass on an incomplete last line."""
         with self._lock:
             if self._buffer:
                 self.write("\n")
@@ -90,20 +90,20 @@ class CapturedStream(io.TextIOBase):
                 self._buffer = ""
 
 
-class _StandIn(CapturedStream):
-    """The one object that stands in for both streams of this process, whoever captures them at the moment.
+class _ProcessStream(CapturedStream):
+    """The stream that replaces standard output and error of this process in every capture.
 
-    A logging handler keeps the stream that it was made with: made during the start check, it still writes to where the
-    run's output goes when the run has begun.
+    A logging handler keeps a reference to the stream that it was created with. With one stream per process, a handler
+    that was created during the start check writes to the run's output once the run has started.
     """
 
     def __init__(self) -> None:
         super().__init__(self._pass_on)
-        self.takers: list[Callable[[str, bool], None]] = []
+        self.receivers: list[Callable[[str, bool], None]] = []
 
     def _pass_on(self, text: str, whole: bool) -> None:
-        if self.takers:
-            self.takers[-1](text, whole)
+        if self.receivers:
+            self.receivers[-1](text, whole)
             return
         stream = sys.__stderr__ if sys.stderr is cast(Any, self) else sys.stderr
         if stream is not None:
@@ -111,21 +111,21 @@ class _StandIn(CapturedStream):
             stream.flush()
 
 
-_stand_in = _StandIn()
+_process_stream = _ProcessStream()
 
 
 @contextmanager
 def capture_output(on_text: Callable[[str, bool], None]) -> Iterator[None]:
-    """Have `on_text` take what is written to `sys.stdout` and `sys.stderr`; see `CapturedStream`."""
-    kept = sys.stdout, sys.stderr
-    _stand_in.takers.append(on_text)
-    sys.stdout = sys.stderr = cast(Any, _stand_in)
+    """Pass everything that is written to `sys.stdout` and `sys.stderr` to `on_text`; see `CapturedStream`."""
+    original = sys.stdout, sys.stderr
+    _process_stream.receivers.append(on_text)
+    sys.stdout = sys.stderr = cast(Any, _process_stream)
     try:
         yield
     finally:
-        _stand_in.finish()
-        _stand_in.takers.pop()
-        sys.stdout, sys.stderr = kept
+        _process_stream.finish()
+        _process_stream.receivers.pop()
+        sys.stdout, sys.stderr = original
 
 
 class _Bytes(io.RawIOBase):
@@ -141,7 +141,7 @@ class _Bytes(io.RawIOBase):
 
 
 class Console:
-    """Captures `sys.stdout` and `sys.stderr` of this process for the time of a run."""
+    """Captures `sys.stdout` and `sys.stderr` of this process during a run; a context manager."""
 
     def __init__(self, path: Path, rank: int, control: Control) -> None:
         self._log = ConsoleLog(path, rank)
@@ -162,11 +162,11 @@ class Console:
         if text:
             text = self._log.line(text)
         if os.getpid() != self._process:
-            # A loader process, forked from this one: nobody takes its events, and a lock may have been held meanwhile.
+            # A forked loader process: its events would be lost, and a lock may have been held during the fork.
             os.write(2, (text + ("\n" if whole else "")).encode(errors="replace"))
             return
         self._control.emit({"kind": "line", "rank": self._rank, "text": text, "whole": whole})
 
     def note(self, text: str) -> None:
-        """Write a line of the engine's own into log.txt."""
+        """Write a line of the engine to log.txt."""
         self._log.line(text)

@@ -1,7 +1,7 @@
-"""The one seam between the runner that supervises a run and the engine.
+"""The interface between the engine and the runner that supervises a run.
 
-Requests come in (stop, checkpoint), events go out. Every request spreads to all ranks with the small vote that each
-step takes anyway (`Runtime.vote`), so that all act on it at the same step and none blocks for it.
+The runner passes requests (stop, checkpoint), the engine emits events. Each step's vote (`Runtime.vote`) distributes
+the requests to all ranks, so that all ranks act on them at the same step and none blocks.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any, Protocol
 from launcher.runs import HEARTBEAT_SECONDS, RunDirectory
 
 STOP = "stop"
-# money.BUDGET: stop, since the money is spent; rank 0, which counts it, wishes so itself
-PRUNE = "prune"  # stop, since others do better: nothing is saved for it
+# money.BUDGET: stop because the budget is spent; rank 0 counts the costs and requests it
+PRUNE = "prune"  # stop a trial of a sweep that performs worse than others, without a checkpoint
 CHECKPOINT = "checkpoint"
-REGROUP = "regroup"  # save and end, to be continued by another group of workers: raises `errors.Regroup`
+REGROUP = "regroup"  # save and raise `errors.Regroup`; another group of workers continues the run
 
 
 class Control(Protocol):
-    """What a runner hands to the engine."""
+    """The methods of a runner that the engine calls."""
 
     def requests(self) -> frozenset[str]:
-        """What is asked of the run now: a subset of {"stop", "budget", "prune", "checkpoint", "regroup"}.
+        """Return the current requests, a subset of {"stop", "budget", "prune", "checkpoint", "regroup"}.
 
-        Called every step: no I/O, no waiting.
+        Called at every step: must not block or do I/O.
         """
         ...
 
     def emit(self, event: dict[str, Any]) -> None:
-        """Take an event for the user. JSON types only; must not wait.
+        """Accept an event, which consists of JSON types. Must not block.
 
-        Kinds: `phase` (name), `note` (text), `line` (rank, text: what the user's code printed), `progress` (step,
+        Kinds: `phase` (name), `note` (text), `line` (rank, text: output of the user's code), `progress` (step,
         total_steps, epoch, loss, samples_per_second, seconds_left), `pace` (see `launcher.engine.pace`) and `error`
         (rank, type, message, traceback, setup).
         """
@@ -40,9 +40,9 @@ class Control(Protocol):
 
 
 class Heartbeat:
-    """A thread of rank 0 that keeps the run's heartbeat and looks for `launch stop`.
+    """A thread of rank 0 that updates the run's heartbeat file and polls for `launch stop`.
 
-    The file system is asked here, twice a second, so that the training loop never is.
+    The thread accesses the file system twice a second; the training loop never does.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -63,7 +63,7 @@ class Heartbeat:
     def _watch(self) -> None:
         beaten = time.monotonic()
         while not self._ended.wait(0.5):
-            # An unreadable or full disk must not end the thread: the training loop meets the same disk and reports it.
+            # An unreadable or full disk must not end the thread; the training loop reports it.
             try:
                 self.stop_requested = self.stop_requested or self._directory.stop_requested()
                 if time.monotonic() - beaten >= HEARTBEAT_SECONDS:

@@ -1,6 +1,6 @@
-"""How the samples of a job are read: a microbatch at a time, ahead of the trainer, onto the device.
+"""Reads the microbatches of a job ahead of the trainer and copies them to the device.
 
-`order.py` chooses the samples, `datasets.py` the data sets; `fetch.py` makes the batches.
+`order.py` selects the samples, `datasets.py` validates the data sets, and `fetch.py` collates the batches.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ def _identity(value: Any) -> Any:
 
 
 class Loader:
-    """Reads microbatches ahead of the trainer and puts them on the device.
+    """Reads microbatches ahead of the trainer and copies them to the device.
 
-    The keys of what comes next are a guess (`keys`), which holds until the number of workers or the position changes;
-    then the trainer opens another iterator and what was read ahead is dropped.
+    The `keys` that are read ahead stay valid until the number of workers or the position changes. The trainer then
+    opens another iterator, and the batches that were read ahead are dropped.
 
     Args:
-        num_workers: loader processes; 0 reads in this process. In-memory data is always read in this process.
+        num_workers: number of loader processes; 0 reads in this process. In-memory data is always read in this process.
+        convert: applied to every batch on the device.
 
     Attributes:
-        transforming: seconds so far that went into what is done on the device; no waiting for data.
+        transforming: total seconds of augmentation and conversion on the device, which is not time waiting for data.
     """
 
     def __init__(
@@ -54,11 +55,14 @@ class Loader:
         self.transforming = 0.0
 
     def read(self, keys: Iterator[Key], at: int = 0) -> Generator[Any]:
-        """Yield the batch of each key, on the device. `at`: the step that the first one is for.
+        """Yield the batch of each key, on the device.
+
+        Args:
+            at: the step that the first key belongs to.
 
         Raises:
-            DataError: a sample is bad, or cannot be put into a batch.
-            UserCodeError: the data set raised anything else.
+            DataError: a sample is damaged, or cannot be collated.
+            UserCodeError: the data set raised another exception.
             LoaderDied: a loader process died.
         """
         with closing(self._batches(keys)) as batches:
@@ -83,10 +87,10 @@ class Loader:
             num_workers=self._num_workers,
             collate_fn=_identity,
             multiprocessing_context="fork" if self._device.type == "cpu" else "forkserver",
-            # It draws a seed for its processes, which must not come from the trainer's random numbers. What a data set
-            # makes of that seed differs between ranks, runs and places in the run.
+            # DataLoader draws a seed for its processes, which must not advance the trainer's random state. The seed
+            # differs between ranks, runs and positions in the run.
             generator=torch.Generator().manual_seed(mix(self._fetch.seed, first.epoch, first.first)),
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_ignore_signals,
         )
         handler = signal.getsignal(signal.SIGCHLD)
         try:
@@ -97,38 +101,38 @@ class Loader:
                 "data.num_workers=0."
             ) from error
         if handler is not None and threading.current_thread() is threading.main_thread():
-            # PyTorch's would raise wherever this thread is when a loader process dies, such as in the middle of a
-            # collective. Who waits for the next batch learns of it too, within five seconds.
+            # PyTorch's handler raises in the main thread when a loader process dies, possibly inside a collective.
+            # Without it, waiting for the next batch raises within five seconds.
             signal.signal(signal.SIGCHLD, handler)
         processes = list(getattr(batches, "_workers", ()))
         try:
             yield from in_background(map(self._pinned, batches))
-        except (RuntimeError, EOFError, OSError) as error:  # one that has died does not hand over its batches either
+        except (RuntimeError, EOFError, OSError) as error:  # a dead process does not send its remaining batches
             wait([process.sentinel for process in processes], timeout=1)
             ended = [process.exitcode for process in processes if process.exitcode is not None]
             if not ended:
                 raise
             raise LoaderDied(next((status for status in ended if status), 0)) from error
         finally:
-            del batches  # ends the processes, even where a traceback keeps this frame
+            del batches  # ends the processes even if a traceback keeps this frame alive
 
     def _pinned(self, batch: Any) -> Any:
-        """Runs in a thread of its own, which begins with the first GPU as the current one."""
+        """Pin a batch for the copy to the GPU. Runs in another thread, whose current device is the first GPU."""
         if self._device.type != "cuda":
             return batch
         torch.cuda.set_device(self._device)
         return pin(batch)
 
     def once(self, epoch: int, indices: torch.Tensor, first: int = 0) -> Iterator[Any]:
-        """Read one batch in this process, whatever `num_workers` says."""
+        """Read one batch in this process, regardless of `num_workers`."""
         yield self._placed(self._fetch[Key(epoch, first, indices)])
 
     def _placed(self, batch: Any) -> Any:
-        """Return the batch on the device, after the data's own augmentation and what the model asks of every batch."""
+        """Return the batch on the device, after the augmentation of the data and the conversion for the model."""
         if isinstance(batch, ReadFailure):
             batch.raise_it()
         augment = self._fetch.augment
-        seed = 0 if augment is None else int(batch[1][0])  # before it is on the device
+        seed = 0 if augment is None else int(batch[1][0])  # read on the host: no synchronization
         if self._device.type != "cpu":
             batch = move(batch, self._device)
         began = time.perf_counter()
@@ -144,10 +148,10 @@ class Loader:
         return batch
 
     def _ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Copy the next batch on a side stream while the device computes on the current one.
+        """Copy the next batch on a side stream while the device computes on the current batch.
 
-        The side stream begins a copy when the steps queued before it are done. So memory that it frees and uses again
-        is no longer read by them, whatever the batch is made of.
+        The side stream starts a copy after the steps that were queued before it, so they no longer read memory that the
+        side stream frees and reuses.
         """
         stream, sentinel = torch.cuda.Stream(self._device), object()
 
@@ -168,13 +172,13 @@ class Loader:
 
 
 def in_background(items: Iterator[Any], patience: float = 5.0) -> Generator[Any]:
-    """Yield the items, of which a thread fetches the next one while the caller works on this one.
+    """Yield the items; a thread fetches the next item while the caller processes the current one.
 
-    A batch of another process is put together from handles that this process has to ask that one for; where all cores
-    are busy each such question takes milliseconds.
+    A batch of a loader process is rebuilt from handles that this process requests from it. On a busy machine each
+    request takes milliseconds.
 
     Args:
-        patience: seconds that an early end waits for the item that is being fetched.
+        patience: seconds to wait for the current fetch when the generator is closed early.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
     ended = threading.Event()
@@ -189,7 +193,7 @@ def in_background(items: Iterator[Any], patience: float = 5.0) -> Generator[Any]
         except BaseException as error:
             ready.put(("error", error))
         finally:
-            del items  # here and below: a traceback may keep the frame, and with it the processes
+            del items  # also below: a traceback may keep the frame alive, and with it the loader processes
 
     thread = threading.Thread(target=fetch, args=(items,), name="launch-read-ahead", daemon=True)
     thread.start()
@@ -202,23 +206,23 @@ def in_background(items: Iterator[Any], patience: float = 5.0) -> Generator[Any]
             if what == "end":
                 return
             yield value
-            del value  # the memory of a batch is not kept while another is waited for
+            del value  # free the batch before waiting for the next one
     finally:
         ended.set()
         with suppress(queue.Empty):
             while True:
-                ready.get_nowait()  # makes room for what is fetched now
+                ready.get_nowait()  # unblocks the thread
         thread.join(patience)
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the trainer stops after its step, for which it needs its batches."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore Ctrl-C, which a terminal sends to all processes: the trainer needs its batches to finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Keys:
-    """A sampler over an iterator of keys: DataLoader asks a sampler for an iterator once."""
+    """A sampler over an iterator of keys, for DataLoader, which requests the iterator once."""
 
     def __init__(self, keys: Iterator[Key]) -> None:
         self._keys = keys

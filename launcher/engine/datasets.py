@@ -1,4 +1,4 @@
-"""What a job's data are: the data sets that the configuration's `data` gives, checked before anything is read."""
+"""Validates the data sets of a job, which the class of the section `data` provides, before samples are read."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from launcher.errors import DataError
 
 @dataclass(frozen=True)
 class Data:
-    """The data sets of a job, checked: `train`, validation sets by name ("" when there is just one), `test` alike.
+    """The validated data sets of a job.
 
-    `source` is the object that the configuration's `data` names.
+    Attributes:
+        train: the training data set.
+        val, test: the validation and test data sets by name; the name of a single set is "".
+        collate: function that makes a batch of a list of samples, or None for PyTorch's `default_collate`.
+        num_workers: number of loader processes.
+        source: the object of the section `data`.
+        augment: `augment(batch, seeds)`, applied to training batches on the device.
+        weights: float64 (N,), the sampling weight of each training sample.
     """
 
     train: Any
@@ -27,12 +34,12 @@ class Data:
     collate: Callable[[Any], Any] | None
     num_workers: int
     source: Any = None
-    augment: Callable[[Any, torch.Tensor], Any] | None = None  # of training batches, on the device
-    weights: torch.Tensor | None = None  # float64, one for each training sample
+    augment: Callable[[Any, torch.Tensor], Any] | None = None
+    weights: torch.Tensor | None = None
 
     @classmethod
     def of(cls, source: Any) -> Data:
-        """Take the attributes of the object that the configuration's `data` names.
+        """Read and validate the attributes of the object of the section `data`.
 
         Raises:
             DataError: an attribute is missing, or a set has no length or no samples.
@@ -40,9 +47,9 @@ class Data:
         name = type(source).__name__
         if getattr(source, "train", None) is None:
             loads = hasattr(source, "train_dataloader")
-            hint = " Its `train_dataloader` is not used: give the data set that it loads from." if loads else ""
+            hint = " launch does not use `train_dataloader`: provide its data set as `train`." if loads else ""
             raise DataError(
-                f"The data {name} has no attribute `train`; it must give `train` and `val` data sets.{hint}"
+                f"The data {name} has no attribute `train`; it must have the data sets `train` and `val`.{hint}"
             )
         data = cls(
             source.train,
@@ -67,7 +74,7 @@ class Data:
 
 
 def _weights(value: Any, length: int, name: str) -> torch.Tensor | None:
-    """Return the `weights` of the data as float64 (N,), or None where they have none."""
+    """Return the `weights` of the data as float64 (N,), or None if it has none."""
     if value is None:
         return None
     try:
@@ -76,19 +83,19 @@ def _weights(value: Any, length: int, name: str) -> torch.Tensor | None:
         weights = torch.empty(0, 0)
     if weights.shape != (length,) or not bool((weights >= 0).all() & weights.isfinite().all() & (weights.sum() > 0)):
         shape = tuple(weights.shape)
-        found = f"the shape {shape}" if shape != (length,) else "one that is negative or not finite, or only zeros"
+        found = f"the shape {shape}" if shape != (length,) else "a negative or non-finite number, or only zeros"
         raise DataError(
-            f"{name}.weights must be one number, 0 or more, for each of the {length} training samples, which are drawn "
-            f"in proportion to them; found {found}."
+            f"{name}.weights must have one number, at least 0, for each of the {length} training samples, which are "
+            f"drawn in proportion to it; found {found}."
         )
     return weights
 
 
 def lengths_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
-    """Return the `lengths` of a data set as int64 (N,), or None where it has none.
+    """Return the `lengths` of a data set as int64 (N,), or None if it has none.
 
     Raises:
-        DataError: they are not one whole number for each sample.
+        DataError: they are not one integer per sample.
     """
     lengths = getattr(dataset, "lengths", None)
     if lengths is None:
@@ -100,17 +107,17 @@ def lengths_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
     if numbers.is_floating_point() or numbers.is_complex() or numbers.shape != (len(dataset),):
         found = f"{str(numbers.dtype).removeprefix('torch.')} {tuple(numbers.shape)}" if numbers.ndim != 2 else "none"
         raise DataError(
-            f"The data set {name} has `lengths` that are not one whole number for each of its {len(dataset)} samples; "
+            f"`lengths` of the data set {name} must have one integer for each of its {len(dataset)} samples; "
             f"found {found}."
         )
     return numbers.long()
 
 
 def blocks_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
-    """Return the `blocks` of a data set as int64, or None where it has none.
+    """Return the `blocks` of a data set as int64, or None if it has none.
 
     Raises:
-        DataError: they are not whole numbers that add up to the data set's length.
+        DataError: they are not integers whose sum is the length of the data set.
     """
     blocks = getattr(dataset, "blocks", None)
     if blocks is None:
@@ -118,8 +125,8 @@ def blocks_of(dataset: Any, name: str = "data") -> torch.Tensor | None:
     numbers = torch.as_tensor(blocks)
     if numbers.is_floating_point() or numbers.ndim != 1 or int(numbers.sum()) != len(dataset) or (numbers < 0).any():
         raise DataError(
-            f"The data set {name} has `blocks` that are not the sizes of its parts: {int(numbers.sum())} samples "
-            f"in all instead of {len(dataset)}."
+            f"`blocks` of the data set {name} must be integers with the sum {len(dataset)}, the number of its samples; "
+            f"found the sum {int(numbers.sum())}."
         )
     return numbers.long()
 
@@ -128,7 +135,9 @@ def _loader_processes(value: Any, name: str) -> int:
     if value is None:
         return 0
     if not isinstance(value, int) or value < 0:
-        raise DataError(f"{name}.num_workers is {value!r}; it must be a number of loader processes, 0 or more.")
+        raise DataError(
+            f"{name}.num_workers is {value!r}; it must be the number of loader processes, an integer of at least 0."
+        )
     return int(value)
 
 
@@ -138,13 +147,11 @@ def _named(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {"": value}
 
 
-_MAP_STYLE = (
-    "a map-style data set with __len__ and __getitem__ is needed, so that every sample can be used exactly once"
-)
+_MAP_STYLE = "provide a map-style data set with __len__ and __getitem__, so that every sample can be used exactly once"
 
 
 def _check(dataset: Any, name: str) -> None:
-    """Raise DataError where `dataset` cannot be read by index, and name what to give instead."""
+    """Raise DataError if `dataset` cannot be read by index; the message names a remedy."""
     if (remedy := _remedy(dataset, name)) is not None:
         raise DataError(f"The data set {name} is a {type(dataset).__name__}; {remedy}")
     try:
@@ -158,30 +165,30 @@ def _check(dataset: Any, name: str) -> None:
 
 
 def _remedy(dataset: Any, name: str) -> str | None:
-    """Return what to give instead of an object that has no samples to index, or None for a data set."""
+    """Return the remedy for an object that is not a map-style data set, or None for one that is."""
     if isinstance(dataset, DataLoader):
         return (
-            "give the data set that it loads from. trainer.global_batch_size, trainer.seed and, in the data, `collate` "
-            "and `num_workers` stand in place of its arguments."
+            "provide its data set instead. Its arguments are replaced by trainer.global_batch_size, trainer.seed, and "
+            "`collate` and `num_workers` of the data."
         )
     iterates = isinstance(dataset, IterableDataset) and type(dataset).__getitem__ is IterableDataset.__getitem__
     if iterates or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
         return (
-            f"{_MAP_STYLE}. To train on a stream, give a data set that has a method "
-            "`stream(rank, world_size, seed, apply)` beside its length and indexing (docs/extending.md)."
+            f"{_MAP_STYLE}. To train on a stream, add a method `stream(rank, world_size, seed, apply)` to it "
+            "(docs/extending.md)."
         )
     if isinstance(dataset, type) or isroutine(dataset):
         return "call it, so that the attribute is the data set itself."
     if isinstance(dataset, Mapping) and not all(isinstance(key, int) for key in dataset):
-        return "only `val` and `test` may have several sets by name. Join them with torch.utils.data.ConcatDataset."
+        return "only `val` and `test` may be mappings. Join its data sets with torch.utils.data.ConcatDataset."
     if isinstance(dataset, (str, bytes)):
-        return "a path is not read here. Give the data set of what is found there."
+        return "paths are not read. Provide a data set that reads the files."
     if isinstance(dataset, (list, tuple)) and any(isinstance(item, (Dataset, DataLoader)) for item in dataset):
         if name.rpartition(".")[2] == "train":
             return "join its data sets with torch.utils.data.ConcatDataset."
-        return "give several sets as a mapping, {name: data set}: the names become part of their tags."
+        return "provide several sets as a mapping {name: data set}; the names become part of the tags."
     if isinstance(dataset, tuple) and dataset and all(isinstance(item, (torch.Tensor, np.ndarray)) for item in dataset):
-        return "its parts would be taken as samples. Give torch.utils.data.TensorDataset(x, y) of tensors."
+        return "each of its tensors would be one sample. Use torch.utils.data.TensorDataset(x, y)."
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return f"{_MAP_STYLE}."
     return None

@@ -1,4 +1,4 @@
-"""Traces the training step for TensorBoard's picture of the network."""
+"""Traces the training step for the graph of the network in TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from launcher.engine.preserve import preserve_model
 
 
 class TrainingStep(nn.Module):
-    """The model's training step as a function of the batch's tensors, since tracing knows neither numbers nor text
-    beside them, that returns a tensor. The drawing is named after this class."""
+    """The model's training step as a function of tensors that returns a tensor, as tracing requires.
+
+    Numbers and text of the batch are constants of the trace. The name of this class is the title of the graph.
+    """
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
         super().__init__()
@@ -31,21 +33,22 @@ class TrainingStep(nn.Module):
 
 
 def traced_step(model: nn.Module, batch: Any, device: torch.device) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
-    """Return the traced training step and its arguments, or None where the model cannot be traced.
+    """Return the traced training step and its arguments, or None if the model cannot be traced. The model is restored.
 
-    `training_step` is called once, in evaluation mode. Every rank traces, though rank 0 alone draws: a training step
-    may contain collectives. The model is as before afterwards.
+    `training_step` is called once, in evaluation mode. Every rank must call this function, although only rank 0 uses
+    the
+    result: the training step may contain collectives.
     """
     with warnings.catch_warnings(), preserve_model(model, device), torch.no_grad(), quietly():
         warnings.simplefilter("ignore")
         try:
             step = TrainingStep(model, batch).eval()
             return torch.jit.trace(step, step.tensors, strict=False, check_trace=False), step.tensors
-        # Tracing runs the user's code under a tracer: any failure there says only that the picture cannot be drawn.
+        # A failure under the tracer is not an error of the training step: only the graph is missing.
         except Exception:
             return None
 
 
 def quietly() -> contextlib.AbstractContextManager[Any]:
-    """Drop what is printed: the user's prints have been shown by the step itself, and torch prints the batch."""
+    """Discard output: the user's prints were shown by the step itself, and torch prints the batch."""
     return contextlib.redirect_stdout(io.StringIO())

@@ -1,8 +1,8 @@
-"""Finds workers whose copies of the model are no longer the same.
+"""Detects workers with diverging copies of the model.
 
-At each log the workers compare, in one small message, checksums of the trained weights (their bits as integers), which
-parameters are trained, and which have gradients. Where something differs, a second look finds the parameters and the
-ranks.
+At each log the workers compare, in one small all-reduce, checksums of the trained weights (the sum of their bits), the
+set of trained parameters, and the set of parameters with gradients. If anything differs, a second comparison finds the
+parameters and the ranks.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from launcher.engine.runtime import Runtime
 from launcher.errors import TrainingError
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
-_LAST_BITS = 1e-3  # of a parameter's largest weight: what GPUs of different models may differ by
-_NAMED = 3
+_LAST_BITS = 1e-3  # largest rounding difference between GPU models, relative to a parameter's largest weight
+_NAMED = 3  # names per message
 
 
 @dataclass(frozen=True)
 class Copy:
-    """What one rank compares.
+    """The state of one rank that is compared with the other ranks.
 
     Attributes:
-        weights: (name, tensor) of everything that must be the same on all ranks.
-        trained: names of the parameters that are trained.
-        graded: names of those that have a gradient; None where each rank may have its own.
-        unexpected: names of those whose `requires_grad` has changed inside a step.
+        weights: (name, tensor) of all tensors that must be equal on all ranks.
+        trained: names of the trained parameters.
+        graded: names of the parameters with a gradient, or None if they may differ between ranks.
+        unexpected: names of the parameters whose `requires_grad` changed during a step.
     """
 
     weights: Sequence[tuple[str, Tensor]]
@@ -41,11 +41,11 @@ class Copy:
 
 
 class Drift:
-    """Compares the ranks' copies of a model.
+    """Compares the copies of a model on all ranks.
 
     Args:
-        kinds: the model of each rank's device. Where they are not all the same, their last bits may differ.
-        note: takes the line that says so.
+        kinds: the device model of each rank. If they differ, rounding differences between ranks are corrected.
+        note: called with the note that reports such a correction.
     """
 
     def __init__(self, runtime: Runtime, kinds: Sequence[str], note: Callable[[str], None]) -> None:
@@ -54,19 +54,19 @@ class Drift:
 
     @torch.no_grad()
     def check(self, own: Copy, step: int) -> None:
-        """Compare; every rank calls it, after the same step.
+        """Compare the copies after a step. A collective.
 
         Raises:
-            TrainingError: the copies differ, or the set of trained parameters has changed inside a step; names
-                parameters, ranks and step. The same on every rank.
+            TrainingError: on every rank, if the copies differ or the set of trained parameters changed during a step;
+                names parameters, ranks and step.
         """
         if self._runtime.alone:
             if own.unexpected:
                 raise _changed_inside([own.unexpected], step)
             return
-        facts = [_number(own.trained), _number(own.graded or ()), _number(own.unexpected)]
+        facts = [_digest(own.trained), _digest(own.graded or ()), _digest(own.unexpected)]
         numbers = torch.cat([checksums([tensor for _, tensor in own.weights]).cpu(), torch.tensor(facts)])
-        # Where the largest and the smallest are the same, all are. One that is not expected is seen though all have it.
+        # All values are equal if the maximum equals the minimum. `unexpected` is an error even if it is equal on all.
         extremes = torch.cat([numbers, -numbers])
         if not self._runtime.alone:
             dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._runtime.host_group)
@@ -82,14 +82,13 @@ class Drift:
             raise _changed_inside(unexpected, step)
         if odd := _odd(trained):
             raise TrainingError(
-                f"The ranks train different parameters at step {step}: {_words(odd, trained)}. Change requires_grad on "
-                "every rank alike: callbacks run on all of them."
+                f"The ranks train different parameters at step {step}: {_describe(odd, trained)}. Change requires_grad "
+                "in the same way on every rank; callbacks run on all ranks."
             )
         if odd := _odd([names or () for names in graded]):
             raise TrainingError(
-                f"Only some ranks have a gradient for the same parameter at step {step}: {_words(odd, graded)}. The "
-                "workers add up the gradients that autograd computes in training_step; do not set or clear `.grad` "
-                "yourself."
+                f"Only some ranks have a gradient for the same parameter at step {step}: {_describe(odd, graded)}. The "
+                "workers all-reduce the gradients that autograd computes in training_step. Do not set or clear `.grad`."
             )
         sums = [{name: int(checksums([tensor])[0]) for name, tensor in own.weights}]
         sums = self._runtime.gather(sums[0])
@@ -101,13 +100,13 @@ class Drift:
             return
         raise TrainingError(
             f"The workers' copies of the model differ at step {step}: {_listed(odd)} of rank "
-            f"{', '.join(map(str, ranks))} {'is' if len(odd) == 1 else 'are'} not what rank 0 has. Something changes "
-            "weights or gradients on some ranks only: a callback that is not the same on every rank, or gradients that "
-            "training_step computes itself and that the workers therefore do not add up."
+            f"{', '.join(map(str, ranks))} {'differs' if len(odd) == 1 else 'differ'} from rank 0. A callback may "
+            "change weights on some ranks only, or training_step may compute gradients itself, which the workers do "
+            "not all-reduce. Make callbacks act in the same way on every rank, and return the loss from training_step."
         )
 
     def _even_out(self, own: Copy, odd: Sequence[str]) -> bool:
-        """Give all ranks rank 0's weights, where they differ in the last bits alone. Returns whether they did."""
+        """Copy rank 0's weights to all ranks. Return whether they differed by rounding only."""
         weights = dict(own.weights)
         apart = torch.zeros(1, dtype=torch.float64)
         for name in odd:
@@ -124,23 +123,20 @@ class Drift:
             self._noted = True
             kinds = ", ".join(dict.fromkeys(self._kinds))
             self._note(
-                f"The workers' devices are of different kinds ({kinds}), which round differently: where their weights "
-                "differ in the last bits, all take those of rank 0 at each log."
+                f"The workers have different devices ({kinds}), which round differently. At each log, rank 0's weights "
+                "are copied to all workers if they differ by rounding."
             )
         return True
 
 
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
-    """Return one integer for each tensor (K,), the sum of its bits read as integers: any order of adding gives it."""
+    """Return the checksum of each tensor, int64 (K,): the sum of its bits as integers, exact in any order."""
     sums = [_integers(tensor.detach()).sum(dtype=torch.int64) for tensor in tensors]
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
 
 def _integers(tensor: Tensor) -> Tensor:
-    """Return the bits of a tensor as the widest integers that its size allows, in the order in which memory has them.
-
-    The widest are the quickest by far to add up.
-    """
+    """Return the bits of a tensor in memory order as the widest integers that its size allows, the fastest to sum."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.is_contiguous():
@@ -154,16 +150,16 @@ def _integers(tensor: Tensor) -> Tensor:
     return flat.view(kind)
 
 
-def _number(names: Sequence[str]) -> int:
+def _digest(names: Sequence[str]) -> int:
     return zlib.crc32("\n".join(names).encode())
 
 
 def _odd(sets: Sequence[Sequence[str]]) -> list[str]:
-    """Return the names that some of the ranks have and others do not."""
+    """Return the names that only some of the ranks have."""
     return sorted({name for own in sets for name in set(own) ^ set(sets[0])})
 
 
-def _words(names: Sequence[str], sets: Sequence[Sequence[str] | None]) -> str:
+def _describe(names: Sequence[str], sets: Sequence[Sequence[str] | None]) -> str:
     having = [str(rank) for rank, own in enumerate(sets) if names[0] in (own or ())]
     return f"{_listed(names)} on rank {', '.join(having)} only"
 
@@ -177,7 +173,7 @@ def _changed_inside(sets: Sequence[Sequence[str]], step: int) -> TrainingError:
     names = sorted({name for own in sets for name in own})
     ranks = ", ".join(str(rank) for rank, own in enumerate(sets) if own)
     return TrainingError(
-        f"requires_grad of {_listed(names)} has changed inside a step, by step {step} on rank {ranks}: the optimizer "
-        "and the workers, who add up gradients, do not know of it. Change it between two steps, in on_start, on_step "
-        "or on_evaluate of a callback (see docs/extending.md)."
+        f"requires_grad of {_listed(names)} has changed inside a step, by step {step} on rank {ranks}. The optimizer "
+        "and the gradient reduction cannot follow that. Change it between steps, in on_start, on_step or on_evaluate "
+        "of a callback (see docs/extending.md)."
     )

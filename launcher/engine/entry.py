@@ -1,4 +1,4 @@
-"""The engine's front door: the same for this process, for torchrun's ranks and for Ray Train's workers."""
+"""The entry point of the engine: every rank calls `run`, in this process, under torchrun or in a Ray Train worker."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ from launcher.startup_timing import Marks
 
 @dataclass
 class Task:
-    """What is to be done, complete and plain: it travels to the workers.
+    """The complete description of the work of a run, as plain data that is sent to the workers.
 
     Args:
-        action: `train`, or what is done with `weights`.
-        directory: the run's directory, absolute, or its URI on an object store.
-        python_path: directories whose modules the configuration may name (the calling directory).
+        action: `train`, or the action that uses `weights`.
+        directory: the run's directory as an absolute path, or its URI on an object store.
+        python_path: directories from which the configuration may import modules (the calling directory).
         started: wall-clock time of the user's command.
-        marks: the phases of the start so far.
-        weights: a checkpoint or weights file to begin with (`checkpoint.load`), to evaluate, predict with or export.
-        inputs: what `predict` reads.
-        bill: the seconds of the run before, and what its machines cost.
-        notes: what the start check found, one line each.
+        marks: the startup phases so far.
+        weights: path of a checkpoint or weights file to start from (`checkpoint.load`), evaluate, predict with or
+            export.
+        inputs: path of the inputs of `predict`.
+        bill: the seconds of the run before this command, and the price of its machines.
+        notes: the notes of the start check, one line each.
     """
 
     action: Literal["train", "evaluate", "predict", "export"]
@@ -62,25 +63,25 @@ class Task:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Task:
-        """Return the task that `dataclasses.asdict` described."""
-        bill, rate = found["bill"], found["bill"]["rate"]
+    def from_dict(cls, state: Mapping[str, Any]) -> Task:
+        """Rebuild a task from the result of `dataclasses.asdict`."""
+        bill, rate = state["bill"], state["bill"]["rate"]
         parts = {
-            "job": Job.from_dict(found["job"]),
-            "marks": Marks(**found["marks"]),
+            "job": Job.from_dict(state["job"]),
+            "marks": Marks(**state["marks"]),
             "bill": Bill(**{**bill, "rate": None if rate is None else Rate(**rate)}),
         }
-        return cls(**{**found, **parts})
+        return cls(**{**state, **parts})
 
 
 def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
-    """Do the task as one of its ranks.
+    """Execute the task on one rank.
 
     Returns:
-        For `train` result.json's content, for `evaluate` the metrics by tag, else nothing; empty but on rank 0.
+        On rank 0: for `train` the content of result.json, for `evaluate` the metrics by tag. Otherwise empty.
 
     Raises:
-        LaunchError: whatever went wrong, translated; `exit_status` is 1 once training has begun.
+        LaunchError: any exception, translated by `failures.translate`; `exit_status` is 1 after training has started.
     """
     task = _on_this_machine(task)
     masking.remember(masking.secrets_in(asdict(task.job)))
@@ -89,7 +90,7 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
     trains = task.action == "train"
     shared = open_outputs(directory, runtime, phase) if trains else nullcontext(Outputs(directory.log, None))
     result: dict[str, Any] = {}
-    # The log is closed before `open_outputs` ends, which sends its last lines.
+    # The log is closed before `open_outputs` ends, which uploads the last lines.
     with _translated(phase, runtime.rank), shared as outputs, Console(outputs.log, runtime.rank, phase) as console:
         phase.note = console.note
         with _translated(phase, runtime.rank):
@@ -99,7 +100,7 @@ def run(task: Task, runtime: Runtime, control: Control) -> dict[str, Any]:
 
 @contextmanager
 def _translated(phase: _Phase, rank: int) -> Iterator[None]:
-    """Raise what is raised inside as a LaunchError, and write it into the log while that is open."""
+    """Translate an exception inside to a LaunchError, and write it to the log if that is open."""
     try:
         yield
     except Exception as error:
@@ -122,7 +123,7 @@ def _act(
     if task.job.trainer.compile:
         hardware.keep_compiled(directory.path.parent)
     if task.action == "train":
-        # Compiling a large network may outlast the heartbeat's patience: it beats from here on.
+        # Compiling a large network may take longer than the heartbeat's timeout, so the heartbeat starts here.
         with Heartbeat(directory) if runtime.is_first else nullcontext():
             trainer = _build_trainer(task, runtime, control, directory, uploads)
         return trainer.fit()
@@ -131,13 +132,13 @@ def _act(
 
 
 def _on_this_machine(task: Task) -> Task:
-    """Return the task with places of this machine for what lies on an object store."""
+    """Return the task with local paths instead of URIs of an object store."""
     task = replace(task, directory=str(local(task.directory)))
     return replace(task, weights=on_this_machine(task.weights))
 
 
 class _Phase:
-    """The runner's control, which remembers whether training has begun and has log.txt keep what the user is shown."""
+    """Wraps the runner's control: records whether training has started, and copies the displayed notes to log.txt."""
 
     def __init__(self, control: Control, marks: Marks) -> None:
         self._control = control
@@ -180,10 +181,10 @@ def _build_trainer(
     if task.weights:
         from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
 
-        weights = load_weights(task.weights)  # a run that is resumed replaces them with its own
-        left_out = load_weights_into(trainer.strategy.model, weights, task.weights, job.checkpoint.load_strict)
-        if left_out and runtime.is_first:
-            control.emit({"kind": "note", "text": f"Weights of {task.weights}: {left_out}."})
+        weights = load_weights(task.weights)  # a resumed run replaces them with its checkpoint
+        remarks = load_weights_into(trainer.strategy.model, weights, task.weights, job.checkpoint.load_strict)
+        if remarks and runtime.is_first:
+            control.emit({"kind": "note", "text": f"Weights of {task.weights}: {remarks}."})
     return trainer
 
 
@@ -194,7 +195,7 @@ def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDire
     data = build_data(job)
     model = build_model(job, runtime)
     if task.weights is None:
-        raise ConfigError("There are no weights to evaluate.")
+        raise ConfigError("There are no weights to evaluate. Name a run with a checkpoint.")
     load_weights_into(model, load_weights(task.weights), task.weights)
     strategy = build_strategy(job, model, runtime)
     metrics: dict[str, float] = {}

@@ -1,6 +1,6 @@
-"""What a job needs in samples, parameters and bytes, measured by building its data and its network.
+"""Measures the number of samples, parameters and bytes of a job by building its data and its network.
 
-The start check (`start_check.py`) is part of it.
+The start check (`start_check.py`) is part of the estimate.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """What is asked only for a device that is not here, in bytes; activations as in the precision of the job.
+class DeviceSizes:
+    """Sizes for a prediction on another device, in bytes; activations in the precision of the job.
 
     Attributes:
-        kept_per_sample, kept_once: what autograd keeps: with each sample, and however many there are (such as the
-            weights in 16 bits).
-        largest_per_sample: the largest piece of it, whose gradient is there when the backward pass begins.
-        gathered: of weights that FSDP puts together: what it keeps together for a whole step, and the largest block.
-        powersgd: of gradients that PowerSGD sends in a step.
-        blocks: how many blocks FSDP would gather one by one.
-        flops_per_sample: of the matrix products that were seen, three times those of the forward pass; None where there
-            were none.
+        saved_per_sample, saved_once: tensors that autograd saves for each sample, and independently of the batch size
+            (such as weights cast to 16 bits).
+        largest_per_sample: the largest saved tensor, whose gradient exists at the start of the backward pass.
+        gathered: weights that FSDP gathers at the same time: those outside of blocks, and the largest block.
+        powersgd: gradients that PowerSGD sends in a step.
+        blocks: the number of blocks that FSDP gathers one by one.
+        flops_per_sample: FLOPs of the matrix products, three times those of the forward pass, or None if there are
+            none.
     """
 
-    kept_per_sample: int
-    kept_once: int
+    saved_per_sample: int
+    saved_once: int
     largest_per_sample: int
     gathered: int
     powersgd: int
@@ -65,7 +65,8 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in samples, numbers of parameters, and bytes; activations are those that autograd keeps, for one sample."""
+    """The numbers of samples and parameters, and the sizes in bytes; activations are the tensors that autograd "
+    "saves."""
 
     train_samples: int
     val_samples: dict[str, int]
@@ -79,37 +80,37 @@ class Estimate:
     flops_per_sample: float | None
     tags: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    ahead: Ahead | None = None
+    device_sizes: DeviceSizes | None = None
 
     @property
     def resident_bytes(self) -> int:
-        """Parameters, gradients and optimizer state of one worker."""
+        """The bytes of the parameters, gradients and optimizer state of one worker."""
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def estimate(job: Job, ahead: bool = False, workers: int = 1, weights: str | None = None) -> Estimate:
-    """Build data and network on the CPU and put a small batch through them.
+def estimate(job: Job, device_sizes: bool = False, workers: int = 1, weights: str | None = None) -> Estimate:
+    """Build the data and the network on the CPU, and pass a small batch through the network.
 
     Args:
-        ahead: find out what a device that is not here needs, too (`Estimate.ahead`): one more pass.
-        workers: of the run.
-        weights: the place of those that it begins with (`checkpoint.load`).
+        device_sizes: also measure the sizes for another device (`Estimate.device_sizes`), which takes one more pass.
+        workers: number of workers of the run.
+        weights: path or URI of the weights that the run starts from (`checkpoint.load`).
 
     Raises:
-        RequestError: the configuration, the data or the model cannot be used; says which and why.
-        UserCodeError: the model or the data set raised.
+        RequestError: the configuration, the data or the model cannot be used; states the reason.
+        UserCodeError: the model or the data set raised an exception.
     """
     try:
-        return _estimate(job, ahead, workers, weights)
+        return _estimate(job, device_sizes, workers, weights)
     except Exception as error:
         translated = translate(error)
         if translated is error:
-            translated.exit_status = 2  # a request that is refused; an exception of the user's own code is a failure
+            translated.exit_status = 2  # a rejected request; an exception of the user's code is a failure instead
             raise
         raise translated from error
 
 
-def _estimate(job: Job, ahead: bool, workers: int, weights: str | None) -> Estimate:
+def _estimate(job: Job, device_sizes: bool, workers: int, weights: str | None) -> Estimate:
     for kind in ("optimizer", "scheduler"):
         section = getattr(job, kind)
         if section.get("_target_"):
@@ -120,15 +121,15 @@ def _estimate(job: Job, ahead: bool, workers: int, weights: str | None) -> Estim
     runtime = Runtime.single("cpu")
     cpu_job = job if not job.trainer.sync_batchnorm else without_sync_batchnorm(job)
     model = build_model(cpu_job, runtime)
-    optimizer, of_optimizer = try_optimizer(job, model)
+    optimizer, optimizer_state_bytes = try_optimizer(job, model)
     total_steps = job.trainer.steps or job.trainer.epochs * order.steps_per_epoch
     try_schedule(job, optimizer, total_steps, order.steps_per_epoch, bool(data.val))
     kind_of(job.strategy, job.trust).check_model(model, job.strategy)
-    counter = _flop_counter() if ahead else None
-    if ahead and job.strategy.activation_checkpointing:
+    counter = _flop_counter() if device_sizes else None
+    if device_sizes and job.strategy.activation_checkpointing:
         recompute(model, job.strategy.blocks)
     check = StartCheck(job, model, data, workers)
-    with counter or nullcontext(), _as_trained(job, runtime) if ahead else nullcontext():
+    with counter or nullcontext(), _as_trained(job, runtime) if device_sizes else nullcontext():
         check.train()
     if weights is not None:
         check.load(weights)
@@ -137,7 +138,7 @@ def _estimate(job: Job, ahead: bool, workers: int, weights: str | None) -> Estim
     tags = check.tags
     check_monitor(job, tags, data)
     check_callbacks(job, tags)
-    chosen_sinks(job)  # raises where one does not exist
+    chosen_sinks(job)  # raises if a sink does not exist
     trained = [p for p in model.parameters() if p.requires_grad]
     return Estimate(
         train_samples=len(data.train),
@@ -147,12 +148,14 @@ def _estimate(job: Job, ahead: bool, workers: int, weights: str | None) -> Estim
         trained_parameters=sum(p.numel() for p in trained),
         parameter_bytes=_bytes(model.parameters()),
         gradient_bytes=_bytes(trained),
-        optimizer_bytes=of_optimizer,
-        activation_bytes_per_sample=check.kept.total // SAMPLES,
+        optimizer_bytes=optimizer_state_bytes,
+        activation_bytes_per_sample=check.saved.total // SAMPLES,
         flops_per_sample=flops_per_sample(model),
         tags=tuple(tags),
         notes=(*notes, *check.notes),
-        ahead=_ahead(job, model, data, runtime, check.kept, counter.get_total_flops()) if counter else None,
+        device_sizes=_device_sizes(job, model, data, runtime, check.saved, counter.get_total_flops())
+        if counter
+        else None,
     )
 
 
@@ -166,8 +169,15 @@ def _bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: SavedTensorBytes, flops: int) -> Ahead:
-    """See `Ahead`. whole, flops: what the small batch kept, and what its forward pass cost."""
+def _device_sizes(
+    job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: SavedTensorBytes, flops: int
+) -> DeviceSizes:
+    """Return the sizes for another device.
+
+    Args:
+        whole: the tensors that autograd saved for the small batch.
+        flops: of the forward pass of the small batch.
+    """
     one, once, largest = SavedTensorBytes(model), 0, whole.largest // SAMPLES
     batch = BatchReader(job, data, data.train, "train", converter(model))(0, 1)
     with (
@@ -175,18 +185,18 @@ def _ahead(job: Job, model: nn.Module, data: Data, runtime: Runtime, whole: Save
         suppress(Exception),
         _as_trained(job, runtime),
         one.recording(),
-    ):  # some layers refuse a batch of one
+    ):  # some layers reject a batch of one sample
         model.training_step(batch)  # type: ignore[operator]
         once = max(0, 2 * one.total - whole.total)
-        largest = max(0, whole.largest - one.largest)  # where both are the same, it does not grow with the samples
+        largest = max(0, whole.largest - one.largest)  # 0 if it does not grow with the number of samples
     strategy, trained = job.strategy, [p for p in model.parameters() if p.requires_grad]
     blocks = blocks_of(model, strategy.blocks)
     inside = [sum(p.numel() for p in block.parameters()) for block in blocks]
     weights = sum(p.numel() for p in model.parameters())
     width = 4 if job.trainer.precision == "float32" else 2
-    return Ahead(
-        kept_per_sample=(whole.total - once) // SAMPLES,
-        kept_once=once,
+    return DeviceSizes(
+        saved_per_sample=(whole.total - once) // SAMPLES,
+        saved_once=once,
         largest_per_sample=largest,
         gathered=width * (weights - sum(inside) + max(inside, default=0)),
         powersgd=powersgd_bytes(trained, option(replace(strategy, name=DEFAULT), "powersgd_rank")),

@@ -1,4 +1,8 @@
-"""Validation and test: every sample once, divided among the workers without padding, sums reduced once."""
+"""Evaluates the model on validation and test sets.
+
+Every sample is used exactly once. The samples are divided among the workers without padding, and the sums are reduced
+once.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from launcher.errors import TrainingError, UserCodeError
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A data set to evaluate on: its reader, the order of its samples (N,), and how that is cut."""
+    """A data set to evaluate on: its loader, the order of its samples (N,), and its division among workers."""
 
     loader: Loader
     order: torch.Tensor
@@ -32,11 +36,12 @@ class Evaluator:
     """Evaluates the model on one or several data sets.
 
     Args:
-        sets: by name; "" when there is just one.
+        sets: the data sets by name; the name of a single set is "".
+        exact: sum in fixed point (deterministic mode).
         tag: `val` or `test`. Results are `<tag>/<metric>`, or `<tag>/<name>/<metric>` with several sets.
 
     Attributes:
-        examples: is shown this rank's first microbatch of every set, where it is set.
+        examples: receives this rank's first microbatch of every set, unless it is None.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Evaluator:
         self.examples: Examples | None = None
 
     def run(self) -> dict[str, float]:
-        """Return the global metrics by tag, on every rank. Every module is in the mode that it was in afterwards."""
+        """Return the global metrics by tag, on every rank. The mode of every module is restored."""
         results: dict[str, float] = {}
         model = self._strategy.model
         with evaluation_mode(model):
@@ -85,14 +90,14 @@ class Evaluator:
         totals = sums.reduce(runtime)
         if getattr(model, "summarize", None) is None:
             return means(totals)
-        # By one rank for all: whether a checkpoint is the best one must not depend on who computes it.
+        # Computed on one rank: all ranks must agree on which checkpoint is the best one.
         return runtime.broadcast({**means(totals), **summarize(model, totals)} if runtime.is_first else None)
 
     def _agree(self, sums: Sums) -> None:
-        """Make every rank know every name: one whose share is empty has seen no answer.
+        """Declare the names of the metrics on ranks with an empty share, which have no answer.
 
         Raises:
-            TrainingError: the ranks hold different names or shapes; the same on every rank.
+            TrainingError: on every rank, if names or shapes differ between ranks.
         """
         shapes = {name: tuple(value.shape) for name, value in sums.state_dict()["sums"].items()}
         everyone = [other for other in self._runtime.gather(shapes) if other]
@@ -101,14 +106,15 @@ class Evaluator:
             if odd:
                 raise TrainingError(
                     "validation_step must return the same names, with sums of the same shapes, for every batch; the "
-                    f"workers differ in {', '.join(odd)}."
+                    f"workers differ in {', '.join(odd)}. Return a count of 0 for a metric that a batch does not "
+                    "have: (0.0, 0)."
                 )
         if everyone and not shapes:
             sums.declare_shapes(everyone[0])
 
 
 def validation_answer(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """Return what the model says of a validation batch: `validation_step`, or `training_step` without gradients."""
+    """Return the answer of `validation_step` for a batch, or of `training_step` if the model has no other."""
     step = getattr(model, "validation_step", None)
     if step is not None:
         return check_answer(step(batch), "validation_step")
@@ -116,10 +122,10 @@ def validation_answer(model: nn.Module, batch: Any) -> dict[str, Any]:
 
 
 def summarize(model: nn.Module, totals: Mapping[str, tuple[torch.Tensor, float]]) -> dict[str, float]:
-    """Return what the model makes of the global totals {name: (sum, count)}; nothing when it has no `summarize`.
+    """Return the result of the model's `summarize` for the global totals {name: (sum, count)}; empty without it.
 
     Raises:
-        UserCodeError: the answer is not a mapping of names to numbers.
+        UserCodeError: the result is not a mapping of names to numbers.
     """
     function = getattr(model, "summarize", None)
     if function is None:

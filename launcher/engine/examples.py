@@ -1,4 +1,4 @@
-"""What the model shows of itself in TensorBoard: `examples(batch)`, on rank 0, at every evaluation."""
+"""Shows the result of the model's `examples(batch)` in TensorBoard, on rank 0, at every evaluation."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ Show = Callable[[Mapping[str, Any]], None]
 
 
 class Examples:
-    """Asks the model for examples of a validation batch and hands them on.
+    """Calls the model's `examples` with a validation batch and passes the result to the sinks.
 
-    A failure is told once and ends nothing: hours of training are worth more than a picture. The model is not asked
-    again in this process.
+    An exception does not end the run: it is reported once, and `examples` is not called again in this process.
 
     Args:
-        show: takes {tag: picture, (audio, rate), text or figure}; raises ValueError for anything else.
-        tell: takes a line for the user.
-        seed: random numbers in `examples` begin with it each time, so that pictures can be compared; those of training
-            are not touched.
+        show: called with {tag: image, (audio, rate), text or figure}; raises ValueError for any other value.
+        note: called with a line for the user.
+        seed: seeds the random numbers of every call, so that examples of different steps are comparable. The random
+            state of training is preserved.
     """
 
-    def __init__(self, model: nn.Module, show: Show, tell: Callable[[str], None], seed: int) -> None:
+    def __init__(self, model: nn.Module, show: Show, note: Callable[[str], None], seed: int) -> None:
         self._model = model
         self._function = getattr(model, "examples", None)
-        self._show, self._tell, self._seed = show, tell, seed
+        self._show, self._note, self._seed = show, note, seed
 
     def look(self, prefix: str, batch: Any, metrics: Collection[str]) -> None:
         """Show the examples of a batch under `<prefix><name>`. The model is in evaluation mode, without gradients.
 
         Args:
-            metrics: names that are taken, since TensorBoard keeps one kind of thing under a tag.
+            metrics: names that an example must not have, since TensorBoard allows one kind of value per tag.
         """
         if self._function is None:
             return
@@ -48,16 +47,18 @@ class Examples:
                 seed_everything(self._seed)
                 answer = self._function(batch)
             if not isinstance(answer, Mapping):
-                raise UserCodeError(f"it must return a mapping of names to examples; found a {_kind(answer)}", "")
+                raise UserCodeError(
+                    f"it must return a mapping of names to examples, but returned a {_kind(answer)}", ""
+                )
             for name in answer.keys() & set(metrics):
-                raise UserCodeError(f"{name} is the name of a metric, and cannot be that of an example too", "")
+                raise UserCodeError(f"{name} is the name of a metric; an example needs another name", "")
             self._show({f"{prefix}{name}": value for name, value in answer.items()})
         except Exception as error:
             self._function = None
             frames = traceback.extract_tb(error.__traceback__)
             what = str(error) if isinstance(error, (UserCodeError, ValueError)) else f"{_kind(error)}: {error}"
             where = "" if isinstance(error, UserCodeError) else f" ({frames[-1].filename}, line {frames[-1].lineno})"
-            self._tell(f"The model's `examples` failed and are left out from now on: {what}{where}.")
+            self._note(f"The model's `examples` failed and is not called again: {what}{where}.")
 
 
 def _kind(value: Any) -> str:

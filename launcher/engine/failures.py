@@ -1,4 +1,4 @@
-"""Whose fault an exception is: the user's code, a lost peer, or ours."""
+"""Classifies an exception: raised by the user's code, caused by a lost peer, or a bug of launch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _TORCH = str(Path(torch.__file__).resolve().parent)
 _PYTHON = str(Path(traceback.__file__).resolve().parent)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 _REMEDIES: dict[int, str] = {
-    signal.SIGKILL: "usually memory): lower data.num_workers, or the memory that the data set takes",
-    signal.SIGBUS: "usually shared memory): enlarge /dev/shm (docker run --shm-size), or lower data.num_workers",
+    signal.SIGKILL: "usually out of memory): lower data.num_workers, or the memory use of the data set",
+    signal.SIGBUS: "usually out of shared memory): enlarge /dev/shm (docker run --shm-size), or lower data.num_workers",
 }
 
 
 def translate(error: Exception, rank: int = 0) -> LaunchError:
-    """Return the error of our tree that tells the user what happened on `rank`.
+    """Return the LaunchError that reports an exception of `rank` to the user.
 
-    An exception of the user's code becomes a UserCodeError with the traceback from the user's first frame on; a broken
-    collective a WorkerLost; a bug of ours a UserCodeError with the whole traceback, since there is nothing to hide.
+    An exception of the user's code becomes a UserCodeError with the traceback from the user's first frame on, a failed
+    collective a WorkerLost, and a bug of launch a UserCodeError with the full traceback.
     """
     if isinstance(error, LaunchError):
         return error
@@ -39,31 +39,33 @@ def translate(error: Exception, rank: int = 0) -> LaunchError:
     if isinstance(error, OSError) and error.errno in _DISK and _first_of_user(error) is None:
         where = f" ({error.filename})" if error.filename else ""
         return TrainingError(
-            f"The run's files cannot be written: {error.strerror}{where}. Make room or choose another run.root; the "
-            "newest checkpoint is kept, and run.resume=true continues from it."
+            f"The run's files cannot be written: {error.strerror}{where}. Free disk space or choose another run.root, "
+            "then continue from the newest checkpoint with run.resume=true."
         )
     return UserCodeError(f"{type(error).__name__}: {error}", traceback_of_user(error))
 
 
 class LoaderDied(RuntimeError):
-    """A loader process ended with `status`: below 0 for a signal."""
+    """A loader process exited with `status`, which is negative for a signal."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"a loader process ended with status {status}")
         self.status = status
 
     def of_rank(self, rank: int) -> LoaderLost:
-        who = f"A loader process of rank {rank}"
+        """Return the error that reports the death of a loader process of `rank`."""
+        process = f"A loader process of rank {rank}"
         if self.status >= 0:
             return LoaderLost(
-                f"{who} exited with status {self.status} while it read data. Use data.num_workers=0 to see where."
+                f"{process} exited with status {self.status} while reading data. Use data.num_workers=0 to see the "
+                "cause."
             )
-        remedy = _REMEDIES.get(-self.status, "a crash in native code): use data.num_workers=0 to see where")
-        return LoaderLost(f"{who} was killed (signal {-self.status}, {remedy}.")
+        remedy = _REMEDIES.get(-self.status, "a crash in native code): use data.num_workers=0 to see the cause")
+        return LoaderLost(f"{process} was killed (signal {-self.status}, {remedy}.")
 
 
 def traceback_of_user(error: Exception) -> str:
-    """Return the traceback from the user's first frame on, or the whole where there is none of the user's."""
+    """Return the traceback from the first frame of the user's code on, or the full traceback if there is none."""
     first = _first_of_user(error)
     if first is None:
         return "".join(traceback.format_exception(error))
@@ -79,12 +81,12 @@ def _first_of_user(error: Exception) -> int | None:
 
 
 def is_raised_by_user(error: Exception) -> bool:
-    """Whether the user's code raised the error itself, in a `raise` statement, so that its text is meant to be read."""
+    """Whether a `raise` statement of the user's code raised the error, so that its text is addressed to the user."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     return bool(last) and not is_foreign(last[0].filename) and (last[0].line or "raise ").startswith("raise ")
 
 
 def is_foreign(filename: str) -> bool:
-    """Whether a source file is ours, PyTorch's or Python's, and not the user's."""
+    """Whether a source file belongs to launch, PyTorch or Python, and not to the user."""
     of_python = filename.startswith(_PYTHON) and "-packages" not in filename.removeprefix(_PYTHON)
     return of_python or filename.startswith((_OURS, _TORCH, "<frozen"))

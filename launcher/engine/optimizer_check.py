@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from launcher.config import Job, targets
-from launcher.engine.construct import construct, refusal
+from launcher.engine.construct import construct, rejection
 from launcher.engine.optim import parameter_groups
 from launcher.engine.randomness import preserve_random_states
 from launcher.engine.schedules import Schedule
@@ -95,7 +95,8 @@ def try_schedule(job: Job, optimizer: Optimizer, total_steps: int, steps_per_epo
             raise
         except Exception as error:
             raise ConfigError(
-                f"{refusal(section, 'scheduler', error)} It was stepped for a run of {total_steps} steps in epochs of "
+                f"{rejection(section, 'scheduler', error)} It was stepped for a run of {total_steps} steps in epochs "
+                "of "
                 f"{steps_per_epoch}; leave lengths out, and it gets that of the run."
             ) from error
 
@@ -175,8 +176,8 @@ def _step(optimizer: Optimizer, section: Mapping[str, Any], job: Job) -> None:
         on_gpu = job.scaling.device == "cuda" or torch.cuda.is_available() or job.cluster.of_kind.is_rented
         if on_gpu and not type(optimizer).__module__.startswith("torch."):
             return  # its kernels may exist on GPUs alone
-        told = refusal(section, "optimizer", error)
-        raise ConfigError(f"{told}{advice if has_sparse or 'sparse' in str(error).lower() else ''}") from error
+        message = rejection(section, "optimizer", error)
+        raise ConfigError(f"{message}{advice if has_sparse or 'sparse' in str(error).lower() else ''}") from error
     if any(value.is_sparse for p in smalls for value in _state(optimizer, p)):
         raise ConfigError(
             f"optimizer._target_={section['_target_']} keeps sparse state with these arguments, which checkpoints "

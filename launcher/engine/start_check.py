@@ -52,7 +52,7 @@ class StartCheck:
         _check_signatures(model)
         self._job, self._model, self._data, self._workers = job, model, data, workers
         self._world = TrialWorld(workers)
-        self.kept = SavedTensorBytes(model)
+        self.saved = SavedTensorBytes(model)
         self.tags: list[str] = []
         self.notes: list[str] = ignored_methods(model)
 
@@ -66,7 +66,7 @@ class StartCheck:
         read = self._reader(self._data.train, "train")
         batch = read(0, SAMPLES)
         with self._world.installed(), preserve_model(self._model):
-            with self._world.a_pass(), self.kept.recording():
+            with self._world.a_pass(), self.saved.recording():
                 answer = self._training_step(batch)
             loss_of(answer)
             self._first = as_pairs(answer)

@@ -139,10 +139,10 @@ def computing_of(
     """
     from launcher.engine.peaks import peak_flops
 
-    assert found.ahead is not None
+    assert found.device_sizes is not None
     flops, source = found.flops_per_sample, "the model"
     if flops is None:
-        flops, source = found.ahead.flops_per_sample, "counted"
+        flops, source = found.device_sizes.flops_per_sample, "counted"
     peak = peak_flops(nodes.size.gpu, job.trainer.precision)
     mfu, origin = (MFU, "assumed") if reached is None else (reached.mfu, reached.run)
     seconds = None
@@ -177,26 +177,26 @@ def forecast(
     from launcher.engine.auto_strategy import ROOM
     from launcher.engine.strategies.kinds.base import Network, kind_of, label
 
-    ahead, batches, workers = found.ahead, plan.batches, plan.machines.workers
-    assert ahead is not None
+    sizes, batches, workers = found.device_sizes, plan.batches, plan.machines.workers
+    assert sizes is not None
     kind = kind_of(config, job.trust)
     parts = {"parameters": found.parameter_bytes, "gradients": found.gradient_bytes, "optimizer": found.optimizer_bytes}
     memory = kind.memory_on_gpu(config, workers, nodes.nodes, parts)
     if kind.divides and workers > 1:
-        memory["gathered"] = ahead.gathered
-    elif ahead.kept_once:
-        memory["kept once"] = ahead.kept_once
+        memory["gathered"] = sizes.gathered
+    elif sizes.saved_once:
+        memory["kept once"] = sizes.saved_once
     resident = sum(memory.values())
-    each = ahead.kept_per_sample + ahead.largest_per_sample
-    memory["activations"] = ahead.kept_per_sample * batches.microbatch_size
-    memory["their gradient"] = ahead.largest_per_sample * batches.microbatch_size
+    each = sizes.saved_per_sample + sizes.largest_per_sample
+    memory["activations"] = sizes.saved_per_sample * batches.microbatch_size
+    memory["their gradient"] = sizes.largest_per_sample * batches.microbatch_size
     needs = sum(memory.values())
     room = int(ROOM * nodes.size.gpu_memory_gib * 2**30 * min(1.0, plan.machines.gpus_per_worker))
     most = max(0, (room - resident) // each) if each else batches.per_worker
     step = None
     if computing.seconds is not None and kind.predicts(config):
         network = Network(
-            found.parameter_bytes, found.gradient_bytes, ahead.powersgd, ahead.blocks, batches.microbatches
+            found.parameter_bytes, found.gradient_bytes, sizes.powersgd, sizes.blocks, batches.microbatches
         )
         between = link or Link(0.0, 1.0)  # one worker: nothing travels
         step = kind.step(config, job.trainer.precision, network, computing.seconds, workers, between)
@@ -206,7 +206,7 @@ def forecast(
             config, job.trainer, found.parameter_bytes, found.gradient_bytes, batches.microbatches
         )
         if config.compression == "powersgd":
-            travels = ahead.powersgd
+            travels = sizes.powersgd
     narrow = f" strategy.compression={config.compression}" if config.compression != "none" else ""
     return Forecast(
         strategy=label(config),

@@ -155,7 +155,7 @@ def make_node_plan(job: Job, ask: bool = True, earlier: RunDirectory | None = No
     machines, workers_per_node = place_workers(job, nodes)
     from launcher.engine.estimate import estimate
 
-    found = estimate(job, ahead=True, workers=machines.workers)
+    found = estimate(job, device_sizes=True, workers=machines.workers)
     reached = None
     if earlier is not None and (mfu := (earlier.result().get("metrics") or {}).get("throughput/mfu")):
         reached = MeasuredMfu(earlier.name, float(mfu))

@@ -12,7 +12,7 @@ import pytest
 from launcher.clusters.pricing.nodes import Nodes, nodes_for
 from launcher.config.schema import ClusterConfig, Job, ScalingConfig, StrategyConfig, TrainerConfig, cluster_section
 from launcher.engine import cost
-from launcher.engine.estimate import Ahead, Estimate
+from launcher.engine.estimate import DeviceSizes, Estimate
 from launcher.errors import ConfigError, ResourceError
 from launcher.planning import forecast
 from launcher.planning.nodes import NodePlan, node_plan_of
@@ -27,9 +27,9 @@ T4, A100, FOUR_T4, FOUR_A100 = "NC4as_T4_v3", "NC24ads_A100_v4", "NC64as_T4_v3",
 def network(parameters: int, per_sample: float, flops: float | None, **more: Any) -> Estimate:
     """A network trained with AdamW; per_sample: MiB that autograd keeps, of which a quarter is the largest piece."""
     nbytes = 4 * parameters
-    ahead = Ahead(
-        kept_per_sample=int(per_sample * MIB),
-        kept_once=2 * parameters,
+    sizes = DeviceSizes(
+        saved_per_sample=int(per_sample * MIB),
+        saved_once=2 * parameters,
         largest_per_sample=int(per_sample * MIB / 4),
         gathered=parameters,
         powersgd=nbytes // 150,
@@ -48,7 +48,7 @@ def network(parameters: int, per_sample: float, flops: float | None, **more: Any
         activation_bytes_per_sample=int(per_sample * MIB),
         flops_per_sample=flops,
         tags=("train/loss", "val/loss"),
-        ahead=replace(ahead, **more),
+        device_sizes=replace(sizes, **more),
     )
 
 
