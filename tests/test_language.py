@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Folders and files whose language is checked. Add a folder once it has no finding.
 CHECKED = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "conf", "models", "tools"]
 CHECKED += ["benchmarks", "launcher/runs", "launcher/config"]
-CHECKED += ["launcher/engine/sinks", "launcher/engine/strategies/kinds"]
+CHECKED += ["launcher/engine/sinks", "launcher/engine/strategies", "launcher/engine/checkpoint"]
 CHECKED += [
     f"launcher/engine/{module}.py"
     for module in (

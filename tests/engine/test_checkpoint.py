@@ -312,7 +312,7 @@ def test_none_intact_and_none_at_all(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     newest = checkpoint.newest_intact(tmp_path)
     assert newest.path is None
-    assert "no intact one is left" in newest.explain()
+    assert "no intact checkpoint is left" in newest.explain()
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         checkpoint.load(tmp_path / "step-00000777")
 
@@ -522,7 +522,7 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, mon
     path = save(tmp_path, 1, {"x": torch.ones(2)})
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
-    with pytest.raises(CheckpointError, match=r"no space left: it takes 4\.0 MiB and 1\.0 MiB are free"):
+    with pytest.raises(CheckpointError, match=r"no space left: it needs 4\.0 MiB, and 1\.0 MiB are free"):
         save(tmp_path, 2, {"x": torch.ones(2**20)})
     assert list(tmp_path.iterdir()) == [path]
 

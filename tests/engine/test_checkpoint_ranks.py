@@ -304,7 +304,7 @@ def test_a_rank_that_died_does_not_hold_up_the_others(tmp_path: Path) -> None:
 
 
 def among_several_without_a_group(rank: int, group: dist.ProcessGroup, directory: str) -> None:
-    with pytest.raises(ValueError, match="process group of its own"):
+    with pytest.raises(ValueError, match="separate process group"):
         checkpoint.Checkpointer(directory)
 
 

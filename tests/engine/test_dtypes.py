@@ -126,7 +126,7 @@ def test_float64_keeps_its_digits(strategy: dict[str, Any], workers: int, tmp_pa
 
 @pytest.mark.parametrize(
     ("model", "told"),
-    [("Waves", '"turn" is a single number'), ("Precise", "parameters of one block have several types")],
+    [("Waves", '"turn" is a single number'), ("Precise", "parameters of one block have different dtypes")],
 )
 def test_what_fsdp_cannot_divide_is_refused_before_the_start(model: str, told: str, tmp_path: Path) -> None:
     job = job_of(model, {"name": "fsdp"})

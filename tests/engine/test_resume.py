@@ -272,7 +272,7 @@ def test_where_no_checkpoint_is_intact_the_run_begins_anew_and_says_so(whole: Wh
         flip_a_bit(path)
     ranks = succeed(job, tmp_path, 2)
     assert "Continuing from step 0" in ranks[0].notes
-    assert "no intact one is left" in ranks[0].notes
+    assert "no intact checkpoint is left" in ranks[0].notes
     assert_same_run(whole(job, 1), tmp_path)
     assert_one_value_a_step(tmp_path, whole(job, 1))
 

@@ -191,7 +191,7 @@ def test_examples_change_nothing_in_training(tmp_path: Path) -> None:
     ("kind", "words"),
     [
         ("raises", r"KeyError: 'no picture' \(.*engine_toys.py, line \d+\)"),
-        ("number", r"val/odd is a int; an example is a picture"),
+        ("number", r"val/odd is a int; an example is an image"),
         ("shape", r"val/odd is a tensor \(5, 5\) of float32; an example"),
         ("metric", r"loss is the name of a metric"),
         ("list", r"must return a mapping of names to examples; found a list"),

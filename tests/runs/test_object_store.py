@@ -137,7 +137,7 @@ def test_what_a_stranger_planted_on_the_store_executes_and_overwrites_nothing(
     again = two("--config-dir", "own", "run.name=a", "run.resume=true", "trainer.epochs=10")
     assert again.status == 0, again.err
     assert "Skipped 4 damaged checkpoint(s)" in again.err
-    assert "names a file '../../../../../stolen', which no checkpoint has" in again.err
+    assert "names a file '../../../../../stolen', which is not a file of a checkpoint" in again.err
     assert "Continuing from step 8." in again.err
     assert not mark.exists()
     assert not any("stolen" in str(path) for path in tmp_path.rglob("*"))
@@ -227,8 +227,8 @@ def test_a_store_that_is_gone_at_the_end_is_told_and_the_copy_kept(
         running.close()
         proxy.shutdown()
     assert done.status == 1
-    assert "training goes on" in done.err
-    assert "The checkpoint of step 60 could not be copied to the run root." in done.err
+    assert "training continues" in done.err
+    assert "The checkpoint of step 60 could not be uploaded to the run root." in done.err
     (kept,) = (tmp_path / "cache").rglob("step-00000060")
     assert str(kept) in done.err.replace("\n", "")
 

@@ -1,6 +1,7 @@
-"""Checkpoints: complete or absent, found again when the newest is damaged, and executing nothing when they are read.
+"""Checkpoints that are written atomically, verified by checksum and read without executing code.
 
-`files` needs no torch, and importing this package imports none: the other names are looked up when they are used.
+If the newest checkpoint is damaged, the next older intact one is used. `files` does not need torch, and importing this
+package does not import it: the other names are imported on first use.
 """
 
 from __future__ import annotations

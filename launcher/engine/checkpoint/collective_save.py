@@ -1,11 +1,11 @@
-"""Planning and writing one checkpoint on all ranks, as `torch.distributed.checkpoint.save` does, without its pickles.
+"""Collective save of one checkpoint on all ranks, like `torch.distributed.checkpoint.save` but without pickle.
 
-    every rank     what it could write             -> rank 0
-    rank 0         who writes what, into which file -> every rank
-    every rank     writes; where each chunk is      -> rank 0
-    rank 0         metadata, manifest, name
+    every rank     sends the list of tensors it can write             -> rank 0
+    rank 0         assigns tensors and files to ranks                 -> every rank
+    every rank     writes its file, sends the position of each chunk  -> rank 0
+    rank 0         writes metadata and manifest, renames the directory
 
-A rank that fails says so in its place, and all ranks raise `RanksFailed`.
+A rank that fails sends its error in place of its result, and all ranks raise `RanksFailed`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from launcher.errors import CheckpointError
 
 
 class RanksFailed(Exception):
-    """Ranks that failed. causes: rank -> what happened there, in words."""
+    """One or more ranks failed to save a checkpoint. `causes` maps each failed rank to its error message."""
 
     def __init__(self, causes: dict[int, str]) -> None:
         super().__init__("; ".join(f"rank {rank}: {cause}" for rank, cause in sorted(causes.items())))
@@ -40,49 +40,50 @@ def describe_error(error: BaseException) -> str:
 
 
 def write(writer: CheckpointWriter, planner: Planner, group: dist.ProcessGroup | None) -> None:
-    """Write a checkpoint; every rank of `group` (None: this process alone) calls it.
+    """Write a checkpoint. A collective over `group` (None: a single process).
 
     Raises:
-        RanksFailed: on every rank, where one of them failed.
+        RanksFailed: at least one rank failed; raised on every rank.
     """
     metadata: Metadata | None = None
 
     def plan(offers: list[Any]) -> list[Any]:
         nonlocal metadata
         plans, metadata = planner.create_global_plan([_plan_of(offer) for offer in offers])
-        return [_order_of(one, offer) for one, offer in zip(writer.prepare_global_plan(plans), offers, strict=True)]
+        plans = writer.prepare_global_plan(plans)
+        return [_assignment_of(one, offer) for one, offer in zip(plans, offers, strict=True)]
 
     def finish(written: list[Any]) -> list[Any]:
         assert metadata is not None
         writer.finish(metadata, [[_result_of(one) for one in results] for results in written])
         return [None] * len(written)
 
-    order = _step(lambda: _offer_of(planner.create_local_plan()), plan, group)
+    assignment = _step(lambda: _offer_of(planner.create_local_plan()), plan, group)
 
     def data() -> list[Any]:
-        items = [planner.plan.items[index] for index in order["items"]]
-        results = writer.write_data(SavePlan(items, storage_data=order["file"]), planner).value()
+        items = [planner.plan.items[index] for index in assignment["items"]]
+        results = writer.write_data(SavePlan(items, storage_data=assignment["file"]), planner).value()
         return [[*_key_of(one.index), one.size_in_bytes, asdict(one.storage_data)] for one in results]
 
     _step(data, finish, group)
 
 
 def _step(own: Callable[[], Any], decide: Callable[[list[Any]], list[Any]], group: dist.ProcessGroup | None) -> Any:
-    """Do `own` on every rank and, with what all of them returned, `decide` on rank 0. Returns this rank's part."""
-    said = _attempt(own)
-    everyone = [said] if group is None else objects.gather(said, group)
-    answer: dict[str, Any] = {}
-    if everyone is not None:
-        causes = {rank: one["cause"] for rank, one in enumerate(everyone) if "cause" in one}
+    """Call `own` on every rank, then `decide` on rank 0 with all results; return this rank's entry of its result."""
+    result = _attempt(own)
+    results = [result] if group is None else objects.gather(result, group)
+    decision: dict[str, Any] = {}
+    if results is not None:
+        causes = {rank: one["cause"] for rank, one in enumerate(results) if "cause" in one}
         if not causes:
-            answer = _attempt(lambda: decide([one["value"] for one in everyone]))
-            causes = {0: answer["cause"]} if "cause" in answer else {}
-        answer["causes"] = causes
+            decision = _attempt(lambda: decide([one["value"] for one in results]))
+            causes = {0: decision["cause"]} if "cause" in decision else {}
+        decision["causes"] = causes
     if group is not None:
-        answer = objects.broadcast(answer, group)
-    if answer["causes"]:
-        raise RanksFailed(answer["causes"])
-    return answer["value"][0 if group is None else dist.get_rank(group)]
+        decision = objects.broadcast(decision, group)
+    if decision["causes"]:
+        raise RanksFailed(decision["causes"])
+    return decision["value"][0 if group is None else dist.get_rank(group)]
 
 
 def _attempt(function: Callable[[], Any]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def _offer_of(plan: SavePlan) -> dict[str, Any]:
         assert data is not None
         dtype = DTYPE_NAMES[data.properties.dtype]
         items.append([*_key_of(item.index), list(data.chunk.sizes), list(data.size), dtype, item.type.name])
-    return {"items": items, "own": json.dumps(plan.planner_data)}  # as text: it is JSON that names tensors
+    return {"items": items, "own": json.dumps(plan.planner_data)}
 
 
 def _plan_of(offer: dict[str, Any]) -> SavePlan:
@@ -114,16 +115,16 @@ def _plan_of(offer: dict[str, Any]) -> SavePlan:
     return SavePlan(items, planner_data=json.loads(offer["own"]))
 
 
-def _order_of(plan: SavePlan, offer: dict[str, Any]) -> dict[str, Any]:
-    """Return which of the offered items the rank writes, by number, and where."""
+def _assignment_of(plan: SavePlan, offer: dict[str, Any]) -> dict[str, Any]:
+    """Return the indices of the offered items that the rank writes, and the file."""
     positions = {(name, tuple(offsets)): number for number, (name, offsets, *_) in enumerate(offer["items"])}
     chosen = [positions[name, tuple(offsets)] for name, offsets in (_key_of(item.index) for item in plan.items)]
     return {"items": chosen, "file": plan.storage_data}
 
 
-def _result_of(found: list[Any]) -> WriteResult:
-    name, offsets, size, place = found
-    return WriteResult(MetadataIndex(name, torch.Size(offsets)), size, ChunkLocation(**place))
+def _result_of(written: list[Any]) -> WriteResult:
+    name, offsets, size, location = written
+    return WriteResult(MetadataIndex(name, torch.Size(offsets)), size, ChunkLocation(**location))
 
 
 def _key_of(index: MetadataIndex) -> tuple[str, list[int]]:

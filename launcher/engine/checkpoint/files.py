@@ -1,15 +1,15 @@
-"""Checkpoints as directories: their names, what makes one complete, which to keep. No torch here.
+"""Checkpoint directories: naming, atomic commit, verification and retention. This module does not import torch.
 
-On the disk:
+Layout on disk:
 
     checkpoints/
-      step-00000120/            complete: it got this name after everything below was on the disk
-        data-00000.bin …        raw bytes of tensors, one file per rank that had something to write
-        metadata.json           where each tensor lies in them (`reader`)
-        state.json              everything that is not a tensor (`nest`)
-        manifest.json           size and XXH128 of the files above, written last
+      step-00000120/            complete; renamed to this name once all files below are durable
+        data-00000.bin …        raw bytes of tensors, one file per rank that writes tensors
+        metadata.json           position of each tensor in the data files (`reader`)
+        state.json              all values that are not tensors (`nest`)
+        manifest.json           size and XXH128 checksum of the files above, written last
       .step-00000120.tmp-1f…    being written
-      .step-00000120.old-1f…    was in the way of a new checkpoint of the same step
+      .step-00000120.old-1f…    replaced by a new checkpoint of the same step
       .step-00000120.gone-1f…   being deleted
 """
 
@@ -46,7 +46,7 @@ _DATA_FILE = re.compile(r"data-\d{5,9}\.bin")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of one file: its size in bytes and its checksum, XXH128 in hexadecimal (xxhash.com)."""
+    """The manifest's entry of one file: its size in bytes and its XXH128 checksum in hexadecimal (xxhash.com)."""
 
     size: int
     checksum: str
@@ -54,7 +54,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class DamagedCheckpoint:
-    """A checkpoint that was passed over, and why, in words for the user."""
+    """A damaged checkpoint that was skipped, with the reason as text for the user."""
 
     path: Path
     reason: str
@@ -62,21 +62,21 @@ class DamagedCheckpoint:
 
 @dataclass(frozen=True)
 class NewestCheckpoint:
-    """The newest intact checkpoint, if there is one, and the newer ones that are damaged (newest first)."""
+    """The newest intact checkpoint, or None, and the newer damaged ones (newest first)."""
 
     path: Path | None
     skipped: list[DamagedCheckpoint] = field(default_factory=list)
 
     def explain(self) -> str:
-        """Return one line on what was skipped, or an empty string."""
+        """Return one line about the skipped checkpoints, or an empty string."""
         if not self.skipped:
             return ""
         names = "; ".join(f"{damaged.path.name}: {damaged.reason}" for damaged in self.skipped)
-        found = f"using {self.path.name}" if self.path else "no intact one is left"
-        return f"Skipped {len(self.skipped)} damaged checkpoint(s) ({names}); {found}."
+        outcome = f"using {self.path.name}" if self.path else "no intact checkpoint is left"
+        return f"Skipped {len(self.skipped)} damaged checkpoint(s) ({names}); {outcome}."
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data, for the other ranks."""
+        """Return the result as plain data, to be broadcast to the other ranks."""
         skipped = [[str(damaged.path), damaged.reason] for damaged in self.skipped]
         return {"path": None if self.path is None else str(self.path), "skipped": skipped}
 
@@ -95,7 +95,11 @@ def data_file(rank: int) -> str:
 
 
 def step_of(path: str | os.PathLike[str]) -> int:
-    """Return the step in a checkpoint directory's name; ValueError where it is not one."""
+    """Return the step in the name of a checkpoint directory.
+
+    Raises:
+        ValueError: the name is not that of a checkpoint.
+    """
     match = _COMPLETE.fullmatch(Path(path).name)
     if match is None:
         raise ValueError(f"{path} is not named like a checkpoint (step-<8 digits>)")
@@ -103,7 +107,7 @@ def step_of(path: str | os.PathLike[str]) -> int:
 
 
 def available(directory: str | os.PathLike[str]) -> dict[int, Path]:
-    """Return the checkpoints in `directory` as step -> path, oldest first, intact or not."""
+    """Return all checkpoints in `directory` as step -> path, oldest first, without verifying them."""
     found = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
@@ -114,8 +118,10 @@ def available(directory: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Read every file of the checkpoint and compare it with the manifest. CheckpointError names the file that
-    differs.
+    """Verify the size and checksum of every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: a file is missing or differs; the message names it.
     """
     path = Path(path)
     for name, entry in read_manifest(path).items():
@@ -125,12 +131,12 @@ def verify(path: str | os.PathLike[str]) -> None:
                 digest.update(block)
         if digest.hexdigest() != entry.checksum:
             raise CheckpointError(
-                f"{path / name} was altered after it was written (its checksum differs from the manifest's)."
+                f"{path / name} was altered after it was written (its checksum differs from the manifest)."
             )
 
 
 def newest_intact(directory: str | os.PathLike[str]) -> NewestCheckpoint:
-    """Return the newest checkpoint in `directory` whose files all have the size and checksum that were recorded."""
+    """Return the newest checkpoint in `directory` that passes `verify`, and the damaged ones that were skipped."""
     skipped = []
     for path in reversed(available(directory).values()):
         try:
@@ -143,8 +149,10 @@ def newest_intact(directory: str | os.PathLike[str]) -> NewestCheckpoint:
 
 
 def read_manifest(path: Path) -> dict[str, FileEntry]:
-    """Return name -> entry for every file of the checkpoint. CheckpointError where it is missing or says something
-    impossible.
+    """Return name -> entry for every file of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint or its manifest is missing, or the manifest is invalid.
     """
     if not path.is_dir():
         raise CheckpointError(f"There is no checkpoint at {path}.")
@@ -159,7 +167,7 @@ def read_manifest(path: Path) -> dict[str, FileEntry]:
     for name, entry in files.items():
         size, checksum = (entry.get("size"), entry.get("xxh128")) if isinstance(entry, dict) else (None, None)
         if name not in (METADATA, STATE) and not _DATA_FILE.fullmatch(name):
-            raise CheckpointError(f"{manifest} names a file {name!r}, which no checkpoint has.")
+            raise CheckpointError(f"{manifest} names a file {name!r}, which is not a file of a checkpoint.")
         if type(size) is not int or size < 0 or not isinstance(checksum, str):
             raise CheckpointError(f"{manifest} gives no size and checksum (xxh128) for {name}.")
         entries[name] = FileEntry(size, checksum)
@@ -170,11 +178,13 @@ def read_manifest(path: Path) -> dict[str, FileEntry]:
 
 @contextlib.contextmanager
 def open_regular(file: Path, size: int | None = None) -> Iterator[BinaryIO]:
-    """Open a file of a checkpoint for reading, unbuffered. No link and no device is followed; CheckpointError names the
-    file.
+    """Open a regular file of a checkpoint for unbuffered reading, without following a symbolic link.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not a regular file, or does not have `size` bytes.
     """
     try:
-        # O_NONBLOCK: a planted FIFO must not hang us.
+        # O_NONBLOCK: opening a FIFO must not block.
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
@@ -191,10 +201,14 @@ def open_regular(file: Path, size: int | None = None) -> Iterator[BinaryIO]:
 
 
 def read_json(file: Path, size: int | None = None) -> Any:
-    """Return what a JSON file of a checkpoint holds; CheckpointError names the file."""
+    """Return the content of a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read, is too large, or is not valid JSON.
+    """
     with open_regular(file, size) as stream:
         if os.fstat(stream.fileno()).st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file} is larger than {MAX_JSON_BYTES} bytes, which no checkpoint's is.")
+            raise CheckpointError(f"{file} is larger than {MAX_JSON_BYTES} bytes, the limit of a checkpoint.")
         try:
             return json.loads(stream.read())
         except (ValueError, RecursionError) as error:
@@ -209,9 +223,13 @@ def new_name(step: int, kind: str) -> str:
 
 
 def write_file(file: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a new file and make it durable; return its size and checksum. OSError as the system gives it."""
+    """Write a new file, flush it to disk, and return its size and checksum.
+
+    Raises:
+        OSError: the file exists or cannot be written.
+    """
     digest, size, filled = xxhash.xxh3_128(), 0, 0
-    # Direct writing asks for memory that begins on a page.
+    # O_DIRECT requires memory that is aligned to a page.
     buffer = memoryview(mmap.mmap(-1, BLOCK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     with open(file, "xb", buffering=0) as stream:
         for block in blocks:
@@ -231,37 +249,37 @@ def write_file(file: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
 
 
 def _write(stream: BinaryIO, data: memoryview) -> None:
-    """Write all of `data`; whole blocks go past the page cache where the file system can do that (open(2), O_DIRECT).
+    """Write all of `data`; whole blocks bypass the page cache where the file system supports O_DIRECT (open(2)).
 
-    Through it a core that training could use copies every byte once more, and data sets are pushed out of it.
+    Writing through the page cache costs CPU time for one more copy of every byte, and evicts cached data sets.
     """
-    while data:  # a write may be cut short
+    while data:  # a write may be partial
         _direct(stream, len(data) == BLOCK_BYTES)
         try:
             written = stream.write(data)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # it can, but not with such blocks
+            if error.errno != errno.EINVAL:  # EINVAL: O_DIRECT is supported, but not for this block
                 raise
             _direct(stream, False)
             written = stream.write(data)
         data = data[written:]
 
 
-def _direct(stream: BinaryIO, wanted: bool) -> None:
+def _direct(stream: BinaryIO, enable: bool) -> None:
     flags = fcntl.fcntl(stream, fcntl.F_GETFL)
-    with contextlib.suppress(OSError):  # EINVAL where the file system knows no such thing: then it stays as it was
-        fcntl.fcntl(stream, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
+    with contextlib.suppress(OSError):  # EINVAL: the file system does not support O_DIRECT
+        fcntl.fcntl(stream, fcntl.F_SETFL, flags | os.O_DIRECT if enable else flags & ~os.O_DIRECT)
 
 
 def write_json(file: Path, content: Any) -> FileEntry:
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
     if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file.name} would have {len(text)} bytes; keep large data in tensors, not in lists")
+        raise CheckpointError(f"{file.name} would have {len(text)} bytes; store large data in tensors, not in lists")
     return write_file(file, [text])
 
 
 def write_manifest(path: Path, step: int, files: Mapping[str, FileEntry]) -> None:
-    """Complete the directory `path`: from here on it would verify."""
+    """Write the manifest, which completes the checkpoint directory `path`."""
     entries = {name: {"size": entry.size, "xxh128": entry.checksum} for name, entry in sorted(files.items())}
     write_json(path / MANIFEST, {"format": FORMAT, "step": step, "files": entries})
     sync_directory(path)
@@ -272,16 +290,17 @@ def sync_directory(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know it for files only
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems support fsync on files only
             raise
     finally:
         os.close(descriptor)
 
 
 def commit(temporary: Path, directory: Path, step: int) -> Path:
-    """Give a complete directory its final name, durably; one of the same name is moved away first, then deleted.
+    """Rename a complete directory to its final name, durably, and return its path.
 
-    Killed in between, `clean` finds either of the two under its temporary name, whole, and puts it back.
+    An existing checkpoint of the same step is renamed first and deleted afterwards. If the process is killed in
+    between, `clean` restores one of the two from its temporary name.
     """
     final = directory / name_of(step)
     old = None
@@ -296,10 +315,10 @@ def commit(temporary: Path, directory: Path, step: int) -> Path:
 
 
 def clean(directory: str | os.PathLike[str]) -> list[Path]:
-    """Remove what an interrupted save or deletion left in `directory`; return what was removed.
+    """Remove the leftovers of interrupted saves and deletions from `directory`; return the removed paths.
 
-    Call it only while nothing else writes there. A checkpoint that was complete when its process was killed, but had no
-    final name yet, gets it.
+    Call it only while no other process writes there. A checkpoint that was complete when its process was killed, but
+    not yet renamed, is renamed to its final name.
     """
     directory, removed = Path(directory), []
     leftovers = [
@@ -318,11 +337,10 @@ def clean(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def to_keep(steps: Iterable[int], newest: int, best: int | None, keep: int) -> set[int]:
-    """Return which of `steps` stay after `newest` was committed: the best, and the `keep` newest (`newest` always among
-    them).
+    """Return the `steps` to keep after `newest` was committed: the best and the `keep` newest, always with `newest`.
 
-    Later steps than `newest` belong to a history that a resume has left (they were damaged, or it would have used
-    them): they neither count nor stay.
+    Steps later than `newest` are not kept and do not count. They belong to a run before a resume, which skipped them
+    because they are damaged.
     """
     steps = set(steps)
     past = sorted((step for step in steps if step <= newest), reverse=True)
@@ -330,17 +348,15 @@ def to_keep(steps: Iterable[int], newest: int, best: int | None, keep: int) -> s
 
 
 def prune(directory: Path, newest: int, best: int | None, keep: int, pinned: Iterable[int] = ()) -> str:
-    """Delete the checkpoints that neither `to_keep` nor `pinned` names; return what went wrong, in words, or an empty
-    string.
-    """
-    found, trouble = available(directory), ""
-    kept = to_keep(found, newest, best, keep).union(pinned)
+    """Delete the checkpoints that neither `to_keep` nor `pinned` contains; return an error message or an empty text."""
+    found, failure = available(directory), ""
+    retained = to_keep(found, newest, best, keep).union(pinned)
     for step, path in found.items():
-        if step not in kept:
+        if step not in retained:
             try:
-                # Renamed first, so that no half of it is ever seen under its name.
+                # Renamed first, so that a partly deleted checkpoint never has a checkpoint's name.
                 gone = path.rename(directory / new_name(step, "gone"))
                 shutil.rmtree(gone)
             except OSError as error:
-                trouble = f"The old checkpoint {path} could not be deleted: {error.strerror}."
-    return trouble
+                failure = f"The old checkpoint {path} could not be deleted: {error.strerror}."
+    return failure

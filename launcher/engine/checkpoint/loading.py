@@ -1,6 +1,4 @@
-"""Reading a checkpoint: whole, into the tensors of a running job, or its weights alone. Nothing that is read is
-executed.
-"""
+"""Functions that read a checkpoint: all of it into existing tensors, or only its weights. No code in it is executed."""
 
 from __future__ import annotations
 
@@ -22,15 +20,14 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from launcher.engine.checkpoint import files, nest, reader
 from launcher.errors import CheckpointError
 
-_KEYS = ("state_dict", "model_state_dict", "model")  # where files of torch.save have a state dict
+_KEYS = ("state_dict", "model_state_dict", "model")  # usual keys of a state dict within a file of torch.save
 
 
 @dataclass(frozen=True)
 class Content:
-    """A checkpoint's content. From `inspect`, `TensorInfo` stands for every tensor; from `load`, the tensors
-    themselves.
+    """The content of a checkpoint. `inspect` returns a `TensorInfo` for every tensor, `load` the tensors themselves.
 
-    `state` is what all ranks shared; `own[r]` is what rank r of the `world_size` that saved it had of its own.
+    `state` is shared by all ranks; `own[r]` is the state of rank r alone, for each rank of the `world_size` that saved.
     """
 
     path: Path
@@ -41,8 +38,10 @@ class Content:
 
 
 def inspect(path: str | os.PathLike[str]) -> Content:
-    """Read everything but the data of the tensors. CheckpointError names the file that is missing, damaged or
-    forged.
+    """Read everything except the data of the tensors.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or forged; the message names it.
     """
     return _open(Path(path))[0]
 
@@ -54,16 +53,21 @@ def load(
     verified: bool = False,
     rank: tuple[int, int] | None = None,
 ) -> Content:
-    """Read the checkpoint at `path`. No collectives: each rank reads what it needs, whatever the number of ranks that
-    saved.
+    """Read the checkpoint at `path`, without collectives: each rank reads the tensors that it needs.
 
-    `into` is a nest like the one that was saved: its tensors (DTensors too) are filled in place and returned. A
-    callable in it gets its part of what `inspect` gives and returns the nest to fill. Sections that it leaves out come
-    as new CPU tensors; in those that it has, `Mismatch` (a CheckpointError) tells every missing, unexpected and
-    differing tensor, before anything is read. With `rank`, (this rank, number of ranks), where as many ranks saved, the
-    tensors in the other ranks' `own` are left as `TensorInfo`. Numpy arrays come back as such. `verified=True` where
-    `newest_intact` or `verify` has just read this very path. CheckpointError names the file that is missing, damaged
-    or forged.
+    The number of ranks may differ from the number that saved. Numpy arrays are returned as numpy arrays.
+
+    Args:
+        into: a nest like the saved one, whose tensors (also DTensors) are filled in place and returned. A callable in
+            it receives its part of the result of `inspect` and returns the nest to fill. Sections that `into` lacks are
+            returned as new CPU tensors.
+        verified: True if `newest_intact` or `verify` has just verified this path.
+        rank: (this rank, number of ranks). If as many ranks saved, the tensors in the `own` state of other ranks are
+            not read and remain `TensorInfo`.
+
+    Raises:
+        Mismatch: tensors of `into` are missing, unexpected or different; raised before anything is read.
+        CheckpointError: a file is missing, damaged or forged; the message names it.
     """
     path = Path(path)
     if not verified:
@@ -83,23 +87,26 @@ def load(
 
 
 class Weights(dict[str, Tensor]):
-    """Weights by name; `key` is where a file of torch.save has them, None where they are at its top."""
+    """Weights by name. `key` is their key within a file of torch.save, or None if they are at its top level."""
 
     key: str | None = None
 
     def __reduce__(self) -> Any:
-        """Pickle as a state dict does, which `torch.load` reads with weights_only=True."""
+        """Pickle like a state dict, which `torch.load` reads with weights_only=True."""
         return OrderedDict, (), None, None, iter(self.items())
 
 
 def load_weights(path: str | os.PathLike[str], section: str | None = None, *, shapes_only: bool = False) -> Weights:
     """Return weights as name -> full tensor on the CPU.
 
-    `path`: a checkpoint directory (its `section`; by default `weights`, which are evaluated, where training averages
-    them, else `model`), a `.safetensors` file, or a file that torch.save wrote: a state
-    dict, or a dict that holds one as "state_dict", "model_state_dict" or "model". With `shapes_only`, the tensors have
-    no data (device "meta"), which is not read. CheckpointError where it is none of these or holds
-    anything but tensors and plain values.
+    Args:
+        path: a checkpoint directory, a `.safetensors` file, or a file of torch.save with a state dict, or with a dict
+            that has one as "state_dict", "model_state_dict" or "model".
+        section: of a checkpoint; by default `weights` (the averaged weights) if present, else `model`.
+        shapes_only: return tensors without data (device "meta").
+
+    Raises:
+        CheckpointError: the file has another format, or contains other objects than tensors and plain values.
     """
     path, key = Path(path), None
     if path.is_dir():
@@ -113,15 +120,17 @@ def load_weights(path: str | os.PathLike[str], section: str | None = None, *, sh
     weights = Weights((name, value) for name, value in content.items() if isinstance(value, Tensor))
     weights.key = key
     if not weights:
-        raise CheckpointError(f"{path} holds no weights. Give a checkpoint, a .safetensors file or a saved state dict.")
+        raise CheckpointError(
+            f"{path} contains no weights. Use a checkpoint, a .safetensors file or a saved state dict."
+        )
     return weights
 
 
-def _open(path: Path) -> tuple[Content, dict[str, files.FileEntry], dict[str, reader.Stored]]:
+def _open(path: Path) -> tuple[Content, dict[str, files.FileEntry], dict[str, reader.StoredTensor]]:
     entries = files.read_manifest(path)
     for name, entry in entries.items():
         with files.open_regular(path / name, entry.size):
-            pass  # what the metadata says is checked against these sizes
+            pass  # the metadata is checked against these sizes
     table = reader.read_table(path, entries)
     file = path / files.STATE
     raw = files.read_json(file, entries[files.STATE].size)
@@ -143,10 +152,10 @@ def _open(path: Path) -> tuple[Content, dict[str, files.FileEntry], dict[str, re
 def _read(
     path: Path,
     entries: Mapping[str, files.FileEntry],
-    table: Mapping[str, reader.Stored],
+    table: Mapping[str, reader.StoredTensor],
     reads: list[tuple[nest.TensorInfo, Tensor]],
 ) -> None:
-    """Fill the destinations. Keys are positions, since tied weights are stored once and wanted twice."""
+    """Fill the destinations. Keys are positions, because tied weights are stored once and read into two tensors."""
     requested = {f"{index}": table[info.name] for index, (info, _) in enumerate(reads)}
     targets: dict[str, Any] = {f"{index}": target for index, (_, target) in enumerate(reads)}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -195,19 +204,19 @@ def _load_safetensors(path: Path, shapes_only: bool) -> dict[str, Any]:
                 names = file.keys()
                 return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
         return safetensors.load_file(path)
-    except Exception as error:  # its own SafetensorError derives from Exception alone
+    except Exception as error:  # SafetensorError derives directly from Exception
         raise CheckpointError(f"{path} is not a valid .safetensors file: {error}") from error
 
 
 def _load_torch(path: Path, shapes_only: bool) -> tuple[dict[str, Any], str | None]:
-    """Return the state dict that a file holds, and the key or keys under which it is there."""
+    """Return the state dict in a file of torch.save, and the key or keys (joined by dots) that lead to it."""
     try:
         content = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen kinds for a file that it does not like
+    except Exception as error:  # torch.load raises many types of exceptions for an invalid file
         raise CheckpointError(
-            f"{path} cannot be read as a saved state dict ({type(error).__name__}): it is damaged, or holds more than "
-            "tensors and plain values, which could execute code and is refused. Save model.state_dict() with "
-            "torch.save, or as .safetensors."
+            f"{path} cannot be read as a saved state dict ({type(error).__name__}): it is damaged, or it contains "
+            "other objects than tensors and plain values, which could execute code and are rejected. Save "
+            "model.state_dict() with torch.save, or as .safetensors."
         ) from error
     keys = []
     while isinstance(content, Mapping):
@@ -217,13 +226,13 @@ def _load_torch(path: Path, shapes_only: bool) -> tuple[dict[str, Any], str | No
         keys.append(key)
         content = content[key]
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} instead of a state dict.")
+        raise CheckpointError(f"{path} contains a {type(content).__name__} instead of a state dict.")
     if not _has_tensors(content):
         inner = [str(key) for key, value in content.items() if isinstance(value, Mapping) and _has_tensors(value)]
         if inner:
             raise CheckpointError(
-                f"{path} holds no weights at its top nor under {', '.join(_KEYS)}; it holds tensors under "
-                f"{', '.join(inner)}. Save that part alone, or under the key state_dict."
+                f"{path} contains no weights at its top level or under {', '.join(_KEYS)}; it contains tensors under "
+                f"{', '.join(inner)}. Save only that part, or save it under the key state_dict."
             )
     return {str(name): value for name, value in content.items()}, ".".join(keys) or None
 

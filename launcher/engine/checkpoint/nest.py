@@ -1,13 +1,12 @@
-"""Nested state as plain JSON with references to tensors, and back, exactly.
+"""Lossless conversion of nested state to plain JSON with references to tensors, and back.
 
-What may be in it: dict (keys: str, int, float, bool, None or tuples of these), list, tuple, Counter, Tensor, DTensor,
-numpy array, int, float (infinities and NaN too), str, bool, None. In JSON
+Supported types: dict (keys: str, int, float, bool, None or tuples of these), list, tuple, Counter, Tensor, DTensor,
+numpy array, int, float (with infinities and NaN), str, bool, None. Their JSON:
 
-    str, int, bool, None, finite float, list, and dict with plain string keys     stand for themselves
+    str, int, bool, None, finite float, list, and dict with plain string keys     unchanged
     {"$tuple": […]}  {"$dict": [[key, value], …]}  {"$counter": [[key, n], …]}    other containers
-    {"$float": "inf" | "-inf" | "nan"}                                            what JSON has no number for
-    {"$tensor": name}  {"$array": name}                                           a tensor or numpy array stored under
-    `name`
+    {"$float": "inf" | "-inf" | "nan"}                                            floats that JSON does not have
+    {"$tensor": name}  {"$array": name}                                           a stored tensor or numpy array
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor before its data is read: where a tensor stands in a nest, this stands in the nest of
-    `inspect`.
-    """
+    """Name, dtype and shape of a stored tensor: the placeholder of a tensor in the nest that `inspect` returns."""
 
     name: str
     dtype: torch.dtype
@@ -51,17 +48,17 @@ class TensorInfo:
 
 
 class Encoder:
-    """Turns nests into JSON and collects their tensors by name, one name for plain tensors that share the same
-    memory.
-    """
+    """Converts nests to JSON and collects their tensors by name. Plain tensors that share memory get one name."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._names: dict[tuple[Any, ...], str] = {}
 
     def encode(self, value: Any, where: str) -> Any:
-        """Return the JSON of `value`; `where` is its path in words, and the name of a tensor. CheckpointError for other
-        types.
+        """Return the JSON of `value`, whose path in the nest is `where`; it becomes the name of a tensor.
+
+        Raises:
+            CheckpointError: the type of a value is not supported.
         """
         if value is None or isinstance(value, bool | str):
             return value
@@ -86,23 +83,25 @@ class Encoder:
                 return {key: self.encode(item, f"{where}/{key}") for key, item in value.items()}
             return {"$dict": self._pairs(value, where)}
         raise CheckpointError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: it is "
-            "read without executing anything, so it takes tensors, numbers, strings, booleans, None, and lists, tuples "
-            "and dicts of these. Return one of those from state_dict()."
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot contain: "
+            "checkpoints are read without executing code, so they contain only tensors, numbers, strings, booleans, "
+            "None, and lists, tuples and dicts of these. Return one of those from state_dict()."
         )
 
     def _pairs(self, value: Mapping[Any, Any], where: str) -> list[Any]:
         for key in value:
             if not isinstance(key, str | int | float | tuple | None):
                 raise CheckpointError(
-                    f"{where} has a key {key!r} of type {type(key).__qualname__}, which a checkpoint cannot hold."
+                    f"{where} has a key {key!r} of type {type(key).__qualname__}, which a checkpoint cannot contain. "
+                    "Use a string or a number."
                 )
         return [[self.encode(key, f"{where}/key"), self.encode(item, f"{where}/{key}")] for key, item in value.items()]
 
     def _add(self, tensor: Tensor, where: str) -> str:
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise CheckpointError(
-                f"{where} is a {tensor.layout} tensor; a checkpoint holds dense ones. Store its parts instead."
+                f"{where} is a {tensor.layout} tensor; a checkpoint contains only dense tensors. Store its indices and "
+                "values as dense tensors."
             )
         identity: tuple[Any, ...] | None = None
         if not isinstance(tensor, DTensor) and tensor.numel() > 0:
@@ -118,7 +117,7 @@ class Encoder:
             if identity in self._names:
                 return self._names[identity]
         name = where
-        while name in self.tensors:  # only where keys hold slashes
+        while name in self.tensors:  # possible only if keys contain slashes
             name += "~"
         self.tensors[name] = tensor
         if identity is not None:
@@ -127,9 +126,10 @@ class Encoder:
 
 
 def decode(value: Any, tensors: Mapping[str, TensorInfo]) -> Any:
-    """Return the nest that `value` (JSON) stands for, with the entries of `tensors` in the place of tensors.
+    """Return the nest that `value` (JSON of an `Encoder`) describes, with the entries of `tensors` as its tensors.
 
-    ValueError where it is not what `Encoder` writes.
+    Raises:
+        ValueError: `value` is not valid.
     """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
@@ -150,22 +150,24 @@ def decode(value: Any, tensors: Mapping[str, TensorInfo]) -> Any:
         if kind in ("$dict", "$counter") and all(isinstance(pair, list) and len(pair) == 2 for pair in content):
             pairs = {_hashable(decode(key, tensors)): decode(item, tensors) for key, item in content}
             return Counter(pairs) if kind == "$counter" else pairs
-    raise ValueError(f"{kind} with content that it cannot have")
+    raise ValueError(f"{kind} with invalid content")
 
 
 def _hashable(key: Any) -> Any:
     try:
         hash(key)
     except TypeError as error:
-        raise ValueError("a key that is not a plain value") from error
+        raise ValueError("a key that is not hashable") from error
     return key
 
 
 class Mismatch(CheckpointError):
-    """The tensors of a checkpoint are not those of the state that it is loaded into.
+    """The tensors of a checkpoint differ from those of the state that it is loaded into.
 
-    `missing`: paths that the state has and the checkpoint lacks; `unexpected`: the other way round; `differing`: path
-    -> (found, expected), each in words like "(10, 5) float32". Paths are like `model/net.0.weight`.
+    Attributes:
+        missing: paths of tensors that the checkpoint lacks, such as `model/net.0.weight`.
+        unexpected: paths of tensors that only the checkpoint has.
+        differing: path -> (found, expected), each as text like "(10, 5) float32".
     """
 
     def __init__(
@@ -175,7 +177,7 @@ class Mismatch(CheckpointError):
         if missing:
             parts.append(f"it lacks {_some(missing)}")
         if unexpected:
-            parts.append(f"it has {_some(unexpected)} which is not expected")
+            parts.append(f"it has {_some(unexpected)}, which the model does not have")
         if differing:
             parts.append(
                 _some(
@@ -184,7 +186,7 @@ class Mismatch(CheckpointError):
             )
         super().__init__(
             f"The checkpoint {path} does not fit this model and optimizer: {'; '.join(parts)}. Use the configuration "
-            "that it was saved with, or load its weights alone with checkpoint.load and checkpoint.load_strict=false."
+            "that it was saved with, or load only its weights with checkpoint.load and checkpoint.load_strict=false."
         )
         self.path, self.missing, self.unexpected, self.differing = path, missing, unexpected, differing
 
@@ -197,23 +199,27 @@ def _some(words: list[str]) -> str:
 
 
 class Binder:
-    """Walks a saved nest and the nest to load into at once, and says which stored tensor goes into which tensor.
+    """Traverses a saved nest and the nest to load into, and assigns stored tensors to their destinations.
 
-    `reads` is a list of (stored tensor, destination). The top level of `into` may leave out sections of the checkpoint;
-    a section that it does have must have the same tensors.
+    The top level of the nest to load into may lack sections of the checkpoint; a section that it has must have the same
+    tensors.
+
+    Attributes:
+        reads: list of (stored tensor, destination).
+        missing, unexpected, differing: see `Mismatch`.
     """
 
     def __init__(self) -> None:
         self.reads: list[tuple[TensorInfo, Tensor]] = []
-        self._fresh: dict[str, Tensor] = {}  # tied weights stay tied, and cost their memory once
+        self._new_tensors: dict[str, Tensor] = {}  # by name, so that tied weights stay tied and share memory
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.differing: dict[str, tuple[str, str]] = {}
 
     def bind(self, saved: Any, into: Any, where: str = "") -> Any:
-        """Return `saved` with tensors for its TensorInfo: those of `into`, new ones on the CPU where it has none.
+        """Return `saved` with every TensorInfo replaced by the tensor of `into`, or by a new CPU tensor.
 
-        A callable in `into` is called with its part of `saved` and gives the nest to load into.
+        A callable in `into` is called with its part of `saved` and returns the nest to load into.
         """
         if isinstance(into, Callable) and not isinstance(into, Tensor):  # type: ignore[arg-type]
             into = into(saved)
@@ -232,7 +238,7 @@ class Binder:
                 for key, item in saved.items()
             }
         if isinstance(saved, list | tuple):
-            # Read as a mapping by position, a list has missing and unexpected entries as well.
+            # As mappings by position, lists are checked for missing and unexpected entries too.
             listed = dict(enumerate(into)) if isinstance(into, list | tuple) else None
             return type(saved)(self.bind(dict(enumerate(saved)), listed, where).values())
         return saved
@@ -244,11 +250,11 @@ class Binder:
             else:
                 self.reads.append((saved, into))
             return into
-        fresh = self._fresh.get(saved.name)
-        if fresh is None:
-            fresh = self._fresh[saved.name] = torch.empty(saved.shape, dtype=saved.dtype)
-            self.reads.append((saved, fresh))
-        return fresh.numpy() if saved.array else fresh
+        tensor = self._new_tensors.get(saved.name)
+        if tensor is None:
+            tensor = self._new_tensors[saved.name] = torch.empty(saved.shape, dtype=saved.dtype)
+            self.reads.append((saved, tensor))
+        return tensor.numpy() if saved.array else tensor
 
     def _compare(self, saved: Mapping[Any, Any], given: Mapping[Any, Any] | None, where: str) -> None:
         if given is None or not where:

@@ -1,14 +1,13 @@
-"""Storage for torch.distributed.checkpoint (DCP) that holds raw bytes and JSON: no pickle is written, none is read.
+"""Storage reader for torch.distributed.checkpoint (DCP) with a format of raw bytes and JSON instead of pickle.
 
-DCP plans who writes and who reads which part of which tensor, so that a state saved by n ranks is read by m. Its own
-storage unpickles `.metadata`; this one replaces it. `metadata.json`:
+DCP plans which rank writes and reads which part of each tensor, so that n ranks can save a state and m ranks can load
+it. DCP's own storage unpickles `.metadata`, which can execute code; this one replaces it. `metadata.json`:
 
     {"format": 1, "byteorder": "little", "tensors": {name: {"dtype": "float32", "shape": […], "chunks": [
         {"offsets": […], "sizes": […], "file": "data-00000.bin", "start": byte} …]}}}
 
-Everything in it is checked before a byte of memory is allocated for it: chunks lie within their file and do not overlap
-there, and together have the volume of their tensor, so that a checkpoint never asks for more memory than its files have
-bytes.
+The metadata is validated before memory is allocated: chunks are within their file, do not overlap, and have the volume
+of their tensor in total. So a checkpoint never requires more memory than its files have bytes.
 """
 
 from __future__ import annotations
@@ -61,16 +60,18 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor as the metadata describes it."""
 
     info: TensorInfo
     chunks: list[Chunk]
 
 
-def read_table(path: Path, entries: Mapping[str, files.FileEntry]) -> dict[str, Stored]:
-    """Return name -> stored tensor. CheckpointError names `metadata.json` and the tensor where it says something
-    impossible.
+def read_table(path: Path, entries: Mapping[str, files.FileEntry]) -> dict[str, StoredTensor]:
+    """Return name -> stored tensor, read from `metadata.json` and validated.
+
+    Raises:
+        CheckpointError: the metadata is invalid; the message names the file and the tensor.
     """
     file = path / files.METADATA
     content = files.read_json(file, entries[files.METADATA].size)
@@ -81,7 +82,7 @@ def read_table(path: Path, entries: Mapping[str, files.FileEntry]) -> dict[str, 
     ):
         raise CheckpointError(f"{file} is not the metadata of a checkpoint of format {files.FORMAT}.")
     if content.get("byteorder") != sys.byteorder:
-        raise CheckpointError(f"{file}: the checkpoint was written on a machine with another byte order than this one.")
+        raise CheckpointError(f"{file}: the checkpoint was written on a machine with a different byte order.")
     table, extents = {}, []
     for name, described in content["tensors"].items():
         try:
@@ -98,7 +99,7 @@ def read_table(path: Path, entries: Mapping[str, files.FileEntry]) -> dict[str, 
     return table
 
 
-def _stored(name: str, described: Any, entries: Mapping[str, files.FileEntry]) -> Stored:
+def _stored(name: str, described: Any, entries: Mapping[str, files.FileEntry]) -> StoredTensor:
     dtype, shape = DTYPES[described["dtype"]], _sizes(described["shape"])
     chunks = [
         Chunk(_sizes(chunk["offsets"]), _sizes(chunk["sizes"]), chunk["file"], *_sizes([chunk["start"]]))
@@ -106,38 +107,42 @@ def _stored(name: str, described: Any, entries: Mapping[str, files.FileEntry]) -
     ]
     for chunk in chunks:
         if not (len(chunk.offsets) == len(chunk.sizes) == len(shape)):
-            raise ValueError("a chunk with another number of dimensions")
+            raise ValueError("a chunk with a different number of dimensions")
         if any(offset + size > limit for offset, size, limit in zip(chunk.offsets, chunk.sizes, shape, strict=True)):
-            raise ValueError("a chunk that lies outside of the tensor")
+            raise ValueError("a chunk outside of the tensor")
         entry = entries.get(chunk.file) if chunk.file != files.STATE and chunk.file != files.METADATA else None
         if entry is None:
             raise ValueError(f"a file {chunk.file!r} that the manifest does not list")
         if chunk.start + math.prod(chunk.sizes) * dtype.itemsize > entry.size:
             raise ValueError(f"bytes beyond the end of {chunk.file}, which has {entry.size}")
-    # Together with the extents in the files, which do not overlap, this also bounds the memory that is asked for.
+    # Because extents in the files do not overlap, this also limits the memory that loading allocates.
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
-        raise ValueError(f"chunks that do not make up its shape {shape}")
-    return Stored(TensorInfo(name, dtype, shape), chunks)
+        raise ValueError(f"chunks that do not cover its shape {shape}")
+    return StoredTensor(TensorInfo(name, dtype, shape), chunks)
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or len(values) > _MAX_DIMENSIONS:
         raise ValueError("a size that is not a list of numbers")
     if any(type(value) is not int or not 0 <= value < 2**62 for value in values):
-        raise ValueError(f"a size or place that cannot be: {str(values)[:80]}")
-    if math.prod(max(value, 1) for value in values) >= 2**62:  # torch refuses it for an empty tensor too
-        raise ValueError(f"a size that cannot be: {str(values)[:80]}")
+        raise ValueError(f"an invalid size or offset: {str(values)[:80]}")
+    if math.prod(max(value, 1) for value in values) >= 2**62:  # torch rejects it for an empty tensor too
+        raise ValueError(f"an invalid size: {str(values)[:80]}")
     return tuple(values)
 
 
 class CheckpointReader(StorageReader):
-    """Reads the tensors `wanted` (key in DCP's state dict -> stored tensor) of one checkpoint; a stored one may be
-    wanted twice.
+    """Reads tensors of one checkpoint for DCP.
+
+    Args:
+        requested: key in DCP's state dict -> stored tensor. A stored tensor may have several keys.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, files.FileEntry], wanted: Mapping[str, Stored]) -> None:
-        self.path, self.entries, self.wanted = path, entries, wanted
-        self.chunks = {(key, chunk.offsets): chunk for key, stored in wanted.items() for chunk in stored.chunks}
+    def __init__(
+        self, path: Path, entries: Mapping[str, files.FileEntry], requested: Mapping[str, StoredTensor]
+    ) -> None:
+        self.path, self.entries, self.requested = path, entries, requested
+        self.chunks = {(key, chunk.offsets): chunk for key, stored in requested.items() for chunk in stored.chunks}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -157,7 +162,7 @@ class CheckpointReader(StorageReader):
                         for chunk in stored.chunks
                     ],
                 )
-                for key, stored in self.wanted.items()
+                for key, stored in self.requested.items()
             }
         )
 
@@ -174,7 +179,7 @@ class CheckpointReader(StorageReader):
         per_file: dict[str, list[tuple[Chunk, ReadItem]]] = {}
         for item in plan.items:
             if item.type is not LoadItemType.TENSOR:
-                raise CheckpointError(f"{self.path} holds something that is not a tensor where a tensor belongs.")
+                raise CheckpointError(f"{self.path} has an entry that is not a tensor where a tensor is expected.")
             chunk = self.chunks[item.storage_index.fqn, tuple(item.storage_index.offset or ())]
             per_file.setdefault(chunk.file, []).append((chunk, item))
         with torch.no_grad():
@@ -189,10 +194,11 @@ class CheckpointReader(StorageReader):
         return future
 
     def _read(self, stream: BinaryIO, chunk: Chunk, item: ReadItem, target: Tensor) -> None:
-        """Read the box `item` of `chunk` into `target`: only the rows it touches, straight into place where the layout
-        allows.
+        """Read the box `item` of `chunk` into `target`.
+
+        Only the rows of the box are read, directly into `target` if its layout allows it.
         """
-        dtype = self.wanted[item.storage_index.fqn].info.dtype
+        dtype = self.requested[item.storage_index.fqn].info.dtype
         shape, start = list(chunk.sizes), chunk.start
         if shape:
             start += item.storage_offsets[0] * math.prod(shape[1:]) * dtype.itemsize
@@ -205,7 +211,7 @@ class CheckpointReader(StorageReader):
             while done < len(buffer):
                 count = stream.readinto(buffer[done:])  # type: ignore[attr-defined]
                 if not count:
-                    raise CheckpointError(f"{self.path / chunk.file} ends too early.")
+                    raise CheckpointError(f"{self.path / chunk.file} is truncated.")
                 done += count
         if not direct:
             for dimension in range(1, len(shape)):

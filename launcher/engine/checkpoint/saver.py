@@ -1,4 +1,4 @@
-"""Writing checkpoints while training goes on."""
+"""Asynchronous saving of checkpoints during training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from launcher.engine.checkpoint import files
 from launcher.errors import CheckpointError
 
-# DCP and what is built on it are imported by the first save: with SymPy behind DTensor they take half a second, which
-# the first step need not wait for.
+# DCP and the modules that need it are imported by the first save: they take half a second (DTensor imports SymPy),
+# which would delay the first step.
 if TYPE_CHECKING:
     from launcher.engine.checkpoint.uploads import Uploads
     from launcher.engine.checkpoint.writer import CheckpointWriter, Part, Planner
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 class SavedCheckpoint:
     """A checkpoint that is complete and durable.
 
-    `nbytes`: of all ranks' tensors, on rank 0 (0 elsewhere); `blocked`, `seconds`: how long `save` kept the caller, and
-    how long it took in all; `note`: what went wrong with deleting old ones, or an empty string.
+    Attributes:
+        nbytes: bytes of the tensors of all ranks, on rank 0; 0 on other ranks.
+        blocked: seconds for which `save` blocked the caller.
+        seconds: duration of the save.
+        note: error message if old checkpoints could not be deleted, or an empty string.
     """
 
     step: int
@@ -40,18 +43,24 @@ class SavedCheckpoint:
 
 
 class Checkpointer:
-    """Saves the checkpoints of one run into `directory` and deletes those that are not to be kept.
+    """Saves the checkpoints of one run to `directory` and deletes old ones.
 
-    Every rank of the run has one and calls `save` at the same steps. `group` is a process group of its own over a CPU
-    backend (`dist.new_group(backend="gloo", timeout=…)`, its timeout longer than a save), since collectives run in the
-    background; None for a single process. Rank 0 of the group coordinates and is the one that deletes.
+    Every rank of the run has a Checkpointer and calls `save` at the same steps. Rank 0 of `group` coordinates and
+    deletes. The constructor removes leftovers of interrupted saves; no other process may write to `directory` then.
 
-    `best` is the step of the best checkpoint, which is never deleted; set it whenever it is known. `last` is the newest
-    `SavedCheckpoint`.
+    Args:
+        keep: number of newest checkpoints to keep besides the best.
+        group: a separate process group with a CPU backend (`dist.new_group(backend="gloo", timeout=…)`, with a timeout
+            longer than a save), because collectives run in the background; None for a single process.
+        uploads: if given, checkpoints are also uploaded to an object store in the background.
 
-    With `uploads` what is saved is also sent to an object store, in the background.
+    Attributes:
+        best: step of the best checkpoint, which is never deleted. The caller sets it.
+        last: the newest `SavedCheckpoint`, or None.
 
-    When it is constructed nothing else may write to `directory`: leftovers of interrupted saves are removed.
+    Raises:
+        CheckpointError: `directory` cannot be created or cleaned.
+        ValueError: `group` is None in a job of several processes.
     """
 
     def __init__(
@@ -63,7 +72,7 @@ class Checkpointer:
         uploads: Uploads | None = None,
     ) -> None:
         if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError("a Checkpointer among several processes needs a process group of its own")
+            raise ValueError("a Checkpointer in a job of several processes needs a separate process group")
         self.directory = Path(directory).absolute()
         self.keep = keep
         self.best: int | None = None
@@ -84,15 +93,19 @@ class Checkpointer:
                 ) from error
 
     def save(self, step: int, state: dict[str, Any], own: Any = None, *, asynchronous: bool = True) -> None:
-        """Save `state` and every rank's `own` as the checkpoint of `step`, replacing one that is there.
+        """Save `state` and the `own` state of every rank as the checkpoint of `step`, replacing an existing one.
 
-        Both are nests (`nest`). Of `state`, DTensors are saved by all ranks, each its shard; everything else is the
-        same on all ranks, and rank 0's is saved. `own` may differ in everything and comes back as a list over ranks.
+        Waits for the previous save, copies the tensors, and returns; a thread writes them to disk. The caller may
+        change the tensors immediately.
 
-        It waits for the previous save, then copies, then returns: the tensors may change at once, and the writing goes
-        on in a thread. With `asynchronous=False` it returns when the checkpoint is durable and makes no copy.
-        CheckpointError for its own failure; that of a save in the thread comes at the next call of `save`, `wait` or
-        `close`.
+        Args:
+            state: a nest (see `nest`). Every rank saves its shard of DTensors; all other values are equal on all ranks,
+                and rank 0 saves them.
+            own: a nest that may differ between ranks. `load` returns a list over ranks.
+            asynchronous: if False, return when the checkpoint is durable, and make no copy.
+
+        Raises:
+            CheckpointError: the save failed. Failures of the thread are raised by the next `save`, `wait` or `close`.
         """
         if bad := [key for key in state if not isinstance(key, str) or key == "own" or key.startswith("$")]:
             raise ValueError(f"the sections of a checkpoint cannot be called {bad}")
@@ -111,7 +124,7 @@ class Checkpointer:
         if asynchronous:
             present = self._stage(present)
         for device in devices:
-            # What is still being copied, or computed where nothing is copied: the thread has a stream of its own.
+            # Wait for copies, or for computation if nothing is copied: the thread uses another stream.
             torch.cuda.current_stream(device).synchronize()
         scattered = self._uploads is not None and self._uploads.scattered
         writer = CheckpointWriter(self.directory, step, skeleton if self._rank == 0 else None, scattered)
@@ -125,7 +138,11 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> SavedCheckpoint | None:
-        """Wait until the save that is going on is done. Returns `last`; CheckpointError where it failed (told once)."""
+        """Wait for the save in progress and return `last`.
+
+        Raises:
+            CheckpointError: the save failed. The failure is raised once.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -135,19 +152,21 @@ class Checkpointer:
         return self.last
 
     def settle(self, seconds: float) -> None:
-        """Give a save that is going on so many seconds to end. That it failed is still told by the next call."""
+        """Wait at most `seconds` for the save in progress. A failure is raised by the next call of `wait`."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     @property
     def busy(self) -> bool:
-        """Whether a save is going on, so that the next one would wait."""
+        """Whether a save is in progress, so that another one would wait."""
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
-        """Wait for the last save and free the memory for copies; like `wait`, it raises.
+        """Wait for the last save and free the staging memory.
 
-        StorageError where the newest or the best could not be sent to the store.
+        Raises:
+            CheckpointError: the save failed.
+            StorageError: the newest or the best checkpoint could not be uploaded.
         """
         self._staging = {}
         self.wait()
@@ -157,22 +176,22 @@ class Checkpointer:
                 files.prune(self.directory, self.last.step, self.best, self.keep)
 
     def newest(self) -> files.NewestCheckpoint:
-        """Return the newest intact checkpoint, here or on the store; for rank 0."""
+        """Return the newest intact checkpoint on this machine or the object store; only for rank 0."""
         return files.newest_intact(self.directory) if self._uploads is None else self._uploads.newest()
 
     def local_copy(self, newest: files.NewestCheckpoint) -> files.NewestCheckpoint:
-        """Return what rank 0 has found as it lies on this machine, brought from the store if need be."""
+        """Return the checkpoint that rank 0 found, with its path on this machine, downloaded if it is not there."""
         return newest if self._uploads is None or self._rank == 0 else self._uploads.local_copy(newest)
 
     def _writes(self, tensor: Tensor) -> bool:
         from torch.distributed.tensor import DTensor
 
-        # Not spread over the ranks: replicas may differ in buffers (batch statistics), and rank 0's are the ones that
-        # count.
+        # Replicated tensors are not distributed over the ranks for writing: buffers (batch statistics) may differ, and
+        # those of rank 0 are saved.
         return self._rank == 0 or isinstance(tensor, DTensor)
 
     def _stage(self, parts: list[Part]) -> list[Part]:
-        """Copy all sources to CPU memory that is kept for the next save."""
+        """Copy all sources to CPU memory that is reused by the next save."""
         buffers: dict[str, Tensor] = {}
         for part in parts:
             name, source = part.item.index.fqn, part.source

@@ -1,10 +1,11 @@
-"""The state of a model and its optimizer by the names of parameters, and back.
+"""Save and load the state of a model and its optimizer by parameter name.
 
-Names are those of the plain module: what DistributedDataParallel, torch.compile and activation checkpointing put in
-front is taken away, so that a checkpoint does not depend on how the model was run. Of
-torch.distributed.checkpoint.state_dict we use nothing: to know an optimizer's state it takes a step with zero
-gradients, which leaves Adam's step count at 1 and SGD's momentum at 0 where a fresh optimizer has neither, so that a
-run resumed from step 0 would differ from one that was not.
+Names are those of the plain module, without the prefixes of DistributedDataParallel, torch.compile and activation
+checkpointing, so that a checkpoint does not depend on how the model was run.
+
+torch.distributed.checkpoint.state_dict is not used: to initialize the state of an optimizer it takes a step with zero
+gradients, after which Adam has a step count of 1 and SGD a momentum of 0. A new optimizer has neither, so a run resumed
+from step 0 would differ from an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's module below DistributedDataParallel and torch.compile."""
+    """Return the user's module, without the wrappers of DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -38,21 +39,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """Return name -> parameter or buffer (DTensors where it is sharded), not copied; tied weights under each of their
-    names.
-    """
+    """Return name -> parameter or buffer, not copied; DTensors if sharded. Tied weights appear under each name."""
     return {_plain(name): value for name, value in unwrap(model).state_dict().items()}
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Put what `model_state` gave back into the model, strictly."""
+    """Load the result of `model_state` into the model. The names must be equal."""
     target = unwrap(model)
     names = {_plain(name): name for name in target.state_dict()}
     target.load_state_dict({names.get(name, name): value for name, value in state.items()})
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return the optimizer's state_dict with names of parameters in the place of numbers; tensors are not copied."""
+    """Return the optimizer's state_dict with parameter names instead of indices. Tensors are not copied."""
     names = _parameter_names(model, optimizer)
     state = optimizer.state_dict()
     flat = [name for group in names for name in group]
@@ -61,10 +60,10 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Put what `optimizer_state` gave back into the optimizer, fresh or used, bit for bit; its tensors are taken, not
-    copied.
+    """Load the result of `optimizer_state` into the optimizer, bit for bit. Its tensors are used, not copied.
 
-    Groups must hold the same parameters, in any order; CheckpointError names the group otherwise.
+    Raises:
+        CheckpointError: a group has other parameters than the saved group; their order may differ.
     """
     names = _parameter_names(model, optimizer)
     _compare_groups(names, [group["params"] for group in saved["param_groups"]])
@@ -82,20 +81,21 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: Mapping[
 
 
 def optimizer_template(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nest to load `saved` (the optimizer's section of `inspect`) into: new tensors, sharded as their
-    parameters are.
+    """Return the nest to load an optimizer's state into: new tensors that are sharded like their parameters.
 
-    The optimizer itself is neither read nor changed but for its parameters and the tensors in its groups, so it may be
-    fresh.
+    Only the parameters of the optimizer and the tensors in its groups are used, so it may be new.
+
+    Args:
+        saved: the section `optimizer` in the result of `inspect`.
     """
     names = _parameter_names(model, optimizer)
     _compare_groups(names, [group["params"] for group in saved["param_groups"]])
     flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     parameters = dict(zip((name for group in names for name in group), flat, strict=True))
     groups = []
-    for kept, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+    for stored, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         groups.append(
-            {key: _like(live.get(key)) if isinstance(value, TensorInfo) else value for key, value in kept.items()}
+            {key: _like(live.get(key)) if isinstance(value, TensorInfo) else value for key, value in stored.items()}
         )
     state = {name: _empty(values, parameters[name]) for name, values in saved["state"].items()}
     return {**saved, "state": state, "param_groups": groups}
@@ -114,21 +114,29 @@ def restore_training(
     verified: bool = False,
     rank: tuple[int, int] | None = None,
 ) -> Content:
-    """Load the sections `model` and `optimizer` of the checkpoint at `path` into both, in place; return its whole
-    content. `rank`: see `load`.
+    """Load a checkpoint into a model and its optimizer, in place, and return the content of the checkpoint.
+
+    Args:
+        verified, rank: see `load`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or does not fit the model and optimizer.
     """
     into = {"model": model_state(model), "optimizer": lambda saved: optimizer_template(model, optimizer, saved)}
     content = load(path, into, verified=verified, rank=rank)
     for section in into:
         if section not in content.state:
-            raise CheckpointError(f"The checkpoint {path} has no section {section!r}; it was not saved by training.")
+            raise CheckpointError(
+                f"The checkpoint {path} has no section {section!r}, so training cannot resume from it. Load its "
+                "weights with checkpoint.load."
+            )
     load_model_state(model, content.state["model"])
     load_optimizer_state(model, optimizer, content.state["optimizer"])
     return content
 
 
 def sharded_like(own: Any, value: Tensor) -> Tensor:
-    """Return `value`, or this worker's part of it where `own`, the tensor that it goes into, is divided."""
+    """Return `value`, or this worker's shard of it if the destination `own` is a DTensor."""
     if not isinstance(own, DTensor) or isinstance(value, DTensor):
         return value
     value = value.to(own.device, own.dtype)
@@ -142,9 +150,7 @@ def _plain(name: str) -> str:
 
 
 def _parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    """Return the names of the optimizer's parameters, group by group; those outside of the model are called
-    `#group.index`.
-    """
+    """Return the names of the optimizer's parameters by group; parameters outside of the model are `#group.index`."""
     known = {id(parameter): _plain(name) for name, parameter in unwrap(model).named_parameters()}
     return [
         [known.get(id(parameter), f"#{number}.{index}") for index, parameter in enumerate(group["params"])]
@@ -169,11 +175,10 @@ def _compare_groups(here: list[list[str]], saved: list[list[str]]) -> None:
 
 def _empty(value: Any, parameter: Tensor) -> Any:
     if isinstance(value, TensorInfo):
-        # In the parameter's own memory layout: fused kernels walk through both by address, whatever their strides say.
+        # With the memory layout of the parameter: fused kernels access both by address, regardless of strides.
         if value.shape == tuple(parameter.shape) and (value.shape or isinstance(parameter, DTensor)):
             return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-        # Counters (0-dimensional) belong on the CPU or the device by rules of torch's own, which load_state_dict
-        # applies.
+        # load_state_dict moves 0-dimensional counters to the CPU or the device, by the rules of torch.
         return torch.empty(value.shape, dtype=value.dtype, device=parameter.device if value.shape else "cpu")
     if isinstance(value, Mapping):
         return {key: _empty(item, parameter) for key, item in value.items()}
@@ -183,7 +188,7 @@ def _empty(value: Any, parameter: Tensor) -> Any:
 
 
 def _unconverted(value: Any, live: Any) -> Any:
-    """Return `live` with the tensors of `value`, on the devices of `live`, wherever their dtypes differ."""
+    """Return `live` with those tensors of `value` whose dtypes differ, on the devices of `live`."""
     if isinstance(value, Tensor) and isinstance(live, Tensor):
         return live if live.dtype == value.dtype else value.to(live.device)
     if isinstance(value, dict) and isinstance(live, dict):

@@ -1,7 +1,7 @@
-"""Checkpoints on an object store: sent while training goes on, found and brought back for a resume.
+"""Upload of checkpoints to an object store during training, and their download for a resume.
 
-There a checkpoint is complete when its manifest is: the manifest is sent last, after all other files are seen to have
-their sizes, and removed first. No torch here.
+On a store a checkpoint is complete if its manifest is: the manifest is uploaded last, after the sizes of all other
+files were verified, and deleted first. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from launcher.runs import RunDirectory
 from launcher.runs.mirror import CHECKPOINTS, cache_of
 from launcher.runs.storage import Entry, Store, WrongSize
 
-_WAITING = 2  # saves that may wait to be sent from several machines
-_PARTS_SECONDS = 600.0  # how long rank 0 waits for what other machines send
+_WAITING = 2  # maximum number of queued saves if several machines upload
+_PARTS_SECONDS = 600.0  # how long rank 0 waits for the files of other machines
 _PARTS = ".parts"
 
 
 @dataclass
 class Upload:
-    """A save that is to be sent: `folder` here, `names` of the files (None: all that the manifest lists)."""
+    """A save to upload: the local `folder` and the `names` of its files (None: all files of the manifest)."""
 
     step: int
     folder: Path
@@ -42,20 +42,20 @@ class Upload:
 
 
 class Uploads:
-    """One rank's share in sending the checkpoints of one run.
+    """Uploads the checkpoints of one run, on each rank.
 
-    Rank 0 sends what lies in its directory, waits for the parts that others send, and completes the checkpoint. A rank
-    on another machine sends its own part. Nothing here makes the training loop wait, but `flush`; where saves come
-    faster than they can be sent, the newest goes first, and what is not to be kept any more is not sent (with several
-    machines, whose ranks must agree, all are sent in turn, and the saving thread waits).
+    Rank 0 uploads the files of its directory, waits for the files of other machines, and completes the checkpoint. A
+    rank on another machine uploads its own file. Only `flush` blocks the training loop. If saves are faster than
+    uploads, the newest save is uploaded first, and saves that would be deleted are skipped. On several machines, whose
+    ranks must agree, all saves are uploaded in order, and the saving thread waits.
 
     Args:
-        store: the run's `checkpoints` there.
-        directory: the run's `checkpoints` here.
-        scattered: the ranks sit on several machines.
-        note: is told, in words, when the store cannot be written.
-        before_manifest: sends the files beside the checkpoint, so that a run that continues from it on another
-            machine finds what was logged up to its step.
+        store: the folder `checkpoints` of the run on the store.
+        directory: the folder `checkpoints` of the run on this machine.
+        scattered: whether the ranks are on several machines.
+        note: called with a message if the store cannot be written.
+        before_manifest: uploads the other files of the run, so that a run that resumes from the checkpoint on another
+            machine has the logs up to its step.
     """
 
     def __init__(
@@ -77,28 +77,28 @@ class Uploads:
         self._changed = threading.Condition()
         self._waiting: list[Upload] = []
         self._running: Upload | None = None
-        self._owed: dict[int, Upload] = {}  # could not be sent
-        self._sent: int | None = None
-        self._took: deque[float] = deque(maxlen=3)  # seconds from being submitted to being there
+        self._failed: dict[int, Upload] = {}
+        self._newest_uploaded: int | None = None
+        self._durations: deque[float] = deque(maxlen=3)  # seconds from `submit` to the end of the upload
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    # ---- sending ----------------------------------------------------------------------------------------------------
+    # ---- upload -----------------------------------------------------------------------------------------------------
 
     def submit(self, step: int, folder: Path, temporary: Path) -> None:
-        """Take a checkpoint that is complete: `folder` where rank 0 has named it, `temporary` where it was written."""
+        """Queue a complete checkpoint: `folder` is its final directory on rank 0, `temporary` where it was written."""
         upload = Upload(step, folder)
         if self._rank != 0:
             part = temporary / files.data_file(self._rank)
-            if not part.exists():  # rank 0 sits on this machine and sends it
+            if not part.exists():  # rank 0 runs on this machine and uploads it
                 return
             upload = Upload(step, temporary, [part.name])
         with self._changed:
             if self.scattered:
                 self._changed.wait_for(lambda: len(self._waiting) < _WAITING)
             elif self._rank == 0:
-                wanted = files.to_keep([one.step for one in self._waiting], step, self.best, self.keep)
-                self._waiting = [one for one in self._waiting if one.step in wanted and one.step != step]
+                retained = files.to_keep([one.step for one in self._waiting], step, self.best, self.keep)
+                self._waiting = [one for one in self._waiting if one.step in retained and one.step != step]
             self._waiting.append(upload)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="checkpoint-upload", daemon=True)
@@ -106,44 +106,44 @@ class Uploads:
             self._changed.notify_all()
 
     def pinned(self) -> set[int]:
-        """The steps whose files are still needed here."""
+        """Return the steps whose local files are still needed."""
         with self._changed:
             running = [self._running] if self._running else []
-            return {upload.step for upload in (*self._waiting, *running)} | set(self._owed)
+            return {upload.step for upload in (*self._waiting, *running)} | set(self._failed)
 
     @property
     def seconds(self) -> float | None:
-        """How long the slowest of the last three took, from being saved here to being there; None before the first."""
-        return max(self._took, default=None)
+        """Seconds from save to end of upload, the maximum of the last three uploads; None before the first one."""
+        return max(self._durations, default=None)
 
     def settle(self, seconds: float) -> bool:
-        """Give what is being sent so many seconds; tell whether all of it is there."""
+        """Wait at most `seconds` for pending uploads; return whether all of them succeeded."""
         with self._changed:
             done = self._changed.wait_for(lambda: not self._waiting and self._running is None, seconds)
-            return done and not self._owed
+            return done and not self._failed
 
     def flush(self) -> None:
         """Wait until the newest and the best checkpoint are on the store.
 
         Raises:
-            StorageError: they could not be sent; names the directory that keeps them.
+            StorageError: the upload failed; the message names the local directory.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and self._running is None)
-            owed = [self._owed[step] for step in sorted(self._owed, reverse=True)]
-            self._owed = {}
-        for upload in owed:
+            failed = [self._failed[step] for step in sorted(self._failed, reverse=True)]
+            self._failed = {}
+        for upload in failed:
             try:
                 self._send(upload)
             except StorageError as error:
                 raise StorageError(
-                    f"The checkpoint of step {upload.step} could not be copied to the run root. {error} It is kept in "
-                    f"{upload.folder} on this machine; when the store can be reached again, continue here with "
-                    "run.resume=true."
+                    f"The checkpoint of step {upload.step} could not be uploaded to the run root. {error} It remains "
+                    f"in {upload.folder} on this machine. When the store is reachable again, resume on this machine "
+                    "with run.resume=true."
                 ) from None
 
     def close(self) -> None:
-        """Let go of the thread, once nothing waits any more; what could not be sent is not tried again."""
+        """End the thread after the pending uploads. Failed uploads are not retried."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -163,18 +163,18 @@ class Uploads:
                 error = found
             except OSError as found:
                 error = StorageError(f"{found.strerror or found}.")
-            if error is not None and not self._owed:
+            if error is not None and not self._failed:
                 self._note(
-                    f"The checkpoint of step {upload.step} is not in the run root yet; training goes on. {error}"
+                    f"The checkpoint of step {upload.step} is not in the run root yet; training continues. {error}"
                 )
             with self._changed:
                 if error is None:
-                    self._took.append(time.monotonic() - upload.submitted)
+                    self._durations.append(time.monotonic() - upload.submitted)
                 if error is not None:
-                    self._owed[upload.step] = upload
+                    self._failed[upload.step] = upload
                 elif self._rank == 0:
-                    # A newer one is there: of those that failed only the best is missed.
-                    self._owed = {step: one for step, one in self._owed.items() if step == self.best}
+                    # A newer checkpoint is on the store: of the failed uploads only the best is still needed.
+                    self._failed = {step: one for step, one in self._failed.items() if step == self.best}
                 self._running = None
                 self._changed.notify_all()
 
@@ -185,58 +185,58 @@ class Uploads:
                 target.put(name, upload.folder / name)
                 self.store.put_bytes(_receipt(upload.step, name, _digest(upload.folder / name)), b"sent")
                 (upload.folder / name).unlink()
-            with contextlib.suppress(OSError):  # other ranks of this machine have theirs in it
+            with contextlib.suppress(OSError):  # not empty: other ranks of this machine still upload from it
                 upload.folder.rmdir()
             return
         try:
             manifest = files.read_manifest(upload.folder)
-        except CheckpointError as error:  # deleted here by hand, or a disk that fails
+        except CheckpointError as error:  # deleted by the user, or a failing disk
             raise StorageError(str(error)) from None
         if files.MANIFEST in target.entries():
             target.put_bytes(files.MANIFEST, b"")  # of an earlier save of this step
-        elsewhere = []
+        receipts = []
         for name, entry in manifest.items():
             if (upload.folder / name).exists():
                 target.put(name, upload.folder / name)
             else:
-                elsewhere.append(_receipt(upload.step, name, entry.checksum))
-        self._await(elsewhere)
-        there = target.entries()
+                receipts.append(_receipt(upload.step, name, entry.checksum))
+        self._await(receipts)
+        uploaded = target.entries()
         for name, entry in manifest.items():
-            if name not in there or there[name].size != entry.size:
-                target.put(name, upload.folder / name)  # cut short by a connection that broke
+            if name not in uploaded or uploaded[name].size != entry.size:
+                target.put(name, upload.folder / name)  # truncated by a broken connection
         if self._before_manifest is not None:
             self._before_manifest()
         target.put(files.MANIFEST, upload.folder / files.MANIFEST)
-        if elsewhere:
+        if receipts:
             self.store.remove(f"{_PARTS}/{files.name_of(upload.step)}")
-        self._sent = max(upload.step, self._sent or 0)
-        self._prune(self._sent)
+        self._newest_uploaded = max(upload.step, self._newest_uploaded or 0)
+        self._prune(self._newest_uploaded)
 
     def _await(self, receipts: list[str]) -> None:
         deadline = time.monotonic() + _PARTS_SECONDS
         while missing := set(receipts) - set(self.store.entries(_PARTS) if receipts else ()):
             if time.monotonic() > deadline:
-                raise StorageError(f"{self.store.uri}: other machines did not send {', '.join(sorted(missing))}.")
+                raise StorageError(f"{self.store.uri}: other machines did not upload {', '.join(sorted(missing))}.")
             time.sleep(1.0)
 
     def _prune(self, newest: int) -> None:
         steps = {files.step_of(name.partition("/")[0]) for name in self.store.entries() if _in_checkpoint(name)}
-        steps = {step for step in steps if step <= newest}  # of later ones other machines may have sent their part
+        steps = {step for step in steps if step <= newest}  # other machines may be uploading later ones
         for step in steps - files.to_keep(steps, newest, self.best, self.keep):
             self._remove(step)
 
     def _remove(self, step: int) -> None:
         gone = self.store.under(files.name_of(step))
-        gone.put_bytes(files.MANIFEST, b"")  # absent from here on, whatever is deleted first
+        gone.put_bytes(files.MANIFEST, b"")  # incomplete from now on, in whichever order files are deleted
         gone.remove()
 
-    # ---- finding -----------------------------------------------------------------------------------------------------
+    # ---- search and download ----------------------------------------------------------------------------------------
 
     def newest(self) -> files.NewestCheckpoint:
-        """Return the newest checkpoint, here or on the store, that verifies; it is here afterwards. For rank 0.
+        """Return the newest intact checkpoint on this machine or the store; only for rank 0.
 
-        With several machines it is on the store afterwards as well.
+        It is downloaded to this machine if necessary, and uploaded to the store if there are several machines.
         """
         remote = steps_on(self.store)
         local = files.available(self.directory)
@@ -253,14 +253,14 @@ class Uploads:
             except CheckpointError as error:
                 skipped.append(files.DamagedCheckpoint(path, str(error).replace(f"{path}{os.sep}", "").rstrip(".")))
             else:
-                for damaged in skipped:  # what follows makes another history
+                for damaged in skipped:  # the resumed run replaces them
                     if files.step_of(damaged.path) in remote:
                         self._remove(files.step_of(damaged.path))
                 return files.NewestCheckpoint(path, skipped)
         return files.NewestCheckpoint(None, skipped)
 
     def local_copy(self, newest: files.NewestCheckpoint) -> files.NewestCheckpoint:
-        """Return what rank 0 has found as it lies on this machine, brought from the store if need be."""
+        """Return the checkpoint that rank 0 found, with its path on this machine, downloaded if it is not there."""
         if newest.path is None:
             return newest
         path = self.directory / newest.path.name
@@ -269,7 +269,7 @@ class Uploads:
 
 
 def steps_on(store: Store) -> dict[int, Entry]:
-    """Return the complete checkpoints on a store, oldest first, as step -> manifest; an empty one is being written."""
+    """Return the complete checkpoints on a store as step -> manifest, oldest first; an empty manifest is incomplete."""
     found = {}
     for name, entry in store.entries().items():
         if _in_checkpoint(name) and name.endswith(f"/{files.MANIFEST}") and entry.size:
@@ -278,7 +278,7 @@ def steps_on(store: Store) -> dict[int, Entry]:
 
 
 def downloaded(uri: str) -> Path:
-    """Return the place on this machine of a checkpoint on a store (ROOT/RUN/checkpoints/step-…), brought if need be."""
+    """Download a checkpoint (URI ROOT/RUN/checkpoints/step-…) to the cache, if it is not there; return its path."""
     root, run, _, name = uri.rsplit("/", 3)
     path = cache_of(root) / run / CHECKPOINTS / name
     download(Store.open(uri.rpartition("/")[0]), path)
@@ -286,10 +286,10 @@ def downloaded(uri: str) -> Path:
 
 
 def fetch(run: RunDirectory, best: int | None) -> Path | None:
-    """Bring a run's best checkpoint, or the newest intact one, from the store to this machine; None where it has none.
+    """Download a run's best checkpoint, or the newest intact one; return its path, or None if the run has none.
 
     Raises:
-        CheckpointError: the best is there and damaged.
+        CheckpointError: the best checkpoint is damaged.
         StorageError: the store cannot be read.
     """
     assert run.uri is not None
@@ -308,17 +308,17 @@ def fetch(run: RunDirectory, best: int | None) -> Path | None:
 
 
 def download(store: Store, path: Path) -> None:
-    """See that the checkpoint `path` is here and intact: copy it from the store unless it is.
+    """Download the checkpoint `path` from the store unless it is intact on this machine.
 
-    Only files that a checkpoint can have are copied, each with the size that the manifest gives; nothing gets its name
-    before all of it has been verified. Several processes of a machine may call it at once.
+    Only files that a checkpoint can have are downloaded, each with the size in the manifest, and the directory gets its
+    name after it was verified. Several processes of a machine may call this function concurrently.
 
     Raises:
-        CheckpointError: that on the store is damaged.
+        CheckpointError: the checkpoint on the store is damaged.
         StorageError: the store cannot be read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.parent):
+    with _locked(path.parent):
         with contextlib.suppress(CheckpointError):
             files.verify(path)
             return
@@ -326,25 +326,25 @@ def download(store: Store, path: Path) -> None:
         temporary = path.parent / files.new_name(files.step_of(path), "tmp")
         temporary.mkdir()
         try:
-            there = source.entries(recursive=False)
-            manifest = there.get(files.MANIFEST)
+            remote = source.entries(recursive=False)
+            manifest = remote.get(files.MANIFEST)
             if manifest is None or manifest.size > files.MAX_JSON_BYTES:
                 raise CheckpointError(f"{source.uri} has no manifest.")
             source.get(files.MANIFEST, temporary / files.MANIFEST, manifest.size)
             for name, entry in files.read_manifest(temporary).items():
-                if name not in there:
+                if name not in remote:
                     raise CheckpointError(f"{name} is missing.")
-                if there[name].size != entry.size:
-                    raise CheckpointError(f"{name} has {there[name].size} bytes instead of {entry.size}.")
+                if remote[name].size != entry.size:
+                    raise CheckpointError(f"{name} has {remote[name].size} bytes instead of {entry.size}.")
                 source.get(name, temporary / name, entry.size)
             files.verify(temporary)
-            if path.exists():  # damaged here, intact there
+            if path.exists():  # damaged on this machine, intact on the store
                 shutil.rmtree(path)
             temporary.rename(path)
         except WrongSize as error:
             raise CheckpointError(str(error)) from None
         except FileNotFoundError:
-            raise CheckpointError(f"{source.uri} was removed meanwhile.") from None
+            raise CheckpointError(f"{source.uri} was deleted during the download.") from None
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(f"{temporary}{os.sep}", "")) from None
         finally:
@@ -352,7 +352,7 @@ def download(store: Store, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def _locked(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory / ".bring.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -366,7 +366,7 @@ def _receipt(step: int, name: str, checksum: str) -> str:
 
 
 def _digest(file: Path) -> str:
-    """Return the checksum of a part, which tells this save from an earlier one of the same step."""
+    """Return the checksum of a part, which distinguishes this save from an earlier save of the same step."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 

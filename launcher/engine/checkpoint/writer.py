@@ -1,4 +1,4 @@
-"""Writing one checkpoint with torch.distributed.checkpoint (DCP): who writes what, and the files (format: `reader`)."""
+"""Planner and storage writer for torch.distributed.checkpoint (DCP). `reader` describes the format of the files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from launcher.errors import CheckpointError
 
 @dataclass(frozen=True)
 class ChunkLocation:
-    """Where a chunk lies: `size` and `checksum` are those of the whole file, for the manifest."""
+    """The position of a chunk: file and first byte. `size` and `checksum` are those of the file, for the manifest."""
 
     file: str
     start: int
@@ -50,19 +50,21 @@ class ChunkLocation:
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank may have to write of one tensor: its chunk of the whole, and where the values are now."""
+    """The part of a tensor that this rank can write: its chunk, and the tensor that has the values."""
 
     item: WriteItem
     source: Tensor
 
 
 def part_of(name: str, tensor: Tensor) -> Part | None:
-    """Return this rank's part of `tensor`: all of a plain one, the local shard of a DTensor, None where that is
-    empty.
+    """Return this rank's part of `tensor`: all of a plain tensor, the local shard of a DTensor, None if it is empty.
+
+    Raises:
+        CheckpointError: a checkpoint does not support the dtype.
     """
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(
-            f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold. Convert it in state_dict()."
+            f"{name} has dtype {tensor.dtype}, which a checkpoint does not support. Convert it in state_dict()."
         )
     kind, local = WriteItemType.TENSOR, tensor.detach()
     chunk = ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.size())
@@ -78,8 +80,9 @@ def part_of(name: str, tensor: Tensor) -> Part | None:
 
 
 class Planner(DefaultSavePlanner):
-    """Plans the writing of `parts`; `own` (JSON of what belongs to this rank alone) travels to the coordinator with the
-    plan.
+    """Plans which rank writes which of the `parts`.
+
+    The plan also sends `own`, the JSON of the state of this rank alone, to the coordinator.
     """
 
     def __init__(self, parts: list[Part], own: Any) -> None:
@@ -103,14 +106,19 @@ class Planner(DefaultSavePlanner):
 
 
 class CheckpointWriter(StorageWriter):
-    """Writes one checkpoint: each rank its data file, the coordinator the rest, the manifest last, and then gives it
-    its name.
+    """Writes one checkpoint: each rank its data file, the coordinator all other files.
+
+    The manifest is written last, then the directory is renamed to its final name.
+
+    Args:
+        shared: JSON of the state that all ranks share; used by the coordinator.
+        scattered: each machine has a separate directory, and uploads its files to an object store.
     """
 
     def __init__(self, directory: Path, step: int, shared: Any, scattered: bool = False) -> None:
         self.directory, self.step, self.shared = directory, step, shared
-        self.scattered = scattered  # every machine has a directory of its own, and sends what is in it to a store
-        self.temporary: Path | None = None  # known to the coordinator; the others are told with the plan
+        self.scattered = scattered
+        self.temporary: Path | None = None  # chosen by the coordinator; other ranks receive it with the plan
         self.nbytes = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -130,7 +138,7 @@ class CheckpointWriter(StorageWriter):
         self.nbytes = sum(_nbytes(item) for plan in plans for item in plan.items)
         free = shutil.disk_usage(self.directory).free
         if free < self.nbytes:
-            raise CheckpointError(f"no space left: it takes {amount(self.nbytes)} and {amount(free)} are free")
+            raise CheckpointError(f"no space left: it needs {amount(self.nbytes)}, and {amount(free)} are free")
         self.temporary = self.directory / files.new_name(self.step, "tmp")
         self.temporary.mkdir()
         names = [f"{self.temporary.name}/{files.data_file(rank)}" for rank in range(len(plans))]
@@ -155,7 +163,7 @@ class CheckpointWriter(StorageWriter):
 
         results = []
         if plan.items:
-            with _told(file.parent.parent):
+            with _disk_errors(file.parent.parent):
                 entry = files.write_file(file, blocks())
             results = [
                 WriteResult(item.index, _nbytes(item), ChunkLocation(file.name, start, entry.size, entry.checksum))
@@ -172,30 +180,28 @@ class CheckpointWriter(StorageWriter):
         entries = {place.file: files.FileEntry(place.size, place.checksum) for place in places.values()}
         for name, entry in entries.items():
             if self.scattered and not (self.temporary / name).exists():
-                continue  # its machine sends it to the store
+                continue  # its machine uploads it
             with files.open_regular(self.temporary / name, entry.size):
-                pass  # written on another machine, it must be seen here: the directory is shared, or this raises
+                pass  # raises if another machine wrote the file to a directory that is not shared
         tensors = {name: _describe(name, stored, places) for name, stored in metadata.state_dict_metadata.items()}
         own = metadata.planner_data
         state = {"format": files.FORMAT, "step": self.step, "world_size": len(own), "shared": self.shared, "own": own}
         table = {"format": files.FORMAT, "byteorder": sys.byteorder, "tensors": tensors}
-        with _told(self.directory):
+        with _disk_errors(self.directory):
             entries[files.METADATA] = files.write_json(self.temporary / files.METADATA, table)
             entries[files.STATE] = files.write_json(self.temporary / files.STATE, state)
             files.write_manifest(self.temporary, self.step, entries)
             files.commit(self.temporary, self.directory, self.step)
 
     def discard(self) -> None:
-        """Remove what a failed save left."""
+        """Remove the temporary directory of a failed save."""
         if self.temporary is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _told(directory: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that tells how much space is left, since only its text reaches the other
-    ranks.
-    """
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """Convert an OSError to a CheckpointError with the free space, because other ranks receive only its text."""
     try:
         yield
     except OSError as error:

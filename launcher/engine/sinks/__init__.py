@@ -1,1 +1,1 @@
-"""Where the numbers of a run go: one file a destination. See `base`."""
+"""Sinks write the metrics of a run to their destinations. Each sink has its own file. See `base`."""

@@ -1,12 +1,12 @@
-"""A sink is a destination for the numbers of a run, such as TensorBoard's file. Rank 0 alone has sinks.
+"""The base class of sinks, which write the metrics of a run, for example to TensorBoard's file. Only rank 0 has sinks.
 
-A sink is one class in one file of this folder, which registers itself by name:
+A sink is a class in its own file of this folder, which registers itself by name:
 
     @register("name")
     class Name(Sink): ...
 
-Another package registers its own with an entry point of the group `launch.sinks`. A run uses the sinks that its
-configuration turns on (`Sink.is_on`) and those that `logging.sinks` names.
+Another package registers its sinks with an entry point of the group `launch.sinks`. A run uses the sinks that its
+configuration enables (`Sink.is_on`) and those that `logging.sinks` names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launcher.runs import RunDirectory
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: optimizer steps done, epochs (with a fraction), samples of all workers, and the time of day."""
+    """The progress of a run: optimizer steps, epochs (fractional), samples of all workers, and seconds since 1970."""
 
     step: int
     epoch: float
@@ -33,11 +33,11 @@ class Position:
 
 @dataclass(frozen=True)
 class SinkContext:
-    """What a sink is opened with.
+    """The arguments of `Sink.open`.
 
     Attributes:
-        directory: the run on disk.
-        resumed_at: the step that the run continues from; what was written for later steps is void. None for a new run.
+        directory: the run's directory.
+        resumed_at: the step from which the run resumes; values of later steps are invalid. None for a new run.
         hyperparameters: the values to compare between runs, by key.
         drawing: the traced network and its arguments, see `drawing.traced_step`. Only for visual sinks of a new run.
     """
@@ -50,22 +50,27 @@ class SinkContext:
 
 
 class Sink(ABC):
-    """Takes the numbers of a run. It is built and opened once, closed once, and called in the training process."""
+    """Receives the metrics of a run, in the training process. It is constructed, opened and closed once.
 
-    visual: ClassVar[bool] = False  # whether it shows figures, and the drawing of the network
-    opens_late: ClassVar[bool] = False  # whether it is opened after the first step, since opening takes long
+    Attributes:
+        visual: whether it shows figures and the graph of the network.
+        opens_late: whether it is opened after the first step, because opening is slow.
+    """
+
+    visual: ClassVar[bool] = False
+    opens_late: ClassVar[bool] = False
 
     @classmethod
     def is_on(cls, job: Job) -> bool:
-        """Return whether the configuration turns the sink on without naming it in `logging.sinks`."""
+        """Return whether the configuration enables the sink without naming it in `logging.sinks`."""
         return False
 
-    def open(self, context: SinkContext) -> None:  # noqa: B027 (most need nothing)
-        """Begin to record, or continue the record of a resumed run."""
+    def open(self, context: SinkContext) -> None:  # noqa: B027 (optional)
+        """Start the record of a new run, or continue that of a resumed run."""
 
     @abstractmethod
     def scalars(self, at: Position, values: Mapping[str, float]) -> None:
-        """Write the values of one step by tag, at most once a step."""
+        """Write the values of one step by tag. Called at most once per step."""
 
     def text(self, tag: str, text: str, step: int) -> None:  # noqa: B027
         """Write a text in Markdown."""
@@ -78,7 +83,7 @@ class Sink(ABC):
         """
 
     def close(self, ended_well: bool) -> None:  # noqa: B027
-        """End the record. ended_well: False where the run failed."""
+        """Close the record. ended_well: False if the run failed."""
 
 
 _SINKS: Registry[type[Sink]] = Registry("launcher.engine.sinks", "launch.sinks", "logging.sinks")
@@ -89,8 +94,8 @@ def chosen_sinks(job: Job) -> list[type[Sink]]:
     """Return the sinks of a job.
 
     Raises:
-        ConfigError: `logging.sinks` names one that does not exist or cannot be imported.
-        TrustError: it names one of a package that `trust` does not name.
+        ConfigError: `logging.sinks` names a sink that does not exist or cannot be imported.
+        TrustError: `logging.sinks` names a sink of a package that `trust` does not name.
     """
     named = [_SINKS.get(name, job.trust) for name in job.logging.sinks]
     return list(dict.fromkeys([*(kind for kind in _SINKS.all().values() if kind.is_on(job)), *named]))

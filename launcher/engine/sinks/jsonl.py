@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object per logged step."""
+"""The sink that writes metrics.jsonl: one JSON object per logged step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.runs.plain_files import open_file, replace_text
 
 @register("jsonl")
 class JsonLines(Sink):
-    """Appends one JSON object a logged step. On resume, the objects of lost steps are removed."""
+    """Appends one JSON object per logged step. On resume, the objects of later steps are removed."""
 
     @classmethod
     def is_on(cls, job: Job) -> bool:
@@ -28,7 +28,7 @@ class JsonLines(Sink):
         self._file = open_file(path, "a" if last_step is not None else "w")
 
     def scalars(self, at: Position, values: Mapping[str, float]) -> None:
-        # NaN and infinity are not JSON; every reader takes null as missing.
+        # JSON has no NaN and infinity; readers treat null as missing.
         entry = {**asdict(at), **values}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._file.write(json.dumps(clean) + "\n")
@@ -47,5 +47,5 @@ def _truncate(path: Path, last_step: int) -> None:
             if json.loads(line)["step"] <= last_step:
                 lines.append(line)
         except (ValueError, KeyError, TypeError):
-            continue  # half a line: the process was killed while it wrote
+            continue  # a truncated line: the process was killed during the write
     replace_text(path, "".join(f"{line}\n" for line in lines))

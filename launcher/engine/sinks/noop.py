@@ -9,7 +9,7 @@ from launcher.engine.sinks.base import Position, Sink, register
 
 @register("noop")
 class Noop(Sink):
-    """Takes everything and writes nothing, to measure what other sinks cost."""
+    """Discards all values, to measure the cost of other sinks."""
 
     def scalars(self, at: Position, values: Mapping[str, float]) -> None:
         pass

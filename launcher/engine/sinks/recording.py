@@ -1,4 +1,4 @@
-"""A sink that keeps what it is given in memory, for tests."""
+"""A sink for tests that records its calls in memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from launcher.engine.sinks.base import Position, Sink, SinkContext, register
 
 @register("recording")
 class Recording(Sink):
-    """Keeps its calls in order, as (method, arguments).
+    """Records its calls in order, as (method, arguments).
 
     Attributes:
-        all: every instance that was opened in this process, for tests that cannot reach the one of a run.
+        all: every instance that was opened in this process, for tests that cannot access the instance of a run.
     """
 
     visual = True

@@ -1,4 +1,4 @@
-"""TensorBoard's event file, written by rank 0 alone."""
+"""The sink that writes TensorBoard's event file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from launcher.engine.drawing import quietly
 from launcher.engine.sinks.base import Position, Sink, SinkContext, register
 
 _FORMS = (
-    "an example is a picture (a tensor (C, H, W) or (N, C, H, W) of bytes or of floats from 0 to 1, with 1 or 3 "
+    "an example is an image (a tensor (C, H, W) or (N, C, H, W) of bytes or of floats from 0 to 1, with 1 or 3 "
     "channels), audio (a pair of a float tensor (T,) and its sample rate), a text, or a matplotlib figure"
 )
-_GAP = 2  # pixels between the pictures of a grid
+_GAP = 2  # pixels between the images of a grid
 
 
 @register("tensorboard")
@@ -35,7 +35,7 @@ class TensorBoard(Sink):
         return job.logging.tensorboard
 
     def open(self, context: SinkContext) -> None:
-        # Imported here: TensorBoard takes about a second, which the first step need not wait for.
+        # Importing TensorBoard takes about a second, which would delay the first step.
         from torch.utils.tensorboard import SummaryWriter
 
         purge_step = None if context.resumed_at is None else context.resumed_at + 1  # later values are dropped
@@ -56,14 +56,14 @@ class TensorBoard(Sink):
         self._writer.add_text(tag, text, step)
 
     def figures(self, values: Mapping[str, Any], step: int) -> None:
-        """Show pictures, audio, text and figures, by their form.
+        """Show images, audio, text and figures, by their type.
 
-        A picture is a tensor (C, H, W), several are (N, C, H, W), with one or three channels: bytes, or floats of which
-        0 is black and 1 is full. Audio is a pair of a float tensor (T,) between -1 and 1 and its samples per second.
-        Text is Markdown. A figure is matplotlib's.
+        An image is a tensor (C, H, W), several are (N, C, H, W), with one or three channels: bytes, or floats between 0
+        (black) and 1. Audio is a pair of a float tensor (T,) between -1 and 1 and its samples per second. Text is
+        Markdown. A figure is a matplotlib figure.
 
         Raises:
-            ValueError: a value is none of these.
+            ValueError: a value has none of these types.
         """
         for tag, value in values.items():
             if isinstance(value, str):
@@ -79,21 +79,21 @@ class TensorBoard(Sink):
         self._writer.flush()
 
     def _figure(self, tag: str, figure: Any, step: int) -> None:
-        """The figure's own PNG: PyTorch's `add_figure` would import pyplot, with its global state and windows."""
+        """Write a figure as PNG. PyTorch's `add_figure` would import pyplot, with its global state and windows."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         file = io.BytesIO()
         figure.savefig(file, format="png")
         png = file.getvalue()
-        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of the PNG's first chunk
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # in the first chunk of a PNG
         picture = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
         self._file.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
     def _hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Fill the HParams tab, into this file: `add_hparams` would open another run.
+        """Write the entry of the HParams tab into this event file; `add_hparams` would create another run.
 
-        No summary lists the keys of the experiment: TensorBoard would show those of whichever run it met first, and
-        hide the keys of every other sweep. Without one it takes all keys of all runs.
+        No summary with the keys of the experiment is written: TensorBoard would use the summary of one run, and hide
+        the keys of all other sweeps. Without a summary it shows all keys of all runs.
         """
         from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
 
@@ -103,7 +103,7 @@ class TensorBoard(Sink):
                 start.hparams[key].bool_value = value
             elif isinstance(value, (int, float)):
                 start.hparams[key].number_value = value
-            else:  # None as well: it would hide the run
+            else:  # None is written as text, because TensorBoard hides runs with a null value
                 start.hparams[key].string_value = "null" if value is None else str(value)
         self._has_hyperparameters = True
         self._hparams("SESSION_START_INFO_TAG", session_start_info=start)
@@ -119,12 +119,12 @@ class TensorBoard(Sink):
         self._file.add_summary(Summary(value=[value]))
 
     def _graph(self, traced: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-        """Draw a network that `drawing.traced_step` has traced; nothing is drawn where torch cannot read the trace."""
+        """Write the graph of a network that `drawing.traced_step` has traced, if torch can convert it."""
         from torch.utils.tensorboard._pytorch_graph import graph
 
         with warnings.catch_warnings(), quietly(), contextlib.suppress(Exception):
             warnings.simplefilter("ignore")
-            self._file.add_graph(graph(traced, arguments))  # tracing what is traced already changes nothing
+            self._file.add_graph(graph(traced, arguments))  # tracing a traced network returns it unchanged
 
     def close(self, ended_well: bool) -> None:
         if self._has_hyperparameters:
@@ -139,7 +139,7 @@ class TensorBoard(Sink):
 
 
 def _pixels(tag: str, value: torch.Tensor) -> np.ndarray:
-    """Return one picture or a grid of several as bytes (H, W, 3)."""
+    """Return one image, or a grid of several, as bytes (H, W, 3)."""
     many = value.detach().cpu()
     many = many[None] if many.ndim == 3 else many
     bytes_ = many.dtype == torch.uint8
@@ -159,7 +159,7 @@ def _pixels(tag: str, value: torch.Tensor) -> np.ndarray:
 
 
 def _sound(tag: str, wave: torch.Tensor, rate: Any) -> torch.Tensor:
-    """Return audio as float32 (1, T) on the host."""
+    """Return audio as a float32 tensor (1, T) on the CPU."""
     if wave.ndim != 1 or not wave.numel() or not wave.is_floating_point() or not float(rate) >= 1:
         raise ValueError(f"{tag} is audio {tuple(wave.shape)} of {wave.dtype} at {rate} samples a second; {_FORMS}")
     return wave.detach().float().cpu().nan_to_num().clamp(-1, 1)[None]

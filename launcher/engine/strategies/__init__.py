@@ -1,1 +1,1 @@
-"""How the workers' gradients become one update: one file a strategy."""
+"""Strategies combine the gradients of all workers into one update. Each strategy has its own file."""

@@ -1,4 +1,4 @@
-"""The blocks of a network: the parts that repeat, such as the layers of a Transformer."""
+"""Blocks of a network: the modules that repeat, such as the layers of a Transformer."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from launcher.errors import ConfigError, did_you_mean
 
 
 def blocks_of(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
-    """Return the network's blocks, outermost ones, in order.
+    """Return the outermost blocks of a network, in order.
 
     Args:
-        names: names of their classes. Without them: the members of every ModuleList and Sequential that have parameters
-            and whose class occurs there twice or more.
+        names: class names of the blocks. If empty, the blocks are the members of every ModuleList and Sequential that
+            have parameters and whose class occurs there at least twice.
 
     Raises:
-        ConfigError: no module is of such a class.
+        ConfigError: no module has a class of that name.
     """
     if names:
         classes = {type(module).__name__ for module in model.modules()}
         for name in names:
             if name not in classes:
                 raise ConfigError(
-                    f"strategy.blocks names {name}, and no module of the network is of that class; there are "
+                    f"strategy.blocks names {name}, but no module of the network has that class. The classes are "
                     f"{', '.join(sorted(classes))}.{did_you_mean(name, sorted(classes))}"
                 )
         return _outermost(model, [module for module in model.modules() if type(module).__name__ in names])
@@ -41,7 +41,7 @@ def blocks_of(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
 
 
 def check_divisible(model: nn.Module, names: Sequence[str] = ()) -> None:
-    """Raise ConfigError where FSDP cannot divide the parameters of the network among workers."""
+    """Raise ConfigError if FSDP cannot shard the parameters of the network."""
     named = list(model.named_parameters())
     blocks = blocks_of(model, names)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
@@ -54,38 +54,38 @@ def check_divisible(model: nn.Module, names: Sequence[str] = ()) -> None:
         trained = {p.dtype: name_of[id(p)] for p in group if p.requires_grad}
         if len(trained) > 1:
             found = ", ".join(f'"{name}" {str(dtype).removeprefix("torch.")}' for dtype, name in trained.items())
-            problem = problem or f"parameters of one block have several types ({found})"
+            problem = problem or f"parameters of one block have different dtypes ({found})"
     if problem is not None:
         raise ConfigError(
-            f"strategy=fsdp divides every parameter among the workers, and in this network {problem}, which FSDP does "
-            "not take. Use strategy=ddp, or change the parameter (a number can have the shape (1,))."
+            f"strategy=fsdp shards every parameter, and in this network {problem}, which FSDP does not support. Use "
+            "strategy=ddp, or change the parameter (a single number can have the shape (1,))."
         )
 
 
 def _outermost(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
-    wanted, inner = {id(module) for module in chosen}, set()
-    ordered = [module for module in model.modules() if id(module) in wanted and module is not model]
+    ids, inner = {id(module) for module in chosen}, set()
+    ordered = [module for module in model.modules() if id(module) in ids and module is not model]
     for module in ordered:
         inner |= {id(below) for below in module.modules() if below is not module}
     return [module for module in ordered if id(module) not in inner]
 
 
 def recompute(model: nn.Module, names: Sequence[str] = ()) -> None:
-    """Make the blocks compute their activations again in the backward pass instead of keeping them.
+    """Enable activation checkpointing: the blocks recompute their activations in the backward pass.
 
-    Random layers draw the same numbers the second time. Names of parameters stay as they are.
+    Random layers draw the same numbers again. Parameter names do not change.
 
     Raises:
-        ConfigError: the network has no blocks that could be found.
+        ConfigError: no blocks were found in the network.
     """
     blocks = blocks_of(model, names)
     if not blocks:
         raise ConfigError(
-            "strategy.activation_checkpointing=true recomputes the network's blocks, and none were found: modules of "
-            "one class in an nn.ModuleList or nn.Sequential. Name their classes in strategy.blocks=[NAME], or leave "
-            "it out."
+            "strategy.activation_checkpointing=true recomputes the blocks of the network, but no blocks were found "
+            "(modules of one class in an nn.ModuleList or nn.Sequential). Name their classes in "
+            "strategy.blocks=[NAME], or remove the option."
         )
     for block in blocks:
         if getattr(block.forward, "func", None) is checkpoint:
-            continue  # made so already
+            continue  # already wrapped
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

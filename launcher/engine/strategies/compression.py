@@ -1,7 +1,7 @@
-"""Gradients in fewer bytes on their way between the workers: in 16 bits, or as products of two thin matrices.
+"""Gradient compression: all-reduce in 16 bits, or as low-rank matrix products (PowerSGD).
 
-PyTorch has hooks for both. On gloo its bf16 hook is refused, and its PowerSGD hook waits for a collective inside a
-thread of gloo, for ever; so these are our own, the same on gloo and NCCL.
+PyTorch has communication hooks for both. With gloo, its bf16 hook raises an error and its PowerSGD hook deadlocks,
+because it waits for a collective inside a thread of gloo. The implementations here work with gloo and NCCL.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ WIRE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cast_hook(wire: torch.dtype) -> Callable[[Runtime, Any], torch.futures.Future[Tensor]]:
-    """Return a communication hook for DDP: the mean of a bucket over the workers, cast to `wire` on its way.
+    """Return a communication hook for DDP that averages a bucket over the workers in the dtype `wire`.
 
-    It is divided before it is cast: a sum over many workers could pass what float16 holds (65,504).
+    The bucket is divided before the cast, because a sum over many workers can exceed the range of float16 (65,504).
     """
 
-    def hook(runtime, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are texts
+    def hook(runtime, bucket):  # type: ignore[no-untyped-def]  # DDP rejects annotations that are strings
         buffer = bucket.buffer()
         buffer = torch.view_as_real(buffer) if buffer.is_complex() else buffer
         small = buffer.div(runtime.world_size).to(wire)
@@ -41,7 +41,7 @@ def cast_hook(wire: torch.dtype) -> Callable[[Runtime, Any], torch.futures.Futur
 
 
 def thin(parameter: Tensor, rank: int) -> tuple[int, int, int]:
-    """Return (n, m, r) of a gradient as a matrix and as its two thin ones; r is 0 where it travels as it is."""
+    """Return (n, m, r): the gradient as a matrix (n, m) and its rank r after compression; r = 0 for no compression."""
     if parameter.ndim < 2 or not parameter.is_floating_point():
         return parameter.numel(), 1, 0
     n, m = parameter.shape[0], math.prod(parameter.shape[1:])
@@ -50,7 +50,7 @@ def thin(parameter: Tensor, rank: int) -> tuple[int, int, int]:
 
 
 def powersgd_bytes(parameters: Iterable[Tensor], rank: int) -> int:
-    """Return the bytes of gradients that PowerSGD sends in a step, the first steps left out."""
+    """Return the bytes of gradients that PowerSGD sends per step, after the uncompressed first steps."""
     sent = 0
     for parameter in parameters:
         n, m, r = thin(parameter, rank)
@@ -59,21 +59,21 @@ def powersgd_bytes(parameters: Iterable[Tensor], rank: int) -> int:
 
 
 class PowerSGD:
-    """Means of gradients over the workers by PowerSGD with error feedback (Vogels et al. 2019, algorithms 1 and 2).
+    """Averages gradients over the workers by PowerSGD with error feedback (Vogels et al. 2019, algorithms 1 and 2).
 
-    A gradient of two or more dimensions is a matrix M (n, m), to which the worker adds what it left out before. With Q
-    (m, r) of the last step, P = mean(M Q) is made orthonormal, then Q = mean(Mᵀ P); P Qᵀ stands for the mean of M, and
-    M - P Qᵀ is what this worker leaves out now. Matrices for which that saves less than half, and vectors, travel
-    as they are, together with P: two messages a step.
+    A gradient of two or more dimensions is a matrix M (n, m), to which the worker adds its approximation error of the
+    previous step. With Q (m, r) of the previous step, P = mean(M Q) is orthonormalized, then Q = mean(Mᵀ P). P Qᵀ
+    approximates the mean of M, and M - P Qᵀ is the new error of this worker. Vectors, and matrices for which this saves
+    less than half of the bytes, are sent uncompressed, together with P. A step needs two messages.
 
     Args:
-        parameters: all that are trained, in an order that all ranks share.
-        rank: r, at most.
-        after: steps at the beginning in which gradients travel whole.
-        seed: of the first Q.
+        parameters: all trained parameters, in the same order on all ranks.
+        rank: the maximum of r.
+        after: number of first steps without compression.
+        seed: seed of the initial Q.
 
     Attributes:
-        errors: what this worker has left out of each matrix, shaped like it, in float32 or float64.
+        errors: approximation error of each matrix on this worker, of the matrix's shape, in float32 or float64.
         factors: Q of each matrix.
     """
 
@@ -92,12 +92,12 @@ class PowerSGD:
                 self.factors[index] = torch.randn(m, r, generator=generator).to(parameter.device, wide)
 
     def reduce(self) -> None:
-        """Put the mean over the workers into every parameter's gradient.
+        """Replace the gradient of every parameter by its mean over the workers.
 
-        A parameter without a gradient on this worker counts as zero; one without a gradient on any keeps none.
+        A missing gradient counts as zero. A parameter without a gradient on all workers gets none.
         """
         if self._runtime.alone:
-            self._settle()
+            self._add_errors()
             return
         compress = self.steps >= self._after
         self.steps += 1
@@ -124,8 +124,8 @@ class PowerSGD:
     def _device(self) -> torch.device:
         return self._parameters[0].device
 
-    def _settle(self) -> None:
-        """A worker alone leaves nothing out, and makes good what it may have left out among others."""
+    def _add_errors(self) -> None:
+        """Add the errors to the gradients: a single worker does not compress, but may resume a run that did."""
         for index, error in self.errors.items():
             grad = self._parameters[index].grad
             if grad is not None:
@@ -153,7 +153,7 @@ class PowerSGD:
         numbers.copy_(mean.reshape(numbers.shape))
 
     def _mean(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Return the means over the ranks, in one message."""
+        """Return the means over the ranks, computed in one all-reduce."""
         if not tensors:
             return []
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -170,10 +170,10 @@ class PowerSGD:
             self.factors[index] = factor.to(self._device)
 
     def load_errors(self, errors: Sequence[Mapping[int, Tensor]]) -> None:
-        """Take this worker's errors; or, of several workers, their mean.
+        """Load this worker's errors, or the mean of the errors of several workers.
 
-        What the weights are owed is the mean of the errors over the workers. Where each of another number of workers
-        takes the mean of all that there were, it stays the same.
+        Only the mean of the errors over the workers affects the weights. If the number of workers has changed, each
+        worker loads the mean over all previous workers, which preserves it.
         """
         for index in self.errors:
             total = torch.stack([saved[index] for saved in errors]).double().mean(0)
@@ -181,7 +181,7 @@ class PowerSGD:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """Return the type in which the numbers of a tensor are added up: at least float32."""
+    """Return the dtype in which the values of a tensor are summed: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Data parallel with PyTorch's DistributedDataParallel: the default."""
+"""Data parallelism with PyTorch's DistributedDataParallel, the default strategy."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from launcher.errors import UserCodeError
 
 
 class DataParallel(Strategy):
-    """All-reduce of gradient buckets while the backward pass runs.
+    """All-reduces gradient buckets during the backward pass.
 
-    DDP divides by the number of workers. Each worker's loss *sum* is multiplied by workers / samples of the global
-    batch, so that what DDP leaves is the sum over all samples divided by their number; where the loss counts
-    other things than samples (tokens, weights), one more factor follows once the global count is known.
+    DDP divides by the number of workers. Each worker multiplies the *sum* of its losses by workers / samples of the
+    global batch, so the result is the sum over all samples divided by their number. If the loss counts tokens or
+    weights instead of samples, the gradients are scaled once more when the global count is known.
     """
 
-    # Whether DDP reduces the gradients; subclasses that combine them otherwise say no.
+    # Whether DDP reduces the gradients; False in subclasses that combine them in another way.
     wraps = True
 
     def __init__(
@@ -49,7 +49,7 @@ class DataParallel(Strategy):
         self._seed = trainer.seed
         self._wrapped: nn.Module = self._steps
         self._keeps_gradients = False
-        self._views: list[tuple[nn.Parameter, torch.Tensor]] = []  # of DDP's buckets, for the first step to begin with
+        self._views: list[tuple[nn.Parameter, torch.Tensor]] = []  # views of DDP's buckets, for the first step
         self._idle = False  # whether this rank had no sample of the last batch
 
     @property
@@ -67,8 +67,8 @@ class DataParallel(Strategy):
     def rewrap(self, batch: Any) -> None:
         self._wrapped = self._steps
         for parameter in self._parameters:
-            parameter.grad = None  # a view of the buckets of the wrapper that goes
-        gc.collect()  # and its hooks with it: it is part of cycles
+            parameter.grad = None  # a view of the buckets of the previous wrapper
+        gc.collect()  # the previous wrapper and its hooks are part of reference cycles
         self._keeps_gradients = False
         self._wrap(batch)
 
@@ -87,14 +87,14 @@ class DataParallel(Strategy):
                 self._keeps_gradients = self.uses_all and not self.sparse
                 self._wrapped = self._in_ddp()
                 super()._clear()
-                # DDP lays its buckets anew after the first backward pass. Doing that now makes a resumed run reduce in
-                # the same order as one that was never stopped; with three workers or more the sums differ otherwise.
+                # DDP rebuilds its buckets after the first backward pass. With this warm-up, a resumed run reduces in
+                # the same order as an uninterrupted run; otherwise the sums of three or more workers would differ.
                 self._warm_up(self._wrapped, batch)
                 self._views = [(p, p.grad) for p in self._parameters if p.grad is not None]
         return answer
 
     def _in_ddp(self) -> nn.Module:
-        """Wrap the steps. Sparse gradients are left to `_combine`: NCCL cannot add them up."""
+        """Wrap the steps in DDP. Sparse gradients are reduced by `_combine`, because NCCL cannot reduce them."""
         sparse = {id(p) for p in self.sparse}
         if all(id(p) in sparse for p in self._parameters if p.requires_grad):
             return self._steps
@@ -102,13 +102,13 @@ class DataParallel(Strategy):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._steps, ignored)
         static = bool(option(self._config, "static_graph"))
         with warnings.catch_warnings():
-            # 2.13 has another name for broadcast_buffers, which the older versions that serve as well do not know.
+            # torch 2.13 renames broadcast_buffers; older supported versions lack the new name.
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = DistributedDataParallel(
                 self._steps,
-                device_ids=None,  # batches are on the device; DDP would make containers that it knows again
+                device_ids=None,  # batches are on the device already; with device_ids DDP would rebuild containers
                 process_group=self.runtime.group,
-                init_sync=False,  # all ranks hold the same already
+                init_sync=False,  # `prepare` has broadcast the parameters already
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
                 bucket_cap_mb=option(self._config, "bucket_mb"),
@@ -120,13 +120,14 @@ class DataParallel(Strategy):
         return wrapped
 
     def _clear(self) -> None:
-        """Forget the gradients. Where every parameter has one each step, its memory, a view of DDP's buckets, is kept.
+        """Clear the gradients. If every parameter gets one in each step, zero them in place, as views of DDP's buckets.
 
-        Elsewhere a parameter that a global batch does not use must have none: zeros would make the optimizer decay it.
+        Otherwise a parameter that a global batch does not use must have no gradient: with zeros the optimizer would
+        apply weight decay.
         """
         if self._views and self._keeps_gradients:
-            # DDP divides a view of its buckets, and multiplies what it copies there: the first step would round
-            # otherwise than the same step of a run that has been going on.
+            # DDP divides gradients that are views of its buckets, but multiplies those it has to copy. Without the
+            # views the first step after a resume would round differently from the same step of an uninterrupted run.
             for parameter, view in self._views:
                 parameter.grad = view
             self._views = []
@@ -158,12 +159,16 @@ class DataParallel(Strategy):
             if last:
                 self._require_all_gradients()
             if batch is not None:
-                record({**answer, "loss": (loss.detach(), count)})  # summed up once
+                record({**answer, "loss": (loss.detach(), count)})
         assert pending is not None
         return pending.wait()
 
     def _require_all_gradients(self) -> None:
-        """Raise where this rank leaves the others waiting for a gradient, before its next message is taken for it."""
+        """Raise if this rank lacks a gradient that other ranks wait for, before its next collective is mistaken for it.
+
+        Raises:
+            UserCodeError: this batch does not use a parameter that the first batch used.
+        """
         if not isinstance(self._wrapped, DistributedDataParallel):
             return
         try:
@@ -171,8 +176,8 @@ class DataParallel(Strategy):
         except RuntimeError as error:
             raise UserCodeError(
                 "training_step used parameters in the first batch that it does not use in this one, so the workers "
-                "cannot add up their gradients. Let every parameter take part in every batch (add 0 * parameter.sum() "
-                "to the loss), or train with trainer.deterministic=true, which does not need it.",
+                "cannot reduce their gradients. Use every parameter in every batch (add 0 * parameter.sum() to the "
+                "loss), or train with trainer.deterministic=true, which allows unused parameters.",
                 "",
             ) from error
 
@@ -187,16 +192,16 @@ class DataParallel(Strategy):
             self._choose_needed()
 
     def _choose_needed(self) -> None:
-        """Choose the parameters in which a rank without samples has a gradient of zeros.
+        """Choose the parameters for which a rank without samples computes a zero gradient.
 
-        Where batches use different parameters, it is one that every batch so far has used and that DDP waits for: in a
-        parameter that no other rank uses, zeros would be a gradient, and the optimizer would change it.
+        If batches use different parameters, this is one that every batch so far has used and that DDP waits for. With
+        a zero gradient in a parameter that no other rank uses, the optimizer would update it.
         """
         used, sparse = self._steps.used, {id(p) for p in self.sparse}
         self._steps.needed = used if self.uses_all else ([p for p in used if id(p) not in sparse] or used)[:1]
 
     def _combine(self, optimizer: Optimizer) -> None:
-        """Average the gradients over the ranks where the backward pass has not done it."""
+        """Average those gradients over the ranks that the backward pass has not averaged."""
         if self.wraps and self.sparse and not self.runtime.alone:
             self._agree_on_overflow(optimizer)
             average(self.sparse, self.runtime)

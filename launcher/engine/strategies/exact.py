@@ -1,8 +1,8 @@
-"""Data parallel whose result does not depend on the number of workers, to the last bit (`trainer.deterministic`).
+"""Data parallelism with bit-identical results for any number of workers (`trainer.deterministic=true`).
 
-Microbatches ("chunks") are cut by position in the global batch, so that each chunk is computed by the same kernels on
-the same numbers wherever it runs. Their gradients are rounded to multiples of 2**-40 and added as 64-bit integers:
-integer addition is associative, so neither the grouping by worker nor the order of the reduction can change the sum.
+The global batch is divided into microbatches ("chunks") by position, so each chunk is computed by the same kernels on
+the same numbers on every worker. Gradients are rounded to multiples of 2**-40 and added as 64-bit integers. Integer
+addition is associative, so the sum does not depend on the grouping by worker or on the order of the reduction.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from launcher.engine.strategies.strategy import Record, Strategy, as_real, loss_
 from launcher.errors import TrainingError
 
 _UNIT = 2.0**-40
-# |gradient of the summed loss over the global batch| that still fits into 63 bits, with one bit to spare: 4.2 million.
+# Maximum |gradient of the summed loss over the global batch| that fits into 63 bits, with one spare bit: 4.2 million.
 _LIMIT = 2.0**22
 
 
 class ExactDataParallel(Strategy):
-    """Fixed-point sums of gradients, without DDP. The cost is in docs/exactness.md.
+    """Sums gradients in fixed point, without DDP. docs/exactness.md describes the cost.
 
     Args:
-        chunk: samples in a chunk; see `data.Split`.
+        chunk: number of samples in a chunk; see `order.Split`.
     """
 
     follows = True
@@ -56,24 +56,24 @@ class ExactDataParallel(Strategy):
         with preserve_model(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
             refuse_sparse(self.model.parameters(), "trainer.deterministic=true")
-            # Those without a gradient here too: another batch may take another way through the network.
+            # Also parameters without a gradient: another batch may use them.
             self._parameters = [p for p in self.model.parameters() if p.requires_grad]
             self.uses_all = all(p.grad is not None for p in self._parameters)
         sizes = [as_real(p.detach()).numel() for p in self._parameters]
         ends = list(accumulate(sizes))
         self._places = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        # Behind the gradients: in how many chunks each parameter had one, and the count behind the loss.
+        # After the gradients: the number of chunks in which each parameter had one, and the count of the loss.
         numel = ends[-1] + len(ends) + LIMBS
         self._sum = torch.zeros(numel, dtype=torch.int64, device=self.runtime.device)
         self._uses, self._count = self._sum[ends[-1] : -LIMBS], self._sum[-LIMBS:]
         return answer
 
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
-        self._clear()  # what `apply` left for `grad_norm`
+        self._clear()  # `apply` leaves the gradients for `grad_norm`
         self._sum.zero_()
         flags |= {"overflow": False, "gradient": False}
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        limit = _LIMIT / -(-size // self._chunk)  # each chunk's part of the range
+        limit = _LIMIT / -(-size // self._chunk)  # of each chunk
         for batch in batches:
             answer = self._steps(batch)
             loss, count = loss_of(answer)
@@ -95,12 +95,12 @@ class ExactDataParallel(Strategy):
         return vote.wait()
 
     def _add(self, limit: float) -> bool:
-        """Add the chunk's gradients to the sum; tell whether they fit (a NaN does not)."""
+        """Add the gradients of a chunk to the sum; return whether they are in range (NaN is not)."""
         grads = [None if p.grad is None else as_real(p.grad) for p in self._parameters]
-        there = [grad for grad in grads if grad is not None and grad.numel()]
-        if not there:
+        present = [grad for grad in grads if grad is not None and grad.numel()]
+        if not present:
             return True
-        largest = torch.stack([norm.double() for norm in torch._foreach_norm(there, math.inf)]).max()
+        largest = torch.stack([norm.double() for norm in torch._foreach_norm(present, math.inf)]).max()
         if not bool(largest < limit):
             return False
         for place, grad in zip(self._places, grads, strict=True):
@@ -115,16 +115,15 @@ class ExactDataParallel(Strategy):
     def apply(self, optimizer: Optimizer, size: int, vote: Vote) -> None:
         if vote.votes["overflow"]:
             raise TrainingError(
-                f"trainer.deterministic=true adds gradients in fixed point, and one of them passed ±{_LIMIT:.0f} (or "
-                "is not a number). Lower optimizer.lr or set trainer.clip_norm; or train with "
-                "trainer.deterministic=false."
+                f"trainer.deterministic=true adds gradients in fixed point, and a gradient exceeded ±{_LIMIT:.0f} (or "
+                "is NaN). Lower optimizer.lr, set trainer.clip_norm, or train with trainer.deterministic=false."
             )
-        # Without a single token in the global batch the sum is zero, and so is the mean.
+        # Without any token in the global batch the sum is zero, and so is the mean.
         count = max(from_limbs(self._count).item(), 1e-30)
         for parameter, place, uses in zip(self._parameters, self._places, self._uses.tolist(), strict=True):
             if uses:
                 mean = self._sum[place].double() * _UNIT / count
-                # .grad keeps the parameter's own memory layout, which the optimizer's kernels expect.
+                # Kernels of optimizers expect the memory layout of the parameter.
                 parameter.grad = torch.empty_like(parameter)
                 numbers = as_real(parameter.grad)
                 numbers.copy_(mean.view(numbers.shape))

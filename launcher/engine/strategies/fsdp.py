@@ -1,4 +1,4 @@
-"""Fully sharded data parallel with PyTorch's `fully_shard` (FSDP2): for networks that one worker cannot hold."""
+"""Fully sharded data parallelism with PyTorch's `fully_shard` (FSDP2), for networks that do not fit on one worker."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from launcher.errors import ConfigError
 
 
 class FullySharded(Strategy):
-    """Parameters, gradients and optimizer state divided among the workers, along the first dimension of each tensor.
+    """Shards parameters, gradients and optimizer state over the workers, along the first dimension of each tensor.
 
-    Every block of the network is put together where it computes, and the rest of the network around the whole step.
-    Gradients are summed and divided as soon as a block has them, in every microbatch: what is accumulated is a part.
+    Each block is gathered when it computes; the rest of the network is gathered for the whole step. The gradients of a
+    block are reduced and scattered in every microbatch, so only shards are accumulated.
 
-    With `trainer.precision` of 16 bits the weights travel in it and are kept in float32; gradients travel in float32,
-    or in `strategy.compression`. With `hybrid` the parts are divided inside a machine and repeated on each: the weights
-    never leave it, and of the gradients each worker sends the others its part alone.
+    With a 16-bit `trainer.precision`, weights are sent in that dtype and stored in float32; gradients are sent in
+    float32, or in the dtype of `strategy.compression`. With `hybrid`, parameters are sharded within a machine and
+    replicated across machines: weights are sent only within a machine, and of the gradients each worker sends its shard
+    to other machines.
 
-    Every forward pass is a matter of all workers, so each runs as many as the one with the most microbatches.
+    Every forward pass is a collective, so all workers run as many as the worker with the most microbatches.
     """
 
     shares_gradients = False
@@ -45,19 +46,19 @@ class FullySharded(Strategy):
     ) -> None:
         super().__init__(model, runtime, trainer)
         self._config, self._split = config, split
-        self._spare: Any = None  # a batch for the rounds in which this rank has none
+        self._spare: Any = None  # a batch for rounds in which this rank has no microbatch
         self._parts: list[FSDPModule] = []
         check_divisible(model, config.blocks)
         if option(config, "cpu_offload") and runtime.device.type == "cpu":
             raise ConfigError(
-                "strategy.cpu_offload=true moves parameters from GPUs to the host's memory, and the workers compute on "
-                "CPUs. Leave it out."
+                "strategy.cpu_offload=true moves parameters from GPUs to host memory, but the workers compute on CPUs. "
+                "Remove the option."
             )
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         self._broadcast()
         self._shard()
-        self._parameters = list(self.model.parameters())  # this worker's parts
+        self._parameters = list(self.model.parameters())  # DTensors now
         self._spare = batch
         with preserve_model(self.model, self.runtime.device):
             answer = self._warm_up(self._steps, batch)
@@ -77,15 +78,15 @@ class FullySharded(Strategy):
             "offload_policy": offload if option(config, "cpu_offload") else OffloadPolicy(),
         }
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.contiguous()  # FSDP2 refuses channels-last weights
+            parameter.data = parameter.data.contiguous()  # FSDP2 does not support channels-last weights
         blocks = blocks_of(self.model, config.blocks)
         for block in blocks:
             fully_shard(block, **how)
-        # What is left is needed at both ends of the network: it stays whole from the forward to the backward pass.
+        # The other parameters are needed at both ends of the network, so they stay gathered until the backward pass.
         fully_shard(self._steps, reshard_after_forward=False, **how)
         self._parts = [module for module in self._steps.modules() if isinstance(module, FSDPModule)]
         for part in self._parts:
-            # Sums: what they are divided by is the count of the global batch. gloo knows no other reduction.
+            # Sums, because gradients are divided by the count of the global batch. gloo supports no other reduction.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         self._norm_group = runtime.group if mesh.ndim == 1 else mesh["shard"].get_group()
@@ -96,18 +97,18 @@ class FullySharded(Strategy):
         runtime = self.runtime
         if not option(self._config, "hybrid"):
             return DeviceMesh.from_group(runtime.group, runtime.device.type)
-        here, everywhere = runtime.local_world_size, runtime.world_size
-        if here < 2 or everywhere == here or everywhere % here:
+        local, total = runtime.local_world_size, runtime.world_size
+        if local < 2 or total == local or total % local:
             raise ConfigError(
-                f"strategy.hybrid=true divides the network inside each machine and repeats it on every machine, and "
-                f"{everywhere} workers with {here} on this machine leave nothing for that. Use several machines with "
-                "the same number of workers, two or more, on each; or leave it out."
+                f"strategy.hybrid=true shards the network within each machine and replicates it across machines, but "
+                f"there are {total} workers in all and {local} on this machine. Use several machines with the same "
+                "number of workers, at least two, on each; or remove the option."
             )
         if option(self._config, "cpu_offload"):
-            raise ConfigError("strategy.hybrid=true and strategy.cpu_offload=true do not go together: choose one.")
-        shape = (everywhere // here, here)
-        mesh = dist.init_device_mesh(runtime.device.type, shape, mesh_dim_names=("replicate", "shard"))
-        return mesh
+            raise ConfigError("strategy.hybrid=true cannot be combined with strategy.cpu_offload=true. Choose one.")
+        return dist.init_device_mesh(
+            runtime.device.type, (total // local, local), mesh_dim_names=("replicate", "shard")
+        )
 
     def call(self, method: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         return self._steps(batch, method)
@@ -173,7 +174,7 @@ class FullySharded(Strategy):
         self._scaler.update()
 
     def _grads(self) -> list[torch.Tensor]:
-        """Return this worker's parts of the gradients."""
+        """Return this worker's shards of the gradients."""
         grads = [p.grad for p in self.optimized if p.grad is not None]
         return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
 
@@ -187,7 +188,7 @@ class FullySharded(Strategy):
         return squares.sqrt().squeeze(0)
 
     def replicated(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        return []  # every worker has a part of its own
+        return []  # each worker has a different shard
 
     def grad_norm(self) -> torch.Tensor:
         return self._norm if self.clip_norm is not None else self._total_norm(self._grads())

@@ -1,4 +1,4 @@
-"""The outer optimizer of workers that train apart: what they do where they meet."""
+"""The outer optimizer of local SGD and DiLoCo, which synchronizes workers that train independently."""
 
 from __future__ import annotations
 
@@ -17,30 +17,33 @@ from launcher.engine.runtime import Runtime
 class OuterOptimizer:
     """Local SGD (Stich 2018) and DiLoCo (Douillard et al. 2023, algorithm 1), as hooks of any inner optimizer.
 
-    Every `every` steps, with θ what the workers agree on and θᵢ the weights of worker i:
+    Every `every` steps, with the shared weights θ and the weights θᵢ of worker i:
 
-        Δ = mean over i of (θ - θᵢ)        all-reduced in `wire`
+        Δ = mean over i of (θ - θᵢ)        all-reduced in the dtype `wire`
         m ← μ m + Δ
-        θ ← θ - lr (Δ + μ m)               Nesterov, as torch.optim.SGD has it; lr = 1 and μ = 0 is the mean of the θᵢ
+        θ ← θ - lr (Δ + μ m)               Nesterov momentum as in torch.optim.SGD; lr = 1, μ = 0 is the mean of the θᵢ
         θᵢ ← θ
 
-    With `delay`, the workers train on while Δ travels, so many steps, and what they have moved since is added:
-    θᵢ ← θ + (θᵢ now - θᵢ then). After the last step of the run nothing is left on its way and all hold θ.
+    With `delay`, the workers continue to train for that many steps during the all-reduce of Δ. Then the change of their
+    weights since its start is added: θᵢ ← θ + (θᵢ now - θᵢ at the start). After the last step of the run all workers
+    hold θ, and no all-reduce is pending.
 
-    It counts and meets behind every `step` of the inner optimizer, so each worker has to call that as often as the
-    others: one that has nothing to apply calls it without gradients.
+    The hooks run after every `step` of the inner optimizer, so all workers must call it equally often: a worker that
+    has nothing to apply calls it without gradients.
 
     Args:
-        inner: what is hooked; nothing else of it is used.
-        replica: this worker's weights, which the inner optimizer changes in place.
-        delay: steps, less than `every`.
-        wire: None for that of the weights, float32 at least.
-        met: called on every worker when θ has changed.
+        inner: the optimizer to hook.
+        replica: this worker's weights, which the inner optimizer updates in place.
+        every: number of inner steps between two synchronizations.
+        delay: number of steps, less than `every`.
+        wire: dtype of the all-reduce; None for the dtype of the weights, at least float32.
+        total_steps: length of the run; None if unknown.
+        synchronized: called on every worker after θ has changed.
 
     Attributes:
-        weights: θ, in the order of `replica`; what is evaluated, saved and exported. Complex ones as pairs of numbers.
-        momentum: m, likewise.
-        steps: inner steps so far, the same on every worker.
+        weights: θ, in the order of `replica`; evaluated, saved and exported. Complex weights are pairs of real numbers.
+        momentum: m, in the same form.
+        steps: number of inner steps so far, equal on all workers.
     """
 
     def __init__(
@@ -55,28 +58,28 @@ class OuterOptimizer:
         delay: int = 0,
         wire: torch.dtype | None = None,
         total_steps: int | None = None,
-        met: Callable[[], None] | None = None,
+        synchronized: Callable[[], None] | None = None,
     ) -> None:
         self._replica: list[Tensor] = [_as_real(tensor.detach()) for tensor in replica]
         self._runtime, self._every, self._lr, self._mu = runtime, every, lr, momentum
-        self._delay, self._wire, self._total, self._met = delay, wire, total_steps, met
+        self._delay, self._wire, self._total, self._synchronized = delay, wire, total_steps, synchronized
         self.steps = 0
         self._shown = [tensor.detach().clone() for tensor in replica]
         self.weights = [_as_real(tensor) for tensor in self._shown]
         self.momentum = [torch.zeros_like(tensor) for tensor in self._replica] if momentum else []
-        self._sent: list[Tensor] = []  # the replica as it was when Δ was sent
-        self._delta: Tensor | None = None  # on its way, or arrived and not yet used
+        self._sent: list[Tensor] = []  # a copy of the replica at the start of the all-reduce of Δ
+        self._delta: Tensor | None = None  # Δ during its all-reduce, and until it is applied
         self._work: Any = None
         inner.register_step_pre_hook(self._before)
         inner.register_step_post_hook(self._after)
 
     def _before(self, inner: Optimizer, args: Any, kwargs: Any) -> None:
-        """Begin with the replica's weights, the same on every worker: they may have been loaded since it was made."""
+        """Initialize θ before the first step: the replica's weights may have been loaded after construction."""
         if not self.steps:
             torch._foreach_copy_(self.weights, self._replica)
 
     def _after(self, inner: Optimizer, args: Any, kwargs: Any) -> None:
-        """Count an inner step, and meet where it is time."""
+        """Count an inner step, and synchronize if it is due."""
         self.steps += 1
         last = self.steps == self._total
         due = self.steps % self._every == 0
@@ -98,16 +101,16 @@ class OuterOptimizer:
 
     def _receive(self) -> None:
         moved = list(torch._foreach_sub(self._replica, self._sent)) if self._sent else []
-        self._update(self._arrived())
+        self._update(self._reduced_delta())
         torch._foreach_copy_(self._replica, self.weights)
         if moved:
             torch._foreach_add_(self._replica, moved)
         self._sent, self._delta = [], None
-        if self._met is not None:
-            self._met()
+        if self._synchronized is not None:
+            self._synchronized()
 
-    def _arrived(self) -> Tensor:
-        """Return Δ, waiting for it where it is on its way."""
+    def _reduced_delta(self) -> Tensor:
+        """Return Δ, after waiting for its all-reduce."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -125,31 +128,31 @@ class OuterOptimizer:
 
     @contextmanager
     def shown(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, `parameters` (of which `replica` is the data) hold θ."""
-        held = [parameter.data for parameter in parameters]
+        """Within this context, `parameters` hold θ. `replica` must be their data."""
+        own = [parameter.data for parameter in parameters]
         for parameter, weight in zip(parameters, self._shown, strict=True):
             parameter.data = weight
         try:
             yield
         finally:
-            for parameter, tensor in zip(parameters, held, strict=True):
+            for parameter, tensor in zip(parameters, own, strict=True):
                 parameter.data = tensor
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what all workers share, but for θ, which are the weights of the checkpoint."""
+        """Return the state that all workers share, without θ: the checkpoint has θ as its weights."""
         return {
             "steps": self.steps,
             "momentum": list(self.momentum),
-            "arriving": None if self._delta is None else self._arrived(),
+            "arriving": None if self._delta is None else self._reduced_delta(),
         }
 
     def own_state_dict(self) -> dict[str, Any]:
         return {"replica": list(self._replica), "sent": list(self._sent)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint whose weights the replica holds already."""
+        """Load the shared state. The replica must hold the weights of the checkpoint already."""
         self.steps = state["steps"]
         torch._foreach_copy_(self.weights, self._replica)
         if self.momentum:
@@ -159,7 +162,7 @@ class OuterOptimizer:
         self._work = None
 
     def load_own_state_dicts(self, states: Sequence[Mapping[str, Any]], resized: bool) -> None:
-        """Take this worker's replica; or, with another number of workers, meet: see `_meet`."""
+        """Load this worker's replica, or synchronize the saved replicas if the number of workers has changed."""
         if not resized:
             (state,) = states
             torch._foreach_copy_(self._replica, [tensor.to(self._device) for tensor in state["replica"]])
@@ -167,12 +170,12 @@ class OuterOptimizer:
                 torch.empty_like(own).copy_(sent) for own, sent in zip(self._replica, state["sent"], strict=False)
             ]
             return
-        self._meet(states)
+        self._synchronize_saved(states)
 
-    def _meet(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Do what the workers that there were would have done had they met when the checkpoint was written.
+    def _synchronize_saved(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Synchronize as the previous workers would have done at the time of the checkpoint.
 
-        Every worker computes it alike from the replicas in the checkpoint, and all go on from θ.
+        Each worker computes the same θ from all replicas in the checkpoint, and continues from it.
         """
         replicas = [[tensor.to(self._device) for tensor in state["replica"]] for state in states]
         if self._delta is not None:

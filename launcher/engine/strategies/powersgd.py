@@ -1,4 +1,4 @@
-"""Data parallel whose gradients are compressed by PowerSGD, after the backward pass instead of while it runs."""
+"""Data parallelism with gradients that are compressed by PowerSGD and reduced after the backward pass."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from launcher.engine.strategies.kinds.base import option
 
 
 class PowerSGDParallel(DataParallel):
-    """All gradients in two small messages a step; see `compression.PowerSGD`.
+    """Reduces all gradients with two small messages per step; see `compression.PowerSGD`.
 
-    What a worker has left out of its gradients is its own part of a checkpoint.
+    A checkpoint contains the approximation errors of each worker.
     """
 
     wraps = False
@@ -28,7 +28,7 @@ class PowerSGDParallel(DataParallel):
         self._power = PowerSGD(trained, self.runtime, rank, after, self._seed)
 
     def _combine(self, optimizer: Optimizer) -> None:
-        # Where a gradient overflowed, the step is skipped, and what is owed to the weights must stay a number.
+        # A step with an overflow is skipped; its gradients must not enter the errors.
         if not self._agree_on_overflow(optimizer):
             self._power.reduce()
 

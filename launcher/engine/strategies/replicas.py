@@ -1,4 +1,4 @@
-"""Workers that train apart and meet every few steps: local SGD and DiLoCo."""
+"""Local SGD and DiLoCo: workers train independently and synchronize every few steps."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from launcher.engine.strategies.strategy import Record, all_finite
 
 
 class Replicas(DataParallel):
-    """Each worker applies the gradient of its own part of the global batch; an `OuterOptimizer` brings them together.
+    """Each worker applies the gradient of its part of the global batch; an `OuterOptimizer` synchronizes the weights.
 
-    A worker's gradient is the sum over its samples times workers / samples of the global batch, so that the mean over
-    the workers is the gradient of the global batch: meeting after each step with plain SGD is `ddp`. Clipping looks at
-    the worker's own gradient. A worker without samples in a batch takes no step, and none does where one of them met an
-    overflow of float16: their inner optimizers are called without gradients then, so that the hooks keep pace.
+    A worker's gradient is the sum over its samples times workers / samples of the global batch, so the mean over the
+    workers is the gradient of the global batch: with plain SGD and a synchronization after each step, the result is
+    that of `ddp`. Each worker clips its own gradient. A worker without samples in a batch takes no step, and no worker
+    does if one of them has a float16 overflow. The inner optimizer is then called without gradients, so that its hooks
+    still count the step.
 
-    The weights that are evaluated, saved and exported are those that the workers agree on, not one worker's. A
-    checkpoint holds beside them every worker's own weights and inner optimizer. With another number of workers the run
-    goes on from a meeting of those replicas, and with rank 0's inner optimizer for all.
+    The shared weights are evaluated, saved and exported, not those of one worker. A checkpoint also contains the
+    weights and the inner optimizer of every worker. If the number of workers has changed, the replicas are synchronized
+    on resume, and all workers use the inner optimizer of rank 0.
     """
 
     wraps = False
     shares_gradients = False
     _outer: OuterOptimizer
     _optimizer: Optimizer
-    _buffers_met: dict[str, Tensor] | None = None  # of the last meeting, which belong to the weights agreed on
+    _shared_buffers: dict[str, Tensor] | None = None  # buffers of the last synchronization, for the shared weights
 
     def __init__(
         self,
@@ -66,20 +67,20 @@ class Replicas(DataParallel):
             delay=option(config, "overlap_steps"),
             wire=WIRE.get(config.compression),
             total_steps=total_steps,
-            met=self._meet,
+            synchronized=self._synchronize_buffers,
         )
 
-    def _meet(self) -> None:
-        """Take the buffers of all workers together, as their weights have been."""
+    def _synchronize_buffers(self) -> None:
+        """Merge the buffers of all workers after their weights were synchronized."""
         self.buffers.merge()
-        self._buffers_met = self.buffers.copy()
+        self._shared_buffers = self.buffers.copy()
 
     def merge_buffers(self) -> None:
-        """Do nothing: the workers merge them when they meet, and `evaluation_weights` shows what they agreed on."""
+        """Do nothing: buffers are merged at each synchronization, and `evaluation_weights` uses the merged buffers."""
 
     def accumulate(self, batches: Iterable[Any], size: int, flags: dict[str, bool], record: Record) -> Vote:
-        if self._buffers_met is None:
-            self._buffers_met = self.buffers.copy()  # before the first step all have the same
+        if self._shared_buffers is None:
+            self._shared_buffers = self.buffers.copy()  # before the first step they are equal on all workers
         return super().accumulate(batches, size, flags, record)
 
     def _clip_and_step(self, optimizer: Optimizer, grads: list[torch.Tensor]) -> None:
@@ -92,7 +93,7 @@ class Replicas(DataParallel):
         self._scaler.update()
 
     def _combine(self, optimizer: Optimizer) -> None:
-        self._overflowed = self._agree_on_overflow(optimizer)  # one loss scale for all
+        self._overflowed = self._agree_on_overflow(optimizer)  # all workers use the same loss scale
 
     def grad_norm(self) -> torch.Tensor:
         """Return the root of the mean over the workers of the squared norms of their gradients."""
@@ -107,7 +108,7 @@ class Replicas(DataParallel):
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[dict[str, Tensor]]:
-        with self._outer.shown(self._trained), self.buffers.shown(self._buffers_met or {}) as own:
+        with self._outer.shown(self._trained), self.buffers.shown(self._shared_buffers or {}) as own:
             yield own
 
     # ---- state ------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class Replicas(DataParallel):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._outer.load_state_dict(state["outer"])
-        self._buffers_met = self.buffers.copy()
+        self._shared_buffers = self.buffers.copy()
 
     def own_state_dict(self) -> dict[str, Any]:
         inner = optimizer_state(self.model, self._optimizer)["state"]
@@ -130,15 +131,17 @@ class Replicas(DataParallel):
             self._load_inner(states[0]["optimizer"])
 
     def _load_inner(self, saved: Mapping[str, Any]) -> None:
-        shapes = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters())
 
-        def laid_out(name: str, value: Any) -> Any:
-            """In the memory layout of its parameter, which fused kernels expect."""
-            parameter = shapes.get(name)
+        def with_layout(name: str, value: Any) -> Any:
+            """Return `value` in the memory layout of its parameter, which fused kernels expect."""
+            parameter = parameters.get(name)
             if not isinstance(value, torch.Tensor) or parameter is None or value.shape != parameter.shape:
                 return value
             return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
-        state = {name: {key: laid_out(name, value) for key, value in values.items()} for name, values in saved.items()}
-        whole = optimizer_state(self.model, self._optimizer)
-        load_optimizer_state(self.model, self._optimizer, {**whole, "state": state})
+        state = {
+            name: {key: with_layout(name, value) for key, value in values.items()} for name, values in saved.items()
+        }
+        current = optimizer_state(self.model, self._optimizer)
+        load_optimizer_state(self.model, self._optimizer, {**current, "state": state})

@@ -1,1 +1,1 @@
-"""What launch knows of each strategy before it trains: one object in one file a strategy. See `base`. No torch."""
+"""The kinds of strategies: options, checks and costs, which are known before training. See `base`. No torch."""

@@ -1,4 +1,4 @@
-"""`strategy=auto`: the quickest strategy with the same losses, chosen at the start; see `engine.auto_strategy`."""
+"""`strategy=auto`: the fastest strategy with the losses of `ddp`; see `launcher.engine.auto_strategy`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ if TYPE_CHECKING:
 
 @register
 class Auto(StrategyKind):
-    """A choice between `ddp` and, where a worker cannot hold the network, `fsdp`. Without a choice it is `ddp`."""
+    """Chooses `ddp`, or `fsdp` if the network does not fit on a worker. Before the choice it is built as `ddp`."""
 
     name = "auto"
     position = 4
     deterministic = True
     chooses = True
     checkpoint_form = "whole"
-    plan_note = (
-        " (at the start: ddp, or fsdp where a worker cannot hold the network; the figures here are those of ddp)"
-    )
+    plan_note = " (at the start: ddp, or fsdp if the network does not fit on a worker; these figures are those of ddp)"
 
     def check(self, config: StrategyConfig, trainer: TrainerConfig) -> None:
         if config.compression != "none":
             raise ConfigError(
-                f"strategy=auto chooses among strategies with the losses of ddp, and strategy.compression="
-                f"{config.compression} changes them. Name the strategy, or leave the compression out."
+                f"strategy=auto chooses among strategies with the losses of ddp, but strategy.compression="
+                f"{config.compression} changes the losses. Name a strategy, or remove strategy.compression."
             )
 
     def build(

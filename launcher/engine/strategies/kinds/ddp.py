@@ -1,4 +1,4 @@
-"""`strategy=ddp`: every worker holds the network, and gradients are averaged in each step."""
+"""`strategy=ddp`: every worker holds the whole network, and gradients are averaged in each step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @register
 class Ddp(StrategyKind):
-    """Data parallel, with PowerSGD where `strategy.compression` asks for it."""
+    """Data parallelism, with PowerSGD if `strategy.compression=powersgd`."""
 
     name = "ddp"
     position = 0
@@ -37,7 +37,7 @@ class Ddp(StrategyKind):
             if (value := getattr(config, key)) is None:
                 continue
             if config.compression != "powersgd":
-                raise ConfigError(f"strategy.{key} needs strategy.compression=powersgd; add it, or leave {key} out.")
+                raise ConfigError(f"strategy.{key} needs strategy.compression=powersgd. Add it, or remove {key}.")
             at_least(f"strategy.{key}", value, least)
         if config.bucket_mb is not None:
             above_zero("strategy.bucket_mb", config.bucket_mb)
@@ -55,7 +55,7 @@ class Ddp(StrategyKind):
 
     def memory(self, config: StrategyConfig, workers: int, whole: Mapping[str, int]) -> dict[str, int]:
         if config.compression == "powersgd":
-            return {**whole, "left out": whole["gradients"]}  # at most: of the matrices that are compressed
+            return {**whole, "left out": whole["gradients"]}  # upper bound: only compressed matrices have errors
         return dict(whole)
 
     def traffic(
@@ -68,11 +68,11 @@ class Ddp(StrategyKind):
         return gradient_bytes, text
 
     def advises(self, config: StrategyConfig) -> bool:
-        return config.compression != "powersgd"  # its bytes depend on the shapes of the weights
+        return config.compression != "powersgd"  # the bytes depend on the shapes of the weights
 
     def step(
         self, config: StrategyConfig, precision: str, network: Network, compute: float, workers: int, link: Link
     ) -> Step:
-        if config.compression == "powersgd":  # it begins when the backward pass is done
+        if config.compression == "powersgd":  # starts after the backward pass
             return predict(compute, network.powersgd, workers, link, overlap=0.0)
         return super().step(config, precision, network, compute, workers, link)

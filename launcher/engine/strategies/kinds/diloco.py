@@ -1,4 +1,4 @@
-"""`strategy=diloco`: workers train apart; the mean of how far they went is the gradient of an outer optimizer."""
+"""`strategy=diloco`: workers train independently; their mean weight change is the gradient of an outer optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from launcher.errors import ConfigError
 class Diloco(ReplicasKind):
     """DiLoCo (Douillard et al. 2023), with Nesterov momentum.
 
-    The paper has an outer momentum of 0.9, for hundreds of meetings; over tens of them it overshoots (docs/log.md).
+    The paper uses an outer momentum of 0.9 for hundreds of synchronizations; with tens of them it overshoots
+    (docs/log.md).
     """
 
     name = "diloco"

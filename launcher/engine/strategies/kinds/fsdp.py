@@ -1,4 +1,4 @@
-"""`strategy=fsdp`: parameters, gradients and optimizer state are divided among the workers."""
+"""`strategy=fsdp`: parameters, gradients and optimizer state are sharded over the workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @register
 class Fsdp(StrategyKind):
-    """Fully sharded data parallel. A worker that is alone trains plainly: there is nothing to divide."""
+    """Fully sharded data parallelism. A single worker trains without sharding."""
 
     name = "fsdp"
     position = 1
@@ -47,7 +47,7 @@ class Fsdp(StrategyKind):
         return FullySharded(model, runtime, trainer, config, split)
 
     def memory(self, config: StrategyConfig, workers: int, whole: Mapping[str, int]) -> dict[str, int]:
-        # The first dimension of each tensor is divided and rounded up.
+        # The first dimension of each tensor is sharded and padded.
         return {name: -(-part // workers) for name, part in whole.items()}
 
     def memory_on_gpu(
@@ -70,7 +70,7 @@ class Fsdp(StrategyKind):
         return not option(config, "hybrid") and not option(config, "cpu_offload")
 
     def advises(self, config: StrategyConfig) -> bool:
-        return False  # a divided network computes otherwise than the whole one that is timed
+        return False  # a sharded network has other compute times than the whole network, which is timed
 
     def step(
         self, config: StrategyConfig, precision: str, network: Network, compute: float, workers: int, link: Link

@@ -1,4 +1,4 @@
-"""`strategy=local_sgd`: workers train apart, and their weights are averaged every few steps."""
+"""`strategy=local_sgd`: workers train independently, and their weights are averaged every few steps."""
 
 from __future__ import annotations
 

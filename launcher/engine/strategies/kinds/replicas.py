@@ -1,4 +1,4 @@
-"""What strategies share whose workers train apart and meet every few steps."""
+"""The common base of `local_sgd` and `diloco`, whose workers synchronize every few steps."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class ReplicasKind(StrategyKind):
-    """Each worker has weights of its own; an outer optimizer brings them together every `inner_steps` steps."""
+    """Workers hold different weights; an outer optimizer synchronizes them every `inner_steps` steps."""
 
     exact = False
     diverges = True
 
     @abstractmethod
     def outer(self, config: StrategyConfig) -> tuple[float, float]:
-        """Return learning rate and momentum of the outer optimizer."""
+        """Return the learning rate and the momentum of the outer optimizer."""
 
     def check(self, config: StrategyConfig, trainer: TrainerConfig) -> None:
         super().check(config, trainer)
@@ -39,7 +39,7 @@ class ReplicasKind(StrategyKind):
         if option(config, "overlap_steps") >= option(config, "inner_steps"):
             raise ConfigError(
                 f"strategy.overlap_steps is {config.overlap_steps}, but must be below strategy.inner_steps="
-                f"{option(config, 'inner_steps')}: what travels has to arrive before the workers meet again."
+                f"{option(config, 'inner_steps')}, because an all-reduce must end before the next one starts."
             )
 
     def build(
