@@ -85,7 +85,7 @@ class Evaluator:
                     if number == 0 and getattr(model, "examples", None) is not None:
                         with self._strategy.whole():
                             if self.examples is not None:
-                                self.examples.look(prefix, batch, sums.names)
+                                self.examples.show(prefix, batch, sums.names)
         self._agree(sums)
         totals = sums.reduce(runtime)
         if getattr(model, "summarize", None) is None:

@@ -33,7 +33,7 @@ class Examples:
         self._function = getattr(model, "examples", None)
         self._show, self._note, self._seed = show, note, seed
 
-    def look(self, prefix: str, batch: Any, metrics: Collection[str]) -> None:
+    def show(self, prefix: str, batch: Any, metrics: Collection[str]) -> None:
         """Show the examples of a batch under `<prefix><name>`. The model is in evaluation mode, without gradients.
 
         Args:

@@ -1,4 +1,4 @@
-"""One microbatch: its samples, the random numbers that they may draw, and the batch that is made of them."""
+"""Reads one microbatch: its samples, the seeds of their random numbers, and the collated batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _BATCH = 1  # distinguishes the seed of a batch from that of its first sample
 
 @dataclass(frozen=True)
 class ReadFailure:
-    """An exception of a loader process, carried to the trainer as a value so that its message stays as it was."""
+    """An exception of a loader process as a value, which DataLoader passes to the trainer with its message "
+    "unchanged."""
 
     is_data: bool
     message: str
@@ -38,15 +39,15 @@ class ReadFailure:
 class Fetch:
     """Reads one microbatch: `fetch[key]` is the collated batch, or a ReadFailure.
 
-    In-memory data is gathered in one indexing operation. Elsewhere the global generators of torch, random and NumPy are
-    seeded before each sample with (seed, epoch, position), and before each batch (`__getitems__`, `collate`) with
-    (seed, epoch, first position). So random augmentation depends neither on the process that reads nor on what it has
-    read before, and the generators of the caller are left as they were.
+    In-memory data is gathered in one indexing operation. For other data, the global generators of torch, random and
+    NumPy are seeded before each sample with (seed, epoch, position), and before each batch (`__getitems__`, `collate`)
+    with (seed, epoch, first position). Random augmentation therefore depends neither on the reading process nor on the
+    samples that it read before. The generators of the caller are preserved.
 
     Args:
-        augment: `augment(batch, seeds)`, which the loader calls on the device; then `fetch[…]` is (batch, seeds), with
-            one number per sample, int64 (B,).
-        name: what messages call the data set.
+        augment: `augment(batch, seeds)`, called by the loader on the device. With it, `fetch[key]` is (batch, seeds)
+            with one seed per sample, int64 (B,).
+        name: name of the data set in messages.
     """
 
     def __init__(
@@ -67,16 +68,16 @@ class Fetch:
         self._gather_takes_seeds = self._gather is not None and "seeds" in signature(self._gather).parameters
 
     def __getstate__(self) -> dict[str, Any]:
-        # First: a loader process that is not forked imports the data set's module when it unpickles what follows.
+        # First: to unpickle the data set, a loader process that is not forked must import the data set's module.
         return {"_entrance": Entrance(), **self.__dict__}
 
     @property
     def in_memory(self) -> bool:
-        """Whether batches are gathered from tensors; worker processes would only copy them."""
+        """Whether batches are gathered from tensors in memory, so that loader processes would only copy them."""
         return self._tensors is not None and self._collate is None
 
     def seeds(self, key: Key) -> torch.Tensor:
-        """Return one number for each sample of the key, int64 (B,)."""
+        """Return the seed of each sample of the key, int64 (B,)."""
         return mix_each(self.seed, key.epoch, last=torch.arange(key.first, key.first + len(key.indices)))
 
     def __getitem__(self, key: Key) -> Any:
@@ -84,7 +85,7 @@ class Fetch:
             if self._tensors is not None and self._collate is None:
                 batch: Any = tuple(tensor[key.indices] for tensor in self._tensors)
             else:
-                # A loader process has no random states that anything else draws from.
+                # In a loader process nothing else uses the random states.
                 with preserve_random_states() if get_worker_info() is None else nullcontext():
                     batch = self._batch(key)
         except _Failed as failed:
@@ -96,7 +97,7 @@ class Fetch:
     def _batch(self, key: Key) -> Any:
         samples = self._samples(key)
         if not isinstance(samples, list) and self._collate is None:
-            return samples  # `__getitems__` gives whole batches
+            return samples  # `__getitems__` returned a batch
         if self._gather is None:
             self._seed_batch(key)
         try:
@@ -106,11 +107,13 @@ class Fetch:
             odd = find_mismatched_sample(given, key.indices.tolist(), self._name, shapes=self._collate is None)
             if odd is None or self._collate is not None:
                 raise _Failed(_failure(error, odd)) from error
-            remedy = "Give all samples one form, or give data a `collate` that makes a batch of a list of such samples."
+            remedy = (
+                "Return samples of the same form, or add a `collate` to the data that makes a batch of such samples."
+            )
             raise _Failed(ReadFailure(True, f"{odd} {remedy}", traceback_of_user(error))) from error
 
     def _samples(self, key: Key) -> Any:
-        """Return the samples of the key as a list, or what `__getitems__` makes of them."""
+        """Return the samples of the key as a list, or the result of `__getitems__`."""
         if self._tensors is not None:
             return list(zip(*(tensor[key.indices].unbind() for tensor in self._tensors), strict=True))
         indices = key.indices.tolist()
@@ -139,10 +142,10 @@ class _Failed(Exception):
 
 
 def _failure(error: Exception, remark: str | None = None) -> ReadFailure:
-    """Return the error as a value. Bad data is an OSError, or a ValueError that the data set raises in its own words.
+    """Return the error as a value. An OSError, or a ValueError raised by the data set, is an error of the data.
 
     Args:
-        remark: a sentence that is added to any other error.
+        remark: a sentence that is appended to the message of other errors.
     """
     if isinstance(error, OSError) or (isinstance(error, ValueError) and is_raised_by_user(error)):
         return ReadFailure(True, str(error), traceback_of_user(error))
@@ -153,14 +156,14 @@ def _failure(error: Exception, remark: str | None = None) -> ReadFailure:
 
 
 def _tensors_of(dataset: Any) -> tuple[torch.Tensor, ...] | None:
-    """Return the tensors of a TensorDataset, or None where a subclass reads its samples in another way."""
+    """Return the tensors of a TensorDataset, or None for other data sets and for subclasses that override indexing."""
     if not isinstance(dataset, TensorDataset) or hasattr(dataset, "__getitems__"):
         return None
     return dataset.tensors if type(dataset).__getitem__ is TensorDataset.__getitem__ else None
 
 
 def _gather_of(dataset: Any) -> Callable[..., Any] | None:
-    """Return the data set's `__getitems__`, where it is its own: a Subset has one that may only loop over samples."""
+    """Return the data set's own `__getitems__`, or None. The one of `Subset` may only loop over samples."""
     inner = dataset
     while isinstance(inner, Subset):
         inner = inner.dataset

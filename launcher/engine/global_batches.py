@@ -1,4 +1,4 @@
-"""This rank's part of one global batch after another, whatever the number of workers."""
+"""Iterates over this rank's part of each global batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from launcher.engine.throughput import Throughput
 class GlobalBatch:
     """One global batch.
 
-    size: samples of all ranks. microbatches: those of this rank, on the device; they can be read once.
+    Attributes:
+        size: number of samples over all ranks.
+        microbatches: this rank's microbatches, on the device; can be iterated once.
     """
 
     size: int
@@ -30,11 +32,11 @@ class GlobalBatch:
 class GlobalBatches:
     """Iterates over the global batches from the run's position to its end.
 
-    The share of a rank is computed when a step begins, from the rank facts of that moment. `progress` must advance
-    between two global batches.
+    The share of a rank is computed at the beginning of each step, from the current rank and world size. `progress` must
+    advance between two global batches.
 
     Args:
-        throughput: is given the time in which the device waits for data.
+        throughput: receives the time in which the device waits for data.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class GlobalBatches:
 
     @property
     def passes(self) -> int:
-        """Microbatches in the step of the worker with most; all others wait for it."""
+        """The largest number of microbatches of a worker in one step."""
         n = self._runtime.world_size
         return max(len(self._split.share(self._order.batch_size(0), rank, n)) for rank in range(n))
 
@@ -73,7 +75,7 @@ class GlobalBatches:
             yield GlobalBatch(size, islice(self._reading, len(self._split.share(size, *facts))))
 
     def again(self) -> Iterator[Any]:
-        """Read this rank's microbatches of the current step once more."""
+        """Read this rank's microbatches of the current step again."""
         self.close()
         size = self._order.batch_size(self._progress.batch)
         share = self._split.share(size, self._runtime.rank, self._runtime.world_size)
@@ -81,7 +83,7 @@ class GlobalBatches:
             yield from islice(batches, len(share))
 
     def close(self) -> None:
-        """Stop reading. The loader processes end here, not when the garbage is collected."""
+        """Stop reading and end the loader processes."""
         if self._reading is not None:
             self._reading.close()
             self._reading = None

@@ -1,4 +1,4 @@
-"""Using trained weights in one process: predictions of inputs, and the network written for others to use."""
+"""Uses trained weights in one process: predicts inputs, and exports the network for other programs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from launcher.engine.strategies.strategy import DTYPES
 from launcher.engine.weights import load_weights_into
 from launcher.errors import ConfigError, DataError, ExportError, UserCodeError
 
-_AT_ONCE = 64  # inputs, at most: nobody waits for throughput here
-_SAMPLES = 3  # for an exported program that takes batches of any size: 0 and 1 would be taken for special
+_MAX_BATCH = 64  # inputs per batch of predictions
+_EXPORT_SAMPLES = 3  # of the example batch of an export; torch.export specialises for batches of 0 and 1
 
 
 def _trained(job: Job, runtime: Runtime, weights: str) -> tuple[Data, nn.Module]:
@@ -49,22 +49,22 @@ def _cast(job: Job, runtime: Runtime) -> AbstractContextManager[Any]:
 
 
 def predict(job: Job, runtime: Runtime, control: Control, weights: str, path: str) -> None:
-    """Emit an event `prediction` for every input that the job's data finds at `path`, in their order.
+    """Emit an event `prediction` for every input that the job's data finds at `path`, in order.
 
     Raises:
-        ConfigError: the data cannot read inputs, the model cannot predict, or an input does not fit it.
-        DataError: there is no such input, or it is damaged, in the words of the data.
-        UserCodeError: `predict_step` returns something else than one JSON value an input, or raised.
+        ConfigError: the data cannot read inputs, the model cannot predict, or the model rejects an input.
+        DataError: no input was found, or an input is damaged; has the message of the data.
+        UserCodeError: `predict_step` raised an exception, or did not return one JSON value per input.
     """
     data, model = _trained(job, runtime, weights)
     if not callable(getattr(model, "predict_step", None)):
         raise ConfigError(
-            f"model._target_={job.model['_target_']} has no predict_step(batch); a model says there what it makes of "
-            "its inputs, one JSON value each (see docs/extending.md)."
+            f"model._target_={job.model['_target_']} has no method predict_step(batch), which returns one JSON value "
+            "per input. Add it (see docs/extending.md)."
         )
     dataset, collate = inputs_of(job, data, path)
     names = [str(name) for name in getattr(dataset, "names", None) or range(len(dataset))]
-    step = min(job.trainer.microbatch_size or job.trainer.global_batch_size, _AT_ONCE)
+    step = min(job.trainer.microbatch_size or job.trainer.global_batch_size, _MAX_BATCH)
     spans = [(start, min(start + step, len(dataset))) for start in range(0, len(dataset), step)]
     fetch = Fetch(dataset, collate, job.trainer.seed, name="the inputs")
     loader = Loader(fetch, runtime.device, data.num_workers, converter(model))
@@ -81,18 +81,18 @@ def predict(job: Job, runtime: Runtime, control: Control, weights: str, path: st
                     "",
                 )
             for name, value in zip(names[start:stop], answer, strict=True):
-                told = plain(value)
-                told = told if isinstance(told, dict) else {"prediction": told}
-                control.emit({"kind": "prediction", "value": {"input": name, **told}})
+                output = plain(value)
+                output = output if isinstance(output, dict) else {"prediction": output}
+                control.emit({"kind": "prediction", "value": {"input": name, **output}})
 
 
 def inputs_of(job: Job, data: Data, path: str) -> tuple[Any, Any]:
-    """Return the inputs at `path` as a data set, and what makes batches of them."""
+    """Return the inputs at `path` as a data set, and the function that collates them."""
     read = getattr(data.source, "inputs", None)
     if not callable(read):
         raise ConfigError(
             f"data._target_={job.data['_target_']} cannot read inputs: its class has no method inputs(path), which "
-            "gives a data set of what is found there (see docs/extending.md). Add it, or choose data that have it."
+            "returns a data set of the inputs (see docs/extending.md). Add it, or choose data that has it."
         )
     try:
         dataset = read(path)
@@ -100,15 +100,17 @@ def inputs_of(job: Job, data: Data, path: str) -> tuple[Any, Any]:
     except (ValueError, OSError) as error:
         raise DataError(str(error)) from error
     if not count:
-        raise DataError(f"input={path}: nothing was found there that data={type(data.source).__name__} can read.")
+        raise DataError(
+            f"input={path} contains nothing that data={type(data.source).__name__} can read. Check the path."
+        )
     return dataset, getattr(data.source, "collate_inputs", None) or data.collate
 
 
 def plain(value: Any) -> Any:
-    """Return a value of JSON: tensors and arrays as lists of numbers, what is no finite number as null.
+    """Convert a value to JSON types: tensors and arrays to lists of numbers, NaN and infinity to None.
 
     Raises:
-        UserCodeError: JSON knows nothing like it.
+        UserCodeError: the value has no JSON form.
     """
     if hasattr(value, "tolist"):  # a tensor, an array, a number of NumPy
         value = value.tolist()
@@ -121,8 +123,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     raise UserCodeError(
-        f"predict_step returned a {type(value).__name__}, for which JSON has no form; numbers, texts, lists, mappings "
-        "and tensors can be printed.",
+        f"predict_step returned a {type(value).__name__}, which has no JSON form. Return numbers, text, lists, "
+        "mappings or tensors.",
         "",
     )
 
@@ -131,11 +133,11 @@ def plain(value: Any) -> Any:
 
 
 def export(job: Job, runtime: Runtime, control: Control, weights: str, folder: Path) -> None:
-    """Write `weights.safetensors` and the network as an exported program, `network.pt2`, into `folder`.
+    """Write `weights.safetensors` and the exported program `network.pt2` to `folder`.
 
     Raises:
         ConfigError: the package safetensors is missing.
-        ExportError: the network cannot be exported; the weights are written.
+        ExportError: the network cannot be exported; the weights have been written.
     """
     try:
         from safetensors.torch import save_file
@@ -144,17 +146,17 @@ def export(job: Job, runtime: Runtime, control: Control, weights: str, folder: P
             "Package safetensors, which writes weights, is not installed: pip install 'launch-train[examples]'."
         ) from error
     data, model = _trained(job, runtime, weights)
-    for tensor in (*model.parameters(), *model.buffers()):  # whoever uses it has ordinary tensors
+    for tensor in (*model.parameters(), *model.buffers()):  # callers of the program pass contiguous tensors
         tensor.data = tensor.data.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    # Copies: the format holds no two names for the same memory, and tied weights have that.
+    # Copies, because the format does not allow tied weights, which share memory.
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    with _whole(folder / "weights.safetensors") as file:
+    with _atomic_file(folder / "weights.safetensors") as file:
         save_file(tensors, file, metadata={"format": "pt", "checkpoint": Path(weights).name})
     control.emit({"kind": "note", "text": f"{folder / 'weights.safetensors'}: {len(tensors)} tensors"})
     network = folder / "network.pt2"
     with suppress(FileNotFoundError):
-        network.unlink()  # of an earlier export, which this one may not replace
+        network.unlink()  # of an earlier export, in case this one fails
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -162,18 +164,18 @@ def export(job: Job, runtime: Runtime, control: Control, weights: str, folder: P
     except Exception as error:
         reason = " ".join(str(error).split())[:500]
         raise ExportError(
-            f"The network cannot be exported: {type(error).__name__}: {reason}. Its weights are in {folder}. What "
-            "`forward` does must be traceable by torch.export, with the arguments that export_inputs(batch) gives (see "
+            f"The network cannot be exported: {type(error).__name__}: {reason}. Its weights are in {folder}. "
+            "torch.export must be able to trace `forward` with the arguments that export_inputs(batch) returns (see "
             "docs/extending.md)."
         ) from error
-    control.emit({"kind": "note", "text": f"{network}: {sizes}; its answers are those of the network"})
+    control.emit({"kind": "note", "text": f"{network}: {sizes}; its outputs equal those of the network"})
 
 
 def _example(job: Job, data: Data, model: nn.Module, runtime: Runtime) -> tuple[Any, ...]:
-    """Return arguments of `forward`, made of a few samples."""
+    """Return arguments of `forward` from a few samples."""
     dataset = next(iter(data.val.values()), data.train)
     loader = Loader(Fetch(dataset, data.collate, job.trainer.seed), runtime.device)
-    batch = next(loader.once(0, torch.arange(min(_SAMPLES, len(dataset)))))
+    batch = next(loader.once(0, torch.arange(min(_EXPORT_SAMPLES, len(dataset)))))
     choose = getattr(model, "export_inputs", None)
     if choose is not None:
         return tuple(choose(batch))
@@ -183,7 +185,7 @@ def _example(job: Job, data: Data, model: nn.Module, runtime: Runtime) -> tuple[
 
 
 def _export_network(model: nn.Module, arguments: tuple[Any, ...], file: Path) -> str:
-    """Write the program, read it again and compare its answers with the network's. Returns which batches it takes."""
+    """Write the program, and compare the outputs of the loaded file with the network's. Return its batch sizes."""
     count = next((value.shape[0] for value in arguments if isinstance(value, Tensor) and value.ndim), 1)
     failure: Exception | None = None
     for dynamic in (True, False) if count > 1 else (False,):
@@ -193,13 +195,13 @@ def _export_network(model: nn.Module, arguments: tuple[Any, ...], file: Path) ->
         except Exception as error:
             failure = error
             continue
-        with _whole(file) as name:
+        with _atomic_file(file) as name:
             torch.export.save(program, name)
             loaded = torch.export.load(name).module()
             for size in (count, 1, count - 1) if dynamic else (count,):
                 some = tuple(_first(value, count, size) for value in arguments)
                 _compare(loaded(*some), model(*some))
-        return "for batches of any size" if dynamic else f"for batches of {count} alone"
+        return "for batches of any size" if dynamic else f"for batches of {count} only"
     assert failure is not None
     raise failure
 
@@ -216,13 +218,13 @@ def _first(value: Any, count: int, size: int) -> Any:
 def _compare(found: Any, expected: Any) -> None:
     leaves, others = _pytree.tree_leaves(found), _pytree.tree_leaves(expected)
     if len(leaves) != len(others):
-        raise ValueError(f"the program gives {len(leaves)} values and the network {len(others)}")
+        raise ValueError(f"the program returns {len(leaves)} values and the network {len(others)}")
     for one, other in zip(leaves, others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-class _whole:
-    """A name to write to; the file has its own name once it is whole."""
+class _atomic_file:
+    """Yields a temporary name to write to, and renames the file to `path` if no exception is raised."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, path.with_name(f"partial-{os.getpid()}-{path.name}")

@@ -1,14 +1,14 @@
-"""Plain values between ranks, as JSON and raw tensors: nothing that a peer sends is unpickled.
+"""Collectives for plain Python values, encoded as JSON and raw tensors instead of pickle.
 
-The object collectives of `torch.distributed` unpickle, so that a peer that is not ours could execute code. A message is
-a uint8 tensor:
+The object collectives of `torch.distributed` unpickle messages, so a malicious peer could execute code. Here a message
+is a uint8 tensor:
 
     8 bytes        length of the head, little-endian
     head           JSON: {"value": the value as `checkpoint.nest` encodes it, "tensors": [[name, dtype, shape], …]}
     tensors        their bytes in that order
 
-Values are what a checkpoint holds: None, numbers, text, lists, tuples, dictionaries, tensors and numpy arrays. A
-dataclass is converted by the caller.
+The supported values are those of a checkpoint: None, numbers, text, lists, tuples, dictionaries, tensors and numpy
+arrays. The caller converts dataclasses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HEAD = 8  # bytes of the length of the head
 
 
 def pack(value: Any) -> torch.Tensor:
-    """Return `value` as a message, uint8 (N,). CheckpointError for a type that has no encoding."""
+    """Encode `value` as a message, uint8 (N,). Raises CheckpointError for a type without encoding."""
     from launcher.engine.checkpoint.nest import Encoder
     from launcher.engine.checkpoint.reader import DTYPE_NAMES, bytes_of
 
@@ -40,7 +40,7 @@ def pack(value: Any) -> torch.Tensor:
 
 
 def unpack(message: torch.Tensor) -> Any:
-    """Return the value of a message. ValueError where it is none; nothing in it is executed."""
+    """Decode a message without executing any of its content. Raises ValueError for an invalid message."""
     from launcher.engine.checkpoint.nest import Binder, TensorInfo, decode
     from launcher.engine.checkpoint.reader import DTYPES
 
@@ -52,11 +52,11 @@ def unpack(message: torch.Tensor) -> Any:
         infos = {name: TensorInfo(name, DTYPES[dtype], tuple(map(int, shape))) for name, dtype, shape in table}
         sizes = [math.prod(info.shape) * info.dtype.itemsize for info in infos.values()]
         if any(n < 0 for info in infos.values() for n in info.shape) or start + sum(sizes) != len(data):
-            raise ValueError("tensors of another size than the message has")
+            raise ValueError("the sizes of the tensors do not match the message")
         binder = Binder()
         value = binder.bind(decode(head["value"], infos), None)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"a rank sent a message that is not from launch: {error}") from error
+        raise ValueError(f"a rank sent an invalid message: {error}") from error
     places: dict[str, list[torch.Tensor]] = {}
     for info, place in binder.reads:
         places.setdefault(info.name, []).append(place)
@@ -70,7 +70,7 @@ def unpack(message: torch.Tensor) -> Any:
 
 
 def all_gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Return the value of every rank of `group` (on CPUs), by rank."""
+    """Return the value of every rank of `group`, a group for CPU tensors, by rank."""
     message = pack(value)
     sizes = _sizes(message, group)
     messages = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
@@ -79,7 +79,7 @@ def all_gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def gather(value: Any, group: dist.ProcessGroup) -> list[Any] | None:
-    """Return the value of every rank of `group` (on CPUs), by rank, on its first rank; None on the others."""
+    """Return the value of every rank of `group`, a group for CPU tensors, on its first rank; None on the others."""
     message = pack(value)
     sizes = _sizes(message, group)
     messages = None if dist.get_rank(group) else [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
@@ -90,7 +90,7 @@ def gather(value: Any, group: dist.ProcessGroup) -> list[Any] | None:
 
 
 def broadcast(value: Any, group: dist.ProcessGroup) -> Any:
-    """Return the value of the first rank of `group` (on CPUs); what the others give is not looked at."""
+    """Return the value of the first rank of `group`, a group for CPU tensors; the values of others are ignored."""
     first = dist.get_rank(group) == 0
     source = dist.get_global_rank(group, 0)
     message = pack(value) if first else torch.empty(0, dtype=torch.uint8)

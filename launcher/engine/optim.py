@@ -1,4 +1,4 @@
-"""The optimizer with its parameter groups, and a schedule of our own."""
+"""Builds the optimizer with its parameter groups, and defines the schedule `WarmupCosine`."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ def build_optimizer(
     """Build the optimizer of the configuration over the model's parameters.
 
     `groups` is a list of `{match: PATTERN, …overrides}` or `{match: PATTERN, freeze: true}`; a pattern is a shell-style
-    pattern over parameter names, the first that matches wins, and the rest take the optimizer's own settings.
+    pattern of parameter names, the first match wins, and the other parameters use the settings of the section.
 
     Args:
-        may_fuse: false where a parameter may have its first gradient later than others: fused SGD with momentum fails.
-        may_change: whether frozen parameters may be trained later: groups that have no others are there, empty.
+        may_fuse: must be false if a parameter may get its first gradient later than others, because fused SGD with
+            momentum fails then.
+        may_change: whether frozen parameters may be trained later, so that empty groups are needed for them.
 
     Raises:
-        ConfigError: a pattern matches no parameter, or nothing is left to train.
+        ConfigError: a pattern matches no parameter, or all parameters are frozen.
     """
     kind = targets.resolve(section["_target_"], "optimizer", trust)
     groups = parameter_groups(model, section.get("groups") or [], may_change)
     parameters = inspect.signature(kind).parameters
     extra: dict[str, Any] = {}
-    # One kernel for all parameters instead of one for each; on the CPU too.
+    # One kernel for all parameters instead of one per parameter, also on the CPU.
     if may_fuse and "fused" in parameters and "fused" not in section and _can_fuse(model, kind):
         extra["fused"] = True
     return construct(section, "optimizer", trust, params=groups, **extra)
@@ -49,14 +50,14 @@ def build_optimizer(
 
 def _can_fuse(model: nn.Module, kind: Any) -> bool:
     if any(hasattr(p, "device_mesh") for p in model.parameters()) and kind.__name__ not in ("Adam", "AdamW"):
-        return False  # of the fused kernels these alone take parameters that are divided among the workers (torch 2.13)
+        return False  # only these fused kernels support sharded parameters (torch 2.13)
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in model.parameters())
 
 
 def destinations(model: nn.Module, rules: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return for each parameter the number of the group that it belongs to when it is trained.
+    """Return for each parameter the number of its group when it is trained.
 
-    0 is the group of those that no rule matches, or one that freezes; n is that of the n-th rule.
+    n is the group of the n-th rule; 0 is the group of parameters that no rule, or a freezing rule, matches.
     """
     numbers = [_rule_of(name, rules) for name, _ in model.named_parameters()]
     return [0 if number is None or rules[number].get("freeze") else number + 1 for number in numbers]
@@ -69,7 +70,7 @@ def _rule_of(name: str, rules: Sequence[Mapping[str, Any]]) -> int | None:
 def parameter_groups(
     model: nn.Module, rules: Sequence[Mapping[str, Any]], may_change: bool = False
 ) -> list[dict[str, Any]]:
-    """Freeze and group the model's parameters by the rules; see `build_optimizer`. Frozen ones need no gradient."""
+    """Freeze and group the model's parameters by the rules; see `build_optimizer`. Return the groups."""
     names = [name for name, _ in model.named_parameters()]
     matched = [False] * len(rules)
     for name, parameter in model.named_parameters():
@@ -86,11 +87,12 @@ def parameter_groups(
     for rule, hit in zip(rules, matched, strict=True):
         if "match" not in rule:
             raise ConfigError(
-                f"Each entry of optimizer.groups needs `match`, a pattern of parameter names; found {dict(rule)}."
+                "Each entry of optimizer.groups needs the key `match`, a pattern of parameter names; found "
+                f"{dict(rule)}."
             )
         if not hit:
             raise ConfigError(
-                f'optimizer.groups: no parameter is left for the pattern "{rule["match"]}". '
+                f'optimizer.groups: no remaining parameter matches the pattern "{rule["match"]}". '
                 f"The model has {len(names)} parameters, such as "
                 f"{', '.join(names[:3])}.{did_you_mean(str(rule['match']), names)}"
             )
@@ -102,19 +104,20 @@ def parameter_groups(
     ]
     if not any(members):
         raise ConfigError(
-            "Nothing is left to train: every parameter is frozen by optimizer.groups or by the model itself."
+            "There is nothing to train: all parameters are frozen by optimizer.groups or by the model itself. "
+            "Unfreeze some."
         )
     return groups
 
 
 class WarmupCosine(LambdaLR):
-    """Linear warm-up, then a cosine down to `min_ratio` times the learning rate (Loshchilov & Hutter 2017).
+    """Increases the learning rate linearly, then decreases it along a cosine (Loshchilov & Hutter 2017).
 
     Args:
-        total_steps: optimizer steps of the whole run.
-        warmup_ratio: part of the run, 0 to 1, in which the rate rises linearly to the learning rate.
-        warmup_steps: the same as a number of steps, which then counts instead.
-        min_ratio: what is left of the learning rate at the end, 0 to 1.
+        total_steps: number of optimizer steps of the whole run.
+        warmup_ratio: length of the linear warm-up as a fraction of the run, 0 to 1.
+        warmup_steps: length of the warm-up in steps; overrides `warmup_ratio`.
+        min_ratio: final learning rate as a fraction of the learning rate, 0 to 1.
     """
 
     def __init__(
@@ -126,12 +129,12 @@ class WarmupCosine(LambdaLR):
         min_ratio: float = 0.0,
     ) -> None:
         if not 0 <= warmup_ratio <= 1:
-            raise ConfigError(f"scheduler.warmup_ratio={warmup_ratio}: it is a part of the run, between 0 and 1.")
+            raise ConfigError(f"scheduler.warmup_ratio={warmup_ratio} must be a fraction of the run between 0 and 1.")
         if warmup_steps is None:
             warmup_steps = round(warmup_ratio * total_steps)
         if not 0 <= warmup_steps <= total_steps:
             raise ConfigError(
-                f"scheduler.warmup_steps={warmup_steps}: it must lie between 0 and the run's {total_steps} steps."
+                f"scheduler.warmup_steps={warmup_steps} must be between 0 and the {total_steps} steps of the run."
             )
 
         def ratio(step: int) -> float:
@@ -144,7 +147,7 @@ class WarmupCosine(LambdaLR):
 
 
 def learning_rate(optimizer: Optimizer) -> float:
-    """Return the learning rate of the first group that trains something."""
+    """Return the learning rate of the first group that has parameters."""
     groups = optimizer.param_groups
     rate = next((group for group in groups if group["params"]), groups[0])["lr"]
     return float(rate.item() if isinstance(rate, torch.Tensor) else rate)

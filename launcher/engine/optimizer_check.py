@@ -1,7 +1,8 @@
-"""The start check of optimizer and schedule: one step over small parameters that stand for those of the model.
+"""Checks the optimizer and the schedule at the start, with one step over small placeholder parameters.
 
-What a class refuses, and what cannot work with the engine, is reported before a run directory exists. No second model
-is needed: each group of parameters has one small parameter for each kind that occurs in it.
+Arguments that a class rejects, and classes that do not work with the engine, are reported before a run directory
+exists.
+The check needs no second model: each parameter group gets one placeholder per kind of parameter in it.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from launcher.engine.strategies.kinds.base import kind_of
 from launcher.engine.strategies.sparse import refusal_of_sparse
 from launcher.errors import ConfigError, LaunchError
 
-_SIDE = 16  # longest side of a small parameter
-_STEPPED = 2000  # steps of a schedule that are tried; the last one is looked at besides
+_SIDE = 16  # maximum length of a dimension of a placeholder
+_MAX_STEPS = 2000  # steps of a schedule that are tried, besides the last one
 
 
 def try_optimizer(job: Job, model: nn.Module) -> tuple[Optimizer, int]:
-    """Step the job's optimizer once over small parameters, after freezing those of the model as the job asks.
+    """Step the job's optimizer once over placeholder parameters. Freezes parameters of the model as configured.
 
     Returns:
-        The optimizer, and the bytes of state that it keeps for the whole model.
+        The optimizer, and the bytes of its state for the whole model.
 
     Raises:
-        ConfigError: the class refuses its values, the parameters or their gradients, or needs a closure.
+        ConfigError: the class rejects its arguments, the parameters or their gradients, or needs a closure.
     """
     section = {key: value for key, value in job.optimizer.items() if key not in ("groups", "capturable")}
     kind = targets.resolve(section["_target_"], "optimizer", job.trust)
     _refuse_closure(kind, section["_target_"])
     sparse = sparse_parameters(model)
     _refuse_sparse(job, sparse)
-    groups, numels = _small_groups(model, job.optimizer.get("groups") or [], sparse)
+    groups, numels = _placeholder_groups(model, job.optimizer.get("groups") or [], sparse)
     for group in groups:
         overrides = {key: value for key, value in group.items() if key != "params"}
-        if overrides:  # torch compares the defaults alone with what they may be
+        if overrides:  # torch validates only the defaults, not the values of groups
             targets.check_signature({**section, **overrides}, "optimizer", job.trust)
             construct({**section, **overrides}, "optimizer", job.trust, params=[nn.Parameter(torch.zeros(2, 2))])
     optimizer = construct(section, "optimizer", job.trust, params=groups)
@@ -65,18 +66,18 @@ def try_optimizer(job: Job, model: nn.Module) -> tuple[Optimizer, int]:
 
 
 def optimizer_bytes(job: Job, model: nn.Module) -> int:
-    """Return the bytes of state that the job's optimizer keeps for the model; raises as `try_optimizer` does."""
+    """Return the bytes of the optimizer state for the model; raises the errors of `try_optimizer`."""
     return try_optimizer(job, model)[1]
 
 
 def try_schedule(job: Job, optimizer: Optimizer, total_steps: int, steps_per_epoch: int, evaluates: bool) -> None:
-    """Build the job's schedule over the optimizer of `try_optimizer`, and step it as a run would.
+    """Build the job's schedule over the optimizer of `try_optimizer`, and step it as in a run.
 
     Args:
-        evaluates: whether the job has data to evaluate on.
+        evaluates: whether the job has validation data.
 
     Raises:
-        ConfigError: it cannot be built, or cannot be stepped to the end of the run.
+        ConfigError: the schedule cannot be built, or cannot be stepped to the end of the run.
     """
     section, checkpoint = job.scheduler, job.checkpoint
     with warnings.catch_warnings():
@@ -85,24 +86,24 @@ def try_schedule(job: Job, optimizer: Optimizer, total_steps: int, steps_per_epo
         )
         try:
             if schedule.follows_metric and (checkpoint.monitor is None or not evaluates):
-                lacking = "checkpoint.monitor is null" if evaluates else "this job has no validation data"
+                reason = "checkpoint.monitor is null" if evaluates else "this job has no validation data"
                 raise ConfigError(
-                    f"scheduler._target_={section['_target_']} steps after each evaluation, on checkpoint.monitor, and "
-                    f"{lacking}. Set it, or choose a schedule that follows steps."
+                    f"scheduler._target_={section['_target_']} steps after each evaluation with the value of "
+                    f"checkpoint.monitor, but {reason}. Provide it, or choose a schedule that follows steps."
                 )
-            schedule.try_out(_STEPPED, 1.0)
+            schedule.try_out(_MAX_STEPS, 1.0)
         except LaunchError:
             raise
         except Exception as error:
             raise ConfigError(
-                f"{rejection(section, 'scheduler', error)} It was stepped for a run of {total_steps} steps in epochs "
-                "of "
-                f"{steps_per_epoch}; leave lengths out, and it gets that of the run."
+                f"{rejection(section, 'scheduler', error)} The check stepped it for a run of "
+                f"{total_steps} steps, {steps_per_epoch} per epoch. Leave lengths out, so that it gets the length of "
+                "the run."
             ) from error
 
 
 def sparse_parameters(model: nn.Module) -> dict[int, str]:
-    """Return id -> name of the trained parameters whose gradients are sparse."""
+    """Return {id: name} of the trained parameters with sparse gradients."""
     tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
     marked = {id(module.weight) for module in tables if module.weight.requires_grad}
     return {id(p): name for name, p in model.named_parameters() if id(p) in marked}
@@ -119,7 +120,7 @@ def _refuse_closure(kind: type, target: str) -> None:
 
 
 def _refuse_sparse(job: Job, sparse: Mapping[int, str]) -> None:
-    """Raise ConfigError where the job has what cannot work with sparse gradients."""
+    """Raise ConfigError if a setting of the job does not support sparse gradients."""
     settings = {
         "trainer.deterministic=true": job.trainer.deterministic,
         f"strategy={job.strategy.name}": not kind_of(job.strategy, job.trust).takes_sparse,
@@ -131,10 +132,10 @@ def _refuse_sparse(job: Job, sparse: Mapping[int, str]) -> None:
                 raise ConfigError(refusal_of_sparse(name, setting))
 
 
-def _small_groups(
+def _placeholder_groups(
     model: nn.Module, rules: Any, sparse: Mapping[int, str]
 ) -> tuple[list[dict[str, Any]], dict[nn.Parameter, int]]:
-    """Return the groups with small parameters, and for each of these how many numbers of the model it stands for."""
+    """Return the groups with placeholders, and the number of elements of the model that each placeholder represents."""
     groups, numels = [], {}
     for group in parameter_groups(model, rules):
         kinds: dict[Any, nn.Parameter] = {}
@@ -143,31 +144,31 @@ def _small_groups(
             if kind not in kinds:
                 shape = [min(side, _SIDE) for side in parameter.shape]
                 kinds[kind] = small = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
-                small.grad = _no_change(small) if kind[2] else torch.zeros_like(small)
+                small.grad = _sparse_zero(small) if kind[2] else torch.zeros_like(small)
                 numels[small] = 0
             numels[kinds[kind]] += parameter.numel()
         groups.append({**group, "params": list(kinds.values())})
     return groups, numels
 
 
-def _no_change(table: torch.Tensor) -> torch.Tensor:
-    """Return a sparse gradient of one row of zeros."""
+def _sparse_zero(table: torch.Tensor) -> torch.Tensor:
+    """Return a sparse gradient with one row, of zeros."""
     row = torch.zeros(1, *table.shape[1:], dtype=table.dtype)
     return torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), row, table.shape, check_invariants=False)
 
 
 def _step(optimizer: Optimizer, section: Mapping[str, Any], job: Job) -> None:
-    """Step once over gradients of zeros, some of them sparse.
+    """Step once with zero gradients, some of them sparse.
 
     Raises:
-        ConfigError: the optimizer cannot do that, or keeps what a checkpoint cannot hold.
+        ConfigError: the optimizer fails, or has state that a checkpoint cannot store.
     """
     smalls = [p for group in optimizer.param_groups for p in group["params"]]
     has_sparse = any(p.grad is not None and p.grad.is_sparse for p in smalls)
     advice = (
         " The model has an embedding with sparse=True. torch.optim.SGD without momentum and weight decay, "
-        "torch.optim.Adagrad, and torch.optim.SparseAdam (where all parameters are such embeddings) take sparse "
-        "gradients; or build the embedding with sparse=False."
+        "torch.optim.Adagrad, and torch.optim.SparseAdam (if all parameters are such embeddings) support sparse "
+        "gradients. Choose one of them, or build the embedding with sparse=False."
     )
     try:
         with preserve_random_states():
@@ -175,13 +176,13 @@ def _step(optimizer: Optimizer, section: Mapping[str, Any], job: Job) -> None:
     except Exception as error:
         on_gpu = job.scaling.device == "cuda" or torch.cuda.is_available() or job.cluster.of_kind.is_rented
         if on_gpu and not type(optimizer).__module__.startswith("torch."):
-            return  # its kernels may exist on GPUs alone
+            return  # its kernels may exist for GPUs only
         message = rejection(section, "optimizer", error)
         raise ConfigError(f"{message}{advice if has_sparse or 'sparse' in str(error).lower() else ''}") from error
     if any(value.is_sparse for p in smalls for value in _state(optimizer, p)):
         raise ConfigError(
-            f"optimizer._target_={section['_target_']} keeps sparse state with these arguments, which checkpoints "
-            f"cannot hold.{advice}"
+            f"optimizer._target_={section['_target_']} has sparse state with these arguments, which checkpoints "
+            f"cannot store.{advice}"
         )
 
 

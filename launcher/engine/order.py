@@ -1,6 +1,6 @@
-"""Which samples make up which global batch, and who takes which part of it.
+"""Determines the samples of each global batch, and the part of each worker.
 
-The order depends on the seed alone: global batch k of epoch e is the same set of samples for every number of workers.
+The order depends on the seed only: global batch k of epoch e has the same samples for any number of workers.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 Span = tuple[int, int]  # [start, stop) of positions within a global batch or a data set
-# Samples are sorted by length within windows of so many global batches, and of a quarter of an epoch at most: in one
-# window over the whole of a small data set the same samples would meet in every epoch.
+# Samples are sorted by length within windows of this many global batches, at most a quarter of an epoch: with one
+# window over a small data set, each batch would have the same samples in every epoch.
 WINDOW = 50
-# Samples are shuffled within so many blocks, which a reader then keeps in memory together.
+# Samples are shuffled within groups of this many blocks, which a reader holds in memory at the same time.
 BLOCKS = 8
 
 
 class Key(NamedTuple):
-    """One microbatch to read: samples `indices` (B,), which stand at positions `first`, `first` + 1, … of the epoch."""
+    """One microbatch to read: the samples `indices` (B,), at the positions `first`, `first` + 1, … of the epoch."""
 
     epoch: int
     first: int
@@ -33,18 +33,20 @@ class Order:
     """The order of the samples of a training data set.
 
     Args:
-        length: samples in the data set.
+        length: number of samples in the data set.
         global_batch_size: samples in one optimizer step over all workers; the last batch of an epoch may be smaller.
-        seed: decides the order, together with the epoch.
-        only_batches: when positive, every epoch repeats the first so many batches of the unshuffled data.
-        lengths: int64 (length,), tokens or frames of each sample. Samples of similar length then share a batch, so that
-            little is padded: the shuffled samples are sorted within windows of several global batches, and the batches
-            shuffled again. The smaller last batch is a random part of the data like any other.
-        blocks: sizes of the parts that are read as a whole, one behind the other. They come in a random order, and the
-            samples of a few neighbours in it are shuffled together, so that little is read twice.
-        shuffle: whether each epoch has another order; else it is that of the data set, whatever `lengths` and `blocks`.
-        drop_last: leave out the smaller last batch of an epoch.
-        weights: float64 (length,): an epoch draws so many samples with replacement, in proportion to them.
+        seed: determines the order, together with the epoch.
+        only_batches: if positive, every epoch repeats the first `only_batches` batches of the unshuffled data.
+        lengths: int64 (length,), tokens or frames of each sample. With it, samples of similar length share a batch,
+            which
+            reduces padding: the shuffled samples are sorted within windows of several global batches, and the batches
+            are shuffled again. The smaller last batch is a random part of the data like the others.
+        blocks: sizes of consecutive parts of the data set that are read as a whole. The parts are shuffled, and the
+            samples of a few consecutive parts are shuffled together, so that few parts are read twice.
+        shuffle: whether each epoch has a different order; otherwise the order is that of the data set, regardless of
+            `lengths` and `blocks`.
+        drop_last: omit the smaller last batch of an epoch.
+        weights: float64 (length,). With it, an epoch draws `length` samples with replacement, in proportion to them.
     """
 
     length: int
@@ -79,7 +81,7 @@ class Order:
         return shuffled if self.lengths is None else self._by_length(shuffled, self.lengths, generator)
 
     def _drawn(self, weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        ends = weights.cumsum(0)  # sample i takes the numbers from ends[i - 1] up to, but not including, ends[i]
+        ends = weights.cumsum(0)  # sample i is drawn for numbers in [ends[i - 1], ends[i])
         numbers = torch.rand(self.length, generator=generator, dtype=torch.float64) * ends[-1]
         return torch.searchsorted(ends, numbers, right=True).clamp(max=int(weights.nonzero()[-1]))
 
@@ -97,7 +99,7 @@ class Order:
         return torch.cat([rows[torch.randperm(batches, generator=generator)].flatten(), _sorted(last, lengths)])
 
     def batch_size(self, batch: int) -> int:
-        """Return how many samples global batch `batch` of an epoch has."""
+        """Return the number of samples of global batch `batch` of an epoch."""
         return min(self.length - batch * self.global_batch_size, self.global_batch_size)
 
 
@@ -107,24 +109,24 @@ def _sorted(indices: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Split:
-    """How positions are divided among workers and into microbatches.
+    """Divides positions among workers and into microbatches.
 
     Args:
-        microbatch: most samples that go through the network at once, or None for the whole share.
-        chunk: when set (deterministic mode), microbatches are cut at multiples of it, by position and not by worker.
+        microbatch: maximum number of samples of a microbatch, or None for the whole share.
+        chunk: if set (deterministic mode), microbatches start at multiples of it, independently of the worker.
     """
 
     microbatch: int | None = None
     chunk: int | None = None
 
     def share(self, size: int, rank: int, world_size: int) -> list[Span]:
-        """Return the microbatches of `rank` in a batch of `size` samples; empty when the batch has no part for it.
+        """Return the microbatches of `rank` in a batch of `size` samples; may be empty for a small batch.
 
         The shares are contiguous and differ by at most one sample (one chunk in deterministic mode).
         """
         unit = self.chunk or 1
         units = -(-size // unit)
-        # Rounded up, so that rank 0 is the last to go without a sample.
+        # Rounded up, so that rank 0 is the last rank without samples.
         start, stop = (min(-(-units * r // world_size) * unit, size) for r in (rank, rank + 1))
         step = self.chunk or self.microbatch or max(stop - start, 1)
         return [(at, min(at + step, stop)) for at in range(start, stop, step)]
@@ -150,7 +152,7 @@ def mix_each(*numbers: int, last: torch.Tensor) -> torch.Tensor:
 
 
 def _absorbed(state: Any, number: Any) -> Any:
-    """For whole numbers of Python, and for arrays of uint64, which wrap by themselves."""
+    """Return the next SplitMix64 state, for Python integers and for arrays of uint64, which wrap around."""
     state = (state + number + 0x9E3779B97F4A7C15) & _MASK
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -160,7 +162,7 @@ def _absorbed(state: Any, number: Any) -> Any:
 def keys_of_training(
     order: Order, split: Split, rank: int, world_size: int, epoch: int, batch: int, last_step: int, step: int
 ) -> Iterator[Key]:
-    """Yield the keys of this rank's microbatches from a position on, through the epochs, to the last step."""
+    """Yield the keys of this rank's microbatches from the given position to the last step, across epochs."""
     while step < last_step:
         indices = order.epoch(epoch)
         while batch < order.steps_per_epoch and step < last_step:
@@ -172,9 +174,7 @@ def keys_of_training(
 
 
 def keys_of_evaluation(order: torch.Tensor, spans: Sequence[Span]) -> Iterator[Key]:
-    """Yield the keys of consecutive samples of `order`; evaluation augments as in epoch 0, should a data set augment
-    at all.
-    """
+    """Yield the keys of consecutive samples of `order`. Evaluation uses the random numbers of epoch 0."""
     for start, stop in spans:
         yield Key(0, start, order[start:stop])
 
@@ -182,12 +182,12 @@ def keys_of_evaluation(order: torch.Tensor, spans: Sequence[Span]) -> Iterator[K
 def order_of_evaluation(length: int, lengths: torch.Tensor | None = None, block: int = 1) -> torch.Tensor:
     """Return the sample indices of a validation set in the order in which they are evaluated, int64 (length,).
 
-    With `lengths`, blocks (microbatches) hold samples of similar length; the blocks are in a random order, the same
-    each time, so that no worker has all the long ones. It depends on nothing else, the number of workers included.
+    With `lengths`, each block (microbatch) has samples of similar length. The blocks are in a fixed random order, so
+    that no worker gets all the long samples. The order does not depend on the number of workers.
     """
     if lengths is None:
         return torch.arange(length)
     blocks = lengths.argsort(stable=True).split(block)
-    # A smaller block stays the last one: the others begin at multiples of their size.
+    # A smaller block remains the last one, so that the others start at multiples of their size.
     shuffled = torch.randperm(length // block, generator=torch.Generator().manual_seed(0)).tolist()
     return torch.cat([*(blocks[i] for i in shuffled), *blocks[length // block :]])

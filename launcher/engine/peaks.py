@@ -1,7 +1,7 @@
-"""What GPUs can compute at best, for `throughput/mfu`: the share of it that a network's own FLOPs make up.
+"""The peak FLOP rates of GPUs, for the tag `throughput/mfu` (model FLOP utilisation).
 
-Model FLOP utilisation (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B) is what the network needs, by its
-`flops_per_sample`, over what the devices could have done in the same time. What is computed twice does not count.
+Model FLOP utilisation (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B) is the FLOP rate of the network, from
+its `flops_per_sample`, divided by the peak rate of the devices. Recomputation does not count.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Peak:
-    """Dense rates, TFLOP/s: NVIDIA prints those of Tensor cores with 2:4 sparsity since Ampere, twice as much.
+    """The dense peak rates of a GPU, TFLOP/s.
+
+    Since Ampere, NVIDIA's data sheets state the rates of Tensor cores with 2:4 sparsity, which are twice as high.
 
     Args:
-        name: how the device's name begins (`torch.cuda.get_device_name`), without "NVIDIA" or "Tesla".
-        bfloat16: None where Tensor cores have no bfloat16.
-        float32: of TF32 where there is that, which matrix products then use (hardware.py), else of plain float32.
+        name: beginning of the device name (`torch.cuda.get_device_name`), without "NVIDIA" or "Tesla".
+        bfloat16: None if the Tensor cores do not support bfloat16.
+        float32: the rate of TF32 if the GPU supports it, which matrix products then use (hardware.py).
         source: the data sheet.
     """
 
@@ -30,7 +32,7 @@ class Peak:
     source: str
 
 
-# The longest name that fits wins: "H100" alone is the SXM form, whose device calls itself "NVIDIA H100 80GB HBM3".
+# The longest matching name wins. "H100" is the SXM form, whose device name is "NVIDIA H100 80GB HBM3".
 PEAKS = (
     Peak("T4", None, 65.0, 8.1, "NVIDIA T4 data sheet (DS-09377, 2019)"),
     Peak("V100", None, 112.0, 14.0, "NVIDIA V100 data sheet (2020), PCIe"),
@@ -43,13 +45,13 @@ PEAKS = (
     Peak("H100 NVL", 835.5, 835.5, 417.5, "NVIDIA H100 data sheet (2024), NVL: half of 1,671 and 835"),
     Peak("H200", 989.5, 989.5, 494.5, "NVIDIA H200 data sheet (2024), SXM: half of 1,979 and 989"),
     Peak("H200 NVL", 835.5, 835.5, 417.5, "NVIDIA H200 data sheet (2024), NVL: half of 1,671 and 835"),
-    # "NVIDIA RTX PRO 6000 Blackwell Server Edition", and the Workstation's; the catalogue says no more than this.
+    # "NVIDIA RTX PRO 6000 Blackwell Server Edition" and "… Workstation Edition".
     Peak("RTX PRO 6000", 503.8, 503.8, 251.9, "NVIDIA RTX Blackwell PRO white paper (2025), at 2.62 GHz"),
 )
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Return the peak rate of a device, FLOP/s, in `trainer.precision`; None where it is not known."""
+    """Return the peak rate of a device in `trainer.precision`, FLOP/s, or None if it is unknown."""
     name = device_name.upper().replace("NVIDIA", "").replace("TESLA", "").strip()
     fitting = [peak for peak in PEAKS if name.startswith(peak.name) and not name[len(peak.name) :][:1].isalnum()]
     if not fitting:
@@ -60,7 +62,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def flops_per_sample(model: nn.Module) -> float | None:
-    """Return what the model says of its cost: FLOPs of forward and backward for one sample, or None."""
+    """Return the model's `flops_per_sample`: FLOPs of the forward and backward pass of one sample, or None."""
     flops = getattr(model, "flops_per_sample", None)
     if flops is None:
         return None
@@ -68,9 +70,9 @@ def flops_per_sample(model: nn.Module) -> float | None:
 
 
 def share_of_a_sample(model: nn.Module, device: torch.device, precision: str) -> float | None:
-    """Return the part of a second of `device` at its peak that one sample needs; None where that is not known.
+    """Return the seconds that one sample takes on `device` at its peak rate, or None if that is unknown.
 
-    On CPUs there is no peak worth the name: it depends on clock, instruction set and on who else computes.
+    CPUs have no useful peak rate: it depends on the clock, the instruction set and other load.
     """
     if device.type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""How quickly a run trains, and where: the tags of a log interval that do not come from the model."""
+"""Computes the tags of a log interval that do not come from the model: throughput, memory, cluster."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Performance:
     """Measures the intervals between two logs.
 
     Args:
-        peak_share: the share of the device's peak that one sample a second is; None where it is unknown.
-        advice: the prediction to compare with, where there is one.
+        peak_share: seconds of one sample at the device's peak rate (see `peaks.share_of_a_sample`), or None.
+        advice: the prediction to compare with, or None.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Performance:
         rate = values["throughput/samples_per_second"]
         seconds = self._global_batch_size / max(rate, 1e-9)  # of a step
         if self._runtime.is_first:
-            self._pace.look(seconds, last_save, 0.0 if self._uploads is None else self._uploads.seconds)
+            self._pace.update(seconds, last_save, 0.0 if self._uploads is None else self._uploads.seconds)
         if self._advice is not None:
             values["throughput/predicted_ratio"] = self._advice.step.seconds / seconds
         if self._peak_share is not None:

@@ -1,7 +1,8 @@
-"""A trace of chosen steps (`logging.profile=[10,15]`), by PyTorch's profiler.
+"""Traces selected steps with PyTorch's profiler (`logging.profile=[10,15]`).
 
-One file a rank in the folder `profile` of the run, in the trace format of Chrome: https://ui.perfetto.dev and
-chrome://tracing open it, and TensorBoard with the plugin torch-tb-profiler, which looks for `*.pt.trace.json.gz`.
+Each rank writes one file to the folder `profile` of the run, in Chrome's trace format. https://ui.perfetto.dev,
+chrome://tracing, and TensorBoard with the plugin torch-tb-profiler (which needs the suffix `.pt.trace.json.gz`) open
+it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from launcher.engine.runtime import Runtime
 
 
 class StepTrace:
-    """Records the steps from the first to the last one, both included; nothing for None.
+    """Traces the steps [first, last], inclusive; traces nothing if `steps` is None.
 
     Args:
         steps: [first, last], counted from 1.
         directory: the run's directory.
-        note: takes a line for the user when rank 0's trace is written.
+        note: called with a line for the user when rank 0's trace has been written.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class StepTrace:
         self._profiler: Any = None
 
     def before(self, step: int) -> None:
-        """Call before every step."""
+        """Start, continue or end the trace; call it before every step."""
         if self._steps is None:
             return
         first, last = self._steps
@@ -48,13 +49,13 @@ class StepTrace:
         activities = [ProfilerActivity.CPU]
         if self._runtime.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        # With a schedule each step is a span ProfilerStep#N, by which viewers find their way.
+        # With a schedule, each step is a span ProfilerStep#N in viewers.
         self._profiler = profile(activities=activities, schedule=lambda _: ProfilerAction.RECORD, record_shapes=True)
         self._profiler.step_num = step
         self._profiler.start()
 
     def close(self) -> None:
-        """Write what has been recorded."""
+        """Write the trace, if one is being recorded."""
         profiler, self._profiler = self._profiler, None
         self._steps = None
         if profiler is None:
@@ -64,4 +65,4 @@ class StepTrace:
         profiler.export_chrome_trace(str(self._path))
         if self._runtime.is_first:
             folder = self._path.parent
-            self._note(f"The trace of the chosen steps is in {folder}: open a file of it in https://ui.perfetto.dev.")
+            self._note(f"The trace of steps is in {folder}. Open its files in https://ui.perfetto.dev.")

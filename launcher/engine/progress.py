@@ -1,4 +1,4 @@
-"""Where a run stands, and when something is due."""
+"""The position and counters of a run, and the intervals at which it logs, evaluates and saves."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from launcher.config import Interval
 class Progress:
     """The position and the counters of a run; saved with every checkpoint.
 
-    `step`: optimizer steps done. `epoch`, `batch`: the global batch that comes next. `samples`: used so far, over all
-    workers. `best`: value and step of the monitored tag. `world_sizes`: numbers of workers, each in turn.
-    `restarts`: how often it was continued after it had died or been stopped; `preemptions`: after an eviction notice.
+    Attributes:
+        step: number of optimizer steps done.
+        epoch, batch: position of the next global batch.
+        samples: number of samples used so far, over all workers.
+        best_value, best_step: the best value of the monitored tag, and its step.
+        world_sizes: the numbers of workers so far, in order.
+        restarts: number of restarts after a failure or a stop.
+        preemptions: number of restarts after an eviction notice.
+        lost_steps: number of steps that were lost in restarts.
+        metrics: the last value of every tag.
     """
 
     step: int = 0
@@ -40,12 +47,12 @@ class Progress:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def joined(self, world_size: int) -> None:
-        """Keep the number of workers that continue from here."""
+        """Record the number of workers that continue from this position."""
         if not self.world_sizes or self.world_sizes[-1] != world_size:
             self.world_sizes.append(world_size)
 
     def improve(self, value: float, mode: str) -> bool:
-        """Keep a value of the monitored tag where it is the best so far (`mode`: min or max). Returns whether it is."""
+        """Record a value of the monitored tag if it is the best so far (`mode`: min or max). Return whether it is."""
         best = self.best_value
         better = best is None or (value < best if mode == "min" else value > best)
         if better and math.isfinite(value):
@@ -66,8 +73,11 @@ class Progress:
 class StepResult:
     """The outcome of one optimizer step.
 
-    `votes`: how many ranks raised each flag, see `Runtime.vote`. `values`: the tags to write with this step.
-    `improved`: whether this is the best value of `checkpoint.monitor` so far. `reason`: why a callback ends the run.
+    Attributes:
+        votes: the number of ranks that raised each flag, see `Runtime.vote`.
+        values: the tags to write with this step.
+        improved: whether the step has the best value of `checkpoint.monitor` so far.
+        reason: the reason for which a callback ends the run, or None.
     """
 
     votes: dict[str, int]
@@ -77,9 +87,9 @@ class StepResult:
 
 
 class Every:
-    """Decides when something that happens at intervals is due.
+    """Determines when a periodic action is due.
 
-    Every rank knows steps and epochs; rank 0 alone judges the time, and raises a flag in the step's vote.
+    Every rank counts steps and epochs. Only rank 0 measures time, and raises a flag in the vote of the step.
     """
 
     def __init__(self, interval: Interval) -> None:
@@ -87,7 +97,7 @@ class Every:
         self._last = time.monotonic()
 
     def due(self, progress: Progress) -> bool:
-        """Whether it is due after the step that led to `progress`, by steps or epochs."""
+        """Whether the action is due by steps or epochs, after the step that led to `progress`."""
         if self._interval.steps is not None:
             return progress.step % self._interval.steps == 0
         if self._interval.epochs is not None:
@@ -95,7 +105,7 @@ class Every:
         return False
 
     def time_is_up(self) -> bool:
-        """Whether it is due by the clock; for rank 0 to ask, once a step."""
+        """Whether the action is due by time. Call it on rank 0, once per step."""
         if self._interval.seconds is None or time.monotonic() - self._last < self._interval.seconds:
             return False
         self._last = time.monotonic()

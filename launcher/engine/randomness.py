@@ -1,4 +1,4 @@
-"""The random states of a process: torch's, Python's and NumPy's, which user code draws from."""
+"""Seeds and preserves the global random states of torch, Python and NumPy, which user code draws from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-_MT19937_BYTES = 625 * 4  # the 624 words of NumPy's default generator, and its place in them
+_MT19937_BYTES = 625 * 4  # the 624 words of NumPy's default generator, and its position
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch, random and NumPy. For the weights alike on every rank: they must begin the same."""
+    """Seed torch, random and NumPy. Before the model is built, every rank uses the same seed, for equal weights."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -22,8 +22,8 @@ def seed_everything(seed: int) -> None:
 def seed_for_reading(seed: int) -> None:
     """Seed the global generators before a sample or a batch is read.
 
-    Of the GPUs, only the current one is seeded, and only where CUDA is in use: `torch.manual_seed` would note a seed
-    for each of them with every sample.
+    Only the current GPU is seeded, and only if CUDA is in use, because `torch.manual_seed` would store a seed for each
+    GPU with every sample.
     """
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
@@ -33,15 +33,15 @@ def seed_for_reading(seed: int) -> None:
 
 
 class preserve_random_states:
-    """Leave the random states of torch, random and NumPy as they were.
+    """Restores the random states of torch, random and NumPy at the end of the context.
 
     Args:
-        device: where it is a GPU, its state too.
+        device: if it is a GPU, its random state is restored as well.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._gpu = device if device is not None and device.type == "cuda" else None
-        self._numpy = _OwnNumPy()
+        self._numpy = _NumPyState()
 
     def __enter__(self) -> None:
         self._states = torch.get_rng_state(), random.getstate()
@@ -56,16 +56,17 @@ class preserve_random_states:
         self._numpy.leave()
 
 
-class _OwnNumPy:
-    """Puts another bit generator under NumPy's global functions, and the former one back.
+class _NumPyState:
+    """Exchanges the bit generator of NumPy's global functions, and restores the original one.
 
-    `np.random.get_state` and `set_state` take 50 to 150 us each: they copy 624 words one by one. The exchange takes
-    1 us, but it drops the second normal number of a pair that the generator keeps (`has_gauss`). So `get_state` is
-    called where the words have changed since it last found no such number, that is: where something else has drawn.
+    `np.random.get_state` and `set_state` take 50 to 150 us each, because they copy 624 words one by one. The exchange
+    takes 1 us, but it drops the cached second number of a pair of normal numbers (`has_gauss`). `get_state` is
+    therefore called only if the words have changed since it last found no cached number, that is, if other code has
+    drawn.
     """
 
     _spare = np.random.MT19937(0)
-    _without_gauss = b""  # the words of the global generator when it kept no number
+    _without_gauss = b""  # the words of the global generator when it had no cached number
 
     def enter(self) -> None:
         self._former: Any = np.random.mtrand.get_bit_generator()
@@ -73,14 +74,14 @@ class _OwnNumPy:
         words = b""
         if isinstance(self._former, np.random.MT19937):
             words = ctypes.string_at(self._former.ctypes.state_address, _MT19937_BYTES)
-        if not words or words != _OwnNumPy._without_gauss:
+        if not words or words != _NumPyState._without_gauss:
             state: dict[str, Any] = np.random.get_state(legacy=False)
             if state["has_gauss"]:
                 self._state = state
             else:
-                _OwnNumPy._without_gauss = words
-        # One of its own for each block, since blocks may be nested.
-        other = _OwnNumPy._spare if self._former is not _OwnNumPy._spare else np.random.MT19937(0)
+                _NumPyState._without_gauss = words
+        # Contexts may be nested, so the spare generator may be in use already.
+        other = _NumPyState._spare if self._former is not _NumPyState._spare else np.random.MT19937(0)
         np.random.mtrand.set_bit_generator(other)
 
     def leave(self) -> None:

@@ -1,4 +1,4 @@
-"""What the start check says of reading: attributes without effect, and samples that nothing can make twice."""
+"""Checks the reading of data at the start: ignored attributes, pickling, and reproducible random numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.errors import DataError
 
 _SAMPLES = 2
 
-# Attributes that PyTorch's DataLoader, or Lightning's data module, would use -> what stands in their place here.
+# Attributes that PyTorch's DataLoader, or Lightning's data module, would use -> the equivalent in launch.
 _OF_DATA = {
     "batch_size": "trainer.global_batch_size",
     "shuffle": "trainer.shuffle",
@@ -26,9 +26,9 @@ _OF_DATA = {
     "batch_sampler": "trainer.global_batch_size, and `lengths` of a data set for batches of similar length",
     "collate_fn": "`collate`",
     "generator": "trainer.seed",
-    "worker_init_fn": "the seeds that are set before each sample",
-    "pin_memory": "pinned memory, always, where there is a GPU",
-    "persistent_workers": "loader processes that live as long as the run",
+    "worker_init_fn": "the seeds that launch sets before each sample",
+    "pin_memory": "pinned memory, which launch always uses with a GPU",
+    "persistent_workers": "loader processes that always persist during the run",
     "prefetch_factor": "`num_workers`",
     "multiprocessing_context": "`num_workers`",
     "train_dataloader": "`train`",
@@ -50,11 +50,11 @@ _OF_SETS = {
 
 
 def notes_on_reading(data: Data, seed: int) -> list[str]:
-    """Return what the user has to know before the data are read, one line each.
+    """Return the notes about reading the data, one line each.
 
     Raises:
-        DataError: a batch cannot be sent from a loader process; a sample is bad.
-        UserCodeError: the data set raised anything else.
+        DataError: a batch cannot be sent from a loader process, or a sample is damaged.
+        UserCodeError: the data set raised another exception.
     """
     return [*_ignored(data), *_other_generators(data, seed)]
 
@@ -67,8 +67,8 @@ def _ignored(data: Data) -> list[str]:
                 found[f"`{where}.{name}`"] = instead
     if not found:
         return []
-    parts = "; ".join(f"in place of {name} there is {instead}" for name, instead in found.items())
-    return [f"The data {type(data.source).__name__} has {', '.join(found)} without effect: {parts}."]
+    parts = "; ".join(f"instead of {name}, use {instead}" for name, instead in found.items())
+    return [f"Attributes of the data {type(data.source).__name__} have no effect: {parts}."]
 
 
 def _sets(data: Data) -> Iterator[tuple[str, Any]]:
@@ -80,12 +80,12 @@ def _sets(data: Data) -> Iterator[tuple[str, Any]]:
 def _has(owner: Any, name: str) -> bool:
     try:
         return getattr(owner, name, None) is not None
-    except Exception:  # a property that needs what is not there
+    except Exception:  # a property may fail
         return False
 
 
 def _other_generators(data: Data, seed: int) -> list[str]:
-    """Read the first samples twice: what draws from the global generators alone is the same both times."""
+    """Read the first samples twice. Samples that use the global generators only are equal both times."""
     differing = []
     for where, dataset in _sets(data):
         fetch = Fetch(dataset, data.collate, seed, name=where)
@@ -103,8 +103,8 @@ def _other_generators(data: Data, seed: int) -> list[str]:
     if not differing:
         return []
     return [
-        f"Samples of {', '.join(differing)} differ when they are read twice with the same seed, so runs cannot be "
-        "repeated exactly: something draws from a generator of its own, or counts. Draw from the global generators of "
+        f"Samples of {', '.join(differing)} differ when they are read twice with the same seed, so runs are not "
+        "reproducible. The data set may use its own random generator, or a counter. Use the global generators of "
         "torch, random or numpy, which are seeded for each sample."
     ]
 
@@ -114,13 +114,13 @@ def _require_picklable(batch: Any, where: str) -> None:
         ForkingPickler.dumps(batch)
     except Exception as error:
         raise DataError(
-            f"A batch of {where} cannot be sent from a loader process: {type(error).__name__}: {error}. Leave out what "
-            "cannot be pickled (and tensors that require gradients), or use data.num_workers=0."
+            f"A batch of {where} cannot be sent from a loader process: {type(error).__name__}: {error}. Remove "
+            "objects that cannot be pickled (and tensors that require gradients), or use data.num_workers=0."
         ) from error
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two batches hold the same values, as far as their types can be compared."""
+    """Whether two batches have equal values, as far as their types can be compared."""
     pairs = zip(_values(one), _values(other), strict=False)
     return len(_values(one)) == len(_values(other)) and all(_equal(a, b) for a, b in pairs)
 
@@ -136,6 +136,6 @@ def _equal(one: Any, other: Any) -> bool:
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     except AssertionError:
         return False
-    except Exception:  # arrays of objects, and tensors that have no comparison
+    except Exception:  # arrays of objects, and tensors without comparison
         return True
     return True

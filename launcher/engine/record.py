@@ -1,4 +1,4 @@
-"""The record of a run, kept by rank 0: sinks, `result.json`, and the events that the driver shows."""
+"""Writes the record of a run on rank 0: sinks, `result.json`, and the events that the driver displays."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _PROGRESS_SECONDS = 0.5
 
 
 class Recorder:
-    """Writes what happened; made on rank 0 only.
+    """Writes the record of a run; exists on rank 0 only.
 
     Args:
         started: wall-clock time of the user's command.
-        marks: the phases since then.
-        bill: the seconds of the run before that, and what its machines cost.
-        machines: how many there are now.
+        marks: the startup phases since then.
+        bill: the seconds of the run before this command, and the price of its machines.
+        machines: the current number of machines.
         resumed_at: the step that the run continues from, or None for a new run.
-        sinks: built, not yet opened.
+        sinks: the sinks, not yet opened.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Recorder:
         self._bill = bill
         self.meter = bill.meter(directory.result(), started, machines)
         self.seconds_to_first_step: float | None = None
-        self._sinks: list[Sink] = []  # that are open
+        self._sinks: list[Sink] = []  # the open sinks
         self._late: list[Sink] = []
         for sink in sinks:
             if sink.opens_late:
@@ -74,9 +74,10 @@ class Recorder:
         self._loss: float | None = None
 
     def first_step(self, drawing: tuple[Any, Any] | None) -> None:
-        """Note that the first step is done. Sinks that open late are opened here.
+        """Record that the first step is done, and open the sinks that open late.
 
-        drawing: the traced network and its arguments, see `drawing.traced_step`.
+        Args:
+            drawing: the traced network and its arguments, see `drawing.traced_step`.
         """
         now = time.time()
         self.seconds_to_first_step = now - self._began
@@ -98,12 +99,12 @@ class Recorder:
 
     def _hyperparameters(self) -> dict[str, Any]:
         chosen = self._job.logging.hparams
-        # A sweep gives the values itself: the name of a group's option, and one type for all trials.
+        # A sweep provides the values: the name of a group's option, and the same type in all trials.
         values = chosen if isinstance(chosen, dict) else {key: look_up(self._job, key) for key in chosen}
         return {key: masking.mask_at(key, value) for key, value in values.items()}
 
     def step(self, progress: Progress, throughput: Throughput) -> None:
-        """Note a finished step; show it at most twice a second."""
+        """Record a finished step; display it at most twice a second."""
         self._steps_done.write(progress.step)
         now = time.monotonic()
         if now - self._shown >= _PROGRESS_SECONDS:
@@ -111,7 +112,7 @@ class Recorder:
             self._shown = now
 
     def log(self, progress: Progress, throughput: Throughput, values: Mapping[str, float]) -> None:
-        """Write the tags of this step everywhere."""
+        """Write the tags of this step to all sinks, result.json and the display."""
         at = Position(progress.step, self._epochs(progress), progress.samples, time.time())
         for sink in self._sinks:
             sink.scalars(at, values)
@@ -120,13 +121,13 @@ class Recorder:
         self.result(progress, throughput, status="running")
 
     def money_is_spent(self) -> bool:
-        """Return whether the budget is spent; print a note once when most of it is. Called every step: no I/O."""
+        """Return whether the budget is spent; print a note once when most of it is spent. Called every step: no I/O."""
         if (warning := self.meter.warning()) is not None:
             self._control.emit({"kind": "note", "text": warning})
         return self.meter.is_over
 
     def figures(self, values: Mapping[str, Any], step: int) -> None:
-        """Show examples. ValueError where a sink cannot show the form of one of them."""
+        """Write examples to the sinks. Raises ValueError if a sink does not support the type of an example."""
         for sink in self._sinks:
             sink.figures(values, step)
 
@@ -186,7 +187,7 @@ class Recorder:
         if checkpoint is not None:
             changes["checkpoint"] = self._directory.told(checkpoint)
         self._ended_well = status != "running"
-        if self._ended_well:  # first into the log: `launch logs` stops reading once result.json has that status
+        if self._ended_well:  # before result.json has that status, because `launch logs` then stops reading
             self._control.emit({"kind": "log", "text": f"{status} after {count(progress.step, 'step')}"})
         return self._directory.update_result(**changes)
 
@@ -197,9 +198,10 @@ class Recorder:
 
 
 class StepFile:
-    """The number of the last step done, rewritten after every step: a killed run knows how many steps it lost.
+    """A file with the number of the last step done, by which a killed run counts the steps that it lost.
 
-    A write of 20 bytes into the page cache takes about a microsecond and survives the death of the process.
+    It is rewritten after every step. A write of 20 bytes to the page cache takes about a microsecond, and persists when
+    the process is killed.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -1,7 +1,6 @@
-"""Registries of what may be added in one file: strategies and sinks. No torch.
+"""Registries of strategies and sinks, each of which is one file. Does not import torch.
 
-The modules of a folder register their own objects when they are imported; another package registers its own with an
-entry point.
+The modules of a folder register their objects when they are imported; other packages register theirs by entry points.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ class Registry(Generic[T]):
     """Objects by name.
 
     Args:
-        folder: the package whose modules register objects.
-        group: of the entry points by which other packages name theirs.
-        key: of the configuration, which names objects of the registry; for error messages.
+        folder: the package with the modules that register objects.
+        group: the group of the entry points of other packages.
+        key: the configuration key that selects an object; for error messages.
     """
 
     def __init__(self, folder: str, group: str, key: str) -> None:
@@ -41,7 +40,7 @@ class Registry(Generic[T]):
         return add
 
     def all(self) -> dict[str, T]:
-        """Return every object that is registered in this process, in the order of registration."""
+        """Return all objects that are registered in this process, in the order of registration."""
         if not self._imported:
             self._imported = True
             for module in pkgutil.iter_modules(importlib.import_module(self._folder).__path__):
@@ -49,10 +48,10 @@ class Registry(Generic[T]):
         return self._objects
 
     def get(self, name: str, trust: Collection[str] = ()) -> T:
-        """Return the object of that name, of another package too where `trust` has it.
+        """Return the object with that name, also of another package if `trust` names the package.
 
         Raises:
-            ConfigError: there is none, or it cannot be imported.
+            ConfigError: no such object exists, or it cannot be imported.
             TrustError: its package is not trusted.
         """
         if name in self.all():
@@ -74,6 +73,6 @@ class Registry(Generic[T]):
         except Exception as error:
             raise ConfigError(
                 f"{self._key}={name} cannot be imported from {found[name].value}: {type(error).__name__}: {error}. "
-                f"Repair the installation of {package}, or choose another."
+                f"Repair the installation of {package}, or choose another {self._key}."
             ) from error
         return self._objects.setdefault(name, one)

@@ -1,8 +1,8 @@
-"""Where the ranks of a run meet, and the network over which they talk.
+"""The rendezvous of the ranks of a run, and the network interface of their process groups.
 
-A store tells each rank the addresses of the others. Stores have no authentication: a process that reaches one can send
-the ranks elsewhere. On one machine it is a file in a private directory. Between machines it is the store of PyTorch,
-bound to the address of rank 0's node: the network between the nodes is trusted (docs/security.md).
+A store distributes the addresses of the ranks. Stores have no authentication: a process that can connect to one can
+redirect the ranks. On one machine the store is a file in a private directory. Between machines it is PyTorch's TCP
+store, bound to the address of rank 0's node; the network between the nodes is trusted (docs/security.md).
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ LOOPBACK = "127.0.0.1"
 
 
 def stay_on_loopback() -> None:
-    """Have the groups of this process listen on loopback alone, unless the user has named an interface."""
+    """Make the process groups of this process listen on loopback only, unless the user has set an interface."""
     use_interface("lo0" if sys.platform == "darwin" else "lo")
 
 
 def use_interface(name: str) -> None:
+    """Make gloo and NCCL use a network interface, unless the user has set one."""
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, name)
 
 
 def file_store(directory: Path, key: str, world_size: int, timeout: timedelta) -> FileStore:
-    """Return the store of ranks on one machine that agree on `key`.
+    """Return the store of ranks on one machine.
 
     Args:
-        directory: this user alone can enter it.
-        key: another one for each group of ranks. A file that another group has used would mislead this one.
+        directory: a directory that only this user can access.
+        key: the same on all ranks, and unique for each group of ranks: a file of another group has wrong addresses.
     """
     store = FileStore(str(directory / key.replace("/", "-")), world_size)
     store.set_timeout(timeout)
@@ -41,7 +42,7 @@ def file_store(directory: Path, key: str, world_size: int, timeout: timedelta) -
 
 
 def of_environment(rank: int, world_size: int, timeout: timedelta, one_machine: bool) -> TCPStore | None:
-    """Return the store at MASTER_ADDR and MASTER_PORT; None where torchrun serves one of its own there.
+    """Return the store at MASTER_ADDR and MASTER_PORT, or None if torchrun serves its own store there.
 
     Raises:
         OSError: the port is in use.
@@ -57,9 +58,9 @@ def of_environment(rank: int, world_size: int, timeout: timedelta, one_machine: 
 
 
 def own_address(name: str) -> str:
-    """Return this machine's address of that name; "" (all addresses) where it is not one that other machines reach.
+    """Return this machine's address for a host name, or "" (all addresses) if other machines cannot reach it.
 
-    Some machines take their own name for loopback, and a service may have an address that no interface has.
+    Some machines resolve their own name to loopback, and a service may have an address that no interface has.
     """
     try:
         address = socket.gethostbyname(name)
@@ -74,7 +75,7 @@ def serve(host: str, world_size: int, timeout: timedelta, port: int = 0) -> TCPS
     """Return the store of rank 0.
 
     Args:
-        host: an address of this machine, see `own_address`; PyTorch's store would listen on all of them.
+        host: an address of this machine, see `own_address`. By default PyTorch's store listens on all addresses.
 
     Raises:
         OSError: the port is in use.

@@ -1,7 +1,7 @@
-"""Requests to a run, and what all ranks decide about them.
+"""Collects requests to a run (stop, checkpoint, regroup…), and determines how the run ends.
 
-A request (stop, checkpoint, regroup…) may reach one rank or all of them. Each rank raises what it knows as flags of the
-step's vote (`Runtime.vote`), so that all ranks act on it after the same step and none waits for it.
+A request may reach one rank or all of them. Each rank raises its requests as flags of the step's vote (`Runtime.vote`),
+so that all ranks act on them after the same step and no rank blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from launcher.money import BUDGET
 
 @dataclass(frozen=True)
 class Intervals:
-    """When to log, evaluate and save."""
+    """The intervals of logging, evaluation and saving."""
 
     log: Every
     evaluate: Every
@@ -28,7 +28,7 @@ class Intervals:
 
     @classmethod
     def of(cls, job: Job) -> Intervals:
-        """Start the intervals that a job configures."""
+        """Return the intervals of a job, starting now."""
         return cls(
             Every(parse_interval(job.trainer.log_every, "trainer.log_every")),
             Every(parse_interval(job.trainer.evaluate_every, "trainer.evaluate_every")),
@@ -48,7 +48,7 @@ class Requests:
     """Collects the requests of one rank, one set of flags a step.
 
     Attributes:
-        over_budget: returns whether the run's budget is spent. Rank 0 knows it; set it where the costs are counted.
+        over_budget: returns whether the run's budget is spent. Set it on rank 0, which counts the costs.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Requests:
         self.over_budget: Callable[[], bool] = lambda: False
 
     def flags(self) -> dict[str, bool]:
-        """Return what this rank raises in the vote of the step that begins."""
+        """Return the flags that this rank raises in the vote of the next step."""
         requests = self._control.requests()
         first, intervals = self._is_first, self._intervals
         spent = BUDGET in requests or self.over_budget()
@@ -73,7 +73,7 @@ class Requests:
             "overflow": False,  # raised by the strategy of deterministic mode
             "trained": False,
             "gradient": self._finite.gradient_was_bad,
-            "bad": False,  # raised by the strategy where this rank's loss is not finite
+            "bad": False,  # raised by the strategy if this rank's loss is not finite
             "stop": STOP in requests or self._heartbeat.stop_requested or spent,
             "signal": STOP in requests,
             BUDGET: spent,
@@ -90,7 +90,7 @@ def ending_of(votes: Mapping[str, int], reason: str | None) -> Ending | None:
     """Return how the run ends after a step with these votes, or None when it continues.
 
     Args:
-        reason: why a callback stops the run, which completes it.
+        reason: the reason for which a callback ends the run, or None.
     """
     if votes["stop"]:
         return Ending("stopped", next((why for why in ("signal", BUDGET) if votes[why]), "request"))

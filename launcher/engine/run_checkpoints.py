@@ -1,4 +1,4 @@
-"""The checkpoints of a run: continue from the newest, save the next, report the last good one."""
+"""Manages the checkpoints of a run: restores the newest one, saves, and reports the last good one."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from launcher.engine.state import State
 from launcher.errors import CheckpointError
 from launcher.runs import RunDirectory
 
-SETTLE_SECONDS = 60.0  # how long a run that fails waits for the current save; other ranks may be gone
+SETTLE_SECONDS = 60.0  # time that a failing run waits for the current save; other ranks may be lost
 
 
 class RunCheckpoints:
     """Saves and restores the state of one run. Every rank has one and calls its methods at the same steps.
 
     Args:
-        keep: checkpoints that are kept beside the best.
+        keep: number of checkpoints to keep besides the best.
         uploads: where checkpoints are sent, when the run root is an object store.
 
     Attributes:
-        saved_step: the step that was saved or restored last.
+        saved_step: the step that was last saved or restored.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class RunCheckpoints:
 
     @property
     def last(self) -> SavedCheckpoint | None:
-        """The newest checkpoint that this process has saved."""
+        """The newest checkpoint that this process has saved, or None."""
         return self._checkpointer.last
 
     def save(self) -> None:
         """Save the current step, in the background."""
-        self._checkpointer.wait()  # `best` belongs to the next save, and the previous one still prunes by the old one
+        self._checkpointer.wait()  # the previous save still deletes checkpoints by the previous `best`
         self._checkpointer.best = self._progress.best_step
         self._checkpointer.save(self._progress.step, *self._state.collect())
         self.saved_step = self._progress.step
@@ -68,7 +68,7 @@ class RunCheckpoints:
         return self._checkpointer.wait()
 
     def settle(self) -> None:
-        """Wait a while for the current save of a run that fails: it is its last good checkpoint."""
+        """Wait for the current save of a failing run, at most SETTLE_SECONDS: it is the last good checkpoint."""
         self._checkpointer.settle(SETTLE_SECONDS)
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class RunCheckpoints:
 
     def newest(self) -> NewestCheckpoint:
         """Return the newest intact checkpoint, on every rank."""
-        with suppress(CheckpointError):  # a failed save raises where it matters; the question here is what exists
+        with suppress(CheckpointError):  # `wait` raises the error of a failed save; here only intact ones matter
             self._checkpointer.wait()
         found = self._runtime.broadcast(self.newest_here().to_dict() if self._runtime.is_first else None)
         return self._checkpointer.local_copy(NewestCheckpoint.from_dict(found))
@@ -86,17 +86,18 @@ class RunCheckpoints:
         return self._checkpointer.newest()
 
     def describe_newest(self) -> str:
-        """Return the part of an error message that names the last good checkpoint. Every rank calls it."""
+        """Return the part of an error message that names the last good checkpoint. A collective."""
         newest = self.newest()
         return f"the last good checkpoint is {newest.path}" if newest.path else "there is no checkpoint yet"
 
     # ---- continuing -------------------------------------------------------------------------------------------------
 
     def resume(self) -> int | None:
-        """Continue from the newest intact checkpoint, if there is one.
+        """Restore the newest intact checkpoint, if there is one.
 
-        Returns the step that rank 0's record continues from: 0 where a run was lost before its first checkpoint, None
-        for a new run.
+        Returns:
+            The step that rank 0's record continues from: 0 if the run was lost before its first checkpoint, None for a
+            new run.
         """
         newest = self.newest()
         if newest.path is not None:
@@ -113,7 +114,7 @@ class RunCheckpoints:
         return self._progress.step
 
     def _note_restart(self, newest: NewestCheckpoint) -> bool:
-        """Count the lost steps and report them. Returns False for a new run."""
+        """Count and report the steps lost in a restart. Return False for a new run."""
         progress = self._progress
         file = StepFile(self._directory.path)
         steps_done = file.read()
@@ -121,14 +122,14 @@ class RunCheckpoints:
         if newest.path is None and not newest.skipped and not steps_done and self._runtime.attempt == 1:
             return False
         lost = max(0, steps_done - progress.step)
-        # What restarts after that checkpoint have counted is in result.json alone.
+        # The counts of restarts after that checkpoint are in result.json only.
         earlier = self._directory.result()
         for name, causes in (("restarts", ("", "failure")), ("preemptions", ("preemption",))):
             before = max(getattr(progress, name), earlier.get(name) or 0)
             setattr(progress, name, before + (self._runtime.cause in causes))
         progress.lost_steps = max(progress.lost_steps, earlier.get("lost_steps") or 0) + lost
         progress.world_sizes = max(progress.world_sizes, list(earlier.get("world_sizes") or []), key=len)
-        repeated = f"; {lost} step(s) done since are done again" if lost else ""
+        repeated = f"; {lost} step(s) after it are repeated" if lost else ""
         sentences = (f"Continuing from step {progress.step}{repeated}.", newest.explain(), self._schedule.note)
         text = " ".join(sentence for sentence in sentences if sentence)
         self._control.emit({"kind": "note", "text": text})

@@ -1,4 +1,4 @@
-"""How much memory autograd keeps between a forward pass and its backward pass."""
+"""Measures the memory of the tensors that autograd saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from torch import nn
 
 
 class SavedTensorBytes:
-    """Counts the storages that autograd keeps, each once and the network's own parameters not at all.
+    """Counts the bytes of the storages that autograd saves, each once, without the parameters of the network.
 
     Attributes:
-        total: bytes kept by the forward passes inside `counted()`; largest: those of the largest storage.
+        total: bytes saved by the forward passes inside `recording()`.
+        largest: bytes of the largest storage.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._kept: dict[int, int] = {}
+        self._saved: dict[int, int] = {}
 
     @property
     def total(self) -> int:
-        return sum(self._kept.values())
+        return sum(self._saved.values())
 
     @property
     def largest(self) -> int:
-        return max(self._kept.values(), default=0)
+        return max(self._saved.values(), default=0)
 
     def recording(self) -> AbstractContextManager[object]:
-        return torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        return torch.autograd.graph.saved_tensors_hooks(self._record, lambda tensor: tensor)
 
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _record(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._parameters:
-            self._kept[storage.data_ptr()] = storage.nbytes()
+            self._saved[storage.data_ptr()] = storage.nbytes()
         return tensor

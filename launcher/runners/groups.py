@@ -322,7 +322,7 @@ def work(spec: WorkerSpec) -> None:
 
 
 def _do(spec: WorkerSpec, number: int, job: bytes, runtime: Any) -> None:
-    from launcher.engine.hardware import give_back_memory
+    from launcher.engine.hardware import release_memory
 
     rank = runtime.rank
     with WorkerEnd(f"{spec.run}/{number}", rank, TALK_SECONDS) as control:
@@ -342,7 +342,7 @@ def _do(spec: WorkerSpec, number: int, job: bytes, runtime: Any) -> None:
         control.flush()
         if failed and not spec.on_gpu:
             _leave(runtime)  # the others, who wait for this rank in a collective, are told that it has gone
-    give_back_memory(runtime.device)
+    release_memory(runtime.device)
 
 
 def _leave(runtime: Any) -> None:

@@ -38,7 +38,7 @@ class Sequential:
 
     def submit(self, key: str, task: Any, shape: Any) -> None:
         from launcher.engine import entry
-        from launcher.engine.hardware import give_back_memory
+        from launcher.engine.hardware import release_memory
         from launcher.engine.runtime import Runtime
 
         self._key, self._asked = key, frozenset()
@@ -49,7 +49,7 @@ class Sequential:
             self._ended.append((key, None, error))
         finally:
             self._key = None
-        give_back_memory(runtime.device)
+        release_memory(runtime.device)
 
     # ---- the engine's control ---------------------------------------------------------------------------------------
 

@@ -31,12 +31,12 @@ def test_only_news_are_told_and_a_slow_save_is_remembered_for_a_while() -> None:
     def saved(step: int, seconds: float) -> SavedCheckpoint:
         return SavedCheckpoint(step, Path(), 0, 0.0, seconds)
 
-    pace.look(1.0, None)
-    pace.look(1.1, None)
+    pace.update(1.0, None)
+    pace.update(1.1, None)
     for step, seconds in enumerate([2.0, 9.0, 2.0, 2.1, 2.0]):
         newest = saved(step, seconds)
-        pace.look(1.0, newest)
-        pace.look(1.0, newest)  # logged again before the next save
+        pace.update(1.0, newest)
+        pace.update(1.0, newest)  # logged again before the next save
     assert [event["save_seconds"] for event in told] == [None, 2.0, 9.0, 2.1]
 
 
@@ -45,6 +45,6 @@ def test_a_save_takes_until_it_is_on_the_object_store() -> None:
     told: list[dict[str, Any]] = []
     pace = Pace(told.append)
     newest = SavedCheckpoint(4, Path(), 0, 0.0, 2.0)
-    pace.look(1.0, newest, None)  # nothing has been sent yet
-    pace.look(1.0, newest, 30.0)
+    pace.update(1.0, newest, None)  # nothing has been sent yet
+    pace.update(1.0, newest, 30.0)
     assert [event["save_seconds"] for event in told] == [None, 32.0]

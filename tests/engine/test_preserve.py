@@ -34,7 +34,7 @@ def _measured(model: Any, runtime: Runtime) -> None:
 
 
 def _shown(model: Any, runtime: Runtime) -> None:
-    Examples(model, lambda values: None, lambda text: pytest.fail(text), 0).look("val/", batch_of(5), [])
+    Examples(model, lambda values: None, lambda text: pytest.fail(text), 0).show("val/", batch_of(5), [])
 
 
 def _prepared(model: Any, runtime: Runtime, **how: Any) -> None:

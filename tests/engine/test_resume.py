@@ -181,7 +181,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_says_so(tmp_pa
     assert "Continuing" not in whole[0].notes
     kill(job, tmp_path / "killed", 2, after=7)
     ranks = succeed(job, tmp_path / "killed", 2)
-    assert "Continuing from step 0; 7 step(s) done since are done again." in ranks[0].notes
+    assert "Continuing from step 0; 7 step(s) after it are repeated." in ranks[0].notes
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert board(tmp_path / "killed") == board(tmp_path / "whole")
     result = result_of(tmp_path / "killed")
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_told_and_an_older_one_used(
     kill(job, tmp_path, 2, after=8, once_saved=6)
     damage(tmp_path / "checkpoints" / "step-00000006")
     ranks = succeed(job, tmp_path, 2)
-    assert "Continuing from step 3; 5 step(s) done since are done again. Skipped 1 damaged" in ranks[0].notes
+    assert "Continuing from step 3; 5 step(s) after it are repeated. Skipped 1 damaged" in ranks[0].notes
     assert "step-00000006" in ranks[0].notes
     assert_same_run(whole(job, 1), tmp_path)
     assert_one_value_a_step(tmp_path, whole(job, 1))

@@ -184,7 +184,7 @@ def test_an_exported_network_is_used_without_us(run: Place, tmp_path: Path) -> N
     done = run.here("export", "a")
     assert (done.status, done.out) == (0, f"{run.runs / 'a/export'}\n"), done.err
     assert sorted(file.name for file in (run.runs / "a/export").iterdir()) == ["network.pt2", "weights.safetensors"]
-    assert "for batches of any size; its answers are those of the network" in done.err
+    assert "for batches of any size; its outputs equal those of the network" in done.err
     used = subprocess.run(
         [sys.executable, "-c", _USE, done.last], cwd=tmp_path, capture_output=True, text=True, check=False
     )
