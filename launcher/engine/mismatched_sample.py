@@ -1,4 +1,4 @@
-"""Finds the sample of a batch that differs from the others, so that a message can name it."""
+"""Finds the sample that prevents a batch from being collated, so that the error message can name it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _COLLATED = (torch.Tensor, np.ndarray, np.generic, float, int, str, bytes, Mappi
 def find_mismatched_sample(
     samples: Sequence[Any], indices: Sequence[int], name: str, shapes: bool = True
 ) -> str | None:
-    """Return a sentence that names the sample which has another form than the others of its batch, or None.
+    """Return a sentence that names the sample with another form than most samples of the batch, or None.
 
     Args:
-        name: what the data set is called.
-        shapes: whether another shape or length counts too, and a type that PyTorch's `default_collate` does not take.
+        indices: the index of each sample in the data set.
+        name: name of the data set, for the sentence.
+        shapes: whether to compare shapes and lengths too, and to report types that `default_collate` does not support.
     """
     found = _odd(samples, "", shapes)
     if found is None:
@@ -30,7 +31,7 @@ def find_mismatched_sample(
 
 
 def _odd(values: Sequence[Any], path: str, shapes: bool) -> tuple[int, str] | None:
-    """Return (place in the batch, what is different about it)."""
+    """Return (position in the batch, description of the difference), or None."""
     at = f" at {path}" if path else ""
     kinds = [_kind(value) for value in values]
     if (odd := _differs(kinds)) is not None:
@@ -63,7 +64,7 @@ def _first_odd(parts: list[tuple[str, list[Any]]], shapes: bool) -> tuple[int, s
 
 
 def _differs(forms: list[str]) -> tuple[int, str] | None:
-    """Return (place of the first that is not as most are, how most are), or None where all are alike."""
+    """Return (position of the first form that differs from the most common one, the most common form), or None."""
     usual = Counter(forms).most_common(1)[0][0]
     return next(((number, usual) for number, form in enumerate(forms) if form != usual), None)
 

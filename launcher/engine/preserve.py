@@ -1,7 +1,7 @@
-"""Runs a model for inspection and leaves it as it was.
+"""Preserves the state of a model during calls that are not training steps.
 
-The engine calls the user's model beside training steps: to measure it, to warm up its wrapper, to draw it, to ask for
-examples. `preserve_model` makes sure that such a call has no effect on training.
+The engine calls the user's model to measure it, to warm up its wrapper, to trace its graph, and for examples.
+`preserve_model` ensures that such a call has no effect on training.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from launcher.engine.randomness import preserve_random_states
 
 _CONTAINERS = (dict, list, set)
-_ROOM = 0.1  # of a GPU's free memory: what is larger is copied to the host, to leave room for the pass itself
+_MAX_SHARE = 0.1  # of a GPU's free memory; larger copies are stored on the host, to leave memory for the pass
 
 
 @contextmanager
 def preserve_model(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
-    """Restore the model at the end of the block, whatever the block does with it.
+    """Restore the model at the end of the context.
 
-    Restored are parameters and buffers (values and identity), gradients, `requires_grad`, the mode of every module,
+    It restores parameters and buffers (values and identity), gradients, `requires_grad`, the mode of every module,
     hooks, plain attributes of modules (numbers, lists, tensors, random generators), and the random states of the
-    process. Inside, no parameter has a gradient. Objects that the model refers to and that are no modules are restored
-    as far as they are dictionaries, lists or sets of its own.
+    process. Of other objects that modules refer to, only dictionaries, lists and sets are restored. Inside the context,
+    no parameter has a gradient.
 
     Args:
-        device: where it is a GPU, its random state is restored too.
+        device: if it is a GPU, its random state is restored as well.
     """
     modules = [module for module in model.modules() if not _is_lazy(module)]
     parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
@@ -40,9 +40,9 @@ def preserve_model(model: nn.Module, device: torch.device | None = None) -> Iter
     restore += [_hooks(parameter) for parameter in parameters]
     restore += [undo for module in modules for value in module.__dict__.values() if (undo := _generator(value))]
     plain = [value for module in modules for value in module.__dict__.values() if isinstance(value, Tensor)]
-    held = [_local(tensor) for tensor in (*parameters, *model.buffers(), *plain) if not _is_computed(tensor)]
-    host = _to_host(held)
-    copies = [(tensor, tensor.cpu() if host and tensor.is_cuda else tensor.clone()) for tensor in held]
+    tensors = [_local(tensor) for tensor in (*parameters, *model.buffers(), *plain) if not _is_computed(tensor)]
+    host = _exceeds_gpu_share(tensors)
+    copies = [(tensor, tensor.cpu() if host and tensor.is_cuda else tensor.clone()) for tensor in tensors]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -53,7 +53,7 @@ def preserve_model(model: nn.Module, device: torch.device | None = None) -> Iter
             for undo in restore:
                 undo()
             for tensor, copy in copies:
-                if not torch.equal(tensor.to(copy.device), copy):  # NaN is restored as well, being unequal to itself
+                if not torch.equal(tensor.to(copy.device), copy):  # NaN is not equal to itself, and is restored
                     tensor.copy_(copy)
             for parameter, trained, grad in flags:
                 if parameter.requires_grad != trained:
@@ -63,45 +63,45 @@ def preserve_model(model: nn.Module, device: torch.device | None = None) -> Iter
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and every module back into its own mode at the end of the block."""
+    """Put the model into evaluation mode, and restore the mode of every module at the end of the context."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        # The model's own `train` may do more than set a flag, such as taking merged LoRA weights apart.
+        # The model may override `train`, for example to unmerge LoRA weights.
         model.train(modes[0][1])
         for module, mode in modes:
             module.training = mode
 
 
 def _is_lazy(module: nn.Module) -> bool:
-    """Whether the first forward pass makes another module of it (`nn.LazyLinear`): that is not undone."""
+    """Whether the first forward pass initialises the module (`nn.LazyLinear`), which is not undone."""
     tensors = (*module._parameters.values(), *module._buffers.values())
     return any(nn.parameter.is_lazy(tensor) for tensor in tensors if tensor is not None)
 
 
 def _is_computed(tensor: Tensor) -> bool:
-    """Whether the tensor is a result that autograd tracks, such as the weight of an old `weight_norm`."""
+    """Whether the tensor is the result of an operation, such as the weight of the deprecated `weight_norm`."""
     return tensor.grad_fn is not None
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return the memory of this worker that is behind a tensor, detached."""
+    """Return the tensor, detached; for a DTensor its local part."""
     part: Any = tensor.detach()
     return part.to_local() if hasattr(part, "device_mesh") else part
 
 
-def _to_host(tensors: list[Tensor]) -> bool:
+def _exceeds_gpu_share(tensors: list[Tensor]) -> bool:
     on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
     if not on_gpu:
         return False
     free, _ = torch.cuda.mem_get_info(on_gpu[0].device)
-    return sum(tensor.numel() * tensor.element_size() for tensor in on_gpu) > _ROOM * free
+    return sum(tensor.numel() * tensor.element_size() for tensor in on_gpu) > _MAX_SHARE * free
 
 
 def _contents(attributes: dict[str, Any]) -> Callable[[], None]:
-    """Return what gives a module its attributes back, and those that are containers their contents."""
+    """Return a function that restores the attributes of a module, and the contents of containers among them."""
     before = dict(attributes)
     inside = [(value, value.copy()) for value in before.values() if isinstance(value, _CONTAINERS)]
 
@@ -112,14 +112,14 @@ def _contents(attributes: dict[str, Any]) -> Callable[[], None]:
             if isinstance(container, list):
                 container[:] = contents
                 continue
-            container.clear()  # in place: the handles of hooks refer to these very dictionaries
+            container.clear()  # in place, because the handles of hooks refer to these dictionaries
             container.update(contents)
 
     return undo
 
 
 def _hooks(parameter: nn.Parameter) -> Callable[[], None]:
-    """Return what takes the hooks off a parameter that were put on since."""
+    """Return a function that restores the hooks of a parameter."""
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")
     before = {name: dict(getattr(parameter, name) or {}) for name in names}
 
@@ -134,7 +134,7 @@ def _hooks(parameter: nn.Parameter) -> Callable[[], None]:
 
 
 def _generator(value: Any) -> Callable[[], Any] | None:
-    """Return what sets a random generator back, or None for any other object."""
+    """Return a function that restores the state of a random generator, or None for any other object."""
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return partial(value.set_state, state)

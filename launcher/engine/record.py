@@ -88,7 +88,7 @@ class Recorder:
             self._open(sink, drawing)
         if self._resumed_at is None:
             yaml = self._directory.config.read_text() if self._directory.config.exists() else ""
-            code = "\n".join(f"    {line}" for line in yaml.splitlines())  # Markdown keeps what is indented
+            code = "\n".join(f"    {line}" for line in yaml.splitlines())  # an indented block is code in Markdown
             for sink in self._sinks:
                 sink.text("configuration", code, 0)
 

@@ -1,7 +1,8 @@
-"""The facts of one rank, and the few collectives that the engine needs.
+"""The rank, device and process groups of one worker, and the collectives that the engine needs.
 
-Rank facts come from here and never from the process group, so that a runner may change them between two steps
-(elastic training). The same code runs alone, under torchrun or srun, and inside Ray Train workers.
+The rank and the world size are read from here and never from the process group, so that a runner may change them
+between two steps (elastic training). The same code runs in one process, under torchrun or srun, and in Ray Train
+workers.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
 @dataclass
 class Vote:
-    """What all ranks together know of one step.
+    """The result of a vote of all ranks on one step.
 
-    `count`: samples (tokens, …) behind the loss of the global batch, a float64 scalar on the device.
-    `votes`: how many ranks raised each flag.
+    Attributes:
+        count: number of samples (tokens, …) in the loss of the global batch, a float64 scalar on the device.
+        votes: the number of ranks that raised each flag.
     """
 
     count: torch.Tensor
@@ -36,7 +38,7 @@ class Vote:
 
 @dataclass
 class PendingVote:
-    """A vote on its way: the collectives run while the backward pass does."""
+    """A vote in progress: its collectives overlap with the backward pass."""
 
     names: tuple[str, ...]
     count: torch.Tensor
@@ -44,6 +46,7 @@ class PendingVote:
     works: list[Any] = field(default_factory=list)
 
     def wait(self) -> Vote:
+        """Wait for the collectives and return the result."""
         for work in self.works:
             work.wait()
         raised = self.flags.tolist()
@@ -52,10 +55,15 @@ class PendingVote:
 
 @dataclass
 class Runtime:
-    """One rank: who it is, where it computes, and whom it talks to.
+    """One rank: its numbers, its device and its process groups.
 
-    `group` carries gradients and sums; `host_group` (gloo) carries what the host must read without stopping the device.
-    Both are None when the rank is alone.
+    Attributes:
+        group: the process group for gradients and sums, or None for a single process.
+        host_group: a gloo group for values that the host reads without synchronizing the device, or None.
+        attempt: number of the group of workers within this command, from 1.
+        cause: why this group was started after another one: "failure", "preemption" or "resize"; else empty.
+        machines: number of machines that the run pays for, including the head and idle machines; 0 if unknown.
+        apply: like `map`; reads the parts of a stream in order, possibly in other processes.
     """
 
     rank: int
@@ -67,10 +75,10 @@ class Runtime:
     group: Any = None
     host_group: Any = None
     owns_group: bool = False
-    attempt: int = 1  # which group of workers of this command it belongs to
-    cause: str = ""  # why that group was started after another: "failure", "preemption" or "resize"
-    machines: int = 0  # that the run is paid for, those without a worker of its and the head too; 0: nobody counted
-    apply: Callable[..., Iterator[Any]] = map  # what reads the parts of a stream, here or elsewhere, in their order
+    attempt: int = 1
+    cause: str = ""
+    machines: int = 0
+    apply: Callable[..., Iterator[Any]] = map
     _task_groups: list[Any] = field(default_factory=list)
 
     @property
@@ -85,12 +93,12 @@ class Runtime:
 
     @classmethod
     def single(cls, device: str = "auto") -> Runtime:
-        """This process alone."""
+        """Return the runtime of a single process."""
         return cls(0, 1, 0, 1, choose_device(device, 0))
 
     @classmethod
     def adopt(cls, rank: int, world_size: int, local_rank: int, local_world_size: int, device: str = "auto") -> Runtime:
-        """Use the process group that somebody (Ray Train, a notebook, a test) has initialised."""
+        """Use the process group that the caller (Ray Train, a notebook, a test) has initialised."""
         runtime = cls(rank, world_size, local_rank, local_world_size, choose_device(device, local_rank))
         if dist.is_initialized():
             runtime.group = dist.group.WORLD
@@ -100,7 +108,8 @@ class Runtime:
 
     @classmethod
     def from_environment(cls, facts: tuple[int, int, int, int], device: str = "auto") -> Runtime:
-        """Join the ranks that torchrun or srun started, by MASTER_ADDR and MASTER_PORT. A group that exists is adopted.
+        """Join the ranks that torchrun or srun started, by MASTER_ADDR and MASTER_PORT, or use an existing process
+        group.
 
         Args:
             facts: rank, world size, local rank, local world size; see `ranks_in_environment`.
@@ -124,6 +133,7 @@ class Runtime:
         return runtime
 
     def close(self) -> None:
+        """Destroy the process group, if this runtime created it."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
             self.group = self.host_group = None
@@ -131,10 +141,10 @@ class Runtime:
     # ---- collectives ------------------------------------------------------------------------------------------------
 
     def vote(self, count: torch.Tensor | float, flags: dict[str, bool]) -> PendingVote:
-        """Start to add up `count` and the flags of all ranks; read the outcome with `wait`.
+        """Start to sum `count` and the flags over all ranks. `PendingVote.wait` returns the result.
 
-        On the CPU one tensor carries both; with a GPU the count stays on the device and the flags travel over gloo, so
-        that reading them stops nothing.
+        On the CPU both are in one tensor. With a GPU the count stays on the device, and the flags are reduced with
+        gloo, so that reading them does not synchronize the device.
         """
         names = tuple(flags)
         values = [float(value) for value in flags.values()]
@@ -154,65 +164,66 @@ class Runtime:
         return pending
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum `tensor`, on the device or on the host, over all ranks, in place."""
+        """Sum `tensor`, on the device or on the host, over all ranks, in place. Return it."""
         if not self.alone:
             dist.all_reduce(tensor, group=self.group_of(tensor))
         return tensor
 
     def group_of(self, tensor: torch.Tensor) -> Any:
-        """Return the group that carries a tensor where it is."""
+        """Return the process group for a tensor, by its device."""
         return self.host_group if tensor.device.type == "cpu" else self.group
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the plain Python `value` of every rank, by rank; see `objects` for what it may be."""
+        """Return the plain Python `value` of every rank, by rank; see `objects` for the supported types."""
         return [value] if self.alone else objects.all_gather(value, self.host_group)
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's plain Python `value`; see `objects` for what it may be."""
+        """Return rank 0's plain Python `value`; see `objects` for the supported types."""
         return value if self.alone else objects.broadcast(value, self.host_group)
 
     def new_host_group(self) -> Any:
-        """Return a gloo group of its own over all ranks, for work beside the training (saving), or None when alone."""
+        """Create a gloo group over all ranks for background work (saving); return None for a single process."""
         if self.alone:
             return None
         self._task_groups.append(dist.new_group(backend="gloo"))
         return self._task_groups[-1]
 
     def end_task(self) -> None:
-        """Give back the groups that a task has made, so that the next one may begin in the same processes."""
+        """Destroy the groups that a task has created, so that the next task can use the same processes."""
         while self._task_groups:
             dist.destroy_process_group(self._task_groups.pop())
 
     def barrier(self) -> None:
+        """Wait until all ranks have reached this call."""
         if not self.alone:
             dist.barrier(group=self.host_group)
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
-    """Return the device of a worker. `auto` is this worker's GPU where there is one; `cuda:1` is that very one.
+    """Return the device of a worker. `auto` selects the worker's GPU if there is one; `cuda:1` selects that GPU.
 
     Raises:
-        ResourceError: a GPU was asked for and there is none.
+        ResourceError: a GPU is requested and none is available.
     """
     available = torch.cuda.is_available()
     if device.startswith("cuda") and not available:
         raise ResourceError(
-            f"scaling.device={device} was asked for, and PyTorch finds no usable GPU here. "
+            f"scaling.device={device} needs a GPU, but PyTorch finds no usable GPU on this machine. "
             "Use scaling.device=auto or cpu, or check the driver with nvidia-smi."
         )
     if device == "cpu" or not available:
         return torch.device("cpu")
-    # CUDA_VISIBLE_DEVICES may show each process its own GPU alone, whatever its local rank.
+    # CUDA_VISIBLE_DEVICES may show each process only its own GPU, regardless of its local rank.
     chosen = torch.device(device if ":" in device else f"cuda:{local_rank % torch.cuda.device_count()}")
     torch.cuda.set_device(chosen)
     return chosen
 
 
 def ranks_in_environment(environment: dict[str, str] | None = None) -> tuple[int, int, int, int] | None:
-    """Return (rank, world size, local rank, local world size) when torchrun or srun started this process, else None.
+    """Return (rank, world size, local rank, local world size) if torchrun or srun started this process, else None.
 
     torchrun: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables. srun: `man srun`, OUTPUT
-    ENVIRONMENT VARIABLES; only a job step sets SLURM_STEP_NUM_TASKS, so a shell within an allocation is not one.
+    ENVIRONMENT VARIABLES. Only a job step sets SLURM_STEP_NUM_TASKS; a shell in an allocation does not.
     """
     env = cast("dict[str, str]", os.environ) if environment is None else environment
     if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= env.keys():
@@ -223,7 +234,7 @@ def ranks_in_environment(environment: dict[str, str] | None = None) -> tuple[int
         defaults = ("0", "1", "0", "1")
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise ConfigError(
-                f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks, and MASTER_ADDR or MASTER_PORT is not set. Export "
+                f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks, but MASTER_ADDR or MASTER_PORT is not set. Export "
                 "both before srun: MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) "
                 "MASTER_PORT=29500."
             )
@@ -232,5 +243,5 @@ def ranks_in_environment(environment: dict[str, str] | None = None) -> tuple[int
     rank, world, local_rank, local_world = (
         env.get(name, default) for name, default in zip(names, defaults, strict=True)
     )
-    # SLURM writes tasks per node as "4(x2),3"; the first number serves, since it only sizes this node's threads.
+    # SLURM writes tasks per node as "4(x2),3". The first number is sufficient: it only sets this node's threads.
     return int(rank), int(world), int(local_rank), int(local_world.split("(")[0].split(",")[0])

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: how long they are, when they step, and what callbacks change on the way."""
+"""Builds and steps learning-rate schedules: their length, their interval, and changes by callbacks."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ from launcher.engine.construct import construct
 from launcher.errors import ConfigError, did_you_mean
 
 INTERVALS = ("step", "epoch")
-# What a schedule writes into the optimizer's groups.
+# Keys of the optimizer's groups that a schedule may write.
 _WRITTEN = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "betas", "base_momentum", "max_momentum")
 
 
 class Schedule:
     """Steps the schedule of a run: after optimizer steps, epochs, or evaluations.
 
-    A callback may write a learning rate into the optimizer's groups. The ratio of that rate to the scheduled one then
+    A callback may write a learning rate to the optimizer's groups. The ratio of that rate to the scheduled rate then
     multiplies all later rates of the group, and is part of the state.
 
     Args:
-        section: of the configuration.
-        total_steps, steps_per_epoch: optimizer steps of the run and of an epoch.
-        monitor: the tag that ReduceLROnPlateau looks at.
-        mode: whether a lower or a higher value of it is better, `min` or `max`.
+        section: the section `scheduler` of the configuration.
+        total_steps, steps_per_epoch: number of optimizer steps of the run and of an epoch.
+        monitor: the tag for ReduceLROnPlateau.
+        mode: whether lower or higher values of the tag are better, `min` or `max`.
 
     Attributes:
-        note: what there is to say about a schedule that was rebuilt for another length, or an empty text.
+        follows_metric: whether the schedule steps after evaluations, with the value of `monitor`.
+        note: a note about a schedule that was rebuilt for another length, or an empty text.
 
     Raises:
-        ConfigError: the section is wrong, or its class refuses its values.
+        ConfigError: the section is invalid, or its class rejects its arguments.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Schedule:
         mode: str = "min",
         trust: Sequence[str] = (),
     ) -> None:
-        # On the order of steps, which is the engine's, and on arguments that torch's own schedules give each other.
+        # Warnings about the order of steps, and about arguments that torch's schedules pass to each other.
         warnings.filterwarnings("ignore", r".*(scheduler\.step|get_last_lr)\(\)", UserWarning)
         self._optimizer, self._monitor = optimizer, monitor
         self._by_epoch = interval_of(section) == "epoch"
@@ -67,22 +68,22 @@ class Schedule:
         self._scheduler, self._depends_on_length = build_scheduler(section, optimizer, self._length, mode, trust)
         self.follows_metric = _takes_metric(self._scheduler)
         self._fresh = [{key: group[key] for key in _WRITTEN if key in group} for group in optimizer.param_groups]
-        self._rates = self._now()
+        self._rates = self._current_rates()
         self._factors = [1.0] * len(self._rates)
         self.note = ""
 
     def step(self, epoch_ended: bool) -> None:
-        """Go on after an optimizer step."""
+        """Step the schedule after an optimizer step, if it is due."""
         if not self.follows_metric and (epoch_ended or not self._by_epoch):
             self._advance()
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Go on after an evaluation; `metrics` are the last values of all tags."""
+        """Step a schedule that follows a metric after an evaluation. `metrics`: the last values of all tags."""
         if self.follows_metric and self._monitor is not None and self._monitor in metrics:
             self._advance(metrics[self._monitor])
 
     def try_out(self, most: int, metric: float) -> None:
-        """Step as a run does, `most` times at most, and once more at the end of the run where the class knows it."""
+        """Step as in a run, at most `most` times; OneCycleLR, which knows its length, also takes its last step."""
         for _ in range(min(most, self._length)):
             self._scheduler.step(*([metric] if self.follows_metric else []))
         if isinstance(self._scheduler, OneCycleLR) and self._length > most:
@@ -90,35 +91,37 @@ class Schedule:
             self._scheduler.step()
 
     def _advance(self, *metric: float) -> None:
-        self._notice()
-        self._put(self._rates)  # some schedules go on from the rate that they find
+        self._detect_changes()
+        self._write(self._rates)  # some schedules continue from the current rate
         self._scheduler.step(*metric)
-        self._rates = self._now()
-        self._put_scaled()
+        self._rates = self._current_rates()
+        self._write_scaled()
 
-    def _notice(self) -> None:
-        """Learn of rates that a callback has set. One set while the scheduled rate is 0 holds for one step."""
-        for index, (rate, factor, now) in enumerate(zip(self._rates, self._factors, self._now(), strict=True)):
+    def _detect_changes(self) -> None:
+        """Record rates that a callback has set. A rate set while the scheduled rate is 0 is used for one step only."""
+        for index, (rate, factor, now) in enumerate(
+            zip(self._rates, self._factors, self._current_rates(), strict=True)
+        ):
             if now != rate * factor and rate:
                 self._factors[index] = now / rate
 
-    def _now(self) -> list[float]:
+    def _current_rates(self) -> list[float]:
         return [rate_of(group) for group in self._optimizer.param_groups]
 
-    def _put(self, rates: Sequence[float]) -> None:
+    def _write(self, rates: Sequence[float]) -> None:
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
 
-    def _put_scaled(self) -> None:
-        self._put([rate * factor for rate, factor in zip(self._rates, self._factors, strict=True)])
+    def _write_scaled(self) -> None:
+        self._write([rate * factor for rate, factor in zip(self._rates, self._factors, strict=True)])
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        self._notice()
+        self._detect_changes()
         return {
             "scheduler": self._scheduler.state_dict(),
             "length": self._length,
@@ -131,26 +134,26 @@ class Schedule:
         return [float(fresh.get("initial_lr", fresh["lr"])) for fresh in self._fresh]
 
     def load_state_dict(self, state: Mapping[str, Any], steps: int, epochs: int) -> None:
-        """Go on from a state, after the optimizer has loaded its own.
+        """Restore a state, after the optimizer has restored its own.
 
-        A schedule of another length, or of another configured learning rate, is replayed.
+        If the length of the schedule or the configured learning rate has changed, the schedule is replayed.
 
         Args:
-            steps, epochs: how many have been done.
+            steps, epochs: number of steps and epochs done.
 
         Raises:
-            ConfigError: the schedule follows a metric, so that it cannot be replayed.
+            ConfigError: the schedule follows a metric, so it cannot be replayed.
         """
         if "scheduler" not in state:
-            state = self._completed(state)
+            state = self._upgrade(state)
         resized = self._depends_on_length and state["length"] != self._length
         saved, fresh = state["initial"], self._initial()
         self._factors = list(state["factors"])
         if resized and self.follows_metric:
             raise ConfigError(
-                f"The schedule {type(self._scheduler).__name__} depends on the length of the run and on a metric. It "
-                f"cannot be rebuilt for {self._length} instead of {state['length']}. Continue with the former length, "
-                "or start a new run with run.like."
+                f"The schedule {type(self._scheduler).__name__} depends on the length of the run and on a metric, so "
+                f"it cannot be rebuilt for the length {self._length} instead of {state['length']}. Resume with the "
+                "former length, or start a new run with run.like."
             )
         if not self.follows_metric and (resized or fresh != saved):
             self._replay(epochs if self._by_epoch else steps)
@@ -162,19 +165,19 @@ class Schedule:
             ]
             for group, new in zip(self._optimizer.param_groups, self._fresh, strict=True):
                 group.update({"initial_lr": new["initial_lr"]} if "initial_lr" in new else {})
-        self._put_scaled()
+        self._write_scaled()
         if resized:
             unit = "epochs" if self._by_epoch else "steps"
             self.note = f"The learning rate now follows a schedule of {self._length} {unit}, not {state['length']}."
 
-    def _completed(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state of a checkpoint that holds nothing but torch's own, as launch wrote until version 0.1."""
+    def _upgrade(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Convert the state of a checkpoint of launch 0.1, which is only torch's state of the scheduler."""
         lengths = (state[name] for name in ("total_steps", "T_max", "total_iters") if name in state)
         return {
             "scheduler": state,
             "length": next(lengths, self._length),
             "initial": list(state.get("base_lrs") or self._initial()),
-            "rates": self._now(),
+            "rates": self._current_rates(),
             "factors": [1.0] * len(self._rates),
         }
 
@@ -183,17 +186,17 @@ class Schedule:
             group.update(fresh)
         for _ in range(min(count, self._length)):
             self._scheduler.step()
-        self._rates = self._now()
+        self._rates = self._current_rates()
 
 
 def rate_of(group: Mapping[str, Any]) -> float:
-    """Return the learning rate of a group of parameters."""
+    """Return the learning rate of a parameter group."""
     rate = group["lr"]
     return float(rate.item() if isinstance(rate, torch.Tensor) else rate)
 
 
 def interval_of(section: Mapping[str, Any]) -> str:
-    """Return `scheduler.interval`. Raises ConfigError where it is neither `step` nor `epoch`."""
+    """Return `scheduler.interval`. Raises ConfigError if it is neither `step` nor `epoch`."""
     interval = section.get("interval")
     if interval not in (None, *INTERVALS):
         raise ConfigError(
@@ -203,7 +206,7 @@ def interval_of(section: Mapping[str, Any]) -> str:
 
 
 def _takes_metric(scheduler: LRScheduler) -> bool:
-    """Whether `step` needs a value, as that of ReduceLROnPlateau does."""
+    """Whether the method `step` requires a metric, like that of ReduceLROnPlateau."""
     parameters = list(inspect.signature(type(scheduler).step).parameters.values())[1:]
     return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
@@ -214,13 +217,13 @@ def _takes_metric(scheduler: LRScheduler) -> bool:
 def build_scheduler(
     section: Mapping[str, Any], optimizer: Optimizer, length: int, mode: str = "min", trust: Sequence[str] = ()
 ) -> tuple[LRScheduler, bool]:
-    """Build the schedule of a section, with what is nested in it. Without a `_target_` the rate is constant.
+    """Build the schedule of a section with its nested schedules. Without a `_target_` the rate is constant.
 
     Args:
-        length: of the run, in steps or epochs.
+        length: length of the run, in steps or epochs.
 
     Returns:
-        The schedule, and whether it was given the length or a part of it.
+        The schedule, and whether an argument depends on the length of the run.
     """
     if not section.get("_target_"):
         return LambdaLR(optimizer, _constant), False
@@ -236,7 +239,7 @@ def _constant(step: int) -> float:
 
 
 def _with_lengths(section: Mapping[str, Any], length: int, mode: str, trust: Sequence[str]) -> dict[str, Any]:
-    """Return the section with every length that it leaves open, those of nested sections included."""
+    """Return the section with the unset lengths filled in, also in nested sections."""
     kind = targets.resolve(section["_target_"], "scheduler", trust)
     given = {name: length for name in _lengths_of(kind, section) if section.get(name) is None}
     if issubclass(kind, ReduceLROnPlateau) and "mode" not in section:
@@ -269,7 +272,7 @@ def _segments(section: Mapping[str, Any], length: int) -> list[int]:
 
 
 def _lengths_of(kind: type, section: Mapping[str, Any]) -> list[str]:
-    """Return the arguments of a class of schedules that mean the length of the run."""
+    """Return the parameters of a schedule class that mean the length of the run."""
     parameters = inspect.signature(kind).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     found = []

@@ -1,4 +1,4 @@
-"""The shares of a batch that the workers of a job get, worked out before any of them exists."""
+"""Computes the shares of a batch for the workers of a job, before the workers are started."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from launcher.engine.order import Split
 
 @dataclass(frozen=True)
 class Shares:
-    """How one batch, or one validation set, is divided.
+    """The division of one batch, or one validation set, among the workers.
 
     Attributes:
-        what: the batch, for a message.
-        size: its samples.
-        workers: of each worker, the sizes of the microbatches that it puts through the network, one after the other.
+        what: name of the batch, for messages.
+        size: number of samples.
+        workers: for each worker, the sizes of its microbatches in order.
     """
 
     what: str
@@ -30,16 +30,16 @@ class Shares:
 
     @property
     def are_equal(self) -> bool:
-        """Whether all workers have microbatches of the same sizes, in the same order."""
+        """Whether all workers have microbatches of the same sizes in the same order."""
         return len(set(self.workers)) == 1
 
     @property
     def rounds_are_equal(self) -> bool:
-        """Whether all workers have equally many microbatches."""
+        """Whether all workers have the same number of microbatches."""
         return len({len(worker) for worker in self.workers}) == 1
 
-    def described(self) -> str:
-        """Return `27 and 26`: the samples of each worker."""
+    def describe(self) -> str:
+        """Return the number of samples of each worker as text, such as `27 and 26`."""
         sizes = [str(sum(worker)) for worker in self.workers]
         if len(sizes) > 4:
             sizes = [*sizes[:2], "…", sizes[-1]]
@@ -47,13 +47,13 @@ class Shares:
 
 
 def training_shares(job: Job, data: Data, workers: int) -> list[Shares]:
-    """Return the shares of a global batch of the usual size, and of the last one of an epoch where it is smaller."""
+    """Return the shares of a full global batch, and of the last one of an epoch if it is smaller."""
     order, split = build_order(job, data), build_split(job)
     last = order.steps_per_epoch - 1
-    usual = _divided("a global batch", order.batch_size(0), split, workers)
-    if order.batch_size(last) == usual.size or (job.trainer.steps or last + 1) <= last:
-        return [usual]
-    return [usual, _divided("the last global batch of an epoch", order.batch_size(last), split, workers)]
+    full = _divide("a global batch", order.batch_size(0), split, workers)
+    if order.batch_size(last) == full.size or (job.trainer.steps or last + 1) <= last:
+        return [full]
+    return [full, _divide("the last global batch of an epoch", order.batch_size(last), split, workers)]
 
 
 def validation_shares(job: Job, data: Data, workers: int) -> list[Shares]:
@@ -61,10 +61,10 @@ def validation_shares(job: Job, data: Data, workers: int) -> list[Shares]:
     found = []
     for name, dataset in data.val.items():
         _, split = evaluation_order(job, dataset, workers)
-        found.append(_divided(f"the validation set {name}".rstrip(), len(dataset), split, workers))
+        found.append(_divide(f"the validation set {name}".rstrip(), len(dataset), split, workers))
     return found
 
 
-def _divided(what: str, size: int, split: Split, workers: int) -> Shares:
+def _divide(what: str, size: int, split: Split, workers: int) -> Shares:
     parts = (split.share(size, rank, workers) for rank in range(workers))
     return Shares(what, size, tuple(tuple(stop - start for start, stop in spans) for spans in parts))

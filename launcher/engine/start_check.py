@@ -1,7 +1,7 @@
-"""The start check: a small batch of each data set goes through the network before any worker is started.
+"""The start check: passes a small batch of each data set through the network before any worker is started.
 
-Errors that can be found this way (wrong data, a model that breaks its contract, a monitor that does not exist) are
-reported before a run directory exists.
+It reports errors (wrong data, a model that violates its contract, a monitored tag that does not exist) before a run
+directory exists.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from launcher.engine.trials import BatchReader, Pair, Trials, as_pairs
 from launcher.engine.weights import check_weights, on_this_machine
 from launcher.errors import ConfigError, RequestError, UserCodeError, did_you_mean
 
-SAMPLES = 2  # some layers refuse a batch of one
-_TRIED = 64  # samples of other data than those of the run: labels that it does not know may come late
+SAMPLES = 2  # some layers reject a batch of one sample
+_FIT_SAMPLES = 64  # of other data than the run's: unknown labels may be rare
 
 
 class StartCheck:
-    """Tries a model with small batches of its data.
+    """Tests a model with small batches of its data.
 
     Args:
-        model: the network on the CPU; it is left as it was.
-        workers: of the run.
+        model: the network on the CPU; its state is preserved.
+        workers: number of workers of the run.
 
     Attributes:
-        kept: what autograd keeps of the two samples that `train` puts through the network.
-        tags: of the run.
-        notes: what the user has to know, one line each.
+        saved: the tensors that autograd saves for the two samples of `train`.
+        tags: the tags of the run.
+        notes: notes for the user, one line each.
     """
 
     def __init__(self, job: Job, model: nn.Module, data: Data, workers: int) -> None:
@@ -57,11 +57,11 @@ class StartCheck:
         self.notes: list[str] = ignored_methods(model)
 
     def train(self) -> None:
-        """Put two samples through `training_step`.
+        """Pass two samples through `training_step`.
 
         Raises:
-            ContractError: it does not return what it must.
-            ConfigError: it raised a ValueError that says why the data does not fit.
+            ContractError: the result is invalid.
+            ConfigError: `training_step` raised a ValueError about the data.
         """
         read = self._reader(self._data.train, "train")
         batch = read(0, SAMPLES)
@@ -80,24 +80,24 @@ class StartCheck:
         return answer
 
     def load(self, weights: str) -> None:
-        """Compare names and shapes of the weights that the run begins with; after `train`, which makes lazy layers.
+        """Compare names and shapes of the weights that the run starts from. Call it after `train` (lazy layers).
 
         Raises:
-            CheckpointError: they cannot be read, or do not fit the model.
+            CheckpointError: the weights cannot be read, or do not fit the model.
         """
         from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
 
         path = on_this_machine(weights)
         assert path is not None
-        there = load_weights(path, shapes_only=True)
-        check_weights(self._model, there, weights, self._job.checkpoint.load_strict)
+        stored = load_weights(path, shapes_only=True)
+        check_weights(self._model, stored, weights, self._job.checkpoint.load_strict)
 
     def try_sizes(self) -> None:
-        """Put batches of other sizes through `training_step`; after `train`.
+        """Pass batches of other sizes through `training_step`. Call it after `train`.
 
         Raises:
-            ContractError: it returns something else for another size.
-            ConfigError: it does not take a share that a worker gets.
+            ContractError: the form of the result depends on the batch size.
+            ConfigError: `training_step` rejects a batch size that occurs in the run.
         """
         shares = training_shares(self._job, self._data, self._workers)
         remedy = None if self._job.trainer.sync_batchnorm else self._remedy()
@@ -106,10 +106,10 @@ class StartCheck:
             self.notes += trials.run(self._first, self._calls, remedy)
 
     def evaluate(self) -> None:
-        """Put small batches of the validation sets through `validation_step`.
+        """Pass small batches of the validation sets through `validation_step`.
 
         Raises:
-            ContractError, ConfigError: as `train` and `try_sizes` do.
+            ContractError, ConfigError: as in `train` and `try_sizes`.
         """
         name = "validation_step" if hasattr(self._model, "validation_step") else "training_step (in evaluation)"
 
@@ -129,27 +129,27 @@ class StartCheck:
                 self.tags += [f"val/{prefix}/{metric}" if prefix else f"val/{metric}" for metric in found]
                 if number == 0:
                     trials = Trials(name, self._model, call, read, shares, self._world)
-                    remedy = "The model must take a batch of any size in evaluation."
+                    remedy = "The model must support batches of any size in evaluation."
                     notes = trials.run(first, self._world.calls, remedy)
                     self.notes += notes if hasattr(self._model, "validation_step") else []
 
     def _metrics(self, answer: Mapping[str, Pair]) -> list[str]:
-        """Return the names of the scalars of an answer, and of what `summarize` makes of it."""
+        """Return the names of the scalar metrics of a result, including those of `summarize`."""
         sums = Sums(torch.device("cpu"))
         sums.add(answer)
         totals = sums.reduce(Runtime.single("cpu"))
         scalars = [metric for metric, (total, _) in totals.items() if total.ndim == 0]
-        made = summarize(self._model, totals)
-        check_names(made, "summarize")
-        return [*scalars, *made]
+        summary = summarize(self._model, totals)
+        check_names(summary, "summarize")
+        return [*scalars, *summary]
 
     def _reader(self, dataset: Any, name: str) -> BatchReader:
         return BatchReader(self._job, self._data, dataset, name, converter(self._model))
 
     def _remedy(self) -> str:
-        """Return what to do about a share of one sample."""
-        asked = self._job.trainer.global_batch_size
-        for size in sorted(range(2, 2 * asked), key=lambda size: abs(size - asked)):
+        """Return the remedy for a share of one sample."""
+        configured = self._job.trainer.global_batch_size
+        for size in sorted(range(2, 2 * configured), key=lambda size: abs(size - configured)):
             trainer = replace(self._job.trainer, global_batch_size=size)
             shares = training_shares(replace(self._job, trainer=trainer), self._data, self._workers)
             if all(some.smallest > 1 for some in shares):
@@ -157,8 +157,8 @@ class StartCheck:
         return "Choose a larger trainer.global_batch_size, or fewer workers."
 
 
-# Methods of other trainers that are not called, and what does their work here.
-_ELSEWHERE = {
+# Equivalent in launch -> methods of other trainers that launch does not call.
+_METHODS_OF_OTHERS = {
     "the sections `optimizer` and `scheduler`": ("configure_optimizers", "lr_scheduler_step", "optimizer_step"),
     "`trainer.clip_norm`": ("configure_gradient_clipping", "clip_gradients"),
     "`summarize(totals)`": (
@@ -204,7 +204,7 @@ _ELSEWHERE = {
 
 
 def ignored_methods(model: nn.Module) -> list[str]:
-    """Return one line that names the model's methods of other trainers, and what stands in their place; or none."""
+    """Return a note about the model's methods for other trainers and their equivalents, or no note."""
     own = {
         name
         for kind in type(model).__mro__
@@ -214,14 +214,14 @@ def ignored_methods(model: nn.Module) -> list[str]:
     }
     found = [
         f"{', '.join(present)} (use {instead})"
-        for instead, names in _ELSEWHERE.items()
+        for instead, names in _METHODS_OF_OTHERS.items()
         if (present := [name for name in names if name in own])
     ]
     return [f"{type(model).__name__} has methods that launch never calls: {'; '.join(found)}."] if found else []
 
 
 def _check_signatures(model: nn.Module) -> None:
-    """Raise ConfigError where a step needs more than a batch, such as the `batch_idx` of other trainers."""
+    """Raise ConfigError if a step has further required parameters, such as the `batch_idx` of other trainers."""
     for name in ("training_step", "validation_step"):
         step = getattr(model, name, None)
         try:
@@ -232,25 +232,27 @@ def _check_signatures(model: nn.Module) -> None:
         needed = [one.name for one in parameters[1:] if one.kind in plain and one.default is one.empty]
         if needed:
             raise ConfigError(
-                f"{type(model).__name__}.{name} needs {', '.join(needed)} beside the batch, and launch calls "
-                f"{name}(batch). Remove the parameter, or give it a default."
+                f"{type(model).__name__}.{name} requires {', '.join(needed)} besides the batch, but launch calls "
+                f"{name}(batch). Remove the parameter, or give it a default value."
             )
 
 
 def check_monitor(job: Job, tags: list[str], data: Data) -> None:
+    """Raise ConfigError if the job does not log the tag `checkpoint.monitor`."""
     monitor = job.checkpoint.monitor
     if monitor is None or monitor in tags or (not data.val and monitor == "val/loss"):
         return
     raise ConfigError(
-        f"checkpoint.monitor={monitor} is no tag of this job; there are {', '.join(tags)}.{did_you_mean(monitor, tags)}"
+        f"checkpoint.monitor={monitor} is not a tag of this job. Available tags: {', '.join(tags)}."
+        f"{did_you_mean(monitor, tags)}"
     )
 
 
 def call_user_step(step: Any, *arguments: Any) -> Any:
-    """Call `step`. A ValueError that the model raises itself, in a `raise` of its own, says why data does not fit it.
+    """Call a step of the model.
 
     Raises:
-        ConfigError: with those words, and not as a bug with its traceback.
+        ConfigError: a `raise` statement of the model raised a ValueError; has its message, without a traceback.
     """
     try:
         return step(*arguments)
@@ -262,23 +264,23 @@ def call_user_step(step: Any, *arguments: Any) -> Any:
 
 
 def check_fit(job: Job, name: str) -> None:
-    """Raise ConfigError where the network of the run `name` does not take a small batch of each of the job's sets."""
+    """Raise ConfigError if the network of the run `name` rejects a small batch of one of the job's data sets."""
     data = build_data(job)
     model = build_model(without_sync_batchnorm(job), Runtime.single("cpu")).eval()
     for dataset in (*data.val.values(), *data.test.values()):
         try:
             with torch.no_grad():
-                validation_answer(model, BatchReader(job, data, dataset, "", converter(model))(0, _TRIED))
+                validation_answer(model, BatchReader(job, data, dataset, "", converter(model))(0, _FIT_SAMPLES))
         except RequestError:
             raise
         except Exception as error:
             what = f"{type(error).__name__}: " if not isinstance(error, (ValueError, UserCodeError)) else ""
             raise ConfigError(
                 f'The network of the run "{name}" does not fit data._target_={job.data["_target_"]}: {what}{error} '
-                "Choose data of the same kind as those that it was trained on."
+                "Choose data of the same kind as the training data."
             ) from error
 
 
 def without_sync_batchnorm(job: Job) -> Job:
-    """Return the job without what needs GPUs: the start check runs on the CPU."""
+    """Return the job without SyncBatchNorm, which needs GPUs: the start check runs on the CPU."""
     return replace(job, trainer=replace(job.trainer, sync_batchnorm=False))

@@ -1,4 +1,4 @@
-"""Everything that a run continues from: what all ranks share, and what each rank has of its own."""
+"""Collects and restores the state of a run: the part that all ranks share, and the part of each rank."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ from launcher.engine.trained_parameters import TrainedParameters
 class State:
     """Collects and restores the state of a training run.
 
-    Shared: model, optimizer, schedule, strategy (loss scaler), callbacks, position and counters, and the weights that
-    are evaluated where a callback averages them. Each rank's own: random states, the sums of the log interval that is
-    open, what the strategy keeps of its own, and the buffers that differ from the merged ones of the model. With
-    another number of workers the sums go to rank 0, which changes no total, all ranks take the merged buffers, and the
-    random states are seeded again.
+    Shared state: model, optimizer, schedule, strategy (loss scaler), callbacks, position and counters, and the averaged
+    weights of a callback. State of each rank: random states, the sums of the current log interval, the rank's state of
+    the strategy, and the buffers that differ from the merged ones. If the number of workers has changed, rank 0 loads
+    all sums (which keeps the totals), all ranks use the merged buffers, and the random states are seeded again.
     """
 
     def __init__(
@@ -80,14 +79,14 @@ class State:
         """Restore the checkpoint at `path`, which has been verified.
 
         Raises:
-            CheckpointError: it does not fit the model or the optimizer; names what differs.
+            CheckpointError: it does not fit the model or the optimizer; names the differences.
         """
         from launcher.engine.checkpoint import inspect, restore_training
 
         self._trained.load_state_dict(inspect(path).state.get("trained"))
         rank, world_size = self._runtime.rank, self._runtime.world_size
         content = restore_training(path, self._model, self._optimizer, verified=True, rank=(rank, world_size))
-        self._take_rest(content.state)
+        self._load_rest(content.state)
         resized = content.world_size != world_size
         self._strategy.load_own_state_dicts(
             [own["strategy"] for own in (content.own if resized else content.own[rank : rank + 1])], resized
@@ -100,8 +99,8 @@ class State:
             self._sums.load_state_dicts([own["sums"] for own in content.own] if rank == 0 else [])
             self.seed_rank()
 
-    def _take_rest(self, shared: dict[str, Any]) -> None:
-        """Take all but the model and the optimizer."""
+    def _load_rest(self, shared: dict[str, Any]) -> None:
+        """Restore the shared state except for the model and the optimizer."""
         restored = Progress.of(shared["progress"])
         self._schedule.load_state_dict(shared["scheduler"], restored.step, restored.epoch)
         self._strategy.load_state_dict(shared["strategy"])
@@ -110,12 +109,12 @@ class State:
             setattr(self._progress, item.name, getattr(restored, item.name))
 
     def seed_rank(self) -> None:
-        """Begin new random numbers, other ones on every rank: each has its own part of a batch to drop units from."""
+        """Seed the random states, differently on every rank, so that dropout masks differ."""
         seed_everything(mix(self._seed, self._progress.step, self._runtime.rank))
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of all random generators of this rank, as tensors and plain values."""
+    """Return the states of the global random generators of this rank, as tensors and plain values."""
     version, numbers, gauss = random.getstate()
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -128,6 +127,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Restore the result of `random_states`."""
     torch.set_rng_state(states["torch"])
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))

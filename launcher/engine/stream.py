@@ -1,8 +1,8 @@
-"""Training data that are read as a stream, instead of sample by sample in the engine's order.
+"""Reads training data as a stream, instead of sample by sample in the engine's order.
 
-A data set with a method `stream` still has a length and can be indexed, so that batch arithmetic, the start check and
-validation are those of every other. What is weaker is told in docs/exactness.md: which samples make up a batch depends
-on the number of workers and on restarts.
+A data set with a method `stream` also has a length and supports indexing, so that batch arithmetic, the start check and
+validation work as for other data sets. The guarantees are weaker, as docs/exactness.md describes: the samples of a
+batch depend on the number of workers and on restarts.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from launcher.errors import DataError, UserCodeError
 
 
 class StreamLoader(Loader):
-    """Reads microbatches of the sizes that are asked for from `dataset.stream(rank, world_size, seed, apply)`.
+    """Reads microbatches of the requested sizes from `dataset.stream(rank, world_size, seed, apply)`.
 
-    That yields pieces: batches of any size, whose tensors have one row a sample. One stream is one pass over this
-    rank's part; another follows when it ends, so that a rank whose part is small repeats some of it.
+    The stream yields pieces: batches of any size, whose tensors have one row per sample. One stream is one pass over
+    this rank's part; when it ends, another one is opened, so that a rank with a small part repeats some samples.
 
     The global generators are seeded before each piece with (seed, step at which the stream was opened, rank, number).
     """
@@ -40,7 +40,7 @@ class StreamLoader(Loader):
         self._dataset, self._runtime, self._base = dataset, runtime, seed
 
     def read(self, keys: Iterator[Key], at: int = 0) -> Generator[Any]:
-        # Where the run stands decides the pass, so that a resumed run does not read the same beginning again.
+        # The seed of the pass depends on the step, so that a resumed run does not read the same samples again.
         with closing(self._seeded(self._pieces(mix(self._base, at)), at)) as pieces:
             rest: Any = None
             for number, key in enumerate(keys):
@@ -51,7 +51,7 @@ class StreamLoader(Loader):
                 yield self._placed(batch)
 
     def _cut(self, rest: Any, pieces: Iterator[Any], size: int) -> tuple[Any, Any]:
-        """Return a batch of `size` samples, and what is left of the last piece."""
+        """Return a batch of `size` samples, and the rest of the last piece."""
         parts, found = ([rest], rows(rest)) if rest is not None else ([], 0)
         while found < size:
             piece = next(pieces)
@@ -79,10 +79,12 @@ class StreamLoader(Loader):
                 for piece in self._dataset.stream(rank, world_size, mix(start, number), apply):
                     empty = empty and not rows(piece)
                     yield piece
-            except (ValueError, OSError) as error:  # its traceback may have stayed in the process that `apply` read in
+            except (ValueError, OSError) as error:  # may come from another process, through `apply`
                 raise DataError(str(error)) from error
             except Exception as error:
                 raise UserCodeError(f"{type(error).__name__}: {error}", traceback_of_user(error)) from error
             if empty:
-                raise DataError(f"The stream of {type(self._dataset).__name__} has nothing for rank {rank}.")
+                raise DataError(
+                    f"The stream of {type(self._dataset).__name__} has no samples for rank {rank}. Use fewer workers."
+                )
             number += 1

@@ -1,4 +1,4 @@
-"""The clock of training: samples per second, and the time in which the device waits for data."""
+"""Measures the training throughput, and the time in which the device waits for data."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 
 
 class Throughput:
-    """Samples per second of training alone: evaluation and saving are taken out of the clock.
+    """Measures samples per second of training, without the time of evaluation and saving.
 
-    The intervals between two logs are measured; their median, without the first one, is the run's figure.
+    It measures the intervals between two logs. The value of the run is their median without the first interval.
     """
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Begin to measure now; what was measured before is dropped."""
+        """Start to measure now, and discard earlier measurements."""
         self._started = time.perf_counter()
         self._samples = 0
         self._paused = 0.0
@@ -30,7 +30,7 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Take what happens inside out of the clock."""
+        """Exclude the time inside the context."""
         began = time.perf_counter()
         try:
             yield
@@ -38,7 +38,7 @@ class Throughput:
             self._paused += time.perf_counter() - began
 
     def waited(self, seconds: float) -> None:
-        """Note time in which the device had no batch to work on."""
+        """Add time in which the device had no batch to compute."""
         self._waited += seconds
 
     def interval(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and what follows when a callback changes that between two steps."""
+"""Tracks the trained parameters, which a callback may change between two steps."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from launcher.errors import TrainingError
 class TrainedParameters:
     """The trained parameters of a run: those that require a gradient when a step begins.
 
-    A parameter that becomes trained joins the optimizer, in the group of its rule in `optimizer.groups`. One that is
-    frozen has no gradient from then on, which every optimizer passes over; its state stays for the day it is trained
-    again.
+    A parameter that becomes trained is added to the optimizer, in the group of its rule in `optimizer.groups`. A
+    parameter that becomes frozen has no gradient, so every optimizer skips it; its optimizer state is kept in case it
+    is trained again.
 
     Args:
         rules: `optimizer.groups`.
 
     Attributes:
-        configured: names of those that were trained when the run was built.
+        configured: names of the parameters that are trained at the start of the run.
         stale: whether the strategy must wrap the model again before the next step.
     """
 
@@ -44,23 +44,29 @@ class TrainedParameters:
         self.stale = False
 
     def flags(self) -> list[bool]:
+        """Return `requires_grad` of every parameter."""
         return [parameter.requires_grad for _, parameter in self._named]
 
     def names(self) -> list[str]:
+        """Return the names of the trained parameters."""
         return [name for name, parameter in self._named if parameter.requires_grad]
 
     def graded(self) -> list[str]:
+        """Return the names of the parameters with a gradient."""
         return [name for name, parameter in self._named if parameter.grad is not None]
 
     def unexpected(self) -> list[str]:
-        """Return the names of parameters whose `requires_grad` no callback changed between two steps."""
+        """Return the names of the parameters whose `requires_grad` changed outside of callbacks."""
         return [self._named[index][0] for index in _differing(self._flags, self.flags())]
 
     def follow(self, before: Sequence[bool], who: str, step: int) -> str | None:
-        """Follow a change between `before` and now; `who` made it. Returns a line for the user, or None without one.
+        """Apply a change of the trained parameters since `before`; return a line for the user, or None.
+
+        Args:
+            who: description of the callback that made the change.
 
         Raises:
-            TrainingError: the strategy cannot.
+            TrainingError: the strategy does not support the change.
         """
         now = self.flags()
         changed = _differing(before, now)
@@ -78,35 +84,38 @@ class TrainedParameters:
         self._apply(changed)
         more = sum(now[index] for index in changed)
         counts = {"more": more, "fewer": len(names) - more}
-        told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-        return f"Trained parameters from step {step + 1} on: {told} ({listed}), by {who}."
+        changes = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+        return f"Trained parameters from step {step + 1} on: {changes} ({listed}), by {who}."
 
     def rewrap(self, runtime: Runtime, flags: Mapping[str, bool], batch: Callable[[], Any], step: int) -> None:
-        """Wrap the model again after other parameters are trained, once all ranks are known to train the same.
+        """Wrap the model again after the trained parameters have changed.
 
         Args:
-            flags: those of the step's vote that begins, by name.
+            flags: the flags of the vote of the next step.
             batch: returns a microbatch that is the same on every rank.
+
+        Raises:
+            TrainingError: the ranks do not train the same parameters.
         """
-        # It has the form of a step's vote: a rank that has not changed anything joins with its own, and none hangs.
+        # This vote has the form of a step's vote, so that it matches the vote of ranks without a change: none hangs.
         vote = runtime.vote(0.0, {name: name == "trained" for name in flags}).wait()
         changed_by_all = vote.votes["trained"] == runtime.world_size
         if not changed_by_all or len(set(map(tuple, runtime.gather(self.flags())))) > 1:
             raise TrainingError(
-                f"A callback changed which parameters are trained at step {step}, and not alike on every rank. Change "
-                "requires_grad on all ranks: callbacks run on every one of them."
+                f"A callback changed which parameters are trained at step {step}, but differently between ranks. "
+                "Change requires_grad in the same way on every rank; callbacks run on all ranks."
             )
         self._strategy.rewrap(batch())
         self.stale = False
 
     def copy(self) -> Copy:
-        """Return what the ranks compare of their copies of the model."""
+        """Return the state of this rank's copy of the model, for the comparison with the other ranks."""
         strategy = self._strategy
         weights = [(self.name_of[id(p)], tensor) for p, tensor in strategy.replicated()]
         return Copy(weights, self.names(), self.graded() if strategy.shares_gradients else None, self.unexpected())
 
     def _apply(self, changed: Sequence[int]) -> None:
-        """Take parameters into the optimizer, or their gradients away."""
+        """Add newly trained parameters to the optimizer, and clear the gradients of changed parameters."""
         inside = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         for index in changed:
             parameter = self._named[index][1]
@@ -115,14 +124,14 @@ class TrainedParameters:
                 self._optimizer.param_groups[self._groups[index]]["params"].append(parameter)
         for group in self._optimizer.param_groups:
             if group.get("fused") and "momentum" in group:
-                group["fused"] = False  # the fused SGD needs the momentum of all its parameters, or of none
+                group["fused"] = False  # fused SGD needs momentum for all of its parameters, or for none
         self._strategy.attach_parameters(self._optimizer)
         self.stale = True
 
     # ---- checkpoint -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return what a checkpoint keeps, or None where nothing has changed since the run was built."""
+        """Return the state for a checkpoint, or None if the trained parameters are the configured ones."""
         known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         joined = [name for name, p in self._named if id(p) in known and name not in set(self.configured)]
         if not joined and self.names() == self.configured:
@@ -130,9 +139,9 @@ class TrainedParameters:
         return {"configured": self.configured, "now": self.names(), "joined": joined}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Train what the run trained when it was saved, before its optimizer is loaded.
+        """Restore the trained parameters; call it before the optimizer is restored.
 
-        Where the run is now configured with another set, that set stays, and the optimizer's own check reports it.
+        If the configuration now trains other parameters, they remain, and the check of the optimizer reports it.
         """
         if state is None or list(state["configured"]) != self.configured:
             return

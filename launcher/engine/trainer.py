@@ -1,4 +1,4 @@
-"""The training loop: one global batch after another, whatever the number of workers.
+"""The training loop: one global batch after another, independent of the number of workers.
 
 The constructor builds in the order of dependence: data, strategy, optimizer, schedule, state. Then, for each global
 batch: step, log, evaluate, save. Two rules hold throughout: the share of a rank is computed when a step begins, from
@@ -59,15 +59,15 @@ class Trainer:
 
     Args:
         job: the configuration.
-        runtime: who this rank is.
-        control: requests in, events out.
-        directory: the run on disk.
+        runtime: the rank, device and process groups.
+        control: provides requests and receives events.
+        directory: the run's directory.
         data: the job's data sets.
         model: the network, initialised, on the device.
         started: wall-clock time of the user's command.
-        marks: the phases since then.
+        marks: the startup phases since then.
         uploads: where checkpoints are sent, when the run root is an object store.
-        bill: the seconds of the run before this command, and what its machines cost.
+        bill: the seconds of the run before this command, and the price of its machines.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class Trainer:
         self.batches = GlobalBatches(order, split, loader, runtime, self.progress, self.throughput, self.total_steps)
         self.first_batch = self.batches.first()
 
-        parameter_groups(model, groups)  # freezes, which wrapping must know
+        parameter_groups(model, groups)  # freezes parameters, which must precede wrapping
         cast, passes = partial(casting, runtime.device, DTYPES[trainer.precision]), self.batches.passes
         job, measured = resolve_strategy(job, model, self.first_batch, passes, runtime, directory, control, cast)
         self.job = job
         self.strategy = build_strategy(job, model, runtime)
         self.advice = advise(job, model, self.first_batch, passes, runtime, cast, measured)
         self.sums = Sums(runtime.device, trainer.deterministic)
-        self.sums.add(self.strategy.prepare(self.first_batch))  # every rank knows the names from here on
+        self.sums.add(self.strategy.prepare(self.first_batch))  # declares the names of the metrics on every rank
         self.sums.reset()
         may_fuse = self.strategy.uses_all and not self.strategy.sparse
         self.optimizer = build_optimizer(job.optimizer, model, job.trust, may_fuse, may_change=bool(job.callbacks))
@@ -135,17 +135,17 @@ class Trainer:
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, or until a request stops the run. Returns result.json's content (empty but on rank 0).
+        """Train to the end, or until a request stops the run. Return the content of result.json on rank 0, else {}.
 
         Raises:
             NonFiniteLoss: the loss is NaN or infinite; the last good checkpoint is kept.
-            DataError, UserCodeError: reading or computing a batch failed.
+            DataError, UserCodeError: a batch could not be read or computed.
             CheckpointError: a checkpoint could not be written.
             Regroup: all ranks have saved and end, as requested.
         """
         resumed_at = self.checkpoints.resume()
         if self.runtime.broadcast(resumed_at is not None):
-            self.first_batch = None  # the drawing of the network is in the record already
+            self.first_batch = None  # the record already has the graph of the network
         if self.advice is not None and (line := self.advice.line()):
             self._note(line)
         with self._recording(resumed_at):
@@ -194,12 +194,12 @@ class Trainer:
         return StepResult(vote.votes)
 
     def _add(self, answer: Any) -> None:
-        """Add a microbatch's answer to the sums of the log interval."""
+        """Add the result of a microbatch to the sums of the log interval."""
         self.sums.add(answer)
         self.finite.note_loss(answer, self.progress.step + 1)
 
     def _log(self, result: StepResult) -> None:
-        """Reduce the open sums over all workers when it is due."""
+        """Reduce the sums of the log interval over all workers, if a log is due."""
         if not (self._is_last_step or result.votes["log"] or self.intervals.log.due(self.progress)):
             return
         totals = self.sums.reduce(self.runtime)
@@ -214,7 +214,7 @@ class Trainer:
             result.values.update(self.recorder.meter.tags())
 
     def _evaluate(self, result: StepResult) -> None:
-        """Evaluate when it is due, and let the ranks agree on what callbacks make of it."""
+        """Evaluate if it is due, and let the ranks agree on a stop that a callback requests."""
         votes = result.votes
         due = self._is_last_step or votes["evaluate"] or self.intervals.evaluate.due(self.progress)
         evaluator = self.evaluator if due else None
@@ -233,7 +233,7 @@ class Trainer:
         result.improved = monitored is not None and self.progress.improve(monitored, self.job.checkpoint.mode)
 
     def _write(self, result: StepResult) -> None:
-        """Write the tags of this step, those of callbacks included, and hand them to the callbacks."""
+        """Write the tags of this step, including those of callbacks, and pass them to the callbacks."""
         values = {**self.callbacks.take_logged(), **result.values}
         if not values:
             return
@@ -242,10 +242,10 @@ class Trainer:
         self._call("on_log", self.progress.step, values)
 
     def _save(self, result: StepResult) -> None:
-        """Save when it is due or requested, unless this very step is saved already."""
+        """Save if it is due or requested, unless this step is saved already."""
         due = self._is_last_step or result.reason or result.improved or self.intervals.save.due(self.progress)
         if due:
-            # Not on request: a run that was never stopped would not have merged them here.
+            # Not on request: an uninterrupted run would not merge them here.
             self.strategy.merge_buffers()
         if not (due or asks_to_save(result.votes)) or self.checkpoints.saved_step == self.progress.step:
             return
@@ -262,7 +262,7 @@ class Trainer:
     # ---- callbacks and the record -----------------------------------------------------------------------------------
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        """Call `hook` of all callbacks, which may change what is trained."""
+        """Call `hook` of all callbacks, which may change the trained parameters."""
         if not self.callbacks:
             return
         before = self.trained.flags()
@@ -271,13 +271,13 @@ class Trainer:
             self._note(line)
 
     def _note(self, text: str) -> None:
-        """Show a line to the user, once for all ranks."""
+        """Print a line for the user, on rank 0 only."""
         if self.runtime.is_first:
             self.control.emit({"kind": "note", "text": text})
 
     @contextmanager
     def _recording(self, resumed_at: int | None) -> Iterator[None]:
-        """On rank 0, keep the run's record and its heartbeat inside."""
+        """On rank 0, write the run's record and its heartbeat inside the context."""
         if not self.runtime.is_first:
             yield
             return
@@ -315,7 +315,7 @@ class Trainer:
 
     def _drawing(self) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
         """Return the traced network after the first step of a new run, for the sinks; every rank traces it."""
-        batch, self.first_batch = self.first_batch, None  # its memory
+        batch, self.first_batch = self.first_batch, None  # free its memory
         if batch is None or not (self.shows_figures and self.job.logging.graph):
             return None
         network = self.strategy.drawable()
@@ -327,10 +327,12 @@ class Trainer:
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def _leave_to_regroup(self) -> NoReturn:
-        """End with everything saved; no rank leaves before the checkpoint of all is complete."""
+        """Raise Regroup after the checkpoint of all ranks is complete."""
         self.checkpoints.wait()
         self.runtime.barrier()
-        raise Regroup(f"All workers have saved step {self.progress.step} and end, to be started again.")
+        raise Regroup(
+            f"All workers have saved step {self.progress.step} and end, so that a new group of workers can start."
+        )
 
     def _finish(self, ending: Ending) -> dict[str, Any]:
         self.callbacks.call("on_end")

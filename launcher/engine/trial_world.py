@@ -1,9 +1,8 @@
-"""A stand-in for the process group of all workers, for trying out a model in one process.
+"""A fake process group of all workers, for testing a model that calls `torch.distributed` in one process.
 
-The start check runs before any worker exists. A model that calls `torch.distributed` itself needs a group then, under
-torchrun another one than the real group, whose other ranks wait elsewhere. Every collective of the stand-in returns at
-once and is recorded; the other workers' part of it is what this process sent at the same place in an earlier pass, or
-what it sends now.
+The start check runs before any worker exists, so such a model needs a group. Under torchrun it must not be the real
+group, whose other ranks do not take part. Every collective of the fake group is recorded and returns at once. The data
+of the other workers is what this process sent at the same position of an earlier pass, or what it sends now.
 """
 
 from __future__ import annotations
@@ -21,22 +20,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """A collective: its name, and copies of the tensors that this worker sent."""
+    """A recorded collective: its name, and copies of the tensors that this worker sent."""
 
     name: str
     sent: tuple[Tensor, ...]
 
     @property
     def form(self) -> tuple[str, tuple[tuple[int, ...], ...]]:
-        """What must be the same on every worker."""
+        """The name and the shapes, which must be equal on all workers."""
         return self.name, tuple(tuple(tensor.shape) for tensor in self.sent)
 
 
 class TrialWorld:
-    """What the model's collectives did in each pass.
+    """Records the model's collectives in each pass.
 
     Args:
-        workers: the size of the group that the model sees.
+        workers: the world size that the model sees.
+
+    Attributes:
+        calls: the collectives of the last pass.
     """
 
     def __init__(self, workers: int) -> None:
@@ -46,7 +48,7 @@ class TrialWorld:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, this is the default process group, also where a real one exists. Nothing for one worker."""
+        """Install the fake group as the default process group inside the context; no effect for one worker."""
         if self.workers == 1 or not dist.is_available():
             yield
             return
@@ -62,16 +64,16 @@ class TrialWorld:
 
     @contextmanager
     def a_pass(self, others: Sequence[Call] = ()) -> Iterator[None]:
-        """Record the calls inside as those of one pass. others: what the other workers send in it."""
+        """Record the collectives inside as one pass. `others`: the collectives of the other workers in it."""
         self.calls, self._others = [], others
         yield
 
-    def others_part(self, call: Call) -> tuple[Tensor, ...]:
-        """Note a call; return what each of the other workers sends in it."""
-        place = len(self.calls)
+    def record(self, call: Call) -> tuple[Tensor, ...]:
+        """Record a collective; return the tensors that each of the other workers sends in it."""
+        position = len(self.calls)
         self.calls.append(call)
-        if place < len(self._others) and self._others[place].form == call.form:
-            return self._others[place].sent
+        if position < len(self._others) and self._others[position].form == call.form:
+            return self._others[position].sent
         return call.sent
 
 
@@ -83,24 +85,24 @@ _REDUCED: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _group_class() -> Callable[[TrialWorld], Any]:
-    """Return the class of the group; made on use, since torch can be built without torch.distributed."""
+    """Return the class of the fake group. Created on use, because torch may be built without torch.distributed."""
 
     class TrialGroup(dist.ProcessGroup):
         def __init__(self, world: TrialWorld) -> None:
             super().__init__(0, world.workers)  # type: ignore[call-arg]
             self._trial = world
 
-        def _note(self, name: str, *sent: Tensor) -> tuple[Tensor, ...]:
-            return self._trial.others_part(Call(name, tuple(tensor.detach().clone() for tensor in sent)))
+        def _record(self, name: str, *sent: Tensor) -> tuple[Tensor, ...]:
+            return self._trial.record(Call(name, tuple(tensor.detach().clone() for tensor in sent)))
 
         def allgather(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
-            for each, own, other in zip(outputs, inputs, self._note("all_gather", *inputs), strict=False):
+            for each, own, other in zip(outputs, inputs, self._record("all_gather", *inputs), strict=False):
                 for rank, output in enumerate(each):
                     output.copy_(other if rank else own)
             return _done(outputs)
 
         def _allgather_base(self, output: Any, own: Any, options: Any = None) -> Any:
-            (other,) = self._note("all_gather_into_tensor", own)
+            (other,) = self._record("all_gather_into_tensor", own)
             parts = [other if rank else own for rank in range(self._trial.workers)]
             output.copy_(torch.cat([part.reshape(-1) for part in parts]).view_as(output))
             return _done(output)
@@ -111,7 +113,7 @@ def _group_class() -> Callable[[TrialWorld], Any]:
         def allreduce(self, tensors: Any, options: Any = None) -> Any:  # type: ignore[override]
             kind = getattr(options, "reduceOp", dist.ReduceOp.SUM)
             combine = next((function for op, function in _REDUCED.items() if kind == op), None)
-            for own, other in zip(tensors, self._note("all_reduce", *tensors), strict=True):
+            for own, other in zip(tensors, self._record("all_reduce", *tensors), strict=True):
                 if combine is not None:
                     own.copy_(combine(own, other))
                 elif kind == dist.ReduceOp.SUM:
@@ -119,31 +121,31 @@ def _group_class() -> Callable[[TrialWorld], Any]:
             return _done(tensors)
 
         def reduce(self, tensors: Any, *options: Any) -> Any:
-            self._note("reduce", *tensors)
+            self._record("reduce", *tensors)
             return _done(tensors)
 
         def broadcast(self, tensors: Any, *options: Any) -> Any:
-            self._note("broadcast", *tensors)
+            self._record("broadcast", *tensors)
             return _done(tensors)
 
         def gather(self, outputs: Any, inputs: Any, *options: Any) -> Any:
-            for each, other in zip(outputs, self._note("gather", *inputs), strict=False):
+            for each, other in zip(outputs, self._record("gather", *inputs), strict=False):
                 for output in each:
                     output.copy_(other)
             return _done(outputs)
 
         def reduce_scatter(self, outputs: Any, inputs: Any, *options: Any) -> Any:
-            self._note("reduce_scatter", *outputs)
+            self._record("reduce_scatter", *outputs)
             for output, each in zip(outputs, inputs, strict=False):
                 output.copy_(each[0])
             return _done(outputs)
 
         def alltoall(self, outputs: Any, inputs: Any, *options: Any) -> Any:
-            self._note("all_to_all", *inputs)
+            self._record("all_to_all", *inputs)
             return _done(outputs)
 
         def barrier(self, *options: Any) -> Any:
-            self._note("barrier")
+            self._record("barrier")
             return _done(None)
 
         def getBackendName(self) -> str:

@@ -1,8 +1,8 @@
-"""Tries the model's steps with batches of several sizes, and finds what depends on the size or on the batch-mates.
+"""Tests the model's steps with batches of several sizes, to find results that depend on the batch size.
 
-A metric can look right for one size alone: a list of two numbers is read as a pair (sum, count) where a batch has two
-samples. A loss over the whole batch (contrastive, in-batch negatives) depends on how a batch is split, and a layer may
-refuse a batch of one sample. A collective in the model needs the same number of samples on every worker.
+A metric may be valid for one batch size only: for a batch of two samples, a list of two numbers is read as a pair (sum,
+count). A loss over the whole batch (contrastive, in-batch negatives) depends on how a batch is split. A layer may
+reject a batch of one sample. A collective in the model needs the same number of samples on every worker.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from launcher.engine.trial_world import Call, TrialWorld
 from launcher.errors import ConfigError
 from launcher.formatting import count
 
-Pair = tuple[Tensor, Any]  # sum and count
+Pair = tuple[Tensor, Any]  # (sum, count)
 Answer = Mapping[str, Pair]
 _TOLERANCE = 1e-3  # relative; float32 sums in another order differ by 1e-6
 
 
 class BatchReader:
-    """Reads batches of the first samples of a data set, as the training loop would read them.
+    """Reads batches of the first samples of a data set like the training loop.
 
     Attributes:
-        drew: whether making a batch of the samples took random numbers, which are others for another batch.
+        drew: whether collating a batch used random numbers, which then differ between batches.
     """
 
     def __init__(self, job: Job, data: Data, dataset: Any, name: str, convert: Callable[[Any], Any]) -> None:
@@ -54,8 +54,8 @@ class BatchReader:
     def __call__(self, start: int, stop: int) -> Any:
         return next(self._loader.once(0, torch.arange(start, min(stop, self.samples)), start))
 
-    def look(self) -> None:
-        """See whether the data set's own `__getitems__` draws random numbers; given seeds belong to the samples."""
+    def check_gather(self) -> None:
+        """Check whether the data set's `__getitems__` draws random numbers, unless it accepts the samples' seeds."""
         if self._gather is not None and "seeds" not in signature(self._gather).parameters:
             with preserve_random_states():
                 self._watched(self._gather)(list(range(min(2, self.samples))))
@@ -75,11 +75,11 @@ class Trials:
     """Calls one of the model's steps with batches of several sizes, from the first samples of a data set.
 
     Args:
-        name: of the step, for messages.
-        model: what the step belongs to; it is left as it was. Its dropout layers are off where results are compared.
-        call: the step: batch -> answer.
-        read: the batch of the samples [start, stop).
-        shares: the batches that occur in the run.
+        name: name of the step, for messages.
+        model: the model, whose state is preserved. Its dropout layers are disabled when results are compared.
+        call: the step, a function batch -> result.
+        read: returns the batch of the samples [start, stop).
+        shares: the batches of the run.
         world: records the collectives of the model.
     """
 
@@ -95,18 +95,20 @@ class Trials:
         self._name, self._model, self._call, self._read = name, model, call, read
         self._samples, self._shares, self._world = read.samples, shares, world
         self._sizes = {size for some in shares for worker in some.workers for size in worker}
-        self._drew = False  # random numbers, in one of the passes that are compared
+        self._drew = False  # whether one of the compared passes used random numbers
 
     def run(self, first: Answer, calls: list[Call], remedy: str | None) -> list[str]:
-        """Try further sizes. Returns notes, one line each.
+        """Call the step with further batch sizes. Return notes, one line each.
 
         Args:
-            first: the answer for the first two samples; calls: the collectives of that pass.
-            remedy: what to do where the model refuses a batch of one sample that occurs; None where that is no fault.
+            first: the result for the first two samples.
+            calls: the collectives of that pass.
+            remedy: the remedy if the model rejects a batch of one sample that occurs in the run; None to skip this
+                check.
 
         Raises:
-            ContractError: a metric is refused at another size, or its shape depends on the size.
-            ConfigError: the model refuses the smallest share that occurs, or cannot have unequal shares.
+            ContractError: a metric is invalid for another size, or its shape depends on the size.
+            ConfigError: the model rejects the smallest share of the run, or does not support unequal shares.
         """
         silenced = _silenced(self._model)
         sums = Sums(torch.device("cpu"))
@@ -129,7 +131,7 @@ class Trials:
         if silenced and rest is not None:
             again, _ = self._attempt(0, 2, silenced)
             first = again or first
-        self._read.look()
+        self._read.check_gather()
         if whole is None or rest is None or self._drew or self._read.drew:
             return []
         return self._compared(whole, first, rest)
@@ -137,13 +139,13 @@ class Trials:
     def _attempt(
         self, start: int, stop: int, silenced: list[nn.Module], others: list[Call] | None = None
     ) -> tuple[Answer | None, list[Call]]:
-        """Return the step's answer, or None where it raises at a size that does not occur; and its collectives."""
+        """Return the result, or None if the step fails for a size that the run does not have; and the collectives."""
         size = stop - start
         try:
             with _silent(silenced), self._world.a_pass(others or ()):
                 return self._answer(start, stop), self._world.calls
         except Exception as error:
-            # A batch of one sample has a check of its own.
+            # `_check_smallest` checks batches of one sample.
             if size > 1 and (size in self._sizes or isinstance(error, ContractError)):
                 raise
             return None, self._world.calls
@@ -157,7 +159,7 @@ class Trials:
         return answer
 
     def _compared(self, whole: Answer, first: Answer, rest: Answer) -> list[str]:
-        """Return a note of what is another value for the whole batch than for its two parts together."""
+        """Return a note about metrics whose value for the whole batch differs from the sum over its two parts."""
         odd = [
             name for name in whole if name in first and name in rest and _differ(whole[name], first[name], rest[name])
         ]
@@ -167,12 +169,12 @@ class Trials:
         return [
             f"{self._name}: {quoted} of a batch is not the sum over its samples. It depends on how the batch is split, "
             "so results depend on the number of workers and on trainer.microbatch_size. Keep both the same in runs "
-            "that you compare (scaling.workers=1 without trainer.microbatch_size sees each global batch as a whole), "
+            "that you compare (scaling.workers=1 without trainer.microbatch_size does not split global batches), "
             "or return one value per sample that does not depend on the other samples."
         ]
 
     def _check_smallest(self, remedy: str) -> None:
-        """Raise ConfigError where a share of one sample occurs and the step refuses it."""
+        """Raise ConfigError if the run has a share of one sample and the step rejects it."""
         alone = next((some for some in self._shares if any(1 in worker for worker in some.workers)), None)
         if alone is None:
             return
@@ -182,17 +184,17 @@ class Trials:
         except Exception as error:
             raise ConfigError(
                 f"{alone.what[0].upper()}{alone.what[1:]} has {count(alone.size, 'sample')}, which the "
-                f"{count(len(alone.workers), 'worker')} share as {alone.described()}. {self._name} refuses a batch of "
+                f"{count(len(alone.workers), 'worker')} share as {alone.describe()}. {self._name} rejects a batch of "
                 f"one sample: {str(error).strip().rstrip('.')}. {remedy}"
             ) from error
 
     # ---- collectives ------------------------------------------------------------------------------------------------
 
     def _check_collectives(self, calls: list[Call], larger: list[Call]) -> None:
-        """Raise ConfigError where the model's collectives would not fit together on workers with unequal shares."""
+        """Raise ConfigError if the model's collectives would not match on workers with unequal shares."""
         follows_size = [call.form for call in calls] != [call.form for call in larger]
         if follows_size and larger:
-            # As a worker with fewer samples beside one with more: a model may pad to the largest share.
+            # Simulate a worker with fewer samples than another: a model may pad to the largest share.
             _, calls = self._attempt(0, 2, [], larger)
             follows_size = [call.form for call in calls] != [call.form for call in larger]
         for shares in self._shares:
@@ -201,14 +203,14 @@ class Trials:
             raise ConfigError(
                 f"{self._name} calls torch.distributed.{calls[0].name}, which needs equal shares on every worker. "
                 f"{shares.what[0].upper()}{shares.what[1:]} has {count(shares.size, 'sample')}, which the "
-                f"{count(len(shares.workers), 'worker')} share as {shares.described()}. Make the number of samples and "
+                f"{count(len(shares.workers), 'worker')} share as {shares.describe()}. Make the number of samples and "
                 "trainer.global_batch_size divisible by the number of workers, or pad to the largest share before the "
                 "collective."
             )
 
 
 def as_pairs(answer: Mapping[str, Any]) -> dict[str, Pair]:
-    """Return the (sum, count) of every name; raises ContractError where a value stands for none."""
+    """Return the (sum, count) of every metric. Raises ContractError for an invalid value."""
     pairs = {name: as_pair(name, value) for name, value in answer.items()}
     return {name: (total.detach(), count) for name, (total, count) in pairs.items()}
 
@@ -220,12 +222,12 @@ def _differ(whole: Pair, first: Pair, rest: Pair) -> bool:
     if not total.ndim:
         total, of_parts = total / float(whole[1]), of_parts / (float(first[1]) + float(rest[1]))
     if not (total.isfinite().all() and of_parts.isfinite().all()):
-        return False  # one without a count, too
+        return False  # also for a count of 0
     return bool(((total - of_parts).abs() > _TOLERANCE * total.abs().max() + 1e-6).any())
 
 
 def _silenced(model: nn.Module) -> list[nn.Module]:
-    """Return the layers in training mode whose results depend on batch-mates or chance by design: those have notes."""
+    """Return the layers in training mode that are random or depend on the batch by design; `caveats` reports them."""
     return [
         module
         for module in model.modules()
@@ -250,7 +252,7 @@ def _silent(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def _random_states(model: nn.Module | None = None) -> tuple[Any, ...]:
-    """Return the states of the process's generators, and of those that the model keeps, to compare them."""
+    """Return the states of the global random generators, and of the model's own, for comparison."""
     own = [value for module in model.modules() for value in vars(module).values()] if model is not None else []
     generators = [value.get_state().numpy().tobytes() for value in own if isinstance(value, torch.Generator)]
     state = np.random.get_state(legacy=False)

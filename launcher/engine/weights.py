@@ -1,8 +1,8 @@
-"""Loads weights from other places into a model: names with other prefixes, tied weights, what is missing or left over.
+"""Loads weights from files into a model, and matches names with different prefixes and tied weights.
 
-Files come from DDP (`module.`), `torch.compile` (`_orig_mod.`), and from models that are part of another (`model.net.`)
-or have another as a part. Names are matched as they are, without the usual prefixes, and with one prefix taken off all
-of them or put before all of them; what fits best counts.
+Files may come from DDP (`module.`), `torch.compile` (`_orig_mod.`), a model that contains this model (`model.net.`), or
+a part of this model. Names are compared unchanged, without the usual prefixes, and with one prefix removed from or
+added to all of them; the best match is used.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from launcher.errors import CheckpointError
 from launcher.runs.storage import is_uri
 
 _USUAL = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")
-_NAMED = 5  # names that a message gives of each kind
+_NAMED = 5  # names of each kind in a message
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How the names of a file fit the model's.
+    """A match between the names of a file and those of a model.
 
     Attributes:
-        names: {name in the model: name in the file} of the tensors that have the same shape.
-        missing, unexpected, misshapen: what does not fit; a tied weight is there under any of its names.
-        renamed: how the file's names were changed to fit, for a message; empty where they were not.
+        names: {name in the model: name in the file} of the tensors with the same shape.
+        missing, unexpected, misshapen: the names that do not match. A tied weight may have any of its names.
+        renamed: description of the change of the file's names, for messages; empty for unchanged names.
     """
 
     names: dict[str, str]
@@ -42,7 +42,8 @@ class Fit:
     def is_whole(self) -> bool:
         return not (self.missing or self.unexpected or self.misshapen)
 
-    def described(self) -> str:
+    def describe(self) -> str:
+        """Return the names that do not match, for a message."""
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("another shape", self.misshapen))
         return "; ".join(
             f"{kind}: {', '.join(names[:_NAMED])}{' …' if len(names) > _NAMED else ''}"
@@ -52,19 +53,19 @@ class Fit:
 
 
 def on_this_machine(place: str | None) -> str | None:
-    """Return the place of weights as a path: those on an object store are fetched."""
+    """Return the local path of weights; download them from an object store first if `place` is a URI."""
     return str(downloaded(place)) if place is not None and is_uri(place) else place
 
 
 def load_weights_into(model: nn.Module, weights: Mapping[str, Tensor], source: str, strict: bool = True) -> str:
-    """Load weights into the model. Returns what is worth a note: other names, and what was left out; else nothing.
+    """Load weights into the model. Return remarks about renamed, missing and unused names, or an empty text.
 
     Raises:
         CheckpointError: see `check_weights`.
     """
     fit = check_weights(model, weights, source, strict)
     own = model.state_dict()
-    chosen = {name: weights[there] for name, there in fit.names.items()}
+    chosen = {name: weights[stored] for name, stored in fit.names.items()}
     if any(hasattr(value, "device_mesh") for value in own.values()):
         from launcher.engine.checkpoint.training import sharded_like
 
@@ -77,10 +78,10 @@ def load_weights_into(model: nn.Module, weights: Mapping[str, Tensor], source: s
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str, strict: bool = True) -> Fit:
-    """Return how weights fit the model; of the weights, only names and shapes are looked at.
+    """Return the best match between weights and the model, by names and shapes only.
 
     Raises:
-        CheckpointError: nothing fits, shapes differ, or names differ and `strict`.
+        CheckpointError: nothing matches, shapes differ, or names differ and `strict`.
     """
     found = {name: tuple(value.shape) for name, value in weights.items()}
     fits = []
@@ -89,16 +90,16 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str, 
             return fit
         fits.append(fit)
     best = max(fits, key=_quality)
-    what = f"The weights of {source} do not fit the model ({best.described()}"
+    what = f"The weights of {source} do not fit the model ({best.describe()}"
     what += f"; compared {best.renamed})" if best.renamed else ")"
     alike = [fit.renamed for fit in fits if _quality(fit) == _quality(best) and fit.renamed]
     if best.renamed and len(alike) > 1 and not strict:
-        raise CheckpointError(f"{what}, and fit equally well {' and '.join(alike)}. Save the part that you mean alone.")
+        raise CheckpointError(f"{what}, and match equally well {' and '.join(alike)}. Save only the intended part.")
     if best.misshapen or strict or not best.names:
         lenient = best.names and not best.misshapen
         raise CheckpointError(
             f"{what}. Choose the model that they were saved from"
-            + (", or take what fits with checkpoint.load_strict=false." if lenient else ", or other weights.")
+            + (", or load what matches with checkpoint.load_strict=false." if lenient else ", or other weights.")
         )
     return best
 
@@ -108,7 +109,7 @@ def _quality(fit: Fit) -> tuple[int, int]:
 
 
 def _fits(model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> Iterator[Fit]:
-    """Yield the ways to make the names of a file fit the model, the simplest first."""
+    """Yield the matches between the names of a file and the model, the simplest change of names first."""
     tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     own = {name: tuple(value.shape) for name, value in tensors.items()}
     tied: dict[int, list[str]] = {}
@@ -116,7 +117,7 @@ def _fits(model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> Iterator[Fi
         tied.setdefault(id(value), []).append(name)
     also = {name: tied[id(value)] for name, value in tensors.items()}
 
-    plain = {name: name for name in found}  # name that is looked for in the model -> name in the file
+    plain = {name: name for name in found}  # name in the model -> name in the file
     usual = {_USUAL.sub("", name): name for name in found}
     starts = [(plain, "")]
     if len(usual) == len(found) and usual.keys() != plain.keys():
@@ -125,18 +126,18 @@ def _fits(model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> Iterator[Fi
     for names, renamed in starts:
         yield _fit(own, also, found, names, renamed)
     for names, renamed in starts:
-        shapes = {name: found[there] for name, there in names.items()}
+        shapes = {name: found[stored] for name, stored in names.items()}
         for prefix in _prefixes(shapes, own):
             off = {(name.removeprefix(prefix) if name.startswith(prefix) else name): at for name, at in names.items()}
             if len(off) == len(names):
                 yield _fit(own, also, found, off, f"{renamed or 'without the prefix'} {_quoted([prefix])}")
         for prefix in _prefixes(own, shapes):
-            before = {prefix + name: there for name, there in names.items()}
+            before = {prefix + name: stored for name, stored in names.items()}
             yield _fit(own, also, found, before, f"{renamed}{', ' * bool(renamed)}with the prefix {_quoted([prefix])}")
 
 
 def _prefixes(long: Mapping[str, tuple[int, ...]], short: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the prefixes that some names of `long` have before a name of `short`, the most frequent first."""
+    """Return the prefixes by which names of `long` differ from names of `short`, the most frequent first."""
     counted: Counter[str] = Counter()
     for name, shape in long.items():
         for at in (match.end() for match in re.finditer(r"\.", name)):
@@ -152,13 +153,13 @@ def _fit(
     names: Mapping[str, str],
     renamed: str,
 ) -> Fit:
-    there = {name: names[name] for name in own if name in names}
+    stored = {name: names[name] for name in own if name in names}
     misshapen = [
-        f"{name} {found[at]} instead of {own[name]}" for name, at in sorted(there.items()) if found[at] != own[name]
+        f"{name} {found[at]} instead of {own[name]}" for name, at in sorted(stored.items()) if found[at] != own[name]
     ]
-    missing = sorted(name for name in own if not any(other in there for other in also[name]))
+    missing = sorted(name for name in own if not any(other in stored for other in also[name]))
     unexpected = sorted(at for name, at in names.items() if name not in own)
-    fitting = {name: at for name, at in there.items() if found[at] == own[name]}
+    fitting = {name: at for name, at in stored.items() if found[at] == own[name]}
     return Fit(fitting, missing, unexpected, misshapen, renamed)
 
 
