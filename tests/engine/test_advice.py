@@ -1,4 +1,4 @@
-"""The prediction that a run of several workers makes of its own steps."""
+"""The predicted duration of a step, and the advice that a run with several workers prints."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from launcher.engine.cost import Link, predict, predict_rare
 from launcher.runs import RunDirectory
 
 
-def test_what_is_told() -> None:
+def test_advice_names_the_link_the_prediction_and_the_fastest_strategy() -> None:
     slow, fast = Link(1e-3, 12.5e6), Link(1e-5, 10e9)
     steps = {"ddp": predict(0.01, 22e6, 2, slow), "diloco": predict_rare(0.01, 22e6, 2, slow, every=20)}
-    told = Advice(slow, steps, "ddp").line()
-    assert told is not None
-    assert "100 Mbit/s" in told
-    assert "strategy=ddp: 1.7670 s a step, 99% of it" in told
-    assert "The quickest a step: diloco (diloco 0.0981 s)" in told
+    line = Advice(slow, steps, "ddp").line()
+    assert line is not None
+    assert "100 Mbit/s" in line
+    assert "strategy=ddp: 1.7670 s a step, 99% of it" in line
+    assert "fastest strategy is diloco (diloco 0.0981 s)" in line
 
     assert Advice(fast, {"ddp": predict(0.01, 1e6, 2, fast)}, "ddp").line() is None
 
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 @pytest.mark.timeout(120)
-def test_two_workers_over_a_slow_link_are_advised_and_the_prediction_is_judged(tmp_path: Path) -> None:
-    """Would be wrong: advice that belongs to another link, or leaves gradients, buffers or random numbers behind."""
+def test_a_run_over_a_slow_link_prints_advice_and_logs_the_accuracy_of_the_prediction(tmp_path: Path) -> None:
+    """Guards against advice for another link, and against measurements that change the state of the run."""
     words = ["model=mlp", "model.width=1000", "trainer.steps=6", "trainer.log_every=3", "scheduler=none"]
     command = [sys.executable, "-m", "launcher", "experiment=mnist", *words, f"run.root={tmp_path}", "run.name=a"]
     with network(2, "100mbit") as hosts:
@@ -37,5 +37,5 @@ def test_two_workers_over_a_slow_link_are_advised_and_the_prediction_is_judged(t
     values = RunDirectory(tmp_path / "a").result()["metrics"]
 
     assert "Mbit/s. Predicted with strategy=ddp" in printed
-    assert "The quickest a step: diloco" in printed
-    assert 0.4 < values["throughput/predicted_ratio"] < 2.5  # other work shares the cores of a test
+    assert "fastest strategy is diloco" in printed
+    assert 0.4 < values["throughput/predicted_ratio"] < 2.5  # other processes share the cores

@@ -1,4 +1,4 @@
-"""`strategy=auto`: one decision for all ranks, by memory and by prediction, which a run keeps."""
+"""`strategy=auto`: all ranks use the same strategy, selected by memory and prediction and stored in the run."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ DROPPED = {"_target_": "Net", "dropout": 0.5}
 @pytest.mark.parametrize(
     ("ddp", "fsdp", "room", "chosen"),
     [
-        ((80, 1.0), (40, 1.5), 100, "ddp"),  # both are held
+        ((80, 1.0), (40, 1.5), 100, "ddp"),  # both fit
         ((80, 1.5), (40, 1.0), 100, "fsdp"),
-        ((80, 1.0), (40, 1.0), 100, "ddp"),  # neither is quicker
-        ((120, 1.0), (60, 1.5), 100, "fsdp"),  # one is held
+        ((80, 1.0), (40, 1.0), 100, "ddp"),  # equally fast
+        ((120, 1.0), (60, 1.5), 100, "fsdp"),  # one fits
         ((101, None), (60, None), 100, "fsdp"),  # nothing was timed
-        ((300, 1.0), (150, 1.5), 100, "fsdp"),  # none is held: the one that needs the least
+        ((300, 1.0), (150, 1.5), 100, "fsdp"),  # none fits: the one that needs the least
     ],
 )
-def test_the_quickest_that_memory_holds(ddp: Any, fsdp: Any, room: float, chosen: str) -> None:
+def test_the_fastest_strategy_that_fits_into_memory_is_selected(ddp: Any, fsdp: Any, room: float, chosen: str) -> None:
     assert choose([Candidate("ddp", *ddp), Candidate("fsdp", *fsdp)], room).name == chosen
 
 
@@ -50,8 +50,11 @@ class _Notes:
         self.texts.append(event["text"])
 
 
-def settled(runtime: Runtime, room: float, folder: str) -> tuple[str, list[str], bool]:
-    """Settle a small network where rank 0 has `room` bytes, rank 1 twice as many; last: whether nothing was changed."""
+def resolved(runtime: Runtime, room: float, folder: str) -> tuple[str, list[str], bool]:
+    """Resolve `auto` for a small network; rank 0 has `room` bytes of memory, rank 1 twice as many.
+
+    Returns the strategy, the notes, and whether the model and the random state are unchanged.
+    """
     torch.manual_seed(runtime.rank)
     model, notes = Tokens(width=40), _Notes()
     before, random = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
@@ -66,34 +69,38 @@ def settled(runtime: Runtime, room: float, folder: str) -> tuple[str, list[str],
 
 
 @pytest.mark.parametrize(
-    ("bytes_", "chosen", "told"),
+    ("bytes_", "chosen", "note"),
     [
-        (2**30, "ddp", "takes ddp: a worker needs .* and has 1.0 GiB; predicted are .* with ddp, .* with fsdp a step"),
-        (20, "fsdp", "takes fsdp: .* has 20 B; nothing was timed"),
+        (
+            2**30,
+            "ddp",
+            "selects ddp: a worker needs .* and has 1.0 GiB; the predicted steps take .* with ddp, .* with fsdp",
+        ),
+        (20, "fsdp", "selects fsdp: .* has 20 B; no step was timed"),
     ],
 )
-def test_all_ranks_take_what_rank_0_decides_and_the_run_keeps_it(
-    bytes_: int, chosen: str, told: str, tmp_path: Path
+def test_all_ranks_use_the_selection_of_rank_0_and_the_run_stores_it(
+    bytes_: int, chosen: str, note: str, tmp_path: Path
 ) -> None:
-    for turn in (told, f"takes {chosen}: as this run began"):
-        ranks = on_ranks(settled, 2, bytes_, str(tmp_path))
+    for expected in (note, f"selects {chosen}: the run started with it"):
+        ranks = on_ranks(resolved, 2, bytes_, str(tmp_path))
         assert [name for name, _, _ in ranks] == [chosen, chosen]
         assert [len(texts) for _, texts, _ in ranks] == [1, 0]
-        assert re.search(turn, ranks[0][1][0])
+        assert re.search(expected, ranks[0][1][0])
         assert all(unchanged for _, _, unchanged in ranks)
-        bytes_ = 2**30  # what has changed since changes nothing
+        bytes_ = 2**30  # more memory does not change a stored selection
 
 
-def test_a_run_is_that_of_what_it_takes_and_a_resume_takes_the_same(tmp_path: Path) -> None:
-    """Would be wrong: measuring that moves the random numbers, or a resume that decides anew."""
+def test_a_run_equals_one_with_the_selected_strategy_and_a_resume_keeps_it(tmp_path: Path) -> None:
+    """Guards against a measurement that changes the random state, and a resume that selects again."""
     succeed(make_job(model=DROPPED, steps=8), tmp_path / "ddp", 2)
     (first, _) = succeed(
         make_job(model=DROPPED, steps=8, strategy=AUTO), tmp_path / "auto", 2, scripts=Script(stop_after=4)
     )
-    assert "strategy=auto takes ddp: a worker needs" in first.notes
+    assert "strategy=auto selects ddp: a worker needs" in first.notes
     assert result_of(tmp_path / "auto")["strategy"] == "ddp"
     (again, _) = succeed(make_job(model=DROPPED, steps=8, strategy=AUTO), tmp_path / "auto", 2)
-    assert "strategy=auto takes ddp: as this run began" in again.notes
+    assert "strategy=auto selects ddp: the run started with it" in again.notes
     assert column(tmp_path / "auto", "train/loss") == column(tmp_path / "ddp", "train/loss")
 
     RunDirectory(tmp_path / "sharded").path.mkdir()
@@ -106,12 +113,12 @@ def test_a_run_is_that_of_what_it_takes_and_a_resume_takes_the_same(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("workers", "more"), [(1, {}), (2, {"deterministic": True})])
-def test_where_there_is_nothing_to_choose_it_is_ddp(workers: int, more: dict[str, Any], tmp_path: Path) -> None:
+def test_ddp_is_selected_without_a_choice(workers: int, more: dict[str, Any], tmp_path: Path) -> None:
     (first, *_) = succeed(make_job(steps=2, strategy=AUTO, **more), tmp_path, workers)
-    assert "strategy=auto takes ddp" in first.notes
+    assert "strategy=auto selects ddp" in first.notes
 
 
 @pytest.mark.parametrize("more", [{"compression": "bf16"}, {"inner_steps": 4}, {"hybrid": True}])
-def test_what_is_not_exact_or_belongs_to_one_strategy_is_refused(more: dict[str, Any]) -> None:
+def test_options_that_are_not_exact_or_belong_to_one_strategy_are_rejected(more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="auto"):
         check_values(make_job(strategy={**AUTO, **more}))

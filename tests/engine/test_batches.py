@@ -1,4 +1,4 @@
-"""Batches of any type keep it: moved, pinned, in channels-last memory, cut and joined."""
+"""Batches of any type keep their type when they are moved, pinned, converted, sliced and joined."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ META = torch.device("meta")
 
 
 class Encoding(UserDict[str, Any]):
-    """As a tokenizer returns it: its items are attributes too, and it has others."""
+    """Like the result of a tokenizer: its items are also attributes, and it has further attributes."""
 
     def __init__(self, data: dict[str, Any], encodings: Any) -> None:
         super().__init__(data)
@@ -40,12 +40,12 @@ class Pair(NamedTuple):
 
 
 class Titled(namedtuple("Base", "x y")):
-    """A named tuple with a constructor and an attribute of its own."""
+    """A named tuple with another constructor and a further attribute."""
 
     def __new__(cls, title: str, x: Any, y: Any) -> Titled:
-        made = super().__new__(cls, x, y)
-        vars(made)["title"] = title
-        return made
+        titled = super().__new__(cls, x, y)
+        vars(titled)["title"] = title
+        return titled
 
 
 class Items(list[Any]):
@@ -69,7 +69,7 @@ class Frozen:
 
 
 class Moves:
-    """An object that moves itself, as graphs and pictures of other libraries do."""
+    """An object with a method `to`, like graphs and images of other libraries."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -102,15 +102,15 @@ def batches() -> Iterator[Any]:
     yield OrderedDict(b=ones(), a=ones())
     filled: Any = defaultdict(list, x=ones())
     yield filled
-    yield Encoding({"input_ids": ones(), "text": ["a", "b"]}, encodings=["kept"])
+    yield Encoding({"input_ids": ones(), "text": ["a", "b"]}, encodings=["an encoding"])
     yield UserList([ones(), "text"])
     yield deque([ones()], maxlen=4)
     yield MappingProxyType({"x": ones()})
     yield Pair(ones(), [ones(), None])
-    named = Titled("kept", ones(), 3)
+    named = Titled("a title", ones(), 3)
     yield named
     items = Items([ones()])
-    items.title = "kept"
+    items.title = "a title"
     yield items
     yield Graph(ones(), {"i": ones()})
     yield Frozen(ones(), "name")
@@ -123,7 +123,7 @@ def batches() -> Iterator[Any]:
 
 
 def form(value: Any, device: str) -> Any:
-    """Return what must stay the same: types, attributes and all that is no tensor; tensors must be on `device`."""
+    """Return what a move must preserve: types, attributes and other values. Asserts that tensors are on `device`."""
     if isinstance(value, PackedSequence):
         assert value.data.device.type == device
         return type(value), value.batch_sizes.tolist()
@@ -145,7 +145,7 @@ def form(value: Any, device: str) -> Any:
 
 
 @pytest.mark.parametrize("number", range(len(list(batches()))))
-def test_a_batch_keeps_its_type_on_the_way_to_the_device(number: int) -> None:
+def test_a_batch_keeps_its_type_when_it_is_moved_to_a_device(number: int) -> None:
     batch = list(batches())[number]
     before = form(batch, "cpu")
     moved = move(batch, META)
@@ -157,14 +157,14 @@ def test_a_batch_keeps_its_type_on_the_way_to_the_device(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(list(batches()))))
-def test_a_batch_in_which_nothing_changes_is_the_same_object(number: int) -> None:
+def test_an_unchanged_batch_is_the_same_object(number: int) -> None:
     batch = list(batches())[number]
     assert channels_last(batch) is batch
     assert tree_map(lambda tensor: tensor, batch) is batch
 
 
-def test_pinning_asks_what_pins_itself_and_reaches_every_plain_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no GPU here: `pin_memory` of tensors is replaced."""
+def test_pinning_calls_pin_memory_of_objects_and_pins_every_plain_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without a GPU: `pin_memory` of tensors is patched."""
     monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: False)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 1)
 
@@ -184,7 +184,7 @@ def test_pinning_asks_what_pins_itself_and_reaches_every_plain_tensor(monkeypatc
     assert batch[4] is labelled
 
 
-def test_pictures_alone_are_put_into_channels_last_memory() -> None:
+def test_only_images_are_converted_to_channels_last() -> None:
     picture = torch.zeros(2, 3, 4, 4)
     batch = channels_last(Encoding({"x": picture, "label": picture.long(), "sparse": picture.to_sparse()}, None))
     assert batch.x.is_contiguous(memory_format=torch.channels_last)
@@ -192,7 +192,7 @@ def test_pictures_alone_are_put_into_channels_last_memory() -> None:
     assert type(channels_last(picture.as_subclass(Labelled))) is Labelled
 
 
-def test_what_cannot_be_made_again_is_named() -> None:
+def test_a_mapping_that_cannot_be_rebuilt_is_reported_by_name() -> None:
     class Odd(Mapping[str, Any]):
         def __getitem__(self, key: str) -> Any:
             return ones()
@@ -206,10 +206,10 @@ def test_what_cannot_be_made_again_is_named() -> None:
     assert isinstance(channels_last(Odd()), Odd)
     with pytest.raises(DataError, match="Odd"):
         move(Odd(), META)
-    assert isinstance(move(Opaque(), META), Opaque)  # has no method `to`: the model is given it as it is
+    assert isinstance(move(Opaque(), META), Opaque)  # without a method `to`, it is passed to the model unchanged
 
 
-def test_batches_of_a_stream_are_cut_and_joined_in_their_type() -> None:
+def test_slices_and_joined_batches_keep_their_type() -> None:
     def piece(*numbers: int) -> Any:
         texts = [f"text {number}" for number in numbers]
         return Encoding({"x": torch.tensor(numbers), "n": np.array(numbers), "text": texts, "lang": "en"}, None)

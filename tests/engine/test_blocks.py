@@ -1,4 +1,4 @@
-"""Regional compilation: which blocks are found, that they share one graph, and that they compute what they did."""
+"""Regional compilation: equal blocks are found, share one graph, and compute the same results."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_the_outermost_lists_of_equal_blocks_are_found() -> None:
     assert repeated_blocks(network) == [*network.blocks, *network.others]
 
 
-def test_a_network_without_any_is_told() -> None:
+def test_a_network_without_repeated_blocks_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"compile_blocks=true .*Linear has no nn\.ModuleList"):
         repeated_blocks(nn.Linear(2, 2))
 
 
 def test_twelve_blocks_are_compiled_once_and_learn_the_same() -> None:
-    # In a process of its own: what the compiler guards is state of the process, which other tests have changed.
+    # In a new process: the compiler guards global state that other tests have changed.
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
         plain, blocks, graphs = fresh.submit(_with_and_without_compilation).result()
     assert graphs == 1
@@ -54,7 +54,7 @@ def test_twelve_blocks_are_compiled_once_and_learn_the_same() -> None:
 
 
 def _with_and_without_compilation() -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
-    """Return the gradients of a network as it is, those of one whose blocks are traced, and the number of graphs."""
+    """Return the gradients without and with compiled blocks, and the number of graphs."""
     graphs: list[Any] = []
 
     def only_traced(graph: Any, inputs: Any, **options: Any) -> Any:
@@ -76,7 +76,7 @@ def _with_and_without_compilation() -> tuple[list[torch.Tensor], list[torch.Tens
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_compiled_blocks_train_as_before(tmp_path: Path) -> None:
+def test_compiled_blocks_train_like_eager_blocks(tmp_path: Path) -> None:
     from tests.support.engine_ranks import column, make_job, succeed
 
     size = {"vocabulary": 256, "context": 32, "width": 16, "layers": 3, "heads": 2, "generate": 1}

@@ -1,4 +1,4 @@
-"""The buffers of all ranks are one model's: where it is evaluated, saved and continued."""
+"""The buffers of all ranks are merged for evaluation, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def buffers_of(rank: Rank) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
-def test_the_loss_of_a_run_is_that_of_its_checkpoint(kind: str, tmp_path: Path) -> None:
+def test_the_loss_of_a_run_equals_the_loss_of_its_checkpoint(kind: str, tmp_path: Path) -> None:
     job = job_of({**STRATEGIES[kind], "evaluate_every": 3, "checkpoint": {"monitor": None}})
     succeed(job, tmp_path, 2)
     losses = column(tmp_path, "val/loss")
@@ -61,10 +61,10 @@ def test_the_loss_of_a_run_is_that_of_its_checkpoint(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "diloco"])
-def test_a_run_that_was_stopped_anywhere_has_the_buffers_of_one_that_was_not(kind: str, tmp_path: Path) -> None:
+def test_a_stopped_and_resumed_run_has_the_buffers_of_an_uninterrupted_run(kind: str, tmp_path: Path) -> None:
     job = job_of({**STRATEGIES[kind], "evaluate_every": 6, "steps": 9, "checkpoint": {"every": 4}})
     whole = succeed(job, tmp_path / "whole", 2)
-    for stop in (2, 5):  # neither evaluated nor saved there otherwise
+    for stop in (2, 5):  # steps without evaluation and save
         succeed(job, tmp_path / "stopped", 2, scripts=Script(stop_after=stop))
     resumed = succeed(job, tmp_path / "stopped", 2)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -73,15 +73,17 @@ def test_a_run_that_was_stopped_anywhere_has_the_buffers_of_one_that_was_not(kin
     assert_same_weights(*map(buffers_of, whole))
 
 
-def test_ranks_collect_apart_until_they_merge_and_another_number_of_them_takes_the_merged(tmp_path: Path) -> None:
+def test_buffers_of_ranks_differ_until_they_are_merged_and_another_number_of_ranks_loads_the_merged_ones(
+    tmp_path: Path,
+) -> None:
     job = job_of({"steps": 3, "evaluate_every": 100})
     ranks = succeed(replace(job, trainer=replace(job.trainer, steps=5)), tmp_path, 2, scripts=Script(stop_after=3))
     means = [rank.weights["norm.running_mean"] for rank in ranks]
-    assert not torch.equal(*means), "nothing was merged that a run without a stop would not have merged"
+    assert not torch.equal(*means), "a stop must not merge buffers"
     saved = final_weights(tmp_path)
     assert torch.allclose(saved["norm.running_mean"], torch.stack(means).mean(0), atol=1e-7)
     assert torch.equal(saved["codes"], ranks[0].weights["codes"])
-    (one,) = succeed(job, tmp_path, 1)  # three steps are done: it takes the checkpoint and ends
+    (one,) = succeed(job, tmp_path, 1)  # three steps are done: the run loads the checkpoint and ends
     assert_same_weights(one.weights, saved)
 
 
@@ -116,12 +118,12 @@ def test_each_buffer_is_merged_by_its_rule() -> None:
         assert torch.equal(merged[name], one[name])
 
 
-def test_a_mean_of_unequal_shapes_is_refused_on_every_rank() -> None:
+def test_merging_unequal_shapes_is_an_error_on_every_rank() -> None:
     answers = on_ranks(_merge, 2, {"seen": "max"}, True)
-    assert all('The buffer "seen" has another shape' in answer for answer in answers)
+    assert all('buffer "seen" differs between ranks' in answer for answer in answers)
 
 
 @pytest.mark.parametrize("rules", [{"top": "sum"}, {"tops": "max"}, ["top"]], ids=["rule", "pattern", "kind"])
-def test_rules_that_mean_nothing_are_refused(rules: Any) -> None:
+def test_invalid_rules_are_rejected(rules: Any) -> None:
     with pytest.raises(ConfigError, match="merge_buffers of the model"):
         rules_of(toys.Collecting(rules))

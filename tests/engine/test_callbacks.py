@@ -1,4 +1,4 @@
-"""Callbacks: what they are called with, averaged weights, an early end, and that a resume leaves no trace in them."""
+"""Callbacks: their calls, averaged weights, early stopping, and their state in a resumed run."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def called(rank: Rank, what: str) -> list[tuple[int, ...]]:
     return [entry[2:] for entry in rank.record if entry[0] == what]
 
 
-# ---- what a callback is given ---------------------------------------------------------------------------------------
+# ---- calls of a callback ---------------------------------------------------------------------------------------------
 
 
-def test_a_callback_is_called_on_every_rank_and_says_what_is_logged(tmp_path: Path) -> None:
+def test_a_callback_is_called_on_every_rank_and_can_log(tmp_path: Path) -> None:
     ranks = succeed(make_job(epochs=2, callbacks={"own": "Watching"}), tmp_path, 2)
     for rank in ranks:
         assert called(rank, "on_start") == [(0, 0, 0, 0)]
@@ -58,8 +58,8 @@ def test_a_callback_is_called_on_every_rank_and_says_what_is_logged(tmp_path: Pa
     assert set(column(tmp_path, "own/rank")) == {0.0}
 
 
-def test_a_callback_gets_the_values_of_the_step_that_are_written(tmp_path: Path) -> None:
-    """Would be wrong: those of the log before, evaluation and log apart, or a rank without the means."""
+def test_on_log_receives_the_values_that_are_written_for_the_step(tmp_path: Path) -> None:
+    """Guards against values of the previous log, separate calls for log and evaluation, and ranks without means."""
     job = make_job(epochs=2, log_every=4, evaluate_every=6, callbacks={"own": "Watching"})
     ranks = succeed(job, tmp_path, 2)
     position = ("epoch", "samples", "time", "step")
@@ -78,31 +78,31 @@ def test_a_callback_gets_the_values_of_the_step_that_are_written(tmp_path: Path)
     assert dict(entry[1:] for entry in ranks[0].record if entry[0] == "on_log") == written
 
 
-def test_its_state_goes_on_with_the_run(tmp_path: Path) -> None:
+def test_the_state_of_a_callback_is_restored(tmp_path: Path) -> None:
     job = make_job(epochs=2, callbacks={"own": "Watching"}, checkpoint={"every": 3, "keep": 2})
     kill(job, tmp_path, 2, after=8, once_saved=6)
     ranks = succeed(job, tmp_path, 3)  # another number of workers
     assert called(ranks[2], "on_start") == [(6, 0, 600, 6)]
     assert called(ranks[2], "on_end") == [(22, 2, 2074, 22)]
-    # Without it, and with one that the checkpoint knows nothing of.
+    # Without that callback, and with another one that the checkpoint does not contain.
     longer = make_job(epochs=3, callbacks={"other": {"_target_": "Ema"} | EMA})
     succeed(longer, tmp_path, 1)
     assert result_of(tmp_path)["steps"] == 33
 
 
-@pytest.mark.parametrize("mishap", ["on_start", "on_step", "on_evaluate", "on_log", "on_end"])
-def test_a_callback_that_fails_is_told_with_its_own_traceback(mishap: str, tmp_path: Path) -> None:
-    own = {"_target_": "Watching", "mishap": mishap}
+@pytest.mark.parametrize("failure", ["on_start", "on_step", "on_evaluate", "on_log", "on_end"])
+def test_an_exception_of_a_callback_is_reported_with_the_users_traceback(failure: str, tmp_path: Path) -> None:
+    own = {"_target_": "Watching", "mishap": failure}
     (rank,) = launch(make_job(epochs=2, callbacks={"own": own}), tmp_path)
     assert rank.error is not None
     kind, message, trace = rank.error
-    assert (kind, message) == ("UserCodeError", f'callbacks.own.{mishap}: KeyError: "a callback\'s own mistake"')
+    assert (kind, message) == ("UserCodeError", f'callbacks.own.{failure}: KeyError: "a callback\'s own mistake"')
     assert "engine_toys.py" in trace
     assert "callbacks.py" not in trace
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_any_rank_may_ask_to_stop_and_all_do_at_the_same_step(rank: int, tmp_path: Path) -> None:
+def test_a_stop_of_one_rank_ends_all_ranks_at_the_same_step(rank: int, tmp_path: Path) -> None:
     own = {"_target_": "Watching", "stop_at": 7, "rank": rank}
     job = make_job(epochs=2, callbacks={"own": own})
     ranks = succeed(job, tmp_path, 2)
@@ -119,7 +119,7 @@ def averaged(directory: Path, section: str | None = None) -> dict[str, torch.Ten
     return load_weights(directory / "checkpoints" / "step-00000022", section)
 
 
-def test_the_average_is_what_the_formula_says() -> None:
+def test_the_average_follows_the_formula() -> None:
     model = torch.nn.Linear(2, 2)
     ema, run = Ema(decay=0.5), some_run(model, Progress())
     ema.on_start(run)
@@ -134,13 +134,13 @@ def test_the_average_is_what_the_formula_says() -> None:
 
 
 @pytest.mark.parametrize(("workers", "deterministic"), [(1, False), (2, False), (3, True)])
-def test_the_average_is_evaluated_and_kept_beside_the_trained_weights(
+def test_the_average_is_evaluated_and_saved_besides_the_trained_weights(
     workers: int, deterministic: bool, tmp_path: Path
 ) -> None:
     how: dict[str, Any] = {"model": "Tied", "epochs": 2, "deterministic": deterministic}
     succeed(make_job(**how), tmp_path / "plain", workers)
     succeed(make_job(callbacks={"ema": EMA}, **how), tmp_path / "ema", workers)
-    # Training does not notice.
+    # The average has no effect on training.
     assert column(tmp_path / "plain", "train/loss") == column(tmp_path / "ema", "train/loss")
     assert_same_weights(averaged(tmp_path / "plain"), averaged(tmp_path / "ema", "model"))
     assert column(tmp_path / "plain", "val/loss") != column(tmp_path / "ema", "val/loss")
@@ -148,7 +148,7 @@ def test_the_average_is_evaluated_and_kept_beside_the_trained_weights(
     assert torch.equal(weights["tail.weight"], weights["middle.weight"])  # tied
     assert torch.equal(weights["still"], torch.ones(3))
     assert int(weights["seen"]) == int(averaged(tmp_path / "ema", "model")["seen"])
-    # What is evaluated again is what was evaluated then, and what another run begins with.
+    # Evaluating the checkpoint gives the same loss, and another run starts from the averaged weights.
     path = str(tmp_path / "ema" / "checkpoints" / "step-00000022")
     ranks = succeed(make_job(**how), tmp_path / "again", workers, action="evaluate", weights=path)
     assert ranks[0].result["val/loss"] == column(tmp_path / "ema", "val/loss")[-1]
@@ -156,7 +156,7 @@ def test_the_average_is_evaluated_and_kept_beside_the_trained_weights(
 
 
 @pytest.mark.parametrize(("deterministic", "workers"), [(False, (2, 2)), (True, (2, 3))])
-def test_a_resumed_average_is_that_of_a_run_never_stopped(
+def test_the_average_of_a_resumed_run_equals_that_of_an_uninterrupted_run(
     deterministic: bool, workers: tuple[int, int], tmp_path: Path
 ) -> None:
     job = make_job(
@@ -190,7 +190,7 @@ def test_a_resumed_average_is_that_of_a_run_never_stopped(
         ([3, 2, 2], {"patience": 1}, 3),
     ],
 )
-def test_early_stopping_waits_for_a_better_value(
+def test_early_stopping_stops_after_patience_evaluations_without_improvement(
     values: list[float], how: dict[str, Any], stops_after: int | None
 ) -> None:
     progress = Progress()
@@ -205,7 +205,7 @@ def test_early_stopping_waits_for_a_better_value(
         assert (run._reason == "early_stopping") == (stops_after is not None and number >= stops_after)
 
 
-def test_a_run_that_no_longer_improves_ends_on_all_ranks_alike(tmp_path: Path) -> None:
+def test_early_stopping_ends_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     job = make_job(
         epochs=4,
         evaluate_every=3,
@@ -213,14 +213,14 @@ def test_a_run_that_no_longer_improves_ends_on_all_ranks_alike(tmp_path: Path) -
         callbacks={"early": EARLY, "own": None},
     )
     ranks = succeed(job, tmp_path, 3)
-    assert {rank.record[-1] for rank in ranks} == {("step", 9)}  # one better value, two not
+    assert {rank.record[-1] for rank in ranks} == {("step", 9)}  # one improvement, then two evaluations without
     result = result_of(tmp_path)
     assert (result["status"], result["reason"], result["steps"]) == ("completed", "early_stopping", 9)
     assert Path(result["checkpoint"]).name == "step-00000009"
     assert max(logged(tmp_path)) == 9
 
 
-def test_the_last_step_is_no_early_end(tmp_path: Path) -> None:
+def test_a_stop_at_the_last_step_is_no_early_stop(tmp_path: Path) -> None:
     job = make_job(
         steps=9, evaluate_every=3, optimizer={"_target_": "torch.optim.SGD", "lr": 0.0}, callbacks={"e": EARLY}
     )
@@ -228,21 +228,21 @@ def test_the_last_step_is_no_early_end(tmp_path: Path) -> None:
     assert (result_of(tmp_path)["status"], result_of(tmp_path)["reason"]) == ("completed", None)
 
 
-def test_a_signal_says_more_than_a_callback(tmp_path: Path) -> None:
+def test_a_signal_takes_precedence_over_a_stop_by_a_callback(tmp_path: Path) -> None:
     own = {"_target_": "Watching", "stop_at": 4}
     succeed(make_job(epochs=2, callbacks={"own": own}), tmp_path, 2, scripts={0: Script(stop_after=5)})
     assert (result_of(tmp_path)["status"], result_of(tmp_path)["reason"]) == ("stopped", "signal")
 
 
-# ---- what is refused before anything starts -------------------------------------------------------------------------
+# ---- rejected before the run starts ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("callbacks", "kind", "words"),
     [
-        ({"ema": EMA | {"decay": 1.5}}, ConfigError, r"callbacks.ema.decay=1.5: it must lie"),
+        ({"ema": EMA | {"decay": 1.5}}, ConfigError, r"callbacks.ema.decay=1.5 must be"),
         ({"ema": EMA | {"dekay": 0.5}}, ConfigError, r'callbacks.ema.dekay is not taken .* Did you mean "decay"'),
-        ({"a": EMA, "b": EMA}, ConfigError, r"a and b both say which weights are evaluated"),
+        ({"a": EMA, "b": EMA}, ConfigError, r"a and b both average the weights"),
         ({"early": EARLY | {"patience": 0}}, ConfigError, r"patience=0"),
         (
             {"early": EARLY | {"monitor": "val/los"}},
@@ -253,12 +253,12 @@ def test_a_signal_says_more_than_a_callback(tmp_path: Path) -> None:
         ({"out": {"_target_": "shutil.rmtree"}}, TrustError, r"outside of what a configuration may use"),
     ],
 )
-def test_what_is_no_callback_is_refused(callbacks: Any, kind: type[Exception], words: str) -> None:
+def test_invalid_callbacks_are_rejected(callbacks: Any, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         estimate(make_job(callbacks=callbacks))
 
 
-def test_a_callback_taken_out_is_none() -> None:
+def test_a_callback_set_to_null_is_removed() -> None:
     check_callbacks(make_job(callbacks={"own": "Watching"}), [])
     job = make_job()
     job.callbacks["ema"] = None

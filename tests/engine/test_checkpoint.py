@@ -1,4 +1,4 @@
-"""One process: exact round trips, damage, forgery, disks that fill up, what is kept."""
+"""Checkpoints of one process: exact round trips, damage, forgery, full disks, retention."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from launcher.engine import checkpoint
 from launcher.engine.checkpoint import files, reader
 from launcher.errors import CheckpointError
 
-# It imports torch once for all the processes that get killed below.
+# Imports torch once for all processes that the tests kill.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["launcher.engine.checkpoint.training", "torch.distributed.fsdp", "torch._dynamo"])
 
@@ -42,7 +42,7 @@ def save(directory: Path, step: int, state: dict[str, Any], own: Any = None) -> 
 
 
 def same(one: Any, other: Any) -> bool:
-    """Bit for bit and type for type."""
+    """Whether two values are equal in type and bits."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
@@ -89,7 +89,7 @@ PLAIN: list[Any] = [
 
 
 @pytest.mark.parametrize("value", PLAIN, ids=lambda value: repr(value)[:30])
-def test_plain_values_come_back_exactly(tmp_path: Path, value: Any) -> None:
+def test_plain_values_are_restored_exactly(tmp_path: Path, value: Any) -> None:
     path = save(tmp_path, 1, {"section": value, "nested": {"x": [value]}}, own=value)
     content = checkpoint.load(path)
     assert same(content.state, {"section": value, "nested": {"x": [value]}})
@@ -98,24 +98,24 @@ def test_plain_values_come_back_exactly(tmp_path: Path, value: Any) -> None:
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    made = {}
+    examples = {}
     for name, dtype in reader.DTYPES.items():
         raw = torch.arange(2 * 3 * dtype.itemsize, dtype=torch.uint8) * 7 % (2 if dtype is torch.bool else 251)
-        made[name] = raw.view(dtype).reshape(2, 3)
-        made[f"{name} scalar"] = raw.view(dtype)[3].clone()
-        made[f"{name} empty"] = torch.empty(0, 4, dtype=dtype)
-    made["transposed"] = torch.randn(4, 5).t()
-    made["a slice with a step"] = torch.randn(10, 4)[::3, 1:3]
-    made["expanded"] = torch.randn(3, 1).expand(3, 4)
-    made["channels last"] = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    made["conjugated"] = torch.randn(3, dtype=torch.complex64).conj()
-    made["a/b/c"] = torch.randn(2)
-    made["requires grad"] = nn.Parameter(torch.randn(2))
-    return made
+        examples[name] = raw.view(dtype).reshape(2, 3)
+        examples[f"{name} scalar"] = raw.view(dtype)[3].clone()
+        examples[f"{name} empty"] = torch.empty(0, 4, dtype=dtype)
+    examples["transposed"] = torch.randn(4, 5).t()
+    examples["a slice with a step"] = torch.randn(10, 4)[::3, 1:3]
+    examples["expanded"] = torch.randn(3, 1).expand(3, 4)
+    examples["channels last"] = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    examples["conjugated"] = torch.randn(3, dtype=torch.complex64).conj()
+    examples["a/b/c"] = torch.randn(2)
+    examples["requires grad"] = nn.Parameter(torch.randn(2))
+    return examples
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_tensors_come_back_bit_for_bit(tmp_path: Path, asynchronous: bool) -> None:
+def test_tensors_are_restored_bit_for_bit(tmp_path: Path, asynchronous: bool) -> None:
     state: dict[str, Any] = {
         "tensors": tensors(),
         "a": {"b": torch.ones(1)},
@@ -131,7 +131,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, asynchronous: bool) -> No
     assert same(checkpoint.load(saved.path).state, state)
 
 
-def test_tensors_are_filled_in_place_whatever_their_layout(tmp_path: Path) -> None:
+def test_tensors_of_any_layout_are_restored_in_place(tmp_path: Path) -> None:
     saved = {"x": torch.randn(4, 5), "y": torch.randn(2, 3, 4, 4), "z": torch.randn(3)}
     path = save(tmp_path, 1, {"model": saved})
     into = {
@@ -145,7 +145,7 @@ def test_tensors_are_filled_in_place_whatever_their_layout(tmp_path: Path) -> No
         assert torch.equal(tensor, saved[name])
 
 
-def test_numpy_state_comes_back(tmp_path: Path) -> None:
+def test_numpy_state_is_restored(tmp_path: Path) -> None:
     state: dict[str, Any] = {
         "rng": np.random.RandomState(3).get_state(legacy=False),
         "x": np.arange(6.0).reshape(2, 3)[:, ::2],
@@ -170,7 +170,7 @@ def test_numpy_state_comes_back(tmp_path: Path) -> None:
         (np.array([object()]), "numpy.ndarray"),
     ],
 )
-def test_what_cannot_be_held_is_told_with_its_place(tmp_path: Path, value: Any, named: str) -> None:
+def test_an_unsupported_value_is_reported_with_its_path(tmp_path: Path, value: Any, named: str) -> None:
     with pytest.raises(CheckpointError, match=f"callbacks/mine/0.*{named}"):
         save(tmp_path, 1, {"callbacks": {"mine": [value]}})
     assert list(tmp_path.iterdir()) == []
@@ -188,7 +188,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert torch.equal(untied["view"], weight[:2])
 
 
-def test_mismatches_name_every_tensor_with_found_and_expected(tmp_path: Path) -> None:
+def test_a_mismatch_names_every_tensor_with_the_found_and_expected_form(tmp_path: Path) -> None:
     path = save(
         tmp_path,
         1,
@@ -241,7 +241,7 @@ def test_a_shape_may_change_between_saves(tmp_path: Path) -> None:
     assert [checkpoint.load(path).state["x"].shape[0] for path in checkpoint.available(tmp_path).values()] == [1, 2, 3]
 
 
-def test_a_failure_in_the_background_surfaces_at_the_next_call(tmp_path: Path) -> None:
+def test_an_error_of_a_background_save_is_raised_by_the_next_call(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     checkpointer = checkpoint.Checkpointer(directory)
     checkpointer.save(1, {"x": torch.ones(2)}, asynchronous=False)
@@ -250,7 +250,7 @@ def test_a_failure_in_the_background_surfaces_at_the_next_call(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="step 2"):
         checkpointer.save(3, {"x": torch.ones(2)})
     directory.mkdir()
-    checkpointer.save(4, {"x": torch.ones(2)})  # told once; the next save is its own
+    checkpointer.save(4, {"x": torch.ones(2)})  # the error is raised once only
     saved = checkpointer.wait()
     assert saved is not None
     assert saved.path == directory / "step-00000004"
@@ -276,17 +276,17 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "one bit of the data": ("data-00000.bin", lambda path: flip(path / "data-00000.bin")),
     "one bit of the metadata": ("metadata.json", lambda path: flip(path / "metadata.json")),
     "one bit of the state": ("state.json", lambda path: flip(path / "state.json")),
-    "data gone": ("data-00000.bin", lambda path: (path / "data-00000.bin").unlink()),
-    "metadata gone": ("metadata.json", lambda path: (path / "metadata.json").unlink()),
-    "manifest gone": ("manifest.json", lambda path: (path / "manifest.json").unlink()),
+    "data missing": ("data-00000.bin", lambda path: (path / "data-00000.bin").unlink()),
+    "metadata missing": ("metadata.json", lambda path: (path / "metadata.json").unlink()),
+    "manifest missing": ("manifest.json", lambda path: (path / "manifest.json").unlink()),
     "manifest cut short": ("manifest.json", lambda path: os.truncate(path / "manifest.json", 50)),
     "manifest empty": ("manifest.json", lambda path: os.truncate(path / "manifest.json", 0)),
-    "nothing in it": ("manifest.json", empty),
+    "empty directory": ("manifest.json", empty),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path: Path, damage: str) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, {"x": torch.full((1000,), float(step)), "n": step})
     file, destroy = DAMAGE[damage]
@@ -299,12 +299,12 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: s
     assert "step-00000003" in newest.explain()
     with pytest.raises(CheckpointError, match=file):
         checkpoint.load(tmp_path / "step-00000003")
-    # A new one of the same step takes its place.
+    # A new checkpoint of the same step replaces it.
     save(tmp_path, 3, {"n": 33})
     assert checkpoint.load(tmp_path / "step-00000003").state == {"n": 33}
 
 
-def test_none_intact_and_none_at_all(tmp_path: Path) -> None:
+def test_no_intact_checkpoint_and_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest_intact(tmp_path / "absent") == checkpoint.NewestCheckpoint(None, [])
     assert checkpoint.available(tmp_path / "absent") == {}
     (save(tmp_path, 5, {"n": 1}) / "state.json").unlink()
@@ -322,7 +322,7 @@ def test_finding_a_checkpoint_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
-# --- checkpoints from strangers --------------------------------------------------------------------------------------
+# --- forged checkpoints ----------------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -334,7 +334,7 @@ class Evil:
 
 
 def rewrite(path: Path, name: str, change: Callable[[Any], Any] | bytes) -> None:
-    """Change a file of a checkpoint as a forger would: the manifest agrees with it."""
+    """Change a file of a checkpoint, and update its checksum in the manifest."""
     file = path / name
     if isinstance(change, bytes):
         file.write_bytes(change)
@@ -376,8 +376,8 @@ def link(target: str) -> Callable[[Path], None]:
 
 
 def link_to_the_same(path: Path) -> None:
-    (path / "data-00000.bin").rename(path.parent / "elsewhere")
-    (path / "data-00000.bin").symlink_to(path.parent / "elsewhere")
+    (path / "data-00000.bin").rename(path.parent / "other")
+    (path / "data-00000.bin").symlink_to(path.parent / "other")
 
 
 def pipe(path: Path) -> None:
@@ -395,12 +395,12 @@ FORGED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "manifest with another directory": ("manifest.json", forge_manifest("../../x")),
     "manifest with a pickle": ("manifest.json", forge_manifest(".metadata")),
     "link": ("data-00000.bin", link("/etc/passwd")),
-    "link to what would fit": ("data-00000.bin", link_to_the_same),
+    "link to a valid file": ("data-00000.bin", link_to_the_same),
     "device": ("data-00000.bin", link("/dev/zero")),
     "pipe": ("data-00000.bin", pipe),
     "huge": ("metadata.json", forge(**HUGE)),
     "huge and empty": ("metadata.json", forge(shape=[0, 2**61, 2**61], chunks=[])),
-    "huge volume from nowhere": ("metadata.json", forge(shape=[2**40, 2**40])),
+    "huge shape without data": ("metadata.json", forge(shape=[2**40, 2**40])),
     "chunks for nothing": ("metadata.json", forge(chunks=[])),
     "offset beyond the end": ("metadata.json", forge(start=2**60)),
     "negative offset": ("metadata.json", forge(start=-4)),
@@ -425,7 +425,7 @@ FORGED: dict[str, tuple[str, Callable[[Path], None]]] = {
         "state.json",
         lambda path: rewrite(path, "state.json", lambda c: {**c, "shared": {"x": {"$call": "os.system"}}}),
     ),
-    "tensor that is not there": (
+    "missing tensor": (
         "state.json",
         lambda path: rewrite(path, "state.json", lambda c: {**c, "shared": {"x": {"$tensor": "y"}}}),
     ),
@@ -438,7 +438,7 @@ FORGED: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 @pytest.mark.parametrize("forgery", FORGED)
-def test_a_forged_checkpoint_is_refused_by_file(tmp_path: Path, forgery: str) -> None:
+def test_a_forged_checkpoint_is_rejected_with_the_name_of_the_file(tmp_path: Path, forgery: str) -> None:
     path = save(tmp_path, 1, {"model": {"w": torch.ones(4), "x": torch.ones(5)}})
     named, change = FORGED[forgery]
     change(path)
@@ -454,22 +454,22 @@ def test_reading_executes_nothing(tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     evil = pickle.dumps(Evil(mark), protocol=2)
     path = save(tmp_path, 1, {"model": {"x": torch.ones(1000, dtype=torch.uint8)}})
-    # Where stock DCP would unpickle it.
+    # Stock DCP would unpickle this file.
     (path / ".metadata").write_bytes(evil)
     checkpoint.load(path)
-    # In place of tensor data: too short, then of the right size, when it is just numbers.
+    # As tensor data: first too short, then with the right size, so that it is read as numbers.
     rewrite(path, "data-00000.bin", evil)
     with pytest.raises(CheckpointError, match=r"data-00000\.bin"):
         checkpoint.load(path)
     rewrite(path, "data-00000.bin", evil.ljust(1000, b"\0"))
     assert bytes(checkpoint.load_weights(path)["x"].tolist()).startswith(evil)
-    # A directory as stock DCP writes it.
-    stranger = tmp_path / "step-00000002"
-    stranger.mkdir()
+    # A directory with the files of stock DCP.
+    foreign = tmp_path / "step-00000002"
+    foreign.mkdir()
     for name in (".metadata", "__0_0.distcp"):
-        (stranger / name).write_bytes(evil)
+        (foreign / name).write_bytes(evil)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
-        checkpoint.load(stranger)
+        checkpoint.load(foreign)
     # Files of weights.
     for name in ("weights.pt", "weights.safetensors", "weights"):
         (tmp_path / name).write_bytes(evil)
@@ -480,7 +480,7 @@ def test_reading_executes_nothing(tmp_path: Path) -> None:
         checkpoint.load_weights(tmp_path / "weights.pt")
     assert not mark.exists()
     pickle.loads(evil)
-    assert mark.exists(), "the planted pickle does nothing, so that this test would prove nothing"
+    assert mark.exists(), "the planted pickle does nothing, so this test is void"
 
 
 # --- interrupted and failed saves ------------------------------------------------------------------------------------
@@ -492,7 +492,7 @@ def fill_the_disk(directory: str, printed: str) -> None:
         os.dup2(stream.fileno(), 2)
     checkpointer = checkpoint.Checkpointer(directory)
     checkpointer.save(10, {"x": torch.ones(1000)}, asynchronous=False)
-    # Files end at a megabyte: stands in for a disk that does.
+    # Limits files to a megabyte, like a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
     checkpointer.save(20, {"x": torch.ones(1_000_000)})
     try:
@@ -502,23 +502,23 @@ def fill_the_disk(directory: str, printed: str) -> None:
     checkpointer.save(30, {"x": torch.ones(2000)}, asynchronous=False)
 
 
-def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_last_good_checkpoint_is_kept(tmp_path: Path) -> None:
     directory, printed = tmp_path / "checkpoints", tmp_path / "printed"
     process = FORKSERVER.Process(target=fill_the_disk, args=(str(directory), str(printed)))
     process.start()
     process.join(timeout=60)
     assert process.exitcode == 0, printed.read_text()
-    told = printed.read_text()
-    assert told.startswith("The checkpoint of step 20 could not be written")  # DCP prints no traceback of its own
-    assert told.count("\n") == 0
-    assert str(directory) in told
-    assert re.search(r"rank 0: File too large, \S+ [GM]iB are free there;", told)
-    assert "step-00000010 is intact" in told
+    message = printed.read_text()
+    assert message.startswith("The checkpoint of step 20 could not be written")  # without a traceback of DCP
+    assert message.count("\n") == 0
+    assert str(directory) in message
+    assert re.search(r"rank 0: File too large, \S+ [GM]iB are free there;", message)
+    assert "step-00000010 is intact" in message
     assert [path.name for path in directory.iterdir()] == ["step-00000030"]
     checkpoint.verify(directory / "step-00000030")
 
 
-def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_disk_space_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 1, {"x": torch.ones(2)})
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
@@ -527,7 +527,7 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written to"):
         checkpoint.Checkpointer(tmp_path / "file" / "checkpoints")
@@ -539,7 +539,7 @@ def save_for_ever(directory: str) -> None:
     start = 1 + max(checkpoint.available(directory), default=0)
     for step in range(start, 10_000):
         tensors = {f"{index}": torch.full((100_000,), float(step)) for index in range(20)}
-        checkpointer.save(step - step % 2, {"model": tensors})  # every second one replaces one of the same step
+        checkpointer.save(step - step % 2, {"model": tensors})  # every second save replaces one of the same step
 
 
 def test_killed_at_any_moment_a_checkpoint_is_complete_or_absent(tmp_path: Path) -> None:
@@ -561,18 +561,18 @@ def test_killed_at_any_moment_a_checkpoint_is_complete_or_absent(tmp_path: Path)
         for path in checkpoint.available(tmp_path).values():
             checkpoint.verify(path)
         assert not checkpoint.newest_intact(tmp_path).skipped
-        checkpoint.Checkpointer(tmp_path)  # the next start cleans up, and finds a replaced one again
+        checkpoint.Checkpointer(tmp_path)  # the next start cleans up, and restores a replaced checkpoint
         assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
         assert before <= set(checkpoint.available(tmp_path))
         for step, path in checkpoint.available(tmp_path).items():
             for tensor in checkpoint.load_weights(path).values():
                 assert tensor[0] in (step, step + 1)
                 assert torch.equal(tensor, tensor[:1].expand_as(tensor))
-    assert leftovers, "no save was interrupted, so that this test proved nothing"
+    assert leftovers, "no save was interrupted, so this test is void"
 
 
 @pytest.mark.parametrize("kind", ["tmp", "old"])
-def test_cleaning_restores_what_was_complete_and_removes_the_rest(tmp_path: Path, kind: str) -> None:
+def test_cleaning_restores_complete_checkpoints_and_removes_the_others(tmp_path: Path, kind: str) -> None:
     save(tmp_path, 1, {"n": 1})
     save(tmp_path, 2, {"n": 2}).rename(tmp_path / f".step-00000002.{kind}-0a")  # killed between two renames
     (save(tmp_path, 3, {"n": 3}).rename(tmp_path / f".step-00000003.{kind}-0b") / "state.json").unlink()
@@ -585,7 +585,9 @@ def test_cleaning_restores_what_was_complete_and_removes_the_rest(tmp_path: Path
     assert checkpoint.load(tmp_path / "step-00000002").state == {"n": 2}
 
 
-def test_killed_while_it_deletes_nothing_half_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_during_deletion_leaves_no_partial_checkpoint_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, {"n": step})
     new = save(tmp_path / "other", 3, {"n": 33})
@@ -607,7 +609,7 @@ def test_killed_while_it_deletes_nothing_half_is_seen(tmp_path: Path, monkeypatc
     assert len(files.clean(tmp_path)) == 2
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- retention -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -617,17 +619,19 @@ def test_killed_while_it_deletes_nothing_half_is_seen(tmp_path: Path, monkeypatc
         ({1, 2, 3, 4}, 4, 2, 1, {2, 4}),
         ({1, 2, 3, 4}, 4, 4, 1, {4}),
         ({1, 2, 3, 4}, 4, 1, 2, {1, 3, 4}),
-        ({1, 2, 3, 4}, 4, 2, 0, {2, 4}),  # the newest stays whatever is asked
-        ({1, 2, 3, 4}, 4, 9, 9, {1, 2, 3, 4}),  # a best one that is not there
-        ({1, 2, 8}, 2, None, 1, {2}),  # resumed from 1 since 8 was damaged: 8 is of no history any more
+        ({1, 2, 3, 4}, 4, 2, 0, {2, 4}),  # the newest is always kept
+        ({1, 2, 3, 4}, 4, 9, 9, {1, 2, 3, 4}),  # the best one does not exist
+        ({1, 2, 8}, 2, None, 1, {2}),  # resumed from 1 because 8 was damaged: 8 does not belong to this history
         ({1, 2, 8}, 2, 8, 1, {2, 8}),
     ],
 )
-def test_which_are_kept(steps: set[int], newest: int, best: int | None, keep: int, kept: set[int]) -> None:
+def test_retention_by_number_newest_and_best(
+    steps: set[int], newest: int, best: int | None, keep: int, kept: set[int]
+) -> None:
     assert files.to_keep(steps, newest, best, keep) == kept
 
 
-def test_old_ones_go_once_a_new_one_is_durable(tmp_path: Path) -> None:
+def test_old_checkpoints_are_deleted_after_a_new_one_is_durable(tmp_path: Path) -> None:
     checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
     for step in (10, 20, 30, 40, 50):
         checkpointer.save(step, {"n": step})
@@ -639,10 +643,10 @@ def test_old_ones_go_once_a_new_one_is_durable(tmp_path: Path) -> None:
     assert checkpointer.last.note == ""
 
 
-# --- weights from elsewhere ------------------------------------------------------------------------------------------
+# --- weights of other files ------------------------------------------------------------------------------------------
 
 
-def test_weights_come_from_files_too(tmp_path: Path) -> None:
+def test_weights_are_loaded_from_files(tmp_path: Path) -> None:
     weights = {"a.weight": torch.randn(2, 3), "a.bias": torch.randn(2).bfloat16(), "n": torch.tensor(3)}
     torch.save(weights, tmp_path / "plain.pt")
     torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "wrapped.ckpt")
@@ -662,7 +666,7 @@ def test_weights_come_from_files_too(tmp_path: Path) -> None:
             checkpoint.load_weights(tmp_path / name)
 
 
-def test_weights_come_from_safetensors(tmp_path: Path) -> None:
+def test_weights_are_loaded_from_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="the package safetensors is not installed")
     weights = {"a.weight": torch.randn(2, 3), "a.bias": torch.randn(2).bfloat16()}
     safetensors.save_file(weights, tmp_path / "weights.safetensors")
@@ -670,7 +674,7 @@ def test_weights_come_from_safetensors(tmp_path: Path) -> None:
     assert same(dict(sorted(found.items())), dict(sorted(weights.items())))
 
 
-def test_without_safetensors_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_safetensors_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     (tmp_path / "weights.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="pip install safetensors"):
@@ -679,7 +683,7 @@ def test_without_safetensors_it_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("supports_direct", [True, False])
 @pytest.mark.parametrize("length", [0, 1, 8191, 8192, 8193, 3 * 8192, 3 * 8192 + 5])
-def test_a_file_holds_what_was_given_however_the_disk_is_written(
+def test_a_file_has_the_given_content_with_and_without_direct_io(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, supports_direct: bool
 ) -> None:
     monkeypatch.setattr(files, "BLOCK_BYTES", 8192)

@@ -1,4 +1,4 @@
-"""Several ranks, as real gloo processes: who writes what, other numbers of ranks at loading, ranks that fail or die."""
+"""Checkpoints of several gloo processes: the files of each rank, other world sizes on load, failing and dying ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _rank(
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
     try:
         group = dist.new_group(backend="gloo", timeout=timeout)
-        answer = pickle.dumps(body(rank, group, *arguments))  # tensors would go as handles of this process
+        answer = pickle.dumps(body(rank, group, *arguments))  # the queue would send tensors as handles of this process
         queue.put((rank, None, answer))
     except BaseException:
         queue.put((rank, traceback.format_exc(), None))
@@ -51,7 +51,7 @@ def _rank(
 
 
 def run(world_size: int, body: Callable[..., Any], *arguments: Any, tmp_path: Path, dying: int = 0) -> list[Any]:
-    """Run `body(rank, group, *arguments)` in `world_size` processes; return what they gave, but for `dying` ones."""
+    """Run `body(rank, group, *arguments)` in `world_size` processes; return the results of all but `dying` of them."""
     store = tmp_path / f"store-{time.monotonic_ns()}"
     queue = FORKSERVER.Queue()
     given = [(rank, world_size, str(store), queue, body, arguments) for rank in range(world_size)]
@@ -71,12 +71,12 @@ def run(world_size: int, body: Callable[..., Any], *arguments: Any, tmp_path: Pa
 
 def net() -> nn.Sequential:
     torch.manual_seed(5)
-    # One row is fewer than there are ranks: some have nothing of it.
+    # With one row, some ranks have an empty shard.
     return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1), nn.Flatten(), nn.Linear(1, 3))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    torch.manual_seed(seed)  # the same batch on all ranks, so that the number of ranks changes nothing but rounding
+    torch.manual_seed(seed)  # the same batch on all ranks, so that the number of ranks only affects rounding
     loss = model(torch.randn(4, 7)).square().mean()
     optimizer.zero_grad()
     loss.backward()
@@ -111,7 +111,7 @@ def save_replicated(rank: int, group: dist.ProcessGroup, directory: str) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     train(model, optimizer, 1)
     checkpointer = checkpoint.Checkpointer(directory, keep=5, group=group)
-    drifting = torch.full((3,), float(rank))  # like batch statistics: rank 0's counts
+    drifting = torch.full((3,), float(rank))  # like batch statistics: rank 0's value is saved
     own = {"rng": torch.full((rank + 1,), rank, dtype=torch.uint8), "name": f"rank {rank}", "sums": (rank, math.inf)}
     for step in (1, 2):
         state = {**checkpoint.training_state(model, optimizer), "drifting": drifting, "who": rank}
@@ -120,7 +120,7 @@ def save_replicated(rank: int, group: dist.ProcessGroup, directory: str) -> Any:
         for parameter in model.parameters():
             parameter.data.fill_(math.nan) if step == 2 else parameter.data.mul_(2.0)
         drifting.add_(100)
-        # The training's own collectives go on meanwhile.
+        # The collectives of the training continue during the save.
         for _ in range(20):
             total = torch.ones(1000)
             dist.all_reduce(total)
@@ -151,7 +151,7 @@ def test_replicated_state_is_written_once_and_read_by_any_number_of_ranks(tmp_pa
     assert not newest.skipped
     for path in checkpoint.available(directory).values():
         assert sorted(file.name for file in path.glob("data-*")) == [f"data-0000{rank}.bin" for rank in range(3)]
-        assert [(path / f"data-0000{rank}.bin").stat().st_size for rank in (1, 2)] == [2, 3]  # what is their own
+        assert [(path / f"data-0000{rank}.bin").stat().st_size for rank in (1, 2)] == [2, 3]  # the state of each rank
     assert checkpoint.load(directory / "step-00000001").state["drifting"].tolist() == [0, 0, 0]
     for world_size in (1, 2):
         for state, own, drifting, who in run(world_size, load_replicated, str(newest.path), tmp_path=tmp_path):
@@ -177,14 +177,14 @@ def sharded(world_size: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def placed(fill: torch.Tensor) -> dict[str, DTensor]:
-    """Return a matrix laid out over the ranks in every way there is."""
+    """Return a matrix in every layout over the ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     layouts = {"rows": Shard(0), "columns": Shard(1), "replicated": Replicate()}
     return {name: distribute_tensor(fill, mesh, [layout]) for name, layout in layouts.items()}
 
 
 def save_sharded(rank: int, group: dist.ProcessGroup, source: str | None, directory: str, step: int) -> Any:
-    """Resume from `source` if there is one, train a step, save, train another; return the state at both moments."""
+    """Resume from `source` if given, train a step, save, train another step; return the states."""
     model, optimizer = sharded(dist.get_world_size())
     loaded = None
     if source:
@@ -218,7 +218,7 @@ def test_sharded_state_is_resharded_from_2_to_3_to_1(tmp_path: Path) -> None:
     first = directory / "step-00000001"
     _, at_first, after_first = two[0]
     sizes = [(first / f"data-0000{rank}.bin").stat().st_size for rank in (0, 1)]
-    assert min(sizes) > 0.3 * max(sizes), "one rank wrote nearly everything"
+    assert min(sizes) > 0.3 * max(sizes), "one rank wrote nearly all data"
 
     stored = json.loads((first / "metadata.json").read_text())["tensors"]
     assert {name: len(stored[f"placed/{name}"]["chunks"]) for name in ("rows", "columns", "replicated")} == {
@@ -227,7 +227,7 @@ def test_sharded_state_is_resharded_from_2_to_3_to_1(tmp_path: Path) -> None:
         "replicated": 1,
     }
 
-    # 2 -> 2, and on: bit for bit.
+    # 2 -> 2: continues bit for bit.
     for resumed in run(2, resume_sharded, str(first), 2, tmp_path=tmp_path):
         assert_equal(resumed, after_first)
     # 2 -> 3.
@@ -236,7 +236,7 @@ def test_sharded_state_is_resharded_from_2_to_3_to_1(tmp_path: Path) -> None:
     at_second = three[0][1]
     assert_equal(three[1][1], at_second)
 
-    # 3 -> 1, and 2 -> 1: without any process group, into a plain model, and without a model at all.
+    # 3 -> 1, and 2 -> 1: without a process group, into a plain model, and without a model.
     for path, expected in ((first, at_first), (directory / "step-00000002", at_second)):
         model = net()
         for parameter in model.parameters():
@@ -273,7 +273,7 @@ def fail_on_one(rank: int, group: dist.ProcessGroup, directory: str) -> tuple[st
     return problem, checkpointer.last.step  # type: ignore[union-attr]
 
 
-def test_a_failure_of_one_rank_is_told_by_all_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_of_one_rank_is_reported_by_all_and_leaves_no_files(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     for problem, last in run(2, fail_on_one, str(directory), tmp_path=tmp_path):
         assert "step 2" in problem
@@ -294,7 +294,7 @@ def die(rank: int, group: dist.ProcessGroup, directory: str) -> tuple[str, float
     return str(caught.value), time.monotonic() - start
 
 
-def test_a_rank_that_died_does_not_hold_up_the_others(tmp_path: Path) -> None:
+def test_a_dead_rank_does_not_block_the_others(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     for problem, seconds in run(2, die, str(directory), tmp_path=tmp_path, dying=1):
         assert "step 2" in problem
@@ -303,10 +303,10 @@ def test_a_rank_that_died_does_not_hold_up_the_others(tmp_path: Path) -> None:
     checkpoint.verify(directory / "step-00000001")
 
 
-def among_several_without_a_group(rank: int, group: dist.ProcessGroup, directory: str) -> None:
+def create_without_a_group(rank: int, group: dist.ProcessGroup, directory: str) -> None:
     with pytest.raises(ValueError, match="separate process group"):
         checkpoint.Checkpointer(directory)
 
 
-def test_several_ranks_need_a_group(tmp_path: Path) -> None:
-    run(2, among_several_without_a_group, str(tmp_path / "checkpoints"), tmp_path=tmp_path)
+def test_several_ranks_need_a_process_group(tmp_path: Path) -> None:
+    run(2, create_without_a_group, str(tmp_path / "checkpoints"), tmp_path=tmp_path)

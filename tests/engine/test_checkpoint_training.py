@@ -1,4 +1,4 @@
-"""A model and its optimizer, saved and resumed: training goes on bit for bit as if it had not been interrupted."""
+"""A model and its optimizer, saved and resumed, continue bit for bit like an uninterrupted training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.errors import CheckpointError
 
 
 class Net(nn.Module):
-    """Tied weights, a frozen layer, a buffer that changes, a parameter without gradient."""
+    """A network with tied weights, a frozen layer, a buffer that changes, and a parameter without gradient."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 class Master(Optimizer):
-    """Keeps float32 state for parameters of any type, one level deeper than usual, and plain values beside it."""
+    """An optimizer with float32 state for parameters of any type, nested state, and plain values."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -107,7 +107,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, before: int) -> None:
+def test_a_resumed_optimizer_continues_bit_for_bit(tmp_path: Path, name: str, before: int) -> None:
     dtype = torch.bfloat16 if name == "master weights" else torch.float32
     model = Net().to(dtype)
     optimizer = OPTIMIZERS[name](groups(model))
@@ -118,7 +118,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, befo
     at_save = snapshot(model, optimizer)
     train(model, optimizer, range(before, before + 3))
 
-    for used in (0, 3):  # into a fresh optimizer, and into one that has gone elsewhere
+    for used in (0, 3):  # restore into a new optimizer, and into one that has been stepped
         other = Net(seed=1).to(dtype)
         resumed = OPTIMIZERS[name](groups(other))
         train(other, resumed, range(100, 100 + used))
@@ -130,7 +130,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str, befo
         assert_same(snapshot(other, resumed), snapshot(model, optimizer))
 
 
-def test_looking_at_a_fresh_optimizer_changes_nothing() -> None:
+def test_reading_the_state_of_a_new_optimizer_changes_nothing() -> None:
     model = Net()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     before, rng = snapshot(model, optimizer), torch.get_rng_state()
@@ -141,11 +141,11 @@ def test_looking_at_a_fresh_optimizer_changes_nothing() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_names_are_those_of_the_plain_module() -> None:
+def test_names_are_the_names_of_the_unwrapped_module() -> None:
     class Outer(nn.Module):
         def __init__(self, compiled: bool) -> None:
             super().__init__()
-            self.module = nn.Linear(2, 2)  # a name that DistributedDataParallel uses too
+            self.module = nn.Linear(2, 2)  # a name that DistributedDataParallel also uses
             inner = nn.Sequential(nn.Linear(2, 2))
             self.inner: Any = torch.compile(inner) if compiled else inner
 
@@ -159,7 +159,7 @@ def test_names_are_those_of_the_plain_module() -> None:
     assert_same(dict(checkpoint.model_state(compiled)), dict(plain.state_dict()))
 
 
-def test_extra_state_of_a_module_comes_back(tmp_path: Path) -> None:
+def test_extra_state_of_a_module_is_restored(tmp_path: Path) -> None:
     class Counting(nn.Linear):
         calls = 0
 
@@ -179,21 +179,21 @@ def test_extra_state_of_a_module_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda model: [{"params": list(model.parameters())}], "has 2 groups of parameters and this one has 1"),
         (lambda model: groups(model)[::-1], "Group 0 .* differ in .*stem.weight"),
     ],
 )
-def test_other_groups_are_refused(tmp_path: Path, change: Callable[[nn.Module], Any], told: str) -> None:
+def test_other_parameter_groups_are_rejected(tmp_path: Path, change: Callable[[nn.Module], Any], message: str) -> None:
     model = Net()
     optimizer = torch.optim.SGD(groups(model), lr=0.1)
     checkpoint.Checkpointer(tmp_path).save(1, checkpoint.training_state(model, optimizer), asynchronous=False)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.restore_training(tmp_path / "step-00000001", model, torch.optim.SGD(change(model), lr=0.1))
 
 
-def test_another_model_is_refused_by_name_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_mismatching_model_is_rejected_by_name_and_not_changed(tmp_path: Path) -> None:
     model, other = nn.Linear(3, 4), nn.Linear(3, 5)
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9) for module in (model, other)]
     checkpoint.Checkpointer(tmp_path).save(1, checkpoint.training_state(model, optimizers[0]), asynchronous=False)
