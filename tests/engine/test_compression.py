@@ -1,4 +1,4 @@
-"""What travels between the workers: 16-bit means, PowerSGD against NumPy, DiLoCo against a loop written by hand."""
+"""Compressed communication: 16-bit means, PowerSGD compared with NumPy, DiLoCo compared with a plain loop."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def reduced_by_hook(runtime: Runtime, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 @pytest.mark.parametrize("workers", [2, 3])
-def test_a_cast_gradient_is_the_mean_of_cast_gradients(name: str, workers: int) -> None:
+def test_a_compressed_gradient_is_the_mean_of_cast_gradients(name: str, workers: int) -> None:
     ranks = on_ranks(reduced_by_hook, workers, name)
     small = [(rank["own"] / workers).to(WIRE[name]) for rank in ranks]
     expected = torch.stack([part.double() for part in small]).sum(0)
@@ -72,7 +72,7 @@ def reduced_by_powersgd(runtime: Runtime, steps: int, rank: int, after: int) -> 
 
 
 @pytest.mark.parametrize(("workers", "rank"), [(2, 2), (3, 1)])
-def test_powersgd_is_that_of_the_paper(workers: int, rank: int) -> None:
+def test_powersgd_equals_a_numpy_implementation_of_the_paper(workers: int, rank: int) -> None:
     steps, after = 5, 1
     ranks = on_ranks(reduced_by_powersgd, workers, steps, rank, after)
     for index, shape in enumerate(SHAPES):
@@ -102,27 +102,27 @@ def test_powersgd_is_that_of_the_paper(workers: int, rank: int) -> None:
                 assert np.allclose(worker["errors"][index].numpy(), error, atol=1e-4)
 
 
-def test_what_powersgd_leaves_out_is_not_lost() -> None:
-    # Sums over the steps: what was applied and what is still owed make up the true gradients.
+def test_powersgd_feeds_its_error_back() -> None:
+    # Summed over all steps, the applied gradients and the remaining error equal the true gradients.
     steps = 30
     ranks = on_ranks(reduced_by_powersgd, 2, steps, 1, 0)
     for index in ranks[0]["errors"]:
         both = [gradient(rank, step, SHAPES[index]) for step in range(steps) for rank in range(2)]
         true = torch.stack(both).sum(0) / 2
         applied = torch.stack([mean[index] for mean in ranks[0]["means"]]).sum(0)
-        owed = (ranks[0]["errors"][index] + ranks[1]["errors"][index]).view(SHAPES[index]) / 2
-        assert torch.allclose(applied + owed, true, atol=1e-3)
+        remaining = (ranks[0]["errors"][index] + ranks[1]["errors"][index]).view(SHAPES[index]) / 2
+        assert torch.allclose(applied + remaining, true, atol=1e-3)
 
 
-def test_errors_of_other_numbers_of_workers_owe_the_same() -> None:
+def test_errors_saved_by_another_number_of_workers_keep_their_mean() -> None:
     parameters = [nn.Parameter(torch.zeros(12, 10))]
     power = PowerSGD(parameters, Runtime.single("cpu"), 1, 0, seed=0)
     saved = [{0: gradient(rank, 0, (12, 10))} for rank in range(3)]
     power.load_errors(saved)
     mean = (saved[0][0] + saved[1][0] + saved[2][0]) / 3
-    assert torch.allclose(power.errors[0], mean, atol=1e-6)  # so the mean over any number of workers is that too
+    assert torch.allclose(power.errors[0], mean, atol=1e-6)  # so the mean over any number of workers is the same
     parameters[0].grad = torch.ones(12, 10)
-    power.reduce()  # alone, what is owed is paid at once
+    power.reduce()  # a single worker applies the error at once
     assert torch.allclose(parameters[0].grad, 1 + mean, atol=1e-6)
     assert not power.errors[0].any()
 
@@ -137,14 +137,14 @@ def unused(runtime: Runtime) -> dict[str, Any]:
     return {"grads": [parameter.grad for parameter in parameters]}
 
 
-def test_a_parameter_that_one_worker_does_not_use_has_half_and_one_that_none_uses_has_no_gradient() -> None:
+def test_a_parameter_used_by_one_of_two_workers_has_half_the_gradient_and_an_unused_one_has_none() -> None:
     for rank in on_ranks(unused, 2):
         both, one, none = rank["grads"]
         assert none is None
         assert torch.allclose(one, both / 2, atol=1e-5)
 
 
-def test_powersgd_goes_on_to_learn(tmp_path: Path) -> None:
+def test_powersgd_trains(tmp_path: Path) -> None:
     how: dict[str, Any] = {"steps": 66, "model": {"_target_": "Net", "width": 40}, "log_every": 20}
     succeed(make_job(**how), tmp_path / "plain", 2)
     strategy = {"compression": "powersgd", "powersgd_rank": 2, "powersgd_after": 5}
@@ -156,7 +156,7 @@ def test_powersgd_goes_on_to_learn(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_powersgd_reaches_the_loss_of_plain_ddp_on_mnist(tmp_path: Path) -> None:
-    """1,000 steps on gloo, without hanging, to within 1 % of the loss."""
+    """1,000 steps on gloo reach the loss within 1%, without a hang."""
     how: dict[str, Any] = {
         "steps": 1000,
         "model": {"_target_": "models.vision.MLP", "width": 128},
@@ -177,7 +177,7 @@ def test_powersgd_reaches_the_loss_of_plain_ddp_on_mnist(tmp_path: Path) -> None
 
 
 def trained_apart(runtime: Runtime, steps: int, options: dict[str, Any]) -> list[torch.Tensor]:
-    """Inner optimizer: Adam on a loss of this worker's own. Returns θ and the replica after each step."""
+    """Train with Adam as inner optimizer and another loss on each worker. Return θ and the replica of each step."""
     weight = nn.Parameter(torch.ones(6, 3))
     inner = torch.optim.Adam([weight], lr=0.05)
     outer = OuterOptimizer(inner, [weight], runtime, total_steps=steps, **options)
@@ -190,7 +190,7 @@ def trained_apart(runtime: Runtime, steps: int, options: dict[str, Any]) -> list
 
 
 @pytest.mark.parametrize("delay", [0, 2])
-def test_diloco_is_a_loop_written_by_hand(delay: int) -> None:
+def test_diloco_equals_a_plain_loop(delay: int) -> None:
     steps, every, lr, mu, workers = 14, 4, 0.7, 0.9, 2
     options = {"every": every, "lr": lr, "momentum": mu, "delay": delay}
     found = on_ranks(trained_apart, workers, steps, options)
@@ -246,8 +246,8 @@ def test_local_sgd_is_the_mean_of_the_replicas() -> None:
 
 
 @pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16])
-def test_low_precision_changes_the_differences_alone(wire: torch.dtype) -> None:
-    # The weights are about 1; their differences, not they, are rounded to 8 or 11 bits.
+def test_low_precision_only_rounds_the_differences(wire: torch.dtype) -> None:
+    # The differences are rounded to 8 or 11 bits, not the weights, which are about 1.
     exact = on_ranks(trained_apart, 2, 4, {"every": 4})
     rounded = on_ranks(trained_apart, 2, 4, {"every": 4, "wire": wire})
     assert torch.equal(rounded[0][-1], rounded[1][-1])

@@ -1,4 +1,4 @@
-"""What `launch plan` says of a strategy's memory and messages."""
+"""The memory, messages and step times of strategies that `launch plan` prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WHOLE = {"parameters": 400, "gradients": 400, "optimizer": 800}
 
 
 @pytest.mark.parametrize(
-    ("strategy", "kept", "travels", "words"),
+    ("strategy", "memory", "sent", "text"),
     [
         ({}, 1600, 400, "400 B of gradients a step"),
         ({"compression": "bf16"}, 1600, 200, "200 B of gradients a step"),
@@ -30,12 +30,12 @@ WHOLE = {"parameters": 400, "gradients": 400, "optimizer": 800}
         ),
     ],
 )
-def test_bytes(strategy: dict[str, Any], kept: int, travels: int, words: str) -> None:
+def test_bytes(strategy: dict[str, Any], memory: int, sent: int, text: str) -> None:
     config = StrategyConfig(**strategy)
-    assert sum(kind_of(config).memory(config, 4, WHOLE).values()) == kept
-    found, text = kind_of(config).traffic(config, TrainerConfig(), 400, 400, 2)
-    assert found == travels
-    assert words in text
+    assert sum(kind_of(config).memory(config, 4, WHOLE).values()) == memory
+    found, description = kind_of(config).traffic(config, TrainerConfig(), 400, 400, 2)
+    assert found == sent
+    assert text in description
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_bytes(strategy: dict[str, Any], kept: int, travels: int, words: str) ->
     ],
 )
 def test_steps(strategy: dict[str, Any], expected: Step) -> None:
-    """Two microbatches in bfloat16: FSDP gathers and reduces with each, the others reduce with the last alone."""
+    """Two microbatches in bfloat16: FSDP gathers and reduces with each, the others reduce only with the last one."""
     network = Network(8e6, 8e6, powersgd=1e5, blocks=6, passes=2)
     config = StrategyConfig(**strategy)
     assert kind_of(config).step(config, "bfloat16", network, 2.0, 4, LINK) == expected

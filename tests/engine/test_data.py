@@ -1,4 +1,4 @@
-"""Reading samples: the same by any number of loader processes, on any device, and with any bad sample."""
+"""Reading samples: independent of the number of loader processes, and errors of bad samples."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ CPU = torch.device("cpu")
 
 
 class Listed(Dataset[Any]):
-    """`__getitems__` that gives samples."""
+    """A data set whose `__getitems__` returns samples."""
 
     def __len__(self) -> int:
         return 10
 
     def __getitem__(self, index: int) -> Any:
-        raise AssertionError("read one by one although whole batches can be had")
+        raise AssertionError("read sample by sample, although `__getitems__` exists")
 
     def __getitems__(self, indices: list[int]) -> Any:
         assert isinstance(indices, list)
@@ -52,14 +52,14 @@ class Listed(Dataset[Any]):
 
 
 class Whole(Listed):
-    """`__getitems__` that gives a batch."""
+    """A data set whose `__getitems__` returns a batch."""
 
     def __getitems__(self, indices: list[int]) -> Any:
         return {"x": torch.tensor(indices), "names": [f"sample {i}" for i in indices]}
 
 
 class Seeded(Listed):
-    """`__getitems__` that augments."""
+    """A data set whose `__getitems__` accepts seeds."""
 
     def __getitems__(self, indices: list[int], seeds: Sequence[int] = ()) -> Any:
         return torch.tensor(seeds)
@@ -70,14 +70,14 @@ def read(dataset: Any, indices: list[int], collate: Any = None, epoch: int = 0, 
 
 
 def keys(*parts: list[int], epoch: int = 0) -> Iterator[Key]:
-    """Microbatches of these samples, one behind the other."""
+    """Yield the keys of consecutive microbatches with these samples."""
     first = 0
     for part in parts:
         yield Key(epoch, first, torch.tensor(part))
         first += len(part)
 
 
-def test_every_kind_of_data_set_gives_its_batch() -> None:
+def test_every_kind_of_data_set_is_collated() -> None:
     tensors = TensorDataset(torch.arange(20).reshape(10, 2), torch.arange(10))
     x, y = read(tensors, [3, 1])
     assert (x.tolist(), y.tolist()) == ([[6, 7], [2, 3]], [3, 1])
@@ -95,13 +95,15 @@ def test_every_kind_of_data_set_gives_its_batch() -> None:
     assert read(Subset(Listed(), [5, 6, 7]), [2, 0])[1].tolist() == [7, 5]
 
 
-def test_augmentation_depends_on_seed_epoch_and_position_alone() -> None:
+def test_augmentation_depends_only_on_seed_epoch_and_position() -> None:
     for dataset in (toys.Samples(50), Subset(toys.Samples(50), range(50))):  # a Subset only loops over the samples
-        alone = read(dataset, [7], first=12)[0][0]
-        assert torch.equal(read(dataset, [3, 9, 7], first=10)[0][2], alone)
-        assert not torch.equal(read(dataset, [7], first=13)[0][0], alone), "a sample drawn twice is the same twice"
-        assert not torch.equal(read(dataset, [7], epoch=1, first=12)[0][0], alone)
-        assert not torch.equal(read(dataset, [7], seed=1, first=12)[0][0], alone)
+        single = read(dataset, [7], first=12)[0][0]
+        assert torch.equal(read(dataset, [3, 9, 7], first=10)[0][2], single)
+        assert not torch.equal(read(dataset, [7], first=13)[0][0], single), (
+            "a repeated sample has the same augmentation"
+        )
+        assert not torch.equal(read(dataset, [7], epoch=1, first=12)[0][0], single)
+        assert not torch.equal(read(dataset, [7], seed=1, first=12)[0][0], single)
     seeds = read(Seeded(), [3, 7], first=4).tolist()
     assert seeds == [mix(0, 0, 4), mix(0, 0, 5)]
     assert read(Seeded(), [7], epoch=2, seed=5).tolist() == [mix(5, 2, 0)]
@@ -109,7 +111,7 @@ def test_augmentation_depends_on_seed_epoch_and_position_alone() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("dataset", [toys.Samples(50), Subset(toys.Samples(50), range(50)), Listed()])
-def test_reading_draws_none_of_the_trainers_random_numbers(dataset: Any, num_workers: int) -> None:
+def test_reading_does_not_advance_the_trainers_random_state(dataset: Any, num_workers: int) -> None:
     def draw() -> tuple[float, float, float]:
         return float(torch.rand(())), random.random(), float(np.random.rand())
 
@@ -127,29 +129,29 @@ def test_reading_draws_none_of_the_trainers_random_numbers(dataset: Any, num_wor
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_loader_processes_give_what_this_process_gives(num_workers: int) -> None:
+def test_loader_processes_read_the_same_batches_as_this_process(num_workers: int) -> None:
     order = Order(50, 9, 0)
 
     def batches(workers: int) -> list[Any]:
         read = keys_of_training(order, Split(microbatch=4), 0, 1, 0, 0, 12, 0)
         return list(Loader(Fetch(toys.Samples(50), None, 0), CPU, workers).read(read))
 
-    here, there = batches(0), batches(num_workers)
-    assert len(here) == len(there) == 34
+    expected, found = batches(0), batches(num_workers)
+    assert len(expected) == len(found) == 34
     assert all(
-        torch.equal(a, b) for one, other in zip(here, there, strict=True) for a, b in zip(one, other, strict=True)
+        torch.equal(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other, strict=True)
     )
 
 
-class Elsewhere(Listed):
-    """Gives the number of the process that reads."""
+class ReadingProcess(Listed):
+    """A data set whose batches have the id of the reading process."""
 
     def __getitems__(self, indices: list[int]) -> Any:
         return torch.tensor([os.getpid()])
 
 
-def test_only_tensors_are_gathered_here_whatever_num_workers_says() -> None:
-    (pid,) = Loader(Fetch(Elsewhere(), None, 0), CPU, 1).read(keys([1]))
+def test_in_memory_tensors_are_gathered_in_this_process_regardless_of_num_workers() -> None:
+    (pid,) = Loader(Fetch(ReadingProcess(), None, 0), CPU, 1).read(keys([1]))
     assert pid.item() != os.getpid()
     tensors = Loader(Fetch(TensorDataset(torch.arange(3)), None, 0), CPU, 2).read(keys([1]))
     next(tensors)
@@ -157,12 +159,12 @@ def test_only_tensors_are_gathered_here_whatever_num_workers_says() -> None:
 
 
 def loader_processes() -> list[int]:
-    """Return the processes that were forked from this one, as PyTorch's loader processes are."""
+    """Return the processes that were forked from this one, like PyTorch's loader processes."""
     own = Path("/proc/self/cmdline").read_bytes()
     return [pid for pid in toys.living_children() if Path(f"/proc/{pid}/cmdline").read_bytes() == own]
 
 
-def test_an_early_end_waits_for_what_is_being_read() -> None:
+def test_closing_early_waits_for_the_current_item() -> None:
     read: list[int] = []
 
     def slowly() -> Iterator[int]:
@@ -176,7 +178,7 @@ def test_an_early_end_waits_for_what_is_being_read() -> None:
     items.close()
     before = list(read)
     time.sleep(0.2)
-    assert read == before  # nobody reads on
+    assert read == before  # reading has ended
     assert list(in_background(iter(range(4)))) == [0, 1, 2, 3]
 
 
@@ -192,7 +194,7 @@ def test_an_early_end_waits_for_what_is_being_read() -> None:
         ("bug", UserCodeError, "KeyError: 'label'"),
     ],
 )
-def test_a_bad_sample_is_told_in_the_data_sets_own_words(
+def test_a_bad_sample_is_reported_with_the_message_of_the_data_set(
     raises: str, kind: type[Exception], words: str, num_workers: int
 ) -> None:
     loader = Loader(Fetch(toys.Samples(10, bad=7, raises=raises), None, 0), CPU, num_workers)
@@ -219,9 +221,11 @@ def test_a_bad_sample_ends_the_run_on_all_ranks(num_workers: int, tmp_path: Path
     assert [rank.children for rank in ranks] == [[], []]
 
 
-def test_loader_processes_leave_ctrl_c_to_the_trainer() -> None:
+def test_loader_processes_ignore_ctrl_c() -> None:
     seen: list[int] = []
-    kept = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    original = {
+        number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         loader = Loader(Fetch(toys.Samples(10), None, 0), CPU, 1)
         batches = loader.read(keys(*([i] for i in range(10))))
@@ -230,12 +234,12 @@ def test_loader_processes_leave_ctrl_c_to_the_trainer() -> None:
         for _ in range(3):
             os.kill(pid, signal.SIGINT)
         assert int(next(batches)[2]) == 1
-        # Python ends what is left with SIGTERM, and then waits for it.
+        # Python ends remaining processes with SIGTERM, and waits for them.
         masks = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         assert not any(int(masks[mask], 16) >> (signal.SIGTERM - 1) & 1 for mask in ("SigIgn", "SigCgt"))
         assert len(list(batches)) == 8
     finally:
-        for number, handler in kept.items():
+        for number, handler in original.items():
             signal.signal(number, handler)
     assert not seen
 
@@ -243,7 +247,7 @@ def test_loader_processes_leave_ctrl_c_to_the_trainer() -> None:
 # ---- a whole run ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_the_same_with_any_number_of_loader_processes(tmp_path: Path) -> None:
+def test_a_run_does_not_depend_on_the_number_of_loader_processes(tmp_path: Path) -> None:
     for name, workers, num_workers in (("none", 1, 0), ("two", 1, 2), ("one each", 3, 1)):
         job = make_job(
             data={"_target_": "Augmented", "num_workers": num_workers}, deterministic=True, epochs=2, log_every=3
@@ -253,7 +257,7 @@ def test_a_run_is_the_same_with_any_number_of_loader_processes(tmp_path: Path) -
         assert_same_run(tmp_path / "none", tmp_path / name)
 
 
-def test_random_layers_do_not_see_who_reads(tmp_path: Path) -> None:
+def test_random_layers_do_not_depend_on_the_reading_process(tmp_path: Path) -> None:
     for num_workers in (0, 1):
         job = make_job(
             model={"_target_": "Net", "dropout": 0.5},
@@ -266,14 +270,14 @@ def test_random_layers_do_not_see_who_reads(tmp_path: Path) -> None:
     assert_same_weights(final_weights(tmp_path / "0"), final_weights(tmp_path / "1"))
 
 
-def test_loader_processes_end_with_a_run_that_is_stopped(tmp_path: Path) -> None:
+def test_loader_processes_end_with_a_stopped_run(tmp_path: Path) -> None:
     job = make_job(data={"_target_": "Augmented", "num_workers": 2}, epochs=2)
     ranks = succeed(job, tmp_path, 2, scripts={0: Script(stop_after=3)})
     assert [rank.children for rank in ranks] == [[], []]
 
 
-def test_augmentation_on_the_device_depends_on_seed_epoch_and_position_alone() -> None:
-    """Would be wrong: another number of workers, or of loader processes, trains on other pictures."""
+def test_augmentation_on_the_device_depends_only_on_seed_epoch_and_position() -> None:
+    """Guards against augmentation that depends on the number of workers or of loader processes."""
     fetch = Fetch(TensorDataset(torch.arange(40)), None, 3, lambda batch, seeds: (batch[0] * 0, seeds))
     reader = Fetch(toys.Samples(40), None, 3, lambda batch, seeds: (batch[0] * 0, seeds))
 

@@ -1,4 +1,4 @@
-"""What a job's data must have, and what is said of data that have it not."""
+"""The validation of the data of a job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.engine.datasets import Data
 from launcher.errors import DataError
 
 
-class Given:
+class Source:
     def __init__(self, **parts: Any) -> None:
         self.__dict__.update(parts)
 
@@ -20,41 +20,41 @@ class Given:
     [
         ({}, "has no attribute `train`"),
         ({"train": iter([1, 2])}, "a list_iterator; a map-style data set"),
-        ({"train": []}, r"Given.train is empty"),
-        ({"train": [1], "val": []}, r"Given.val is empty"),
-        ({"train": [1], "val": {"good": [1], "none": []}}, r"Given.none is empty"),
+        ({"train": []}, r"Source.train is empty"),
+        ({"train": [1], "val": []}, r"Source.val is empty"),
+        ({"train": [1], "val": {"good": [1], "none": []}}, r"Source.none is empty"),
         ({"train": [1], "test": 5}, "a int; a map-style data set"),
     ],
 )
-def test_what_a_data_object_lacks_is_told(parts: dict[str, Any], words: str) -> None:
+def test_missing_or_unusable_parts_are_reported(parts: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
-        Data.of(Given(**parts))
+        Data.of(Source(**parts))
 
 
-def test_parts_of_a_data_object_may_be_left_out() -> None:
-    data = Data.of(Given(train=[1, 2]))
+def test_optional_parts_may_be_missing() -> None:
+    data = Data.of(Source(train=[1, 2]))
     assert (data.val, data.test, data.collate, data.num_workers) == ({}, {}, None, 0)
-    data = Data.of(Given(train=[1], val=[2], test={"a": [3]}, num_workers=None))
+    data = Data.of(Source(train=[1], val=[2], test={"a": [3]}, num_workers=None))
     assert (data.val, data.test, data.num_workers) == ({"": [2]}, {"a": [3]}, 0)
 
 
 @pytest.mark.parametrize("blocks", [[1, 1], [4, -1], [1.5, 1.5]])
-def test_blocks_that_are_none_are_refused(blocks: Any) -> None:
+def test_invalid_blocks_are_rejected(blocks: Any) -> None:
     class Three(list[int]):
         pass
 
     dataset = Three([1, 2, 3])
     dataset.blocks = blocks  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"not the sizes of its parts"):
-        Data.of(Given(train=dataset))
+    with pytest.raises(DataError, match=r"must be integers with the sum 3"):
+        Data.of(Source(train=dataset))
 
 
 @pytest.mark.parametrize("lengths", [[1, 2], [1.5, 2.0, 3.0], [[1], [2], [3]], ["a", "b", "c"], [[1], [2, 3], [4]], 7])
-def test_lengths_that_are_none_are_refused(lengths: Any) -> None:
+def test_invalid_lengths_are_rejected(lengths: Any) -> None:
     class Three(list[int]):
         pass
 
     dataset = Three([1, 2, 3])
     dataset.lengths = lengths  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"one whole number for each of its 3 samples"):
-        Data.of(Given(train=dataset))
+    with pytest.raises(DataError, match=r"one integer for each of its 3 samples"):
+        Data.of(Source(train=dataset))

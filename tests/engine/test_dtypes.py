@@ -1,4 +1,4 @@
-"""Parameters that are not float32: complex, float64 and single numbers are right with every strategy, or refused."""
+"""Parameters that are not float32: complex, float64 and scalar parameters train correctly, or are rejected."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ WAVES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", WAVES)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_complex_weights_are_trained_as_in_a_plain_loop(kind: str, workers: int, tmp_path: Path) -> None:
+def test_complex_weights_train_like_in_a_plain_loop(kind: str, workers: int, tmp_path: Path) -> None:
     how, strategy, tolerance = WAVES[kind]
     ranks = succeed(job_of("Waves", strategy, **how), tmp_path, workers)
     expected = dict(by_hand(seeded(toys.Waves), how.get("clip_norm")).named_parameters())
@@ -96,7 +96,9 @@ def test_complex_weights_are_trained_as_in_a_plain_loop(kind: str, workers: int,
     ],
     ids=["diloco", "powersgd", "exact", "ema"],
 )
-def test_a_run_with_complex_weights_is_resumed(strategy: dict[str, Any], how: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_with_complex_weights_can_be_resumed(
+    strategy: dict[str, Any], how: dict[str, Any], tmp_path: Path
+) -> None:
     job = job_of("Waves", strategy, optimizer={"_target_": "torch.optim.AdamW", "lr": 0.01}, **how)
     succeed(job, tmp_path / "whole", 2)
     succeed(job, tmp_path / "stopped", 2, scripts=Script(stop_after=4))
@@ -115,7 +117,7 @@ def test_a_worker_without_samples_takes_part_with_complex_weights(tmp_path: Path
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("strategy", [{}, WHOLE, LOCAL, {"name": "fsdp"}], ids=["ddp", "powersgd", "local", "fsdp"])
-def test_float64_keeps_its_digits(strategy: dict[str, Any], workers: int, tmp_path: Path) -> None:
+def test_float64_keeps_its_precision(strategy: dict[str, Any], workers: int, tmp_path: Path) -> None:
     ranks = succeed(job_of("Precise", strategy), tmp_path, workers)
     for name, value in by_hand(seeded(toys.Precise)).state_dict().items():
         given: Any = ranks[0].weights[name]
@@ -125,18 +127,20 @@ def test_float64_keeps_its_digits(strategy: dict[str, Any], workers: int, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "message"),
     [("Waves", '"turn" is a single number'), ("Precise", "parameters of one block have different dtypes")],
 )
-def test_what_fsdp_cannot_divide_is_refused_before_the_start(model: str, told: str, tmp_path: Path) -> None:
+def test_parameters_that_fsdp_cannot_shard_are_rejected_before_the_start(
+    model: str, message: str, tmp_path: Path
+) -> None:
     job = job_of(model, {"name": "fsdp"})
     job = replace(job, model={**job.model, "mixed": True}) if model == "Precise" else job
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         estimate(job)
     for rank in launch(job, tmp_path, 2):
         assert rank.error is not None
         assert rank.error[0] == "ConfigError"
-        assert told in rank.error[1]
-    # Where the strategy is chosen, it is one that takes the network.
+        assert message in rank.error[1]
+    # `auto` selects a strategy that supports the network.
     ranks = succeed(replace(job, strategy=replace(job.strategy, name="auto")), tmp_path / "auto", 2)
-    assert "takes ddp" in ranks[0].notes
+    assert "selects ddp" in ranks[0].notes

@@ -1,4 +1,4 @@
-"""Validation and test: every sample once, however many workers there are and however few samples."""
+"""Validation and test use every sample once, for any number of workers and samples."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def totals(ranks: list[Rank]) -> list[list[Any]]:
     ids=["1", "2 in microbatches", "3", "4", "4 deterministic"],
 )
 def test_each_sample_of_each_set_counts_once(workers: int, how: dict[str, Any], tmp_path: Path) -> None:
-    # 203 samples are no multiple of anything, and 3 samples are fewer than four workers.
+    # 203 samples are not divisible by the batch or the workers, and 3 samples are fewer than four workers.
     job = make_job(model="Summary", data={"_target_": "Points", "several": True}, epochs=1, log_every="1ep", **how)
     ranks = succeed(job, tmp_path, workers)
     values = logged(tmp_path)[11]
@@ -52,13 +52,13 @@ def test_each_sample_of_each_set_counts_once(workers: int, how: dict[str, Any], 
     assert not any(totals(ranks)[1:])
 
 
-def test_training_goes_on_in_the_modes_in_which_it_was(tmp_path: Path) -> None:
+def test_evaluation_restores_the_mode_of_every_module(tmp_path: Path) -> None:
     ranks = succeed(make_job(model="Resting", epochs=1, evaluate_every=2), tmp_path)
     modes = {entry[1:] for entry in ranks[0].record if entry[0] == "modes"}
     assert modes == {(True, False, True)}
 
 
-def test_evaluating_does_not_change_what_is_trained(tmp_path: Path) -> None:
+def test_evaluation_has_no_effect_on_training(tmp_path: Path) -> None:
     model = {"_target_": "Net", "dropout": 0.5}
     for every in (1, "1ep"):
         succeed(make_job(model=model, epochs=1, evaluate_every=every), tmp_path / str(every))
@@ -79,10 +79,10 @@ def test_a_checkpoint_is_evaluated_on_validation_and_test_sets(tmp_path: Path) -
         loss, accuracy = by_hand(tmp_path, 17, 4)
         assert (found["test/loss"], found["test/accuracy"]) == pytest.approx((loss, accuracy), abs=1e-6)
         assert all(rank.result == {} for rank in ranks[1:])
-    assert result_of(tmp_path) == before  # looking at a run does not change it
+    assert result_of(tmp_path) == before  # evaluating a run does not change it
 
 
-def test_what_summarize_must_return_is_told(tmp_path: Path) -> None:
+def test_an_invalid_result_of_summarize_is_reported(tmp_path: Path) -> None:
     (rank,) = launch(make_job(model="Talkative", epochs=1), tmp_path)
     assert rank.error is not None
     assert "summarize must return a mapping of names to numbers; found a str" in rank.error[1]

@@ -1,4 +1,4 @@
-"""What the numbers mean: the same for any number of workers, and those of a plain PyTorch loop."""
+"""Exactness: losses and weights are the same for any number of workers, and equal those of a plain loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GROUPS = {
 }
 COSINE = {"_target_": "launcher.engine.optim.WarmupCosine", "warmup_steps": 5}
 
-# Not Adam, which divides by the gradient's size and would hide a wrong factor.
+# Not Adam, which normalises the gradient and would hide a wrong factor.
 DECAY: dict[str, Any] = {"_target_": "torch.optim.SGD", "lr": 0.2, "momentum": 0.9, "weight_decay": 0.05}
 
 EXACT: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ EXACT: dict[str, dict[str, Any]] = {
         "global_batch_size": 3,
         "clip_norm": 1.0,
     },
-    "weights that are no whole numbers": {"model": "Weighted", "optimizer": SGD},
+    "fractional weights": {"model": "Weighted", "optimizer": SGD},
     "parameters that the first batch does not use": {"model": "Branches"},
     "parameters that later batches do not use": {"model": {"_target_": "Branches", "residue": 30, "never": False}},
 }
@@ -67,11 +67,11 @@ def test_deterministic_mode_gives_the_same_bits_for_any_number_of_workers(case: 
             assert_same_weights(final_weights(tmp_path / "1"), final_weights(tmp_path / str(workers)))
     losses = column(tmp_path / "1", "train/loss")
     assert len(losses) == 12 if case == "fewer samples than workers" else len(losses) == 22
-    assert losses[-1] < losses[0]  # and it did learn: a run that stands still is the same everywhere
+    assert losses[-1] < losses[0]  # it must learn: a run without updates would trivially be equal
 
 
 def plain_loop(steps: int, batch: int, loss_of: Any, network: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train as anybody would, in one process: the mean loss of the whole batch, in the engine's order."""
+    """Train with a plain loop in one process: the mean loss of the whole batch, in the engine's order."""
     torch.manual_seed(0)
     model = network()
     tuner = torch.optim.SGD(model.parameters(), **{key: value for key, value in DECAY.items() if key != "_target_"})
@@ -107,16 +107,16 @@ REFERENCES: dict[str, tuple[Any, dict[str, Any]]] = {
     "tokens": (mean_over_tokens, {"model": "Tokens"}),
     "weights": (mean_over_tokens, {"model": "Weighted"}),
     "tokens in microbatches": (mean_over_tokens, {"model": "Tokens", "microbatch_size": 11}),
-    # Weight decay moves a parameter whose gradient is zero, and leaves alone one that has none.
+    # Weight decay changes a parameter whose gradient is zero, but not one without gradient.
     "unused parameters": (mean_of_step, {"model": "Branches"}),
     "unused parameters in microbatches": (mean_of_step, {"model": "Branches", "microbatch_size": 11}),
 }
 
 
 @pytest.mark.parametrize("case", REFERENCES)
-def test_losses_are_those_of_a_plain_loop(case: str, tmp_path: Path) -> None:
+def test_losses_equal_those_of_a_plain_loop(case: str, tmp_path: Path) -> None:
     loss_of, how = REFERENCES[case]
-    # 107 samples: unequal shares of 2, 3 and 4 workers; 20 steps go beyond an epoch with its shorter last batch.
+    # 107 samples give unequal shares to 2, 3 and 4 workers; 20 steps include the smaller last batch of an epoch.
     expected, weights = plain_loop(20, 107, loss_of, getattr(toys, how["model"]))
     cases = ((1, False), (2, False), (3, False), (4, False), (2, True))
     for workers, deterministic in cases if case == "samples" else cases[::2]:

@@ -1,4 +1,4 @@
-"""FSDP beside DDP: the same loss, about half of the state on each of two workers."""
+"""FSDP compared with DDP: the same loss, with about half of the state on each of two workers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LARGE = {
     "heads": 10,
     "context": 64,
     "vocabulary": 256,
-}  # conf/model/gpt_50m.yaml, but for its context
+}  # conf/model/gpt_50m.yaml with another context
 
 
 def nbytes(tensors: Any) -> int:
@@ -39,9 +39,10 @@ def nbytes(tensors: Any) -> int:
 def trained(
     runtime: Runtime, strategy: dict[str, Any], size: dict[str, Any], steps: int, offload: bool = False
 ) -> dict[str, Any]:
-    """Train a GPT on tokens that follow a rule; return its losses and what of it this worker keeps, in bytes.
+    """Train a GPT on synthetic tokens; return its losses and the bytes of state on this worker.
 
-    `offload`: with the parts at rest on the host, although the workers compute there, which the strategy would refuse.
+    Args:
+        offload: use CPU offload although the workers compute on CPUs, which the strategy would reject.
     """
     torch.set_num_threads(1)
     job = Job(
@@ -79,11 +80,11 @@ def trained(
         vote = wrapped.accumulate([batch(step)], 4, {"bad": False}, record)
         wrapped.apply(optimizer, 4, vote)
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    kept = list(model.parameters())
+    weights = list(model.parameters())
     return {
         "losses": losses,
         "parameters": parameters,
-        "kept": nbytes(kept) + nbytes([p.grad for p in kept if p.grad is not None]) + nbytes(state),
+        "state": nbytes(weights) + nbytes([p.grad for p in weights if p.grad is not None]) + nbytes(state),
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -102,11 +103,11 @@ def test_the_same_loss_in_about_half_the_memory(size: dict[str, Any], strategy: 
     divided = on_ranks(trained, 2, {"name": "fsdp", **strategy}, size, steps, timeout=280)
     assert divided[0]["losses"] == pytest.approx(plain[0]["losses"], abs=1e-5)
     assert plain[0]["losses"][-1] < plain[0]["losses"][0]
-    ratios = [own["kept"] / whole["kept"] for own, whole in zip(divided, plain, strict=True)]
+    ratios = [own["state"] / whole["state"] for own, whole in zip(divided, plain, strict=True)]
     peaks = [own["peak"] / whole["peak"] for own, whole in zip(divided, plain, strict=True)]
     print(
-        f"{plain[0]['parameters']:,} parameters: kept {ratios[0]:.3f} and {ratios[1]:.3f} of DDP's "
-        f"{plain[0]['kept'] / 2**20:.0f} MiB; peak of the process {peaks[0]:.2f} of {plain[0]['peak'] / 2**20:.0f} MiB"
+        f"{plain[0]['parameters']:,} parameters: state {ratios[0]:.3f} and {ratios[1]:.3f} of DDP's "
+        f"{plain[0]['state'] / 2**20:.0f} MiB; peak of the process {peaks[0]:.2f} of {plain[0]['peak'] / 2**20:.0f} MiB"
     )
     if size is LARGE:
         assert 45e6 < plain[0]["parameters"] < 55e6
@@ -114,17 +115,17 @@ def test_the_same_loss_in_about_half_the_memory(size: dict[str, Any], strategy: 
 
 
 @pytest.mark.parametrize(
-    ("strategy", "workers", "machines", "offload", "kept"),
+    ("strategy", "workers", "machines", "offload", "ratio"),
     [({"hybrid": True}, 4, 2, False, 0.55), ({}, 2, 1, True, 0.55)],
     ids=["hybrid", "offload"],
 )
-def test_the_same_loss_wherever_the_parts_are(
-    strategy: dict[str, Any], workers: int, machines: int, offload: bool, kept: float
+def test_the_same_loss_with_hybrid_sharding_and_offload(
+    strategy: dict[str, Any], workers: int, machines: int, offload: bool, ratio: float
 ) -> None:
-    """Hybrid: divided in two on each of two machines. Offloaded: all that can be seen of it without a GPU."""
+    """Hybrid: two shards on each of two machines. Offload: as far as it can be tested without a GPU."""
     steps = 10
     plain = on_ranks(trained, workers, {}, SMALL, steps)
     divided = on_ranks(trained, workers, {"name": "fsdp", **strategy}, SMALL, steps, offload, machines=machines)
     for own, whole in zip(divided, plain, strict=True):
         assert own["losses"] == pytest.approx(whole["losses"], abs=1e-5)
-        assert own["kept"] / whole["kept"] <= kept
+        assert own["state"] / whole["state"] <= ratio

@@ -1,4 +1,4 @@
-"""A strategy is one file: what launch asks of it goes through its registered kind."""
+"""A strategy is one file: launch accesses it only through its registered kind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def toy_job(**more: Any) -> Job:
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register the toy for one test alone."""
+    """Register the toy strategy for one test only."""
     monkeypatch.setattr(base._KINDS, "_objects", dict(base._KINDS.all()))
     from tests.engine.toy_strategy import Toy
 
@@ -41,7 +41,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_strategy_of_another_package_trains_as_data_parallel_does(workers: int, tmp_path: Path) -> None:
+def test_a_strategy_of_another_package_trains_like_data_parallel(workers: int, tmp_path: Path) -> None:
     succeed(toy_job(), tmp_path / "toy", workers)
     succeed(make_job(epochs=2), tmp_path / "ddp", workers)
     losses = [[values["train/loss"] for values in logged(tmp_path / name).values()] for name in ("toy", "ddp")]
@@ -49,7 +49,7 @@ def test_a_strategy_of_another_package_trains_as_data_parallel_does(workers: int
     assert result_of(tmp_path / "toy")["status"] == "completed"
 
 
-def test_its_own_check_and_costs_count(registered: None) -> None:
+def test_its_checks_and_costs_are_used(registered: None) -> None:
     job = toy_job()
     check_values(job)
     with pytest.raises(ConfigError, match="toy compresses nothing"):
@@ -61,15 +61,15 @@ def test_its_own_check_and_costs_count(registered: None) -> None:
     assert identity(job.strategy) != identity(StrategyConfig())
 
 
-def test_one_that_is_not_registered_needs_an_entry_point_and_trust(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unregistered_strategy_needs_an_entry_point_and_trust(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint
 
     from launcher.engine import registry
 
-    job = replace(make_job(), strategy=StrategyConfig("elsewhere"))
-    with pytest.raises(ConfigError, match=r"strategy\.name is 'elsewhere'"):
+    job = replace(make_job(), strategy=StrategyConfig("other"))
+    with pytest.raises(ConfigError, match=r"strategy\.name is 'other'"):
         check_strategy(job)
-    point = EntryPoint("elsewhere", "tests.engine.toy_strategy:Toy", "launch.strategies")
+    point = EntryPoint("other", "tests.engine.toy_strategy:Toy", "launch.strategies")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     monkeypatch.setattr(base._KINDS, "_objects", dict(base._KINDS.all()))
     job.trust[:] = []
@@ -79,7 +79,7 @@ def test_one_that_is_not_registered_needs_an_entry_point_and_trust(monkeypatch: 
     check_strategy(job)
 
 
-def test_a_strategy_that_cannot_follow_says_so() -> None:
+def test_a_strategy_that_cannot_follow_changes_raises() -> None:
     class Rigid(DataParallel):
         def rewrap(self, batch: Any) -> None:
             super(DataParallel, self).rewrap(batch)
@@ -89,8 +89,8 @@ def test_a_strategy_that_cannot_follow_says_so() -> None:
         strategy.rewrap(None)
 
 
-def test_ddp_fsdp_and_auto_continue_each_other() -> None:
-    """Would be wrong: a run that must be trained again because its strategy was changed."""
+def test_ddp_fsdp_and_auto_can_resume_each_other() -> None:
+    """Guards against a run that cannot be resumed because its strategy was changed."""
     alike = {str(identity(StrategyConfig(name))) for name in ("ddp", "fsdp", "auto")}
     others = {str(identity(StrategyConfig(name))) for name in ("local_sgd", "diloco")}
     assert len(alike) == 1
@@ -100,7 +100,7 @@ def test_ddp_fsdp_and_auto_continue_each_other() -> None:
 
 
 def test_no_other_file_names_a_strategy() -> None:
-    """Would be wrong: a new strategy that needs an edit elsewhere. Only the default's name is in the schema."""
+    """Guards against a new strategy that needs changes in other files. Only the schema names the default."""
     names = {kind.name for kind in kinds() if kind.name not in ("auto", "toy")}
     assert names == {"ddp", "fsdp", "local_sgd", "diloco"}
     found = []
@@ -113,7 +113,7 @@ def test_no_other_file_names_a_strategy() -> None:
     assert found == ["launcher/config/schema.py: ddp"]
 
 
-def test_every_kind_predicts_and_is_listed_once() -> None:
+def test_every_kind_predicts_its_costs_and_is_listed_once() -> None:
     names = [kind.name for kind in kinds() if kind.name != "toy"]
     assert names == ["ddp", "fsdp", "local_sgd", "diloco", "auto"]
     whole = {"parameters": 400, "gradients": 400, "optimizer": 800}

@@ -1,4 +1,4 @@
-"""Sum, count, divide once, globally: what is logged is the mean over every sample that every worker saw."""
+"""Metrics are exact: the logged value is the mean over every sample of all workers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 ALONE = Runtime.single("cpu")
 
 
-def noted_losses(ranks: list[Rank]) -> dict[int, tuple[list[int], list[float]]]:
-    """Return step -> (numbers of the samples, their losses), of all ranks, as the network itself noted them."""
+def recorded_losses(ranks: list[Rank]) -> dict[int, tuple[list[int], list[float]]]:
+    """Return {step: (numbers of the samples, their losses)} of all ranks, as the network itself recorded them."""
     steps: dict[int, tuple[list[int], list[float]]] = {}
     for rank in ranks:
         step = 0  # before the first step: the batch that the engine tries out
@@ -49,7 +49,7 @@ def test_logged_loss_is_the_sum_over_all_ranks_by_the_count(
 ) -> None:
     job = make_job(model={"_target_": model, "note": True}, steps=13, log_every=4, **{"global_batch_size": 107, **how})
     ranks = succeed(job, tmp_path, workers)
-    steps = noted_losses(ranks)
+    steps = recorded_losses(ranks)
     batch = job.trainer.global_batch_size
     assert [len(numbers) for numbers, _ in steps.values()] == [min(batch, 1037 - batch * (s % 10)) for s in range(13)]
     by_hand = {}
@@ -58,21 +58,21 @@ def test_logged_loss_is_the_sum_over_all_ranks_by_the_count(
         by_hand[last] = math.fsum(losses) / len(losses)
     lines = {step: values["train/loss"] for step, values in logged(tmp_path).items() if "train/loss" in values}
     assert lines == pytest.approx(by_hand, rel=1e-6)
-    # A mean of the ranks' means would be another number: the test could tell.
-    counts = {len(numbers) for numbers, _ in (noted_losses([rank]).get(1, ([], [])) for rank in ranks)}
+    # The ranks have different counts, so a mean of the ranks' means would differ.
+    counts = {len(numbers) for numbers, _ in (recorded_losses([rank]).get(1, ([], [])) for rank in ranks)}
     assert len(counts) > 1
 
 
-def test_every_sample_is_used_once_an_epoch(tmp_path: Path) -> None:
+def test_every_sample_is_used_once_per_epoch(tmp_path: Path) -> None:
     job = make_job(model={"_target_": "Net", "note": True}, epochs=2, global_batch_size=100, microbatch_size=7)
-    steps = noted_losses(succeed(job, tmp_path, 3))
+    steps = recorded_losses(succeed(job, tmp_path, 3))
     for epoch in (0, 1):
         numbers = [number for step in range(1, 12) for number in steps[11 * epoch + step][0]]
         assert sorted(numbers) == list(range(1037))
-    assert set(steps[1][0]) != set(steps[12][0])  # and every epoch in another order
+    assert set(steps[1][0]) != set(steps[12][0])  # every epoch has another order
 
 
-def test_a_batch_without_a_single_token_moves_nothing(tmp_path: Path) -> None:
+def test_a_batch_without_tokens_changes_no_weight(tmp_path: Path) -> None:
     for deterministic in (False, True):
         directory = tmp_path / str(deterministic)
         job = make_job(model="Masked", steps=20, deterministic=deterministic, optimizer={**SGD})
@@ -81,7 +81,7 @@ def test_a_batch_without_a_single_token_moves_nothing(tmp_path: Path) -> None:
         entries = logged(directory)
         assert entries[5]["train/grad_norm"] > 0
         assert entries[20]["train/grad_norm"] == 0
-        assert entries[20]["train/loss"] is None  # no count, no mean
+        assert entries[20]["train/loss"] is None  # the mean is undefined
 
 
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
@@ -92,17 +92,17 @@ SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
     [
         ("scalar", r'under "loss".*a tensor of shape \(\).*reduction="none"'),
         ("list", r"must return a mapping.*found a list"),
-        ("nameless", r'must return "loss".*found los'),
+        ("nameless", r'must return the value to minimise under "loss".*found los'),
         ("text", r'under "loss".*found a str'),
         ("detached", r"found one without a gradient"),
         ("sum of a shape", r"found a sum of shape \(13,\)|found a sum of shape \(50,\)"),
-        ("new name", r"same names for every batch; extra: in this one and not before"),
-        ("lost name", r"same names for every batch; accuracy: before and not in this one"),
-        ("new shape", r'"shape" had shape \(2,\) before and has \(3,\) now'),
+        ("new name", r"same names for every batch; it returned extra in this batch and not before"),
+        ("lost name", r"same names for every batch; it returned accuracy before and not in this batch"),
+        ("new shape", r'"shape" changed from \(2,\) to \(3,\)'),
     ],
 )
-def test_what_breaks_the_contract_is_told_in_words(kind: str, words: str, tmp_path: Path) -> None:
-    # One of the two ranks meets sample 900; the other must not hang, nor add up what does not fit together.
+def test_an_invalid_result_of_the_model_is_reported(kind: str, words: str, tmp_path: Path) -> None:
+    # One of the two ranks reads sample 900; the other must not hang, nor reduce mismatching tensors.
     ranks = launch(make_job(model={"_target_": "Odd", "kind": kind}), tmp_path, 2, timeout=30)
     errors = [rank.error for rank in ranks if rank.error and rank.error[0] == "ContractError"]
     assert errors, ranks
@@ -112,7 +112,7 @@ def test_what_breaks_the_contract_is_told_in_words(kind: str, words: str, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["names", "shapes"])
-def test_validation_answers_that_differ_between_ranks_are_told(kind: str, tmp_path: Path) -> None:
+def test_validation_results_that_differ_between_ranks_are_reported(kind: str, tmp_path: Path) -> None:
     ranks = launch(make_job(model={"_target_": "Uneven", "kind": kind}), tmp_path, 2, timeout=30)
     for rank in ranks:
         assert rank.error is not None
@@ -120,7 +120,7 @@ def test_validation_answers_that_differ_between_ranks_are_told(kind: str, tmp_pa
         assert "the workers differ in " + ("extra." if kind == "names" else "shape.") in rank.error[1]
 
 
-# ---- the sums themselves --------------------------------------------------------------------------------------------
+# ---- sums -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,16 @@ def test_validation_answers_that_differ_between_ranks_are_told(kind: str, tmp_pa
         ((torch.tensor(6.0), 3), 6.0, 3),
         ((6.0, torch.tensor(3)), 6.0, 3),
         ([6, 3], 6, 3),
-        (torch.full((3000,), 100.0, dtype=torch.float16), 300000.0, 3000),  # float16 ends at 65504
-        (torch.cat([torch.full((1,), 256.0), torch.ones(200)]).bfloat16(), 456.0, 201),  # in bfloat16 it would stay 256
+        (torch.full((3000,), 100.0, dtype=torch.float16), 300000.0, 3000),  # float16 overflows at 65504
+        (
+            torch.cat([torch.full((1,), 256.0), torch.ones(200)]).bfloat16(),
+            456.0,
+            201,
+        ),  # in bfloat16 the sum would remain 256
     ],
 )
 @pytest.mark.parametrize("exact", [False, True])
-def test_what_stands_for_which_sum_and_count(value: Any, total: float, count: float, exact: bool) -> None:
+def test_a_value_is_converted_to_its_sum_and_count(value: Any, total: float, count: float, exact: bool) -> None:
     one, other = as_pair("x", value)
     assert (float(one), float(other)) == (total, count)
     sums = Sums(CPU, exact)
@@ -150,14 +154,14 @@ def test_what_stands_for_which_sum_and_count(value: Any, total: float, count: fl
 
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), 1.0, "a", None, (1, 2, 3)])
-def test_what_is_no_sum_over_samples_is_refused(value: Any) -> None:
+def test_values_without_sum_and_count_are_rejected(value: Any) -> None:
     with pytest.raises(ContractError, match='one value per sample under "loss"'):
         as_pair("loss", value)
 
 
 def test_a_validation_step_needs_no_loss() -> None:
     assert check_answer({"error": 1}, "validation_step") == {"error": 1}
-    with pytest.raises(ContractError, match='training_step must return "loss", which is minimised; found error'):
+    with pytest.raises(ContractError, match='must return the value to minimise under "loss"; found error'):
         check_answer({"error": 1})
 
 
@@ -182,7 +186,7 @@ def test_exact_sums_do_not_depend_on_order_grouping_or_size() -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_metric_that_is_no_number_reads_as_none_and_harms_no_other(bad: float, exact: bool) -> None:
+def test_a_nan_or_infinite_metric_does_not_affect_other_metrics(bad: float, exact: bool) -> None:
     sums = Sums(CPU, exact)
     for value in (1.0, bad, 1.0):
         sums.add({"x": torch.tensor([value, 1.0]), "pair": (value, 1), "good": torch.tensor([2.0])})
@@ -192,7 +196,7 @@ def test_a_metric_that_is_no_number_reads_as_none_and_harms_no_other(bad: float,
     assert found["good"] == 2.0
     sums.reset()
     sums.add({"x": torch.tensor([3.0]), "pair": (3, 1), "good": torch.tensor([2.0])})
-    assert means(sums.reduce(ALONE))["x"] == 3.0  # the next interval is clean
+    assert means(sums.reduce(ALONE))["x"] == 3.0  # the next interval is not affected
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -207,7 +211,7 @@ def test_sums_may_be_tensors_and_have_no_mean(exact: bool) -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_open_sums_survive_saving_also_on_other_ranks(exact: bool) -> None:
+def test_sums_of_an_open_interval_can_be_restored_on_other_ranks(exact: bool) -> None:
     parts = []
     for value in (0.1, 0.2, 0.7):
         sums = Sums(CPU, exact)
@@ -215,11 +219,11 @@ def test_open_sums_survive_saving_also_on_other_ranks(exact: bool) -> None:
         parts.append(sums.state_dict())
     whole = Sums(CPU, exact)
     whole.add({"x": torch.tensor([100.0]), "new": torch.tensor([100.0])})
-    whole.load_state_dicts(parts)  # what the model returned before, and what it returns after an edit
+    whole.load_state_dicts(parts)  # the model was edited between the save and the restore
     assert means(whole.reduce(ALONE)) == pytest.approx({"x": 1 / 3, "new": math.nan}, nan_ok=True)
 
 
-def test_grad_norm_and_learning_rate_are_those_of_the_step(tmp_path: Path) -> None:
+def test_grad_norm_and_learning_rate_belong_to_the_step(tmp_path: Path) -> None:
     job = make_job(steps=6, clip_norm=0.01, scheduler={"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 2})
     succeed(job, tmp_path)
     assert column(tmp_path, "train/learning_rate") == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
