@@ -92,7 +92,7 @@ def test_the_state_of_a_callback_is_restored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failure", ["on_start", "on_step", "on_evaluate", "on_log", "on_end"])
 def test_an_exception_of_a_callback_is_reported_with_the_users_traceback(failure: str, tmp_path: Path) -> None:
-    own = {"_target_": "Watching", "mishap": failure}
+    own = {"_target_": "Watching", "fails_in": failure}
     (rank,) = launch(make_job(epochs=2, callbacks={"own": own}), tmp_path)
     assert rank.error is not None
     kind, message, trace = rank.error

@@ -1,4 +1,4 @@
-"""What every test of a network gets."""
+"""Fixtures of all tests of networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Two threads wait for each other where tests share the cores with something else."""
+    """Use one thread: on a busy machine several threads wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

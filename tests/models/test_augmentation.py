@@ -1,4 +1,4 @@
-"""Augmentation of whole batches: exact by sample, and what it says it is."""
+"""Augmentation of whole batches: independent of the batch, and correct."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from models.augmentation import CropAndFlip, draws
 
 
-def test_a_sample_becomes_the_same_in_any_batch() -> None:
+def test_the_augmentation_of_a_sample_does_not_depend_on_its_batch() -> None:
     x = torch.arange(6 * 2 * 5 * 4, dtype=torch.uint8).reshape(6, 2, 5, 4)
     seeds = torch.arange(6) * 7919
     whole, _ = CropAndFlip(2)((x, seeds), seeds)
@@ -27,7 +27,7 @@ def test_a_sample_becomes_the_same_in_any_batch() -> None:
     )
 
 
-def test_pictures_are_moved_and_mirrored_and_nothing_else() -> None:
+def test_pictures_are_only_shifted_and_flipped() -> None:
     x = torch.rand(64, 3, 6, 6)
     (moved,) = CropAndFlip(1)((x,), torch.arange(64))
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
@@ -43,8 +43,8 @@ def test_pictures_are_moved_and_mirrored_and_nothing_else() -> None:
     assert len(seen) > 12
 
 
-def test_draws_are_even_and_differ_between_neighbouring_seeds() -> None:
-    """SplitMix64 from seed 0 begins with 0xE220A8397B1DCDAF (the reference implementation's first number)."""
+def test_draws_are_uniform_and_differ_between_neighbouring_seeds() -> None:
+    """The first number of SplitMix64 with seed 0 is 0xE220A8397B1DCDAF (reference implementation)."""
     numbers = draws(torch.arange(10_000), 2)
 
     assert int(draws(torch.zeros(1, dtype=torch.int64), 1)) == 0xE220A8397B1DCDAF >> 33

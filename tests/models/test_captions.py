@@ -1,4 +1,5 @@
-"""models/captions.py: the network, its loss under padding, greedy and beam decoding, and what the launcher asks for."""
+"""models/captions.py: the network, its loss under padding, greedy and beam decoding, and the methods that launch "
+"calls."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def network() -> Captioner:
 
 
 def batch_of(*captions: list[int]) -> tuple[Tensor, Tensor]:
-    """Pictures of noise, and the captions padded."""
+    """Return pictures of noise, and padded captions."""
     longest = max(map(len, captions)) + 2
     rows = [[START, *caption, END] + [PAD] * (longest - len(caption) - 2) for caption in captions]
     generator = torch.Generator().manual_seed(1)
@@ -43,8 +44,8 @@ BATCH = batch_of([4], [5, 6, 4, 4], [6, 5], [4, 4, 4, 5])
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
 
-def test_padding_changes_nothing(network: Captioner) -> None:
-    """The sums of a padded batch are those of its captions, each alone and without padding."""
+def test_padding_has_no_effect(network: Captioner) -> None:
+    """The sums of a padded batch equal the sums over its captions, each evaluated without padding."""
     for step in (network.training_step, network.validation_step):
         together = step(BATCH)
         alone = [step((x[None], y[y != PAD][None])) for x, y in zip(*BATCH, strict=True)]
@@ -53,12 +54,12 @@ def test_padding_changes_nothing(network: Captioner) -> None:
             assert torch.allclose(total.float(), sum(part[0].float() for part in parts), atol=1e-4), name
             assert count == sum(part[1] for part in parts), name
     total, count = network.training_step(BATCH)["loss"]
-    assert count == 1 + 4 + 2 + 4 + 4, "words and one end a caption"
+    assert count == 1 + 4 + 2 + 4 + 4, "the words and one end token per caption"
     more = F.pad(BATCH[1], (0, 3), value=PAD)
     assert network.training_step((BATCH[0], more))["loss"][0].item() == pytest.approx(total.item(), rel=1e-6)
 
 
-def test_a_word_is_not_told_by_those_behind_it(network: Captioner) -> None:
+def test_a_word_does_not_depend_on_later_words(network: Captioner) -> None:
     pictures, tokens = BATCH
     other = tokens.clone()
     other[:, 3] = 6
@@ -66,10 +67,10 @@ def test_a_word_is_not_told_by_those_behind_it(network: Captioner) -> None:
     assert one.shape == (4, 6, 7)
     assert torch.allclose(one[:, :3], two[:, :3], atol=1e-6)
     assert not torch.allclose(one[1, 3:], two[1, 3:], atol=1e-3)
-    assert not torch.allclose(one, network(pictures.flip(0), tokens), atol=1e-3), "the picture is not looked at"
+    assert not torch.allclose(one, network(pictures.flip(0), tokens), atol=1e-3), "the picture has no effect"
 
 
-def test_an_empty_share_of_a_batch_counts_nothing(network: Captioner) -> None:
+def test_an_empty_share_of_a_batch_has_count_zero(network: Captioner) -> None:
     empty = BATCH[0][:0], BATCH[1][:0]
     answer = network.training_step(empty)
     assert [(total.item(), count.item()) for total, count in answer.values()] == [(0, 0), (0, 0)]
@@ -77,11 +78,11 @@ def test_an_empty_share_of_a_batch_counts_nothing(network: Captioner) -> None:
     assert network.validation_step(empty)["tally"][0].tolist() == [0, 0, 0]
 
 
-# ---- captions that are written --------------------------------------------------------------------------------------
+# ---- decoding -------------------------------------------------------------------------------------------------------
 
 
 def log_probability(network: Captioner, pictures: Tensor, written: Tensor) -> Tensor:
-    """That of captions (B, L), word by word from the logits of `forward`; PAD and START are never chosen."""
+    """Return the log-probability of captions (B, L), from the logits of `forward`, without PAD and START."""
     tokens = F.pad(written, (1, 0), value=START)
     logits = network(pictures, tokens[:, :-1])
     logits[:, :, [PAD, START]] = -math.inf
@@ -90,15 +91,15 @@ def log_probability(network: Captioner, pictures: Tensor, written: Tensor) -> Te
 
 
 def sharpened(network: Captioner, seed: int) -> Captioner:
-    """A network that is sure of something, so that beams differ."""
+    """Return the network with confident predictions, so that beams differ."""
     torch.manual_seed(seed)
     with torch.no_grad():
         network.head.weight.normal_(std=0.4)
     return network
 
 
-def test_decoding_says_how_likely_its_captions_are(network: Captioner) -> None:
-    """The cache of keys and values gives what the whole caption gives; no beam is worse than greedy."""
+def test_decoding_returns_the_probability_of_its_captions(network: Captioner) -> None:
+    """Guards against a wrong cache of keys and values, and beams that are worse than greedy decoding."""
     gained = []
     for seed in range(8):
         pictures = torch.randn(6, 1, 17, 40)
@@ -116,14 +117,14 @@ def test_decoding_says_how_likely_its_captions_are(network: Captioner) -> None:
             assert set(caption[end + 1 :]) <= {PAD}
             assert not {PAD, START} & set(caption[:end])
     assert min(gained) >= -1e-5
-    assert max(gained) > 0.1, "the beams never found anything better"
+    assert max(gained) > 0.1, "no beam is better than greedy decoding"
 
 
-def test_a_beam_of_everything_finds_the_likeliest_caption(network: Captioner) -> None:
+def test_an_exhaustive_beam_finds_the_most_likely_caption(network: Captioner) -> None:
     torch.manual_seed(0)
     small = sharpened(Captioner(["a", "b"], **{**SMALL, "max_words": 2}), 3)
     pictures = torch.randn(6, 1, 17, 40)
-    # All captions of up to three tokens: END, or a word and so on.
+    # All captions of up to three tokens: END, or a word and its continuations.
     words = [UNKNOWN, 4, 5]
     every = [[END, PAD, PAD]]
     every += [[a, END, PAD] for a in words] + [[a, b, c] for a in words for b in words for c in [*words, END]]
@@ -145,13 +146,13 @@ def test_exact_captions_are_counted(network: Captioner, monkeypatch: pytest.Monk
     assert network.summarize({"tally": (tally, 4.0)}) == {"exact": 0.25, "token_accuracy": 9 / 12}
 
 
-# ---- what the launcher asks for -------------------------------------------------------------------------------------
+# ---- methods that launch calls --------------------------------------------------------------------------------------
 
 
-def test_predictions_are_captions_in_words(network: Captioner) -> None:
+def test_predictions_are_captions_as_text(network: Captioner) -> None:
     with torch.no_grad():
         found = network.predict_step(BATCH[0])
-        assert network.predict_step(BATCH) == found, "captions in the batch are not needed"
+        assert network.predict_step(BATCH) == found, "captions in the batch must not be required"
         tokens, score = network.beam(BATCH[0])
     assert [one["caption"] for one in found] == [network.vocabulary.text(row) for row in tokens.tolist()]
     assert [one["probability"] for one in found] == pytest.approx(score.exp().tolist())
@@ -174,7 +175,7 @@ def test_examples_are_pictures_with_both_captions(network: Captioner) -> None:
     assert shown[1].endswith("\ntrue: b c a a")
 
 
-def test_network_can_be_exported_for_any_number_of_pictures(network: Captioner) -> None:
+def test_the_network_can_be_exported_for_any_number_of_pictures(network: Captioner) -> None:
     inputs = network.export_inputs(BATCH)
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(network.eval(), inputs, dynamic_shapes=({0: batch}, {0: batch})).module()
@@ -195,18 +196,18 @@ def test_network_can_be_exported_for_any_number_of_pictures(network: Captioner) 
         ({"words": "nowhere.json"}, "nowhere.json is not a file"),
     ],
 )
-def test_settings_that_cannot_be(words: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(words: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, OSError), match=message):
         Captioner(**{"words": ["a"], **SMALL, **words})
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 1, 7, 28), (1, 28, 28)])
-def test_pictures_that_do_not_fit_are_refused_in_words(shape: tuple[int, ...], network: Captioner) -> None:
+def test_pictures_of_another_shape_are_rejected(shape: tuple[int, ...], network: Captioner) -> None:
     with pytest.raises(ValueError, match=r"1 channel\(s\) and at least 8 x 8.*model.channels"):
         network.predict_step(torch.zeros(shape))
 
 
-def test_tokens_of_another_vocabulary_are_refused_in_words(network: Captioner) -> None:
+def test_tokens_of_another_vocabulary_are_rejected(network: Captioner) -> None:
     with pytest.raises(ValueError, match=r"token 9.*7 tokens.*data.words"):
         network.training_step(batch_of([4], [9]))
 
@@ -216,7 +217,7 @@ def test_tokens_of_another_vocabulary_are_refused_in_words(network: Captioner) -
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_two_workers_have_the_loss_of_one(exact: bool, tmp_path: Path) -> None:
-    """Shares of a batch hold unequal numbers of words."""
+    """The shares of a batch have unequal numbers of words."""
     job = make_job(
         model={"_target_": "models.captions.Captioner", "words": list(DIGITS), **SMALL},
         data={"_target_": "models.captions_data.DigitRows", "limit": 25, "val_limit": 7},

@@ -1,4 +1,4 @@
-"""models/captions_data.py and captions_coco.py: rows of digits, words, COCO's layout, and what is refused."""
+"""models/captions_data.py and captions_coco.py: rows of digits, words, COCO's layout, and rejected data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows() -> DigitRows:
 
 
 def test_pictures_show_their_captions() -> None:
-    """With squares for digits, each of a brightness of its own, a picture can be read by machine."""
+    """Uses squares of different brightness as digits, which the test can read from a picture."""
     squares = torch.zeros(10, 1, 28, 28, dtype=torch.uint8)
     squares[:, :, 4:24, 4:24] = 20 * torch.arange(1, 11, dtype=torch.uint8).view(10, 1, 1, 1)
     rows = Rows(Pictures(squares, torch.arange(10), 0, 1), 300, 0, 2, 5, distorted=False)
@@ -53,45 +53,45 @@ def test_pictures_show_their_captions() -> None:
     for digits, caption in zip(shown, tokens.tolist(), strict=True):
         assert caption == [START, *(SPECIAL + digit for digit in digits), END] + [PAD] * (5 - len(digits))
     assert {len(digits) for digits in shown} == {2, 3, 4, 5}
-    assert len({tuple(digits) for digits in shown}) > 250, "hardly any variety"
+    assert len({tuple(digits) for digits in shown}) > 250, "too few different captions"
     starts = (pictures[:, 0].amax(1) > 0).int().argmax(1)
-    assert starts.min() < 10, "no row begins at the left"
+    assert starts.min() < 10, "no row starts at the left"
     assert starts.max() > 70, "no row ends at the right"
 
 
-def test_no_digit_of_validation_is_ever_trained_on(rows: DigitRows) -> None:
+def test_digits_of_validation_are_not_in_the_training_set(rows: DigitRows) -> None:
     pictures = [{row.numpy().tobytes() for row in part.digits.pixels} for part in (rows.train, rows.val)]
     assert [len(part.digits) for part in (rows.train, rows.val)] == [4000, 1000]
     assert not pictures[0] & pictures[1]
     other = DigitRows(limit=1, val_limit=1, split_seed=1)
-    assert {row.numpy().tobytes() for row in other.val.digits.pixels} != pictures[1], "split_seed changes nothing"
+    assert {row.numpy().tobytes() for row in other.val.digits.pixels} != pictures[1], "split_seed has no effect"
 
 
 def same(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> bool:
     return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
-def test_a_picture_depends_on_seed_and_index_alone(rows: DigitRows) -> None:
+def test_a_picture_depends_only_on_seed_and_index(rows: DigitRows) -> None:
     together = rows.val.__getitems__([7, 3, 199])
     for i, index in enumerate((7, 3, 199)):
         assert same((together[0][i], together[1][i]), rows.val[index])
-        assert same(DigitRows(limit=9, val_limit=200).val[index], rows.val[index]), "the limit changed it"
+        assert same(DigitRows(limit=9, val_limit=200).val[index], rows.val[index]), "the limit changed the picture"
         assert not same(DigitRows(limit=9, val_limit=200, split_seed=1).val[index], rows.val[index])
     assert not same(rows.val[3], rows.val[4])
 
 
-def test_training_pictures_are_others_in_each_epoch(rows: DigitRows) -> None:
+def test_training_pictures_differ_between_epochs(rows: DigitRows) -> None:
     assert isinstance(rows.train, RedrawnRows)
     pictures, tokens = rows.train.__getitems__([7, 3], seeds=[70, 2**62 + 30])
     again, tokens_again = rows.train.__getitems__([3], seeds=[2**62 + 30])
-    assert same((again[0], tokens_again[0]), (pictures[1], tokens[1])), "neighbours in the batch changed it"
+    assert same((again[0], tokens_again[0]), (pictures[1], tokens[1])), "the picture depends on its batch"
     other, _ = rows.train.__getitems__([3], seeds=[2**62 + 31])
     assert not torch.equal(other[0], pictures[1])
     still = DigitRows(limit=10, val_limit=1, redraw=False).train
     assert same(still[3], still[3])
 
 
-def test_training_pictures_are_distorted_and_their_brightness_kept(rows: DigitRows) -> None:
+def test_training_pictures_are_distorted_within_the_range_of_brightness(rows: DigitRows) -> None:
     pictures, _ = rows.train.__getitems__(range(200))
     pixels = pictures * rows.std + rows.mean
     assert pixels.min() >= -1e-3
@@ -101,13 +101,13 @@ def test_training_pictures_are_distorted_and_their_brightness_kept(rows: DigitRo
     assert (exact - exact.round()).abs().max() < 2e-3, "validation pictures are distorted"
 
 
-def test_random_numbers_are_uniform_and_frozen() -> None:
+def test_random_numbers_are_uniform_and_reproducible() -> None:
     drawn = uniform(range(4000), 5)
     assert drawn.shape == (4000, 5)
     assert 0 <= drawn.min() < drawn.max() < 1
     assert np.abs(np.histogram(drawn, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
     assert np.abs(np.corrcoef(drawn.T) - np.eye(5)).max() < 0.06
-    # The first outputs of SplitMix64 from seed 0 (github.com/lemire/testingRNG and others print them).
+    # The first outputs of SplitMix64 from seed 0 (as in github.com/lemire/testingRNG).
     assert [int(x * 2**53) for x in uniform([0], 2)[0]] == [0xE220A8397B1DCDAF >> 11, 0x6E789E6AA1B965F4 >> 11]
 
 
@@ -122,7 +122,7 @@ def test_random_numbers_are_uniform_and_frozen() -> None:
         ({"words": ["ONE", *DIGITS[1:]]}, '"ONE" is not one word in lower case'),
     ],
 )
-def test_rows_that_cannot_be_drawn(words: dict[str, Any], message: str) -> None:
+def test_invalid_options_of_rows_are_rejected(words: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DigitRows(**words)
 
@@ -160,7 +160,7 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """Six pictures with two captions each to train, three with one to validate."""
+    """Six training pictures with two captions each, and three validation pictures with one caption each."""
     root = tmp_path / "COCO"
     (root / "annotations").mkdir(parents=True)
     for part, file, count, each in (("train2017", TRAIN, 6, 2), ("val2017", VAL, 3, 1)):
@@ -198,19 +198,19 @@ def test_coco_is_read(coco: Path) -> None:
             caption = vocabulary.text(tokens.tolist())
             assert caption == " ".join(words_of(part.captions[i]))
             channel = [name in caption for name in COLOURS].index(True)
-            assert x.mean((1, 2)).argmax() == channel, "the caption of another picture"
+            assert x.mean((1, 2)).argmax() == channel, "the caption belongs to another picture"
     pictures, tokens = data.collate([data.train[i] for i in range(4)])
     assert (pictures.shape, tokens.shape) == ((4, 3, 16, 24), (4, 6))
     assert tokens[0, 4:].tolist() == [END, PAD]
 
 
-def test_words_that_are_rare_are_unknown(coco: Path) -> None:
+def test_rare_words_are_unknown(coco: Path) -> None:
     vocabulary = read(coco, min_count=6, max_unknown=1).train.vocabulary
     assert vocabulary.words == ["a", "and", "else", "nothing", "wall"]
     assert vocabulary.encode("a red wall")[2] == UNKNOWN
 
 
-def test_crops_are_drawn_from_the_seed(coco: Path) -> None:
+def test_crops_depend_on_the_seed(coco: Path) -> None:
     gradient = np.arange(40 * 30, dtype=np.uint32).reshape(30, 40) % 251
     Image.fromarray(gradient.astype(np.uint8)).convert("RGB").save(coco / "train2017/000000000001.png")
     data = read(coco, crop=6)
@@ -257,12 +257,12 @@ BAD: list[tuple[Change, str]] = [
     (lambda root: (root / "train2017/000000000003.png").unlink(), r"annotations\[6\] is about 000000000003.png, which"),
     (lambda root: (root / "val2017/000000000000.jpg").write_text("x"), r"000000000000.jpg cannot be read as a pict"),
     (lambda root: (root / "val2017").rename(root / "val"), r"val2017 is not a folder; data.val_pictures must name"),
-    (lambda root: root.rename(root.with_name("elsewhere")), r"data.root=.*does not exist"),
+    (lambda root: root.rename(root.with_name("other")), r"data.root=.*does not exist"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_bad_captions_are_refused_with_file_and_entry(change: Change, message: str, coco: Path) -> None:
+def test_bad_captions_are_reported_with_file_and_entry(change: Change, message: str, coco: Path) -> None:
     change(coco)
     with pytest.raises((ValueError, OSError), match=message):
         read(coco)
@@ -277,7 +277,7 @@ def test_bad_captions_are_refused_with_file_and_entry(change: Change, message: s
         ({"limit": 13}, "data.limit=13: must be an integer from 1 to 12"),
     ],
 )
-def test_settings_that_cannot_be(options: dict[str, Any], message: str, coco: Path) -> None:
+def test_invalid_settings_are_rejected(options: dict[str, Any], message: str, coco: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read(coco, **options)
 
@@ -293,12 +293,12 @@ def test_inputs_are_a_picture_or_a_folder(rows: DigitRows, tmp_path: Path) -> No
     (tmp_path / "notes.txt").write_text("no picture")
     found = rows.inputs(str(tmp_path))
     assert (found.names, len(found)) == (["a.PNG", "b.png"], 2)
-    assert torch.allclose(found[1], x, atol=0.01), "a picture as the training ones came out otherwise"
-    assert (found[0] - x).abs().mean() < 0.15, "dark on bright is not turned round, or not scaled"
+    assert torch.allclose(found[1], x, atol=0.01), "a picture like those of training was converted differently"
+    assert (found[0] - x).abs().mean() < 0.15, "a dark digit on bright ground was not inverted, or not scaled"
     assert rows.inputs(str(tmp_path / "b.png")).names == ["b.png"]
 
 
-def test_inputs_of_photographs_are_prepared_as_in_validation(coco: Path) -> None:
+def test_photographs_to_predict_are_prepared_like_validation_pictures(coco: Path) -> None:
     data = read(coco)
     found = data.inputs(str(coco / "val2017"))
     assert torch.equal(data.collate_inputs([found[i] for i in range(3)])[2], data.val[2][0])
@@ -312,14 +312,14 @@ def test_inputs_of_photographs_are_prepared_as_in_validation(coco: Path) -> None
         ("notes.txt", "notes.txt cannot be read as a picture"),
     ],
 )
-def test_inputs_that_cannot_be_seen(name: str, message: str, rows: DigitRows, tmp_path: Path) -> None:
+def test_unreadable_inputs_are_reported(name: str, message: str, rows: DigitRows, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "empty").mkdir()
     with pytest.raises((ValueError, OSError), match=message):
         rows.inputs(str(tmp_path / name))[0]
 
 
-# ---- as a user ------------------------------------------------------------------------------------------------------
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 SMALL = ("model.width=4", "model.dim=16", "model.heads=2", "logging.graph=false")
 QUICK = ("experiment=captions", "cluster=none", "trainer.log_every=2", *SMALL)
@@ -334,15 +334,15 @@ def test_experiment_runs_to_its_end_and_predicts(here: Place, rows: DigitRows, t
     folder.mkdir()
     for i in range(2):
         Image.fromarray((rows.val[i][0][0] > 0).numpy()).save(folder / f"{i}.png")
-    said = here.here("predict", "a", f"input={folder}")
-    assert said.status == 0, said.err
-    lines = [json.loads(line) for line in said.out.splitlines()]
+    predicted = here.here("predict", "a", f"input={folder}")
+    assert predicted.status == 0, predicted.err
+    lines = [json.loads(line) for line in predicted.out.splitlines()]
     assert [line["input"] for line in lines] == ["0.png", "1.png"]
     assert all({*line["caption"].split()} <= {*DIGITS, "<unknown>"} and 0 < line["probability"] <= 1 for line in lines)
     (folder / "1.png").write_text("no picture")
-    refused = here.here("predict", "a", f"input={folder}")
-    assert refused.status == 2
-    assert "1.png cannot be read as a picture" in refused.err.replace("\n", " ")
+    failed = here.here("predict", "a", f"input={folder}")
+    assert failed.status == 2
+    assert "1.png cannot be read as a picture" in failed.err.replace("\n", " ")
 
 
 PHOTOGRAPHS = ("data=coco", "model.channels=3", "data.min_count=1", "data.height=16", "data.width=24")
@@ -373,7 +373,7 @@ def test_pictures_of_other_channels_than_the_models_are_exit_2(coco: Path, here:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_captions_reach_their_target(place: Place) -> None:
-    """Issue 7: two workers on CPUs, at least 90 % of the captions exactly right, under 15 minutes."""
+    """Two workers on CPUs caption at least 90% of the pictures exactly, in less than 15 minutes."""
     done = place.launch("experiment=captions", "scaling.workers=2", "run.name=a", seconds=900)
     assert done.status == 0, done.err
     result = place.result("a")

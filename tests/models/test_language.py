@@ -23,7 +23,7 @@ SIZES = {"gpt_1m": 1.0e6, "gpt_2m": 1.9e6, "gpt_10m": 10.8e6, "gpt_50m": 49.5e6,
 
 
 def network(vocabulary: int = 256, context: int = 16, tied: bool = False) -> GPT:
-    """A small one whose branches are not zero, as they are at first."""
+    """Return a small network whose branches are not zero, unlike their initial values."""
     torch.manual_seed(0)
     model = GPT(vocabulary, context, width=16, layers=2, heads=2, tied=tied, generate=5)
     for weight in model.parameters():
@@ -37,16 +37,16 @@ def batch(rows: int = 3, length: int = 16, vocabulary: int = 256) -> tuple[Tenso
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def test_no_token_sees_what_follows_it() -> None:
+def test_no_token_attends_to_later_tokens() -> None:
     model, (x, _) = network(), batch()
     changed = x.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 256
     before, after = model(x), model(changed)
     torch.testing.assert_close(before[:, :9], after[:, :9])
-    assert not torch.isclose(before[:, 9:], after[:, 9:]).all(2).any(), "a later token does not see the change"
+    assert not torch.isclose(before[:, 9:], after[:, 9:]).all(2).any(), "a later token does not depend on the change"
 
 
-def test_rotary_positions_depend_on_distance_alone() -> None:
+def test_rotary_positions_depend_only_on_the_distance() -> None:
     cos, sin = rotations(32, 8)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -68,13 +68,13 @@ def test_the_loss_is_the_sum_over_counted_tokens() -> None:
     torch.testing.assert_close(total, each.sum())
 
 
-def test_a_network_begins_by_knowing_nothing() -> None:
+def test_the_initial_loss_is_that_of_a_uniform_prediction() -> None:
     torch.manual_seed(0)
     total, count = GPT(context=64).training_step(batch(2, 64))["loss"]
     assert float(total.detach() / count) == pytest.approx(math.log(256), abs=0.1)
 
 
-def test_tied_weights_are_one() -> None:
+def test_tied_weights_are_the_same_parameter() -> None:
     model = network(tied=True)
     assert model.head.weight is model.embedding.weight
 
@@ -83,7 +83,7 @@ def test_tied_weights_are_one() -> None:
 def test_flops_are_those_of_the_matrix_products(layers: int, heads: int, context: int) -> None:
     model = GPT(vocabulary=96, context=context, width=32, layers=layers, heads=heads)
     x, y = batch(2, context, 96)
-    # The plain form of attention, whose products the counter sees; the fused one computes some of them twice.
+    # Unfused attention, whose products the counter sees; the fused kernel computes some of them twice.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         total, _ = model.training_step((x, y))["loss"]
         total.backward()
@@ -91,13 +91,13 @@ def test_flops_are_those_of_the_matrix_products(layers: int, heads: int, context
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_every_configuration_has_the_size_that_it_says(name: str) -> None:
+def test_every_configuration_has_the_documented_size(name: str) -> None:
     section = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
     assert section.pop("_target_") == "models.language.GPT"
     with torch.device("meta"):
         model = GPT(**section)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(SIZES[name], rel=0.06)
-    if name == "gpt2_124m":  # nanoGPT's 6 N + 12 L H Q T, its N with the embedding that scores
+    if name == "gpt2_124m":  # nanoGPT's 6 N + 12 L H Q T, where N includes the output embedding
         assert model.flops_per_sample() / 1024 == pytest.approx(6 * 123.55e6 + 12 * 12 * 768 * 1024, rel=1e-3)
 
 
@@ -111,17 +111,17 @@ def test_the_units_of_the_loss() -> None:
 # ---- generation -----------------------------------------------------------------------------------------------------
 
 
-def test_the_likeliest_continuation_is_what_the_network_says_one_token_after_another() -> None:
+def test_greedy_continuation_equals_token_by_token_prediction() -> None:
     model = network()
     model.temperature = 0.0
     prompt = batch(1, 16)[0][0]
     row = prompt.tolist()
-    for _ in range(20):  # beyond the context: it looks at the last 16
+    for _ in range(20):  # beyond the context of 16 tokens
         row.append(int(model(torch.tensor([row[-16:]]))[0, -1].argmax()))
     assert model.continuation(prompt, 20).tolist() == row[16:]
 
 
-def test_drawing_is_repeatable_and_leaves_the_random_state() -> None:
+def test_sampling_is_reproducible_and_preserves_the_random_state() -> None:
     model, prompt = network(), torch.tensor([1, 2, 3])
     state = torch.get_rng_state()
     one = model.continuation(prompt, 30, seed=1).tolist()
@@ -132,30 +132,30 @@ def test_drawing_is_repeatable_and_leaves_the_random_state() -> None:
 
 def test_predictions_are_text_for_bytes_and_ids_for_tokens() -> None:
     prompts = [torch.tensor([72, 105]), torch.tensor([72])]
-    told = network().predict_step(prompts)
-    assert [type(one["continuation"]) for one in told] == [str, str]
+    predictions = network().predict_step(prompts)
+    assert [type(one["continuation"]) for one in predictions] == [str, str]
     assert [len(one["tokens"]) for one in network(vocabulary=300).predict_step(prompts)] == [5, 5]
-    json.dumps(told)
+    json.dumps(predictions)
 
 
-def test_examples_quote_whatever_bytes_come() -> None:
+def test_examples_quote_any_bytes() -> None:
     shown = network().examples(batch())["continuation"]
     before, after = shown.split("continues as")
     assert all(line.startswith("    ") for line in (before + after).splitlines() if line)
 
 
-def test_what_is_exported_computes_the_same() -> None:
+def test_the_exported_network_computes_the_same() -> None:
     model, pair = network().eval(), batch()
     inputs = model.export_inputs(pair)
     exported = torch.export.export(model, inputs, dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.testing.assert_close(exported.module()(pair[0][:2]), model(pair[0][:2]))
 
 
-# ---- what is wrong is said ------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"width": 30, "heads": 4}, "width=30, heads=4"),
         ({"width": 12, "heads": 4}, "even"),
@@ -163,12 +163,12 @@ def test_what_is_exported_computes_the_same() -> None:
         ({"temperature": -1.0}, "temperature"),
     ],
 )
-def test_sizes_that_do_not_fit(settings: dict[str, float], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_sizes_are_rejected(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         GPT(**settings)  # type: ignore[arg-type]
 
 
-def test_batches_that_do_not_fit() -> None:
+def test_invalid_batches_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"at most 16 tokens.*data.context"):
         network().training_step(batch(2, 17))
     with pytest.raises(ValueError, match="token 299, and the vocabulary ends at 255"):
@@ -177,10 +177,10 @@ def test_batches_that_do_not_fit() -> None:
         network().continuation(torch.tensor([], dtype=torch.long), 3)
 
 
-# ---- by the real command --------------------------------------------------------------------------------------------
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 
-def test_a_few_steps_by_the_command(here: Place) -> None:
+def test_a_few_steps_from_the_command_line(here: Place) -> None:
     words = ["experiment=language", "cluster=none", "scaling.workers=1", "model=gpt_1m", "model.width=16"]
     words += ["model.layers=1", "model.context=32", "data.context=32", "data.val_fraction=0.001", "trainer.steps=6"]
     done = here.here(*words, "model.generate=20", "run.name=one")
@@ -190,7 +190,7 @@ def test_a_few_steps_by_the_command(here: Place) -> None:
     assert tags["val/bits_per_byte"] < 8
 
 
-def test_a_context_that_the_model_does_not_have_is_exit_2(here: Place) -> None:
+def test_a_context_longer_than_the_models_is_exit_2(here: Place) -> None:
     done = here.here("experiment=language", "cluster=none", "data.context=300")
     assert done.status == 2
     assert "model.context" in done.err
@@ -200,7 +200,7 @@ def test_a_context_that_the_model_does_not_have_is_exit_2(here: Place) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_language_reaches_its_target(place: Place) -> None:
-    """Issue 7: two workers on CPUs, at most 1.9 bits a byte on the held-out last 5 % of the text, under 15 minutes."""
+    """Two workers on CPUs reach 1.9 bits per byte on the held-out last 5% of the text in less than 15 minutes."""
     done = place.launch("experiment=language", "scaling.workers=2", "run.name=bible", seconds=960)
     assert done.status == 0, done.err
     result = place.result("bible")

@@ -1,4 +1,4 @@
-"""models/language_data.py: windows, every held-out token once, memory-mapped files, and what is said of bad ones."""
+"""models/language_data.py: windows, every held-out token once, memory-mapped files, and errors of bad files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.command import Place
 TOKENS = np.arange(1000, 1103, dtype=np.uint16)
 
 
-def test_windows_follow_one_another() -> None:
+def test_windows_are_consecutive() -> None:
     windows = Windows(TOKENS, 10)
     x, y = windows.__getitems__(range(len(windows)), [7] * len(windows))
     assert x.shape == y.shape == (10, 10)
@@ -24,7 +24,7 @@ def test_windows_follow_one_another() -> None:
     assert torch.equal(windows[3][0], x[3])
 
 
-def test_shifted_windows_depend_on_their_seeds_alone_and_stay_inside() -> None:
+def test_shifted_windows_depend_only_on_their_seeds_and_stay_inside_the_tokens() -> None:
     windows = Windows(TOKENS, 10, shifted=True)
     x, y = windows.__getitems__([0, 0, 5, 9], [3, 2**62 + 1, 3, 9])
     assert x[:, 0].tolist() == [1003, 1000 + (2**62 + 1) % 10, 1053, 1092]
@@ -35,29 +35,27 @@ def test_shifted_windows_depend_on_their_seeds_alone_and_stay_inside() -> None:
 @pytest.mark.parametrize("length", [16, 17, 20, 41, 63, 64])
 @pytest.mark.parametrize("stride", [1, 3, 8, 10])
 @pytest.mark.parametrize("start", [1, 5])
-def test_every_held_out_token_counts_once_and_knows_enough_of_what_went_before(
-    length: int, stride: int, start: int
-) -> None:
+def test_every_held_out_token_counts_once_with_enough_context(length: int, stride: int, start: int) -> None:
     context = 10
     tokens = np.arange(length, dtype=np.uint8)
     held = Held(tokens, start, context, stride)
     x, y = held.__getitems__(range(len(held)))
     counted = y[y != UNCOUNTED]
-    assert counted.tolist() == list(range(start, length)), "in order, each once"
-    assert torch.equal(x + 1, torch.where(y == UNCOUNTED, x + 1, y)), "a target is not what follows"
+    assert counted.tolist() == list(range(start, length)), "each token must count once, in order"
+    assert torch.equal(x + 1, torch.where(y == UNCOUNTED, x + 1, y)), "a target is not the next token"
     for row in y[1:]:
         assert int((row != UNCOUNTED).sum()) <= stride
     with pytest.raises(IndexError):
         held[len(held)]
 
 
-def test_the_king_james_bible_is_split_by_place() -> None:
+def test_the_king_james_bible_is_split_by_position() -> None:
     data = KingJames(context=64)
     split = data.val.start
     whole = bytes(data.val.tokens)
     assert len(whole) == 4_137_451
     assert len(whole) - split == 206_873
-    assert bytes(data.train.tokens) == whole[:split], "what is learned ends where what is held out begins"
+    assert bytes(data.train.tokens) == whole[:split], "training text must end where the held-out text begins"
     assert whole.startswith(b"In the beginning God created the heaven and the earth.\nAnd the earth was")
     x, y = data.val[0]
     assert bytes(y.tolist()) == whole[split : split + 64]
@@ -72,7 +70,7 @@ def test_a_text_file_is_read_as_bytes(tmp_path: Path) -> None:
 
 
 def test_prompts_come_from_a_file_or_a_directory(tmp_path: Path) -> None:
-    for name, content in (("a.txt", "And God"), ("b.txt", "said"), ("c.md", "no")):
+    for name, content in (("a.txt", "And God"), ("b.txt", "spake"), ("c.md", "no")):
         (tmp_path / name).write_text(content)
     data = KingJames()
     one = data.inputs(str(tmp_path / "a.txt"))
@@ -92,7 +90,7 @@ def write(folder: Path, dtype: str = "uint16", **parts: list[int]) -> Path:
 
 
 @pytest.mark.parametrize(("dtype", "large"), [("uint16", 60_000), ("uint32", 100_000)])
-def test_token_files_are_mapped_and_not_read(tmp_path: Path, dtype: str, large: int) -> None:
+def test_token_files_are_memory_mapped(tmp_path: Path, dtype: str, large: int) -> None:
     ids = [large, *range(20)]
     data = Tokens(str(write(tmp_path, dtype, train=ids, val=ids[::-1])), vocabulary=large + 1, context=5, dtype=dtype)
     assert isinstance(data.train.tokens, np.memmap)
@@ -122,38 +120,40 @@ SPOILED: list[tuple[Callable[[Path], object], dict[str, object], type[Exception]
 ]
 
 
-@pytest.mark.parametrize(("spoil", "settings", "error", "said"), SPOILED)
-def test_bad_token_files_are_told_by_name(
+@pytest.mark.parametrize(("spoil", "settings", "error", "message"), SPOILED)
+def test_bad_token_files_are_reported_by_name(
     tmp_path: Path,
     spoil: Callable[[Path], object],
     settings: dict[str, object],
     error: type[Exception],
-    said: str,
+    message: str,
 ) -> None:
     write(tmp_path, train=list(range(21)), val=list(range(21)))
     spoil(tmp_path)
     arguments = {"root": str(tmp_path), "vocabulary": 30, "context": 5} | settings
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         Tokens(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "said"),
+    ("content", "error", "message"),
     [
         (b"", ValueError, "is empty"),
         (b"short", ValueError, "has 5 bytes.*data.context=16"),
         (None, OSError, "text file"),
     ],
 )
-def test_bad_texts_are_told_by_name(tmp_path: Path, content: bytes | None, error: type[Exception], said: str) -> None:
+def test_bad_texts_are_reported_by_name(
+    tmp_path: Path, content: bytes | None, error: type[Exception], message: str
+) -> None:
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         TextFile(str(path), context=16)
 
 
-def test_a_damaged_package_is_told_by_file_and_row(tmp_path: Path) -> None:
+def test_a_damaged_package_is_reported_with_file_and_row(tmp_path: Path) -> None:
     path = tmp_path / "kjv.jsonl"
     path.write_text('{"text": "In the beginning"}\n{"verse": 2}\n')
     with pytest.raises(ValueError, match=r"kjv\.jsonl, row 2: expected.*\"text\""):

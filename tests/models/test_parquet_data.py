@@ -1,4 +1,4 @@
-"""Parquet shards: the right rows, each once, a few row groups at a time; and what is wrong with a file is told."""
+"""Parquet shards: every row once, few row groups in memory, and errors that name file and row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.command import Place
 
 
 def write(file: Path, rows: int = 100, group: int = 10, first: int = 0, **columns: Any) -> Path:
-    """Write a file whose row i holds a = i, b = [2 i, 3 i] and y = i % 5, `columns` instead of these."""
+    """Write a file whose row i is a = i, b = [2 i, 3 i] and y = i % 5; `columns` replace these."""
     number = np.arange(first, first + rows)
     table = {
         "a": number.astype(np.float64),
@@ -37,7 +37,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_rows_are_those_of_the_files_in_order(root: Path) -> None:
+def test_rows_are_read_in_the_order_of_the_files(root: Path) -> None:
     data = Parquet(str(root), target="y")
     assert (data.features, len(data.train), len(data.val)) == (["a", "b"], 280, 20)
     assert data.train.blocks == [10] * 20 + [40, 40]
@@ -49,7 +49,7 @@ def test_rows_are_those_of_the_files_in_order(root: Path) -> None:
     assert Parquet(str(root), target="a", features=["y"]).train[7][1].dtype == torch.float32
 
 
-def test_validation_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
+def test_validation_may_be_another_file(root: Path, tmp_path: Path) -> None:
     data = Parquet(str(root), target="y", val_root=str(write(tmp_path / "val.parquet", rows=7)))
     assert (len(data.train), len(data.val)) == (300, 7)
 
@@ -61,15 +61,15 @@ def test_few_row_groups_are_in_memory(root: Path, monkeypatch: pytest.MonkeyPatc
     read: list[int] = []
     inner = Rows._read
 
-    def noting(self: Rows, number: int) -> Any:
+    def recording(self: Rows, number: int) -> Any:
         read.append(number)
         return inner(self, number)
 
-    monkeypatch.setattr(Rows, "_read", noting)
+    monkeypatch.setattr(Rows, "_read", recording)
     order = Order(280, 16, 0, blocks=torch.tensor(data.train.blocks)).epoch(1)
     for indices in order.split(16):
         data.train.__getitems__(indices.tolist())
-    assert sorted(read) == list(range(22))  # each once in an epoch
+    assert sorted(read) == list(range(22))  # each once per epoch
     assert len(data.train._kept) <= GROUPS_KEPT
     assert 2 * BLOCKS <= GROUPS_KEPT
 
@@ -105,7 +105,7 @@ class Net(nn.Module):
     "how", [["cluster=none"], ["cluster=local", "scaling.workers=2", "data.stream=true"]], ids=["none", "local"]
 )
 def test_launch_trains_with_shards(how: list[str], root: Path, place: Place) -> None:
-    root.rename(place.directory / "shards")  # relative paths hold where the files are read, too
+    root.rename(place.directory / "shards")  # relative paths must also work in the reading processes
     (place.directory / "five.py").write_text(NET)
     (place.directory / "own/model/five.yaml").write_text("_target_: five.Net\n")
     words = ["--config-dir", "own", "data=parquet", "data.root=shards", "data.target=y", "model=five"]
@@ -139,18 +139,18 @@ def test_inputs_need_no_target(root: Path, tmp_path: Path) -> None:
         ({}, {"val_fraction": 1.0}, r"val_fraction=1.0"),
     ],
 )
-def test_bad_columns_are_told_with_file_and_row(columns: Any, how: Any, words: str, tmp_path: Path) -> None:
+def test_bad_columns_are_reported_with_file_and_row(columns: Any, how: Any, words: str, tmp_path: Path) -> None:
     file = write(tmp_path / "x.parquet", **columns)
     with pytest.raises(ValueError, match=words):
         Parquet(str(file), **{"target": "y", **how}).train.__getitems__(range(90))
 
 
-def test_files_that_are_none_are_told(tmp_path: Path) -> None:
+def test_missing_and_invalid_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data.root=.*nowhere does not exist"):
         Parquet(str(tmp_path / "nowhere"), target="y")
     with pytest.raises(FileNotFoundError, match=r"holds no .parquet file"):
         Parquet(str(tmp_path), target="y")
-    (tmp_path / "x.parquet").write_bytes(b"PAR1 this is none")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 invalid")
     with pytest.raises(ValueError, match=r"x.parquet is not a Parquet file, or damaged"):
         Parquet(str(tmp_path), target="y")
     with pytest.raises(ValueError, match=r"a single row group"):
@@ -159,7 +159,7 @@ def test_files_that_are_none_are_told(tmp_path: Path) -> None:
         Parquet(str(write(tmp_path / "none" / "x.parquet", rows=0, b=pa.array([], pa.list_(pa.float32())))), target="y")
 
 
-def test_a_shard_cut_short_is_told_when_it_is_read(root: Path) -> None:
+def test_a_truncated_shard_is_reported_when_it_is_read(root: Path) -> None:
     data = Parquet(str(root), target="y")
     whole = (root / "part-1.parquet").read_bytes()
     (root / "part-1.parquet").write_bytes(b"\0" * (len(whole) - 2000) + whole[-2000:])

@@ -1,4 +1,4 @@
-"""models/prices.py: the loss, the network, what it is judged by, and the experiment `prices` as a command."""
+"""models/prices.py: the loss, the network, its metrics, and the experiment `prices` from the command line."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SHAPE = {"quantiles": LEVELS, "horizons": 4, "context": 16, "patch": 4, "width":
 
 
 def network(**options: Any) -> PatchTransformer:
-    """A small one in evaluation mode, whose forecasts are not `base` any more."""
+    """Return a small network in evaluation mode, whose forecasts differ from `base`."""
     torch.manual_seed(0)
-    made = PatchTransformer(**{**SHAPE, **options}).eval()
-    for layer in (made.head, made.shortcut):
+    model = PatchTransformer(**{**SHAPE, **options}).eval()
+    for layer in (model.head, model.shortcut):
         torch.nn.init.normal_(layer.weight, std=0.1)
-    return made
+    return model
 
 
 def batch(size: int = 3) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def batch(size: int = 3) -> dict[str, torch.Tensor]:
     [(0.9, 1.0, 3.0, 1.8), (0.9, 3.0, 1.0, 0.2), (0.1, 1.0, 3.0, 0.2), (0.5, -1.0, 1.0, 1.0), (0.3, 2.0, 2.0, 0.0)],
 )
 def test_pinball_by_hand(level: float, quantile: float, y: float, loss: float) -> None:
-    """level x error above the quantile, (1 - level) x error below it."""
+    """The loss is level x error above the quantile, and (1 - level) x error below it."""
     found = pinball(torch.tensor([[quantile]]), torch.tensor([y]), torch.tensor([level]))
     assert found.item() == pytest.approx(loss, abs=1e-7)
 
@@ -64,7 +64,7 @@ def test_pinball_is_smallest_at_the_quantile() -> None:
     assert int(torch.stack(losses).argmin()) == 90
 
 
-def test_losses_are_one_a_value_in_percent() -> None:
+def test_the_loss_has_one_value_per_forecast_in_percent() -> None:
     model, one = network().requires_grad_(False), batch()
     answer = model.training_step(one)
     assert answer.keys() == {"loss"}
@@ -74,7 +74,7 @@ def test_losses_are_one_a_value_in_percent() -> None:
     assert answer["loss"][2, 1, 0].item() == pytest.approx(100 * max(0.1 * error, -0.9 * error), rel=1e-5)
 
 
-def test_what_it_is_judged_by() -> None:
+def test_metrics_of_validation() -> None:
     model, one = network().requires_grad_(False), batch()
     answer = model.validation_step(one)
     quantiles = model(one["x"], one["base"])
@@ -94,13 +94,13 @@ def test_what_it_is_judged_by() -> None:
 # ---- the network ----------------------------------------------------------------------------------------------------
 
 
-def test_it_begins_as_the_baseline() -> None:
+def test_the_initial_network_equals_the_baseline() -> None:
     one = batch()
     model = PatchTransformer(**SHAPE).eval()  # type: ignore[arg-type]
     assert torch.equal(model(one["x"], one["base"]), one["base"])
 
 
-def test_its_quantiles_never_cross_and_depend_on_every_row() -> None:
+def test_quantiles_never_cross_and_depend_on_every_row() -> None:
     model, one = network(), batch()
     quantiles = model(10 * one["x"], one["base"])
     assert (quantiles.diff(dim=-1) > 0).all()
@@ -110,8 +110,8 @@ def test_its_quantiles_never_cross_and_depend_on_every_row() -> None:
     assert (x.grad.abs().sum((0, 2)) > 0).all()
 
 
-def test_it_learns_what_the_volatility_does() -> None:
-    """Returns twice as wide after one sign than after the other are found in thirty steps."""
+def test_the_network_learns_the_volatility() -> None:
+    """Thirty steps are enough to learn that returns are twice as wide after one sign than after the other."""
     torch.manual_seed(0)
     model = PatchTransformer(**SHAPE, dropout=0.0)  # type: ignore[arg-type]
     x = torch.randn(64, 16, 10)
@@ -135,8 +135,8 @@ def test_flops_agree_with_the_count_of_pytorch(depth: int) -> None:
     x = torch.randn(3, 24, 10)
     with FlopCounterMode(display=False) as counter:
         model(x, one["base"])
-    attention = depth * 2 * 2 * 6 * 6 * 8 * 3  # which the counter does not see on CPUs
-    shape = 2 * 2 * 4 * 3  # level and slope times their shapes over the horizon: left out, being no layer
+    attention = depth * 2 * 2 * 6 * 6 * 8 * 3  # the counter does not see it on CPUs
+    shape = 2 * 2 * 4 * 3  # level and slope times their shapes over the horizon, which are not a layer
     counted = counter.get_total_flops()
     assert model.flops_per_sample * 3 in (3 * (counted - shape), 3 * (counted - shape + attention))
 
@@ -150,19 +150,19 @@ def test_default_size() -> None:
     ("options", "message"),
     [({"patch": 5}, "patch=5"), ({"heads": 3}, "heads=3"), ({"patch": 0}, "patch=0")],
 )
-def test_a_network_that_cannot_be(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         network(**options)
 
 
-def test_data_that_do_not_fit_are_told() -> None:
+def test_data_of_another_shape_are_rejected() -> None:
     with pytest.raises(
         ValueError, match=r"windows of 16 rows and 10 channels, 4 horizons and 3 quantiles.*\(3, 8, 10\)"
     ):
         network().training_step({**batch(), "x": torch.zeros(3, 8, 10)})
 
 
-# ---- what it shows --------------------------------------------------------------------------------------------------
+# ---- predictions ---------------------------------------------------------------------------------------------------
 
 
 def test_predictions_are_prices() -> None:
@@ -192,7 +192,7 @@ def test_crossing_quantiles_are_put_in_order() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_examples_draw_the_forecast_and_what_came(size: int) -> None:
+def test_examples_draw_the_forecast_and_the_actual_prices(size: int) -> None:
     figure = network().requires_grad_(False).examples(batch(size))["forecasts"]
     assert isinstance(figure, Figure)
     assert len(figure.axes) == size
@@ -217,7 +217,7 @@ DATA = {"horizons": 4, "context": 16, "quantiles": LEVELS, "values": ["close"], 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_two_workers_have_the_losses_of_one(tmp_path: Path, exact: bool) -> None:
-    """And a second run those of the first, to the last bit; in deterministic mode for any number of workers."""
+    """A second run has the same losses bit for bit; in deterministic mode, so has any number of workers."""
     job = make_job(
         model={"_target_": "models.prices.PatchTransformer", **SHAPE, "dropout": 0.0},
         data={"_target_": "models.prices_data.Table", "path": str(write(tmp_path)), **DATA},
@@ -277,9 +277,9 @@ def test_a_bad_table_is_exit_2(here: Place, tmp_path: Path, change: Any, message
     path.write_text(change(path.read_text()))
     done = here.here(*WORDS, "data=table", f"data.path={path}", "data.split=2001-03-01", "data.context=16")
     assert done.status == 2
-    told = " ".join(done.err.split())
-    assert str(path) in told
-    assert message in told
+    printed = " ".join(done.err.split())
+    assert str(path) in printed
+    assert message in printed
     assert not here.runs.exists()
 
 
@@ -287,9 +287,9 @@ def test_a_bad_table_is_exit_2(here: Place, tmp_path: Path, change: Any, message
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_prices_reach_their_target(place: Place, seed: int) -> None:
-    """Issue 7: the last step's loss on held-out years at most 0.99 times that of the scaled quantiles, any seed.
+    """With any seed, the final loss on held-out years is at most 0.99 times that of the scaled quantiles.
 
-    The last step's and not the best one's, for the best one would be chosen by what it is judged on.
+    The loss of the last step is used, because the best step is selected by the same data.
     """
     words = ("experiment=prices", "scaling.workers=2", f"trainer.seed={seed}", "run.name=a")
     done = place.launch(*words, seconds=900)

@@ -1,4 +1,4 @@
-"""models/prices_data.py: windows, a split that leaks nothing, and baselines by hand."""
+"""models/prices_data.py: windows, a split without leaks, and baselines computed by hand."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_last_three_years_of_both_indices_are_held_out(indices: Indices) -> None
     assert np.bincount(indices.val.series.numpy()).tolist() == [735, 735]
     newest = everything(indices.val)
     last = indices.val.times[indices.val.rows.max() + indices.horizons]
-    assert str(np.datetime64(int(last), "s"))[:10] == "2018-12-31", "the last price is nobody's target"
+    assert str(np.datetime64(int(last), "s"))[:10] == "2018-12-31", "the last price is not a target"
     first = newest["time"].min()
-    assert str(np.datetime64(int(first), "s"))[:10] == "2015-12-31", "the first target is the first day held out"
+    assert str(np.datetime64(int(first), "s"))[:10] == "2015-12-31", "the first target must be the first held-out day"
     assert newest["close"][0].item() == 2043.939941
 
 
@@ -61,15 +61,15 @@ def test_targets_of_training_and_validation_do_not_overlap(indices: Indices, end
     assert train.max() < split <= val.min()
     if end is not None:
         assert val.max() < np.datetime64(end, "s").astype(int)
-    for part in (data.train, data.val):  # and a window stays in its own series
-        whose = torch.cat([torch.full((5031,), 0), torch.full((5031,), 1)])
+    for part in (data.train, data.val):  # a window stays within its series
+        series = torch.cat([torch.full((5031,), 0), torch.full((5031,), 1)])
         oldest = part.rows - data.context - LOOKBACK + 1
-        assert torch.equal(whose[oldest], part.series)
-        assert torch.equal(whose[part.rows + data.horizons], part.series)
+        assert torch.equal(series[oldest], part.series)
+        assert torch.equal(series[part.rows + data.horizons], part.series)
 
 
-def test_nothing_of_training_depends_on_what_comes_after_the_split(tmp_path: Path) -> None:
-    """Would fail if a target, a fitted quantile or a scale of training saw the held-out rows."""
+def test_training_does_not_depend_on_rows_after_the_split(tmp_path: Path) -> None:
+    """Guards against a target, a fitted quantile or a scale of training that uses held-out rows."""
     prices = walk(700)
     known = table(tmp_path, {"close": prices})
     cut = int((np.datetime64("2001-05-01") - np.datetime64(START)).astype(int))
@@ -82,8 +82,8 @@ def test_nothing_of_training_depends_on_what_comes_after_the_split(tmp_path: Pat
     assert not torch.equal(x["y"], y["y"])
 
 
-def test_a_window_knows_only_its_past(tmp_path: Path) -> None:
-    """What a model is given does not change when everything after its origin does."""
+def test_a_window_depends_only_on_its_past(tmp_path: Path) -> None:
+    """The inputs of a model do not change when all rows after its origin change."""
     prices = walk(700)
     known = table(tmp_path, {"close": prices})
     n = 40
@@ -115,7 +115,7 @@ def test_volatility_by_hand() -> None:
 
 
 def test_baselines_by_hand(tmp_path: Path) -> None:
-    """Quantiles of scaled returns of all series together, per horizon, of all training rows; times s and sqrt(h)."""
+    """Quantiles of the scaled returns of all series and training rows, per horizon, times s and sqrt(h)."""
     prices = {"a": walk(700), "b": walk(700, seed=1) ** 2}
     data = table(tmp_path, prices, decay=0.9)
     cut = 486  # 2001-05-01
@@ -127,7 +127,7 @@ def test_baselines_by_hand(tmp_path: Path) -> None:
         for value in r[1:]:
             variance.append(0.9 * variance[-1] + 0.1 * value**2)
         volatility[name] = np.sqrt(variance)
-        origins = range(22, cut - 5)  # from the first row with enough returns behind it
+        origins = range(22, cut - 5)  # from the first row with enough earlier returns
         returns[name] = [np.log(price[o + 3] / price[o]) for o in origins]
         scaled += [y / volatility[name][o] / 3**0.5 for y, o in zip(returns[name], origins, strict=True)]
     z = np.quantile(scaled, [0.1, 0.5, 0.9])
@@ -139,8 +139,8 @@ def test_baselines_by_hand(tmp_path: Path) -> None:
         assert data.val[n]["constant"][2].numpy() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_the_scaled_baseline_is_a_strong_one(indices: Indices) -> None:
-    """Held-out pinball loss 4 to 10 % below that of constant quantiles: a weak one would be easy to beat."""
+def test_the_scaled_baseline_is_strong(indices: Indices) -> None:
+    """Its held-out pinball loss is 4 to 10% below that of constant quantiles."""
     batch = everything(indices.val)
     levels = torch.tensor(indices.quantiles)
 
@@ -154,24 +154,24 @@ def test_the_scaled_baseline_is_a_strong_one(indices: Indices) -> None:
     assert (batch["base"].diff(dim=-1) > 0).all(), "quantiles cross"
 
 
-def test_what_the_model_sees_is_about_one_in_size(indices: Indices) -> None:
+def test_inputs_are_normalised(indices: Indices) -> None:
     x = everything(indices.train)["x"]
     assert x.shape[1:] == (128, prices_data.CHANNELS)
     assert x.mean((0, 1)).abs().max() < 1
     assert 0.4 < x.std((0, 1)).min() < x.std((0, 1)).max() < 1.6
 
 
-def test_a_batch_is_its_samples(indices: Indices) -> None:
-    """Bit for bit: the promise of equal losses for any number of workers rests on it."""
+def test_a_batch_equals_its_samples(indices: Indices) -> None:
+    """They are equal bit for bit, so that losses do not depend on the number of workers."""
     chosen = [5000, 0, 7747, 17, 3]
     batch = indices.train.__getitems__(chosen)
     for n, index in enumerate(chosen):
-        alone = indices.train[index]
-        assert all(torch.equal(batch[key][n], alone[key]) for key in batch)
+        single = indices.train[index]
+        assert all(torch.equal(batch[key][n], single[key]) for key in batch)
     assert torch.equal(indices.train[-1]["x"], indices.train[7747]["x"])
 
 
-def test_prices_that_rest_are_numbers_all_the_same(tmp_path: Path) -> None:
+def test_constant_prices_give_finite_values(tmp_path: Path) -> None:
     data = table(tmp_path, {"close": np.concatenate([walk(300), np.full(400, 7.0)])})
     for part in (data.train, data.val):
         assert all(value.isfinite().all() for value in everything(part).values())
@@ -224,7 +224,7 @@ def test_inputs_are_the_newest_windows_of_a_file(tmp_path: Path) -> None:
         ({"values": []}, "data.values"),
     ],
 )
-def test_a_bad_option_is_told_with_its_value(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_a_bad_option_is_reported_with_its_value(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         table(tmp_path, {"close": walk(700)}, **options)
 

@@ -1,4 +1,4 @@
-"""models/prices_table.py: CSV and Parquet files of prices, and what is said of bad ones."""
+"""models/prices_table.py: CSV and Parquet files of prices, and errors of bad files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def days(times: np.ndarray) -> list[str]:
     return [str(day) for day in times.astype("datetime64[s]").astype("datetime64[D]")]
 
 
-def test_csv_gives_every_row_of_every_column(tmp_path: Path) -> None:
+def test_csv_is_read_completely(tmp_path: Path) -> None:
     close, first = read_table(write(tmp_path, LINES), "date", ["close", "open"])
     assert close.prices.tolist() == [10, 11.5, 10]
     assert first.prices.tolist() == [1, 1, 1]
@@ -41,7 +41,7 @@ def test_gzip_byte_order_mark_and_empty_lines_at_the_end(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["timestamp", "date", "text", "zone"])
-def test_parquet_gives_the_same_as_csv(tmp_path: Path, kind: str) -> None:
+def test_parquet_equals_csv(tmp_path: Path, kind: str) -> None:
     frame = pandas.read_csv(write(tmp_path, LINES))
     if kind != "text":
         frame["date"] = pandas.to_datetime(frame["date"])
@@ -75,7 +75,7 @@ BAD: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
     "twice": (lambda lines: [*lines, "2020-01-05,1,1"], "row 5: date is 2020-01-05, as in the previous row"),
     "no date": (row(2, "soon,1,1"), 'row 3: date is "soon", expected a date such as 2018-12-31.*data.date_format'),
     "American date": (row(1, "1/4/1999,1,1"), 'row 2: date is "1/4/1999", expected.*%m/%d/%Y'),
-    "year alone": (row(1, "1999,1,1"), 'row 2: date is "1999", expected a date'),
+    "only a year": (row(1, "1999,1,1"), 'row 2: date is "1999", expected a date'),
     "no such day": (row(2, "2020-02-30,1,1"), 'row 3: date is "2020-02-30"'),
     "empty date": (row(2, ",1,1"), "row 3: date is empty"),
     "empty line": (row(2, ""), "row 3: date is empty"),
@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), BAD.values(), ids=BAD.keys())
-def test_a_bad_table_is_told_with_file_and_row(
+def test_a_bad_table_is_reported_with_file_and_row(
     tmp_path: Path, spoil: Callable[[list[str]], list[str]], message: str
 ) -> None:
     path = write(tmp_path, spoil(LINES))
@@ -110,7 +110,7 @@ def test_a_bad_table_is_told_with_file_and_row(
         ("date", [20200101, 20200102, 20200103], "row 1: date is 20200101, expected a date"),
     ],
 )
-def test_a_bad_parquet_file_is_told_with_file_and_row(
+def test_a_bad_parquet_file_is_reported_with_file_and_row(
     tmp_path: Path, column: str, values: list[Any], message: str
 ) -> None:
     frame = pandas.DataFrame({"date": pandas.date_range("2020-01-01", periods=3), "close": [1.0, 2.0, 3.0]})
@@ -121,7 +121,7 @@ def test_a_bad_parquet_file_is_told_with_file_and_row(
         read_table(str(path), "date", ["close"])
 
 
-def test_what_is_no_table_at_all(tmp_path: Path) -> None:
+def test_a_file_that_is_no_table_is_reported(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"nothing\.csv does not exist"):
         read_table(str(tmp_path / "nothing.csv"), "date", ["close"])
     with pytest.raises(OSError, match="is a directory"):

@@ -1,4 +1,4 @@
-"""models/speech.py: the front end, CTC, padding, decoding, and what the launcher asks for."""
+"""models/speech.py: the front end, CTC, padding, decoding, and the methods that launch calls."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def network() -> Speech:
 
 
 def samples(*texts: str) -> list[tuple[Tensor, Tensor]]:
-    """One recording of noise for each text, all of different lengths."""
+    """Return one recording of noise for each text, all of different lengths."""
     generator = torch.Generator().manual_seed(1)
     return [
-        (0.1 * torch.randn(3000 + 1731 * i, generator=generator), encode(text, speech.LETTERS, "here"))
+        (0.1 * torch.randn(3000 + 1731 * i, generator=generator), encode(text, speech.LETTERS, "a test"))
         for i, text in enumerate(texts)
     ]
 
@@ -59,7 +59,7 @@ def batch_of(*texts: str) -> dict[str, Any]:
 
 
 def test_front_end_is_a_discrete_fourier_transform_in_mel_bands() -> None:
-    """Frame 3 by the formulas, one frequency after the other."""
+    """Compares the features with the formulas, computed frequency by frequency."""
     front = LogMel(8000, 20)
     audio = 0.1 * torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
     features, frames = front(audio, torch.tensor([1000]))
@@ -93,7 +93,7 @@ def test_a_tone_is_in_the_band_of_its_frequency() -> None:
         assert bands[round(hertz / 8000 * 256)].argmax().item() == round(mel / 2146.06 * 41) - 1
 
 
-def test_loudness_does_not_matter() -> None:
+def test_features_do_not_depend_on_loudness() -> None:
     front = LogMel(8000, 20)
     audio = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
     loud, quiet = (front(gain * audio, torch.tensor([4000]))[0] for gain in (1.0, 0.05))
@@ -101,7 +101,7 @@ def test_loudness_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(("samples", "outputs"), [(199, 0), (200, 1), (280, 1), (360, 2), (8000, 49)])
-def test_outputs_are_counted_as_the_network_gives_them(samples: int, outputs: int, network: Speech) -> None:
+def test_the_number_of_outputs_is_that_of_the_network(samples: int, outputs: int, network: Speech) -> None:
     _, frames = network(torch.zeros(1, 8000), torch.tensor([samples]))
     assert frames.tolist() == [outputs] == [outputs_of(samples, 8000)]
 
@@ -109,7 +109,7 @@ def test_outputs_are_counted_as_the_network_gives_them(samples: int, outputs: in
 # ---- padding --------------------------------------------------------------------------------------------------------
 
 
-def test_a_recording_alone_and_padded_in_a_batch_are_the_same(network: Speech) -> None:
+def test_a_padded_recording_in_a_batch_equals_a_single_recording(network: Speech) -> None:
     texts = ("one", "three seven", "zero nine one two", "a")
     together = batch_of(*texts)
     outputs, frames = network(together["audio"], together["lengths"])
@@ -118,21 +118,23 @@ def test_a_recording_alone_and_padded_in_a_batch_are_the_same(network: Speech) -
         alone = SpeechData().collate([sample])
         expected, [n] = network(alone["audio"], alone["lengths"])
         assert frames[i] == n == expected.shape[1]
-        assert torch.allclose(outputs[i, :n], expected[0], atol=1e-5), "padding, or a neighbour, changes the result"
+        assert torch.allclose(outputs[i, :n], expected[0], atol=1e-5), (
+            "padding, or another recording, changes the result"
+        )
         loss, characters = network.training_step(alone)["loss"]
         total, count = total + loss.item(), count + int(characters)
     loss, characters = network.training_step(together)["loss"]
     assert (loss.item(), int(characters)) == (pytest.approx(total, rel=1e-5), count)
 
 
-def test_what_stands_in_the_padding_is_not_heard(network: Speech) -> None:
+def test_the_content_of_the_padding_has_no_effect(network: Speech) -> None:
     together = batch_of("one", "three seven")
     loss = network.training_step(together)["loss"][0]
     together["audio"][0, int(together["lengths"][0]) :] = 1.0
     assert network.training_step(together)["loss"][0].item() == pytest.approx(loss.item(), rel=1e-6)
 
 
-def test_both_directions_are_those_of_pytorch() -> None:
+def test_the_bidirectional_gru_equals_that_of_pytorch() -> None:
     torch.manual_seed(0)
     ours, theirs = BidirectionalGRU(5, 7), torch.nn.GRU(5, 7, batch_first=True, bidirectional=True)
     weights = dict(ours.forwards.state_dict())
@@ -147,8 +149,8 @@ def test_both_directions_are_those_of_pytorch() -> None:
 # ---- loss and decoding ----------------------------------------------------------------------------------------------
 
 
-def test_loss_is_the_probability_of_every_path_that_says_the_text() -> None:
-    """Two outputs, summed by hand: "a" is said by (a, a), (a, blank) and (blank, a)."""
+def test_loss_is_the_probability_of_all_paths_of_the_text() -> None:
+    """Two outputs, summed by hand: the paths of "a" are (a, a), (a, blank) and (blank, a)."""
     network = Speech(alphabet="ab", **SMALL)
     logits = torch.tensor([[[0.1, 0.5, -0.2], [0.3, -0.1, 0.2]]]).log_softmax(2)
     batch = {"targets": torch.tensor([[1]]), "target_lengths": torch.tensor([1])}
@@ -199,11 +201,11 @@ def test_edit_distance(one: Any, other: Any, edits: int) -> None:
     assert edit_distance(one, other) == edit_distance(other, one) == edits
 
 
-def test_validation_gives_edits_and_characters_of_the_whole_batch(
+def test_validation_returns_edits_and_characters_of_the_whole_batch(
     network: Speech, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = ["one", "three even", ""]
-    monkeypatch.setattr(network, "_decode", lambda outputs, frames: heard)
+    decoded = ["one", "three even", ""]
+    monkeypatch.setattr(network, "_decode", lambda outputs, frames: decoded)
     result = network.validation_step(batch_of("one", "three seven", "nine two"))
     assert {name: value for name, value in result.items() if name != "loss"} == {
         "character_error_rate": (1 + 8, 3 + 11 + 8),
@@ -220,7 +222,7 @@ def test_predictions_need_no_transcripts(network: Speech) -> None:
     assert all(set(one) == {"transcription"} and set(one["transcription"]) <= set(network.alphabet) for one in found)
 
 
-def test_examples_are_a_picture_a_sound_and_a_text(network: Speech) -> None:
+def test_examples_are_a_figure_a_recording_and_a_text(network: Speech) -> None:
     found = network.examples(batch_of("one", "three seven"))
     axes = found["spectrogram"].axes[0]
     assert axes.images[0].get_array().shape == (20, outputs_of(3000, 8000) * 2)
@@ -230,7 +232,7 @@ def test_examples_are_a_picture_a_sound_and_a_text(network: Speech) -> None:
     assert [line.split("|")[1].strip() for line in found["transcriptions"].splitlines()[2:]] == ["one", "three seven"]
 
 
-def test_network_can_be_exported_for_any_number_of_recordings(network: Speech) -> None:
+def test_the_network_can_be_exported_for_any_number_of_recordings(network: Speech) -> None:
     network.eval()
     inputs = network.export_inputs(SpeechData().collate([(audio[:2000], text) for audio, text in samples("a", "b")]))
     many = torch.export.Dim("B", min=1, max=64)
@@ -250,7 +252,7 @@ def test_network_can_be_exported_for_any_number_of_recordings(network: Speech) -
         ({"layers": 0}, "layers=0"),
     ],
 )
-def test_settings_that_cannot_be(words: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(words: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Speech(**words)
 
@@ -259,7 +261,7 @@ def test_settings_that_cannot_be(words: dict[str, Any], message: str) -> None:
     ("section", "message"),
     [({"rate": 16000}, "rate=8000 and the data 16000.*model.rate"), ({"alphabet": "ab "}, "alphabet=.*model.alphabet")],
 )
-def test_data_of_another_kind_is_refused(section: dict[str, Any], message: str, network: Speech) -> None:
+def test_data_of_another_rate_or_alphabet_are_rejected(section: dict[str, Any], message: str, network: Speech) -> None:
     batch = SpeechData(**section).collate([(torch.zeros(1000), torch.tensor([1]))])
     for step in (network.training_step, network.predict_step):
         with pytest.raises(ValueError, match=message):
@@ -271,7 +273,7 @@ def test_data_of_another_kind_is_refused(section: dict[str, Any], message: str, 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_two_workers_have_the_loss_of_one(exact: bool, tmp_path: Path) -> None:
-    """Shares of a batch hold unequal numbers of characters, in batches of unequal lengths."""
+    """The shares of a batch have unequal numbers of characters, and different lengths."""
     job = make_job(
         model={"_target_": "models.speech.Speech", **SMALL},
         data={"_target_": "models.speech_data.SpokenDigits", "size": 25, "val_size": 7, "fewest": 1},

@@ -1,4 +1,4 @@
-"""models/speech_data.py and speech_files.py: synthesis, LibriSpeech's layout, Asterisk's prompts, what is refused."""
+"""models/speech_data.py and speech_files.py: synthesis, LibriSpeech's layout, Asterisk's prompts, rejected data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write(path: Path, seconds: float, rate: int = 16000, channels: int = 1, seed
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Two subsets in LibriSpeech's layout: three recordings to train, one of them WAV, and one to validate."""
+    """Two subsets in LibriSpeech's layout: three training recordings, one of them WAV, and one for validation."""
     root = tmp_path / "LibriSpeech"
     texts = {"train-clean-100/19/198": ["NORTHANGER ABBEY", "DON'T", "HE"], "dev-clean/84/121": ["GO"]}
     for number, (folder, lines) in enumerate(texts.items()):
@@ -63,36 +63,36 @@ def corpus(tmp_path: Path) -> Path:
 # ---- digit strings --------------------------------------------------------------------------------------------------
 
 
-def test_no_validation_string_is_ever_trained_on() -> None:
+def test_validation_strings_are_not_in_the_training_set() -> None:
     train, val = (draw_strings(2000, 3, 6, seed=0, held_out=held_out) for held_out in (False, True))
     assert not set(train) & set(val)
     assert {len(string) for string in train} == {len(string) for string in val} == {3, 4, 5, 6}
-    assert len(set(train)) > 1500, "hardly any variety"
+    assert len(set(train)) > 1500, "too few different strings"
     assert draw_strings(3, 3, 6, seed=0, held_out=False) == train[:3] == ["751101", "529438", "977433"]
     assert draw_strings(2000, 3, 6, seed=1, held_out=False) != train
 
 
-def test_a_sample_depends_on_its_index_and_seed_alone(digits: SpokenDigits) -> None:
+def test_a_sample_depends_only_on_its_index_and_seed(digits: SpokenDigits) -> None:
     train = digits.train
     first, second = train.__getitems__([7, 3], [70, 2**62 + 30])
     again = train.__getitems__([3], [2**62 + 30])[0]
     assert torch.equal(again[0], second[0])
     assert torch.equal(again[1], second[1])
     [other] = train.__getitems__([7], [71])
-    assert torch.equal(other[1], first[1]), "the string changed with the seed"
-    assert other[0].shape != first[0].shape or not torch.equal(other[0], first[0]), "the sound did not"
+    assert torch.equal(other[1], first[1]), "the seed changed the string"
+    assert other[0].shape != first[0].shape or not torch.equal(other[0], first[0]), "the seed did not change the sound"
     read = "".join(LETTERS[n - 1] for n in first[1].tolist())
     assert read == " ".join(NAMES[int(digit)] for digit in train.strings[7])
 
 
-def test_validation_is_the_same_whatever_the_seed(digits: SpokenDigits) -> None:
+def test_validation_does_not_depend_on_the_seed(digits: SpokenDigits) -> None:
     one, other = (digits.val.__getitems__([5], [seed])[0][0] for seed in (1, 2))
     assert torch.equal(one, other)
     assert torch.equal(SpokenDigits(size=1, val_size=6).val[5][0], one)
     assert not torch.equal(SpokenDigits(size=1, val_size=6, split_seed=1).val[5][0], one)
 
 
-def test_one_by_one_it_draws_from_the_generators_that_the_engine_seeds(digits: SpokenDigits) -> None:
+def test_single_samples_use_the_global_random_generators(digits: SpokenDigits) -> None:
     torch.manual_seed(3)
     first, following = digits.train[4][0], digits.train[4][0]
     torch.manual_seed(3)
@@ -100,7 +100,7 @@ def test_one_by_one_it_draws_from_the_generators_that_the_engine_seeds(digits: S
     assert first.shape != following.shape or not torch.equal(first, following)
 
 
-def test_sound_is_sound(digits: SpokenDigits) -> None:
+def test_recordings_have_a_valid_level_and_duration(digits: SpokenDigits) -> None:
     for audio, _ in digits.val.__getitems__(range(50), range(50)):
         assert (audio.dtype, audio.ndim) == (torch.float32, 1)
         assert 0.08 < audio.abs().max() <= 0.901
@@ -125,12 +125,12 @@ def test_a_batch_is_padded_with_silence(digits: SpokenDigits) -> None:
         ({"fewest": 0}, "data.fewest=0"),
     ],
 )
-def test_strings_that_cannot_be_drawn(words: dict[str, int], message: str) -> None:
+def test_invalid_options_of_strings_are_rejected(words: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpokenDigits(**words)
 
 
-def test_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OSError, match=r"captcha.*not installed: pip install 'launch-train\[examples\]'"):
         SpokenDigits()
@@ -152,7 +152,7 @@ def test_librispeech_is_read(corpus: Path) -> None:
     assert (batch["audio"].shape, batch["rate"]) == ((3, 48000), 16000)
 
 
-def test_librispeech_can_be_cut(corpus: Path) -> None:
+def test_librispeech_can_be_limited(corpus: Path) -> None:
     data = LibriSpeech(str(corpus), max_seconds=2.5, limit=1, test=["dev-clean"])
     assert (len(data.train), len(data.val)) == (1, 1)
     assert data.test is not None
@@ -188,18 +188,18 @@ BAD: list[tuple[Change, str]] = [
     (lambda root: (root / FOLDER / "19-198.trans.txt").write_bytes(b"\xff\xfe"), r"trans.txt is not UTF-8"),
     (lambda root: (root / FOLDER / "19-198.trans.txt").unlink(), r"has no line in a .trans.txt beside it \(3 such"),
     (lambda root: (root / "dev-clean").rename(root / "dev"), r"data.val: .* has no folder dev-clean.*dev, train-clean"),
-    (lambda root: root.rename(root.with_name("elsewhere")), r"data.root=.* is not a directory"),
+    (lambda root: root.rename(root.with_name("other")), r"data.root=.* is not a directory"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_bad_recordings_are_refused_with_file_and_row(change: Change, message: str, corpus: Path) -> None:
+def test_bad_recordings_are_reported_with_file_and_row(change: Change, message: str, corpus: Path) -> None:
     change(corpus)
     with pytest.raises((ValueError, OSError), match=message):
         LibriSpeech(str(corpus))
 
 
-def test_empty_folder_and_no_folder(corpus: Path) -> None:
+def test_empty_selections_are_reported(corpus: Path) -> None:
     (corpus / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty holds no \*.trans.txt"):
         LibriSpeech(str(corpus), train=["empty"])
@@ -227,7 +227,7 @@ def test_empty_folder_and_no_folder(corpus: Path) -> None:
         ("(10 seconds of silence)", ""),
     ],
 )
-def test_prompts_are_spelled_as_they_are_read_aloud(text: str, spoken: str) -> None:
+def test_texts_of_prompts_are_converted_to_spoken_words(text: str, spoken: str) -> None:
     assert spoken_words(text) == spoken
 
 
@@ -243,7 +243,7 @@ def prompts(tmp_path: Path) -> tuple[str, str]:
     return str(root), str(listed)
 
 
-def test_prompts_are_split_from_the_seed(prompts: tuple[str, str]) -> None:
+def test_prompts_are_split_by_the_seed(prompts: tuple[str, str]) -> None:
     assert [(one.name, one.text) for one in read_asterisk(*prompts)] == [
         *(("digits/1", "one"), ("digits/2", "two"), ("go", "go"))
     ]
@@ -254,7 +254,7 @@ def test_prompts_are_split_from_the_seed(prompts: tuple[str, str]) -> None:
     assert {*Asterisk(*prompts, folder="digits", val_fraction=0.5).train.names} <= {"digits/1", "digits/2"}
 
 
-def test_recordings_are_played_at_another_speed_in_training_only(prompts: tuple[str, str]) -> None:
+def test_the_speed_of_recordings_is_changed_in_training_only(prompts: tuple[str, str]) -> None:
     data = Asterisk(*prompts, speed=0.2, val_fraction=0.4)
     lengths = set()
     for seed in range(20):
@@ -277,7 +277,7 @@ def test_speed_changes_the_pitch() -> None:
     assert np.abs(np.fft.rfft(faster)).argmax() * 8000 / 6400 == 625
 
 
-def test_a_person_is_heard_beside_the_strings(prompts: tuple[str, str]) -> None:
+def test_asterisk_adds_validation_sets_of_recorded_speech(prompts: tuple[str, str]) -> None:
     data = SpokenDigitsAsterisk(size=2, val_size=3, root=prompts[0], texts=prompts[1])
     assert {name: len(part) for name, part in data.val.items()} == {"string": 3, "digit": 2, "number": 2, "prompt": 3}
 
@@ -296,13 +296,13 @@ def test_a_person_is_heard_beside_the_strings(prompts: tuple[str, str]) -> None:
         (lambda root, listed: write(root / "go.wav", 1, 16000), r"go.wav has 1 channel.* of 16000 .*one of 8000"),
     ],
 )
-def test_prompts_that_cannot_be_read(change: Callable[..., object], message: str, prompts: tuple[str, str]) -> None:
+def test_unreadable_prompts_are_reported(change: Callable[..., object], message: str, prompts: tuple[str, str]) -> None:
     change(Path(prompts[0]), Path(prompts[1]))
     with pytest.raises((ValueError, OSError), match=message):
         Asterisk(*prompts)
 
 
-def test_a_split_that_leaves_nothing(prompts: tuple[str, str]) -> None:
+def test_an_empty_split_is_reported(prompts: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match=r"data.val_fraction=0.01 of 3 recordings"):
         Asterisk(*prompts, val_fraction=0.01)
     with pytest.raises(ValueError, match=r"data.folder=nowhere"):
@@ -311,7 +311,7 @@ def test_a_split_that_leaves_nothing(prompts: tuple[str, str]) -> None:
 
 @pytest.mark.skipif(not (REAL.is_dir() and LISTED.is_file()), reason="Debian's asterisk-core-sounds-en-wav is absent")
 def test_the_packaged_prompts() -> None:
-    """The figures of docs and README."""
+    """The numbers that the documentation states."""
     found = read_asterisk(str(REAL), str(LISTED))
     assert len(found) == 551
     assert round(sum(one.samples for one in found) / 8000) == 1456
@@ -344,7 +344,7 @@ def test_inputs_are_a_file_or_a_folder(tmp_path: Path) -> None:
         ("fast.wav", "of 16000 samples per second; expected one of 8000.*ffmpeg"),
     ],
 )
-def test_inputs_that_cannot_be_heard(name: str, message: str, tmp_path: Path) -> None:
+def test_unreadable_inputs_are_reported(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no sound")
     (tmp_path / "empty").mkdir()
     write(tmp_path / "fast.wav", 1, 16000)
@@ -352,18 +352,18 @@ def test_inputs_that_cannot_be_heard(name: str, message: str, tmp_path: Path) ->
         SpeechData().inputs(str(tmp_path / name))
 
 
-def test_unknown_characters_are_named() -> None:
+def test_unknown_characters_are_reported() -> None:
     with pytest.raises(ValueError, match=r"row 3: 'aé7' has '7' 'é'.*data.alphabet and model.alphabet"):
         encode("aé7", LETTERS, "row 3")
 
 
-def test_missing_soundfile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_soundfile_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(OSError, match=r"soundfile.*pip install 'launch-train\[examples\]'"):
         speech_files.check_audio(Path("a.wav"), 8000)
 
 
-# ---- as a user ------------------------------------------------------------------------------------------------------
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 QUICK = ("experiment=transcribe", "cluster=none", "data.size=6", "data.val_size=4", "trainer.global_batch_size=3")
 TINY = (*QUICK, "trainer.epochs=1", "model.channels=4", "model.hidden=8", "logging.graph=false")
@@ -376,14 +376,14 @@ def test_experiment_runs_to_its_end_and_transcribes(here: Place, tmp_path: Path)
     assert {"val/loss", "val/character_error_rate", "val/word_error_rate", "val/text_accuracy"} <= set(metrics)
     assert here.result("a")["steps"] == 2
     write(tmp_path / "noise.wav", 0.5, 8000)
-    said = here.here("predict", "a", f"input={tmp_path}")
-    assert said.status == 0, said.err
-    [line] = said.out.splitlines()
+    predicted = here.here("predict", "a", f"input={tmp_path}")
+    assert predicted.status == 0, predicted.err
+    [line] = predicted.out.splitlines()
     assert set(json.loads(line)) == {"input", "transcription"}
     write(tmp_path / "fast.wav", 0.5, 16000)
-    refused = here.here("predict", "a", f"input={tmp_path}")
-    assert refused.status == 2
-    assert "fast.wav has 1 channel(s) of 16000" in refused.err
+    failed = here.here("predict", "a", f"input={tmp_path}")
+    assert failed.status == 2
+    assert "fast.wav has 1 channel(s) of 16000" in failed.err
 
 
 @pytest.mark.parametrize(("change", "message"), [BAD[2], BAD[8]])
@@ -405,7 +405,7 @@ def test_another_rate_than_the_models_is_exit_2(corpus: Path, here: Place) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_transcribe_reaches_its_target(place: Place) -> None:
-    """Issue 7: two workers on CPUs, character error rate of held-out strings at most 10 %, under 15 minutes."""
+    """Two workers on CPUs reach a character error rate of 10% on held-out strings in less than 15 minutes."""
     done = place.launch("experiment=transcribe", "scaling.workers=2", "run.name=a", seconds=900)
     assert done.status == 0, done.err
     result = place.result("a")

@@ -1,4 +1,4 @@
-"""models/vision.py: the networks, called as any training loop would."""
+"""models/vision.py: the networks, called like in a training loop."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def network(request: pytest.FixtureRequest) -> Classifier:
     return request.param()
 
 
-def test_training_step_gives_one_value_a_sample(network: Classifier) -> None:
+def test_training_step_returns_one_value_per_sample(network: Classifier) -> None:
     x, y = torch.randn(5, 2, 13, 13), torch.tensor([0, 1, 2, 3, 0])
     together = network.training_step((x, y))
     for name in ("loss", "accuracy"):
-        alone = [network.training_step((x[i : i + 1], y[i : i + 1]))[name].item() for i in range(5)]
-        assert together[name].tolist() == pytest.approx(alone, abs=1e-5), "a sample's value depends on its neighbours"
+        single = [network.training_step((x[i : i + 1], y[i : i + 1]))[name].item() for i in range(5)]
+        assert together[name].tolist() == pytest.approx(single, abs=1e-5), "the value of a sample depends on its batch"
 
 
-def test_an_empty_share_of_a_batch_gives_no_values(network: Classifier) -> None:
+def test_an_empty_share_of_a_batch_has_no_values(network: Classifier) -> None:
     result = network.training_step((torch.empty(0, 2, 13, 13), torch.empty(0, dtype=torch.int64)))
     assert {name: value.shape for name, value in result.items()} == {"loss": (0,), "accuracy": (0,)}
     result["loss"].sum().backward()
@@ -65,12 +65,12 @@ def test_training_lowers_the_loss(network: Classifier) -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
-def test_prediction_is_a_plain_dictionary_a_sample(network: Classifier) -> None:
+def test_prediction_is_a_plain_dictionary_per_sample(network: Classifier) -> None:
     x = torch.randn(3, 2, 13, 13)
     with torch.no_grad():
         probabilities = network(x).softmax(1)
         found = network.predict_step((x, torch.zeros(3, dtype=torch.int64)))
-        assert network.predict_step(x) == found, "labels are not needed"
+        assert network.predict_step(x) == found, "labels must not be required"
     assert [one["label"] for one in found] == probabilities.argmax(1).tolist()
     assert [one["probability"] for one in found] == pytest.approx(probabilities.amax(1).tolist())
     assert {type(value) for one in found for value in one.values()} == {int, float}
@@ -103,13 +103,13 @@ def test_default_sizes() -> None:
         (lambda: ResNet18(width=8, groups=4).predict_step(torch.zeros(2, 1, 9, 9)), "3 channel.*any size"),
     ],
 )
-def test_a_network_says_what_does_not_fit(make: Callable[[], Any], message: str) -> None:
+def test_invalid_settings_and_shapes_are_rejected(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def test_convnet_learns_the_digits() -> None:
-    """The default network and data, one epoch of a plain loop: 75 % is far from chance."""
+    """The default network and data reach 75% accuracy in one epoch of a plain loop; chance is 10%."""
     mnist = Mnist()
     torch.manual_seed(0)
     network = ConvNet()
@@ -123,7 +123,7 @@ def test_convnet_learns_the_digits() -> None:
     assert result["accuracy"].mean() > 0.75
 
 
-def test_nothing_here_imports_the_launcher() -> None:
+def test_models_do_not_import_launch() -> None:
     code = "import sys, models.vision, models.vision_folder; print({'launcher', 'ray', 'hydra'} & {*sys.modules})"
     root = Path(vision.__file__).parents[1]
     done = subprocess.run(

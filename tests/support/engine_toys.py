@@ -337,16 +337,16 @@ class Tied(Net):
 
 
 class Watching:
-    """A callback that notes what it is given. `mishap`: the method that fails; `stop_at`: the step after which `rank`
+    """A callback that notes what it is given. `fails_in`: the method that fails; `stop_at`: the step after which `rank`
     wants to stop.
     """
 
-    def __init__(self, mishap: str = "", stop_at: int = 0, rank: int = 0) -> None:
-        self.mishap, self.stop_at, self.rank, self.calls = mishap, stop_at, rank, 0
+    def __init__(self, fails_in: str = "", stop_at: int = 0, rank: int = 0) -> None:
+        self.fails_in, self.stop_at, self.rank, self.calls = fails_in, stop_at, rank, 0
 
     def _note(self, what: str, run: Any) -> None:
         RECORD.append((what, run.rank, run.step, run.epoch, run.samples, self.calls))
-        if what == self.mishap:
+        if what == self.fails_in:
             raise KeyError("a callback's own mistake")
 
     def on_start(self, run: Any) -> None:
@@ -369,7 +369,7 @@ class Watching:
 
     def on_log(self, run: Any, step: int, values: dict[str, float]) -> None:
         assert step == run.step
-        if self.mishap == "on_log":
+        if self.fails_in == "on_log":
             raise KeyError("a callback's own mistake")
         RECORD.append(("on_log", step, dict(values)))
 
