@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Folders and files whose language is checked. Add a folder once it has no finding.
 CHECKED = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "conf", "models", "tools"]
 CHECKED += ["benchmarks", "launcher/runs", "launcher/config", "launcher/engine"]
+CHECKED += ["tests/models"]
 # Pattern of the words to avoid -> what to write.
 BANNED = {
     r"told|tells?(?! \w+ apart)|telling": "print, report, log, notify, specify",
