@@ -1,4 +1,4 @@
-"""What a run costs: the count over its whole life, the budget that ends it, and what is told of both."""
+"""The cost of a run: counting over its whole life, the budget that stops it, and the messages for both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import launcher
 from launcher import money
 from launcher.clusters.existing.kind import ExistingCluster
 from launcher.clusters.pricing.rates import overrides, rate_of
@@ -19,8 +20,8 @@ from launcher.money import Bill, Meter, Rate
 from tests.support.command import TOY, Place
 from tests.sweeps.sweep_fixtures import PROJECT as SWEEP_PROJECT
 
-A_SECOND = "cluster.node_usd_per_hour=3600"  # one dollar
-SLOW = ("+model.delay=0.1", "trainer.epochs=100", "trainer.log_every=1")  # 40 s, if nothing ends it
+A_SECOND = "cluster.node_usd_per_hour=3600"  # one dollar per second
+SLOW = ("+model.delay=0.1", "trainer.epochs=100", "trainer.log_every=1")  # 40 s, unless it is stopped
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
@@ -32,16 +33,16 @@ SLOW = ("+model.delay=0.1", "trainer.epochs=100", "trainer.log_every=1")  # 40 s
         (Rate(2.0), 3, 6.0),
         (Rate(2.0, machines=4), None, 8.0),
         (Rate(2.0, head=0.5), 3, 4.5),  # two nodes and a head
-        (Rate(2.0, head=0.5), 1, 2.5),  # the machine that is there is paid for, whatever it is called
+        (Rate(2.0, head=0.5), 1, 2.5),  # the only machine is counted, whether head or node
         (Rate(2.0, head=0.5, share=0.5), 3, 2.25),
     ],
 )
-def test_an_hour_of_the_machines_that_are_there(rate: Rate, machines: int | None, usd_per_hour: float) -> None:
+def test_the_cost_per_hour_of_existing_machines(rate: Rate, machines: int | None, usd_per_hour: float) -> None:
     assert rate.usd_per_hour(machines) == pytest.approx(usd_per_hour)
 
 
-def test_groups_of_workers_count_on_from_each_other() -> None:
-    """4 machines for 100 s, then 2 for 50 s, then a failure that the driver notes 10 s later."""
+def test_each_group_of_workers_continues_the_count() -> None:
+    """4 machines for 100 s, then 2 for 50 s, then a failure that the driver records 10 s later."""
     rate, started = Rate(36.0, machines=4), 1000.0
     bill = Bill(seconds=500.0, rate=rate)
     before = {"seconds": 500.0, "cost_usd": 7.0}
@@ -52,23 +53,24 @@ def test_groups_of_workers_count_on_from_each_other() -> None:
     assert bill.spent({"seconds": 650.0, "cost_usd": 12.0}, 660.0) == pytest.approx(12.0 + 0.4)
 
 
-def test_machines_that_cost_nothing_keep_what_was_paid_before() -> None:
+def test_free_machines_keep_the_earlier_cost() -> None:
     assert Bill().meter({"seconds": 5.0, "cost_usd": 3.0}, 0.0, 2).usd() == 3.0
     assert Bill().spent({"cost_usd": 3.0}, 100.0) == 3.0
     assert Bill().meter({}, 0.0, 2).tags() == {}
 
 
-def test_the_warning_comes_once_in_a_life() -> None:
+def test_the_warning_is_given_once() -> None:
     rate = Rate(3600.0, budget=10.0)
     meter = Meter(rate, 1, time.time(), 7.0)
     assert meter.warning() is None
     meter = Meter(rate, 1, time.time() - 1.5, 7.0)
-    told = meter.warning()
-    assert told is not None
-    assert "8.50 USD of cluster.budget_usd=10 are spent: in 0.025 minutes" in told
+    warning = meter.warning()
+    assert warning is not None
+    assert "8.50 USD of cluster.budget_usd=10" in warning
+    assert "0.025 minutes" in warning
     assert meter.warning() is None
     assert not meter.is_over
-    assert Meter(rate, 1, time.time() - 1.5, 8.5).warning() is None, "it was told before the restart"
+    assert Meter(rate, 1, time.time() - 1.5, 8.5).warning() is None, "it was given before the restart"
     assert Meter(rate, 1, time.time() - 1.5, 8.5).is_over
 
 
@@ -82,9 +84,9 @@ def test_the_warning_comes_once_in_a_life() -> None:
         ({"kind": "existing"}, None),
         ({"kind": "existing", "size": "NC24ads_A100_v4"}, Rate(3.673, 0.192, 3)),
         ({"kind": "existing", "size": "NC24ads_A100_v4", "spot": True}, Rate(0.444, 0.192, 3)),
-        # Some nodes may come on demand, or be replaced so: no dollar is missing from the count.
+        # Any node may be created on demand, so the higher price applies.
         ({"kind": "existing", "size": "NC24ads_A100_v4", "spot": "prefer"}, Rate(3.673, 0.192, 3)),
-        ({"kind": "existing", "size": "NC24ads_A100_v4", "region": "westeurope"}, None),  # no price is known
+        ({"kind": "existing", "size": "NC24ads_A100_v4", "region": "westeurope"}, None),  # unknown price
         ({"kind": "none", "node_usd_per_hour": 2.0, "budget_usd": 5.0}, Rate(2.0, 0.0, 3, 5.0)),
         ({"kind": "existing", "node_usd_per_hour": 2.0, "head_usd_per_hour": 0.1}, Rate(2.0, 0.1, 3)),
     ],
@@ -96,14 +98,14 @@ def test_the_rate_of_a_configuration(cluster: dict[str, Any], expected: Rate | N
 def test_a_budget_needs_a_price(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/")
     config = ExistingCluster(size="NC24ads_A100_v4", region="westeurope", budget_usd=5.0)
-    with pytest.raises(ConfigError, match=r"cannot be kept: The price of .* Say what the machines cost with"):
+    with pytest.raises(ConfigError, match=r"The price of .*cluster\.node_usd_per_hour"):
         rate_of(config)
 
 
-def test_a_driver_elsewhere_is_told_the_same_rate() -> None:
-    told = dict(word.removeprefix("cluster.").split("=") for word in overrides(ClusterConfig(), 12.0, machines=4))
-    there = cluster_section({"kind": "existing", **{key: float(value) for key, value in told.items()}})
-    assert rate_of(there, 4) == Rate(3.0, 0.0, 4)
+def test_the_overrides_for_a_remote_driver_give_the_same_rate() -> None:
+    values = dict(word.removeprefix("cluster.").split("=") for word in overrides(ClusterConfig(), 12.0, machines=4))
+    remote = cluster_section({"kind": "existing", **{key: float(value) for key, value in values.items()}})
+    assert rate_of(remote, 4) == Rate(3.0, 0.0, 4)
     assert overrides(ClusterConfig()) == []
 
 
@@ -115,11 +117,11 @@ def tags(here: Place, run: str) -> list[float]:
     return [entry["cost/usd"] for line in lines if "cost/usd" in (entry := json.loads(line))]
 
 
-def test_a_budget_ends_a_run_and_a_larger_one_continues_it(
+def test_a_budget_stops_a_run_and_a_larger_one_resumes_it(
     here: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sign = tmp_path / "spent"
-    monkeypatch.setenv(money.SPENT_VARIABLE, str(sign))
+    spent = tmp_path / "spent"
+    monkeypatch.setenv(money.SPENT_VARIABLE, str(spent))
     done = here.here(*TOY, *SLOW, "run.name=a", A_SECOND, "cluster.budget_usd=3")
     assert done.status == 0, done.err
     assert "3600.00 USD/h" in done.err.splitlines()[0]
@@ -133,14 +135,14 @@ def test_a_budget_ends_a_run_and_a_larger_one_continues_it(
     paid = tags(here, "a")
     assert paid == sorted(paid)
     assert paid[-1] <= result["cost_usd"]
-    assert sign.exists(), "whoever owns the machines is not told"
+    assert spent.exists(), "the file for the watchdog was not touched"
     assert f"Continue it with: launch run.name=a run.resume=true {money.larger_budget(result['cost_usd'])}" in done.err
 
     again = here.here("--config-dir", "own", "run.name=a", "run.resume=true")
     assert again.status == 2
     assert '"a" has spent its budget' in again.err
     assert f"cluster.budget_usd={math.ceil(2 * result['cost_usd'])}" in again.err
-    assert here.result("a") == result, "a refused resume has changed the record"
+    assert here.result("a") == result, "a rejected resume has changed the result"
 
     last = result["steps"] + 3
     more = here.here(
@@ -155,7 +157,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_continues_it(
     assert f"{later['cost_usd']:.2f}" in listed.out
 
 
-def test_a_run_that_fails_has_cost_what_it_has_cost(here: Place) -> None:
+def test_a_failed_run_records_its_cost(here: Place) -> None:
     done = here.here(*TOY, "run.name=a", A_SECOND, "+model.mishap=raise", "+model.at=5", "+model.delay=0.1")
     assert done.status == 1
     result = here.result("a")
@@ -164,7 +166,7 @@ def test_a_run_that_fails_has_cost_what_it_has_cost(here: Place) -> None:
     assert result["cost_usd"] > 0.3
 
 
-def test_without_a_rate_nothing_is_said_of_money(here: Place) -> None:
+def test_without_a_rate_no_cost_is_shown(here: Place) -> None:
     done = here.here(*TOY, "run.name=a")
     assert (done.status, "USD" in done.err) == (0, False)
     assert here.result("a")["cost_usd"] is None
@@ -172,7 +174,7 @@ def test_without_a_rate_nothing_is_said_of_money(here: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("overrides", "message"),
     [
         (["cluster.budget_usd=3"], "needs to know what the machines cost: add cluster.size=SIZE"),
         (["cluster.budget_usd=-1", A_SECOND], "cluster.budget_usd is -1"),
@@ -180,16 +182,14 @@ def test_without_a_rate_nothing_is_said_of_money(here: Place) -> None:
         (["cluster.node_usd_per_hour=-2"], "cluster.node_usd_per_hour is -2"),
     ],
 )
-def test_what_is_said_of_money_is_checked(here: Place, given: list[str], told: str) -> None:
-    done = here.here(*TOY, "run.name=a", *given)
+def test_cost_options_are_validated(here: Place, overrides: list[str], message: str) -> None:
+    done = here.here(*TOY, "run.name=a", *overrides)
     assert done.status == 2
-    assert told in done.err
+    assert message in done.err
     assert not (here.runs / "a").exists()
 
 
-def test_a_sweep_keeps_one_budget_for_all_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import launcher
-
+def test_a_sweep_has_one_budget_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(SWEEP_PROJECT.parent)
     fixed = ("experiment=line", "cluster=none", f"run.root={tmp_path}", "run.name=s")
     grid = "optimizer.lr=range(0.001,0.4,0.001)"
@@ -210,8 +210,8 @@ def test_a_sweep_keeps_one_budget_for_all_its_trials(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_run_that_is_started_again_counts_each_second_once(here: Place) -> None:
-    """A worker is killed at step 6: two groups of workers, one life."""
+def test_a_restarted_run_counts_each_second_once(here: Place) -> None:
+    """A worker is killed at step 6, so two groups of workers train the run."""
     killed = "callbacks.killed={_target_: toy.Accidents, happen: [{rank: 1, step: 6, name: KILL}]}"
     start = time.time()
     words = (

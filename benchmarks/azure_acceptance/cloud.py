@@ -43,7 +43,7 @@ class Cloud:
     def left(self) -> list[str]:
         """Return the types of the resources that are still in the group."""
         with translated_errors("Looking for what is left"):
-            return sorted(one.split()[0] for one in self._api().left(self.group))
+            return sorted(one.split()[0] for one in self._api().remaining(self.group))
 
     def role_lines(self, blob: str) -> list[str]:
         """Return the commands that let the cluster write to a container; they contain ids, so no report shows them."""

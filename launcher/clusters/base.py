@@ -1,14 +1,15 @@
-"""What a kind of cluster is, for everything outside of its folder.
+"""The interface of a cluster kind: all that the rest of launch knows about a cluster.
 
 A kind is one object: a `ClusterKind` named `KIND` in `launcher/clusters/<folder>/kind.py`, or in another package that
-names it in the entry point group `launch.clusters`. It brings its keys, checks and words, and does one of three things
-with a run:
+registers it in the entry point group `launch.clusters`. A kind defines its configuration keys and their checks, and
+executes runs in one of three ways:
 
-- `connect`: gives the command a Ray to run the workers on (local, existing);
-- `is_remote`: the run is driven by the head of a cluster; `provision` makes the cluster, Ray Jobs take the run there;
-- `batch`: the run is handed to a scheduler as a whole, which starts everything (kuberay).
+- `connect` returns a Ray cluster on which the command places its workers (local, existing);
+- `is_remote` is true: the head of the cluster drives the run. `provision` creates the cluster, and the run is submitted
+  through the Ray Jobs API (ssh, azure);
+- `batch` returns a request that is submitted to a scheduler, which starts all processes (kuberay).
 
-Modules `kind` are imported by every command: they import heavy libraries on use.
+Every command imports the modules `kind`, so they import heavy libraries inside functions.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Machines:
-    """Where workers can sit.
+    """The nodes on which the workers of a run can be placed.
 
     Attributes:
-        nodes: each with what Ray may give away of it.
-        where: the words for the place.
-        is_this_machine: the nodes are this one machine.
+        nodes: the nodes, each with the CPUs and GPUs that Ray may assign.
+        where: a description for messages, such as `this machine`.
+        is_this_machine: whether the only node is the machine of the command.
     """
 
     nodes: Sequence[Node]
@@ -50,14 +51,14 @@ class Machines:
 
 @dataclass(frozen=True)
 class Use:
-    """What a command needs a Ray for; see `EmbeddedRay` and `ExistingRay`.
+    """The options with which a command connects to Ray; see `EmbeddedRay` and `ExistingRay`.
 
     Attributes:
-        python_path: directories whose modules the workers need.
-        directory: of the run, a path or a URI.
-        verbose: with Ray's messages.
-        preload: a module that is imported while Ray starts.
-        is_sweep: the workers train many runs.
+        python_path: directories that the workers prepend to `sys.path`.
+        directory: the run directory, a path or a URI.
+        verbose: whether Ray's own messages are printed.
+        preload: the name of a module that is imported while Ray starts.
+        is_sweep: whether the workers train several runs.
     """
 
     python_path: Sequence[str]
@@ -68,30 +69,38 @@ class Use:
 
 
 class Batch(Protocol):
-    """A run, or a sweep, as a scheduler is asked for it. A value: nothing is created before `submit`."""
+    """A run or sweep that can be submitted to a scheduler. A value: nothing is created before `submit`."""
 
     @property
     def directory(self) -> str:
-        """Where the run is written."""
+        """Return the run directory, a path or a URI."""
 
     def text(self) -> str:
-        """Return what the scheduler is given: a manifest, a script."""
+        """Return the document for the scheduler: a manifest or a script."""
 
     def facts(self) -> dict[str, Any]:
-        """Return the same for programs."""
+        """Return the same content as plain data, for `launch plan --json`."""
 
     def submit(self, report: Report) -> Callable[[], int]:
-        """Hand the run to the scheduler. The result follows the run to its end and returns the exit status."""
+        """Submit the run. Returns a function that waits for the end of the run and returns its exit status.
+
+        Args:
+            report: called with each line for the user.
+
+        Raises:
+            ClusterError: the scheduler rejects the run, or cannot be reached.
+        """
 
 
 class ClusterKind(KeysOfKind):
-    """One kind of cluster. Override what the kind does; the defaults refuse it in one paragraph.
+    """The base class of cluster kinds. A kind overrides the methods that it supports; the defaults raise an error.
 
     Attributes:
-        is_batch: runs are handed to a scheduler; see `batch`.
-        provisions: `launch up`, `status` and `down` make, show and remove its clusters.
-        names_hosts: its machines are named and recorded, so that `launch plan` works without them; see `known_hosts`.
-        copies_project: `provision` copies the calling directory to every host; otherwise it is sent with the run.
+        is_batch: runs are submitted to a scheduler; see `batch`.
+        provisions: `launch up`, `status` and `down` create, show and remove clusters of this kind.
+        names_hosts: the hosts are named in the configuration and recorded, so that `launch plan` needs no connection;
+            see `known_hosts`.
+        copies_project: `provision` copies the calling directory to every host. Otherwise it is sent with each run.
     """
 
     is_batch = False
@@ -102,90 +111,98 @@ class ClusterKind(KeysOfKind):
     # ---- planning ----
 
     def machines(self, cluster: ClusterConfig) -> Machines:
-        """Return where the workers of a run can sit. Creates nothing.
+        """Return the nodes on which the workers of a run can be placed. Creates nothing.
 
         Raises:
-            LaunchError: the machines are not known to this command, or cannot be asked.
+            LaunchError: this command does not know the nodes, or they do not answer.
         """
         raise ConfigError(
-            f"cluster={self.name}: `launch train` sends runs and sweeps to such a cluster; `launch plan "
+            f"cluster={self.name}: `launch train` submits runs and sweeps to this kind of cluster. `launch plan "
             f"cluster={self.name}` needs cluster.size=SIZE."
         )
 
     def known_hosts(self, cluster: ClusterConfig) -> list[dict[str, Any]]:
-        """Return the named hosts of a cluster with what was recorded of each, without a connection."""
+        """Return the named hosts of a cluster with the recorded facts of each. Opens no connection."""
         raise ConfigError(f"cluster={self.name} has no named hosts to plan for.")
 
     # ---- running ----
 
     def connect(self, cluster: ClusterConfig, use: Use) -> AbstractContextManager[EmbeddedRay | ExistingRay]:
-        """Return the Ray that a command runs its workers on, to be entered."""
-        raise NotImplementedError(f"cluster={self.name} gives no Ray to a command")
+        """Return a context manager whose value is the Ray cluster for the workers of a command."""
+        raise NotImplementedError(f"cluster={self.name} does not implement connect()")
 
     def is_remote(self, cluster: ClusterConfig) -> bool:
-        """Whether runs with this configuration are driven by the head of a cluster, through Ray Jobs."""
+        """Return whether the head of the cluster drives runs with this configuration, through Ray Jobs."""
         return False
 
     def jobs_url(self, cluster: ClusterConfig) -> str | None:
-        """Return the URL of the Ray Jobs API to which a remote run is sent; None: through the head of `provision`."""
+        """Return the URL of the Ray Jobs API for remote runs, or None to use the head that `provision` returns."""
         return None
 
     def batch(self, cluster: ClusterConfig, run: str, root: str, words: Sequence[str], ask: bool = True) -> Batch:
-        """Return a run as the scheduler is asked for it.
+        """Return the request that submits a run to the scheduler.
 
         Args:
             run, root: run.name and run.root.
-            words: of the command on the cluster, without those about cluster and run.
-            ask: the public price list for today's prices.
+            words: the arguments of the command on the cluster, without those of `cluster` and `run`.
+            ask: whether to query the public price list for today's prices.
 
         Raises:
-            ConfigError: what the scheduler needs is missing or wrong.
+            ConfigError: a key that the scheduler needs is missing or wrong.
         """
-        raise NotImplementedError(f"cluster={self.name} hands no run to a scheduler")
+        raise NotImplementedError(f"cluster={self.name} does not implement batch()")
 
-    # ---- clusters that launch makes ----
+    # ---- clusters that launch creates ----
 
     def provision(
         self, cluster: ClusterConfig, report: Report, calling: Path | None = None, scaling: ScalingConfig | None = None
     ) -> Head:
-        """Make the cluster that is configured, or find that it is there. Idempotent.
+        """Create the configured cluster, or return it if it exists. Idempotent.
 
         Args:
-            calling: the directory that runs are started from; None: the current one.
-            scaling: how many workers a run has; None: as many as fit.
+            report: called with each line for the user.
+            calling: the directory from which runs are started; None: the current directory.
+            scaling: determines the number of workers of the run; None: as many as fit.
+
+        Raises:
+            ConfigError: this kind creates no clusters, or the configuration is wrong.
+            ClusterError: the cluster cannot be created. Nothing was created.
+            MachineError: the creation failed after it began.
         """
-        raise ConfigError(f"cluster={self.name} makes no cluster.")
+        raise ConfigError(
+            f"cluster={self.name} creates no clusters. Use `launch up` with cluster=ssh or cluster=azure."
+        )
 
     def status(self, head: Head) -> tuple[Head, list[str]]:
-        """Return a cluster as it is now, and sentences that its user has to know."""
+        """Return the current state of a cluster, and notes for its user, one sentence each."""
         return head, []
 
     def remove(self, name: str, report: Report) -> None:
-        """End a cluster with all that runs on it."""
-        raise ConfigError(f"cluster={self.name} makes no cluster, so there is none to remove.")
+        """Remove a cluster and stop everything that runs on it."""
+        raise ConfigError(f"cluster={self.name} creates no clusters, so there is none to remove.")
 
-    # ---- what stays on this machine between commands ----
+    # ---- processes on this machine between commands ----
 
     def session(self) -> Session | None:
-        """Return what commands of this kind have left running on this machine, for the next one."""
+        """Return the session that commands of this kind keep running on this machine, or None."""
         return None
 
 
 class Session(Protocol):
-    """What one kind keeps running on this machine between commands, as `launch status` and `down` see it."""
+    """Processes that a kind keeps running on this machine between commands; for `launch status` and `launch down`."""
 
     def facts(self) -> dict[str, Any]:
-        """Return it for programs: name, kind, state…"""
+        """Return name, kind, state and other facts as plain data, for `--json`."""
 
     def text(self) -> str:
-        """Return it for people, in one line."""
+        """Return a description of the session in one line."""
 
     def end(self, report: Report) -> None:
-        """End it. Raises MachineError where something is left."""
+        """Stop the session. Raises MachineError if a process remains."""
 
 
 def kind_of(cluster: ClusterConfig) -> ClusterKind:
-    """Return the kind of a cluster."""
+    """Return the registered kind of a cluster configuration."""
     kind: ClusterKind = cluster.of_kind
     return kind
 
@@ -196,22 +213,22 @@ def kinds() -> list[ClusterKind]:
 
 
 def named(name: str) -> ClusterKind:
-    """Return a kind by its name. Raises ConfigError where none is registered."""
+    """Return the kind with this name. Raises ConfigError if none is registered."""
     kind: ClusterKind | None = cluster_kinds.find(name)
     if kind is None:
         raise ConfigError(
-            f"No cluster kind {name} is installed here. There are {', '.join(cluster_kinds.all_kinds())}; install the "
-            f"package that brings {name}."
+            f"No cluster kind {name} is installed on this machine. Installed kinds: "
+            f"{', '.join(cluster_kinds.all_kinds())}. Install the package that provides {name}."
         )
     return kind
 
 
 def in_process() -> ClusterKind:
-    """Return the kind whose jobs run in the process of the command."""
+    """Return the kind that runs jobs in the process of the command."""
     kind: ClusterKind = cluster_kinds.one_with("in_process")
     return kind
 
 
 def attached(cluster: ClusterConfig, address: str) -> ClusterConfig:
-    """Return the configuration of a driver that uses the running Ray at `address`; common keys stay."""
+    """Return the configuration of a driver that connects to the running Ray at `address`. Common keys are retained."""
     return cluster.changed_to(cluster_kinds.one_with("attaches"), address=address)

@@ -1,4 +1,4 @@
-"""What this machine has, or the nodes of a cluster; and whether the workers that are asked for fit."""
+"""CPUs and GPUs of this machine or of the nodes of a cluster, and the check that the requested workers fit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from launcher.ray_seam import private
 
 
 def connected() -> bool:
-    """Whether this process has a Ray already, which is then the one to use."""
+    """Return whether this process is connected to a Ray cluster."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
 
 
 def resources() -> tuple[int, int]:
-    """Return how many CPUs (at least 1) and GPUs this process may use, or the Ray has that it is connected to.
+    """Return the number of CPUs (at least 1) and GPUs that this process may use.
 
-    Starts nothing, imports no torch.
+    If the process is connected to Ray, these are the resources of the whole Ray cluster. Starts nothing and does not
+    import torch.
     """
     if connected():
         total = sys.modules["ray"].cluster_resources()
@@ -36,14 +37,14 @@ def resources() -> tuple[int, int]:
 
 
 def _cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return the CPUs that the control group (version 2, then 1) grants, or None without a limit."""
+    """Return the CPU limit of the control group (version 2, then 1), or None without a limit."""
     quotas = []
     with contextlib.suppress(OSError, ValueError):
         own = next(line.strip().split("::")[1] for line in membership.read_text().splitlines() if "::" in line)
         for group in (root / own.lstrip("/"), *(root / own.lstrip("/")).parents):
             with contextlib.suppress(OSError, ValueError):
                 quota, period = (group / "cpu.max").read_text().split()
-                quotas.append(int(quota) / int(period))  # "max" is no number: no limit in this group
+                quotas.append(int(quota) / int(period))  # "max" raises ValueError: this group has no limit
             if group == root:
                 break
     with contextlib.suppress(OSError, ValueError):
@@ -53,7 +54,7 @@ def _cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pr
     return min(quotas, default=None)
 
 
-# Where Linux shows GPUs (NVIDIA's, AMD's, Intel's, WSL's). Importing Ray to learn that there is none takes 0.25 s.
+# Device files of GPUs on Linux (NVIDIA, AMD, Intel, WSL). Without any of them, importing Ray (0.25 s) is not needed.
 _DEVICE_FILES = ("nvidia*", "kfd", "dri", "dxg", "accel")
 
 
@@ -68,19 +69,19 @@ def check_feasible(
     cpus_per_worker: float,
     gpus_per_worker: float,
     available: tuple[float, float],
-    where: str = "here",
+    where: str = "on this machine",
 ) -> None:
-    """Refuse a request that can never be met, before anything is started.
+    """Raise an error if the requested workers can never fit. Called before anything is started.
 
     Args:
-        workers: how many workers are asked for.
-        cpus_per_worker: CPUs that each reserves; fractions are allowed.
-        gpus_per_worker: GPUs that each reserves; fractions below 1 are allowed.
-        available: CPUs and GPUs that there are at most, as `resources` returns them.
-        where: the words for the place that has them.
+        workers: the requested number of workers.
+        cpus_per_worker: the CPUs that each worker reserves; fractions are allowed.
+        gpus_per_worker: the GPUs that each worker reserves; fractions below 1 are allowed.
+        available: the total numbers of CPUs and GPUs, as `resources` returns them.
+        where: a description of the machine or cluster that has them, for the message.
 
     Raises:
-        ResourceError: the workers do not fit; names both numbers and what to set.
+        ResourceError: the workers do not fit. The message states both numbers and the options to set.
     """
     for unit, key, each, have in (
         ("CPU", "cpus_per_worker", cpus_per_worker, available[0]),
@@ -89,22 +90,26 @@ def check_feasible(
         most = most_workers(each, have, whole=unit == "GPU")
         if workers <= most:
             continue
-        asked = f"{workers} worker{'s' if workers > 1 else ''} with {each:g} {unit} each ({workers * each:g} in all)"
-        cures = [f"scaling.workers={most}"] if most else []
+        request = f"{workers} worker{'s' if workers > 1 else ''} with {each:g} {unit} each ({workers * each:g} in all)"
+        remedies = [f"scaling.workers={most}"] if most else []
         share = math.floor(have / workers * 100) / 100
-        # Halves of a GPU serve several small trainings, not the workers of one: NCCL refuses two ranks on one device.
+        # Fractions of a GPU are for several small runs, not for the workers of one: NCCL rejects two ranks on a device.
         if share > 0 and unit == "CPU":
-            cures.append(f"scaling.{key}={share:g}")
+            remedies.append(f"scaling.{key}={share:g}")
         if unit == "GPU" and not most:
-            cures.append("scaling.device=cpu" if have < 1 else f"scaling.{key}={have:g}")
+            remedies.append("scaling.device=cpu" if have < 1 else f"scaling.{key}={have:g}")
         raise ResourceError(
-            f"{asked} were asked for, and there are {have:g} {unit}s {where}. Set {' or '.join(cures)}, "
-            "or use a larger machine or a cluster."
+            f"{request} were requested, but only {have:g} {unit}s are available {where}. Set "
+            f"{' or '.join(remedies)}, or use a larger machine or a cluster."
         )
 
 
 def most_workers(each: float, have: float, whole: bool) -> float:
-    """Return how many shares of `each` fit into `have` units; a share of less than one unit never spans two GPUs."""
+    """Return how many shares of size `each` fit into `have` units.
+
+    Args:
+        whole: whether a share of less than one unit must fit within one unit, as on GPUs.
+    """
     if each <= 0:
         return math.inf
     if whole and each < 1:
@@ -117,7 +122,7 @@ def most_workers(each: float, have: float, whole: bool) -> float:
 
 @dataclass(frozen=True)
 class Node:
-    """One machine of a cluster: its id in Ray, host name, address, and what Ray may give away of it."""
+    """One node of a cluster: its Ray node id, host name, IP address, and the CPUs and GPUs that Ray may assign."""
 
     id: str
     host: str
@@ -127,13 +132,13 @@ class Node:
 
 
 def this_machine() -> Node:
-    """Return this machine as a node; where a Ray is connected, all of that Ray."""
+    """Return this machine as a node. If Ray is connected, the node has the resources of the whole Ray cluster."""
     cpus, gpus = resources()
     return Node("", "", "", float(cpus), float(gpus))
 
 
 def worker_capacity(nodes: Sequence[Node], cpus_per_worker: float, gpus_per_worker: float) -> float:
-    """Return how many workers fit: one never spans two machines."""
+    """Return how many workers fit on the nodes. A worker never spans two nodes."""
     return sum(
         min(
             most_workers(cpus_per_worker, node.cpus, whole=False),
@@ -144,24 +149,24 @@ def worker_capacity(nodes: Sequence[Node], cpus_per_worker: float, gpus_per_work
 
 
 def check_feasible_on(workers: int, cpus_per_worker: float, gpus_per_worker: float, nodes: Sequence[Node]) -> None:
-    """Refuse what the nodes can never hold.
+    """Raise an error if the requested workers can never fit on the nodes.
 
     Raises:
-        ResourceError: names both numbers and what to set.
+        ResourceError: the workers do not fit. The message states both numbers and the options to set.
     """
     most = worker_capacity(nodes, cpus_per_worker, gpus_per_worker)
     if workers <= most:
         return
     total = (sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
     check_feasible(workers, cpus_per_worker, gpus_per_worker, total, where="in the cluster")
-    cure = f"Set scaling.workers={most:g}, lower" if most else "Lower"
+    remedy = f"Set scaling.workers={most:g}, lower" if most else "Lower"
     raise ResourceError(
-        f"{workers} workers with {cpus_per_worker:g} CPU and {gpus_per_worker:g} GPU each were asked for, and the "
-        f"{len(nodes)} nodes have room for {most:g}: each worker sits on one node ({describe(nodes)}). {cure} "
+        f"{workers} workers with {cpus_per_worker:g} CPU and {gpus_per_worker:g} GPU each were requested, but the "
+        f"{len(nodes)} nodes can hold only {most:g}, as a worker cannot span two nodes ({describe(nodes)}). {remedy} "
         "scaling.cpus_per_worker or scaling.gpus_per_worker, or add nodes."
     )
 
 
 def describe(nodes: Sequence[Node]) -> str:
-    """Return the nodes for people: `vm1 10.0.0.4 (24 CPU, 1 GPU), …`."""
+    """Return a description of the nodes, such as `vm1 10.0.0.4 (24 CPU, 1 GPU), …`."""
     return ", ".join(f"{node.host} {node.address} ({node.cpus:g} CPU, {node.gpus:g} GPU)" for node in nodes)

@@ -1,10 +1,10 @@
-"""One suite that every kind of cluster passes, ours and those of other packages.
+"""The conformance suite for cluster kinds: those of launch and those of other packages.
 
     check(Harness(words=["cluster=local"], bad=[["cluster.keep_minutes=-1"]], directory=project, reference=local))
 
-A run with the kind's words is compared with the same run of `reference`: events, result, logs and exit statuses are
-alike, and nothing is left afterwards. The suite drives the `launch` command as a user does, so it needs no part of a
-kind but its words.
+The suite compares a run on the kind with the same run on `reference`: logged values, result and exit statuses must be
+equal, and nothing may be left afterwards. It runs the `launch` command, so all that it needs from a kind are the
+overrides that select it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_FACTS = ("status", "reason", "error", "steps", "epochs", "samples", "restarts", "lost_steps")  # of result.json
+_RESULT_KEYS = ("status", "reason", "error", "steps", "epochs", "samples", "restarts", "lost_steps")
 
 
 @dataclass(frozen=True)
 class Harness:
-    """What a kind brings to be checked.
+    """The commands with which the suite tests a kind.
 
     Attributes:
-        words: that choose a cluster of the kind, for one small run.
-        bad: words, each list of which the kind refuses when it is added to `words`.
-        directory: where commands are given.
-        job: words of a deterministic run of some seconds on two workers, without run.name.
-        long: words that are added to `job` to make it run until it is stopped.
-        failing: words that are added to `job` to make it fail once it has started.
-        environment: variables of the commands.
-        left: names what a run has left on the kind's machines; empty where it is all gone.
-        down: the name of a cluster that `launch down` has to remove at the end; None for kinds that make none.
-        seconds: the longest that a command may take.
+        words: overrides that select a cluster of the kind, for one small run.
+        bad: lists of overrides; the kind must reject each list when it is added to `words`.
+        directory: the current directory of the commands.
+        job: overrides of a deterministic run of a few seconds on two workers, without run.name.
+        long: overrides that make `job` run until it is stopped.
+        failing: overrides that make `job` fail after it has started.
+        environment: environment variables of the commands.
+        left: returns the names of processes and files that a run has left on the machines of the kind.
+        down: the name of a cluster that `launch down` removes at the end; None for kinds that create none.
+        seconds: the time limit of each command.
     """
 
     words: Sequence[str]
@@ -52,11 +52,11 @@ class Harness:
     seconds: float = 300.0
 
     def launch(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
+        """Run `launch` with these arguments and wait for its end."""
         return subprocess.run(**self._call(words), capture_output=True, text=True, timeout=self.seconds)
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
-        """Start a command in a process group of its own."""
+        """Start `launch` with these arguments in a new session."""
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(**self._call(words), **quiet, start_new_session=True)  # type: ignore[call-overload]
 
@@ -67,7 +67,7 @@ class Harness:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """One run as it is compared: its exit status, what result.json says, and what was logged at which step."""
+    """The parts of a run that are compared: exit status, fields of result.json, and the values logged at each step."""
 
     status: int
     facts: dict[str, Any]
@@ -75,13 +75,14 @@ class RunOutcome:
 
 
 def check(harness: Harness, reference: Harness) -> None:
-    """Put a kind through the suite.
+    """Run the whole suite on a kind.
 
     Args:
-        reference: of a kind that is known to be right, with the same job.
+        harness: of the kind that is tested.
+        reference: of a kind that is known to be correct, with the same job.
 
     Raises:
-        AssertionError: names what differs.
+        AssertionError: names the difference.
     """
     check_plan(harness)
     check_bad_keys(harness)
@@ -92,7 +93,7 @@ def check(harness: Harness, reference: Harness) -> None:
 
 
 def check_plan(harness: Harness) -> None:
-    """`launch plan` works and creates nothing."""
+    """Check that `launch plan` works and creates nothing."""
     before, left = _files(harness.directory), [*harness.left()]
     done = harness.launch("plan", *harness.job, *harness.words, "run.name=planned", "--json")
     assert done.returncode == 0, done.stderr
@@ -102,7 +103,7 @@ def check_plan(harness: Harness) -> None:
 
 
 def check_bad_keys(harness: Harness) -> None:
-    """Bad keys and values end with 2 and one paragraph, before a run directory exists."""
+    """Check that bad keys and values cause exit status 2 and one paragraph, before a run directory exists."""
     for words in (*harness.bad, ["cluster.no_such_key=1"], ["cluster.nodes=0"]):
         done = harness.launch("train", *harness.job, *harness.words, "run.name=refused", *words)
         assert done.returncode == 2, f"{words}: exit status {done.returncode}\n{done.stderr}"
@@ -112,7 +113,7 @@ def check_bad_keys(harness: Harness) -> None:
 
 
 def check_run(harness: Harness, reference: Harness) -> None:
-    """A run has the events, the result and the log of the same run elsewhere."""
+    """Check that a run has the same result and logged values as on the reference, and that its log can be read."""
     expected, found = _train(reference, "expected"), _train(harness, "conformed")
     assert found == expected, f"expected {expected}\nfound {found}"
     assert found.facts["status"] == "completed"
@@ -124,14 +125,14 @@ def check_run(harness: Harness, reference: Harness) -> None:
 
 
 def check_failure(harness: Harness, reference: Harness) -> None:
-    """A run that fails has the same exit status and error."""
+    """Check that a failing run has the same exit status and error as on the reference."""
     expected, found = _train(reference, "failed", *reference.failing), _train(harness, "failing", *harness.failing)
     assert (found.status, found.facts["status"]) == (expected.status, expected.facts["status"]) == (1, "failed")
     assert found.facts["error"] == expected.facts["error"], f"expected {expected}\nfound {found}"
 
 
 def check_stop(harness: Harness) -> None:
-    """`launch stop` has a run save a checkpoint and end; so does Ctrl-C, with exit status 130."""
+    """Check that `launch stop` saves a checkpoint and stops the run, and Ctrl-C as well with exit status 130."""
     for name in ("stopped", "interrupted"):
         process = harness.start("train", *harness.job, *harness.words, *harness.long, f"run.name={name}")
         try:
@@ -152,7 +153,7 @@ def check_stop(harness: Harness) -> None:
 
 
 def check_down(harness: Harness) -> None:
-    """Nothing is left, after `launch down` where the kind makes clusters."""
+    """Check that nothing is left, for kinds that create clusters after `launch down`."""
     if harness.down is not None:
         done = harness.launch("down", harness.down)
         assert done.returncode == 0, done.stderr
@@ -167,7 +168,7 @@ def _train(harness: Harness, name: str, *words: str) -> RunOutcome:
     result = json.loads((directory / "result.json").read_text())
     rows = [json.loads(line) for line in _lines(directory / "metrics.jsonl")]
     exact = [{key: row[key] for key in row if key == "step" or key.startswith(("train/", "val/"))} for row in rows]
-    return RunOutcome(done.returncode, {key: result.get(key) for key in _FACTS}, exact)
+    return RunOutcome(done.returncode, {key: result.get(key) for key in _RESULT_KEYS}, exact)
 
 
 def _runs(harness: Harness) -> Path:

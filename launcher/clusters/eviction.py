@@ -1,15 +1,15 @@
-"""Tells the cluster that Azure is about to take this VM away. A small program that runs beside Ray on every node:
+"""Notify the Ray cluster that Azure is about to evict this VM. An agent that runs next to Ray on every node:
 
     python -m launcher.clusters.eviction --address HEAD:6379
 
-Each second it asks Azure's Scheduled Events (a service of the VM's own host, at a link-local address). A notice for
-this VM is published at once in the key-value store of the cluster, where running jobs look for it, and taken back when
-Azure takes it back. Ray cannot undo a drain, so the node is drained as late as that makes sense: by the job that leaves
-it, or here `--drain-seconds` before the deadline. SIGTERM counts as a notice (a VM that shuts down sends it to all its
-services); SIGINT ends the program and tells nobody.
+The agent polls Azure Scheduled Events (a service of the VM's host, at a link-local address) once per second. It
+publishes a notice for this VM immediately in the key-value store of the cluster, where running jobs look for it, and
+withdraws the notice if Azure cancels the event. Ray cannot undo a drain, so the node is drained as late as possible: by
+the job when it leaves the node, or by this agent `--drain-seconds` before the deadline. SIGTERM counts as a notice,
+because a VM that shuts down sends it to all services. SIGINT stops the agent without a notice.
 
-Preempt, Terminate, Reboot and Redeploy end the processes of a VM, so they are the same to a job. Freeze pauses the VM
-for some seconds and loses nothing: it is logged alone, since collectives wait longer than that.
+Preempt, Terminate, Reboot and Redeploy all end the processes of a VM, so they are treated alike. Freeze pauses the VM
+for a few seconds and loses nothing; since collectives wait longer than that, it needs no notice.
 
 Azure's documentation: https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events
 """
@@ -36,13 +36,13 @@ from urllib.parse import urlsplit
 
 from launcher.ray_seam import kv, private
 
-PREFIX = "eviction/"  # of the keys in the cluster's key-value store: one a node, named by its Ray node id
+PREFIX = "eviction/"  # of the keys in the cluster's key-value store; one key per node, with its Ray node id
 
 METADATA = "http://169.254.169.254"
 METADATA_VARIABLE = "LAUNCH_METADATA_URL"
 EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"
 NAME_PATH = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
-FIRST_ANSWER_SECONDS = 150.0  # the first question switches the service on, which takes up to two minutes
+FIRST_ANSWER_SECONDS = 150.0  # the first request activates the service, which takes up to two minutes
 ANSWER_SECONDS = 5.0
 DRAIN_SECONDS = 2.0
 TERM_SECONDS = 15.0
@@ -52,10 +52,13 @@ RPC_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Notice:
-    """That a VM goes away.
+    """An announcement that a VM will be stopped.
 
-    `kind`: Azure's event type, or "SIGTERM". `deadline`: seconds since the epoch; before it the VM is left alone.
-    `event`: what tells this notice from a later one for the same VM.
+    Attributes:
+        vm: the name of the VM.
+        kind: Azure's event type, or "SIGTERM".
+        deadline: the earliest time at which the VM is stopped, in seconds since the epoch.
+        event: an id that distinguishes this notice from a later one for the same VM.
     """
 
     vm: str
@@ -68,22 +71,22 @@ class Notice:
 
     @classmethod
     def of_json(cls, text: str | bytes) -> Notice:
-        """Raises ValueError or TypeError where `text` is not a notice."""
+        """Parse a notice. Raises ValueError or TypeError if `text` is not one."""
         return cls(**json.loads(text))
 
 
 def notice_in(document: dict[str, Any], vm: str, now: float) -> Notice | None:
-    """Return the first thing that ends `vm` according to a document of Scheduled Events, or None.
+    """Return the earliest event that stops `vm` in a document of Scheduled Events, or None.
 
-    An event that has begun has no NotBefore: its deadline is `now`.
+    An event that has started has no NotBefore: its deadline is `now`.
 
     Raises:
-        ValueError: this is no such document. (That it has no events must be said, not left out: a broken answer would
-            take a notice back.)
+        ValueError: the document has no list of events. A document without events has an empty list, so a broken
+            answer never withdraws a notice.
     """
     events = document.get("Events") if isinstance(document, dict) else None
     if not isinstance(events, list):
-        raise ValueError("the answer of Scheduled Events has no list of events")
+        raise ValueError("the response of Scheduled Events has no list of events")
     found = []
     for event in events:
         if not isinstance(event, dict) or str(event.get("EventType", "")).lower() not in ENDS_THE_VM:
@@ -98,12 +101,16 @@ def notice_in(document: dict[str, Any], vm: str, now: float) -> Notice | None:
 def _deadline(event: dict[str, Any], now: float) -> float:
     try:
         return parsedate_to_datetime(event["NotBefore"]).timestamp()
-    except (KeyError, TypeError, ValueError):  # begun, or not to be understood: it may happen at once
+    except (KeyError, TypeError, ValueError):  # it has started, or the time cannot be parsed
         return now
 
 
 class Metadata:
-    """The service at a VM's link-local address. `base` is a URL without a path; no proxy is asked."""
+    """A client of the metadata service of a VM.
+
+    Args:
+        base: the URL of the service, without a path. Proxies are ignored.
+    """
 
     def __init__(self, base: str = METADATA) -> None:
         address = urlsplit(base)
@@ -116,7 +123,7 @@ class Metadata:
         return self._get(NAME_PATH, ANSWER_SECONDS).decode().strip()
 
     def _get(self, path: str, seconds: float) -> bytes:
-        """Raises OSError or http.client.HTTPException where there is no answer that says 200."""
+        """Send a GET request. Raises OSError or http.client.HTTPException unless the response has status 200."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=seconds)
         try:
             connection.request("GET", path, headers={"Metadata": "true"})
@@ -125,12 +132,12 @@ class Metadata:
         finally:
             connection.close()
         if answer.status != 200:
-            raise OSError(f"{path.partition('?')[0]} answers {answer.status} {answer.reason}")
+            raise OSError(f"{path.partition('?')[0]} returned HTTP {answer.status} {answer.reason}")
         return body
 
 
 class NodeControl(Protocol):
-    """What the agent does to the cluster. All of it may raise, and is then tried again."""
+    """The operations of the agent on its node of the cluster. If one raises an exception, it is retried."""
 
     def publish(self, notice: Notice) -> None: ...
 
@@ -140,13 +147,12 @@ class NodeControl(Protocol):
 
 
 class RayNode:
-    """This machine's node of a Ray cluster. Ray is imported when something is to be said: it takes a second, and 100 MB
-    that nobody needs before.
+    """The Ray node of this machine. Ray (100 MB of memory) is imported only when there is a notice to publish.
 
     Args:
-        address: of the cluster's head, "host:port".
-        ip: this node's address in the cluster; default: the one that this machine reaches the head from.
-        node_id: this node's id in hexadecimal, where several nodes have one address.
+        address: the address of the head, "host:port".
+        ip: the IP address of this node in the cluster; default: the source address of connections to the head.
+        node_id: the Ray id of this node in hexadecimal; required if several nodes share one IP address.
     """
 
     def __init__(self, address: str, ip: str | None = None, node_id: str | None = None) -> None:
@@ -171,7 +177,7 @@ class RayNode:
         return f"{PREFIX}{self._own_id()}"
 
     def _own_id(self) -> str:
-        """Look anew each time where the id was not given: the Ray of this machine may have been started again."""
+        """Return the id of this node. Unless it was given, look it up each time, since Ray may have been restarted."""
         if self._node_id is not None:
             return self._node_id
         own = self._ip or _own_address(self._address)
@@ -182,26 +188,29 @@ class RayNode:
 
 
 def drain(client: Any, node_id: str, notice: Notice) -> None:
-    """Have Ray place nothing more on a node; what runs there runs on to the deadline. It cannot be undone.
+    """Drain a node: Ray schedules nothing more on it, and running tasks continue until the deadline. Irreversible.
 
     Args:
         client: a GcsClient.
+
+    Raises:
+        OSError: Ray rejected the request.
     """
     message = f"{notice.kind} of {notice.vm}"
-    why = private.drain(client, node_id, private.PREEMPTION, message, notice.deadline, RPC_SECONDS)
-    if why is not None:
-        raise OSError(f"Ray does not drain node {node_id}: {why}")
+    rejection = private.drain(client, node_id, private.PREEMPTION, message, notice.deadline, RPC_SECONDS)
+    if rejection is not None:
+        raise OSError(f"Ray rejected the request to drain node {node_id}: {rejection}")
 
 
 def _own_address(head: str) -> str:
     host, _, port = head.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connect() on UDP sends nothing
         probe.connect((host, int(port)))
         return probe.getsockname()[0]
 
 
 class Agent:
-    """Turns what is known of this VM into what the cluster is told. Call `step` often; it does what is due."""
+    """Publishes, withdraws and drains according to the notices for this VM. `step` must be called often."""
 
     def __init__(self, node: NodeControl, drain_seconds: float, log: Callable[[str], None]) -> None:
         self._node, self._drain_seconds, self._log = node, drain_seconds, log
@@ -209,32 +218,33 @@ class Agent:
         self._term: Notice | None = None
         self._published: Notice | None = None
         self._drained = False
-        self._trouble = ""
+        self._failure = ""
 
     @property
     def notice(self) -> Notice | None:
-        """The one that ends the VM first."""
+        """Return the notice with the earliest deadline, or None."""
         return min(filter(None, (self._azure, self._term)), key=lambda notice: notice.deadline, default=None)
 
     def seen(self, notice: Notice | None) -> None:
-        """Take what Azure's newest document says. An event that has begun keeps its first deadline."""
+        """Record the notice in Azure's newest document. The deadline of an event never moves to a later time."""
         before = self._azure
         if before and notice and before.event == notice.event:
             notice = Notice(notice.vm, notice.kind, min(before.deadline, notice.deadline), notice.event)
         if notice and notice != before:
             self._log(f"{notice.kind} of {notice.vm} in {notice.deadline - time.time():.0f} s")
         elif before and not notice:
-            gone = "it was drained already and stays so" if self._drained else "nothing was done to the node"
-            self._log(f"{before.kind} of {before.vm} is withdrawn, or over; {gone}")
+            effect = "the node was already drained and stays drained" if self._drained else "the node was not drained"
+            self._log(f"{before.kind} of {before.vm} was canceled or has completed; {effect}")
         self._azure = notice
 
     def terminated(self, vm: str, now: float, seconds: float) -> None:
-        """Take a SIGTERM for a notice of so many seconds."""
+        """Record a SIGTERM as a notice whose deadline is `seconds` from now."""
         if self._term is None:
             self._term = Notice(vm, "SIGTERM", now + seconds, f"SIGTERM-{now:.3f}")
-            self._log(f"SIGTERM: the node is taken to end in {seconds:g} s")
+            self._log(f"SIGTERM received: assuming that the node stops in {seconds:g} s")
 
     def step(self, now: float) -> None:
+        """Publish or withdraw a changed notice, and drain the node when its deadline is near. now: epoch seconds."""
         notice = self.notice
         try:
             if notice is None and self._published is not None:
@@ -246,20 +256,22 @@ class Agent:
                 self._node.drain(notice)
                 self._drained = True
                 self._log("the node is drained")
-            self._trouble = ""
-        except Exception as error:  # the head may be busy or away for a moment: the next step tries again
-            trouble = f"the cluster could not be told: {type(error).__name__}: {error}"
-            if trouble != self._trouble:
-                self._log(trouble)
-            self._trouble = trouble
+            self._failure = ""
+        except Exception as error:  # the head may be busy or unreachable for a moment: the next step retries
+            failure = f"the cluster could not be notified: {type(error).__name__}: {error}"
+            if failure != self._failure:
+                self._log(failure)
+            self._failure = failure
 
 
 class Poll:
-    """A thread that asks the metadata service, so that a slow answer keeps nobody from hearing a signal.
+    """A thread that polls the metadata service, so that a slow response does not delay signals.
 
     Args:
-        vm: the VM's name; None: it is asked for, until there is an answer.
-        take: called with what each whole document says of this VM. Without an answer nothing is known to have changed.
+        vm: the name of the VM; None: query the service for it.
+        interval: seconds between two requests.
+        take: called with the notice for this VM in each valid document. It is not called without a valid response.
+        log: called with each line of the log.
     """
 
     def __init__(
@@ -287,9 +299,9 @@ class Poll:
             began = time.monotonic()
             try:
                 self._ask()
-                self._said("the metadata service answers again", silent=False)
+                self._report("the metadata service responds again", silent=False)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                self._said(f"no answer from the metadata service: {type(error).__name__}: {error}", silent=True)
+                self._report(f"no response from the metadata service: {type(error).__name__}: {error}", silent=True)
             self._ended.wait(max(0.0, began + self._interval - time.monotonic()))
 
     def _ask(self) -> None:
@@ -299,60 +311,65 @@ class Poll:
         self._answered = True
         self._take(notice_in(document, self.vm, time.time()))
 
-    def _said(self, text: str, silent: bool) -> None:
-        """Tell a change once, not each second."""
+    def _report(self, text: str, silent: bool) -> None:
+        """Log a change between responding and silent once, not every second."""
         if silent != self._silent:
             self._silent = silent
             self._log(text)
 
 
 def watch(node: NodeControl, metadata: Metadata, options: argparse.Namespace, log: Callable[[str], None]) -> None:
-    """Be the agent, until SIGINT, or until the time after a SIGTERM is over. For the main thread.
+    """Run the agent until SIGINT, or until `--term-seconds` after SIGTERM. Must be called from the main thread.
 
-    A thread asks Azure and one tells the cluster: either may be kept waiting, and a signal is heard nevertheless.
+    One thread polls Azure and another notifies the cluster. Both may block, and signals are handled nevertheless.
     """
     agent = Agent(node, options.drain_seconds, log)
-    news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what the agent is to know, put by anybody
-    last = [float("inf")]
+    updates: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # calls on the agent, from any thread
+    end = [float("inf")]
 
-    def told_to_end(number: int, frame: Any) -> None:
+    def stop(number: int, frame: Any) -> None:
         now = time.time()
         if number == signal.SIGTERM:
-            news.put(partial(agent.terminated, poll.vm or socket.gethostname(), now, options.term_seconds))
+            updates.put(partial(agent.terminated, poll.vm or socket.gethostname(), now, options.term_seconds))
             now += options.term_seconds
-        last[0] = min(last[0], now)
+        end[0] = min(end[0], now)
 
     def act() -> None:
         while True:
             with contextlib.suppress(queue.Empty):
-                news.get(timeout=options.interval / 2)()
+                updates.get(timeout=options.interval / 2)()
             agent.step(time.time())
 
-    poll = Poll(metadata, options.vm, options.interval, lambda notice: news.put(partial(agent.seen, notice)), log)
+    poll = Poll(metadata, options.vm, options.interval, lambda notice: updates.put(partial(agent.seen, notice)), log)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, told_to_end)
+        signal.signal(number, stop)
     poll.start()
     threading.Thread(target=act, name="launch-eviction", daemon=True).start()
-    while time.time() < last[0]:
+    while time.time() < end[0]:
         time.sleep(0.2)
     poll.end()
 
 
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m launcher.clusters.eviction", description=__doc__.splitlines()[0])
-    flags.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), help="the head, host:port (RAY_ADDRESS)")
-    flags.add_argument("--node-ip", help="this node's address in the cluster")
-    flags.add_argument("--node-id", help="this node's Ray id, where several nodes share one address")
-    flags.add_argument("--vm", help="this VM's name; default: the metadata service is asked")
+    flags.add_argument(
+        "--address", default=os.environ.get("RAY_ADDRESS"), help="address of the head, host:port (RAY_ADDRESS)"
+    )
+    flags.add_argument("--node-ip", help="IP address of this node in the cluster")
+    flags.add_argument("--node-id", help="Ray id of this node, if several nodes share one address")
+    flags.add_argument("--vm", help="name of this VM; default: from the metadata service")
     flags.add_argument(
         "--metadata", default=os.environ.get(METADATA_VARIABLE, METADATA), help=f"URL ({METADATA_VARIABLE})"
     )
-    flags.add_argument("--interval", type=float, default=1.0, help="seconds between two questions")
+    flags.add_argument("--interval", type=float, default=1.0, help="seconds between two requests")
     flags.add_argument(
-        "--drain-seconds", type=float, default=DRAIN_SECONDS, help="how long before the deadline Ray drains the node"
+        "--drain-seconds",
+        type=float,
+        default=DRAIN_SECONDS,
+        help="seconds from the drain to the deadline",
     )
     flags.add_argument(
-        "--term-seconds", type=float, default=TERM_SECONDS, help="how long the node is taken to live after SIGTERM"
+        "--term-seconds", type=float, default=TERM_SECONDS, help="assumed seconds from SIGTERM to the stop of the node"
     )
     return flags
 
@@ -361,13 +378,13 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser()
     options = flags.parse_args(arguments)
     if not options.address:
-        flags.error("--address or RAY_ADDRESS: the head of the Ray cluster, host:port")
+        flags.error("set --address or RAY_ADDRESS to the address of the head, host:port")
 
     def log(text: str) -> None:
         print(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} eviction: {text}", file=sys.stderr, flush=True)
 
     watch(RayNode(options.address, options.node_ip, options.node_id), Metadata(options.metadata), options, log)
-    os._exit(0)  # not held up by a thread that waits for a cluster that is gone
+    os._exit(0)  # a thread may still wait for a cluster that no longer exists
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A Ray cluster that runs already, asked by its GCS: who lives there. Becomes no driver and starts nothing.
+"""Query the GCS of a running Ray cluster for its nodes, without becoming a driver and without starting anything.
 
-The address is `cluster.address`, or RAY_ADDRESS. Its token is where Ray looks for it: RAY_AUTH_TOKEN,
+The address is `cluster.address` or RAY_ADDRESS. The token is read from where Ray reads it: RAY_AUTH_TOKEN,
 RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
 """
 
@@ -19,42 +19,48 @@ from launcher.errors import ClusterError
 from launcher.ray_seam import private
 
 CONNECT_SECONDS = 5.0
-ANSWER_SECONDS = 1.5  # for a connection to a node; the first packet may be lost, the second goes after one
+ANSWER_SECONDS = 1.5  # for a connection to a node; a lost first packet is sent again after one second
 
 
-def address_of(asked: str | None) -> str:
-    """Return HOST:PORT of the cluster that is meant.
+def address_of(configured: str | None) -> str:
+    """Return the address of the cluster as HOST:PORT.
+
+    Args:
+        configured: the value of `cluster.address`; RAY_ADDRESS is the default.
 
     Raises:
-        ClusterError: none is named, or it is not HOST:PORT.
+        ClusterError: no address is given, or it is not HOST:PORT.
     """
-    address = asked or os.environ.get("RAY_ADDRESS", "")
+    address = configured or os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
         return address
-    found = f"cluster.address is {asked!r}" if asked else f"RAY_ADDRESS is {address!r}" if address else "none was given"
+    if configured:
+        given = f"cluster.address is {configured!r}"
+    else:
+        given = f"RAY_ADDRESS is {address!r}" if address else "none is given"
     if address.startswith(("http://", "https://")):
         raise ClusterError(
-            f"{address} is the Ray Jobs API of a cluster, to which `launch train` sends runs and sweeps. `launch plan` "
-            "needs cluster.address=HOST:PORT, on a node of that cluster."
+            f"{address} is the Ray Jobs API of a cluster, to which `launch train` submits runs and sweeps. `launch "
+            "plan` needs cluster.address=HOST:PORT and must run on a node of that cluster."
         )
     raise ClusterError(
-        f"cluster=existing needs the address of a Ray cluster, and {found}. Write cluster.address=HOST:PORT as "
-        "`ray start --head` prints it (port 6379 by default), on a machine that is a node of that cluster."
+        f"cluster=existing needs the address of a Ray cluster, but {given}. Set cluster.address=HOST:PORT, as "
+        "`ray start --head` prints it (port 6379 by default), and run launch on a node of that cluster."
     )
 
 
 def living_nodes(address: str) -> list[Node]:
-    """Return the nodes that live, by address. Becomes no driver and starts nothing.
+    """Return the nodes that are alive, sorted by address, without becoming a driver.
 
-    Ray believes in a machine that fell silent for a minute more: of the nodes it knows those count that can be
-    connected to. A machine that is no node of the cluster, and may reach the head alone, takes Ray's word.
+    Ray lists an unreachable machine as alive for another minute. Therefore only those nodes are returned that accept a
+    connection. A machine outside the cluster may be able to reach only the head, so there Ray's list is returned.
 
     Args:
-        address: `cluster.address`, or RAY_ADDRESS.
+        address: the address of the GCS, HOST:PORT.
 
     Raises:
-        ClusterError: nobody answers there, or without the right token only.
+        ClusterError: nothing answers at the address, or the token is wrong.
     """
     _require_answer(address)
     with as_client():
@@ -63,7 +69,7 @@ def living_nodes(address: str) -> list[Node]:
         except Exception as error:
             raise connection_error(address, error) from None
     answers = [True] * len(alive)
-    if any(is_here(node.address) for node in alive):
+    if any(is_own_address(node.address) for node in alive):
         with ThreadPoolExecutor(min(32, len(alive))) as pool:
             answers = list(pool.map(lambda node: _answers(node.address, node.port), alive))
     nodes = [
@@ -80,8 +86,8 @@ def living_nodes(address: str) -> list[Node]:
     return sorted(nodes, key=lambda node: node.address)
 
 
-def is_here(address: str) -> bool:
-    """Whether this machine has the address: only then can it be listened on."""
+def is_own_address(address: str) -> bool:
+    """Return whether the address belongs to this machine, which is tested by binding a socket to it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -92,7 +98,7 @@ def is_here(address: str) -> bool:
 
 
 def _answers(host: str, port: int) -> bool:
-    # As `runners.free_capacity` has it, which travels by value and may import nothing.
+    # `runners.free_capacity` repeats this function: its code is sent to other processes and may import nothing.
     with contextlib.suppress(OSError):
         socket.create_connection((host, port), ANSWER_SECONDS).close()
         return True
@@ -105,32 +111,40 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise ClusterError(
-            f"cluster=existing: nobody answers at {address} ({error.strerror or error}). Is Ray running there (`ray "
-            "status`), and is this its GCS address, with port 6379 by default?"
+            f"cluster=existing: {address} does not answer ({error.strerror or error}). Check that Ray is running there "
+            "(`ray status`), and that this is its GCS address, with port 6379 by default."
         ) from None
 
 
 def connection_error(address: str, error: Exception) -> ClusterError:
-    said = " ".join(str(error).split())
-    if "token" in said.lower() or "UNAUTHENTICATED" in said:
-        cure = "Give this process the cluster's token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
-    elif "Version mismatch" in said:
-        cure = "Use the same versions here and on its nodes."
+    """Return the error for a failed connection to a Ray cluster, with a remedy for the cause that Ray reports."""
+    cause = " ".join(str(error).split())
+    if "token" in cause.lower() or "UNAUTHENTICATED" in cause:
+        remedy = "Provide the cluster's token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
+    elif "Version mismatch" in cause:
+        remedy = "Install the same versions on this machine and on the nodes."
     else:
-        cure = "`ray status` on a node shows whether the cluster is well."
-    return ClusterError(f"cluster=existing: the Ray cluster at {address} could not be used: {said[:400]} {cure}")
+        remedy = "Run `ray status` on a node to check the state of the cluster."
+    return ClusterError(f"cluster=existing: connecting to the Ray cluster at {address} failed: {cause[:400]} {remedy}")
 
 
 @contextlib.contextmanager
 def as_client(more: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Have Ray's native part read how to authenticate: a client does not look for a token by itself."""
+    """Make Ray's native code read the authentication settings, since a client does not look for a token by itself.
+
+    Args:
+        more: further environment variables that are set within the block.
+
+    Raises:
+        ClusterError: RAY_AUTH_MODE=token, but there is no token.
+    """
     values = dict(more or {})
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     has_token = bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
-    if os.environ.get("RAY_AUTH_MODE") == "token" and not has_token:  # Ray's native part would end this process
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not has_token:  # Ray's native code would exit this process
         raise ClusterError(
-            "RAY_AUTH_MODE=token asks for a token, and there is none in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
-            "~/.ray/auth_token. Take it from the cluster's head node."
+            "RAY_AUTH_MODE=token requires a token, but there is none in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
+            "~/.ray/auth_token. Copy it from the head node of the cluster."
         )
     if has_token:
         values.setdefault("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "token"))

@@ -1,4 +1,4 @@
-"""Ray as a process of ours needs it: its environment, its signals, and what `ray.init` has no options for."""
+"""Environment variables, signal handlers and the temporary directory of a process that starts or joins Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def environment_set(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the length of the block; what Ray sets meanwhile (PYTHONBREAKPOINT) is taken back as well."""
+    """Set environment variables within the block. Variables that Ray sets in it (PYTHONBREAKPOINT) are reset, too."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -26,7 +26,7 @@ def environment_set(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved_signal_handlers() -> Iterator[None]:
-    """Give the signals back to who had them: Ray's native part takes SIGTERM, to print its stack and die."""
+    """Restore the signal handlers after the block: Ray's native code installs one that prints a stack and exits."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -37,9 +37,9 @@ def preserved_signal_handlers() -> Iterator[None]:
 
 
 def private_directory() -> Path:
-    """Make a directory that this user alone can enter, with a short name.
+    """Create a temporary directory with a short name that is accessible to this user only.
 
-    The path of a Unix socket holds 107 characters, and what Ray and `local.RAYS` add takes about 80.
+    The path of a Unix socket has at most 107 characters, of which Ray and `local.RAYS` use about 80.
     """
     root = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="launch-", dir=root if len(root) <= 16 else "/tmp"))

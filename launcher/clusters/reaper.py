@@ -1,8 +1,8 @@
-"""Ends every process that carries one marker in its environment, and removes one directory.
+"""Stop every process that has a marker in its environment, and remove one directory.
 
-The driver of an embedded Ray starts this file as a small program of its own. When the driver is gone, however it went,
-what it started goes as well: Ray's own agents would live on for a minute. The program imports the standard library
-alone, so that it starts in milliseconds and lives when the environment around it is broken.
+The driver of an embedded Ray starts this file as a separate program. When the driver exits, for whatever reason, the
+program stops all processes that the driver started; Ray's agents would otherwise run for another minute. The program
+imports only the standard library, so that it starts in milliseconds and works even if the environment is broken.
 
     python -I -S reaper.py MARKER DIRECTORY DRIVER_PID      (standard input: a pipe that the driver holds open)
 """
@@ -18,15 +18,16 @@ import sys
 import time
 from pathlib import Path
 
-GRACE_SECONDS = 1.0  # between SIGTERM and SIGKILL: enough for multiprocessing to give back its shared memory
+GRACE_SECONDS = 1.0  # between SIGTERM and SIGKILL; enough for multiprocessing to release its shared memory
 LIMIT_SECONDS = 30.0
 
 
 def marked(marker: str) -> dict[int, str]:
-    """Return the processes whose environment has the entry `marker` ("NAME=value"), with all that descend from them.
+    """Return the processes with the entry `marker` ("NAME=value") in their environment, and their descendants.
 
-    The value is the start time of the process in clock ticks: with it, a number that was given to somebody else in the
-    meantime is not taken for the process.
+    Returns:
+        A mapping from process id to the start time of the process in clock ticks, which distinguishes the process from
+        a later one with the same id.
     """
     entry = marker.encode()
     parents: dict[int, int] = {}
@@ -34,7 +35,7 @@ def marked(marker: str) -> dict[int, str]:
     found: set[int] = set()
     for name in filter(str.isdigit, os.listdir("/proc")):
         pid = int(name)
-        # A process may end while it is looked at, and other users' processes cannot be read: neither is ours to end.
+        # A process may exit while it is examined, and processes of other users cannot be read: skip both.
         with contextlib.suppress(OSError, IndexError, ValueError):
             fields = _stat(pid)
             if fields[0] == "Z":
@@ -42,14 +43,14 @@ def marked(marker: str) -> dict[int, str]:
             parents[pid], started[pid] = int(fields[1]), fields[19]
             if entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.add(pid)
-    # Children of a marked process are ours too, even if they were started with an environment of their own.
+    # Children of a marked process are included, even if they were started with a different environment.
     while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
         found |= more
     return {pid: started[pid] for pid in found - {os.getpid()}}
 
 
 def end(marker: str, grace: float = GRACE_SECONDS) -> bool:
-    """End every process with `marker`: SIGTERM, after `grace` seconds SIGKILL. Return whether none is left."""
+    """Stop every process with `marker`: SIGTERM, then SIGKILL after `grace` seconds. Return whether none is left."""
     begun = time.monotonic()
     while left := marked(marker):
         elapsed = time.monotonic() - begun
@@ -64,12 +65,12 @@ def end(marker: str, grace: float = GRACE_SECONDS) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat from the state on; the command's name before it may hold spaces."""
+    """Return the fields of /proc/PID/stat, starting with the state. The command name before it may contain spaces."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def _wait_for_the_end_of(driver: int) -> None:
-    """Wait until the driver closes its end of our standard input, or dies (a forked child of it may hold the pipe)."""
+def _wait_for_exit(driver: int) -> None:
+    """Wait until the driver closes its end of standard input or exits (a forked child may keep the pipe open)."""
     waited: list[int] = [sys.stdin.fileno()]
     with contextlib.suppress(OSError):
         waited.append(os.pidfd_open(driver))
@@ -79,7 +80,7 @@ def _wait_for_the_end_of(driver: int) -> None:
 
 def main() -> None:
     marker, directory, driver = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    _wait_for_the_end_of(driver)
+    _wait_for_exit(driver)
     end(marker)
     shutil.rmtree(directory, ignore_errors=True)
 

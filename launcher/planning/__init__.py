@@ -1,8 +1,8 @@
 """The plan of a run and its cost, as a value: created without side effects, then printed or executed by other packages.
 
-    plan       on the machines that there are         hosts      on the hosts of cluster=ssh
-    nodes      on VMs of the catalogue                tables     those, printed
-    forecast   memory and time of the strategies there
+    plan       a run on existing machines             hosts      a run on the hosts of cluster=ssh
+    nodes      a run on VMs of the catalogue          tables     the text of that plan
+    forecast   memory and time of each strategy on these VMs
 
-Importing this package imports nothing else.
+Importing this package imports no other module.
 """

@@ -1,39 +1,40 @@
-"""What a job would need and take on VMs that are not there: where workers sit, memory and time by strategy.
+"""Forecast a job on VMs before they exist: placement of the workers, and memory and time of each strategy.
 
-The times are those of the cost model that runs are advised by (`engine.cost`, `engine.strategies.kinds`). What a GPU
-needs and how much of its peak it reaches are estimates; docs/scaling.md lists what they exclude.
+The times are those of the cost model that also advises runs (`engine.cost`, `engine.strategies.kinds`). The memory of a
+GPU and the fraction of its peak that is reached are estimates; docs/scaling.md lists what they exclude.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from launcher.clusters.pricing.nodes import Nodes
 from launcher.config import Job, StrategyConfig
+from launcher.engine.auto_strategy import ROOM, Candidate, choose
 from launcher.engine.cost import MFU, Link
+from launcher.engine.estimate import Estimate
+from launcher.engine.peaks import peak_flops
+from launcher.engine.strategies.kinds.base import DEFAULT, Network, kind_of, kinds, label
 from launcher.errors import ConfigError, ResourceError
 from launcher.formatting import count
 from launcher.planning.plan import Placement, Plan
 
-if TYPE_CHECKING:
-    from launcher.engine.estimate import Estimate
-
-_QUICK = 5e-3  # seconds of a pass
-_RECOMPUTED = 4 / 3  # with activation checkpointing: a second forward pass, half of what a backward pass takes
+_SHORT_PASS = 5e-3  # seconds
+_RECOMPUTE_FACTOR = 4 / 3  # activation checkpointing adds a forward pass, which takes half of a backward pass
 
 
 @dataclass(frozen=True)
 class ComputeTime:
-    """How long a worker computes in a step, and what that rests on.
+    """The computing time of a worker per step, with the figures from which it is computed.
 
     Attributes:
-        flops_per_sample, flops_from: of forward and backward pass; "the model", or "counted" if the model does not
-        define them.
-        peak_flops, mfu: of the GPU, and the share of it that is reached.
-        mfu_from: "assumed", or the run that reached it.
-        seconds: None where one of the two is not known.
-        passes: microbatches in them.
+        flops_per_sample: of the forward and backward pass, or None.
+        flops_from: "the model" if the model defines them, or "counted".
+        peak_flops: the peak of the GPU in FLOP/s, or None.
+        mfu: the fraction of the peak that is reached.
+        mfu_from: "assumed", or the name of the run that reached it.
+        seconds: the time; None if one of the figures is unknown.
+        passes: the number of microbatches in it.
     """
 
     flops_per_sample: float | None
@@ -45,23 +46,25 @@ class ComputeTime:
     passes: int
 
     @property
-    def is_quick(self) -> bool:
-        """Whether a pass computes so little that the launching of its kernels rules: times are lower bounds then."""
-        return self.seconds is not None and self.seconds / self.passes < _QUICK
+    def is_launch_bound(self) -> bool:
+        """Return whether a pass is so short that launching its kernels dominates. The times are then lower bounds."""
+        return self.seconds is not None and self.seconds / self.passes < _SHORT_PASS
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a strategy would need and take.
+    """The memory and time of a strategy.
 
     Attributes:
-        words: what to put on the command line.
-        exact: whether the losses are those of one worker, up to rounding.
-        memory: bytes of one worker by what they are for.
-        needs, room: their sum, and what a worker may fill; `fits` compares the two.
-        largest_microbatch: the most samples at once that would fit, at most a worker's share; 0: none.
-        bytes_per_step: of weights and gradients that are reduced or gathered, on the average.
-        seconds_per_step, communication_share: None where no prediction is possible.
+        strategy: the label of the strategy.
+        words: the overrides that select it.
+        exact: whether the losses equal those of one worker, up to rounding.
+        memory: bytes of one worker by purpose.
+        needs, room: the sum of `memory`, and the memory that a worker may use, in bytes.
+        fits: whether `needs` is at most `room`.
+        largest_microbatch: the largest microbatch that fits, at most a worker's share of the batch; 0: none.
+        bytes_per_step: the average bytes of weights and gradients that are reduced or gathered per step.
+        seconds_per_step, communication_share: None if no prediction is possible.
     """
 
     strategy: str
@@ -78,31 +81,33 @@ class Forecast:
 
 
 def place_workers(job: Job, nodes: Nodes) -> tuple[Placement, tuple[int, ...]]:
-    """Return where the workers sit, and how many on each node: node after node is filled, as Ray packs them.
+    """Return the placement of the workers, and the number of workers on each node.
+
+    One node after another is filled, as Ray does.
 
     Raises:
-        ConfigError: workers that use no GPU.
-        ResourceError: more than these nodes can hold.
+        ConfigError: the workers use no GPU.
+        ResourceError: the workers do not fit on the nodes.
     """
     scaling, vm = job.scaling, nodes.size
     each = 1.0 if scaling.gpus_per_worker is None else scaling.gpus_per_worker
     if scaling.device == "cpu" or each == 0:
         raise ConfigError(
-            f"cluster.size={vm.name} is paid for its GPUs, and scaling.device={scaling.device} with "
-            f"scaling.gpus_per_worker={each:g} uses none. Leave the two out."
+            f"cluster.size={vm.name} is a GPU size, but scaling.device={scaling.device} with "
+            f"scaling.gpus_per_worker={each:g} uses no GPU. Omit these two options."
         )
     most = min(int(vm.gpus / each), int(vm.vcpus / scaling.cpus_per_worker))
     if most == 0:
         raise ResourceError(
-            f"A worker was to have {count(scaling.cpus_per_worker, 'CPU')} and {count(each, 'GPU')}, and a "
-            f"{vm.name} has {vm.vcpus} and {vm.gpus}. Lower scaling.cpus_per_worker or scaling.gpus_per_worker, or "
-            "take another size (`launch sizes`)."
+            f"A worker needs {count(scaling.cpus_per_worker, 'CPU')} and {count(each, 'GPU')}, but {vm.name} has only "
+            f"{count(vm.vcpus, 'CPU')} and {count(vm.gpus, 'GPU')}. Lower scaling.cpus_per_worker or "
+            "scaling.gpus_per_worker, or choose another size (`launch sizes`)."
         )
     workers = most * nodes.nodes if scaling.workers == "auto" else scaling.workers
     if workers > most * nodes.nodes:
         raise ResourceError(
-            f"scaling.workers={workers} was asked for, and {count(nodes.nodes, vm.name)} can hold {most * nodes.nodes} "
-            f"({most} each). Ask for cluster.nodes={-(-workers // most)}, or leave scaling.workers out."
+            f"scaling.workers={workers} was requested, but {count(nodes.nodes, vm.name)} can hold only "
+            f"{most * nodes.nodes} ({most} each). Set cluster.nodes={-(-workers // most)}, or omit scaling.workers."
         )
     workers_per_node = tuple(min(most, max(0, workers - node * most)) for node in range(nodes.nodes))
     where = f"{nodes.nodes} x {vm.name} in {nodes.region}"
@@ -111,8 +116,12 @@ def place_workers(job: Job, nodes: Nodes) -> tuple[Placement, tuple[int, ...]]:
 
 
 def link_between(nodes: Nodes, workers_per_node: tuple[int, ...]) -> Link | None:
-    """Return what the ring of all workers amounts to: Ethernet from node to node, PCI Express inside a node."""
-    used, workers = sum(1 for here in workers_per_node if here), sum(workers_per_node)
+    """Return the link of the ring of all workers: Ethernet between nodes, PCI Express within a node.
+
+    Returns:
+        The link, or None for a single worker.
+    """
+    used, workers = sum(1 for number in workers_per_node if number), sum(workers_per_node)
     if workers < 2:
         return None
     hops = [(workers - used if used > 1 else workers, Link.pcie(nodes.size.pcie))]
@@ -124,7 +133,7 @@ def link_between(nodes: Nodes, workers_per_node: tuple[int, ...]) -> Link | None
 
 @dataclass(frozen=True)
 class MeasuredMfu:
-    """The share of a GPU's peak that a run reached (`throughput/mfu`)."""
+    """The fraction of a GPU's peak that a run reached (`throughput/mfu`)."""
 
     run: str
     mfu: float
@@ -133,12 +142,12 @@ class MeasuredMfu:
 def computing_of(
     job: Job, nodes: Nodes, plan: Plan, found: Estimate, reached: MeasuredMfu | None = None
 ) -> ComputeTime:
-    """Return how long a worker computes in a step, by the network's FLOPs and the GPU's peak.
+    """Return the computing time of a worker per step, from the FLOPs of the model and the peak of the GPU.
 
-    reached: by a run of the same network; else `cost.MFU` is assumed.
+    Args:
+        found: the engine's estimate, with `device_sizes`.
+        reached: the MFU of a run of the same model; None: `cost.MFU` is assumed.
     """
-    from launcher.engine.peaks import peak_flops
-
     assert found.device_sizes is not None
     flops, source = found.flops_per_sample, "the model"
     if flops is None:
@@ -148,15 +157,13 @@ def computing_of(
     seconds = None
     if flops is not None and peak is not None:
         share = min(1.0, plan.machines.gpus_per_worker)
-        again = _RECOMPUTED if job.strategy.activation_checkpointing else 1.0
-        seconds = flops * again * plan.batches.per_worker / (peak * share * mfu)
+        recompute = _RECOMPUTE_FACTOR if job.strategy.activation_checkpointing else 1.0
+        seconds = flops * recompute * plan.batches.per_worker / (peak * share * mfu)
     return ComputeTime(flops, None if flops is None else source, peak, mfu, origin, seconds, plan.batches.microbatches)
 
 
 def candidate_strategies(job: Job, workers: int) -> list[StrategyConfig]:
-    """Return the job's strategy and the others that it may have, in the order of the documentation."""
-    from launcher.engine.strategies.kinds.base import DEFAULT, kind_of, kinds, label
-
+    """Return the job's strategy and its alternatives, in the order of the documentation."""
     given = [] if kind_of(job.strategy, job.trust).chooses else [job.strategy]
     others = [StrategyConfig()]
     if workers > 1 and not job.trainer.deterministic:
@@ -174,9 +181,13 @@ def forecast(
     computing: ComputeTime,
     found: Estimate,
 ) -> Forecast:
-    from launcher.engine.auto_strategy import ROOM
-    from launcher.engine.strategies.kinds.base import Network, kind_of, label
+    """Return the memory and time of one strategy.
 
+    Args:
+        link: see `link_between`.
+        computing: see `computing_of`.
+        found: the engine's estimate, with `device_sizes`.
+    """
     sizes, batches, workers = found.device_sizes, plan.batches, plan.machines.workers
     assert sizes is not None
     kind = kind_of(config, job.trust)
@@ -198,44 +209,42 @@ def forecast(
         network = Network(
             found.parameter_bytes, found.gradient_bytes, sizes.powersgd, sizes.blocks, batches.microbatches
         )
-        between = link or Link(0.0, 1.0)  # one worker: nothing travels
+        between = link or Link(0.0, 1.0)  # one worker: no communication
         step = kind.step(config, job.trainer.precision, network, computing.seconds, workers, between)
-    travels = 0
+    sent = 0
     if workers > 1:
-        travels, _ = kind.traffic(
-            config, job.trainer, found.parameter_bytes, found.gradient_bytes, batches.microbatches
-        )
+        sent, _ = kind.traffic(config, job.trainer, found.parameter_bytes, found.gradient_bytes, batches.microbatches)
         if config.compression == "powersgd":
-            travels = sizes.powersgd
-    narrow = f" strategy.compression={config.compression}" if config.compression != "none" else ""
+            sent = sizes.powersgd
+    compression = f" strategy.compression={config.compression}" if config.compression != "none" else ""
     return Forecast(
         strategy=label(config),
-        words=f"strategy={config.name}{narrow}",
-        exact=kind.exact and not narrow,
+        words=f"strategy={config.name}{compression}",
+        exact=kind.exact and not compression,
         memory=memory,
         needs=needs,
         room=room,
         fits=needs <= room,
         largest_microbatch=min(most, batches.per_worker),
-        bytes_per_step=travels,
+        bytes_per_step=sent,
         seconds_per_step=None if step is None else step.seconds,
         communication_share=None if step is None else step.share,
     )
 
 
 def choices(job: Job, forecasts: tuple[Forecast, ...]) -> tuple[str, str | None, str | None]:
-    """Return the labels of what the job takes, of the quickest that fits, and of the quickest exact one that fits."""
-    from launcher.engine.auto_strategy import Candidate, choose
-    from launcher.engine.strategies.kinds.base import kind_of, label
+    """Return three labels: the job's strategy, the fastest that fits, and the fastest exact strategy that fits."""
 
-    def quickest(among: list[Forecast]) -> str | None:
-        timed = [(one.seconds_per_step, one.strategy) for one in among if one.fits and one.seconds_per_step is not None]
+    def fastest(candidates: list[Forecast]) -> str | None:
+        timed = [
+            (one.seconds_per_step, one.strategy) for one in candidates if one.fits and one.seconds_per_step is not None
+        ]
         return min(timed, key=lambda pair: pair[0])[1] if timed else None
 
     exact = [one for one in forecasts if one.exact]
     if kind_of(job.strategy, job.trust).chooses:
         candidates = [Candidate(one.strategy, one.needs, one.seconds_per_step) for one in exact]
-        taken = choose(candidates, exact[0].room).name
+        chosen = choose(candidates, exact[0].room).name
     else:
-        taken = label(job.strategy)
-    return taken, quickest(list(forecasts)), quickest(exact)
+        chosen = label(job.strategy)
+    return chosen, fastest(list(forecasts)), fastest(exact)

@@ -1,16 +1,18 @@
-"""The plan of a run on VMs of the catalogue: what `launch plan cluster.size=SIZE` works out. Nothing is created by it.
+"""The plan of a run on VMs of the catalogue, for `launch plan cluster.size=SIZE`. Creates nothing.
 
-Joins the plan of the job with the VMs and what is forecast for them (`launcher.planning.forecast`).
+It combines the plan of the job with the VMs and the forecasts for them (`launcher.planning.forecast`).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.clusters.pricing.nodes import Nodes, nodes_for
 from launcher.config import Job
 from launcher.engine.cost import Link
+from launcher.engine.estimate import Estimate, estimate
+from launcher.engine.strategies.kinds.base import kinds
 from launcher.formatting import count, duration, size
 from launcher.planning.forecast import (
     ComputeTime,
@@ -26,13 +28,10 @@ from launcher.planning.forecast import (
 from launcher.planning.plan import Placement, Plan, plan_on
 from launcher.runs import RunDirectory
 
-if TYPE_CHECKING:
-    from launcher.engine.estimate import Estimate
-
 
 @dataclass(frozen=True)
 class Budget:
-    """What `cluster.budget_usd` buys: hours of nodes and head, epochs; `enough` for the whole run. None: unknown."""
+    """The hours and epochs that `cluster.budget_usd` pays for, and whether it is enough for the run. None: unknown."""
 
     usd: float
     hours: float | None
@@ -42,16 +41,21 @@ class Budget:
 
 @dataclass(frozen=True)
 class NodePlan:
-    """What a run on these VMs would be.
+    """The plan of a run on VMs.
 
     Attributes:
-        workers_per_node: workers on each node.
-        link: between neighbours of the ring of all workers; None for one worker.
-        forecasts: of each strategy that the job may have.
-        chosen: the label of what the job would take; best, best_exact: the quickest that fits, of all and of the exact
-            ones; None where nothing fits or no time is known.
-        seconds_per_epoch, seconds: training alone, with the strategy of the job.
-        notes: what has to be known besides, a sentence each.
+        plan: the plan of the job.
+        nodes: the VMs.
+        workers_per_node: the number of workers on each node.
+        link: the link between neighbours in the ring of all workers; None for one worker.
+        computing: the computing time of a worker per step.
+        forecasts: memory and time of each strategy that the job can use.
+        chosen: the label of the job's strategy.
+        best, best_exact: the labels of the fastest strategy that fits, of all and of the exact ones; None if none fits
+            or no time is known.
+        seconds_per_epoch, seconds: the training time with the job's strategy, without evaluation.
+        budget_usd: `cluster.budget_usd`, or None.
+        notes: further facts, one sentence each.
     """
 
     plan: Plan
@@ -70,12 +74,12 @@ class NodePlan:
 
     @property
     def forecast(self) -> Forecast:
-        """That of the strategy that the job would take."""
+        """Return the forecast of the job's strategy."""
         return next(one for one in self.forecasts if one.strategy == self.chosen)
 
     @property
     def usd(self) -> float | None:
-        """Of the whole run."""
+        """Return the cost of the whole run in US dollars, or None if it is unknown."""
         return self._dollars(self.seconds)
 
     def _dollars(self, seconds: float | None) -> float | None:
@@ -84,7 +88,7 @@ class NodePlan:
 
     @property
     def budget(self) -> Budget | None:
-        """What `cluster.budget_usd` buys; None where none is set."""
+        """Return what `cluster.budget_usd` pays for; None if no budget is set."""
         if self.budget_usd is None:
             return None
         rate, epoch, usd = self.nodes.usd_per_hour, self._dollars(self.seconds_per_epoch), self.usd
@@ -141,11 +145,11 @@ class NodePlan:
 
 
 def make_node_plan(job: Job, ask: bool = True, earlier: RunDirectory | None = None) -> NodePlan:
-    """Work out what the job would be on the VMs that it asks for.
+    """Return the plan of a job on the VMs of its configuration.
 
     Args:
-        ask: Azure's public list for today's prices.
-        earlier: a run of the same network, whose share of its GPUs' peak is taken where it is known.
+        ask: whether to query Azure's public price list for today's prices.
+        earlier: a run of the same model. If it recorded `throughput/mfu`, the plan uses that value.
 
     Raises:
         RequestError: the request cannot be met; see `pricing.nodes.nodes_for`, `forecast.place_workers` and
@@ -153,8 +157,6 @@ def make_node_plan(job: Job, ask: bool = True, earlier: RunDirectory | None = No
     """
     nodes = nodes_for(job.cluster, ask)
     machines, workers_per_node = place_workers(job, nodes)
-    from launcher.engine.estimate import estimate
-
     found = estimate(job, device_sizes=True, workers=machines.workers)
     reached = None
     if earlier is not None and (mfu := (earlier.result().get("metrics") or {}).get("throughput/mfu")):
@@ -170,15 +172,15 @@ def node_plan_of(
     found: Estimate,
     reached: MeasuredMfu | None = None,
 ) -> NodePlan:
-    """Join the pieces; see `make_node_plan`. found: with what was looked at ahead."""
+    """Combine the parts of a plan; see `make_node_plan`. found: the engine's estimate, with `device_sizes`."""
     plan, link = plan_on(job, machines, found), link_between(nodes, workers_per_node)
     computing = computing_of(job, nodes, plan, found, reached)
     forecasts = tuple(
         forecast(config, job, nodes, plan, link, computing, found)
         for config in candidate_strategies(job, machines.workers)
     )
-    taken, best, best_exact = choices(job, forecasts)
-    step = next(one for one in forecasts if one.strategy == taken).seconds_per_step
+    chosen, best, best_exact = choices(job, forecasts)
+    step = next(one for one in forecasts if one.strategy == chosen).seconds_per_step
     batches = plan.batches
     made = NodePlan(
         plan=replace(plan, usd_per_hour=nodes.usd_per_hour or 0.0),
@@ -187,7 +189,7 @@ def node_plan_of(
         link=link,
         computing=computing,
         forecasts=forecasts,
-        chosen=taken,
+        chosen=chosen,
         best=best,
         best_exact=best_exact,
         seconds_per_epoch=None if step is None else step * batches.steps_per_epoch,
@@ -199,61 +201,58 @@ def node_plan_of(
 
 
 def _notes(job: Job, made: NodePlan) -> list[str]:
-    """Return what has to be known besides the figures."""
+    """Return facts that the figures do not show, one sentence each."""
     nodes, computing, batches = made.nodes, made.computing, made.plan.batches
     vm, precision = nodes.size, job.trainer.precision
     found = []
     if not made.forecast.fits:
         found.append(_too_large(made))
     if vm.status == "preview":
-        found.append(f"{vm.name} is a preview of Azure.")
+        found.append(f"{vm.name} is a preview size.")
     if vm.note:
         found.append(f"{vm.name}: {vm.note}.")
-    idle = sum(1 for here in made.workers_per_node if not here)
+    idle = made.workers_per_node.count(0)
     if idle:
-        found.append(f"{count(idle, 'node')} would have no worker: ask for cluster.nodes={nodes.nodes - idle}.")
+        found.append(f"{count(idle, 'node')} would have no worker. Set cluster.nodes={nodes.nodes - idle}.")
     if computing.peak_flops is None:
         found.append(
-            f"The {vm.gpu} has no {precision} Tensor cores, so that no time is predicted: trainer.precision=float16 is "
-            "what it is quick in."
+            f"No time is predicted, because the {vm.gpu} has no {precision} Tensor cores. Use "
+            "trainer.precision=float16, which is fast on this GPU."
         )
     elif computing.flops_per_sample is None:
+        found.append("No time is predicted, because the model has no matrix products to count and no flops_per_sample.")
+    elif computing.is_launch_bound and computing.seconds is not None:
         found.append(
-            "No time is predicted: the network has no matrix products that could be counted, and no flops_per_sample."
-        )
-    elif computing.is_quick and computing.seconds is not None:
-        found.append(
-            f"A pass computes for {computing.seconds / computing.passes * 1e3:.2g} ms, less than the launching of its "
-            "kernels takes: the times here are lower bounds, and a smaller VM may do as well."
+            f"A pass computes for {computing.seconds / computing.passes * 1e3:.2g} ms, less than the time to launch "
+            "its kernels. The times are lower bounds, and a smaller VM may suffice."
         )
     if job.trainer.compile or job.trainer.compile_blocks:
-        found.append("A compiled network needs less memory than said here.")
+        found.append("A compiled model needs less memory than this estimate.")
     found += nodes.missing()
     if made.budget is not None and made.budget.enough is False and made.usd is not None:
         found.append(
-            f"cluster.budget_usd={made.budget.usd:g} is less than the run would cost, {made.usd:,.2f} USD: it buys "
-            f"{made.budget.epochs:.4g} of {count(batches.epochs, 'epoch')}; then the run saves a checkpoint and stops."
+            f"cluster.budget_usd={made.budget.usd:g} is less than the cost of the run, {made.usd:,.2f} USD. It pays "
+            f"for {made.budget.epochs:.4g} of {count(batches.epochs, 'epoch')}; then the run saves a checkpoint and "
+            "stops."
         )
     return found
 
 
 def _too_large(made: NodePlan) -> str:
-    from launcher.engine.strategies.kinds.base import kinds
-
     one = made.forecast
-    told = f"It does not fit: with {one.words} a worker needs {size(one.needs)} and may fill {size(one.room)}."
+    problem = f"The run does not fit: with {one.words} a worker needs {size(one.needs)} and may use {size(one.room)}."
     if one.largest_microbatch > 0:
-        return f"{told} It fits with trainer.microbatch_size={one.largest_microbatch}."
+        return f"{problem} It fits with trainer.microbatch_size={one.largest_microbatch}."
     others = [one for one in made.forecasts if one.largest_microbatch > 0]
     if others:
         words = f"{others[0].words} trainer.microbatch_size={others[0].largest_microbatch}"
-        return f"{told} It fits with {words}."
+        return f"{problem} It fits with {words}."
     divided = " or ".join(f"strategy={kind.name}" for kind in kinds() if kind.divides)
-    return f"{told} Take a size with more memory (`launch sizes`), more nodes with {divided}, or a smaller network."
+    return f"{problem} Use a size with more memory (`launch sizes`), more nodes with {divided}, or a smaller model."
 
 
 def format_time(seconds: float | None) -> str:
-    """Return a time for people; `unknown` where there is none."""
+    """Return a duration as text, such as `85 ms` or `4m21s`; `unknown` for None."""
     if seconds is None:
         return "unknown"
     return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else duration(seconds)

@@ -1,6 +1,6 @@
-"""The plan of a run: what `train` will do, as a value. Nothing is created by making one.
+"""The plan of a run: what `launch train` will do, as a value. Creating a plan has no side effects.
 
-Joins the engine's estimate of the job with what the place has that it is to run in.
+A plan combines the engine's estimate of the job with the resources of the machines on which it will run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.clusters import base, capacity
 from launcher.clusters.pricing.rates import rate_of
 from launcher.config import Job
+from launcher.engine.strategies.kinds.base import kind_of, kinds
 from launcher.errors import ConfigError
 from launcher.formatting import count, size
 from launcher.money import Rate
@@ -23,7 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the workers sit. `cluster` is the configuration's word; CPUs and GPUs are those of the whole cluster."""
+    """The machines and workers of a run.
+
+    Attributes:
+        cluster: the name of the cluster kind.
+        description: of the machines, for messages.
+        cpus, gpus: the totals of all machines.
+        workers: the number of workers.
+        device: "cuda" or "cpu".
+        cpus_per_worker, gpus_per_worker: what each worker reserves.
+        nodes: the number of machines.
+    """
 
     cluster: str
     description: str
@@ -37,13 +48,13 @@ class Placement:
 
     @property
     def in_process(self) -> bool:
-        """Whether the job runs in the process of the command, without Ray."""
+        """Return whether the job runs in the process of the command, without Ray."""
         return base.named(self.cluster).in_process
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Batch arithmetic. `per_worker` and `microbatches` are the largest of any worker."""
+    """The batch sizes and the length of a run. `per_worker` and `microbatches` are the maximum over the workers."""
 
     global_batch_size: int
     per_worker: int
@@ -57,7 +68,22 @@ class Batches:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `train` would do. Bytes are those of one worker; `memory["total"]` leaves out the framework's own."""
+    """What `launch train` would do.
+
+    Attributes:
+        machines: the machines and workers.
+        batches: the batch sizes and the length of the run.
+        data: the number of samples of each data set.
+        parameters: the number of parameters of the model.
+        memory: bytes of one worker by purpose; "total" excludes the memory of the framework itself.
+        strategy, communication: descriptions for people.
+        gradient_bytes_per_step: bytes of gradients that one worker sends per step.
+        flops_per_sample: as the model defines it, or None.
+        tags: the TensorBoard tags of the run.
+        usd_per_hour: the cost of all machines; 0 without a rate.
+        rate: the rate of the machines, or None.
+        notes: further facts, one sentence each.
+    """
 
     machines: Placement
     batches: Batches
@@ -77,7 +103,7 @@ class Plan:
         return asdict(self)
 
     def headline(self) -> str:
-        """Return the one line that `train` begins with."""
+        """Return the first line that `launch train` prints."""
         m, b = self.machines, self.batches
         workers = count(m.workers, f"{'GPU' if m.device == 'cuda' else 'CPU'} worker")
         return (
@@ -88,11 +114,11 @@ class Plan:
 
     def _shares(self) -> str:
         workers, most = self.machines.workers, self.batches.per_worker
-        even = workers * most == self.batches.global_batch_size
-        return f"{workers} x {'' if even else 'at most '}{most}"
+        equal = workers * most == self.batches.global_batch_size
+        return f"{workers} x {'' if equal else 'at most '}{most}"
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return the plan as (what, value) for people."""
+        """Return the plan as pairs of label and text."""
         m, b = self.machines, self.batches
         memory = ", ".join(f"{name} {size(part)}" for name, part in self.memory.items())
         length = f"{count(b.steps, 'step')} = {count(b.epochs, 'epoch')} of {b.steps_per_epoch}"
@@ -104,7 +130,7 @@ class Plan:
             ("length", f"{length} (the last batch has {b.last_batch_size})"),
             ("data", ", ".join(f"{name} {count:,}" for name, count in self.data.items())),
             ("network", f"{self.parameters:,} parameters"),
-            ("memory a worker", memory),
+            ("memory per worker", memory),
             ("strategy", self.strategy + _strategy_note(self.strategy)),
             ("communication", self.communication if m.workers > 1 else "none (one worker)"),
             ("tags", ", ".join(self.tags)),
@@ -114,27 +140,26 @@ class Plan:
 
 
 def _strategy_note(strategy: str) -> str:
-    from launcher.engine.strategies.kinds.base import kinds
-
     return next((kind.plan_note for kind in kinds() if kind.name == strategy), "")
 
 
 def machines_of(job: Job, ranks: int | None = None) -> Placement:
-    """Decide where the workers sit and how many there are.
+    """Determine the machines and the number of workers of a job.
 
     Args:
-        ranks: how many processes torchrun or srun started, or None.
+        ranks: the number of processes that torchrun or srun started, or None.
 
     Raises:
-        ResourceError: the machine can never hold what was asked for.
-        ConfigError: several workers without anything that starts them, or VMs that nothing creates.
+        ResourceError: the requested workers can never fit on the machines.
+        ConfigError: several workers were requested for a single process, or `cluster.size` with a cluster kind that
+            creates no VMs.
     """
     kind = base.kind_of(job.cluster)
     if job.cluster.size is not None and not kind.is_rented:
         raise ConfigError(
-            f"cluster.size={job.cluster.size} asks for VMs of Azure, and cluster={job.cluster.kind} has none: "
-            "cluster=azure rents them, and `launch plan` with the same words says what they would do and cost. Leave "
-            "cluster.size out to run here."
+            f"cluster.size={job.cluster.size} requests Azure VMs, but cluster={job.cluster.kind} does not create any. "
+            "Use cluster=azure to create them, or `launch plan` with the same arguments to see their time and cost. "
+            "Omit cluster.size to run on this machine."
         )
     if ranks is not None and not kind.is_batch:
         kind = base.in_process()
@@ -148,25 +173,29 @@ def machines_of(job: Job, ranks: int | None = None) -> Placement:
     if kind.in_process:
         if ranks is None and scaling.workers not in ("auto", 1):
             raise ConfigError(
-                f"scaling.workers={scaling.workers} was asked for with cluster={kind.name}, which is this one process. "
-                f"Use cluster=local, or start them with: torchrun --nproc-per-node={scaling.workers} -m launcher ..."
+                f"scaling.workers={scaling.workers} was requested, but cluster={kind.name} runs in a single process. "
+                f"Use cluster=local, or run: torchrun --nproc-per-node={scaling.workers} -m launcher ..."
             )
         where = found.where if ranks is None else f"{ranks} processes started by torchrun or srun"
         return Placement(kind.name, where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
     gpus_per_worker = _gpus_per_worker(job, use_gpu)
     workers = scaling.workers
     if workers == "auto":
-        # On CPUs two workers show what there is to show; more would only share the same cores.
+        # On CPUs two workers suffice to try a run; more would only share the same cores.
         workers = max(1, int(gpus / gpus_per_worker) if use_gpu else min(2, int(cpus / scaling.cpus_per_worker)))
     capacity.check_feasible(scaling.min_workers or workers, scaling.cpus_per_worker, gpus_per_worker, (cpus, gpus))
     return Placement(kind.name, found.where, cpus, gpus, workers, device, scaling.cpus_per_worker, gpus_per_worker)
 
 
 def place_on(job: Job, nodes: Sequence[capacity.Node], where: str, cluster: str) -> Placement:
-    """Return how many workers there are on the nodes of a cluster.
+    """Return the placement of the job's workers on the nodes of a cluster.
+
+    Args:
+        where: a description of the nodes.
+        cluster: the name of the cluster kind.
 
     Raises:
-        ResourceError: the nodes can never hold what was asked for.
+        ResourceError: the requested workers can never fit on the nodes.
     """
     scaling = job.scaling
     cpus, gpus = int(sum(node.cpus for node in nodes)), int(sum(node.gpus for node in nodes))
@@ -192,14 +221,15 @@ def _gpus_per_worker(job: Job, use_gpu: bool) -> float:
 
 
 def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None, weights: str | None = None) -> Plan:
-    """Look at the job and at where it is to run, and work out everything that follows.
+    """Return the plan of a job on the machines of its configuration.
 
     Args:
-        ranks: how many processes torchrun or srun started, or None.
-        weights: the place of those that the run begins with.
+        ranks: the number of processes that torchrun or srun started, or None.
+        marks: records the time of each phase.
+        weights: the path or URI of the checkpoint with the initial weights, or None.
 
     Raises:
-        RequestError: it cannot be done as asked; see `machines_of` and `engine.estimate`.
+        RequestError: the request cannot be met; see `machines_of` and `engine.estimate`.
     """
     machines = machines_of(job, ranks)
     rate = rate_of(job.cluster, machines.nodes)
@@ -217,14 +247,16 @@ def make_plan(job: Job, ranks: int | None = None, marks: Marks | None = None, we
 
 
 def plan_on(job: Job, machines: Placement, found: Estimate) -> Plan:
-    """Join what the job needs with the machines that it is to run on.
+    """Return the plan of a job on these machines.
+
+    Args:
+        found: the engine's estimate of the job.
 
     Raises:
-        ConfigError: the batch arithmetic cannot be met.
+        ConfigError: the batch sizes or the length are inconsistent.
     """
     from launcher.engine.build import build_split, check_batch
     from launcher.engine.order import Order
-    from launcher.engine.strategies.kinds.base import kind_of
 
     check_batch(job, found.train_samples, machines.workers)
     trainer = job.trainer
@@ -239,19 +271,17 @@ def plan_on(job: Job, machines: Placement, found: Estimate) -> Plan:
     steps = trainer.steps or trainer.epochs * order.steps_per_epoch
     profile = job.logging.profile
     if profile is not None and profile[1] > steps:
-        raise ConfigError(f"logging.profile={profile}: the run has {steps} steps. Choose earlier ones.")
+        raise ConfigError(f"logging.profile={profile}: the run has only {steps} steps. Choose earlier steps.")
     microbatch = max(stop - start for start, stop in share)
-    kept = {
+    parts = {
         "parameters": found.parameter_bytes,
         "gradients": found.gradient_bytes,
         "optimizer": found.optimizer_bytes,
     }
     kind = kind_of(job.strategy, job.trust)
-    memory = kind.memory(job.strategy, machines.workers, kept)
+    memory = kind.memory(job.strategy, machines.workers, parts)
     memory["activations"] = found.activation_bytes_per_sample * microbatch
-    travels, communication = kind.traffic(
-        job.strategy, trainer, found.parameter_bytes, found.gradient_bytes, len(share)
-    )
+    sent, communication = kind.traffic(job.strategy, trainer, found.parameter_bytes, found.gradient_bytes, len(share))
     compression = job.strategy.compression
     return Plan(
         machines=machines,
@@ -270,7 +300,7 @@ def plan_on(job: Job, machines: Placement, found: Estimate) -> Plan:
         memory={**memory, "total": sum(memory.values())},
         strategy=job.strategy.name + (f" with compression {compression}" if compression != "none" else ""),
         communication=communication,
-        gradient_bytes_per_step=travels,
+        gradient_bytes_per_step=sent,
         flops_per_sample=found.flops_per_sample,
         tags=found.tags,
         notes=found.notes,

@@ -1,9 +1,13 @@
-"""The plan for VMs of the catalogue as text for people: lines, then tables."""
+"""The text of a plan on VMs of the catalogue: lines, then tables."""
 
 from __future__ import annotations
 
 import io
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from launcher.clusters.pricing.catalogue import Price
 from launcher.formatting import count, size
@@ -11,22 +15,20 @@ from launcher.planning.nodes import NodePlan, format_time
 
 
 def text(made: NodePlan, run: str, width: int) -> str:
-    """Return the whole plan. run: the directory that the run would have; width: of the terminal, in characters."""
-    from rich.console import Console
-
+    """Return the plan as text. run: the run directory; width: of the terminal, in characters."""
     out = Console(file=io.StringIO(), width=width, highlight=False, emoji=False, markup=False)
     rows = [("run", run), *_lines(made)]
     room = f"{size(made.forecast.room)} of {made.nodes.size.gpu_memory_gib} GiB"
     out.print(_pairs(rows))
-    # A table's own title is folded to the table's width; a line of its own is not.
-    out.print(f"\nA worker may fill {room}. The star is the job's strategy; it waits for the link.")
+    # Printed as separate lines, since the title of a table would be wrapped at the width of the table.
+    out.print(f"\nA worker may use {room} of GPU memory. * marks the job's strategy; wait is the time for the link.")
     out.print(_strategies(made))
     out.print(_time(made))
     out.print(f"\n{made.nodes.prices_from}")
     out.print(_money(made))
     out.print(f"Quota needed in {made.nodes.region}")
     out.print(_quotas(made))
-    out.print("Would be created (nothing is, by this)")
+    out.print("Resources of the cluster (this command creates none)")
     out.print(_created(made))
     for note in made.notes:
         out.print(f"- {note}")
@@ -35,8 +37,6 @@ def text(made: NodePlan, run: str, width: int) -> str:
 
 
 def _pairs(rows: list[tuple[str, str]]) -> Any:
-    from rich.table import Table
-
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
@@ -46,9 +46,6 @@ def _pairs(rows: list[tuple[str, str]]) -> Any:
 
 
 def _table(*headings: str, numbers: tuple[str, ...] = ()) -> Any:
-    from rich import box
-    from rich.table import Table
-
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
         grid.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
@@ -58,45 +55,41 @@ def _table(*headings: str, numbers: tuple[str, ...] = ()) -> Any:
 def _lines(made: NodePlan) -> list[tuple[str, str]]:
     nodes, plan = made.nodes, made.plan
     vm, head = nodes.size, nodes.head
-    kind = {True: "spot", False: "on demand", "prefer": "spot, or on demand where there is none"}[nodes.spot]
+    kind = {True: "spot", False: "on demand", "prefer": "spot, or on demand if there is no capacity"}[nodes.spot]
     machine = f"{vm.gpus} x {vm.gpu} {vm.gpu_memory_gib} GiB, {vm.vcpus} vCPU, {vm.memory_gib} GiB"
     network = f", {vm.network_gbit:g} Gbit/s" if vm.network_gbit else ""
-    kept = {"where", "workers", "memory a worker", "communication", "cost", "strategy"}
+    replaced = {"where", "workers", "memory per worker", "communication", "cost", "strategy"}
     return [
         ("nodes", f"{nodes.nodes} x {vm.name} ({machine}{network}) in {nodes.region}, {kind}"),
         ("head", f"{head.name} ({head.vcpus} vCPU, {head.memory_gib} GiB), on demand"),
-        ("workers", _seats(made)),
-        *(pair for pair in plan.lines() if pair[0] not in kept),
-        ("gradients", f"{size(plan.gradient_bytes_per_step)} a step with {made.chosen}"),
+        ("workers", _placement(made)),
+        *(pair for pair in plan.lines() if pair[0] not in replaced),
+        ("gradients", f"{size(plan.gradient_bytes_per_step)} per step with {made.chosen}"),
         ("link", _link(made)),
     ]
 
 
-def _seats(made: NodePlan) -> str:
-    """Return how many workers sit where: `8 on GPUs: 2 on each of 4 nodes`."""
-    machines, workers_per_node = made.plan.machines, made.workers_per_node
-    groups = [
-        (here, sum(1 for other in workers_per_node if other == here))
-        for here in dict.fromkeys(workers_per_node)
-        if here
-    ]
-    told = ", ".join(
-        f"{here} on each of {nodes} nodes" if nodes > 1 else f"{here} on one node" for here, nodes in groups
+def _placement(made: NodePlan) -> str:
+    """Return the placement of the workers, such as `2 on each of 4 nodes`."""
+    machines, numbers = made.plan.machines, made.workers_per_node
+    groups = [(workers, numbers.count(workers)) for workers in dict.fromkeys(numbers) if workers]
+    placed = ", ".join(
+        f"{workers} on each of {nodes} nodes" if nodes > 1 else f"{workers} on one node" for workers, nodes in groups
     )
-    return f"{told} ({machines.cpus_per_worker:g} CPU and {machines.gpus_per_worker:g} GPU each)"
+    return f"{placed} ({machines.cpus_per_worker:g} CPU and {machines.gpus_per_worker:g} GPU each)"
 
 
 def _link(made: NodePlan) -> str:
     if made.link is None:
         return "none: one worker"
     rate = f"{made.link.bandwidth * 8 / 1e9:.3g} Gbit/s, {made.link.latency * 1e6:.0f} us from worker to worker"
-    if sum(1 for here in made.workers_per_node if here) > 1:
-        return f"{rate} (assumed: 94 % of the network's rate)"
-    return f"{rate} (assumed: half the rate of PCI Express {made.nodes.size.pcie}; no network between VMs)"
+    if sum(1 for workers in made.workers_per_node if workers) > 1:
+        return f"{rate} (assumed: 94 % of the network bandwidth)"
+    return f"{rate} (assumed: half the bandwidth of PCI Express {made.nodes.size.pcie}; no network between VMs)"
 
 
 def _strategies(made: NodePlan) -> Any:
-    numbers = ("memory", "samples at once", "travels", "a step", "waits")
+    numbers = ("memory", "max microbatch", "sent per step", "step", "wait")
     grid = _table("strategy", "memory", "fits", *numbers[1:], numbers=numbers)
     for one in made.forecasts:
         grid.add_row(
@@ -113,40 +106,41 @@ def _strategies(made: NodePlan) -> Any:
 
 def _time(made: NodePlan) -> Any:
     parts = ", ".join(f"{what} {size(part)}" for what, part in made.forecast.memory.items())
-    rows = [("memory a worker", parts), ("quickest that fits", _best(made)), ("computing", _computing(made))]
+    rows = [("memory per worker", parts), ("fastest that fits", _best(made)), ("computing", _computing(made))]
     if made.seconds is not None:
         each, whole = format_time(made.seconds_per_epoch), format_time(made.seconds)
-        told = f"{each} an epoch, {whole} for {count(made.plan.batches.steps, 'step')}"
-        rows.append(("time", f"{told}; the start of the VMs (minutes), reading and evaluation come on top"))
+        total = f"{each} per epoch, {whole} for {count(made.plan.batches.steps, 'step')}"
+        rows.append(("time", f"{total}; excludes the start of the VMs (minutes), data loading and evaluation"))
     return _pairs(rows)
 
 
 def _best(made: NodePlan) -> str:
     if made.best is None:
         return "unknown" if made.forecast.fits else "none of these fits"
-    if made.computing.is_quick:
-        return "not to be told by lower bounds, see below"
-    left_out = " (its own computing left out)" if "powersgd" in made.best else ""
+    if made.computing.is_launch_bound:
+        return "cannot be determined from lower bounds, see below"
+    exclusion = " (excludes the time to compress)" if "powersgd" in made.best else ""
     if made.best == made.best_exact or made.best_exact is None:
-        return f"{made.best}{left_out}"
-    return f"{made.best}{left_out}; with the losses of one worker: {made.best_exact} (docs/exactness.md)"
+        return f"{made.best}{exclusion}"
+    return f"{made.best}{exclusion}; with the same losses as one worker: {made.best_exact} (docs/exactness.md)"
 
 
 def _computing(made: NodePlan) -> str:
     computing = made.computing
     if computing.seconds is None or computing.flops_per_sample is None or computing.peak_flops is None:
         return "unknown"
-    origin = "as the model says" if computing.flops_from == "the model" else "as counted in its matrix products"
-    reached = "assumed at" if computing.mfu_from == "assumed" else f"at what {computing.mfu_from} reached,"
+    origin = "defined by the model" if computing.flops_from == "the model" else "counted in its matrix products"
+    reached = "assumed at" if computing.mfu_from == "assumed" else f"as reached by {computing.mfu_from},"
     return (
-        f"{format_time(computing.seconds)} a step: {computing.flops_per_sample / 1e9:,.4g} GFLOP a sample ({origin}), "
-        f"{reached} {computing.mfu:.0%} of the {made.nodes.size.gpu}'s {computing.peak_flops / 1e12:.4g} TFLOP/s"
+        f"{format_time(computing.seconds)} per step: {computing.flops_per_sample / 1e9:,.4g} GFLOP per sample "
+        f"({origin}), {reached} {computing.mfu:.0%} "
+        f"of the {made.nodes.size.gpu}'s {computing.peak_flops / 1e12:.4g} TFLOP/s"
     )
 
 
 def _money(made: NodePlan) -> Any:
     nodes = made.nodes
-    grid = _table("cost", "USD/h", "price of one", numbers=("USD/h",))
+    grid = _table("cost", "USD/h", "unit price", numbers=("USD/h",))
     price = "spot" if nodes.spot is not False else "on demand"
     label = f"{count(nodes.nodes, 'node')}, {price}"
     grid.add_row(label, _dollars(nodes.nodes_usd_per_hour), _source(nodes.node_price))
@@ -154,13 +148,13 @@ def _money(made: NodePlan) -> Any:
         on_demand = nodes.size.price(nodes.region)
         grid.add_row("or on demand", _dollars(nodes.nodes_usd_per_hour_on_demand), _source(on_demand))
     grid.add_row("head", _dollars(nodes.head_usd_per_hour), _source(nodes.head_price))
-    grid.add_row("together", _dollars(nodes.usd_per_hour), "disks, addresses and traffic not counted")
+    grid.add_row("total", _dollars(nodes.usd_per_hour), "without disks, addresses and traffic")
     if made.usd is not None:
         grid.add_row("the run", f"{made.usd:,.2f} USD", format_time(made.seconds))
     if made.budget is not None:
-        bought = [(made.budget.hours, "hour"), (made.budget.epochs, "epoch")]
-        told = " or ".join(count(float(f"{many:.4g}"), what) for many, what in bought if many is not None)
-        grid.add_row("budget", f"{made.budget.usd:,.2f} USD", f"buys {told}" if told else "")
+        paid = [(made.budget.hours, "hour"), (made.budget.epochs, "epoch")]
+        amounts = " or ".join(count(float(f"{number:.4g}"), unit) for number, unit in paid if number is not None)
+        grid.add_row("budget", f"{made.budget.usd:,.2f} USD", f"pays for {amounts}" if amounts else "")
     return grid
 
 
@@ -169,7 +163,7 @@ def _dollars(usd: float | None) -> str:
 
 
 def _source(price: Price | None) -> str:
-    return "" if price is None else f"{price.usd_per_hour:.3f} by {price.source}, {price.date}"
+    return "" if price is None else f"{price.usd_per_hour:.3f} from {price.source}, {price.date}"
 
 
 def _quotas(made: NodePlan) -> Any:

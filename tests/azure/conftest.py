@@ -1,4 +1,4 @@
-"""Azure, as far as these tests go."""
+"""Fixtures for the tests of cluster=azure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ A100 = "Standard_NC24ads_A100_v4"
 
 @pytest.fixture
 def azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    """A fake of Azure where every size may be had, for this process and those that it starts."""
+    """A fake of Azure with capacity for every size, for this process and its children."""
     with Fake(tmp_path / "azure") as fake:
         fake.sizes = {name: list("12") for name in (*catalogue.sizes(), *catalogue.heads())}
         families = {vm.quota_family for vm in (*catalogue.sizes().values(), *catalogue.heads().values())}

@@ -1,19 +1,20 @@
-"""A fake of Azure's management API: what Ray's unmodified Azure provider, Azure's SDK and launch ask of it.
+"""A fake of Azure's management API, for the requests of Ray's unmodified Azure provider, Azure's SDK and launch.
 
     with Fake(directory) as azure:
         subprocess.run(["launch", "up", …], env={**os.environ, **azure.environment})
-        assert azure.left("launch-demo") == []
+        assert azure.remaining("launch-demo") == []
 
-Clients reach it as they reach Azure: `HTTPS_PROXY` names a proxy that answers for management.azure.com itself, with a
-certificate of a test CA (`REQUESTS_CA_BUNDLE`), and a stand-in `az` gives the token. Which resources a deployment makes
-is learnt from the ARM templates, which `bicep-cost` evaluates. What it does not know: quotas that change, capacity,
-times, and most of what Azure checks.
+Clients connect to it as to Azure: `HTTPS_PROXY` is a proxy that answers for management.azure.com itself, with a
+certificate of a test CA (`REQUESTS_CA_BUNDLE`), and a fake `az` returns the token. `bicep-cost` evaluates the ARM
+templates, so that a deployment creates the resources of its template. Not modelled: changing quotas, capacity, times,
+and most of Azure's validation.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import stat
 import sys
@@ -39,9 +40,9 @@ VM, NIC, ADDRESS, DISK = (
 )
 AZ = """#!{python}
 import json, pathlib, sys, time
-said = pathlib.Path({state!r})
-if said.exists():
-    sys.exit(said.read_text())
+error = pathlib.Path({state!r})
+if error.exists():
+    sys.exit(error.read_text())
 words = sys.argv[1:]
 if words[:2] == ["account", "show"]:
     print(json.dumps({{"id": {subscription!r}, "name": "fake", "tenantId": {tenant!r}, "state": "Enabled"}}))
@@ -53,13 +54,13 @@ elif words[:2] == ["account", "get-access-token"]:
 elif words[:1] == ["version"] or words[:1] == ["--version"]:
     print("azure-cli 2.80.0")
 else:
-    sys.exit(f"az: {{words}} is not known to this stand-in")
+    sys.exit(f"az: {{words}} is not supported by the fake")
 """
 
 
 @dataclass
 class Operation:
-    """One that takes time: done at `at`, and what it comes to."""
+    """A long operation: the time at which it ends, and the error with which it fails."""
 
     at: float
     refusal: Refusal | None = None
@@ -67,16 +68,17 @@ class Operation:
 
 @dataclass
 class Fake:
-    """The API. Change its attributes to have it behave otherwise.
+    """The API. A test changes its behaviour by setting its attributes.
 
     Attributes:
-        seconds: how long every long operation takes.
-        usages: quota -> (limit, used) of every region.
-        sizes: those on offer -> zones; `blocked` of them -> reason.
-        refuse: (VM size, spot) -> (code, message) for deployments with such VMs.
-        throttle: how many of the next requests are answered with 429.
-        born, gone: called with the resource of a VM when it is created or deleted; `born` may set its address.
-        simulated: called with the name of a spot VM whose eviction is simulated; None: it is evicted at once.
+        seconds: the duration of every long operation.
+        usages: quota -> (limit, used), for every region.
+        sizes: offered size -> zones.
+        blocked: size that is not available to the subscription -> reason.
+        refuse: (VM size, spot) -> (code, message) with which deployments of such VMs fail.
+        throttle: the number of requests that are answered with status 429.
+        vm_created, vm_deleted: called with the resource of a VM. `vm_created` may set its address.
+        simulated: called with the name of a spot VM whose eviction is simulated; None: the VM is evicted immediately.
     """
 
     directory: Path
@@ -87,8 +89,8 @@ class Fake:
     blocked: dict[str, str] = field(default_factory=dict)
     refuse: dict[tuple[str, bool], tuple[str, str]] = field(default_factory=dict)
     throttle: int = 0
-    born: Callable[[dict[str, Any]], None] = lambda vm: None
-    gone: Callable[[dict[str, Any]], None] = lambda vm: None
+    vm_created: Callable[[dict[str, Any]], None] = lambda vm: None
+    vm_deleted: Callable[[dict[str, Any]], None] = lambda vm: None
     simulated: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
@@ -108,11 +110,11 @@ class Fake:
         self._context = certificates(self.directory)
         self._az = self.directory / "bin" / "az"
         self._az.parent.mkdir(exist_ok=True)
-        self._says = self.directory / "az-says"
+        self._az_error = self.directory / "az-error"
         self._az.write_text(
             AZ.format(
                 python=sys.executable,
-                state=str(self._says),
+                state=str(self._az_error),
                 subscription=SUBSCRIPTION,
                 tenant=TENANT,
                 token=self.token,
@@ -129,9 +131,7 @@ class Fake:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What clients need in their environment."""
-        import os
-
+        """Return the environment variables for clients."""
         proxy = f"http://{self.listen}:{self._server.server_address[1]}"
         return {
             "PATH": f"{self._az.parent}{os.pathsep}{os.environ['PATH']}",
@@ -142,15 +142,15 @@ class Fake:
             "REQUESTS_CA_BUNDLE": str(self.directory / "ca.pem"),
         }
 
-    def az_says(self, text: str | None) -> None:
-        """Have `az` fail with these words; None: work again."""
+    def fail_az(self, text: str | None) -> None:
+        """Make `az` fail with this error; None: make it succeed again."""
         if text is None:
-            self._says.unlink(missing_ok=True)
+            self._az_error.unlink(missing_ok=True)
         else:
-            self._says.write_text(text)
+            self._az_error.write_text(text)
 
-    def left(self, group: str) -> list[str]:
-        """Return the ids of what a group holds, itself included."""
+    def remaining(self, group: str) -> list[str]:
+        """Return the ids of all resources of a group, and the group itself."""
         inside = f"/resourcegroups/{group.lower()}/"
         own = [group] if group.lower() in self.groups else []
         return own + sorted(key for key in self.resources if inside in key)
@@ -159,12 +159,12 @@ class Fake:
         return [one for key, one in sorted(self.resources.items()) if f"/providers/{kind}/" in key and _is(key, kind)]
 
     def evict(self, name: str) -> None:
-        """Take a VM away as Azure does with spot: the VM and its disk go, interface and address stay."""
+        """Evict a spot VM as Azure does: VM and disk are deleted, network interface and address remain."""
         with self._lock:
             key = next(key for key in self.resources if key.endswith(f"{VM}/{name.lower()}"))
             vm = self.resources.pop(key)
             self.resources.pop(vm["properties"]["storageProfile"]["osDisk"]["managedDisk"]["id"].lower(), None)
-        self.gone(vm)
+        self.vm_deleted(vm)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -193,17 +193,17 @@ class Fake:
             match = re.fullmatch(pattern, path, re.IGNORECASE)
             if match:
                 return serve(method, match[1], body, parse_qs(address.query))
-        raise Refusal(404, "NotFound", f"The fake knows no {method} {path}")
+        raise Refusal(404, "NotFound", f"The fake does not support {method} {path}")
 
     def token_of(self, vm: dict[str, Any]) -> str:
-        """Return what the metadata service of a VM gives for its identity."""
+        """Return the access token that the metadata service of a VM returns for its identity."""
         (identity,) = vm["identity"]["userAssignedIdentities"]
         token = uuid.uuid4().hex
         self.identities[token] = identity.rpartition("/")[2]
         return token
 
     def _authorize(self, path: str, token: str) -> None:
-        """The user may do all; the identity of a VM what its roles allow, which are those on its group."""
+        """Check the token: the user may do anything, the identity of a VM only what its roles on the group allow."""
         if token == self.token:
             return
         identity = self.identities.get(token)
@@ -214,8 +214,8 @@ class Fake:
             role["id"].lower().partition("/providers/")[0] for role in roles if identity in role["properties"]["of"]
         ]
         if not path.startswith("/operations/") and not any(path.lower().startswith(scope) for scope in scopes):
-            said = f"The client '{identity}' does not have authorization to perform action over scope '{path}'."
-            raise Refusal(403, "AuthorizationFailed", said)
+            message = f"The client '{identity}' does not have authorization to perform action over scope '{path}'."
+            raise Refusal(403, "AuthorizationFailed", message)
 
     def _operation(self, method: str, name: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
         operation = self.operations[name]
@@ -226,7 +226,7 @@ class Fake:
         return 200, {"status": "Succeeded"}, {}
 
     def _later(self, refusal: Refusal | None = None, then: Callable[[], None] | None = None) -> dict[str, str]:
-        """Begin a long operation; return the headers that tell where it is asked for. then: done at its end."""
+        """Start a long operation, and return the headers with its URL. then: called at its end."""
         name = uuid.uuid4().hex
         self.operations[name] = Operation(time.monotonic() + self.seconds, refusal)
         if then:
@@ -240,10 +240,10 @@ class Fake:
     def _group(self, method: str, name: str, body: Any, query: Any) -> tuple[int, Any, dict[str, str]]:
         key = name.lower()
         if method == "PUT":
-            made = {"id": f"/subscriptions/{SUBSCRIPTION}/resourceGroups/{name}", "name": name, **body}
-            made["properties"] = {"provisioningState": "Succeeded"}
-            self.groups[key] = made
-            return 201, made, {}
+            group = {"id": f"/subscriptions/{SUBSCRIPTION}/resourceGroups/{name}", "name": name, **body}
+            group["properties"] = {"provisioningState": "Succeeded"}
+            self.groups[key] = group
+            return 201, group, {}
         if key not in self.groups:
             raise Refusal(404, "ResourceGroupNotFound", f"Resource group '{name}' could not be found.")
         if method == "HEAD":
@@ -259,11 +259,11 @@ class Fake:
     def _drop_group(self, key: str) -> None:
         with self._lock:
             inside = f"/resourcegroups/{key}/"
-            went = [self.resources.pop(one) for one in list(self.resources) if inside in one]
+            deleted = [self.resources.pop(one) for one in list(self.resources) if inside in one]
             self.groups.pop(key, None)
-        for one in went:
+        for one in deleted:
             if _is(one["id"].lower(), VM):
-                self.gone(one)
+                self.vm_deleted(one)
 
     def _in_group(self, group: str) -> list[dict[str, Any]]:
         if group.lower() not in self.groups:
@@ -334,7 +334,7 @@ class Fake:
         if method == "DELETE":
             del self.resources[key]
             if _is(key, VM):
-                self.gone(found)
+                self.vm_deleted(found)
             return 202, None, {"Location": self._later()["Location"], "Retry-After": "1"}
         return 200, found, {}
 
@@ -349,12 +349,16 @@ class Fake:
         made = self._expand(path, group, body["properties"])
         refusal = self._refusal(made)
         state = "Failed" if refusal else "Succeeded"
-        told: dict[str, Any] = {"id": path, "name": path.rpartition("/")[2], "properties": {"provisioningState": state}}
-        self.deployments[path.lower()] = told
-        accepted = {**told, "properties": {"provisioningState": "Accepted"}}
+        deployment: dict[str, Any] = {
+            "id": path,
+            "name": path.rpartition("/")[2],
+            "properties": {"provisioningState": state},
+        }
+        self.deployments[path.lower()] = deployment
+        accepted = {**deployment, "properties": {"provisioningState": "Accepted"}}
         if refusal:
-            told["properties"]["error"] = refusal.body()["error"]
-            # What is independent of the VM has been made by then.
+            deployment["properties"]["error"] = refusal.body()["error"]
+            # Resources that do not depend on the VM were created before the failure.
             made = [one for one in made if not _is(one["id"].lower(), VM)]
         for one in made:
             self._create(one)
@@ -370,12 +374,12 @@ class Fake:
         found = []
         for one in engine.resources:
             body = json.loads(json.dumps(one.body, default=lambda value: None))
-            # Names of keys are not evaluated: the identity of a VM is one.
+            # Keys are not evaluated, and the identity of a VM is a key.
             identities = (body.get("identity") or {}).get("userAssignedIdentities")
             if identities:
                 body["identity"]["userAssignedIdentities"] = {given["msi"]: {}}
             if one.type.lower() == "microsoft.authorization/roleassignments":
-                # Whose it is, is known when the identity is there: by its name.
+                # The principal id is known only after the identity was created, so record its name.
                 raw = next(each for each in properties["template"]["resources"] if each["type"] == one.type)
                 body["properties"]["of"] = re.findall(r"'([\w-]+)'\), ", raw["properties"]["principalId"])
             found.append({**body, "id": one.id, "name": one.name, "type": one.type})
@@ -406,13 +410,13 @@ class Fake:
             elif _is(key, NIC):
                 inside = properties["ipConfigurations"][0]["properties"]
                 inside["privateIPAddress"] = f"10.77.0.{next(self._numbers)}"
-                if "publicIpAddress" in inside:  # Azure answers in its own spelling
+                if "publicIpAddress" in inside:  # the spelling of Azure's responses
                     inside["publicIPAddress"] = inside.pop("publicIpAddress")
             elif _is(key, VM):
                 self._create_vm(one)
             self.resources[key] = one
         if _is(key, VM):
-            self.born(one)
+            self.vm_created(one)
 
     def _create_vm(self, vm: dict[str, Any]) -> None:
         disk = f"{vm['id'].rpartition('/')[0].rpartition('/')[0]}/disks/{vm['name']}_OsDisk_1"
@@ -422,10 +426,10 @@ class Fake:
 
 
 def nic_of(azure: Fake, vm: dict[str, Any]) -> dict[str, Any]:
-    """Return the interface of a VM."""
+    """Return the network interface of a VM."""
     return azure.resources[vm["properties"]["networkProfile"]["networkInterfaces"][0]["id"].lower()]
 
 
 def _is(key: str, kind: str) -> bool:
-    """Whether an id in small letters is one of a type: .../providers/KIND/NAME at its end."""
+    """Return whether a lowercase resource id ends with .../providers/KIND/NAME."""
     return key.rpartition("/")[0].endswith(f"/providers/{kind.lower()}")

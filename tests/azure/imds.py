@@ -1,6 +1,6 @@
-"""The metadata service of one VM of the fake, at its link-local address: name, Scheduled Events, and tokens.
+"""The metadata service of a VM of the fake, at its link-local address: name, Scheduled Events, and tokens.
 
-python -I -S imds.py NAME TOKEN_FILE EVENTS_FILE        (Python's standard library alone; in the VM's network)
+python -I -S imds.py NAME TOKEN_FILE EVENTS_FILE        (standard library only; in the VM's namespace)
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def main() -> None:
                 text = events.read_text()
             elif path == "/metadata/identity/oauth2/token":
                 until = str(int(time.time()) + 86400)
-                told = {"access_token": token.read_text(), "expires_on": until, "expires_in": "86399"}
-                text = json.dumps({**told, "resource": "https://management.azure.com", "token_type": "Bearer"})
+                token_facts = {"access_token": token.read_text(), "expires_on": until, "expires_in": "86399"}
+                text = json.dumps({**token_facts, "resource": "https://management.azure.com", "token_type": "Bearer"})
             else:
                 self.send_error(404)
                 return

@@ -1,4 +1,4 @@
-"""How clients come to the fake of Azure: a proxy that answers for Azure's host itself, and the certificates for it."""
+"""The connection of clients to the fake of Azure: a proxy that answers for Azure's host, with certificates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = Callable[[str, str, Any, Any], tuple[int, Any, dict[str, str]]]
 
 
 class Refusal(Exception):
-    """What Azure answers instead: status, code and message, as in its JSON."""
+    """An error response of Azure: status, code and message, as in its JSON."""
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The acceptance run: nothing without a yes, no secret in its report, and a removal whatever fails."""
+"""The acceptance run: confirmation, no secrets in its report, and removal of the cluster after any failure."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ WORDS = [f"cluster.size={SIZE}", "cluster.budget_usd=5"]
 PLAN = Estimate(
     usd_per_hour=1.2, node_usd_per_hour=0.5, budget_usd=5, minutes=45, seconds_per_step=None, prices_from="a list"
 )
-# Stands for `launch`: records its words, and does what the environment says of its verb.
+# A replacement of `launch` that records its arguments, and exits as the environment variable DOES specifies.
 PROGRAM = """
 import json, os, signal, sys
 verb = sys.argv[1]
-with open(os.environ["SAID"], "a") as file:
+with open(os.environ["CALLS"], "a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 does = json.loads(os.environ["DOES"]).get(verb, 0)
 if does == "interrupt":
@@ -55,10 +55,10 @@ def test_nothing_is_created_without_a_yes(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("yes\n"))
     assert main([*WORDS, "--offline", "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "1.24 USD an hour" not in said  # that is on demand
-    assert "USD an hour" in said
-    assert "--yes" in said
+    output = capsys.readouterr().err
+    assert "1.24 USD an hour" not in output  # the on-demand price
+    assert "USD an hour" in output
+    assert "--yes" in output
     assert azure.groups == {}
     assert not [one for one in azure.requests if one.startswith(("PUT", "POST"))]
     assert not (tmp_path / "out" / "report.md").exists()
@@ -103,12 +103,12 @@ def test_only_yes_starts(typed: str, starts: bool, monkeypatch: pytest.MonkeyPat
         [*WORDS, "-m"],
     ],
 )
-def test_words_that_are_refused(words: list[str]) -> None:
+def test_rejected_arguments(words: list[str]) -> None:
     with pytest.raises(Refused):
         asked_of(words, [], 3, None)
 
 
-def test_words_of_the_run_alone_are_not_planned() -> None:
+def test_arguments_of_the_run_are_not_part_of_the_plan() -> None:
     asked = asked_of([*WORDS, "cluster.name=mine", "trainer.precision=float16"], ["scaling.workers=1"], 3, None)
     assert asked.name == "mine"
     assert "scaling.workers=2" in asked.plan
@@ -118,7 +118,7 @@ def test_words_of_the_run_alone_are_not_planned() -> None:
     assert all(word.startswith("cluster") for word in asked.cluster)
 
 
-def test_a_plan_without_a_price_or_over_the_budget_is_refused() -> None:
+def test_a_plan_without_a_price_or_over_the_budget_is_rejected() -> None:
     plan = {
         "usd_per_hour": 1.2,
         "nodes_usd_per_hour": 1.0,
@@ -138,7 +138,7 @@ def test_a_plan_without_a_price_or_over_the_budget_is_refused() -> None:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_hides_what_identifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_contains_no_identifying_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_planted0value0of0a0secret")
     secrets = (
         SUBSCRIPTION,
@@ -159,13 +159,13 @@ def test_the_report_hides_what_identifies(tmp_path: Path, monkeypatch: pytest.Mo
     )
     report = Report(tmp_path)
     report.scrub.learn(["a-vm-of-mine", "head-0.internal.cloudapp.net"])
-    report.facts = {"versions": "torch 2.11.0", "said": secrets[0]}
+    report.facts = {"versions": "torch 2.11.0", "note": secrets[0]}
     for secret in secrets:
-        report.add(judged("a check", f"it said '{secret}' and [{secret}]", f"not {secret}", False))
+        report.add(judged("a check", f"it printed '{secret}' and [{secret}]", f"not {secret}", False))
     report.add(judged("driver", "550.90.07, 4.2 Gbit/s at 15:20:33 | 24.04", "a driver", True))
     for name in ("report.md", "report.json"):
         text = (tmp_path / name).read_text()
-        for secret in (one for one in secrets if len(one) > 3):  # a short host name may be a part of a word
+        for secret in (one for one in secrets if len(one) > 3):  # a short host name may be part of a word
             assert secret.lower() not in text.lower(), (name, secret)
         assert "550.90.07, 4.2 Gbit/s at 15:20:33" in text
     content = json.loads((tmp_path / "report.json").read_text())
@@ -178,15 +178,15 @@ def test_the_report_hides_what_identifies(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class Cloud:
-    """Azure as a session sees it."""
+    """A fake of the client that a session uses."""
 
     group = "launch-acceptance"
 
     def __init__(self) -> None:
-        self.there = True
+        self.present = True
 
     def exists(self) -> bool:
-        return self.there
+        return self.present
 
     def left(self) -> list[str]:
         return ["Microsoft.Compute/disks"]
@@ -202,13 +202,13 @@ Ran = tuple[Session, Cloud, Report, Callable[[], list[str]]]
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     def make(**does: Any) -> Ran:
         (tmp_path / "program.py").write_text(PROGRAM)
-        monkeypatch.setenv("SAID", str(tmp_path / "said"))
+        monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
         monkeypatch.setenv("DOES", json.dumps(does))
         commands = Commands(tmp_path / "work", tmp_path / "private", (sys.executable, str(tmp_path / "program.py")))
         cloud, report = Cloud(), Report(tmp_path)
-        cloud.there = does.get("left", False)
+        cloud.present = does.get("left", False)
         made = Session(asked_of(WORDS, [], 0.01, None), PLAN, commands, cloud, report)  # type: ignore[arg-type]
-        return made, cloud, report, lambda: [line.split()[0] for line in (tmp_path / "said").read_text().splitlines()]
+        return made, cloud, report, lambda: [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
 
     return make
 
@@ -217,44 +217,44 @@ def verdicts(report: Report) -> dict[str, str]:
     return {row.check: row.verdict for row in report.rows}
 
 
-def test_a_failing_check_keeps_no_other_from_running(session: Callable[..., Ran]) -> None:
-    made, _, report, said = session(status=1, train=1)
+def test_a_failed_check_does_not_skip_the_others(session: Callable[..., Ran]) -> None:
+    made, _, report, calls = session(status=1, train=1)
     made.run()
-    assert said()[0] == "up"
-    assert said()[-1] == "down"
-    assert {"status", "train"} <= {*said()}
+    assert calls()[0] == "up"
+    assert calls()[-1] == "down"
+    assert {"status", "train"} <= {*calls()}
     found = verdicts(report)
     assert found["GPU nodes"] == found["training on two nodes"] == found["eviction of a node"] == FAILED
     assert found["autoscaling to zero"] == found["`launch down`"] == found["the resource group is gone"] == PASSED
     assert found["Blob run root"] == found["Azure's bill"] == NOT_CHECKED
 
 
-def test_a_cluster_that_does_not_come_up_is_removed_as_well(session: Callable[..., Ran]) -> None:
-    made, _, report, said = session(up=1)
+def test_a_cluster_that_failed_to_start_is_removed(session: Callable[..., Ran]) -> None:
+    made, _, report, calls = session(up=1)
     made.run()
-    assert said() == ["up", "down"]
+    assert calls() == ["up", "down"]
     assert verdicts(report)["eviction of a node"] == NOT_CHECKED
     assert "words of a failure" in report.rows[0].found
 
 
 @pytest.mark.parametrize("verb", ["up", "status", "train"])
 def test_the_cluster_is_removed_after_ctrl_c(session: Callable[..., Ran], verb: str) -> None:
-    made, _, report, said = session(**{verb: "interrupt"})
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts aside without one
+    made, _, report, calls = session(**{verb: "interrupt"})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     try:
         with pytest.raises(KeyboardInterrupt):
             made.run()
     finally:
         signal.signal(signal.SIGINT, before)
-    assert said()[-2:] == [verb, "down"]
+    assert calls()[-2:] == [verb, "down"]
     assert verdicts(report)["uninterrupted"] == FAILED
     assert verdicts(report)["the resource group is gone"] == PASSED
 
 
-def test_a_group_that_stays_is_a_failure(session: Callable[..., Ran]) -> None:
-    made, _, report, said = session(down=1, left=True)
+def test_a_group_that_still_exists_is_a_failure(session: Callable[..., Ran]) -> None:
+    made, _, report, calls = session(down=1, left=True)
     made.run()
-    assert said().count("down") == 3
+    assert calls().count("down") == 3
     assert verdicts(report)["`launch down`"] == verdicts(report)["the resource group is gone"] == FAILED
     assert "Microsoft.Compute/disks" in next(row.found for row in report.rows if "group" in row.check)
 
@@ -280,7 +280,7 @@ NODE = {
 SUMS = {"right": True, "gbit": 7.1, "nccl": "2.27.3", "transport": "Socket", "interface": "eth0"}
 
 
-def test_nodes_that_are_right() -> None:
+def test_correct_nodes_pass() -> None:
     found = list(nodes.rows([NODE, NODE], SUMS, spot=True))
     assert {row.verdict for row in found} == {PASSED}
     assert len(found) == 7
@@ -298,7 +298,7 @@ def test_nodes_that_are_right() -> None:
         ({"priority": "Regular"}, "spot nodes"),
     ],
 )
-def test_one_node_that_is_wrong(change: dict[str, Any], check: str) -> None:
+def test_one_wrong_node_fails_its_check(change: dict[str, Any], check: str) -> None:
     found = list(nodes.rows([NODE, {**NODE, **change}], SUMS, spot=True))
     assert [row.check for row in found if row.verdict == FAILED] == [check]
 
@@ -306,14 +306,14 @@ def test_one_node_that_is_wrong(change: dict[str, Any], check: str) -> None:
 @pytest.mark.parametrize(
     "sums", [{**SUMS, "right": False}, {**SUMS, "interface": ""}, {"why": "no GPU"}, {"error": "x"}]
 )
-def test_sums_that_are_wrong(sums: dict[str, Any]) -> None:
+def test_wrong_sums_fail(sums: dict[str, Any]) -> None:
     found = list(nodes.rows([NODE, NODE], sums, spot=True))
     assert [row.check for row in found if row.verdict == FAILED] == ["NCCL between the nodes"]
 
 
-def test_what_a_stand_in_cannot_show_is_never_passed() -> None:
-    there = {**NODE, "azure": False}
-    found = {row.check: row.verdict for row in nodes.rows([there, there], SUMS, spot=True)}
+def test_a_fake_never_passes_checks_of_real_hardware() -> None:
+    fake = {**NODE, "azure": False}
+    found = {row.check: row.verdict for row in nodes.rows([fake, fake], SUMS, spot=True)}
     assert found.pop("spot notice path") == PASSED
     assert {*found.values()} == {NOT_CHECKED}
 
@@ -340,7 +340,7 @@ def judge(
     return {row.check: row.verdict for row in training.rows(result, plan, evicted, noticed)}
 
 
-def test_a_run_that_is_right() -> None:
+def test_a_correct_run_passes() -> None:
     assert {*judge(RESULT).values()} == {PASSED}
 
 
@@ -357,16 +357,16 @@ def test_a_run_that_is_right() -> None:
         ({"samples_per_second": 1e5}, "time of a step"),
     ],
 )
-def test_a_run_that_is_wrong(change: dict[str, Any], check: str) -> None:
+def test_a_wrong_run_fails_its_check(change: dict[str, Any], check: str) -> None:
     found = judge({**RESULT, **change})
     assert [name for name, verdict in found.items() if verdict == FAILED] == [check]
 
 
-def test_an_eviction_without_a_notice_is_wrong() -> None:
+def test_an_eviction_without_a_notice_fails() -> None:
     assert judge(RESULT, noticed=False)["steps lost by the eviction"] == FAILED
 
 
-def test_what_did_not_happen_is_not_judged() -> None:
+def test_events_that_did_not_happen_are_not_checked() -> None:
     found = judge(RESULT, evicted=False, step=None)
     assert found["steps lost by the eviction"] == found["time of a step"] == NOT_CHECKED
 
@@ -390,27 +390,27 @@ def test_only_spot_nodes_can_be_evicted(azure: Fake) -> None:
 
 
 @pytest.fixture
-def there() -> Iterator[Vms]:
+def lab() -> Iterator[Vms]:
     if problem := vms.why_not():
         if os.environ.get("CI"):
             pytest.fail(problem)
         pytest.skip(problem)
-    with Vms(4) as lab:  # a head, two nodes, and the one that comes in place of the evicted one
+    with Vms(4) as lab:  # a head, two nodes, and a replacement of the evicted one
         yield lab
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_from_the_first_word_to_the_report(there: Vms) -> None:
-    """The whole command on the laptop: what the stand-ins can show passes, and GPUs and NCCL are not checked."""
-    out = there.directory / "acceptance"
+def test_the_whole_acceptance_run(lab: Vms) -> None:
+    """Run the command on the laptop. Checks that the fake supports pass; GPUs and NCCL are not checked."""
+    out = lab.directory / "acceptance"
     run = ["scaling.device=cpu", "scaling.cpus_per_worker=3", "trainer.log_every=5", "checkpoint.every=200"]
     words = [*WORDS, "cluster.ssh_from=10.77.0.0/24", "cluster.idle_minutes=1", "--yes", "--offline"]
     words += ["--minutes=0.3", f"--out={out}", *(f"--train={word}" for word in run)]
     began = time.monotonic()
     done = subprocess.run(
-        there.laptop.command([sys.executable, "-m", "benchmarks.azure_acceptance", *words]),
-        env=there.environment(),
+        lab.laptop.command([sys.executable, "-m", "benchmarks.azure_acceptance", *words]),
+        env=lab.environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -439,7 +439,7 @@ def test_from_the_first_word_to_the_report(there: Vms) -> None:
         assert found[check] == PASSED, check
     assert found["the resource group is gone"] == found["`launch down`"] == PASSED
     assert done.returncode == 0
-    assert there.azure.left("launch-acceptance") == []
+    assert lab.azure.remaining("launch-acceptance") == []
     text = (out / "report.md").read_text() + (out / "report.json").read_text()
-    for secret in (SUBSCRIPTION, there.azure.token, "10.77.0.", socket.gethostname(), "worker-"):
+    for secret in (SUBSCRIPTION, lab.azure.token, "10.77.0.", socket.gethostname(), "worker-"):
         assert secret not in text, secret

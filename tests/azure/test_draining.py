@@ -1,4 +1,4 @@
-"""The watchdog on the head and a real Ray: a node that is at work is not taken away. Seconds: `make slow`."""
+"""The watchdog with a real Ray cluster: a busy node is not deleted. Takes seconds; run with `make slow`."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ own = ray.nodes()[0]["NodeManagerAddress"]
 
 @ray.remote(num_cpus=1)
 class Work:
-    def begun(self):
+    def started(self):
         return True
 
 work = Work.remote()
-ray.get(work.begun.remote())
-assert on_head._drained_but([own, "10.9.9.9"]) == {own}, "a node at work was drained"
-assert on_head._drained_but(["10.9.9.9"]) == set(), "one that never joined is at no work"
+ray.get(work.started.remote())
+assert on_head._drain_idle([own, "10.9.9.9"]) == {own}, "a busy node was drained"
+assert on_head._drain_idle(["10.9.9.9"]) == set(), "a node that never joined is not busy"
 ray.kill(work)
 latest = time.monotonic() + 30
-while on_head._drained_but([own]):
-    assert time.monotonic() < latest, "an idle node stays"
+while on_head._drain_idle([own]):
+    assert time.monotonic() < latest, "an idle node is not drained"
     time.sleep(0.5)
 print("drained", flush=True)
 os._exit(0)
 """
 
 
-def test_a_node_at_work_stays_and_an_idle_one_goes() -> None:
+def test_a_busy_node_is_kept_and_an_idle_one_is_drained() -> None:
     with jobs_cluster.running() as cluster:
         words = cluster.process.args
         assert isinstance(words, list)

@@ -1,4 +1,4 @@
-"""`launch up` that is ended in the middle: what was begun is known, goes on when repeated, and is removed whole."""
+"""An interrupted `launch up`: the partial cluster is recorded, can be continued, and can be removed completely."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.clusters.azure import lifecycle
 from launcher.clusters.remote import registry
 from launcher.errors import MachineError
 from tests.azure.fake import VM, Fake
-from tests.azure.test_lifecycle import CLUSTER, said
+from tests.azure.test_lifecycle import CLUSTER, ignore
 from tests.support.vmlab.lab import ROOT
 
 WORDS = ["cluster=azure", "cluster.name=demo", f"cluster.size={CLUSTER.size}", "cluster.ssh_from=203.0.113.7/32"]
@@ -48,14 +48,14 @@ def coming_up(azure: Fake, until: Callable[[Fake], bool]) -> Iterator[subprocess
         process.wait()
 
 
-def at_home(azure: Fake) -> Callable[[dict[str, Any]], None]:
-    """Have heads answer that nothing listens, where an address of nobody would take a while."""
+def on_loopback(azure: Fake) -> Callable[[dict[str, Any]], None]:
+    """Give heads an address that refuses connections immediately, since an unused address would time out."""
 
-    def born(vm: dict[str, Any]) -> None:
+    def created(vm: dict[str, Any]) -> None:
         for one in azure.of_type("microsoft.network/publicipaddresses"):
             one["properties"]["ipAddress"] = "127.0.0.9"
 
-    return born
+    return created
 
 
 def command_lines() -> list[str]:
@@ -63,7 +63,7 @@ def command_lines() -> list[str]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has exited
             continue
     return found
 
@@ -81,28 +81,28 @@ def test_an_interrupted_up(
 ) -> None:
     monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/")
     monkeypatch.setenv("AUTOSCALER_NODE_START_WAIT_S", "2")
-    azure.born = at_home(azure)
+    azure.vm_created = on_loopback(azure)
     azure.seconds = 3.0 if until is network_is_under_way else 0.0
     with coming_up(azure, until) as process:
         assert not [line for line in command_lines() if azure.token in line]
         process.send_signal(number)
-        told = process.communicate(timeout=30)[1]
+        output = process.communicate(timeout=30)[1]
     azure.seconds = 0.0
-    assert process.returncode == status, told
-    assert "costs money until it is removed: launch down demo" in told
+    assert process.returncode == status, output
+    assert "launch down demo" in output
     place = registry.directory()
-    assert not [line for line in command_lines() if str(place / "demo.yaml") in line], "Ray goes on by itself"
-    assert azure.token not in told + "".join(file.read_text() for file in place.iterdir())
+    assert not [line for line in command_lines() if str(place / "demo.yaml") in line], "`ray up` still runs"
+    assert azure.token not in output + "".join(file.read_text() for file in place.iterdir())
     (known,) = machines.status()
     assert (known["name"], len(known["hosts"])) == ("demo", 1)
-    # Repeated it goes on with what is there; what it did not create itself it leaves as well.
-    made = len(azure.of_type(VM))
+    # A second call continues with the existing resources, and does not remove them if it fails.
+    vms = len(azure.of_type(VM))
     azure.refuse["Standard_D4s_v5", False] = ("InvalidParameter", "The value of imageReference is invalid.")
-    with pytest.raises(MachineError, match="`ray up` of demo failed" if made else "InvalidParameter"):
-        lifecycle.up(CLUSTER, said)
-    assert len(azure.of_type(VM)) == made
-    assert azure.left("launch-demo") != []
-    machines.down("demo", said, lambda head: None)
-    assert azure.left("launch-demo") == []
+    with pytest.raises(MachineError, match="`ray up` of demo failed" if vms else "InvalidParameter"):
+        lifecycle.up(CLUSTER, ignore)
+    assert len(azure.of_type(VM)) == vms
+    assert azure.remaining("launch-demo") != []
+    machines.down("demo", ignore, lambda head: None)
+    assert azure.remaining("launch-demo") == []
     assert list(place.iterdir()) == []
     assert machines.status() == []

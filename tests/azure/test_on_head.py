@@ -1,4 +1,4 @@
-"""The watchdog on the head: what it asks for, what it lets go, and what it deletes when nobody else does."""
+"""The watchdog on the head: when it requests nodes, releases the request, and deletes idle machines."""
 
 from __future__ import annotations
 
@@ -9,150 +9,158 @@ from pathlib import Path
 import pytest
 
 from launcher.clusters.azure import node_join, on_head
-from launcher.clusters.azure.on_head import GRACE_SECONDS, HOLD_SECONDS, WISH_SECONDS, Seen, Watch
+from launcher.clusters.azure.on_head import GRACE_SECONDS, HOLD_SECONDS, REQUEST_SECONDS, ClusterState, Watchdog
 
 IDLE = 600.0
 
 
-class Acts:
-    def __init__(self, remove: bool = False, wish: int = 2) -> None:
-        self.wish = wish
-        self.did: list[tuple[str, int]] = []
-        self.watch = Watch(IDLE, remove, lambda what, count: self.did.append((what, count)), now=0.0)
+class Recorder:
+    """A watchdog that records its actions."""
+
+    def __init__(self, remove: bool = False, requested: int = 2) -> None:
+        self.requested = requested
+        self.actions: list[tuple[str, int]] = []
+        self.watchdog = Watchdog(IDLE, remove, lambda action, count: self.actions.append((action, count)), now=0.0)
 
     def at(
         self,
         now: float,
         workers: int,
         busy: bool = False,
-        wish: int | None = None,
-        wished_at: float = 1.0,
-        spent: bool = False,
+        requested: int | None = None,
+        requested_at: float = 1.0,
+        budget_spent: bool = False,
     ) -> list[tuple[str, int]]:
-        self.did.clear()
-        self.watch.step(Seen(workers, busy), self.wish if wish is None else wish, wished_at, now, spent)
-        return list(self.did)
+        self.actions.clear()
+        self.watchdog.step(
+            ClusterState(workers, busy),
+            self.requested if requested is None else requested,
+            requested_at,
+            now,
+            budget_spent,
+        )
+        return list(self.actions)
 
 
-def test_the_wish_is_taken_back_when_the_nodes_are_there() -> None:
-    """A wish that stands keeps idle nodes for ever."""
-    acts = Acts()
-    assert acts.at(5, workers=0) == [("ask", 2)]
-    assert acts.at(10, workers=1) == [("ask", 2)]
-    assert acts.at(15, workers=2) == [("ask", 2)], "held: the run that asked for them begins"
-    assert acts.at(15 + HOLD_SECONDS, workers=2) == [("release", 0)]
-    assert acts.at(20 + HOLD_SECONDS, workers=2) == []
-    assert acts.at(30 + HOLD_SECONDS, workers=1) == [], "one was evicted, and nobody waits for it"
+def test_the_request_is_released_after_the_nodes_have_joined() -> None:
+    """An active request keeps idle nodes forever."""
+    recorder = Recorder()
+    assert recorder.at(5, workers=0) == [("request", 2)]
+    assert recorder.at(10, workers=1) == [("request", 2)]
+    assert recorder.at(15, workers=2) == [("request", 2)], "held until the run starts"
+    assert recorder.at(15 + HOLD_SECONDS, workers=2) == [("release", 0)]
+    assert recorder.at(20 + HOLD_SECONDS, workers=2) == []
+    assert recorder.at(30 + HOLD_SECONDS, workers=1) == [], "a node was evicted, and no command waits for it"
 
 
-def test_nodes_that_were_idle_for_long_are_held_for_a_new_run() -> None:
-    """Ray would delete them between `up`, which finds them there, and the first task of the run."""
-    acts = Acts()
-    acts.at(15, workers=2)
-    acts.at(15 + HOLD_SECONDS, workers=2)
+def test_idle_nodes_are_held_for_a_new_run() -> None:
+    """Ray would delete them between `up` and the first task of the run."""
+    recorder = Recorder()
+    recorder.at(15, workers=2)
+    recorder.at(15 + HOLD_SECONDS, workers=2)
     late = 15 + IDLE
-    assert acts.at(late + 1, workers=2, wished_at=late) == [("ask", 2)]
-    assert acts.at(late + 1 + IDLE + GRACE_SECONDS, workers=2, wished_at=late) == [("release", 0)]
+    assert recorder.at(late + 1, workers=2, requested_at=late) == [("request", 2)]
+    assert recorder.at(late + 1 + IDLE + GRACE_SECONDS, workers=2, requested_at=late) == [("release", 0)]
 
 
-def test_nothing_that_is_wished_holds_nothing() -> None:
-    """cluster.min_nodes=0: no GPU VM comes before a job asks for one."""
-    acts = Acts()
-    assert acts.at(5, workers=0, wish=0) == []
-    assert acts.at(10, workers=1, wish=0, busy=True) == []
+def test_a_request_for_no_nodes_holds_none() -> None:
+    """With cluster.min_nodes=0 no GPU VM is created before a job needs one."""
+    recorder = Recorder()
+    assert recorder.at(5, workers=0, requested=0) == []
+    assert recorder.at(10, workers=1, requested=0, busy=True) == []
 
 
-def test_nodes_of_a_head_whose_ray_is_dead_go() -> None:
-    """Nothing runs there, and only this watchdog is left to see it."""
-    acts = Acts()
-    assert acts.at(5, workers=0) == [("ask", 2)]
-    acts.did.clear()
+def test_nodes_are_deleted_if_ray_is_dead_on_the_head() -> None:
+    """Nothing runs on them, and only the watchdog is left to delete them."""
+    recorder = Recorder()
+    assert recorder.at(5, workers=0) == [("request", 2)]
+    recorder.actions.clear()
     for now, expected in ((10.0, []), (5 + IDLE + GRACE_SECONDS, []), (6 + IDLE + GRACE_SECONDS, [("workers", 1)])):
-        acts.did.clear()
-        acts.watch.step(Seen(1, busy=False, alive=False), 2, 1.0, now)
-        assert acts.did == expected
+        recorder.actions.clear()
+        recorder.watchdog.step(ClusterState(1, busy=False, alive=False), 2, 1.0, now)
+        assert recorder.actions == expected
 
 
-def test_a_wish_that_comes_while_nodes_are_deleted_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise `up` would count machines that are just going, and a run begin on them."""
-    monkeypatch.setattr(on_head, "WISH", tmp_path / "wish")
-    monkeypatch.setattr(on_head, "LOCK", tmp_path / "wish.lock")
+def test_a_request_waits_until_deletions_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise `up` would count machines that are being deleted, and a run would start on them."""
+    monkeypatch.setattr(on_head, "REQUESTED", tmp_path / "requested")
+    monkeypatch.setattr(on_head, "LOCK", tmp_path / "requested.lock")
     monkeypatch.setattr(on_head, "SPENT", tmp_path / "spent")
-    monkeypatch.setattr(on_head, "_seen", lambda: Seen(1, busy=False))
-    on_head.WISH.write_text("0")
-    os.utime(on_head.WISH, (1.0, 1.0))
-    wish: list[subprocess.Popen[str]] = []
+    monkeypatch.setattr(on_head, "_observe", lambda: ClusterState(1, busy=False))
+    on_head.REQUESTED.write_text("0")
+    os.utime(on_head.REQUESTED, (1.0, 1.0))
+    request: list[subprocess.Popen[str]] = []
 
-    def act(what: str, count: int) -> None:
-        assert what == "workers"
-        command = node_join.wish_of(2).replace(node_join.DIRECTORY, str(tmp_path))
-        wish.append(subprocess.Popen(["sh", "-c", command], text=True))
+    def act(action: str, count: int) -> None:
+        assert action == "workers"
+        command = node_join.request_line(2).replace(node_join.DIRECTORY, str(tmp_path))
+        request.append(subprocess.Popen(["sh", "-c", command], text=True))
         with pytest.raises(subprocess.TimeoutExpired):
-            wish[0].wait(0.3)
-        assert on_head.WISH.read_text() == "0"
+            request[0].wait(0.3)
+        assert on_head.REQUESTED.read_text() == "0"
 
-    with on_head._alone():
-        on_head.step(Watch(IDLE, False, act, now=0.0))
-    assert wish[0].wait(10) == 0
-    assert on_head.WISH.read_text() == "2\n"
-
-
-def test_the_wish_has_its_time() -> None:
-    """Where Azure has no capacity the watchdog does not ask for ever, and a new wish begins anew."""
-    acts = Acts()
-    acts.at(5, workers=0)
-    assert acts.at(WISH_SECONDS + 1, workers=0) == [("release", 0)]
-    assert acts.at(WISH_SECONDS + 10, workers=0) == []
-    assert acts.at(WISH_SECONDS + 20, workers=0, wished_at=WISH_SECONDS + 15) == [("ask", 2)]
+    with on_head._exclusive():
+        on_head.step(Watchdog(IDLE, False, act, now=0.0))
+    assert request[0].wait(10) == 0
+    assert on_head.REQUESTED.read_text() == "2\n"
 
 
-def test_idle_nodes_that_ray_leaves_standing_are_deleted() -> None:
-    acts = Acts()
-    acts.at(15, workers=2)
-    assert acts.at(15 + HOLD_SECONDS, workers=2) == [("release", 0)]
-    assert acts.at(15 + IDLE + GRACE_SECONDS - 20, workers=2) == []
-    assert acts.at(15 + IDLE + GRACE_SECONDS + 5, workers=2) == [("workers", 2)]
+def test_a_request_has_a_time_limit() -> None:
+    """Without capacity the watchdog does not retry forever, and a new request restarts the time limit."""
+    recorder = Recorder()
+    recorder.at(5, workers=0)
+    assert recorder.at(REQUEST_SECONDS + 1, workers=0) == [("release", 0)]
+    assert recorder.at(REQUEST_SECONDS + 10, workers=0) == []
+    assert recorder.at(REQUEST_SECONDS + 20, workers=0, requested_at=REQUEST_SECONDS + 15) == [("request", 2)]
 
 
-def test_work_is_never_interrupted() -> None:
-    acts = Acts(remove=True, wish=0)
+def test_idle_nodes_that_ray_does_not_delete_are_deleted() -> None:
+    recorder = Recorder()
+    recorder.at(15, workers=2)
+    assert recorder.at(15 + HOLD_SECONDS, workers=2) == [("release", 0)]
+    assert recorder.at(15 + IDLE + GRACE_SECONDS - 20, workers=2) == []
+    assert recorder.at(15 + IDLE + GRACE_SECONDS + 5, workers=2) == [("workers", 2)]
+
+
+def test_busy_nodes_are_never_deleted() -> None:
+    recorder = Recorder(remove=True, requested=0)
     for now in range(15, 10_000, 100):
-        assert acts.at(now, workers=2, busy=True) == []
-    assert acts.at(10_000 + IDLE - 200, workers=2) == []
+        assert recorder.at(now, workers=2, busy=True) == []
+    assert recorder.at(10_000 + IDLE - 200, workers=2) == []
 
 
-def test_the_group_goes_when_it_was_asked_for() -> None:
-    acts = Acts(remove=True, wish=0)
-    acts.at(15, workers=2, busy=True)
-    assert acts.at(15 + IDLE - 5, workers=0) == []
-    assert acts.at(15 + IDLE + 5, workers=0) == [("group", 0)]
-    assert Acts(remove=False).at(15 + IDLE + 5, workers=0, wish=0) == []
+def test_the_group_is_deleted_only_on_request() -> None:
+    recorder = Recorder(remove=True, requested=0)
+    recorder.at(15, workers=2, busy=True)
+    assert recorder.at(15 + IDLE - 5, workers=0) == []
+    assert recorder.at(15 + IDLE + 5, workers=0) == [("group", 0)]
+    assert Recorder(remove=False).at(15 + IDLE + 5, workers=0, requested=0) == []
 
 
-def test_nodes_go_at_once_when_a_budget_is_spent() -> None:
-    acts = Acts(wish=0)
-    acts.at(15, workers=2, busy=True)
-    assert acts.at(20, workers=2, busy=True, spent=True) == [], "another run is at work"
-    assert acts.at(25, workers=2, spent=True) == [("workers", 2)]
-    assert acts.at(30, workers=0, spent=True) == []
+def test_idle_nodes_are_deleted_immediately_if_a_budget_is_spent() -> None:
+    recorder = Recorder(requested=0)
+    recorder.at(15, workers=2, busy=True)
+    assert recorder.at(20, workers=2, busy=True, budget_spent=True) == [], "another run is active"
+    assert recorder.at(25, workers=2, budget_spent=True) == [("workers", 2)]
+    assert recorder.at(30, workers=0, budget_spent=True) == []
 
 
-def test_a_spent_budget_ends_a_wish() -> None:
-    acts = Acts()
-    assert acts.at(5, workers=1) == [("ask", 2)]
-    assert acts.at(10, workers=1, spent=True) == [("release", 0), ("workers", 1)]
+def test_a_spent_budget_releases_the_request() -> None:
+    recorder = Recorder()
+    assert recorder.at(5, workers=1) == [("request", 2)]
+    assert recorder.at(10, workers=1, budget_spent=True) == [("release", 0), ("workers", 1)]
 
 
-def test_what_the_autoscaler_complains_of_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason why nodes never come stands there alone; what ssh says on the way does not belong to it."""
+def test_errors_of_the_autoscaler_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the only record of why nodes are not created. Messages of ssh are left out."""
     monkeypatch.setattr(on_head, "LOGS", tmp_path)
     monkeypatch.setattr(on_head, "ADDRESS", "127.0.0.1:9")
     monkeypatch.setenv("LAUNCH_FAILURES", str(tmp_path / "failures"))
     complaint = "ERROR azure: the policy 'no-gpu' forbids it"
     chatter = ["Warning: Permanently added '10.77.0.5' (ED25519)", "Shared connection to 10.77.0.5 closed.", ""]
     (tmp_path / "monitor.err").write_text("\n".join([*chatter, complaint, *chatter]))
-    told = on_head.report()
-    assert told["monitor_err"] == complaint
-    assert told["nodes"] == []
-    assert "127.0.0.1:9" in told["why_none"]
-    assert complaint in node_join.complaint(told)
+    found = on_head.report()
+    assert found["monitor_err"] == complaint
+    assert found["nodes"] == []
+    assert "127.0.0.1:9" in found["why_none"]
+    assert complaint in node_join.complaint(found)

@@ -1,4 +1,4 @@
-"""Ray's own Azure provider, with what launch adds to it, against the fake: VMs that are records."""
+"""The subclass of Ray's Azure provider, with the fake of Azure. VMs are only records of the fake."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from launcher.clusters.azure import failures, network, ray_yaml
 from launcher.clusters.azure.api import Api, sign_in
@@ -19,22 +20,22 @@ CAPACITY = ("SkuNotAvailable", "The requested size is currently not available in
 
 
 class Cluster:
-    """A group with its network, and the provider as the head has it."""
+    """A resource group with its network, and the provider as it is configured on the head."""
 
     def __init__(self, azure: Fake, directory: Path, **keys: Any) -> None:
         from launcher.clusters.azure.provider import Provider
 
-        self.wish = spec_of(**keys)
+        self.spec = spec_of(**keys)
         api = Api(sign_in())
-        api.resources.resource_groups.create_or_update(self.wish.group, {"location": "eastus", "tags": self.wish.tags})
-        api.deploy(self.wish.group, network.DEPLOYMENT, network.template(self.wish))
+        api.resources.resource_groups.create_or_update(self.spec.group, {"location": "eastus", "tags": self.spec.tags})
+        api.deploy(self.spec.group, network.DEPLOYMENT, network.template(self.spec))
         key = directory / "key"
         key.write_text("secret")
         key.with_suffix(".pub").write_text("ssh-rsa AAAA")
         hosts = str(directory / "hosts")
         local = ray_yaml.LocalFiles(subscription=api.account.subscription, key=str(key), known_hosts=hosts, files={})
-        self.config = Provider.bootstrap_config(ray_yaml.ray_config(self.wish, local))
-        self.provider = Provider(self.config["provider"], self.wish.name)
+        self.config = Provider.bootstrap_config(ray_yaml.ray_config(self.spec, local))
+        self.provider = Provider(self.config["provider"], self.spec.name)
 
     def create(self, kind: str, count: int = 1) -> None:
         tags = {KIND: "head" if kind == "head" else "worker", "ray-user-node-type": kind, NAME: f"ray-demo-{kind}"}
@@ -49,7 +50,7 @@ def cluster(azure: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clu
 
 
 def test_only_the_head_may_change_the_group(azure: Fake, cluster: Cluster) -> None:
-    """Ray gives every worker the right to delete the cluster; here a worker's identity has no role in the group."""
+    """Ray lets every worker delete the cluster. With launch, a worker's identity has no role in the group."""
     cluster.create("head")
     cluster.create("node", 2)
     identities = {}
@@ -62,8 +63,8 @@ def test_only_the_head_may_change_the_group(azure: Fake, cluster: Cluster) -> No
     assert role["properties"]["of"] == ["demo-head"]
 
 
-def test_what_is_created(azure: Fake, cluster: Cluster) -> None:
-    """One zone, accelerated networking, spot at the price on demand, one public address, SSH for one caller."""
+def test_the_created_resources(azure: Fake, cluster: Cluster) -> None:
+    """One zone, accelerated networking, spot up to the on-demand price, one public address, SSH from one address."""
     cluster.create("head")
     cluster.create("node", 2)
     vms = azure.of_type(VM)
@@ -82,8 +83,8 @@ def test_what_is_created(azure: Fake, cluster: Cluster) -> None:
     assert len({vm["name"] for vm in vms}) == 3
 
 
-def test_nodes_come_and_go(azure: Fake, cluster: Cluster) -> None:
-    """What Ray's autoscaler does: list, create, delete with disk and interface, nothing kept for later."""
+def test_nodes_are_listed_created_and_deleted(azure: Fake, cluster: Cluster) -> None:
+    """As Ray's autoscaler does. Disk and network interface of a node are deleted with it."""
     cluster.create("head")
     cluster.create("node", 2)
     provider = cluster.provider
@@ -98,15 +99,15 @@ def test_nodes_come_and_go(azure: Fake, cluster: Cluster) -> None:
     assert len(azure.of_type("microsoft.compute/disks")) == len(azure.of_type(NIC)) == 1  # the head's
 
 
-def test_an_evicted_vm_is_gone(azure: Fake, cluster: Cluster) -> None:
+def test_an_evicted_vm_is_not_listed(azure: Fake, cluster: Cluster) -> None:
     cluster.create("node", 2)
     first, second = cluster.provider.non_terminated_nodes({})
     azure.evict(first)
     assert cluster.provider.non_terminated_nodes({}) == [second]
 
 
-def test_on_demand_where_spot_is_refused(azure: Fake, cluster: Cluster) -> None:
-    """Ray's autoscaler would ask for spot for ever. After launch_attempts spot is left alone for half an hour."""
+def test_rejected_spot_nodes_are_created_on_demand(azure: Fake, cluster: Cluster) -> None:
+    """Ray's autoscaler would retry spot forever. After launch_attempts failures, spot is not tried for half an hour."""
     azure.refuse[A100, True] = CAPACITY
     for _ in range(3):
         cluster.create("node")
@@ -117,28 +118,26 @@ def test_on_demand_where_spot_is_refused(azure: Fake, cluster: Cluster) -> None:
     }
     assert [(one.kind, one.code) for one in failures.read()] == [("spot", "SkuNotAvailable")] * 2
     assert failures.recent("spot") == 2
-    assert failures.recent("spot", now=time.time() + failures.FORGOTTEN_SECONDS) == 0
+    assert failures.recent("spot", now=time.time() + failures.EXPIRY_SECONDS) == 0
 
 
-def test_failed_launches_are_told_and_given_up(azure: Fake, cluster: Cluster) -> None:
-    """The innermost cause reaches the user, and after launch_attempts Azure is left alone until it may have some."""
-    from ray.autoscaler.node_launch_exception import NodeLaunchException
-
+def test_failed_launches_are_recorded_and_limited(azure: Fake, cluster: Cluster) -> None:
+    """The innermost cause is recorded. After launch_attempts failures there are no further requests for a while."""
     azure.refuse |= {(A100, True): CAPACITY, (A100, False): CAPACITY}
     for _ in range(2):
         with pytest.raises(NodeLaunchException, match=r"SkuNotAvailable.*currently not available"):
             cluster.create("node")
-    asked = len(azure.requests)
-    with pytest.raises(NodeLaunchException, match=r"GivenUp.*2 launches of nodes failed"):
+    requests = len(azure.requests)
+    with pytest.raises(NodeLaunchException, match=r"TooManyFailures"):
         cluster.create("node")
-    assert len(azure.requests) == asked
+    assert len(azure.requests) == requests
     azure.refuse.clear()
     failures.path().write_text("")
     cluster.create("node")
     assert failures.read() == []
 
 
-def test_a_head_alone_may_not_list_the_sizes(azure: Fake, cluster: Cluster) -> None:
-    """Its identity may act in the group alone: Ray's own question for zones would end in "No available zones"."""
+def test_the_provider_does_not_list_sizes(azure: Fake, cluster: Cluster) -> None:
+    """The head's identity has access to its group only, so Ray's query for zones would fail."""
     cluster.create("node")
     assert not [one for one in azure.requests if one.endswith("/skus")]

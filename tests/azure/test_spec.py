@@ -1,4 +1,4 @@
-"""What is wanted of Azure: names, alternatives, and the text of every file that is made of it."""
+"""The specification of an Azure cluster: names, alternatives, and the text of every generated file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from launcher.clusters.azure import network, ray_yaml
 from launcher.clusters.azure.kind import AzureCluster
@@ -30,7 +31,7 @@ LOCAL = ray_yaml.LocalFiles(
 
 
 def spec_of(**keys: Any) -> ClusterSpec:
-    """Return what is wanted by a configuration, in zone 2 and with an address that may come in."""
+    """Return the specification of a configuration, in zone 2 and with SSH from one address."""
     cluster = AzureCluster(name="demo", size="Standard_NC24ads_A100_v4", **keys)
     return replace(cluster_specs(cluster, ask=False)[0], zone="2", ssh_from="203.0.113.7/32")
 
@@ -43,20 +44,20 @@ def compare(name: str, text: str) -> None:
 
 
 def test_the_file_for_ray_up() -> None:
-    """Every line of it decides what is created, who may come in, and what goes when idle."""
+    """Golden text, because every line affects cost or security."""
     compare("ray_up.yaml", ray_yaml.text(spec_of(nodes=4, min_nodes=0, spot="prefer", down_after=True), LOCAL))
 
 
-def test_the_nodes_have_what_is_mounted() -> None:
-    """Those too that come later, in the place of an evicted one; and no key is in the file."""
+def test_the_nodes_mount_the_storage() -> None:
+    """Nodes that replace an evicted one mount it as well, and the file contains no key."""
     mounts = {"/data": "abfss://images@imagenet.dfs.core.windows.net/2012"}
     plain, mounted = (ray_yaml.ray_config(spec_of(mounts=each), LOCAL) for each in ({}, mounts))
     compare("mounts.sh", "\n".join(mounted["worker_setup_commands"]) + "\n")
     assert {key for key in plain if plain[key] != mounted[key]} == {"worker_setup_commands"}
 
 
-def test_a_node_whose_storage_refuses_comes_nevertheless(tmp_path: Path) -> None:
-    """Otherwise Ray's autoscaler would make it again and again, at full price."""
+def test_a_failed_mount_does_not_fail_the_node(tmp_path: Path) -> None:
+    """Otherwise Ray's autoscaler would create it again and again."""
     (tmp_path / "command").write_text("")
     for name in ("sudo", "blobfuse2", "apt-get", "mountpoint"):
         (tmp_path / name).write_text("#!/bin/sh\necho no role >&2\nexit 1\n")
@@ -74,43 +75,41 @@ def test_the_network() -> None:
 
 
 @pytest.mark.parametrize("spot", [True, False, "prefer"])
-def test_spot_is_for_nodes(spot: Any) -> None:
-    """They are asked for at the price on demand and deleted when evicted; the head is never one."""
+def test_only_nodes_are_spot_vms(spot: Any) -> None:
+    """Their maximum price is the on-demand price, and they are deleted when evicted. The head is never a spot VM."""
     config = ray_yaml.ray_config(spec_of(spot=spot), LOCAL)
-    for kind, described in config["available_node_types"].items():
-        asked = described["node_config"]["azure_arm_parameters"]
-        wanted = kind == "node" and spot is not False
-        assert asked.get("priority") == ("Spot" if wanted else None)
-        assert asked.get("billingProfile") == ({"maxPrice": -1} if wanted else None)
+    for kind, node_type in config["available_node_types"].items():
+        parameters = node_type["node_config"]["azure_arm_parameters"]
+        is_spot = kind == "node" and spot is not False
+        assert parameters.get("priority") == ("Spot" if is_spot else None)
+        assert parameters.get("billingProfile") == ({"maxPrice": -1} if is_spot else None)
     assert config["provider"]["on_demand_instead"] is (spot == "prefer")
 
 
-def test_ray_itself_takes_the_file() -> None:
-    """Ray's own check of the file, with its provider, says nothing against it."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
+def test_ray_accepts_the_file() -> None:
+    """Ray's own validation of the file passes."""
     config = ray_yaml.ray_config(spec_of(nodes=4, spot="prefer"), LOCAL)
     validate_config(prepare_config(config))
 
 
 @pytest.mark.parametrize("name", ["a", "demo-2", "a" * 40])
-def test_names_that_are_taken(name: str) -> None:
+def test_valid_names(name: str) -> None:
     assert cluster_specs(AzureCluster(name=name, size="NC24ads_A100_v4"), ask=False)[0].group == f"launch-{name}"
 
 
 @pytest.mark.parametrize("name", ["A", "2x", "a-", "a_b", "a" * 41, "a.b"])
-def test_names_that_azure_or_ray_cannot_use_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name a cluster"):
+def test_names_that_azure_or_ray_rejects(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.name="):
         cluster_specs(AzureCluster(name=name, size="NC24ads_A100_v4"), ask=False)
 
 
-def test_the_longest_name_leaves_room_for_what_ray_adds() -> None:
-    """Azure cuts a VM's name at 64 characters: two VMs of one node would become one."""
+def test_the_longest_name_leaves_space_for_the_suffixes_of_ray() -> None:
+    """Azure truncates VM names to 64 characters, so two longer names could become equal."""
     name = f"ray-{'a' * 40}-worker-1234-5678"
     assert len(name) + len("31") <= 64
 
 
-def test_alternatives_in_their_order() -> None:
+def test_alternatives_are_in_order() -> None:
     others = [{"region": "westeurope"}, {"size": "Standard_NC40ads_H100_v5", "spot": False}]
     cluster = AzureCluster(size="NC24ads_A100_v4", zone="1", spot=True, alternatives=others)
     found = [
@@ -124,18 +123,18 @@ def test_alternatives_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ({}, "needs cluster.size"),
         ({"size": "Standard_NC6s_v3"}, "Azure retired it"),
         ({"size": "NC24ads_A100_v4", "mounts": {"/data": "claim://images"}}, "a volume claim of Kubernetes"),
-        ({"size": "NC24ads_A100_v4", "min_nodes": 2}, "cluster.min_nodes=2 is more than cluster.nodes=1"),
-        ({"size": "NC24ads_A100_v4", "alternatives": [{"sise": "x"}]}, "'sise' is not known"),
-        ({"size": "NC24ads_A100_v4", "alternatives": ["westeurope"]}, "'westeurope' is not known"),
+        ({"size": "NC24ads_A100_v4", "min_nodes": 2}, "cluster.min_nodes=2"),
+        ({"size": "NC24ads_A100_v4", "alternatives": [{"sise": "x"}]}, "'sise'"),
+        ({"size": "NC24ads_A100_v4", "alternatives": ["westeurope"]}, "'westeurope'"),
     ],
 )
-def test_what_cannot_be_wanted(keys: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_configurations(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         cluster_specs(AzureCluster(**keys), ask=False)
 
 
@@ -150,21 +149,21 @@ def test_what_cannot_be_wanted(keys: dict[str, Any], said: str) -> None:
         ({"min_nodes": 5}, {"workers": 3}, 5, 5),
         ({"min_nodes": 0}, {"workers": 4, "gpus_per_worker": 0.5}, 2, 2),
         ({"min_nodes": 0}, {"device": "cpu"}, 1, 1),
-        ({"min_nodes": 0}, {"workers": 99}, 8, 8),  # refused on the head, with what there is
+        ({"min_nodes": 0}, {"workers": 99}, 8, 8),  # rejected on the head, where the resources are known
     ],
 )
 def test_a_run_waits_for_the_nodes_of_its_workers(
     cluster: dict[str, Any], scaling: dict[str, Any], most: int, enough: int
 ) -> None:
-    """With min_nodes=0 no GPU is there before a run asks: `auto` would find nothing to count."""
-    wish = for_run(spec_of(nodes=8, **cluster), ScalingConfig(**scaling))
-    assert (wish.min_nodes, wish.enough) == (most, enough)
+    """With min_nodes=0 no GPU exists before the run, so `auto` cannot count GPUs."""
+    spec = for_run(spec_of(nodes=8, **cluster), ScalingConfig(**scaling))
+    assert (spec.min_nodes, spec.enough) == (most, enough)
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync not found")
 @pytest.mark.parametrize("name", ["demo", "secrets", "password"])
-def test_the_key_reaches_the_head_and_other_secrets_do_not(tmp_path: Path, name: str) -> None:
-    """Ray sends every file with these patterns; without the key its autoscaler reaches no node."""
+def test_the_key_is_sent_and_other_secrets_are_not(tmp_path: Path, name: str) -> None:
+    """Ray applies the patterns to every file that it sends, and its autoscaler needs the key to reach the nodes."""
     key, head = tmp_path / f"{name}.key", tmp_path / "head"
     key.write_text("a key")
     (tmp_path / "code").mkdir()
@@ -173,7 +172,7 @@ def test_the_key_reaches_the_head_and_other_secrets_do_not(tmp_path: Path, name:
     excluded = ray_yaml.ray_config(spec_of(), replace(LOCAL, key=str(key)))["rsync_exclude"]
     options = [word for pattern in excluded for word in ("--exclude", pattern)]
     head.mkdir()
-    # As `ray up` sends them.
+    # As `ray up` does.
     for source, target in ((str(key), head / "ray_bootstrap_key.pem"), (f"{tmp_path}/code/", head / "code")):
         subprocess.run(["rsync", "-a", *options, source, str(target)], check=True)
     assert sorted(path.name for path in head.rglob("*") if path.is_file()) == ["module.py", "ray_bootstrap_key.pem"]

@@ -1,6 +1,6 @@
-"""Clusters of VMs that answer: the whole of `ray up`, Ray's autoscaler on the head, and the fake of Azure beneath.
+"""Clusters of VMs that answer: `ray up`, Ray's autoscaler on the head, and the fake of Azure.
 
-Most take minutes: `make slow`.
+Most of these tests take minutes; run them with `make slow`.
 """
 
 from __future__ import annotations
@@ -25,69 +25,69 @@ CAPACITY = ("SkuNotAvailable", "The requested size is currently not available in
 
 
 @pytest.fixture
-def there(request: pytest.FixtureRequest) -> Iterator[Vms]:
+def lab(request: pytest.FixtureRequest) -> Iterator[Vms]:
     if problem := vms.why_not():
         if os.environ.get("CI"):
             pytest.fail(problem)
         pytest.skip(problem)
-    with Vms(getattr(request, "param", 3)) as lab:
-        yield lab
+    with Vms(getattr(request, "param", 3)) as running:
+        yield running
 
 
-def await_(what: Callable[[], bool], seconds: float, there: Vms) -> None:
+def await_(condition: Callable[[], bool], seconds: float, lab: Vms) -> None:
     latest = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < latest, f"{sorted(there.used)}\n{vms.log(there, 'watchdog.log')}"
+    while not condition():
+        assert time.monotonic() < latest, f"{sorted(lab.used)}\n{vms.log(lab, 'watchdog.log')}"
         time.sleep(1)
 
 
-def names(there: Vms, part: str) -> list[str]:
-    return sorted(vm.rpartition("/")[2] for vm in there.used if part in vm.rpartition("/")[2])
+def names(lab: Vms, part: str) -> list[str]:
+    return sorted(vm.rpartition("/")[2] for vm in lab.used if part in vm.rpartition("/")[2])
 
 
 @pytest.mark.slow
-def test_a_cluster_comes_trains_shrinks_and_goes(there: Vms) -> None:
-    """Spot is preferred and there is none, so the nodes come on demand; idle they go, and `down` leaves nothing."""
-    there.azure.refuse[SIZE, True] = CAPACITY
+def test_a_cluster_is_created_trains_shrinks_and_is_removed(lab: Vms) -> None:
+    """Without spot capacity the nodes are created on demand. Idle nodes are deleted, and `down` leaves nothing."""
+    lab.azure.refuse[SIZE, True] = CAPACITY
     words = [*WORDS, "cluster.nodes=2", "cluster.spot=prefer", "cluster.idle_minutes=1.5"]
-    done = there.launch("up", *words)
+    done = lab.launch("up", *words)
     assert done.status == 0, done.err
-    machines = [vm["properties"] for vm in there.azure.of_type("microsoft.compute/virtualmachines")]
+    machines = [vm["properties"] for vm in lab.azure.of_type("microsoft.compute/virtualmachines")]
     assert sorted(vm["priority"] for vm in machines) == ["Regular"] * 3
-    # A second time nothing is made.
-    made = len([one for one in there.azure.requests if one.startswith("PUT")])
-    begun = time.monotonic()
-    assert there.launch("up", *words).status == 0
-    took = time.monotonic() - begun
-    assert len([one for one in there.azure.requests if one.startswith("PUT")]) == made
+    # A second `up` creates nothing.
+    requests = len([one for one in lab.azure.requests if one.startswith("PUT")])
+    started = time.monotonic()
+    assert lab.launch("up", *words).status == 0
+    took = time.monotonic() - started
+    assert len([one for one in lab.azure.requests if one.startswith("PUT")]) == requests
     assert took < 30, f"{took:.0f} s"
-    (told,) = json.loads(there.launch("status", "demo", "--json").out)
-    assert told["usd_per_hour"] == pytest.approx(0.192 + 2 * 0.526)
-    assert "ubuntu@10.77.0." in told["ssh"]
-    assert [host["state"] for host in told["hosts"]] == ["running"] * 3
-    assert any("SkuNotAvailable" in note for note in told["notes"])
-    no_secret(there)
-    no_rights(there)
-    train(there, words)
-    evict(there, names(there, "worker")[0])
-    await_(lambda: len(names(there, "worker")) == 0, 200, there)
-    done = there.launch("down", "demo")
+    (shown,) = json.loads(lab.launch("status", "demo", "--json").out)
+    assert shown["usd_per_hour"] == pytest.approx(0.192 + 2 * 0.526)
+    assert "ubuntu@10.77.0." in shown["ssh"]
+    assert [host["state"] for host in shown["hosts"]] == ["running"] * 3
+    assert any("SkuNotAvailable" in note for note in shown["notes"])
+    no_secret(lab)
+    no_rights(lab)
+    train(lab, words)
+    evict(lab, names(lab, "worker")[0])
+    await_(lambda: len(names(lab, "worker")) == 0, 200, lab)
+    done = lab.launch("down", "demo")
     assert done.status == 0, done.err
-    assert there.azure.left("launch-demo") == []
-    assert [host.processes() for host in there.hosts[:-1]] == [{}] * 3
-    assert there.launch("down", "demo").status == 2  # none is known any more
+    assert lab.azure.remaining("launch-demo") == []
+    assert [host.processes() for host in lab.hosts[:-1]] == [{}] * 3
+    assert lab.launch("down", "demo").status == 2  # the record no longer exists
 
 
-def evict(there: Vms, name: str) -> None:
-    """Azure says it on the VM, the agent there tells the cluster, and then the VM is gone."""
-    there.announce(name, seconds=30)
-    notice = there.disk(there.host(name)) / "home/launch/eviction.log"
-    await_(lambda: f"Preempt of {name}" in notice.read_text(), 20, there)
-    there.azure.evict(name)
+def evict(lab: Vms, name: str) -> None:
+    """Announce the eviction on the VM, wait until its agent has seen it, and evict the VM."""
+    lab.announce(name, seconds=30)
+    notice = lab.disk(lab.host(name)) / "home/launch/eviction.log"
+    await_(lambda: f"Preempt of {name}" in notice.read_text(), 20, lab)
+    lab.azure.evict(name)
 
 
-def no_rights(there: Vms) -> None:
-    """What runs on a worker cannot change the cluster; what runs on the head can, and nothing outside its group."""
+def no_rights(lab: Vms) -> None:
+    """Processes on a worker cannot change the cluster. Those on the head can, but nothing outside its group."""
     group = f"subscriptions/{SUBSCRIPTION}/resourceGroups/launch-demo/resources"
     code = (
         "import json, sys, urllib.request as u; "
@@ -96,42 +96,42 @@ def no_rights(there: Vms) -> None:
         "ask('https://management.azure.com/' + sys.argv[1], Authorization='Bearer ' + token['access_token'])"
     )
     proxy = {
-        "HTTPS_PROXY": there.azure.environment["HTTPS_PROXY"],
-        "SSL_CERT_FILE": there.azure.environment["REQUESTS_CA_BUNDLE"],
+        "HTTPS_PROXY": lab.azure.environment["HTTPS_PROXY"],
+        "SSL_CERT_FILE": lab.azure.environment["REQUESTS_CA_BUNDLE"],
     }
-    for name, path, answer in (
+    for name, path, error in (
         ("worker", group, "HTTP Error 403"),
         ("head", group, ""),
         ("head", f"subscriptions/{SUBSCRIPTION}/providers/Microsoft.Compute/skus", "HTTP Error 403"),
     ):
-        told = there.host(name).run([sys.executable, "-c", code, path], env=proxy).stderr
-        assert answer in told if answer else not told, (name, path, told)
+        output = lab.host(name).run([sys.executable, "-c", code, path], env=proxy).stderr
+        assert error in output if error else not output, (name, path, output)
 
 
-def no_secret(there: Vms) -> None:
-    """Ray's token and Azure's are in no file of the laptop, and on no command line."""
-    head = there.host("head")
-    token = (there.disk(head) / "home/.ray/auth_token").read_text().strip()
+def no_secret(lab: Vms) -> None:
+    """Ray's token and Azure's are not in any file of the laptop, and not on any command line."""
+    head = lab.host("head")
+    token = (lab.disk(head) / "home/.ray/auth_token").read_text().strip()
     assert len(token) == 64
-    worker = there.host("worker")
-    assert (there.disk(worker) / "home/.ray/auth_token").read_text().strip() == token
-    for secret in (token, there.azure.token):
-        for file in there.state.rglob("*"):
+    worker = lab.host("worker")
+    assert (lab.disk(worker) / "home/.ray/auth_token").read_text().strip() == token
+    for secret in (token, lab.azure.token):
+        for file in lab.state.rglob("*"):
             assert file.is_dir() or secret not in file.read_text(errors="replace"), file
-        for host in there.hosts:
+        for host in lab.hosts:
             assert not host.find(secret)
-    key = there.state / "demo.key"
+    key = lab.state / "demo.key"
     assert key.stat().st_mode & 0o077 == 0
-    # The dashboard is for the head alone.
-    assert vms.reachable(head.address, 22, there.laptop)
-    assert not vms.reachable(head.address, 8265, there.laptop)
+    # The dashboard is reachable only from the head.
+    assert vms.reachable(head.address, 22, lab.laptop)
+    assert not vms.reachable(head.address, 8265, lab.laptop)
     assert [host.find("launcher.clusters.eviction") != [] for host in (head, worker)] == [True, True]
 
 
-def train(there: Vms, words: list[str]) -> None:
-    """From the laptop: two workers, one a VM; the head drives them, and the run's files come back."""
-    asked = ["scaling.workers=2", "scaling.device=cpu", "scaling.cpus_per_worker=3", "run.name=far"]
-    done = there.launch("train", "experiment=mnist_tiny", *words, *asked)
+def train(lab: Vms, words: list[str]) -> None:
+    """Train from the laptop with one worker per VM. The head drives the run, and its files are copied back."""
+    options = ["scaling.workers=2", "scaling.device=cpu", "scaling.cpus_per_worker=3", "run.name=far"]
+    done = lab.launch("train", "experiment=mnist_tiny", *words, *options)
     assert done.status == 0, done.err[-3000:]
     result = json.loads((Path(done.last) / "result.json").read_text())
     assert result["status"] == "completed"
@@ -139,42 +139,42 @@ def train(there: Vms, words: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("there", [1], indirect=True)
-def test_a_head_that_never_answers(there: Vms) -> None:
-    there.answers = False
-    done = there.launch("up", *WORDS, AUTOSCALER_NODE_START_WAIT_S="15")
+@pytest.mark.parametrize("lab", [1], indirect=True)
+def test_an_unreachable_head(lab: Vms) -> None:
+    lab.answers = False
+    done = lab.launch("up", *WORDS, AUTOSCALER_NODE_START_WAIT_S="15")
     assert done.status == 1
     assert "`ray up` of demo failed" in done.err
-    assert there.azure.left("launch-demo") == []
+    assert lab.azure.remaining("launch-demo") == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("there", [2], indirect=True)
-def test_nodes_that_never_come(there: Vms) -> None:
-    """After cluster.launch_attempts it is given up, with Azure's own words, and the head goes as well."""
-    there.azure.refuse[SIZE, True] = CAPACITY
-    done = there.launch("up", *WORDS, "cluster.spot=true", "cluster.launch_attempts=2")
+@pytest.mark.parametrize("lab", [2], indirect=True)
+def test_nodes_without_capacity(lab: Vms) -> None:
+    """After cluster.launch_attempts failures, `up` fails with Azure's error, and the head is removed as well."""
+    lab.azure.refuse[SIZE, True] = CAPACITY
+    done = lab.launch("up", *WORDS, "cluster.spot=true", "cluster.launch_attempts=2")
     assert done.status == 1
-    assert "in 2 attempts. SkuNotAvailable: The requested size is currently not available" in done.err
-    assert there.azure.left("launch-demo") == []
+    assert "SkuNotAvailable: The requested size is currently not available" in done.err
+    assert lab.azure.remaining("launch-demo") == []
 
 
-@pytest.mark.parametrize("there", [1], indirect=True)
-def test_the_cluster_ends_itself(there: Vms) -> None:
-    """cluster.down_after: nobody's laptop is needed for it."""
+@pytest.mark.parametrize("lab", [1], indirect=True)
+def test_an_idle_cluster_removes_itself(lab: Vms) -> None:
+    """cluster.down_after works without the laptop."""
     words = ["cluster.min_nodes=0", "cluster.idle_minutes=0.1", "cluster.down_after=true"]
-    done = there.launch("up", *WORDS, *words)
+    done = lab.launch("up", *WORDS, *words)
     assert done.status == 0, done.err
-    await_(lambda: there.azure.left("launch-demo") == [], 120, there)
+    await_(lambda: lab.azure.remaining("launch-demo") == [], 120, lab)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("there", [2], indirect=True)
-def test_a_run_brings_its_nodes(there: Vms) -> None:
-    """cluster.min_nodes=0: no GPU VM stands before the run asks, `auto` finds one, and afterwards all of it goes."""
+@pytest.mark.parametrize("lab", [2], indirect=True)
+def test_a_run_creates_its_nodes(lab: Vms) -> None:
+    """With cluster.min_nodes=0 no GPU VM exists before the run. `auto` gets one, and all is removed afterwards."""
     words = ["cluster.min_nodes=0", "cluster.idle_minutes=0.5", "cluster.down_after=true", "scaling.device=cpu"]
-    done = there.launch("train", "experiment=mnist_tiny", *WORDS, *words, "run.name=far")
+    done = lab.launch("train", "experiment=mnist_tiny", *WORDS, *words, "run.name=far")
     assert done.status == 0, done.err[-3000:]
     result = json.loads((Path(done.last) / "result.json").read_text())
     assert (result["status"], result["workers"]) == ("completed", 2)
-    await_(lambda: there.azure.left("launch-demo") == [], 200, there)
+    await_(lambda: lab.azure.remaining("launch-demo") == [], 200, lab)

@@ -1,11 +1,11 @@
-"""VMs for the fake of Azure: network namespaces with an SSH server each, and a laptop beside them.
+"""VMs for the fake of Azure: network namespaces with an SSH server each, and one for the user's laptop.
 
-    with Vms(3) as there:
-        there.launch("up", "cluster=azure", …)       # on the laptop, as a user does
-        there.azure.evict(name)                      # the machine is gone, without a word
+    with Vms(3) as lab:
+        lab.launch("up", "cluster=azure", …)       # on the laptop, as a user does
+        lab.azure.evict(name)                      # the machine disappears without a notice
 
-A VM that the fake creates takes the next free machine, whose user `ubuntu` lets in the key of its template; one that it
-deletes loses all processes and its disk. The API listens on the laptop, the proxy that leads to it as well.
+A VM that the fake creates is assigned the next free machine, whose user `ubuntu` accepts the SSH key of the template. A
+deleted VM loses all processes and its disk. The API and its proxy listen on the laptop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NOTICE_SECONDS = 30.0  # before a simulated eviction
 
 
 def why_not() -> str:
-    """Return why there can be no such VMs here; empty where they can be made."""
+    """Return why this machine cannot run such VMs; empty if it can."""
     missing = [name for name in (SSHD, "rsync", "ssh-keygen", "openssl") if shutil.which(name) is None]
     if missing:
         return f"{' and '.join(missing)} not found; install openssh-server, rsync and openssl"
@@ -44,7 +44,7 @@ def why_not() -> str:
 
 
 class Vms(Lab):
-    """Machines that can become VMs, and the laptop: one more."""
+    """Machines for VMs, and one more for the laptop."""
 
     apart = True
 
@@ -60,7 +60,7 @@ class Vms(Lab):
             self.free = list(self.hosts[:-1])
             self.azure = Fake(self.directory / "azure", listen=self.laptop.address, seconds=0.5)
             self.azure.server = self._server
-            self.azure.born, self.azure.gone = self._born, self._gone
+            self.azure.vm_created, self.azure.vm_deleted = self._created, self._deleted
             self.azure.simulated = self._evict_with_notice
             self.azure.sizes = {name: list("12") for name in (*catalogue.sizes(), *catalogue.heads())}
             self._cleanup.enter_context(self.azure)
@@ -78,8 +78,10 @@ class Vms(Lab):
         return next(host for vm, host in self.used.items() if name in vm.rpartition("/")[2])
 
     def environment(self) -> dict[str, str]:
-        """Return the laptop's user's: nothing of Ray, and places of its own."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_", "LAUNCH_"))}
+        """Return the environment of the user on the laptop: separate directories, and no variables of Ray."""
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_", "LAUNCH_"))
+        }
         home = self.directory / self.laptop.name
         own = {
             "HOME": str(home),
@@ -90,15 +92,15 @@ class Vms(Lab):
             "OMP_NUM_THREADS": "1",
             "AUTOSCALER_NODE_START_WAIT_S": "90",
         }
-        return {**kept, **self.azure.environment, **own}
+        return {**inherited, **self.azure.environment, **own}
 
     @property
     def state(self) -> Path:
-        """Where launch writes its clusters down on the laptop."""
+        """Return the directory on the laptop with launch's records of clusters."""
         return self.directory / self.laptop.name / "state" / "launch" / "clusters"
 
     def launch(self, *words: str, seconds: float = 280, **env: str) -> Result:
-        """Run `launch` on the laptop to its end."""
+        """Run `launch` on the laptop and wait for its end."""
         done = subprocess.run(
             self.laptop.command([sys.executable, "-m", "launcher", *words]),
             env={**self.environment(), **env},
@@ -111,22 +113,22 @@ class Vms(Lab):
         return Result(done.returncode, done.stdout, done.stderr)
 
     def _server(self, handler: Any) -> HttpServer:
-        """Return a server that listens on the laptop: a socket stays in the network where it was made."""
-        made: list[HttpServer] = []
+        """Return a server that listens on the laptop. A socket belongs to the namespace in which it was created."""
+        servers: list[HttpServer] = []
 
         def make() -> None:
-            with open(f"/var/run/netns/{self.laptop._link.name}") as there:
+            with open(f"/var/run/netns/{self.laptop._link.name}") as namespace:
                 libc = ctypes.CDLL(None, use_errno=True)
-                assert libc.setns(there.fileno(), _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-            made.append(HttpServer((self.laptop.address, 0), handler))
+                assert libc.setns(namespace.fileno(), _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+            servers.append(HttpServer((self.laptop.address, 0), handler))
 
-        thread = threading.Thread(target=make)  # its network is this thread's own
+        thread = threading.Thread(target=make)  # setns() affects only the calling thread
         thread.start()
         thread.join()
-        return made[0]
+        return servers[0]
 
     def announce(self, name: str, seconds: float) -> None:
-        """Have Azure say on a VM that it will be taken away."""
+        """Announce the eviction of a VM in its Scheduled Events."""
         host = self.host(name)
         before = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + seconds))
         event = {"EventId": "1", "EventType": "Preempt", "EventStatus": "Scheduled", "NotBefore": before}
@@ -138,7 +140,7 @@ class Vms(Lab):
         self.announce(name, NOTICE_SECONDS)
 
         def evict() -> None:
-            with contextlib.suppress(StopIteration):  # it has gone otherwise
+            with contextlib.suppress(StopIteration):  # it was already deleted
                 self.azure.evict(name)
 
         timer = threading.Timer(NOTICE_SECONDS, evict)
@@ -146,11 +148,11 @@ class Vms(Lab):
         timer.start()
         self._cleanup.callback(timer.cancel)
 
-    # ---- a VM comes and goes -----------------------------------------------------------------------------------------
+    # ---- creation and deletion of VMs -------------------------------------------------------------------------------
 
-    def _born(self, vm: dict[str, Any]) -> None:
+    def _created(self, vm: dict[str, Any]) -> None:
         latest = time.monotonic() + 20
-        while not self.free and time.monotonic() < latest:  # one may just be going
+        while not self.free and time.monotonic() < latest:  # a machine may be about to become free
             time.sleep(0.1)
         host = self.free.pop(0)
         self.used[vm["id"]] = host
@@ -161,7 +163,7 @@ class Vms(Lab):
         if self.answers:
             self._boot(host, vm)
 
-    def _gone(self, vm: dict[str, Any]) -> None:
+    def _deleted(self, vm: dict[str, Any]) -> None:
         host = self.used.pop(vm["id"])
         host.kill()
         host.run(["sh", "-c", "umount -l /home/ubuntu /home /tmp/ray /etc/passwd"])
@@ -176,7 +178,7 @@ class Vms(Lab):
         home, etc = disk / "home", disk / "etc"
         for path in (home / ".ssh", home / "launch", etc):
             path.mkdir(parents=True)
-        # The image has the environment already, where `launch up` would make it.
+        # The image already contains the environment that `launch up` would create.
         (home / "launch" / "env").symlink_to(sys.prefix)
         key = vm["properties"]["osProfile"]["linuxConfiguration"]["ssh"]["publicKeys"][0]["keyData"]
         (etc / "authorized_keys").write_text(key)
@@ -188,7 +190,7 @@ class Vms(Lab):
             "OMP_NUM_THREADS": "1",
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         }
-        del environment["PATH"]  # no `az` there: a VM asks its metadata service for a token
+        del environment["PATH"]  # a VM has no `az`: it gets tokens from its metadata service
         (etc / "token").write_text(self.azure.token_of(vm))
         (etc / "events").write_text(json.dumps({"DocumentIncarnation": 1, "Events": []}))
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(etc / "host_key")], check=True)
@@ -219,14 +221,14 @@ class Vms(Lab):
         host.start([SSHD, "-D", "-f", str(etc / "sshd_config"), "-E", str(etc / "sshd.log")], env={"HOME": "/root"})
 
 
-def log(there: Vms, name: str) -> str:
-    """Return the end of a file of launch on the head."""
+def log(lab: Vms, name: str) -> str:
+    """Return the end of a log file of launch on the head."""
     with contextlib.suppress(StopIteration, OSError):
-        return (there.disk(there.host("head")) / "home" / Path(DIRECTORY).name / name).read_text()[-3000:]
+        return (lab.disk(lab.host("head")) / "home" / Path(DIRECTORY).name / name).read_text()[-3000:]
     return ""
 
 
-def reachable(address: str, port: int, there: Host) -> bool:
-    """Whether something listens there, seen from a machine."""
+def reachable(address: str, port: int, host: Host) -> bool:
+    """Return whether a machine can connect to an address and port."""
     code = f"import socket; socket.create_connection(({address!r}, {port}), 2)"
-    return there.run([sys.executable, "-I", "-S", "-c", code]).returncode == 0
+    return host.run([sys.executable, "-I", "-S", "-c", code]).returncode == 0

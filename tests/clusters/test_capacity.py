@@ -1,4 +1,4 @@
-"""What a machine or a cluster has, and which workers fit there."""
+"""The resources of a machine or cluster, and the check that workers fit."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from launcher.errors import ResourceError
         (1, 4.0, 2.0, (8, 2)),
     ],
 )
-def test_what_fits_is_let_through(workers: int, cpus: float, gpus: float, available: tuple[float, float]) -> None:
+def test_workers_that_fit_are_accepted(workers: int, cpus: float, gpus: float, available: tuple[float, float]) -> None:
     check_feasible(workers, cpus, gpus, available)
 
 
 @pytest.mark.parametrize(
-    ("workers", "cpus", "gpus", "available", "says"),
+    ("workers", "cpus", "gpus", "available", "expected"),
     [
-        (4, 1.0, 0.0, (2, 0), ["4 workers", "4 in all", "2 CPUs", "scaling.workers=2", "scaling.cpus_per_worker=0.5"]),
-        (5, 0.5, 0.0, (2, 0), ["2.5 in all", "scaling.workers=4", "scaling.cpus_per_worker=0.4"]),
+        (4, 1.0, 0.0, (2, 0), ["4 workers", "2 CPUs", "scaling.workers=2", "scaling.cpus_per_worker=0.5"]),
+        (5, 0.5, 0.0, (2, 0), ["scaling.workers=4", "scaling.cpus_per_worker=0.4"]),
         (3, 1.0, 0.0, (2, 0), ["scaling.workers=2", "scaling.cpus_per_worker=0.66"]),
         (2, 1.0, 1.0, (8, 1), ["1 GPUs", "scaling.workers=1"]),
         (2, 1.0, 1.0, (8, 0), ["0 GPUs", "scaling.device=cpu"]),
@@ -42,17 +42,17 @@ def test_what_fits_is_let_through(workers: int, cpus: float, gpus: float, availa
         (1, 4.0, 0.0, (2, 0), ["1 worker with 4 CPU", "scaling.cpus_per_worker=2"]),
     ],
 )
-def test_what_can_never_fit_is_refused_with_both_numbers_and_a_way_out(
-    workers: int, cpus: float, gpus: float, available: tuple[float, float], says: list[str]
+def test_an_impossible_request_is_rejected_with_both_numbers_and_options(
+    workers: int, cpus: float, gpus: float, available: tuple[float, float], expected: list[str]
 ) -> None:
     with pytest.raises(ResourceError) as caught:
         check_feasible(workers, cpus, gpus, available)
 
-    for words in says:
-        assert words in str(caught.value)
+    for part in expected:
+        assert part in str(caught.value)
 
 
-def test_the_advice_of_a_refusal_fits() -> None:
+def test_the_suggested_share_fits() -> None:
     for workers in range(1, 40):
         for cpus in (1, 2, 3, 7):
             share = math.floor(cpus / workers * 100) / 100
@@ -65,13 +65,16 @@ def test_the_advice_of_a_refusal_fits() -> None:
         ({}, None),
         ({"job/cpu.max": "max 100000"}, None),
         ({"job/cpu.max": "150000 100000"}, 1.5),
-        ({"cpu.max": "50000 100000", "job/cpu.max": "max 100000"}, 0.5),  # a limit of the group above holds too
+        (
+            {"cpu.max": "50000 100000", "job/cpu.max": "max 100000"},
+            0.5,
+        ),  # the limit of the parent group applies as well
         ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3.0),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
     ],
 )
-def test_limits_of_containers_count(tmp_path: Path, files: dict[str, str], expected: float | None) -> None:
-    """Would be wrong: two workers on a container that may use half a CPU of a machine with 64."""
+def test_cpu_limits_of_containers_are_respected(tmp_path: Path, files: dict[str, str], expected: float | None) -> None:
+    """Otherwise a container with half a CPU on a machine with 64 would get many workers."""
     root = tmp_path / "cgroup"
     (root / "job").mkdir(parents=True)
     for name, text in files.items():
@@ -82,7 +85,7 @@ def test_limits_of_containers_count(tmp_path: Path, files: dict[str, str], expec
     assert capacity._cpu_quota(root, tmp_path / "membership") == expected
 
 
-def test_resources_are_asked_without_torch_and_without_starting_anything() -> None:
+def test_resources_imports_no_torch() -> None:
     code = "import sys; from launcher.clusters.capacity import resources; print(*resources(), 'torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
@@ -98,12 +101,14 @@ def nodes(*shapes: tuple[float, float]) -> list[Node]:
     ("shapes", "each", "fit"),
     [
         ([(1, 0), (1, 0)], (1.0, 0.0), 2),
-        ([(3, 0), (3, 0)], (2.0, 0.0), 2),  # the CPUs that are left lie on two machines
+        ([(3, 0), (3, 0)], (2.0, 0.0), 2),  # the remaining CPUs are on two machines
         ([(24, 1), (24, 2)], (1.0, 1.0), 3),
         ([(2, 4), (24, 1)], (1.0, 1.0), 3),  # GPUs without a CPU
     ],
 )
-def test_a_worker_sits_on_one_node(shapes: list[tuple[float, float]], each: tuple[float, float], fit: int) -> None:
+def test_a_worker_does_not_span_two_nodes(
+    shapes: list[tuple[float, float]], each: tuple[float, float], fit: int
+) -> None:
     assert worker_capacity(nodes(*shapes), *each) == fit
     check_feasible_on(fit, *each, nodes(*shapes))
     with pytest.raises(ResourceError, match=f"{fit + 1} workers"):

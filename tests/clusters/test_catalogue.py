@@ -190,7 +190,7 @@ def test_sizes_prints_the_catalogue(server: PriceList, capsys: pytest.CaptureFix
 def test_without_the_list_the_table_is_shown_with_its_dates(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/api")  # nobody listens on the discard port
+    monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/api")  # no process listens on the discard port
     assert cli.run(["sizes"]) == 0
     printed = capsys.readouterr().out
     assert "3.673 (2026-11-09)" in printed

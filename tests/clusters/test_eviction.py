@@ -1,4 +1,4 @@
-"""The agent that hears of evictions: what it makes of Azure's answers, good and bad, and what it tells when."""
+"""The eviction agent: how it interprets Azure's responses, valid and invalid, and when it notifies the cluster."""
 
 from __future__ import annotations
 
@@ -36,87 +36,87 @@ NOW = 1_795_000_000.0
         (["nonsense", event(Resources=None, not_before=NOW + 30)], None),
     ],
 )
-def test_notice_in_a_document(events: list[Any], deadline: float | None) -> None:
+def test_the_notice_in_a_document(events: list[Any], deadline: float | None) -> None:
     notice = notice_in({"DocumentIncarnation": 7, "Events": events}, "gpu-1", NOW)
     assert (notice and notice.deadline) == deadline
 
 
 @pytest.mark.parametrize("document", [{}, {"Events": None}, {"error": "try later"}, [], "text"])
-def test_what_is_no_document_takes_no_notice_back(document: Any) -> None:
+def test_an_invalid_document_withdraws_no_notice(document: Any) -> None:
     with pytest.raises(ValueError, match="no list of events"):
         notice_in(document, "gpu-1", NOW)
 
 
-class Told:
-    """A node that writes down what it is told; the first `failures` words do not arrive."""
+class RecordingNode:
+    """A node that records the calls of the agent. The first `failures` calls raise an error."""
 
     def __init__(self, failures: int = 0) -> None:
-        self.words: list[tuple[str, float | None]] = []
+        self.calls: list[tuple[str, float | None]] = []
         self._failures = failures
 
-    def _tell(self, word: str, deadline: float | None) -> None:
+    def _call(self, name: str, deadline: float | None) -> None:
         if self._failures:
             self._failures -= 1
             raise OSError("the head does not answer")
-        self.words.append((word, deadline))
+        self.calls.append((name, deadline))
 
     def publish(self, notice: Notice) -> None:
-        self._tell("publish", notice.deadline)
+        self._call("publish", notice.deadline)
 
     def withdraw(self) -> None:
-        self._tell("withdraw", None)
+        self._call("withdraw", None)
 
     def drain(self, notice: Notice) -> None:
-        self._tell("drain", notice.deadline)
+        self._call("drain", notice.deadline)
 
 
 def _notice(deadline: float, identity: str = "E1") -> Notice:
     return Notice("gpu-1", "Preempt", deadline, identity)
 
 
-# (second, what Azure says then: a deadline, None for no event, ... for nothing new) -> what the node is told until then
+# (second, Azure's document: a deadline, None without an event, ... without a new document) -> calls of the agent
 @pytest.mark.parametrize(
-    ("story", "told"),
+    ("story", "calls"),
     [
         pytest.param([(0, 30), (1, ...), (24, ...)], [("publish", 30)], id="drained late"),
         pytest.param([(0, 30), (25, ...), (31, ...)], [("publish", 30), ("drain", 30)], id="drained once"),
         pytest.param([(0, 30), (10, None), (40, ...)], [("publish", 30), ("withdraw", None)], id="withdrawn"),
         pytest.param([(0, 3)], [("publish", 3), ("drain", 3)], id="short"),
-        pytest.param([(0, 30), (30, 30), (31, 31)], [("publish", 30), ("drain", 30)], id="begins: deadline stays"),
+        pytest.param([(0, 30), (30, 30), (31, 31)], [("publish", 30), ("drain", 30)], id="started: deadline unchanged"),
         pytest.param([(0, 30), (5, 20), (6, ...)], [("publish", 30), ("publish", 20)], id="sooner"),
     ],
 )
-def test_what_the_node_is_told(story: list, told: list) -> None:
-    node = Told()
+def test_the_calls_on_the_node(story: list, calls: list) -> None:
+    node = RecordingNode()
     agent = Agent(node, drain_seconds=5, log=lambda text: None)
-    for second, says in story:
-        if says is not ...:
-            agent.seen(None if says is None else _notice(says))
+    for second, deadline in story:
+        if deadline is not ...:
+            agent.seen(None if deadline is None else _notice(deadline))
         agent.step(second)
-    assert node.words == told
+    assert node.calls == calls
 
 
-def test_what_did_not_arrive_is_told_again_and_logged_once() -> None:
-    node = Told(failures=3)
+def test_a_failed_call_is_retried_and_logged_once() -> None:
+    node = RecordingNode(failures=3)
     lines: list[str] = []
     agent = Agent(node, drain_seconds=5, log=lines.append)
     agent.seen(_notice(30))
     for second in range(5):
         agent.step(second)
-    assert node.words == [("publish", 30)]
-    assert sum("could not be told" in line for line in lines) == 1
+    assert node.calls == [("publish", 30)]
+    assert sum("OSError" in line for line in lines) == 1
 
 
-def test_a_signal_counts_like_a_notice_and_the_earlier_one_counts() -> None:
-    node = Told()
+def test_a_signal_is_a_notice_and_the_earliest_deadline_applies() -> None:
+    node = RecordingNode()
     agent = Agent(node, drain_seconds=5, log=lambda text: None)
     agent.seen(_notice(30))
     agent.step(0)
     agent.terminated("gpu-1", 1, seconds=15)
     agent.step(1)
-    agent.seen(None)  # Azure takes its own back; the machine goes down nevertheless
+    agent.seen(None)  # Azure cancels the event, but the machine is shutting down
     agent.step(2)
-    assert node.words == [("publish", 30), ("publish", 16)]
+    assert node.calls == [("publish", 30), ("publish", 16)]
 
 
 @pytest.fixture
@@ -125,8 +125,8 @@ def service() -> Iterator[ScheduledEvents]:
         yield served
 
 
-def test_bad_answers_change_nothing_and_the_polling_goes_on(service: ScheduledEvents) -> None:
-    """Each of these was seen as a withdrawal, or ended the thread, in some agent or other."""
+def test_invalid_responses_change_nothing_and_polling_continues(service: ScheduledEvents) -> None:
+    """Each of these responses has withdrawn a notice, or stopped the thread, in some agent."""
     taken: list[Notice | None] = []
     lines: list[str] = []
     service.set(event(not_before=NOW + 30))
@@ -138,7 +138,7 @@ def test_bad_answers_change_nothing_and_the_polling_goes_on(service: ScheduledEv
         body("", 503), reset, body("not JSON"), body("{}"), body(b"\xff\xfe"), body("[]"), body("Gone", 410), body("1")
     )
     wait_for(lambda: service.asked >= asked + 10)
-    service.set(event(not_before=NOW + 30))  # another incarnation of the same
+    service.set(event(not_before=NOW + 30))  # a new document with the same event
     asked = service.asked
     wait_for(lambda: service.asked >= asked + 2)
     assert set(taken) == {_notice(NOW + 30)}
@@ -146,11 +146,11 @@ def test_bad_answers_change_nothing_and_the_polling_goes_on(service: ScheduledEv
     wait_for(lambda: taken[-1] is None)
     poll.end()
     assert poll.vm == "gpu-1"
-    assert len(lines) == 2, f"silence and its end are told once: {lines}"
+    assert len(lines) == 2, f"the loss of the service and its return are each logged once: {lines}"
 
 
-def test_a_slow_first_answer_is_waited_for(service: ScheduledEvents, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Azure takes up to two minutes; the short patience of later questions would never let the service begin."""
+def test_a_slow_first_response_is_awaited(service: ScheduledEvents, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Azure takes up to two minutes to activate the service. The time limit of later requests is shorter."""
     monkeypatch.setattr("launcher.clusters.eviction.ANSWER_SECONDS", 0.3)
     service.script(body('{"DocumentIncarnation": 1, "Events": []}', seconds=1.0))
     asked: list[int] = []
@@ -161,11 +161,9 @@ def test_a_slow_first_answer_is_waited_for(service: ScheduledEvents, monkeypatch
     poll.end()
 
 
-@pytest.mark.parametrize(
-    ("number", "says"), [(signal.SIGTERM, "SIGTERM: the node is taken to end"), (signal.SIGINT, "")]
-)
-def test_the_program_hears_signals_while_an_answer_is_slow(service: ScheduledEvents, number: int, says: str) -> None:
-    """The cluster does not answer either: the program ends in its time all the same."""
+@pytest.mark.parametrize(("number", "logged"), [(signal.SIGTERM, "SIGTERM received"), (signal.SIGINT, "")])
+def test_signals_are_handled_during_a_slow_response(service: ScheduledEvents, number: int, logged: str) -> None:
+    """The cluster does not answer either, and the program exits in time nevertheless."""
     service.script(body("{}", seconds=8.0))
     words = ["--address", "127.0.0.1:1", "--vm", "gpu-1", "--metadata", service.url, "--term-seconds", "0.5"]
     program = subprocess.Popen(
@@ -173,12 +171,12 @@ def test_the_program_hears_signals_while_an_answer_is_slow(service: ScheduledEve
     )
     wait_for(lambda: service.asked)
     program.send_signal(number)
-    _, said = program.communicate(timeout=60)
+    _, output = program.communicate(timeout=60)
     assert program.returncode == 0
-    assert says in said
-    assert "Traceback" not in said
+    assert logged in output
+    assert "Traceback" not in output
 
 
-def test_it_imports_no_ray_before_there_is_something_to_say() -> None:
+def test_the_module_imports_no_heavy_library() -> None:
     code = "import sys, launcher.clusters.eviction; print({'ray', 'torch', 'hydra', 'yaml'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""VMs as a value: what they cost, which quotas they take, and where the prices come from."""
+"""The VMs of a configuration: their cost, their quotas, and the source of the prices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ A100 = "Standard_NC24ads_A100_v4"
         ),
     ],
 )
-def test_spot_has_a_price_and_a_quota_of_its_own(
+def test_spot_has_a_separate_price_and_quota(
     spot: bool | str, per_hour: float, on_demand: float, quotas: dict[str, int]
 ) -> None:
     nodes = nodes_for(ClusterConfig(size=A100, nodes=2, spot=spot), ask=False)
@@ -39,26 +39,26 @@ def test_spot_has_a_price_and_a_quota_of_its_own(
     ("cluster", "missing"),
     [
         ({"size": A100}, []),
-        ({"size": A100, "head_size": "D8s_v5"}, ["The price of Standard_D8s_v5 in eastus is not known."]),
+        ({"size": A100, "head_size": "D8s_v5"}, ["The price of Standard_D8s_v5 in eastus is unknown."]),
         (
             {"size": "NCC40ads_H100_v5"},
-            ["The price of Standard_NCC40ads_H100_v5 in eastus is not known; it is known in eastus2."],
+            ["The price of Standard_NCC40ads_H100_v5 in eastus is unknown; it is known in eastus2."],
         ),
         (
             {"size": "NC40ads_H100_v5", "spot": True},
-            ["The spot price of Standard_NC40ads_H100_v5 in eastus is not known."],
+            ["The spot price of Standard_NC40ads_H100_v5 in eastus is unknown."],
         ),
     ],
 )
-def test_prices_that_are_not_known_are_named(cluster: dict[str, object], missing: list[str]) -> None:
+def test_unknown_prices_are_named(cluster: dict[str, object], missing: list[str]) -> None:
     nodes = nodes_for(ClusterConfig(**cluster), ask=False)  # type: ignore[arg-type]
     assert nodes.missing() == missing
     assert (nodes.usd_per_hour is None) == bool(missing)
 
 
-def test_a_head_is_small_and_of_the_table() -> None:
+def test_the_head_is_a_small_vm_of_the_catalogue() -> None:
     for head in catalogue.heads().values():
         assert 2 <= head.vcpus <= 16
         assert head.quota_family
-    with pytest.raises(ConfigError, match=r'none of those that launch knows\. Did you mean "Standard_D4s_v5"'):
+    with pytest.raises(ConfigError, match=r'Did you mean "Standard_D4s_v5"'):
         nodes_for(ClusterConfig(size=A100, head_size="Standard_D4s_v4"), ask=False)

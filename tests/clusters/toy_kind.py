@@ -1,6 +1,6 @@
-"""A kind of cluster in one file, as another package has it: registered by an entry point, with a key of its own.
+"""A cluster kind in one file of a separate package, registered by an entry point, with one key.
 
-Its workers run on a Ray on this machine with `cluster.toy_cpus` CPUs.
+Its workers run on this machine, in a Ray cluster with `cluster.toy_cpus` CPUs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`launch plan` for VMs of the catalogue: what fits, how long, for how much, and how it is shown."""
+"""`launch plan` for VMs of the catalogue: memory, time, cost, and the printed plan."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T4, A100, FOUR_T4, FOUR_A100 = "NC4as_T4_v3", "NC24ads_A100_v4", "NC64as_T4_v3",
 
 
 def network(parameters: int, per_sample: float, flops: float | None, **more: Any) -> Estimate:
-    """A network trained with AdamW; per_sample: MiB that autograd keeps, of which a quarter is the largest piece."""
+    """Return the estimate of a model trained with AdamW. per_sample: MiB of activations, the largest has a quarter."""
     nbytes = 4 * parameters
     sizes = DeviceSizes(
         saved_per_sample=int(per_sample * MIB),
@@ -52,7 +52,7 @@ def network(parameters: int, per_sample: float, flops: float | None, **more: Any
     )
 
 
-# What `launch plan experiment=gpt2` finds: 124 million parameters, 1,024 tokens a sample, bfloat16.
+# The estimate of `launch plan experiment=gpt2`: 124 million parameters, 1,024 tokens a sample, bfloat16.
 GPT2 = network(123_587_328, 728.0, 875.17e9, largest_per_sample=int(196.5 * MIB), gathered=91_226_112)
 SMALL = network(29_322, 0.1, 2e6)
 HUGE = network(7_000_000_000, 900.0, 6 * 7e9 * 1024, gathered=1_000_000_000)
@@ -87,7 +87,9 @@ def fitting(made: NodePlan) -> dict[str, bool]:
         (HUGE, A100, 8, 1, False, 0),
     ],
 )
-def test_what_fits(found: Estimate, size: str, nodes: int, microbatch: int, fits: bool, most: int) -> None:
+def test_fits_and_largest_microbatch(
+    found: Estimate, size: str, nodes: int, microbatch: int, fits: bool, most: int
+) -> None:
     made = planned(found, job_for({"size": size, "nodes": nodes}, microbatch_size=microbatch))
     assert (made.forecast.fits, made.forecast.largest_microbatch) == (fits, most)
     assert sum(made.forecast.memory.values()) == made.forecast.needs
@@ -95,28 +97,28 @@ def test_what_fits(found: Estimate, size: str, nodes: int, microbatch: int, fits
     assert (f"trainer.microbatch_size={most}" in " ".join(made.notes)) == (not fits and most > 0)
 
 
-def test_a_network_that_no_gpu_holds_is_divided() -> None:
-    """7 billion parameters with AdamW are 112 GB: a GPU of 80 GiB holds them with FSDP over eight."""
+def test_a_model_larger_than_a_gpu_is_sharded() -> None:
+    """7 billion parameters with AdamW take 112 GB, which fit on GPUs with 80 GiB only with FSDP."""
     made = planned(HUGE, job_for({"size": A100, "nodes": 8}, "auto", microbatch_size=4))
     assert {name for name, fits in fitting(made).items() if fits} == {"fsdp"}
     assert (made.chosen, made.best) == ("fsdp", "fsdp")
     assert planned(HUGE, job_for({"size": A100, "nodes": 8}, microbatch_size=4)).notes[0].count("strategy=fsdp") == 1
 
 
-def test_the_parts_are_those_of_the_worker() -> None:
+def test_memory_is_that_of_one_worker() -> None:
     made = planned(GPT2, job_for({"size": A100, "nodes": 4}, "fsdp"))
     memory = made.forecast.memory
     assert memory["parameters"] == GPT2.parameter_bytes // 4
     assert memory["gathered"] == 91_226_112
     assert memory["activations"] == 16 * 728 * MIB
-    assert "kept once" not in memory, "FSDP casts what it gathers; there is no second copy"
+    assert "kept once" not in memory, "FSDP casts gathered parameters, so there is no second copy"
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_are_those_of_the_cost_model() -> None:
-    """Those that benchmarks/scaling.py sets beside measured steps, and that a run is advised by."""
+def test_predictions_equal_the_cost_model() -> None:
+    """benchmarks/scaling.py compares the same model with measured steps, and runs are advised by it."""
     made = planned(GPT2, job_for({"size": A100, "nodes": 4}))
     computing = 875.17e9 * 16 / (312e12 * cost.MFU)
     link = cost.Link.ethernet(20)
@@ -147,7 +149,7 @@ def test_only_the_last_microbatch_hides_gradients() -> None:
     assert difference == pytest.approx(hidden * 3 / 4)
 
 
-def test_one_gpu_waits_for_nobody() -> None:
+def test_a_single_gpu_does_not_communicate() -> None:
     made = planned(GPT2, job_for({"size": A100}))
     assert made.link is None
     assert [one.strategy for one in made.forecasts] == ["ddp"]
@@ -158,13 +160,13 @@ def test_one_gpu_waits_for_nobody() -> None:
 @pytest.mark.parametrize(
     ("size", "nodes", "latency", "bandwidth"),
     [
-        (FOUR_A100, 1, cost.PCIE_LATENCY, 15.75e9),  # PCI Express 4.0, half its rate
+        (FOUR_A100, 1, cost.PCIE_LATENCY, 15.75e9),  # half the bandwidth of PCI Express 4.0
         (FOUR_T4, 1, cost.PCIE_LATENCY, 7.875e9),
-        (FOUR_A100, 2, (2 * 50e-6 + 6 * 20e-6) / 8, 80e9 / 8 * 0.94),  # the network is the narrower one
+        (FOUR_A100, 2, (2 * 50e-6 + 6 * 20e-6) / 8, 80e9 / 8 * 0.94),  # the network is slower
         (A100, 2, 50e-6, 20e9 / 8 * 0.94),
     ],
 )
-def test_the_ring_is_as_wide_as_its_narrowest_link(size: str, nodes: int, latency: float, bandwidth: float) -> None:
+def test_the_slowest_link_limits_the_ring(size: str, nodes: int, latency: float, bandwidth: float) -> None:
     made = planned(GPT2, job_for({"size": size, "nodes": nodes}, microbatch_size=8))
     assert made.link is not None
     assert (made.link.latency, made.link.bandwidth) == (pytest.approx(latency), pytest.approx(bandwidth))
@@ -174,13 +176,15 @@ def test_the_ring_is_as_wide_as_its_narrowest_link(size: str, nodes: int, latenc
     ("found", "size", "precision", "source", "note"),
     [
         (GPT2, T4, "float16", "the model", None),
-        (replace(GPT2, flops_per_sample=None), A100, "bfloat16", "counted", "launching of its kernels"),
+        (replace(GPT2, flops_per_sample=None), A100, "bfloat16", "counted", "launch its kernels"),
         (GPT2, T4, "bfloat16", "the model", "no bfloat16 Tensor cores"),
         (network(10, 0.1, None, flops_per_sample=None), A100, "float32", None, "no flops_per_sample"),
         (SMALL, A100, "bfloat16", "the model", "lower bounds"),
     ],
 )
-def test_what_times_rest_on(found: Estimate, size: str, precision: str, source: str | None, note: str | None) -> None:
+def test_the_source_of_predicted_times(
+    found: Estimate, size: str, precision: str, source: str | None, note: str | None
+) -> None:
     made = planned(found, job_for({"size": size, "nodes": 2}, precision=precision, microbatch_size=4))
     assert made.computing.flops_from == source
     unknown = made.computing.peak_flops is None or source is None
@@ -190,7 +194,7 @@ def test_what_times_rest_on(found: Estimate, size: str, precision: str, source: 
         assert note in " ".join(made.notes)
 
 
-def test_what_an_earlier_run_reached_is_taken() -> None:
+def test_the_mfu_of_an_earlier_run_is_used() -> None:
     job = job_for({"size": A100})
     nodes = nodes_for(job.cluster, ask=False)
     made = node_plan_of(job, nodes, *forecast.place_workers(job, nodes), GPT2, forecast.MeasuredMfu("first", 0.5))
@@ -198,18 +202,18 @@ def test_what_an_earlier_run_reached_is_taken() -> None:
     assert assumed.mfu_from == "assumed"
     assert made.computing.mfu_from == "first"
     assert made.computing.seconds == pytest.approx((assumed.seconds or 0) * cost.MFU / 0.5)
-    assert "at what first reached, 50% of the A100 PCIe" in text(made, "runs/x", 300)
+    assert "as reached by first, 50% of the A100 PCIe" in text(made, "runs/x", 300)
 
 
-def test_the_earlier_run_is_the_one_that_is_imitated_or_continued(here: Place) -> None:
+def test_the_earlier_run_is_that_of_run_like(here: Place) -> None:
     assert here.here(*TOY, "run.name=first").status == 0
     result = here.runs / "first/result.json"
     facts = json.loads(result.read_text())
     result.write_text(json.dumps({**facts, "metrics": {**facts["metrics"], "throughput/mfu": 0.25}}))
     cluster = ("cluster.size=NC4as_T4_v3", "scaling.device=auto", "--offline", "--json", "--config-dir", "own")
-    told = here.here("plan", "run.like=first", *cluster)
-    assert told.status == 0, told.err
-    computing = json.loads(told.out)["computing"]
+    planned_run = here.here("plan", "run.like=first", *cluster)
+    assert planned_run.status == 0, planned_run.err
+    computing = json.loads(planned_run.out)["computing"]
     assert (computing["mfu"], computing["mfu_from"]) == (0.25, "first")
 
 
@@ -226,7 +230,9 @@ def test_the_earlier_run_is_the_one_that_is_imitated_or_continued(here: Place) -
         ({"size": T4}, {"cpus_per_worker": 4.0}, (1,)),
     ],
 )
-def test_where_workers_sit(cluster: dict[str, Any], scaling: dict[str, Any], workers_per_node: tuple[int, ...]) -> None:
+def test_the_placement_of_workers(
+    cluster: dict[str, Any], scaling: dict[str, Any], workers_per_node: tuple[int, ...]
+) -> None:
     job = replace(job_for(cluster), scaling=ScalingConfig(**scaling))
     machines, found = forecast.place_workers(job, nodes_for(job.cluster, ask=False))
     assert (found, machines.workers, machines.device) == (workers_per_node, sum(workers_per_node), "cuda")
@@ -235,20 +241,20 @@ def test_where_workers_sit(cluster: dict[str, Any], scaling: dict[str, Any], wor
 @pytest.mark.parametrize(
     ("scaling", "error", "expected"),
     [
-        ({"workers": 9}, ResourceError, r"9 was asked for, .* hold 8 \(4 each\)\. Ask for cluster\.nodes=3"),
-        ({"gpus_per_worker": 5.0}, ResourceError, "has 64 and 4"),
-        ({"cpus_per_worker": 65.0}, ResourceError, "has 64 and 4"),
-        ({"device": "cpu"}, ConfigError, "paid for its GPUs"),
-        ({"gpus_per_worker": 0.0}, ConfigError, "paid for its GPUs"),
+        ({"workers": 9}, ResourceError, r"scaling\.workers=9 .* 8 \(4 each\)\. Set cluster\.nodes=3"),
+        ({"gpus_per_worker": 5.0}, ResourceError, "64 CPUs and 4 GPUs"),
+        ({"cpus_per_worker": 65.0}, ResourceError, "64 CPUs and 4 GPUs"),
+        ({"device": "cpu"}, ConfigError, "uses no GPU"),
+        ({"gpus_per_worker": 0.0}, ConfigError, "uses no GPU"),
     ],
 )
-def test_workers_that_cannot_sit_are_refused(scaling: dict[str, Any], error: type[Exception], expected: str) -> None:
+def test_impossible_placements_are_rejected(scaling: dict[str, Any], error: type[Exception], expected: str) -> None:
     job = replace(job_for({"size": FOUR_T4, "nodes": 2}), scaling=ScalingConfig(**scaling))
     with pytest.raises(error, match=expected):
         forecast.place_workers(job, nodes_for(job.cluster, ask=False))
 
 
-def test_what_a_run_costs_and_what_a_budget_buys() -> None:
+def test_the_cost_of_a_run_and_its_budget() -> None:
     made = planned(GPT2, job_for({"size": A100, "nodes": 4, "budget_usd": 1.0}))
     rate = 4 * 3.673 + 0.192
     assert made.nodes.usd_per_hour == pytest.approx(rate)
@@ -257,49 +263,49 @@ def test_what_a_run_costs_and_what_a_budget_buys() -> None:
     assert budget is not None
     assert budget.hours == pytest.approx(1 / rate, abs=1e-4)
     assert budget.enough is False
-    assert any("cluster.budget_usd=1 is less than the run would cost" in note for note in made.notes)
+    assert any("cluster.budget_usd=1 is less" in note for note in made.notes)
     enough = planned(GPT2, job_for({"size": A100, "nodes": 4, "budget_usd": 1_000.0}))
     assert enough.budget is not None
     assert enough.budget.enough is True
     assert not any("budget" in note for note in enough.notes)
 
 
-def test_a_price_that_is_not_known_is_said_and_not_invented() -> None:
+def test_an_unknown_price_is_reported() -> None:
     made = planned(GPT2, job_for({"size": A100, "nodes": 2, "region": "westus3"}))
-    told = made.to_dict()
-    assert (told["nodes_usd_per_hour"], told["usd_per_hour"], told["usd"]) == (None, None, None)
-    assert told["head_usd_per_hour"] == 0.192
-    assert "The price of Standard_NC24ads_A100_v4 in westus3 is not known; it is known in eastus." in made.notes
+    facts = made.to_dict()
+    assert (facts["nodes_usd_per_hour"], facts["usd_per_hour"], facts["usd"]) == (None, None, None)
+    assert facts["head_usd_per_hour"] == 0.192
+    assert "The price of Standard_NC24ads_A100_v4 in westus3 is unknown; it is known in eastus." in made.notes
     assert "unknown" in text(made, "runs/x", 120)
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_for_people() -> None:
-    """Golden text; `t.GOLDEN.write_text(t.shown())` writes it anew, with this module as `t`."""
-    assert shown() == GOLDEN.read_text()
+def test_the_printed_plan() -> None:
+    """Golden text. To update it: `t.GOLDEN.write_text(t.printed())`, where `t` is this module."""
+    assert printed() == GOLDEN.read_text()
 
 
-def shown() -> str:
+def printed() -> str:
     cluster = {"size": FOUR_A100, "nodes": 2, "spot": "prefer", "budget_usd": 1.0}
     job = job_for(cluster, precision="bfloat16", global_batch_size=256, microbatch_size=16)
     return text(planned(GPT2, job), "runs/gpt2", 120) + "\n"
 
 
 @pytest.mark.parametrize("width", [40, 80, 300])
-def test_names_are_whole_on_any_terminal(width: int) -> None:
-    """People copy them. On a narrow one they are folded, not cut."""
-    told = text(planned(GPT2, job_for({"size": A100, "nodes": 4})), "runs/gpt2", width)
-    assert "…" not in told
-    assert max(len(line) for line in told.splitlines()) <= width
+def test_names_are_not_truncated(width: int) -> None:
+    """Users copy them. On a narrow terminal they are wrapped."""
+    lines = text(planned(GPT2, job_for({"size": A100, "nodes": 4})), "runs/gpt2", width)
+    assert "…" not in lines
+    assert max(len(line) for line in lines.splitlines()) <= width
 
 
-def test_the_plan_for_programs(here: Place) -> None:
+def test_the_plan_as_json(here: Place) -> None:
     words = (*TOY, "scaling.device=auto", "cluster.size=Standard_NC64as_T4_v3", "cluster.nodes=2", "--offline")
-    told = here.here("plan", *words, "--json")
-    assert told.status == 0, told.err
-    plan = json.loads(told.out)
+    planned_run = here.here("plan", *words, "--json")
+    assert planned_run.status == 0, planned_run.err
+    plan = json.loads(planned_run.out)
     whole, name, flag = int, str, bool
     schema: dict[str, Any] = {
         "run": name,
@@ -338,15 +344,15 @@ def test_the_plan_for_programs(here: Place) -> None:
     for one in plan["strategies"]:
         check(one, {"strategy": name, "memory": dict, "needs": whole, "fits": flag, "bytes_per_step": whole}, "one")
     assert [one["vcpus"] for one in plan["quotas"]] == [128, 4, 132]
-    assert here.files() == set(), "nothing is created"
+    assert here.files() == set(), "a plan creates nothing"
 
 
-def test_of_a_sweep_the_first_trial_is_planned(here: Place) -> None:
+def test_the_plan_of_a_sweep_shows_the_first_trial(here: Place) -> None:
     words = ("plan", "--offline", "-m", *TOY, "optimizer.lr=0.1,0.2", "cluster.size=NC4as_T4_v3", "run.name=s")
-    told = here.here(*words)
-    assert told.status == 0, told.err
+    planned_run = here.here(*words)
+    assert planned_run.status == 0, planned_run.err
     for part in ("2 trials, a grid over optimizer.lr; min val/loss", "trial 1", "Quota needed", "runs/s/0"):
-        assert part in told.out
+        assert part in planned_run.out
     found = json.loads(here.here(*words, "--json").out)
     assert found["grid"] == [["optimizer.lr=0.1"], ["optimizer.lr=0.2"]]
     assert found["plan"]["nodes"]["size"] == "Standard_NC4as_T4_v3"
@@ -354,26 +360,26 @@ def test_of_a_sweep_the_first_trial_is_planned(here: Place) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["-m", "optimizer.lr=0.1,0.2"]])
-def test_nothing_else_takes_such_a_cluster(flags: list[str], here: Place) -> None:
-    told = here.here("train", *flags, *TOY, "cluster.size=NC4as_T4_v3")
-    assert told.status == 2
-    assert "cluster.size=NC4as_T4_v3 asks for VMs of Azure, and cluster=none has none" in told.err
-    assert "launch plan" in told.err
+def test_other_verbs_reject_cluster_size(flags: list[str], here: Place) -> None:
+    planned_run = here.here("train", *flags, *TOY, "cluster.size=NC4as_T4_v3")
+    assert planned_run.status == 2
+    assert "cluster.size=NC4as_T4_v3 requests Azure VMs, but cluster=none" in planned_run.err
+    assert "launch plan" in planned_run.err
     assert here.files() == set()
 
 
-def test_sizes_that_cannot_be_had(here: Place) -> None:
-    for size, expected in (("NC6s_v3", "Take Standard_NC24ads_A100_v4 instead"), ("NC24ads_A10_v4", "Did you mean")):
-        told = here.here("plan", *TOY, f"cluster.size={size}", "--offline")
-        assert (told.status, told.out) == (2, "")
-        assert expected in told.err
+def test_retired_and_unknown_sizes(here: Place) -> None:
+    for size, expected in (("NC6s_v3", "Use Standard_NC24ads_A100_v4 instead"), ("NC24ads_A10_v4", "Did you mean")):
+        planned_run = here.here("plan", *TOY, f"cluster.size={size}", "--offline")
+        assert (planned_run.status, planned_run.out) == (2, "")
+        assert expected in planned_run.err
 
 
 def kinds(nodes: Nodes) -> dict[str, int]:
     return {one["kind"]: one["count"] for one in nodes.resources()}
 
 
-def test_every_vm_has_what_it_needs() -> None:
+def test_every_vm_has_a_network_interface_and_a_disk() -> None:
     found = kinds(nodes_for(ClusterConfig(size=A100, nodes=3), ask=False))
     assert (found["node"], found["head"]) == (3, 1)
     assert found["network interface"] == found["system disk"] == 4

@@ -1,8 +1,8 @@
-"""Azure's Scheduled Events, played by a server on loopback whose answers a test writes.
+"""A fake of Azure Scheduled Events: a server on loopback with responses that a test defines.
 
     python -m tests.support.scheduled_events VM PORT FILE
 
-serves on a machine of a laboratory the list of events that the file holds at that moment.
+serves the current list of events in a file, on a machine of the test laboratory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 def event(
     vm: str = "gpu-1", kind: str = "Preempt", not_before: float | str = "", identity: str = "E1", **more: Any
 ) -> dict[str, Any]:
-    """One event as Azure writes it. not_before: seconds since the epoch, or text as it is."""
+    """Return one event in Azure's format. not_before: seconds since the epoch, or text."""
     return {
         "EventId": identity,
         "EventStatus": "Scheduled" if not_before else "Started",
@@ -40,7 +40,7 @@ def event(
 
 
 def body(text: str | bytes, status: int = 200, seconds: float = 0.0) -> Answer:
-    """An answer of one's own, after a while."""
+    """Return a response with this body, sent after `seconds`."""
     content = text.encode() if isinstance(text, str) else text
 
     def write(handler: BaseHTTPRequestHandler) -> None:
@@ -54,13 +54,13 @@ def body(text: str | bytes, status: int = 200, seconds: float = 0.0) -> Answer:
 
 
 def reset(handler: BaseHTTPRequestHandler) -> None:
-    """Hang up without a word."""
+    """Close the connection without a response."""
     handler.close_connection = True
     handler.connection.close()
 
 
 class ScheduledEvents:
-    """The service: `set` says which events there are, `script` what the next questions are answered instead."""
+    """The service. `set` defines the current events, `script` the responses to the next requests instead."""
 
     def __init__(self, vm: str = "gpu-1", port: int = 0) -> None:
         self.vm = vm
@@ -116,10 +116,10 @@ class ScheduledEvents:
 
 def main(vm: str, port: str, file: str) -> None:
     with ScheduledEvents(vm, int(port)) as service:
-        told = None
+        previous = None
         while True:
-            if (text := Path(file).read_text()) != told:
-                told = text
+            if (text := Path(file).read_text()) != previous:
+                previous = text
                 service.set(*json.loads(text))
             time.sleep(0.1)
 

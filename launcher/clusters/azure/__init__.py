@@ -1,12 +1,14 @@
-"""Clusters of Azure VMs: Ray's own cluster launcher and Azure provider, with what they leave to their user.
+"""Clusters of Azure VMs, created with Ray's cluster launcher and Ray's Azure node provider.
 
-wanted.py      configuration -> what is wanted: sizes, names, zone (a value)
-network.py     the base of a cluster: network, identities (an ARM template, as a value)
-ray_yaml.py    the file for `ray up` (as a value, and as text)
-checks.py      credentials, quotas and sizes, asked before anything is created
-provider.py    Ray's Azure provider: workers get an identity of their own, failures are counted and kept
-on_head.py     what runs on the head: idle watchdog, and a report for `launch status`
-lifecycle.py   up, status and down
-making.py      `ray up` makes the head
-node_join.py     the nodes that are waited for, and what they cost
+spec.py            configuration -> specification of a cluster: sizes, names, zone (a value)
+network.py         the network and identities of a cluster (an ARM template, as a value)
+ray_yaml.py        the file for `ray up` (as a value, and as text)
+checks.py          credentials, quotas and sizes, checked before anything is created
+local_files.py     SSH key, address and files of this machine that a cluster needs
+lifecycle.py       up, status and down
+head_creation.py   run `ray up`, which creates the head
+node_join.py       wait for the nodes to join, and compute their cost
+provider.py        Ray's Azure provider: separate identities for nodes, failed launches are counted and recorded
+failures.py        the record of failed launches
+on_head.py         programs on the head: the idle watchdog, and a report for `launch status`
 """

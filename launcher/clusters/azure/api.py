@@ -1,6 +1,6 @@
-"""What is asked of Azure's management API, with its errors as sentences.
+"""A client of Azure's management API that reports its errors as sentences.
 
-The packages of the extra `azure` are imported when something is asked, as everything here may be read without them.
+Importing this module requires the packages of the extra `azure`; see `launcher.clusters.azure.kind`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,29 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from azure.core.exceptions import (
+    AzureError,
+    ClientAuthenticationError,
+    ResourceNotFoundError,
+    ServiceRequestError,
+)
+from azure.identity import AzureCliCredential, CredentialUnavailableError
+from azure.mgmt.compute import ComputeManagementClient
+from azure.mgmt.network import NetworkManagementClient
+from azure.mgmt.resource import ResourceManagementClient
+
+from launcher.clusters.azure.failures import failure_of
 from launcher.errors import ClusterError
 
 SCOPE = "https://management.azure.com/.default"
-POLL_SECONDS = 2  # for what takes long, where Azure names no time
+POLL_SECONDS = 2  # between two polls of a long operation, unless Azure specifies an interval
 _SECONDS = 60
-KIND_TAG = "ray-user-node-type"  # that Ray gives a VM: "head", or the kind of node
+KIND_TAG = "ray-user-node-type"  # set by Ray on each VM: "head", or the node type
 
 
 @dataclass(frozen=True)
 class Account:
-    """Who asks: the subscription that pays, and its name for people."""
+    """An Azure login: the id and display name of the subscription, and the credential for requests."""
 
     subscription: str
     name: str
@@ -33,142 +45,128 @@ class Account:
 
 
 def sign_in(subscription: str | None = None) -> Account:
-    """Return the account of `az login`. Nothing of it is written anywhere.
+    """Return the account of `az login`. The credential is not written to any file.
+
+    Args:
+        subscription: the id or name of a subscription; None: the default of `az account show`.
 
     Raises:
-        ClusterError: the packages or `az` are missing, nobody is logged in, the login has expired, or it does not
-            reach the subscription: each its own sentence.
+        ClusterError: `az` is missing, the user is not logged in, the login has expired, or it has no access to the
+            subscription. Each cause has its own message.
     """
-    try:
-        from azure.core.exceptions import ClientAuthenticationError
-        from azure.identity import AzureCliCredential, CredentialUnavailableError
-    except ImportError as error:
-        raise ClusterError(
-            f"cluster=azure needs Azure's packages for Python ({error.name} is missing). Install them: "
-            "pip install 'launch-train[azure]'."
-        ) from None
     if shutil.which("az") is None:
         raise ClusterError(
-            "cluster=azure needs Azure's command line `az` for your login, and there is none on PATH. Install it "
+            "cluster=azure needs the Azure command line `az` for your login, but it is not on PATH. Install it "
             "(https://aka.ms/azure-cli), then run `az login`."
         )
-    chosen = ["--subscription", subscription] if subscription else []
+    options = ["--subscription", subscription] if subscription else []
     try:
-        shown = subprocess.run(
-            ["az", "account", "show", "--output", "json", *chosen], capture_output=True, text=True, timeout=_SECONDS
+        done = subprocess.run(
+            ["az", "account", "show", "--output", "json", *options], capture_output=True, text=True, timeout=_SECONDS
         )
-        if shown.returncode:
-            raise _refused(shown.stderr, subscription)
-        account = json.loads(shown.stdout)
+        if done.returncode:
+            raise _login_error(done.stderr, subscription)
+        account = json.loads(done.stdout)
         credential = AzureCliCredential(subscription=account["id"], process_timeout=_SECONDS)
         credential.get_token(SCOPE)
     except (CredentialUnavailableError, ClientAuthenticationError) as error:
-        raise _refused(error.message or str(error), subscription) from None
+        raise _login_error(error.message or str(error), subscription) from None
     except subprocess.TimeoutExpired:
-        raise ClusterError(f"`az account show` did not answer within {_SECONDS} s. Try it by hand.") from None
+        raise ClusterError(
+            f"`az account show` did not answer within {_SECONDS} s. Run it in a shell to see the cause."
+        ) from None
     except (ValueError, KeyError):
         raise ClusterError(
-            "`az account show --output json` answers something else. Update az, then try again."
+            "`az account show --output json` did not print the expected JSON. Update az, then retry."
         ) from None
     return Account(account["id"], account.get("name", account["id"]), credential)
 
 
-def _refused(said: str, subscription: str | None) -> ClusterError:
-    said = " ".join(said.split())
-    if subscription and re.search(r"doesn't exist|not found|could not be found", said, re.IGNORECASE):
+def _login_error(output: str, subscription: str | None) -> ClusterError:
+    output = " ".join(output.split())
+    if subscription and re.search(r"doesn't exist|not found|could not be found", output, re.IGNORECASE):
         return ClusterError(
-            f"cluster.subscription={subscription} is none that your login reaches. `az account list` shows them."
+            f"cluster.subscription={subscription} does not exist, or your login has no access to it. `az account list` "
+            "shows your subscriptions."
         )
-    if re.search(r"expired|AADSTS(50078|50173|70043|700082|70008)|interaction.required", said, re.IGNORECASE):
-        return ClusterError("Your Azure login has expired. Run `az login`, then try again.")
-    if "az login" in said:
-        return ClusterError("Nobody is logged in to Azure on this machine. Run `az login`, then try again.")
-    return ClusterError(f"`az` gives no token: {said[:400]} Run `az login`, then try again.")
+    if re.search(r"expired|AADSTS(50078|50173|70043|700082|70008)|interaction.required", output, re.IGNORECASE):
+        return ClusterError("Your Azure login has expired. Run `az login`, then retry.")
+    if "az login" in output:
+        return ClusterError("You are not logged in to Azure on this machine. Run `az login`, then retry.")
+    return ClusterError(f"`az` returned no token: {output[:400]} Run `az login`, then retry.")
 
 
 @contextlib.contextmanager
-def translated_errors(doing: str) -> Iterator[None]:
-    """Raise ClusterError in place of an error of Azure's SDK; `doing` says what was done, for the sentence."""
-    from azure.core.exceptions import AzureError, ClientAuthenticationError, ServiceRequestError
+def translated_errors(action: str) -> Iterator[None]:
+    """Raise ClusterError instead of an error of Azure's SDK.
 
-    from launcher.clusters.azure.failures import failure_of
-
+    Args:
+        action: what the block does, for the message, such as `Creating the network of demo`.
+    """
     try:
         yield
     except ClientAuthenticationError as error:
-        raise _refused(str(error.message or error), None) from error
+        raise _login_error(str(error.message or error), None) from error
     except ServiceRequestError as error:
-        raise ClusterError(f"{doing}: Azure cannot be reached from here ({str(error)[:300]}).") from error
+        raise ClusterError(
+            f"{action} failed: Azure is unreachable from this machine ({str(error)[:300]}). Check the network and the "
+            "proxy settings."
+        ) from error
     except AzureError as error:
-        raise ClusterError(f"{doing}: Azure refuses. {failure_of(error, '', 0).words}") from error
+        raise ClusterError(f"{action} failed: Azure rejected the request. {failure_of(error, '', 0)}") from error
 
 
 class Api:
-    """The few requests that launch makes itself. Errors of the SDK pass; `told` turns them into sentences."""
+    """The requests that launch sends to Azure. Each SDK client is created on first use."""
 
     def __init__(self, account: Account) -> None:
         self.account = account
 
     @cached_property
     def compute(self) -> Any:
-        from azure.mgmt.compute import ComputeManagementClient
-
         return ComputeManagementClient(self.account.credential, self.account.subscription)
 
     @cached_property
     def network(self) -> Any:
-        from azure.mgmt.network import NetworkManagementClient
-
         return NetworkManagementClient(self.account.credential, self.account.subscription)
 
     @cached_property
     def resources(self) -> Any:
-        from azure.mgmt.resource import ResourceManagementClient
-
         return ResourceManagementClient(
             self.account.credential, self.account.subscription, polling_interval=POLL_SECONDS
         )
 
     def group(self, name: str) -> Any | None:
-        """Return the resource group, or None where there is none."""
-        from azure.core.exceptions import ResourceNotFoundError
-
+        """Return the resource group, or None if it does not exist."""
         try:
             return self.resources.resource_groups.get(name)
         except ResourceNotFoundError:
             return None
 
     def deploy(self, group: str, name: str, template: dict[str, Any]) -> None:
-        """Deploy a template into a group and wait for its end."""
-        wish = {"properties": {"mode": "Incremental", "template": template, "parameters": {}}}
-        self.resources.deployments.begin_create_or_update(group, name, wish).result()
+        """Deploy a template into a resource group and wait until the deployment is complete."""
+        deployment = {"properties": {"mode": "Incremental", "template": template, "parameters": {}}}
+        self.resources.deployments.begin_create_or_update(group, name, deployment).result()
 
-    def delete_group(self, name: str, wait: bool = True) -> None:
-        from azure.core.exceptions import ResourceNotFoundError
-
+    def delete_group(self, name: str) -> None:
+        """Delete a resource group with all its resources and wait for the end. Does nothing if it does not exist."""
         with contextlib.suppress(ResourceNotFoundError):
-            started = self.resources.resource_groups.begin_delete(name)
-            if wait:
-                started.result()
+            self.resources.resource_groups.begin_delete(name).result()
 
-    def left(self, group: str) -> list[str]:
-        """Return what a group still holds, as `type name`; nothing where the group is gone."""
-        from azure.core.exceptions import ResourceNotFoundError
-
+    def remaining(self, group: str) -> list[str]:
+        """Return the resources of a group, each as `type name`; empty if the group does not exist."""
         try:
             return [f"{one.type} {one.name}" for one in self.resources.resources.list_by_resource_group(group)]
         except ResourceNotFoundError:
             return []
 
     def principal(self, identity: str) -> str:
-        """Return the id by which roles are given to a managed identity, which is named by its resource id."""
+        """Return the principal id of a managed identity, which role assignments need. identity: its resource id."""
         found = self.resources.resources.get_by_id(identity, "2023-01-31")
         return str(found.properties["principalId"])
 
     def machines(self, group: str) -> list[dict[str, Any]]:
-        """Return the VMs of a group: name, size, kind ("head" or that of its nodes), spot, state (of its power)."""
-        from azure.core.exceptions import ResourceNotFoundError
-
+        """Return the VMs of a group, each with name, size, kind ("head" or the node type), spot, state (of power)."""
         found = []
         try:
             for vm in self.compute.virtual_machines.list(group):
@@ -185,12 +183,15 @@ class Api:
                         "state": states[0] if states else "creating",
                     }
                 )
-        except ResourceNotFoundError:  # the group, or a VM that went meanwhile
+        except ResourceNotFoundError:  # the group does not exist, or a VM was deleted in the meantime
             pass
         return found
 
     def head_address(self, group: str) -> str | None:
-        """Return the public address of the head: that of its interface, as an interrupted launch leaves others."""
+        """Return the public IP address of the head, or None.
+
+        It is looked up through the network interface of the VM, since an interrupted `ray up` leaves other addresses.
+        """
         heads = [vm for vm in self.compute.virtual_machines.list(group) if (vm.tags or {}).get(KIND_TAG) == "head"]
         for vm in heads:
             interface = vm.network_profile.network_interfaces[0].id.rpartition("/")[2]

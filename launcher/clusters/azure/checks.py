@@ -1,4 +1,4 @@
-"""Asked of Azure before anything is created: is the size there, in which zone, and is there quota for it."""
+"""Checks against Azure before anything is created: is the size available, in which zone, and does the quota suffice?"""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from launcher.formatting import count
 
 @dataclass(frozen=True)
 class QuotaUsage:
-    """vCPUs of one quota in one region."""
+    """The limit and the current usage of one quota in one region, in vCPUs."""
 
     limit: int
     used: int
 
 
-def check(api: Api, wanted: ClusterSpec) -> ClusterSpec:
-    """Return what is wanted with its zone chosen.
+def check(api: Api, spec: ClusterSpec) -> ClusterSpec:
+    """Return the specification with its zone chosen.
 
     Raises:
-        ResourceError: no such size there, or not for this subscription, or not in the zone; or too little quota:
-            names the family, its limit and what is used.
+        ResourceError: the size is not offered in the region, not available to the subscription or not in the zone, or
+            a quota is too small. The message names the quota family, its limit and its usage.
         ClusterError: Azure does not answer.
     """
-    with translated_errors(f"Asking Azure for {wanted.place}"):
-        zone = _zone(api, wanted)
-        uses = {
+    with translated_errors(f"Querying sizes and quotas for {spec.place}"):
+        zone = _zone(api, spec)
+        usages = {
             usage.name.value.lower(): QuotaUsage(int(usage.limit), int(usage.current_value))
-            for usage in api.compute.usage.list(wanted.nodes.region)
+            for usage in api.compute.usage.list(spec.nodes.region)
         }
-    _check_quota(wanted, uses)
-    return replace(wanted, zone=zone)
+    _check_quotas(spec, usages)
+    return replace(spec, zone=zone)
 
 
-def _zone(api: Api, wanted: ClusterSpec) -> str | None:
-    nodes = wanted.nodes
+def _zone(api: Api, spec: ClusterSpec) -> str | None:
+    """Return the configured zone, or the first zone that offers both sizes; None if the region has no zones."""
+    nodes = spec.nodes
     names = {nodes.size.name, nodes.head.name}
     listed: dict[str, Any] = {
         sku.name: sku
@@ -49,55 +50,56 @@ def _zone(api: Api, wanted: ClusterSpec) -> str | None:
     }
     zones = {name: _zones_of(listed.get(name), name, nodes.region) for name in names}
     both = sorted(zones[nodes.size.name] & zones[nodes.head.name])
-    if wanted.zone is not None and wanted.zone not in both:
-        there = f"they are both in zone {', '.join(both)}" if both else "there is no zone that has both"
+    if spec.zone is not None and spec.zone not in both:
+        offered = f"both are offered in zone {', '.join(both)}" if both else "no zone offers both"
         raise ResourceError(
-            f"cluster.zone={wanted.zone}: {nodes.size.name} and the head ({nodes.head.name}) are not both in this zone "
-            f"of {nodes.region} for your subscription; {there}. Take another zone, or leave cluster.zone out."
+            f"cluster.zone={spec.zone}: {nodes.size.name} and the head ({nodes.head.name}) are not both available in "
+            f"this zone of {nodes.region} for your subscription; {offered}. Choose another zone, or omit cluster.zone."
         )
-    return wanted.zone or (both[0] if both else None)
+    return spec.zone or (both[0] if both else None)
 
 
 def _zones_of(sku: Any, name: str, region: str) -> set[str]:
     if sku is None:
         raise ResourceError(
-            f"{name} is not offered in {region}. Take another cluster.region; `az vm list-skus --size {name}` shows "
-            "where it is."
+            f"{name} is not offered in {region}. Choose another cluster.region; `az vm list-skus --size {name}` lists "
+            "the regions that offer it."
         )
     zones = {zone for info in sku.location_info or [] for zone in info.zones or []}
     for limit in sku.restrictions or []:
         if limit.type == "Location":
             raise ResourceError(
-                f"{name} is not available in {region} for your subscription ({limit.reason_code}). Take another "
-                "cluster.region or cluster.size, or ask Azure for access to it (https://aka.ms/azurecapacity)."
+                f"{name} is not available in {region} for your subscription ({limit.reason_code}). Choose another "
+                "cluster.region or cluster.size, or request access to the size (https://aka.ms/azurecapacity)."
             )
         zones -= set((limit.restriction_info.zones if limit.restriction_info else None) or [])
     return zones
 
 
-def _check_quota(wanted: ClusterSpec, uses: dict[str, QuotaUsage]) -> None:
-    nodes, size, head = wanted.nodes, wanted.nodes.size, wanted.nodes.head
+def _check_quotas(spec: ClusterSpec, usages: dict[str, QuotaUsage]) -> None:
+    nodes, size, head = spec.nodes, spec.nodes.size, spec.nodes.head
     vcpus = nodes.nodes * size.vcpus
-    told_nodes = f"{count(nodes.nodes, 'node')} of {size.name}"
-    _need("the head", [(head.quota_family, head.vcpus), (REGIONAL, head.vcpus)], wanted, uses)
+    what = f"{count(nodes.nodes, 'node')} of {size.name}"
+    _require("the head", [(head.quota_family, head.vcpus), (REGIONAL, head.vcpus)], spec, usages)
     spot = [(SPOT_POOL, vcpus)]
     shared = head.vcpus if head.quota_family.lower() == size.quota_family.lower() else 0
     on_demand = [(size.quota_family, vcpus + shared), (REGIONAL, vcpus + head.vcpus)]
     if nodes.spot is not False:
         try:
-            return _need(f"{told_nodes} as spot", spot, wanted, uses)
+            return _require(f"{what} as spot", spot, spec, usages)
         except ResourceError:
             if nodes.spot is True:
                 raise
-    return _need(told_nodes, on_demand, wanted, uses)
+    return _require(what, on_demand, spec, usages)
 
 
-def _need(what: str, needs: Sequence[tuple[str, int]], wanted: ClusterSpec, uses: dict[str, QuotaUsage]) -> None:
+def _require(what: str, needs: Sequence[tuple[str, int]], spec: ClusterSpec, usages: dict[str, QuotaUsage]) -> None:
     for family, vcpus in needs:
-        use = uses.get(family.lower())
-        if use is not None and use.used + vcpus > use.limit:
+        usage = usages.get(family.lower())
+        if usage is not None and usage.used + vcpus > usage.limit:
             raise ResourceError(
-                f"{what} would need {vcpus} vCPUs of {family} in {wanted.nodes.region}: the quota's limit is "
-                f"{use.limit}, and {use.used} are in use. Ask for more (https://aka.ms/azurequota), take fewer "
-                "cluster.nodes, another cluster.region or cluster.size, or cluster.spot, which has a quota of its own."
+                f"{what} would need {vcpus} vCPUs of the quota {family} in {spec.nodes.region}, but its limit is "
+                f"{usage.limit} and {usage.used} are in use. Request a higher quota (https://aka.ms/azurequota), lower "
+                "cluster.nodes, choose another cluster.region or cluster.size, or use cluster.spot, which has a "
+                "separate quota."
             )

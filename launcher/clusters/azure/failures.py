@@ -1,6 +1,6 @@
-"""Launches of VMs that failed, kept in a file: Ray's provider writes it, `launch up` and `launch status` read it.
+"""The record of failed VM launches, a file that Ray's provider writes and `launch up` and `launch status` read.
 
-Why a node never comes is known to the head's autoscaler alone, deep in its logs.
+Without it, the reason why a node was not created would be only in the log of the autoscaler on the head.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 from launcher.clusters.azure.spec import DIRECTORY
 
-VARIABLE = "LAUNCH_FAILURES"  # the file, where it is not the head's
-FORGOTTEN_SECONDS = 1800.0  # capacity comes and goes: after this Azure is asked again
+VARIABLE = "LAUNCH_FAILURES"  # path of the file; default: the one on the head
+EXPIRY_SECONDS = 1800.0  # capacity changes: after this time a failed launch no longer counts
 _LONGEST = 600
 SPOT, ON_DEMAND = "spot", "on-demand"
-# What Azure calls a want of machines, as opposed to a wrong request: another zone, region or size may have some.
+# Azure's error codes for missing capacity, as opposed to a wrong request. Another zone, region or size may have some.
 CAPACITY = frozenset(
     {
         "SkuNotAvailable",
@@ -28,14 +28,21 @@ CAPACITY = frozenset(
         "OverconstrainedAllocationRequest",
         "OverconstrainedZonalAllocationRequest",
         "QuotaExceeded",
-        "OperationNotAllowed",  # a quota, where a VM is made without a deployment
+        "OperationNotAllowed",  # a quota error if a VM is created without a deployment
     }
 )
 
 
 @dataclass(frozen=True)
 class LaunchFailure:
-    """One launch that failed. kind: SPOT, ON_DEMAND, or "" for the head; at: seconds since the epoch."""
+    """A failed launch.
+
+    Attributes:
+        kind: SPOT, ON_DEMAND, or "" for the head.
+        count: the number of VMs that were requested.
+        code, message: Azure's error.
+        at: seconds since the epoch, by the clock of the machine that recorded it.
+    """
 
     kind: str
     count: int
@@ -43,30 +50,31 @@ class LaunchFailure:
     message: str
     at: float
 
-    @property
-    def words(self) -> str:
+    def __str__(self) -> str:
         return f"{self.code}: {self.message}"
 
 
 def path() -> Path:
+    """Return the path of the record."""
     return Path(os.environ.get(VARIABLE) or f"{DIRECTORY}/failures.jsonl")
 
 
 def add(failure: LaunchFailure) -> None:
+    """Append a failure to the record."""
     with path().open("a") as file:
         file.write(json.dumps(asdict(failure)) + "\n")
 
 
 def forget(kind: str) -> None:
-    """A launch of this kind went well: what failed before counts no more."""
-    found = read()
-    left = [failure for failure in found if failure.kind != kind]
-    if len(left) < len(found):
-        path().write_text("".join(json.dumps(asdict(failure)) + "\n" for failure in left))
+    """Remove the failures of this kind. Called after a successful launch."""
+    failures = read()
+    others = [failure for failure in failures if failure.kind != kind]
+    if len(others) < len(failures):
+        path().write_text("".join(json.dumps(asdict(failure)) + "\n" for failure in others))
 
 
 def read() -> list[LaunchFailure]:
-    """Return what failed, oldest first."""
+    """Return the recorded failures, oldest first."""
     try:
         lines = path().read_text().splitlines()
     except OSError:
@@ -75,19 +83,19 @@ def read() -> list[LaunchFailure]:
 
 
 def recent(kind: str, now: float | None = None) -> int:
-    """Return how many launches of this kind failed since the last that went well, and not long ago."""
+    """Return how many launches of this kind failed since the last success, within EXPIRY_SECONDS."""
     now = time.time() if now is None else now
-    return sum(1 for failure in read() if failure.kind == kind and now - failure.at < FORGOTTEN_SECONDS)
+    return sum(1 for failure in read() if failure.kind == kind and now - failure.at < EXPIRY_SECONDS)
 
 
 def failure_of(error: Exception, kind: str, count: int) -> LaunchFailure:
-    """Return what an error of Azure's SDK says, by its innermost cause: the outer ones say "deployment failed" only."""
+    """Return a failure for an error of Azure's SDK, with its innermost cause. Outer errors name no cause."""
     found: Any = getattr(error, "error", None)
     code, message = getattr(found, "code", None) or type(error).__name__, str(getattr(found, "message", "") or error)
     while details := getattr(found, "details", None):
         found = details[0]
         code, message = found.code or code, found.message or message
-    # A deployment quotes the answer of the service that refused, as JSON in its message.
+    # The message of a deployment error contains the response of the failing service as JSON.
     with_code = re.search(r'"code"\s*:\s*"(\w+)".*?"message"\s*:\s*"((?:[^"\\]|\\.)*)"', message, re.DOTALL)
     if with_code:
         code, message = with_code[1], with_code[2]

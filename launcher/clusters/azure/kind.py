@@ -1,4 +1,4 @@
-"""The kind `azure`: VMs of Azure are created, become a Ray cluster, and are deleted."""
+"""The kind `azure`: creates and deletes Azure VMs that form a Ray cluster."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 from launcher.clusters.base import ClusterKind, Report
 from launcher.config.checks import at_least
 from launcher.config.schema import ClusterConfig, ScalingConfig
-from launcher.errors import ConfigError
+from launcher.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from launcher.clusters.remote.registry import Head
 
-ANYWHERE = "anywhere"  # the word that opens SSH to every address
-_WIDEST = 8  # bits: no owner of a network has a larger one
+ANYWHERE = "anywhere"  # value of cluster.ssh_from that allows SSH from every address
+_MIN_PREFIX_BITS = 8  # no organization owns a larger network
 
 
 @dataclass
 class AzureCluster(ClusterConfig):
     kind: str = "azure"
-    zone: str | None = None  # of the region, one for all VMs; default: the first that has the size
-    # Of {size, region, zone, …}: tried in their order where Azure has none.
+    zone: str | None = None  # availability zone of all VMs; default: the first that offers the size
+    # Each with some of size, region, zone, …; tried in order if Azure has no capacity.
     alternatives: list[Any] = field(default_factory=list)
-    down_after: bool = False  # remove all, the head too, after idle_minutes without work
-    launch_attempts: int = 3  # failed launches of GPU VMs after which no further one is tried
-    subscription: str | None = None  # of Azure; default: that of `az account show`
-    ssh_from: str | None = None  # the address (CIDR) that may reach the head, or `anywhere`; default: this machine's
+    down_after: bool = False  # remove the whole cluster, including the head, after idle_minutes without work
+    launch_attempts: int = 3  # failed launches of GPU VMs after which no further launch is tried
+    subscription: str | None = None  # id or name; default: that of `az account show`
+    ssh_from: str | None = None  # address (CIDR) that may connect to the head, or `anywhere`; default: this machine's
 
 
 class Azure(ClusterKind):
@@ -49,20 +49,30 @@ class Azure(ClusterKind):
     def provision(
         self, cluster: ClusterConfig, report: Report, calling: Path | None = None, scaling: ScalingConfig | None = None
     ) -> Head:
-        from launcher.clusters.azure import lifecycle
-
         assert isinstance(cluster, AzureCluster)
-        return lifecycle.up(cluster, report, scaling)
+        head: Head = _lifecycle().up(cluster, report, scaling)
+        return head
 
     def status(self, head: Head) -> tuple[Head, list[str]]:
-        from launcher.clusters.azure import lifecycle
-
-        return lifecycle.status(head)
+        found: tuple[Head, list[str]] = _lifecycle().status(head)
+        return found
 
     def remove(self, name: str, report: Report) -> None:
-        from launcher.clusters.azure import lifecycle
+        _lifecycle().down(name, report)
 
-        lifecycle.down(name, report)
+
+def _lifecycle() -> Any:
+    """Import the module with up, status and down. Raises ClusterError if the packages of Azure are not installed."""
+    try:
+        from launcher.clusters.azure import lifecycle
+    except ImportError as error:
+        if not (error.name or "").startswith(("azure", "msrest")):
+            raise
+        raise ClusterError(
+            f"cluster=azure needs Azure's Python packages ({error.name} is missing). Install them with: pip install "
+            "'launch-train[azure]'."
+        ) from None
+    return lifecycle
 
 
 def _check_ssh_from(value: str | None) -> None:
@@ -75,11 +85,11 @@ def _check_ssh_from(value: str | None) -> None:
             f"cluster.ssh_from is {value!r}, but must be an address or a network in CIDR notation, such as "
             "203.0.113.7/32."
         ) from None
-    if network.prefixlen < _WIDEST:
+    if network.prefixlen < _MIN_PREFIX_BITS:
         raise ConfigError(
-            f"cluster.ssh_from={value} opens the head's SSH port to {network.num_addresses:,} addresses. Give the "
-            "address or network that you connect from, such as 203.0.113.7/32, or leave the key out for this machine's "
-            f"address. To open the port to the whole internet write cluster.ssh_from={ANYWHERE}."
+            f"cluster.ssh_from={value} opens the head's SSH port to {network.num_addresses:,} addresses. Set it to the "
+            "address or network that you connect from, such as 203.0.113.7/32, or omit the key to allow only the "
+            f"address of this machine. To open the port to the whole internet, set cluster.ssh_from={ANYWHERE}."
         )
 
 

@@ -1,8 +1,8 @@
-"""The base of a cluster, deployed before its VMs: identities, network, and who may reach the head.
+"""The ARM template of a cluster's network and identities, which is deployed before its VMs.
 
-Ray's own template opens SSH to the whole world and gives every worker the right to change everything in the group.
-Here one address may reach SSH, the head's identity may create VMs in this group, and the nodes' identity has no right
-in it at all; storage is granted to it by its owner (`mounts.role_lines`).
+Ray's own template opens SSH to every address and allows every worker to change all resources of the group. This
+template allows SSH from one address only, the head's identity may create VMs in the group, and the nodes' identity has
+no role in it. The owner of a storage account grants access to it (`mounts.role_lines`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _NETWORK_API = "2024-10-01"
 _SCHEMA = "https://schema.management.azure.com/schemas/2019-04-01/deploymentTemplate.json#"
 
 
-def ids(subscription: str, wanted: ClusterSpec) -> dict[str, str]:
-    """Return the resource ids that VMs refer to: head (identity), nodes (identity), nsg, subnet."""
-    group = f"/subscriptions/{subscription}/resourceGroups/{wanted.group}/providers"
-    name = wanted.name
+def ids(subscription: str, spec: ClusterSpec) -> dict[str, str]:
+    """Return the resource ids that VMs reference, by name: head (identity), nodes (identity), nsg, subnet."""
+    group = f"/subscriptions/{subscription}/resourceGroups/{spec.group}/providers"
+    name = spec.name
     return {
         "head": f"{group}/Microsoft.ManagedIdentity/userAssignedIdentities/{name}-head",
         "nodes": f"{group}/Microsoft.ManagedIdentity/userAssignedIdentities/{name}-nodes",
@@ -33,16 +33,16 @@ def ids(subscription: str, wanted: ClusterSpec) -> dict[str, str]:
     }
 
 
-def template(wanted: ClusterSpec) -> dict[str, Any]:
-    """Return the ARM template, for a deployment into the cluster's group. No parameters: all is written in it."""
-    name = wanted.name
+def template(spec: ClusterSpec) -> dict[str, Any]:
+    """Return the ARM template for a deployment into the cluster's resource group. It has no parameters."""
+    name = spec.name
     head = f"resourceId('Microsoft.ManagedIdentity/userAssignedIdentities', '{name}-head')"
     role = "Microsoft.Authorization"
     nsg = f"resourceId('Microsoft.Network/networkSecurityGroups', '{name}-nsg')"
     subnet = {
         "addressPrefix": ADDRESSES,
         "networkSecurityGroup": {"id": f"[{nsg}]"},
-        # New networks have none unless it is asked for, and nodes have no public address: packages come this way.
+        # New networks have no outbound access by default, and nodes without a public address download packages.
         "defaultOutboundAccess": True,
         "serviceEndpoints": [{"service": "Microsoft.Storage"}],
     }
@@ -51,14 +51,14 @@ def template(wanted: ClusterSpec) -> dict[str, Any]:
         "protocol": "Tcp",
         "access": "Allow",
         "direction": "Inbound",
-        "sourceAddressPrefix": "0.0.0.0/0" if wanted.ssh_from == ANYWHERE else wanted.ssh_from,
+        "sourceAddressPrefix": "0.0.0.0/0" if spec.ssh_from == ANYWHERE else spec.ssh_from,
         "sourcePortRange": "*",
         "destinationAddressPrefix": "*",
         "destinationPortRange": "22",
     }
     resources = [
-        _resource("Microsoft.ManagedIdentity/userAssignedIdentities", "2023-01-31", f"{name}-head", wanted),
-        _resource("Microsoft.ManagedIdentity/userAssignedIdentities", "2023-01-31", f"{name}-nodes", wanted),
+        _resource("Microsoft.ManagedIdentity/userAssignedIdentities", "2023-01-31", f"{name}-head", spec),
+        _resource("Microsoft.ManagedIdentity/userAssignedIdentities", "2023-01-31", f"{name}-nodes", spec),
         {
             "type": "Microsoft.Authorization/roleAssignments",
             "apiVersion": ROLE_API,
@@ -72,11 +72,11 @@ def template(wanted: ClusterSpec) -> dict[str, Any]:
             },
         },
         {
-            **_resource("Microsoft.Network/networkSecurityGroups", _NETWORK_API, f"{name}-nsg", wanted),
+            **_resource("Microsoft.Network/networkSecurityGroups", _NETWORK_API, f"{name}-nsg", spec),
             "properties": {"securityRules": [{"name": "SSH", "properties": ssh}]},
         },
         {
-            **_resource("Microsoft.Network/virtualNetworks", _NETWORK_API, f"{name}-vnet", wanted),
+            **_resource("Microsoft.Network/virtualNetworks", _NETWORK_API, f"{name}-vnet", spec),
             "dependsOn": [f"[{nsg}]"],
             "properties": {
                 "addressSpace": {"addressPrefixes": [ADDRESSES]},
@@ -87,11 +87,11 @@ def template(wanted: ClusterSpec) -> dict[str, Any]:
     return {"$schema": _SCHEMA, "contentVersion": "1.0.0.0", "resources": resources}
 
 
-def _resource(kind: str, api: str, name: str, wanted: ClusterSpec) -> dict[str, Any]:
+def _resource(kind: str, api: str, name: str, spec: ClusterSpec) -> dict[str, Any]:
     return {
         "type": kind,
         "apiVersion": api,
         "name": name,
-        "location": wanted.nodes.region,
-        "tags": wanted.tags,
+        "location": spec.nodes.region,
+        "tags": spec.tags,
     }

@@ -1,12 +1,12 @@
-"""Runs on the head of a cluster of Azure VMs.
+"""Programs that run on the head of a cluster of Azure VMs.
 
     python -m launcher.clusters.azure.on_head watch --nodes 2 --gpus 1 --idle-minutes 10 [--remove]
     python -m launcher.clusters.azure.on_head report          # one JSON object, for `launch up` and `launch status`
 
-The watchdog asks Ray's autoscaler for the nodes that `launch up` waits for, and takes the wish back when they are there
-or have had their time: an idle one is then deleted by Ray after `idle_minutes`. What Ray leaves standing for longer the
-watchdog deletes itself, and with --remove the whole group goes when nothing has run for that long. It needs nobody's
-laptop: a wish that was never taken back, or an autoscaler that died, would cost money for ever.
+The watchdog requests from Ray's autoscaler the nodes that `launch up` waits for, and releases the request when they
+have joined or the time limit has passed. Ray then deletes an idle node after `idle_minutes`. The watchdog deletes nodes
+that Ray leaves idle for longer, and with --remove the whole resource group when nothing has run for that long. It needs
+no connection to the user's machine: a request that is never released, or a dead autoscaler, would cost money forever.
 """
 
 from __future__ import annotations
@@ -23,34 +23,37 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from launcher.clusters.azure import failures
 from launcher.clusters.azure.spec import DIRECTORY, SPENT_FILE
+from launcher.clusters.gcs import as_client, living_nodes
 from launcher.ray_seam import private
 
 ADDRESS = "127.0.0.1:6379"
-SPENT = Path(SPENT_FILE)  # touched by a run that has stopped for its budget (`launcher.money`)
-WISH = Path(DIRECTORY) / "wish"  # how many nodes `launch up` waits for; its age is that of the wish
-LOCK = WISH.with_suffix(".lock")
-CONFIG = Path("~/ray_bootstrap_config.yaml")  # Ray's own copy of what `ray up` was told
+SPENT = Path(SPENT_FILE)  # touched by a run that stopped because its budget is spent (`launcher.money`)
+REQUESTED = Path(DIRECTORY) / "requested"  # the number of nodes `launch up` waits for; mtime is the time of the request
+LOCK = REQUESTED.with_suffix(".lock")
+CONFIG = Path("~/ray_bootstrap_config.yaml")  # Ray's copy of the configuration for `ray up`
 LOGS = Path("/tmp/ray/session_latest/logs")
 STEP_SECONDS = 5.0
-WISH_SECONDS = 1800.0  # that machines have to come and install what they need
-GRACE_SECONDS = 180.0  # that Ray has for what is its own task
-HOLD_SECONDS = 120.0  # that a run has to begin on the nodes that were waited for
+REQUEST_SECONDS = 1800.0  # for machines to be created and to install their packages
+GRACE_SECONDS = 180.0  # for Ray to delete idle nodes itself
+HOLD_SECONDS = 120.0  # for a run to start on the requested nodes
 RPC_SECONDS = 5.0
 _TAIL = 2000
-# What ssh says on the way to nodes, and nobody has to know.
+# Messages of ssh that do not concern the user.
 _CHATTER = re.compile(r"^(Shared )?[Cc]onnection to \S+ closed|^Warning: Permanently added")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The cluster at one moment.
+class ClusterState:
+    """The state of the cluster at one moment.
 
     Attributes:
-        workers: nodes beside the head.
-        busy: whether a job runs or a node is at work.
-        alive: whether the head's Ray answers; where not, `workers` is a guess.
+        workers: the number of nodes without the head.
+        busy: whether a job runs or a node is in use.
+        alive: whether Ray answers on the head. If not, `workers` is a guess.
     """
 
     workers: int
@@ -58,201 +61,212 @@ class Seen:
     alive: bool = True
 
 
-class Watch:
-    """Decides, from what is seen, what is done. `act` is called with "ask", "release", "workers" or "group".
+class Watchdog:
+    """Decides from the state of the cluster which action is due.
 
     Args:
-        idle_seconds: without work, after which nodes go.
-        remove: whether the group goes as well.
+        idle_seconds: the time without work after which nodes are deleted.
+        remove: whether the resource group is deleted after that time as well.
+        act: called with an action, "request", "release", "workers" or "group", and a number of nodes. "workers" and
+            "group" delete all nodes or the resource group.
+        now: seconds since the epoch.
     """
 
     def __init__(self, idle_seconds: float, remove: bool, act: Callable[[str, int], None], now: float) -> None:
         self._idle_seconds, self._remove, self._act = idle_seconds, remove, act
         self._busy_at = now
-        self._asked = 0
-        self._met = 0.0  # of the last wish that was met: when it was made
+        self._active_request = 0
+        self._met = 0.0  # the time at which the last request that was met had been made
         self._met_at = 0.0
 
-    def step(self, seen: Seen, wish: int, wished_at: float, now: float, spent: bool = False) -> None:
-        """wish: how many nodes are waited for, and since when (seconds since the epoch, as `now`).
+    def step(
+        self, state: ClusterState, requested: int, requested_at: float, now: float, budget_spent: bool = False
+    ) -> None:
+        """Perform the action that is due.
 
-        spent: a run has stopped for its budget since: nodes without work go at once.
+        Args:
+            requested, requested_at: the number of nodes that `launch up` waits for, and the time of the request.
+            now: seconds since the epoch.
+            budget_spent: whether a run has stopped since then because its budget is spent. Idle nodes are then deleted
+                immediately.
         """
-        self._busy_at = max(self._busy_at, now if seen.busy else 0.0, wished_at)
-        if seen.workers >= wish and self._met < wished_at:
-            self._met, self._met_at = wished_at, now
-        waits = self._met < wished_at and now - wished_at < WISH_SECONDS
-        # Ray would take away nodes that were idle for long, just when somebody has asked for them.
-        held = wish > 0 and self._met == wished_at and now - self._met_at < HOLD_SECONDS
-        if seen.alive and not spent and (waits or held):
-            self._act("ask", wish)
-            self._asked = wish
-            # While machines are being made, or a run begins on them, nothing is idle.
+        self._busy_at = max(self._busy_at, now if state.busy else 0.0, requested_at)
+        if state.workers >= requested and self._met < requested_at:
+            self._met, self._met_at = requested_at, now
+        waiting = self._met < requested_at and now - requested_at < REQUEST_SECONDS
+        # Otherwise Ray would delete nodes with a long idle time just after `launch up` has requested them.
+        held = requested > 0 and self._met == requested_at and now - self._met_at < HOLD_SECONDS
+        if state.alive and not budget_spent and (waiting or held):
+            self._act("request", requested)
+            self._active_request = requested
+            # While machines are created, or a run starts on them, the cluster is not idle.
             self._busy_at = now
             return
-        if self._asked and seen.alive:
+        if self._active_request and state.alive:
             self._act("release", 0)
-            self._asked = 0
+            self._active_request = 0
         idle = now - self._busy_at
         if self._remove and idle > self._idle_seconds:
             self._act("group", 0)
-        elif seen.workers and ((spent and not seen.busy) or idle > self._idle_seconds + GRACE_SECONDS):
-            self._act("workers", seen.workers)
+        elif state.workers and ((budget_spent and not state.busy) or idle > self._idle_seconds + GRACE_SECONDS):
+            self._act("workers", state.workers)
 
 
 def watch(nodes: int, gpus: int, idle_minutes: float, remove: bool) -> None:
-    """Watch for ever. What fails is written down and tried again."""
-    WISH.write_text(str(nodes))
+    """Run the watchdog forever. Failures are logged and retried.
 
-    def act(what: str, count: int) -> None:
-        if what in ("ask", "release"):
-            _ask(count, gpus)
+    Args:
+        nodes: the number of nodes that `launch up` waits for.
+        gpus: the number of GPUs per node.
+        idle_minutes, remove: see `Watchdog`.
+    """
+    REQUESTED.write_text(str(nodes))
+
+    def act(action: str, count: int) -> None:
+        if action in ("request", "release"):
+            _request(count, gpus)
             return
-        why = "a budget is spent" if SPENT.exists() else f"idle for {idle_minutes:g} minutes"
-        print(f"{_now()} {why}: deleting {what}", flush=True)
-        _delete_workers() if what == "workers" else _delete_group()
+        reason = "a budget is spent" if SPENT.exists() else f"idle for {idle_minutes:g} minutes"
+        _log(f"{reason}: deleting {action}")
+        _delete_workers() if action == "workers" else _delete_group()
         SPENT.unlink(missing_ok=True)
 
-    watched = Watch(idle_minutes * 60, remove, act, time.time())
+    watchdog = Watchdog(idle_minutes * 60, remove, act, time.time())
     while True:
         try:
-            with _alone():
-                step(watched)
-        except Exception as error:  # Ray may be starting, Azure may be busy: the next step tries again
-            print(f"{_now()} {type(error).__name__}: {error}", flush=True)
+            with _exclusive():
+                step(watchdog)
+        except Exception as error:  # Ray may be starting, or Azure may be busy: the next step retries
+            _log(f"{type(error).__name__}: {error}")
         time.sleep(STEP_SECONDS)
 
 
-def step(watched: Watch) -> None:
-    """Look, and do what is to be done. A wish that is made meanwhile waits for the lock, and finds what is left."""
-    wished_at = WISH.stat().st_mtime
-    spent = SPENT.exists() and SPENT.stat().st_mtime >= wished_at
+def step(watchdog: Watchdog) -> None:
+    """Observe the cluster and act once. The caller holds the lock, so that a new request waits until deletions end."""
+    requested_at = REQUESTED.stat().st_mtime
+    budget_spent = SPENT.exists() and SPENT.stat().st_mtime >= requested_at
     try:
-        seen = _seen()
-    except Exception as error:  # a head whose Ray is dead does no work, and its nodes cost money
-        print(f"{_now()} {type(error).__name__}: {error}", flush=True)
-        seen = Seen(1, busy=False, alive=False)
-    watched.step(seen, int(WISH.read_text() or 0), wished_at, time.time(), spent)
-    if spent and not seen.workers:
+        state = _observe()
+    except Exception as error:  # without Ray on the head no work is done, but the nodes cost money
+        _log(f"{type(error).__name__}: {error}")
+        state = ClusterState(1, busy=False, alive=False)
+    watchdog.step(state, int(REQUESTED.read_text() or 0), requested_at, time.time(), budget_spent)
+    if budget_spent and not state.workers:
         SPENT.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Hold the lock that whoever makes a wish takes as well (`joining`)."""
+def _exclusive() -> Iterator[None]:
+    """Hold the lock that a request for nodes takes as well (`node_join.request_line`)."""
     with LOCK.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def report() -> dict[str, Any]:
-    """Return what is known here: nodes, launches that failed, and what the autoscaler complains of."""
-    from launcher.clusters.gcs import living_nodes
+    """Return the nodes, the failed launches and the errors of the autoscaler.
 
+    Returns:
+        nodes: see `capacity.Node`; why_none: the error if the nodes cannot be listed; failures: see
+        `failures.LaunchFailure`; monitor_err: the end of the autoscaler's error log.
+    """
     nodes: list[dict[str, Any]] = []
-    why = ""
+    why_none = ""
     try:
         nodes = [asdict(node) for node in living_nodes(ADDRESS)]
     except Exception as error:
-        why = str(error)
-    complaint = ""
+        why_none = str(error)
+    errors = ""
     with contextlib.suppress(OSError):
         lines = (LOGS / "monitor.err").read_text(errors="replace").splitlines()
-        complaint = "\n".join(line for line in lines if line.strip() and not _CHATTER.search(line))[-_TAIL:]
+        errors = "\n".join(line for line in lines if line.strip() and not _CHATTER.search(line))[-_TAIL:]
     return {
         "nodes": nodes,
-        "why_none": why,
+        "why_none": why_none,
         "failures": [asdict(failure) for failure in failures.read()],
-        "monitor_err": complaint,
+        "monitor_err": errors,
     }
 
 
-def _seen() -> Seen:
+def _observe() -> ClusterState:
     with _client() as client:
         nodes = private.living_nodes(client, RPC_SECONDS)
         busy = private.has_jobs(client, RPC_SECONDS) or private.in_use(ADDRESS)
-    return Seen(len(nodes) - 1, busy)
+    return ClusterState(len(nodes) - 1, busy)
 
 
-def _ask(count: int, gpus: int) -> None:
+def _request(count: int, gpus: int) -> None:
     with _client():
         private.request_gpu_nodes(ADDRESS, count, gpus)
 
 
 @contextlib.contextmanager
 def _client() -> Any:
-    from launcher.clusters.gcs import as_client
-
     with as_client():
         yield private.gcs_client(ADDRESS)
 
 
-def _configured() -> Any:
-    import yaml
+def _provider() -> Any:
+    from launcher.clusters.azure.provider import Provider  # 100 MB that the watchdog does not need until it deletes VMs
 
-    return yaml.safe_load(CONFIG.expanduser().read_text())
+    config = yaml.safe_load(CONFIG.expanduser().read_text())
+    return Provider(config["provider"], config["cluster_name"])
 
 
 def _delete_workers() -> None:
-    """Delete the VMs of all nodes but those that have begun to work since they were looked at."""
+    """Delete the VMs of all nodes, except those that have started to work in the meantime."""
     from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND
 
-    from launcher.clusters.azure.provider import Provider
-
-    config = _configured()
-    provider = Provider(config["provider"], config["cluster_name"])
+    provider = _provider()
     machines = provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_WORKER})
-    busy = _drained_but([str(provider.internal_ip(name)) for name in machines])
+    busy = _drain_idle([str(provider.internal_ip(name)) for name in machines])
     provider.terminate_nodes([name for name in machines if provider.internal_ip(name) not in busy])
     provider.termination_executor.shutdown(wait=True)
 
 
-def _drained_but(addresses: Sequence[str]) -> set[str]:
-    """Have Ray give nothing more to the nodes of these addresses, and return those that are at work.
+def _drain_idle(addresses: Sequence[str]) -> set[str]:
+    """Drain the idle nodes among these addresses, and return the addresses of the busy ones.
 
-    A machine that never joined, or whose Ray is dead, is at no work.
+    A machine that never joined, or without a running Ray, is not busy.
     """
     busy: set[str] = set()
     try:
         with _client() as client:
             for node in private.living_nodes(client, RPC_SECONDS):
                 if node.address in addresses:
-                    why = private.drain(client, node.id, private.IDLE_TERMINATION, "nothing to do", 0, RPC_SECONDS)
-                    if why is not None:
-                        print(f"{_now()} {node.address} stays: {why}", flush=True)
+                    rejection = private.drain(client, node.id, private.IDLE_TERMINATION, "idle", 0, RPC_SECONDS)
+                    if rejection is not None:
+                        _log(f"{node.address} is not deleted: {rejection}")
                         busy.add(node.address)
     except Exception as error:
-        print(f"{_now()} {type(error).__name__}: {error}", flush=True)
+        _log(f"{type(error).__name__}: {error}")
     return busy
 
 
 def _delete_group() -> None:
-    """Azure takes the request and goes on without us: this VM is in the group."""
-    from launcher.clusters.azure.provider import Provider
-
-    config = _configured()
-    provider = Provider(config["provider"], config["cluster_name"])
-    provider.resource_client.resource_groups.begin_delete(config["provider"]["resource_group"])
+    """Request the deletion of the resource group, which contains this VM. Azure completes it without this process."""
+    provider = _provider()
+    provider.resource_client.resource_groups.begin_delete(provider.provider_config["resource_group"])
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S")
+def _log(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    watcher = verbs.add_parser("watch")
-    watcher.add_argument("--nodes", type=int, required=True)
-    watcher.add_argument("--gpus", type=int, required=True)
-    watcher.add_argument("--idle-minutes", type=float, required=True)
-    watcher.add_argument("--remove", action="store_true")
+    watch_verb = verbs.add_parser("watch")
+    watch_verb.add_argument("--nodes", type=int, required=True)
+    watch_verb.add_argument("--gpus", type=int, required=True)
+    watch_verb.add_argument("--idle-minutes", type=float, required=True)
+    watch_verb.add_argument("--remove", action="store_true")
     verbs.add_parser("report")
-    words = parser.parse_args()
-    if words.verb == "report":
+    options = parser.parse_args()
+    if options.verb == "report":
         json.dump(report(), sys.stdout)
     else:
-        watch(words.nodes, words.gpus, words.idle_minutes, words.remove)
+        watch(options.nodes, options.gpus, options.idle_minutes, options.remove)
 
 
 if __name__ == "__main__":

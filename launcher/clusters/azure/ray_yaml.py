@@ -1,6 +1,6 @@
-"""The file for `ray up`: what Ray's cluster launcher is told. No secret is in it.
+"""The configuration file for `ray up`, Ray's cluster launcher. It contains no secret.
 
-The token that all nodes share is made on the head, which hands it to the workers it starts.
+The token that all nodes share is created on the head, which copies it to the nodes that it starts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePath
 from typing import Any
+
+import yaml
 
 from launcher.clusters.azure import network
 from launcher.clusters.azure.spec import DIRECTORY, PYTHON, SPENT_FILE, USER, ClusterSpec
@@ -28,7 +30,7 @@ CODE = f"{DIRECTORY}/code"
 HEAD, NODE = "head", "node"
 IMAGE = {"imagePublisher": "microsoft-dsvm", "imageOffer": "ubuntu-hpc", "imageSku": "2404", "imageVersion": "latest"}
 DISK_GB = 128
-_OWN = "$(hostname -I | cut -d' ' -f1)"  # the address of the VM in its network
+_OWN = "$(hostname -I | cut -d' ' -f1)"  # the private address of the VM
 _SETUP = [
     f"test -x {PYTHON} || python3 -m venv {DIRECTORY}/env || (sudo apt-get update -qq && sudo apt-get -o "
     f"DPkg::Lock::Timeout=300 install -y -qq python3-venv && python3 -m venv {DIRECTORY}/env)",
@@ -42,14 +44,14 @@ _ENVIRONMENT = f"export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 {_NO_METRI
 
 @dataclass(frozen=True, kw_only=True)
 class LocalFiles:
-    """What the cluster takes from this machine.
+    """Files and settings of this machine that the configuration refers to.
 
     Attributes:
-        subscription: Azure's.
-        key: the private SSH key's file; its public half has `.pub` behind it.
-        known_hosts: the file of the head's SSH host key.
-        files: what is copied to every VM: path there -> path here.
-        azure: packages that the head needs to create VMs, with their versions.
+        subscription: the id of the Azure subscription.
+        key: the path of the private SSH key; the path of the public key is the same with the suffix `.pub`.
+        known_hosts: the path of the file with the SSH host key of the head.
+        files: the files that are copied to every VM: path on the VM -> local path.
+        azure: the pinned packages with which the head creates VMs.
     """
 
     subscription: str
@@ -59,32 +61,32 @@ class LocalFiles:
     azure: Sequence[str] = ()
 
 
-def ray_config(wanted: ClusterSpec, local: LocalFiles) -> dict[str, Any]:
-    """Return what Ray's cluster launcher is told, in its own words."""
-    base = network.ids(local.subscription, wanted)
-    nodes = wanted.nodes
+def ray_config(spec: ClusterSpec, local: LocalFiles) -> dict[str, Any]:
+    """Return the configuration for `ray up`, as Ray's cluster launcher defines it."""
+    base = network.ids(local.subscription, spec)
+    nodes = spec.nodes
     types: dict[str, Any] = {
-        # No CPU for anybody: what trains runs on the nodes.
-        HEAD: {"resources": {"CPU": 0}, "node_config": _vm(nodes.head, wanted, spot=False)}
+        # No CPUs, so that Ray places all workers on the nodes.
+        HEAD: {"resources": {"CPU": 0}, "node_config": _vm(nodes.head, spec, spot=False)}
     }
     types[NODE] = {
         "resources": {"CPU": nodes.size.vcpus, "GPU": nodes.size.gpus},
-        "min_workers": 0,  # Ray would never remove those when idle
+        "min_workers": 0,  # Ray never removes this many nodes, even if they are idle
         "max_workers": nodes.nodes,
-        "node_config": _vm(nodes.size, wanted, spot=nodes.spot is not False),
+        "node_config": _vm(nodes.size, spec, spot=nodes.spot is not False),
     }
     return {
-        "cluster_name": wanted.name,
+        "cluster_name": spec.name,
         "max_workers": nodes.nodes,
-        "idle_timeout_minutes": wanted.idle_minutes,
+        "idle_timeout_minutes": spec.idle_minutes,
         "provider": {
             "type": "external",
             "module": "launcher.clusters.azure.provider.Provider",
             "subscription_id": local.subscription,
-            "resource_group": wanted.group,
+            "resource_group": spec.group,
             "location": nodes.region,
-            "availability_zone": wanted.zone or "none",
-            "unique_id": wanted.unique_id,
+            "availability_zone": spec.zone or "none",
+            "unique_id": spec.unique_id,
             "use_internal_ips": True,
             "use_external_head_ip": True,
             "cache_stopped_nodes": False,
@@ -93,8 +95,8 @@ def ray_config(wanted: ClusterSpec, local: LocalFiles) -> dict[str, Any]:
             "nsg": base["nsg"],
             "subnet": base["subnet"],
             "known_hosts": local.known_hosts,
-            "launch_attempts": wanted.launch_attempts,
-            # Not a second kind of node for Ray: its autoscaler does not turn to another kind where one is refused.
+            "launch_attempts": spec.launch_attempts,
+            # Handled by the provider: Ray's autoscaler does not switch to a second node type if launches of one fail.
             "on_demand_instead": nodes.spot == "prefer",
         },
         "auth": {"ssh_user": USER, "ssh_private_key": local.key, "ssh_public_key": f"{local.key}.pub"},
@@ -107,11 +109,11 @@ def ray_config(wanted: ClusterSpec, local: LocalFiles) -> dict[str, Any]:
         "setup_commands": _SETUP,
         "head_setup_commands": [
             f"test -s {TOKEN} || (umask 077; mkdir -p ~/.ray; openssl rand -hex 32 > {TOKEN})",
-            # Where `launcher.clusters.ssh` has them.
+            # The same paths as in clusters of `launcher.clusters.ssh`.
             f"ln -sfn {TOKEN} {DIRECTORY}/token; ln -sfn {CODE} {DIRECTORY}/launch",
             *([f"{PYTHON} -m pip install --quiet {' '.join(local.azure)}"] if local.azure else []),
         ],
-        "worker_setup_commands": _mounted(wanted),
+        "worker_setup_commands": _mounted(spec),
         "head_start_ray_commands": [
             f"{_RAY} stop",
             f"{_ENVIRONMENT} {SPENT_VARIABLE}={SPENT_FILE}; ulimit -n 65536; "
@@ -119,7 +121,7 @@ def ray_config(wanted: ClusterSpec, local: LocalFiles) -> dict[str, Any]:
             f"--object-manager-port=8076 --node-ip-address={_OWN} --autoscaling-config=~/ray_bootstrap_config.yaml "
             f"--dashboard-host=127.0.0.1 --dashboard-port={DASHBOARD}",
             _agent("eviction", f"launcher.clusters.eviction --address {_OWN}:{PORT}"),
-            _agent("watchdog", _watchdog(wanted)),
+            _agent("watchdog", _watchdog(spec)),
         ],
         "worker_start_ray_commands": [
             f"{_RAY} stop",
@@ -131,55 +133,53 @@ def ray_config(wanted: ClusterSpec, local: LocalFiles) -> dict[str, Any]:
 
 
 def _withheld(local: LocalFiles) -> list[str]:
-    """Return the patterns of secret files, without those that match the cluster's own key.
+    """Return the patterns of secret files, except those that match the cluster's own key.
 
-    Ray applies them to every file that it sends, and without the key its autoscaler reaches no node.
+    Ray applies the patterns to every file that it copies, and its autoscaler needs the key to reach the nodes.
     """
     own = PurePath(local.key).name
     return [pattern for pattern in secret_files.PATTERNS if not fnmatchcase(own, pattern)]
 
 
-def text(wanted: ClusterSpec, local: LocalFiles) -> str:
-    """Return the file."""
-    import yaml
-
-    told = yaml.safe_dump(ray_config(wanted, local), sort_keys=False, width=10_000)
-    return f"# Written by launch for `ray up`; written anew by every `launch up`.\n{told}"
+def text(spec: ClusterSpec, local: LocalFiles) -> str:
+    """Return the configuration as YAML."""
+    document = yaml.safe_dump(ray_config(spec, local), sort_keys=False, width=10_000)
+    return f"# Written by launch for `ray up`; every `launch up` overwrites it.\n{document}"
 
 
-def _vm(vm: Vm, wanted: ClusterSpec, spot: bool) -> dict[str, Any]:
-    asked: dict[str, Any] = {
+def _vm(vm: Vm, spec: ClusterSpec, spot: bool) -> dict[str, Any]:
+    parameters: dict[str, Any] = {
         "vmSize": vm.name,
         **IMAGE,
         "osDiskSize": DISK_GB,
         "enableAcceleratedNetworking": bool(getattr(vm, "accelerated_networking", True)),
     }
     if spot:
-        # maxPrice -1: up to the price on demand, so that only a want of capacity evicts.
-        asked |= {"priority": "Spot", "evictionPolicy": "Delete", "billingProfile": {"maxPrice": -1}}
-    return {"tags": wanted.tags, "azure_arm_parameters": asked}
+        # maxPrice -1 is the on-demand price: VMs are evicted for capacity only.
+        parameters |= {"priority": "Spot", "evictionPolicy": "Delete", "billingProfile": {"maxPrice": -1}}
+    return {"tags": spec.tags, "azure_arm_parameters": parameters}
 
 
-def _mounted(wanted: ClusterSpec) -> list[str]:
-    """Return the lines by which a node that comes at any time has `cluster.mounts`.
+def _mounted(spec: ClusterSpec) -> list[str]:
+    """Return the shell lines that mount `cluster.mounts` on every node, including nodes that are created later.
 
-    A storage that refuses ends no node, which would be made again and again: what it says is in a file there, and the
-    run, which mounts what is missing before it begins, is refused with the same words.
+    A failed mount does not fail the node, which the autoscaler would create again and again. The error is written to
+    a file on the node, and a run, which mounts missing directories before it starts, fails with the same error.
     """
-    lines = mounts.setup_lines(wanted.mounts)
+    lines = mounts.setup_lines(spec.mounts)
     script = shlex.quote("\n".join(["set -e", *lines]))
     return [f"sh -c {script} > {DIRECTORY}/mounts.log 2>&1 || cat {DIRECTORY}/mounts.log"] if lines else []
 
 
-def _watchdog(wanted: ClusterSpec) -> str:
-    gpus = wanted.nodes.size.gpus
-    words = f"launcher.clusters.azure.on_head watch --nodes {wanted.min_nodes} --gpus {gpus}"
-    words += f" --idle-minutes {wanted.idle_minutes:g}"
-    return f"{words} --remove" if wanted.down_after else words
+def _watchdog(spec: ClusterSpec) -> str:
+    gpus = spec.nodes.size.gpus
+    command = f"launcher.clusters.azure.on_head watch --nodes {spec.min_nodes} --gpus {gpus}"
+    command += f" --idle-minutes {spec.idle_minutes:g}"
+    return f"{command} --remove" if spec.down_after else command
 
 
 def _agent(name: str, module: str) -> str:
-    """Return the line that starts a small program beside Ray, once: a second one finds the lock taken and ends."""
+    """Return the shell line that starts a program next to Ray. A lock ensures that only one instance runs."""
     assert re.fullmatch(r"[a-z]+", name)
     place = f"{DIRECTORY}/{name}"
     return (

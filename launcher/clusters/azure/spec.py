@@ -1,4 +1,4 @@
-"""What is wanted of Azure, as a value: one cluster in one region and zone."""
+"""The specification of an Azure cluster, as a value: one cluster in one region and zone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from launcher.clusters.remote.mounts import Mount
 from launcher.config.schema import ScalingConfig
 from launcher.errors import ConfigError
 
-LONGEST_NAME = 40  # Ray puts 20 characters around it, and Azure cuts names of VMs at 64
+LONGEST_NAME = 40  # Ray adds 20 characters to it, and Azure truncates VM names to 64
 DEFAULT_NAME = "azure"
 USER = "ubuntu"
-DIRECTORY = f"/home/{USER}/launch"  # on every VM: `env`, `code`, and what launch writes there
+DIRECTORY = f"/home/{USER}/launch"  # on every VM: `env`, `code`, and files that launch writes
 PYTHON = f"{DIRECTORY}/env/bin/python"
 SPENT_FILE = f"{DIRECTORY}/spent"  # on the head
 ALTERNATIVE_KEYS = ("size", "region", "zone", "spot", "nodes", "min_nodes")
@@ -27,15 +27,18 @@ ALTERNATIVE_KEYS = ("size", "region", "zone", "spot", "nodes", "min_nodes")
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """One cluster.
+    """The specification of one cluster.
 
     Attributes:
-        nodes: GPU VMs and the head; `nodes.nodes` is the most of them.
-        min_nodes: how many `up` waits for.
-        enough: how many of them do, where Azure has no more.
-        zone: where all VMs lie; None until Azure has been asked which zones have the size.
-        ssh_from: the address (CIDR) that may reach the head.
-        mounts: containers of Blob storage that every node shows as directories.
+        nodes: the GPU VMs and the head; `nodes.nodes` is the maximum number of GPU VMs.
+        min_nodes: the number of nodes for which `up` waits.
+        enough: the number of nodes that suffice if Azure has no capacity for more.
+        zone: the availability zone of all VMs; None until `checks.check` has chosen one.
+        idle_minutes: the time without work after which a node is deleted.
+        down_after: whether the whole cluster is removed after that time.
+        launch_attempts: the number of failed launches after which no further launch is tried.
+        ssh_from: the address (CIDR) that may connect to the head.
+        mounts: containers of Blob storage that are mounted on every node.
     """
 
     name: str
@@ -51,17 +54,17 @@ class ClusterSpec:
 
     @property
     def group(self) -> str:
-        """The resource group, which holds this cluster and nothing else."""
+        """Return the name of the resource group, which contains only this cluster."""
         return group_of(self.name)
 
     @property
     def unique_id(self) -> str:
-        """What Ray tells names of one group by."""
+        """Return the suffix with which Ray makes the resource names of a group unique."""
         return sha256(self.group.encode()).hexdigest()[:4]
 
     @property
     def place(self) -> str:
-        """Size, region and zone for people."""
+        """Return size, region and zone for messages."""
         zone = f" zone {self.zone}" if self.zone else ""
         return f"{self.nodes.size.name} in {self.nodes.region}{zone}"
 
@@ -75,35 +78,37 @@ def group_of(name: str) -> str:
 
 
 def check_name(name: str | None) -> str:
-    """Return the name of the cluster. Raises ConfigError where Azure or Ray could not use it."""
+    """Return the name of the cluster. Raises ConfigError if Azure or Ray does not allow it."""
     name = name or DEFAULT_NAME
     if not re.fullmatch(rf"[a-z]([a-z0-9-]{{0,{LONGEST_NAME - 2}}}[a-z0-9])?", name):
         raise ConfigError(
-            f"cluster.name={name} cannot name a cluster of Azure VMs: take at most {LONGEST_NAME} small letters, "
-            "digits and hyphens, a letter first and no hyphen last."
+            f"cluster.name={name} is not a valid name for a cluster of Azure VMs. Use at most {LONGEST_NAME} lowercase "
+            "letters, digits and hyphens; the first character must be a letter and the last must not be a hyphen."
         )
     return name
 
 
 def cluster_specs(cluster: AzureCluster, ask: bool = True) -> list[ClusterSpec]:
-    """Return the cluster that is wanted, and after it the alternatives in their order.
+    """Return the specification of the configured cluster, followed by its alternatives in order.
 
     Args:
-        ask: Azure's public list for today's prices.
+        ask: whether to query Azure's public price list for today's prices.
 
     Raises:
-        ConfigError: no size or an unknown or retired one, a bad name, a bad mount, or an alternative with an unknown
-            key.
+        ConfigError: the size is missing, unknown or retired, the name or a mount is invalid, or an alternative has an
+            unknown key.
     """
     if cluster.size is None:
-        raise ConfigError("cluster=azure needs cluster.size=SIZE, the size of the GPU VMs; `launch sizes` lists them.")
+        raise ConfigError(
+            "cluster=azure needs cluster.size=SIZE, the size of the GPU VMs. `launch sizes` lists the sizes."
+        )
     found, mounted = [], tuple(mounts.read(cluster.mounts))
-    mounts.setup_lines(mounted)  # refuses what is none of a VM
+    mounts.setup_lines(mounted)  # raises ConfigError for mounts that VMs do not support
     for each in [cluster, *(_alternative(cluster, one) for one in cluster.alternatives)]:
         nodes = nodes_for(each, ask)
         least = nodes.nodes if each.min_nodes is None else each.min_nodes
         if least > nodes.nodes:
-            raise ConfigError(f"cluster.min_nodes={least} is more than cluster.nodes={nodes.nodes}: lower it.")
+            raise ConfigError(f"cluster.min_nodes={least} is more than cluster.nodes={nodes.nodes}. Lower it.")
         found.append(
             ClusterSpec(
                 name=check_name(each.name),
@@ -121,31 +126,31 @@ def cluster_specs(cluster: AzureCluster, ask: bool = True) -> list[ClusterSpec]:
     return found
 
 
-def for_run(wish: ClusterSpec, scaling: ScalingConfig) -> ClusterSpec:
-    """Return the cluster with as many nodes to wait for as the workers of a run sit on.
+def for_run(spec: ClusterSpec, scaling: ScalingConfig) -> ClusterSpec:
+    """Return the specification with the number of nodes to wait for that the workers of a run need.
 
-    `cluster.min_nodes` is what the cluster keeps itself to: a run with scaling.workers=auto takes all nodes, and those
-    that are to be had where Azure has fewer, `min_nodes` at least.
+    A run with scaling.workers=auto waits for all nodes. If Azure has capacity for fewer, it uses those that exist, but
+    at least `cluster.min_nodes`.
     """
-    size = wish.nodes.size
+    size = spec.nodes.size
     gpus = 0.0 if scaling.device == "cpu" else 1.0 if scaling.gpus_per_worker is None else scaling.gpus_per_worker
     each = max(1, int(min(size.vcpus / scaling.cpus_per_worker, size.gpus / gpus if gpus else math.inf)))
     if scaling.workers == "auto":
-        most, least = (wish.nodes.nodes, max(1, wish.min_nodes)) if gpus else (-(-2 // each), 1)
+        most, least = (spec.nodes.nodes, max(1, spec.min_nodes)) if gpus else (-(-2 // each), 1)
     else:
         most, least = -(-scaling.workers // each), -(-(scaling.min_workers or scaling.workers) // each)
-    most = min(wish.nodes.nodes, max(most, wish.min_nodes))
-    return replace(wish, min_nodes=most, enough=min(most, max(least, wish.min_nodes)))
+    most = min(spec.nodes.nodes, max(most, spec.min_nodes))
+    return replace(spec, min_nodes=most, enough=min(most, max(least, spec.min_nodes)))
 
 
 def _alternative(cluster: AzureCluster, other: Any) -> AzureCluster:
     unknown = sorted(set(other) - set(ALTERNATIVE_KEYS)) if isinstance(other, Mapping) else [other]
     if unknown:
         raise ConfigError(
-            f"cluster.alternatives: {unknown[0]!r} is not known there. Each alternative is a mapping with some of "
+            f"cluster.alternatives: {unknown[0]!r} is not valid. Each alternative is a mapping with some of the keys "
             f"{', '.join(ALTERNATIVE_KEYS)}, such as {{size: Standard_NC40ads_H100_v5, region: westeurope}}."
         )
     known = {field.name for field in fields(AzureCluster)}
-    # A zone is one of its region's: another region has to say its own.
+    # A zone belongs to its region: an alternative in another region does not inherit it.
     moved: dict[str, Any] = {"zone": None} if other.get("region", cluster.region) != cluster.region else {}
     return replace(cluster, **moved, **{key: value for key, value in other.items() if key in known})

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.clusters.capacity import describe
-from launcher.clusters.gcs import as_client, connection_error, is_here, living_nodes
+from launcher.clusters.gcs import as_client, connection_error, is_own_address, living_nodes
 from launcher.clusters.ray_process import preserved_signal_handlers, private_directory
 from launcher.clusters.remote.compare import compare
 from launcher.clusters.remote.from_driver import serve_disk, share_environment
@@ -89,7 +89,7 @@ class ExistingRay:
         import ray
 
         nodes = living_nodes(self.address)
-        own = next((node.address for node in nodes if is_here(node.address)), None)
+        own = next((node.address for node in nodes if is_own_address(node.address)), None)
         if own is None:  # Ray's native part would end this process
             raise ClusterError(
                 f"cluster=existing: this machine ({socket.gethostname()}) is no node of the Ray cluster at "

@@ -1,1 +1,1 @@
-"""cluster=kuberay: a run becomes a RayJob of Kubernetes."""
+"""cluster=kuberay: each run is submitted to Kubernetes as a RayJob."""

@@ -1,4 +1,4 @@
-"""The kind `kuberay`: a run, or a sweep, becomes a RayJob of Kubernetes."""
+"""The kind `kuberay`: submits a run or sweep to Kubernetes as a RayJob."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 @dataclass
 class KubeRayCluster(ClusterConfig):
     kind: str = "kuberay"
-    image: str | None = None  # of head and workers in pods
+    image: str | None = None  # container image of head and workers
     context: str | None = None  # of kubectl; default: the current one
-    namespace: str = "default"  # of Kubernetes
-    secret: str | None = None  # of Kubernetes, whose keys are what `env` names
-    service_account: str | None = None  # of the pods, with a workload identity that may reach storage
+    namespace: str = "default"  # of Kubernetes, for all objects of the run
+    secret: str | None = None  # Kubernetes secret whose keys are the names in `env`
+    service_account: str | None = None  # of the pods, with a workload identity that may access the storage
 
 
 class KubeRay(ClusterKind):
@@ -37,9 +37,7 @@ class KubeRay(ClusterKind):
         for key in ("namespace", "secret", "service_account"):
             value = getattr(cluster, key)
             if value is not None and not re.fullmatch(name, value):
-                raise ConfigError(
-                    f"cluster.{key} is {value!r}, but must be a name of Kubernetes, such as my-{key[:6]}."
-                )
+                raise ConfigError(f"cluster.{key} is {value!r}, but must be a Kubernetes name, such as my-{key[:6]}.")
         for key in ("image", "context"):
             value = getattr(cluster, key)
             if value is not None and (not value or value[0] == "-" or not value.isprintable() or " " in value):
@@ -47,8 +45,8 @@ class KubeRay(ClusterKind):
 
     def machines(self, cluster: ClusterConfig) -> Machines:
         raise ConfigError(
-            "cluster=kuberay came from a configuration file, and this command starts workers itself. Give it as a "
-            "word: launch … cluster=kuberay makes a RayJob of the run."
+            "cluster=kuberay is set in a configuration file, but this command starts the workers itself. Set it on the "
+            "command line to submit a RayJob: launch … cluster=kuberay."
         )
 
     def batch(self, cluster: ClusterConfig, run: str, root: str, words: Sequence[str], ask: bool = True) -> RayJob:

@@ -1,4 +1,4 @@
-"""Giving manifests to Kubernetes and following a RayJob, through the `kubectl` of the user."""
+"""Create Kubernetes objects and follow a RayJob, with the `kubectl` of the user."""
 
 from __future__ import annotations
 
@@ -11,38 +11,42 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from launcher.clusters.kuberay.pods import StartupCheck
 from launcher.errors import ClusterError, MachineError
 
-_SECONDS = 60.0  # for an answer
-_LOOK_SECONDS = 3.0
-_PATIENCE_SECONDS = 300.0  # while the cluster cannot be reached: the job goes on
-FINAL = ("Complete", "Failed", "ValidationFailed")  # of jobDeploymentStatus
+_RESPONSE_SECONDS = 60.0
+_POLL_SECONDS = 3.0
+_UNREACHABLE_SECONDS = 300.0  # time without a response after which following stops; the job continues
+FINAL = ("Complete", "Failed", "ValidationFailed")  # values of jobDeploymentStatus
 
-# What kubectl says -> what that means, and what to do. The first that is found counts.
-_SAID = (
+# Pattern of kubectl's error -> cause and remedy. The first match counts.
+_KNOWN_ERRORS = (
     (
         r"no matches for kind|doesn't have a resource type",
-        "the cluster does not know RayJob: KubeRay is not installed there. Install it: helm install kuberay-operator "
+        "the cluster has no resource RayJob, so KubeRay is not installed. Install it: helm install kuberay-operator "
         "kuberay/kuberay-operator --version 1.7.0",
     ),
     (
         r"forbidden",
-        "your account may not do that there. Ask for a role that may create rayjobs.ray.io in this namespace (and "
-        "persistentvolumes, where cluster.mounts names storage), or take another with cluster.namespace",
+        "your account is not allowed to do this. Request a role that may create rayjobs.ray.io in this namespace (and "
+        "persistentvolumes, if cluster.mounts names storage), or choose another namespace with cluster.namespace",
     ),
-    (r"Unauthorized|must be logged in|credentials", "it does not accept your login. Log in again: az login, kubelogin"),
+    (
+        r"Unauthorized|must be logged in|credentials",
+        "the cluster does not accept your login. Log in again with az login and kubelogin",
+    ),
     (
         r"AlreadyExists|already exists",
-        "there is one of this name already. Take another run.name, or remove that one with kubectl delete rayjob",
+        "a RayJob of this name already exists. Choose another run.name, or remove it with kubectl delete rayjob",
     ),
     (
         r"refused|no such host|timeout|timed out|Unable to connect|unreachable",
-        "the cluster cannot be reached from here. See whether it is started (az aks start), and your network",
+        "the cluster is unreachable from this machine. Check that it is started (az aks start), and your network",
     ),
     (
         r"current-context is not set|does not exist|no context",
-        "kubectl knows no such cluster. az aks get-credentials --resource-group GROUP --name NAME tells it one, "
-        "cluster.context=NAME chooses another",
+        "kubectl has no such cluster. Add it with az aks get-credentials --resource-group GROUP --name NAME, or choose "
+        "another one with cluster.context=NAME",
     ),
 )
 
@@ -51,95 +55,123 @@ class Kubectl:
     """One cluster and namespace.
 
     Args:
-        context: None for kubectl's current one.
+        context: the context of kubectl; None: the current one.
+        namespace: the namespace of all objects.
     """
 
     def __init__(self, context: str | None, namespace: str) -> None:
-        self._words = ["kubectl", *(["--context", context] if context else []), "--namespace", namespace]
+        self._command = ["kubectl", *(["--context", context] if context else []), "--namespace", namespace]
 
     def check(self) -> str:
-        """Return the context that is meant.
+        """Return the name of the context.
 
         Raises:
-            ClusterError: there is no kubectl here, or it knows no cluster.
+            ClusterError: kubectl is not installed, or has no current context.
         """
         if shutil.which("kubectl") is None:
             raise ClusterError(
-                "cluster=kuberay was asked for, and there is no kubectl here to give it to. Install it (az aks "
-                "install-cli), or print the manifest for somebody else with launch plan."
+                "cluster=kuberay needs kubectl, but it is not on PATH. Install it (az aks install-cli), or print the "
+                "manifest with `launch plan` and submit it from another machine."
             )
-        if "--context" in self._words:
-            return self._words[2]
-        return self._do(["config", "current-context"], "Asking kubectl for its cluster").strip()
+        if "--context" in self._command:
+            return self._command[2]
+        return self._run(["config", "current-context"], "Reading the current context of kubectl").strip()
 
     def create(self, manifest: str) -> None:
-        """Create everything in a manifest; the server judges it as a whole first, without creating anything.
+        """Create all objects of a manifest. The server first validates all of them without creating any.
 
         Raises:
-            ClusterError: it would not take it.
+            ClusterError: the server rejected the manifest.
         """
-        self._do(["create", "--dry-run=server", "-f", "-"], "Kubernetes was asked to judge the manifest", manifest)
-        self._do(["create", "-f", "-"], "Kubernetes was given the manifest", manifest)
+        self._run(["create", "--dry-run=server", "-f", "-"], "The validation of the manifest", manifest)
+        self._run(["create", "-f", "-"], "The creation of the RayJob", manifest)
 
     def status(self, name: str) -> dict[str, Any]:
-        """Return `status` of a RayJob. Raises ClusterError."""
-        told = self._do(["get", "rayjobs.ray.io", name, "-o", "json"], f"Asking for the RayJob {name}")
-        status: dict[str, Any] = json.loads(told).get("status") or {}
+        """Return the field `status` of a RayJob. Raises ClusterError."""
+        status: dict[str, Any] = self._get(["rayjobs.ray.io", name], f"Reading the RayJob {name}").get("status") or {}
         return status
 
-    def follow(self, name: str, say: Callable[[str], None], out: Callable[[str], None]) -> dict[str, Any]:
-        """Follow a RayJob to its end and return its last status.
+    def pods(self, ray_cluster: str) -> list[dict[str, Any]]:
+        """Return the pods of a RayCluster. Raises ClusterError."""
+        words = ["pods", "--selector", f"ray.io/cluster={ray_cluster}"]
+        pods: list[dict[str, Any]] = self._get(words, f"Listing the pods of {ray_cluster}").get("items") or []
+        return pods
+
+    def warnings(self) -> list[dict[str, Any]]:
+        """Return the events of type Warning in the namespace. Raises ClusterError."""
+        words = ["events", "--field-selector", "type=Warning"]
+        events: list[dict[str, Any]] = self._get(words, "Listing the events of the namespace").get("items") or []
+        return events
+
+    def follow(self, name: str, report: Callable[[str], None]) -> dict[str, Any]:
+        """Follow a RayJob until it ends, and return its last status.
 
         Args:
-            say: gets what becomes of it, a line each.
-            out: gets what the driver prints, line by line.
+            report: called with each line: changes of the state, reasons why pods do not start, and the driver's output.
 
         Raises:
-            MachineError: the cluster could not be asked for minutes; the job may go on.
+            MachineError: the cluster was unreachable for minutes. The job may still run.
         """
-        before, since, lost_at = "", None, None
+        previous, since, silent_since = "", None, None
+        startup = StartupCheck(self.pods, self.warnings, report)
         while True:
             try:
                 status = self.status(name)
-                lost_at = None
+                silent_since = None
             except ClusterError as error:
-                lost_at = lost_at or time.monotonic()
-                if time.monotonic() - lost_at > _PATIENCE_SECONDS:
-                    raise MachineError(f"{error} The job may go on there: kubectl get rayjob {name} tells.") from None
-                time.sleep(_LOOK_SECONDS)
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since > _UNREACHABLE_SECONDS:
+                    raise MachineError(
+                        f"{error} The RayJob may still run; check it with: kubectl get rayjob {name}."
+                    ) from None
+                time.sleep(_POLL_SECONDS)
                 continue
             state = str(status.get("jobDeploymentStatus") or "")
-            if state and state != before:
-                say(f"{name} is {state.lower()}")
-                before = state
+            if state and state != previous:
+                report(f"{name} is {state.lower()}")
+                previous = state
             if state == "Running" or (state in FINAL[:2] and since is None and status.get("jobId")):
-                self._logs(name, since, out)
+                self._print_log(name, since, report)
                 since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             if state in FINAL:
                 return status
-            time.sleep(_LOOK_SECONDS)
+            if state != "Running":
+                startup.check(name, status)
+            time.sleep(_POLL_SECONDS)
 
-    def _logs(self, name: str, since: str | None, out: Callable[[str], None]) -> None:
-        """Pass on the driver's lines until they end; who submits the job prints them."""
-        words = [*self._words, "logs", "--follow", f"job/{name}", *([f"--since-time={since}"] if since else [])]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    def _print_log(self, name: str, since: str | None, report: Callable[[str], None]) -> None:
+        """Report the driver's output, which the submitter's pod prints, until it ends."""
+        options = [f"--since-time={since}"] if since else []
+        command = [*self._command, "logs", "--follow", f"job/{name}", *options]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    out(line.rstrip("\n"))
+                    report(line.rstrip("\n"))
             except BaseException:
                 process.kill()
                 raise
 
-    def _do(self, words: list[str], what: str, given: str | None = None) -> str:
+    def _get(self, words: list[str], action: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._run(["get", *words, "-o", "json"], action))
+        return found
+
+    def _run(self, words: list[str], action: str, stdin: str | None = None) -> str:
         try:
             done = subprocess.run(
-                [*self._words, *words], input=given, capture_output=True, text=True, timeout=_SECONDS, check=False
+                [*self._command, *words],
+                input=stdin,
+                capture_output=True,
+                text=True,
+                timeout=_RESPONSE_SECONDS,
+                check=False,
             )
         except subprocess.TimeoutExpired:
-            raise ClusterError(f"{what}: no answer in {_SECONDS:.0f} seconds. See whether the cluster is up.") from None
+            raise ClusterError(
+                f"{action} failed: no response within {_RESPONSE_SECONDS:.0f} s. Check that the cluster is running."
+            ) from None
         if done.returncode == 0:
             return done.stdout
-        said = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        meaning = next((told for text, told in _SAID if re.search(text, done.stderr)), None)
-        raise ClusterError(f"{what}, but {meaning}. ({said})" if meaning else f"{what}: {said}.")
+        output = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        cause = next((cause for pattern, cause in _KNOWN_ERRORS if re.search(pattern, done.stderr)), None)
+        raise ClusterError(f"{action} failed: {cause}. ({output})" if cause else f"{action} failed: {output}.")

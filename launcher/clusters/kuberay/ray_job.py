@@ -1,7 +1,8 @@
-"""`cluster=kuberay`: a run as a RayJob on Kubernetes, AKS above all. The manifest alone: nothing is asked of a cluster.
+"""The manifest of a run on Kubernetes: a RayJob, written for AKS. Sends no request to a cluster before `submit`.
 
-KubeRay makes a Ray cluster of pods for the job, runs `launch train … cluster=existing` on its head, and removes the
-cluster when that has ended (`shutdownAfterJobFinishes`). Fields by KubeRay v1.7.0, `ray.io/v1`.
+KubeRay creates a Ray cluster of pods for the job, runs `launch train … cluster=existing` on its head, and removes the
+Ray cluster after the command has exited (`shutdownAfterJobFinishes`). The fields are those of KubeRay v1.7.0,
+`ray.io/v1`.
 """
 
 from __future__ import annotations
@@ -11,37 +12,40 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import yaml
 
 from launcher.clusters.kuberay.kind import KubeRayCluster
+from launcher.clusters.kuberay.kubectl import Kubectl
 from launcher.clusters.pricing.nodes import Nodes, nodes_for
 from launcher.clusters.pricing.rates import overrides as rate_overrides
 from launcher.clusters.remote.mounts import Mount, read
 from launcher.errors import ConfigError, TrainingError
 from launcher.runs.storage import check_uri, is_gathered, is_uri
 
-if TYPE_CHECKING:
-    from launcher.clusters.kuberay.kubectl import Kubectl
-
-LONGEST_NAME = 47  # of a RayJob: KubeRay makes others of it
-USER = 10001  # of the image, see the Dockerfile
-# What AKS leaves to pods: of small VMs it keeps up to a fifth of the memory for itself, of the cores a part of one.
+LONGEST_NAME = 47  # of a RayJob; KubeRay adds suffixes to it
+USER = 10001  # the user id of the image; see the Dockerfile
+# The share of a VM's memory for pods. AKS reserves up to a fifth of small VMs, and a part of one core.
 _MEMORY_SHARE = 0.8
-_SHM_SHARE = 0.3  # of the pod's memory: Ray's object store and the data loaders live there
+_SHM_SHARE = 0.3  # of the pod's memory, for Ray's object store and the data loaders
 _COMMAND = "LAUNCH_COMMAND"
-# The submitter's shell and the head's each read the entrypoint once: what is between quotes would not survive both. So
-# the words travel in the environment, and what is read twice has nothing to quote but one bar.
+# Two shells, of the submitter and of the head, evaluate the entrypoint, so quoted arguments would be split. Therefore
+# the command is passed in an environment variable, and the entrypoint contains nothing to quote but the pipe.
 ENTRYPOINT = f"printenv {_COMMAND} \\| sh"
 
 
 @dataclass(frozen=True)
 class RayJob:
-    """A run as Kubernetes is to be asked for it.
+    """The request to run a job on Kubernetes.
 
     Attributes:
-        name: of the RayJob.
+        name: the name of the RayJob.
         run, root: run.name and run.root.
-        command: words of the command on the head.
+        nodes: the sizes of the VMs for workers and head.
+        cluster: the configuration of the cluster.
+        mounts: the volumes of `cluster.mounts`.
+        command: the arguments of the command on the head.
     """
 
     name: str
@@ -54,19 +58,25 @@ class RayJob:
 
     @property
     def directory(self) -> str:
-        """Where the run is written."""
+        """Return the run directory, a path or a URI."""
         return f"{self.root.rstrip('/')}/{self.run}"
 
     def text(self) -> str:
+        """Return the manifest as YAML."""
         return text(self)
 
     def facts(self) -> dict[str, Any]:
+        """Return the manifests as plain data."""
         return {"manifests": manifests(self)}
 
     def submit(self, report: Callable[[str], None]) -> Callable[[], int]:
-        """Create the RayJob. The result follows it and returns the exit status; Ctrl-C leaves it running."""
-        from launcher.clusters.kuberay.kubectl import Kubectl
+        """Create the RayJob. Returns a function that follows it and returns the exit status.
 
+        Ctrl-C stops following; the RayJob keeps running.
+
+        Raises:
+            ClusterError: kubectl or the cluster rejected the request.
+        """
         kubectl = Kubectl(self.cluster.context, self.cluster.namespace)
         context = kubectl.check()
         kubectl.create(text(self))
@@ -80,29 +90,29 @@ class RayJob:
             report(f"{how}; {stop}")
             return 0
         try:
-            status = kubectl.follow(self.name, report, report)
+            status = kubectl.follow(self.name, report)
         except KeyboardInterrupt:
-            report(f"It goes on there. {how}; {stop}")
+            report(f"The RayJob keeps running. {how}; {stop}")
             return 130
         if status.get("jobStatus") == "SUCCEEDED":
             return 0
         why = str(status.get("message") or status.get("reason") or status.get("jobStatus") or "no reason given").strip()
         raise TrainingError(
-            f"The RayJob {self.name} failed: {why.splitlines()[-1].rstrip('.')}. What it printed: kubectl --namespace "
-            f"{self.cluster.namespace} logs job/{self.name}; why pods do not come: kubectl describe rayjob {self.name}."
+            f"The RayJob {self.name} failed: {why.splitlines()[-1].rstrip('.')}. Its log: kubectl --namespace "
+            f"{self.cluster.namespace} logs job/{self.name}; events of its pods: kubectl describe rayjob {self.name}."
         )
 
 
 def ray_job(cluster: KubeRayCluster, run: str, root: str, words: Sequence[str], ask: bool = True) -> RayJob:
-    """Check what is asked of Kubernetes, and return it.
+    """Validate the configuration and return the request.
 
     Args:
         run, root: run.name and run.root.
-        words: the run's own, without those about cluster and run.
-        ask: Azure's public list for today's prices, which the run counts its cost with.
+        words: the arguments of the command, without those of `cluster` and `run`.
+        ask: whether to query Azure's public price list for today's prices, with which the run computes its cost.
 
     Raises:
-        ConfigError: no size, no image, a run root that the pods do not share, a bad mount…
+        ConfigError: the size or image is missing, the pods do not share the run root, a mount is invalid, and others.
     """
     if cluster.size is None:
         raise ConfigError(
@@ -111,33 +121,33 @@ def ray_job(cluster: KubeRayCluster, run: str, root: str, words: Sequence[str], 
         )
     if cluster.image is None:
         raise ConfigError(
-            "cluster=kuberay needs cluster.image=REGISTRY/NAME:TAG, the image of head and workers: one that the "
-            "Dockerfile of launch builds, or one of your own FROM it with your project in it."
+            "cluster=kuberay needs cluster.image=REGISTRY/NAME:TAG, the image of head and workers. Build it with the "
+            "Dockerfile of launch, or derive your own image from that one with FROM and add your project."
         )
     mounts = tuple(read(cluster.mounts))
     _check_root(root, mounts)
     if cluster.env and cluster.secret is None:
         raise ConfigError(
-            f"cluster.env=[{','.join(cluster.env)}] is read from a secret of Kubernetes: name it with "
-            "cluster.secret=NAME, or make it first: kubectl create secret generic NAME "
+            f"cluster.env=[{','.join(cluster.env)}] is read from a Kubernetes secret, but cluster.secret is not "
+            "set. Set cluster.secret=NAME. To create the secret: kubectl create secret generic NAME "
             + " ".join(f'--from-literal={name}="${name}"' for name in cluster.env)
         )
     if cluster.min_nodes == 0:
-        raise ConfigError("cluster.min_nodes=0: a RayJob begins when its workers are there, at least one.")
+        raise ConfigError("cluster.min_nodes=0: a RayJob needs at least one worker to start. Set cluster.min_nodes=1.")
     if (cluster.min_nodes or 1) > cluster.nodes:
         raise ConfigError(
-            f"cluster.min_nodes={cluster.min_nodes} is more than cluster.nodes={cluster.nodes}: lower it."
+            f"cluster.min_nodes={cluster.min_nodes} is more than cluster.nodes={cluster.nodes}. Lower it."
         )
     nodes = nodes_for(cluster, ask)
-    money = rate_overrides(cluster, nodes=nodes)
+    costs = rate_overrides(cluster, nodes=nodes)
     if cluster.budget_usd is not None:
-        money.append(f"cluster.budget_usd={cluster.budget_usd:g}")
-    command = ("launch", "train", *words, f"run.name={run}", f"run.root={root}", "cluster=existing", *money)
+        costs.append(f"cluster.budget_usd={cluster.budget_usd:g}")
+    command = ("launch", "train", *words, f"run.name={run}", f"run.root={root}", "cluster=existing", *costs)
     return RayJob(name_of(run), run, root, nodes, cluster, mounts, command)
 
 
 def name_of(run: str) -> str:
-    """Return the name of the RayJob of a run: small letters, digits and hyphens, a letter first."""
+    """Return the name of a run's RayJob: lowercase letters, digits and hyphens, starting with a letter."""
     name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     name = name if name[:1].isalpha() else f"run-{name}"
     return name[:LONGEST_NAME].rstrip("-")
@@ -150,9 +160,9 @@ def _check_root(root: str, mounts: Sequence[Mount]) -> None:
     claims = [mount.path for mount in mounts if mount.claim is not None]
     if not any(f"{root.rstrip('/')}/".startswith(f"{path}/") for path in claims):
         raise ConfigError(
-            f"run.root={root} would lie in a pod, and go with it. Take an object store, such as "
+            f"run.root={root} is a directory in a pod and would be deleted with it. Use an object store, such as "
             "run.root=abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/runs, or a directory of a volume claim that all "
-            "pods may write: cluster.mounts={/shared: claim://NAME} run.root=/shared/runs."
+            "pods can write: cluster.mounts={/shared: claim://NAME} run.root=/shared/runs."
         )
 
 
@@ -160,17 +170,15 @@ def _check_root(root: str, mounts: Sequence[Mount]) -> None:
 
 
 def manifests(job: RayJob) -> list[dict[str, Any]]:
-    """Return what Kubernetes is given: volumes of Blob storage and their claims, then the RayJob."""
+    """Return the objects to create: volumes of Blob storage with their claims, then the RayJob."""
     volumes = [part for mount in job.mounts if mount.claim is None for part in _volume(job, mount)]
     return [*volumes, _ray_job(job)]
 
 
 def text(job: RayJob) -> str:
     """Return the manifest as YAML."""
-    import yaml
-
-    told = yaml.safe_dump_all(manifests(job), sort_keys=False, width=10_000)
-    return f"# Written by launch; `kubectl apply -f` takes it.\n{told}"
+    documents = yaml.safe_dump_all(manifests(job), sort_keys=False, width=10_000)
+    return f"# Written by launch for `kubectl create -f`.\n{documents}"
 
 
 def _ray_job(job: RayJob) -> dict[str, Any]:
@@ -217,12 +225,12 @@ def _metadata(job: RayJob, name: str) -> dict[str, Any]:
 
 
 def _template(job: RayJob, container: str, head: bool = False) -> dict[str, Any]:
-    """Return a pod of the image: the head, or a worker that has a whole VM of the pool."""
+    """Return the pod template of the head, or of a worker, which occupies a whole VM of the node pool."""
     cluster, vm = job.cluster, job.nodes.head if head else job.nodes.size
     memory = int(vm.memory_gib * _MEMORY_SHARE)
-    has: dict[str, Any] = {"cpu": str(vm.vcpus - 1), "memory": f"{memory}Gi"}
+    resources: dict[str, Any] = {"cpu": str(vm.vcpus - 1), "memory": f"{memory}Gi"}
     if not head:
-        has["nvidia.com/gpu"] = str(job.nodes.size.gpus)
+        resources["nvidia.com/gpu"] = str(job.nodes.size.gpus)
     env: list[dict[str, Any]] = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": cluster.secret, "key": name}}} for name in cluster.env
     ]
@@ -243,7 +251,7 @@ def _template(job: RayJob, container: str, head: bool = False) -> dict[str, Any]
                 "name": container,
                 "image": cluster.image,
                 **({"env": env} if env else {}),
-                "resources": {"requests": has, "limits": has.copy()},
+                "resources": {"requests": resources, "limits": resources.copy()},
                 "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                 "volumeMounts": [
                     {"name": "shm", "mountPath": "/dev/shm"},
@@ -258,18 +266,18 @@ def _template(job: RayJob, container: str, head: bool = False) -> dict[str, Any]
             {"name": "shm", "emptyDir": shm},
             *({"name": mount.slug, "persistentVolumeClaim": {"claimName": claim}} for mount, claim in claims),
         ],
-        # The head's autoscaler asks Kubernetes for pods; nothing on a worker needs its interface.
+        # The autoscaler on the head creates pods through the Kubernetes API. Workers need no access to it.
         **({} if head else {"automountServiceAccountToken": False, **_placement(job.nodes)}),
     }
     labels = {"app.kubernetes.io/managed-by": "launch"}
     if cluster.service_account is not None:
         spec["serviceAccountName"] = cluster.service_account
-        labels["azure.workload.identity/use"] = "true"  # so that storage opens without a key
+        labels["azure.workload.identity/use"] = "true"  # access to storage without a key
     return {"metadata": {"labels": labels}, "spec": spec}
 
 
 def _placement(nodes: Nodes) -> dict[str, Any]:
-    """Return what puts a pod on a VM of the size, spot ones where they are wanted."""
+    """Return the fields that place a pod on a VM of the size, and on a spot VM if spot is requested."""
     selector = {"node.kubernetes.io/instance-type": nodes.size.name}
     tolerations = [{"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"}]
     spot = {**tolerations[0], "key": "kubernetes.azure.com/scalesetpriority", "value": "spot"}
@@ -279,21 +287,21 @@ def _placement(nodes: Nodes) -> dict[str, Any]:
     if nodes.spot is True:
         selector[spot["key"]] = spot["value"]
     elif nodes.spot == "prefer":
-        wish = {"key": spot["key"], "operator": "In", "values": [spot["value"]]}
-        term = {"weight": 100, "preference": {"matchExpressions": [wish]}}
+        expression = {"key": spot["key"], "operator": "In", "values": [spot["value"]]}
+        term = {"weight": 100, "preference": {"matchExpressions": [expression]}}
         placed["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}
     return placed
 
 
 def _volume(job: RayJob, mount: Mount) -> list[dict[str, Any]]:
-    """Return a volume of Blob storage and the claim that pods name: read-only, opened by the kubelet's identity.
+    """Return a read-only volume of Blob storage and the claim that pods reference. The kubelet's identity accesses it.
 
-    Attributes by `docs/driver-parameters.md` of kubernetes-sigs/blob-csi-driver. The cache lies below /mnt of the node,
-    which is its temporary disk.
+    The attributes are those in `docs/driver-parameters.md` of kubernetes-sigs/blob-csi-driver. The cache is below /mnt
+    of the node, which is its temporary disk.
     """
     name = f"{job.name}-{mount.slug}"
     below = [f"--subdirectory={mount.below}"] if mount.below else []
-    size = {"storage": "1Ti"}  # of no consequence: nothing is written
+    size = {"storage": "1Ti"}  # required by Kubernetes, but without effect on a read-only volume
     volume = {
         "apiVersion": "v1",
         "kind": "PersistentVolume",

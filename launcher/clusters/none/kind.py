@@ -1,4 +1,4 @@
-"""The kind `none`: this process, without Ray."""
+"""The kind `none`: runs the job in the process of the command, without Ray."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The sizes of Azure's NC series: what each holds, what its quota is counted by, and what it cost when.
+"""The catalogue of VM sizes of Azure's NC series: hardware, quota family, and dated prices.
 
-The table itself is `nc_series.yaml`; `prices.py` asks Azure for today's prices.
+The data is in `nc_series.yaml`. `prices.py` queries Azure for today's prices.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from launcher.errors import ConfigError, did_you_mean
 
 _TABLE = Path(__file__).with_name("nc_series.yaml")
@@ -19,7 +21,7 @@ _PREFIX = "Standard_"
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars an hour for one VM with Linux. date: a day, or the month where the source gives no day."""
+    """The price of one Linux VM in US dollars per hour. date: a day, or a month if the source has no day."""
 
     region: str
     usd_per_hour: float
@@ -30,7 +32,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True)
 class Vm:
-    """A kind of VM. quota_family: what its vCPUs are counted by, a region at a time; spot has a pool of its own."""
+    """A VM size. quota_family: the quota that limits its vCPUs in a region; spot VMs have a separate quota."""
 
     name: str
     vcpus: int
@@ -39,23 +41,26 @@ class Vm:
     prices: tuple[Price, ...] = ()
 
     def price(self, region: str, spot: bool = False) -> Price | None:
-        """Return the newest known price in a region; None where there is none."""
+        """Return the newest known price in a region, or None."""
         found = [price for price in self.prices if (price.region, price.spot) == (region, spot)]
         return max(found, key=lambda price: price.date, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size(Vm):
-    """One VM size of the NC series.
+    """A VM size of the NC series.
 
     Attributes:
-        gpus, gpu, gpu_memory_gib: how many, which model, GiB each.
-        pcie: the generation of a GPU's PCI Express slot, by the data sheet of its model.
-        network_gbit: Gbit/s between VMs, or None where nothing is known. None of these sizes has InfiniBand.
-        accelerated_networking: whether it can be switched on; Azure's default is off.
-        local_disk: temporary disks, as Azure describes them.
-        gen2_only: whether only generation 2 images boot.
-        status: current, preview or retired; `retired` is the day, `successor` what to take instead.
+        gpus, gpu, gpu_memory_gib: the number of GPUs, their model, and the memory of each in GiB.
+        pcie: the generation of a GPU's PCI Express slot, from the data sheet of the model.
+        network_gbit: the bandwidth between VMs in Gbit/s, or None if unknown. None of these sizes has InfiniBand.
+        accelerated_networking: whether it is supported; Azure's default is off.
+        local_disk: the temporary disks, as Azure describes them.
+        gen2_only: whether the size boots only generation 2 images.
+        status: current, preview or retired.
+        retired: the date of the retirement.
+        successor: the size to use instead of a retired one.
+        note: a fact that users of the size must know.
     """
 
     gpus: int
@@ -77,7 +82,7 @@ V = TypeVar("V", bound=Vm)
 
 @cache
 def sizes() -> Mapping[str, Size]:
-    """Return every size by its name, retired ones included, in the order of the table."""
+    """Return all sizes by name, including retired ones, in the order of the table."""
     table = _table()
     return {
         name: Size(
@@ -95,39 +100,39 @@ def sizes() -> Mapping[str, Size]:
 
 @cache
 def heads() -> Mapping[str, Vm]:
-    """Return the VMs that a cluster's head may be, by name."""
+    """Return the sizes that the head of a cluster may have, by name."""
     table = _table()
     return {name: Vm(name=name, **{**entry, "prices": _prices(entry, table)}) for name, entry in table["heads"].items()}
 
 
 def find(name: str) -> Size:
-    """Return the size of this name; `Standard_` may be left out, and case does not matter.
+    """Return the size with this name. The prefix `Standard_` is optional, and case does not matter.
 
     Raises:
-        ConfigError: there is none (names the nearest), or it is retired (names the day and the successor).
+        ConfigError: the size does not exist (names the most similar one), or is retired (names date and successor).
     """
     size = _named(name, sizes())
     if size is None:
         usable = [other.name for other in sizes().values() if other.status != "retired"]
         raise ConfigError(
-            f"cluster.size={name}: there is no such size in the NC series.{did_you_mean(name, usable)} "
-            "`launch sizes` lists them."
+            f"cluster.size={name} is not a size of the NC series.{did_you_mean(name, usable)} `launch sizes` lists all "
+            "sizes."
         )
     if size.status == "retired":
         raise ConfigError(
-            f"cluster.size={size.name}: Azure retired it on {size.retired}. Take {size.successor} instead; "
-            "`launch sizes` lists what there is."
+            f"cluster.size={size.name}: Azure retired this size on {size.retired}. Use {size.successor} instead; "
+            "`launch sizes` lists all sizes."
         )
     return size
 
 
 def find_head(name: str) -> Vm:
-    """Return the VM of this name for a head. Raises ConfigError where the table has none."""
+    """Return the head size with this name. Raises ConfigError if the catalogue has none."""
     head = _named(name, heads())
     if head is None:
         raise ConfigError(
-            f"cluster.head_size={name}: the head is a small VM without a GPU, and this is none of those that launch "
-            f"knows.{did_you_mean(name, heads())} There are {', '.join(heads())}."
+            f"cluster.head_size={name} is not a known size for the head, which is a small VM without a GPU."
+            f"{did_you_mean(name, heads())} Known sizes: {', '.join(heads())}."
         )
     return head
 
@@ -142,8 +147,6 @@ def _short(name: str) -> str:
 
 @cache
 def _table() -> dict[str, Any]:
-    import yaml
-
     table: dict[str, Any] = yaml.safe_load(_TABLE.read_text())
     return table
 

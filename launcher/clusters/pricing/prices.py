@@ -1,7 +1,8 @@
-"""Today's prices from Azure's public list, which needs no login.
+"""Query today's prices from Azure's public price list, which needs no login.
 
-The Azure Retail Prices API (learn.microsoft.com, "Azure Retail Prices REST API overview"): a GET with an OData filter
-answers pages of `Items` with `armSkuName`, `armRegionName`, `retailPrice`, `meterName` and `productName`.
+The Azure Retail Prices API (learn.microsoft.com, "Azure Retail Prices REST API overview"): a GET request with an OData
+filter returns pages of `Items` with `armSkuName`, `armRegionName`, `retailPrice`, `meterName`, `productName`,
+`effectiveStartDate` and, for prices that have ended, `effectiveEndDate`.
 """
 
 from __future__ import annotations
@@ -20,28 +21,32 @@ from launcher.clusters.pricing.catalogue import Price, V
 
 ADDRESS = "https://prices.azure.com/api/retail/prices"
 SOURCE = "Azure Retail Prices API"
-_SECONDS = 4.0  # for one page; somebody waits
-_MOST_PAGES = 20
+_SECONDS = 4.0  # for one page; the user waits for it
+_MAX_PAGES = 20
 
 
 class PricesUnavailable(Exception):
-    """The list could not be had; says why in one line."""
+    """The price list does not answer, or its response is invalid. The message is one line without a final period."""
 
 
 def refreshed(sizes: Mapping[str, V], region: str) -> dict[str, V]:
-    """Return the sizes (of the NC series, or other VMs) with today's prices of a region before those of the table.
+    """Return VM sizes with today's prices of a region in addition to those of the catalogue.
 
-    The address may be another one, LAUNCH_PRICES_URL.
+    The environment variable LAUNCH_PRICES_URL overrides the address of the list.
+
+    Args:
+        sizes: sizes of the NC series or others, by name.
+        region: the name of an Azure region.
 
     Raises:
-        PricesUnavailable: the list does not answer, or answers something else.
+        PricesUnavailable: the list does not answer, or its response is invalid.
     """
     today = date.today().isoformat()
     found: dict[str, list[Price]] = {}
     for item in _items(region, sizes):
-        kept = _read(item, region, today)
-        if kept is not None:
-            found.setdefault(kept[0].lower(), []).append(kept[1])
+        entry = _read(item, region, today)
+        if entry is not None:
+            found.setdefault(entry[0].lower(), []).append(entry[1])
     return {name: replace(size, prices=(*found.get(name.lower(), ()), *size.prices)) for name, size in sizes.items()}
 
 
@@ -53,7 +58,7 @@ def _read(item: Any, region: str, today: str) -> tuple[str, Price] | None:
             return None
         usd = float(item["retailPrice"])
     except (KeyError, TypeError, ValueError) as error:
-        raise PricesUnavailable(f"an item of the list is not as documented ({type(error).__name__}: {error})") from None
+        raise PricesUnavailable(f"an item of the list is invalid ({type(error).__name__}: {error})") from None
     if "Windows" in product or meter.endswith("Low Priority") or not usd > 0:
         return None
     return name, Price(region, usd, meter.endswith("Spot"), SOURCE, today)
@@ -61,20 +66,20 @@ def _read(item: Any, region: str, today: str) -> tuple[str, Price] | None:
 
 def _items(region: str, names: Iterable[str]) -> Iterator[Any]:
     others = [f"armSkuName eq '{name}'" for name in names if not name.startswith("Standard_NC")]
-    wanted = " or ".join(["contains(armSkuName, 'Standard_NC')", *others])
+    sizes = " or ".join(["contains(armSkuName, 'Standard_NC')", *others])
     address = os.environ.get("LAUNCH_PRICES_URL", ADDRESS)
     conditions = (
         "serviceName eq 'Virtual Machines'",
         "priceType eq 'Consumption'",
         f"armRegionName eq '{region}'",
-        f"({wanted})",
+        f"({sizes})",
     )
     page: str | None = f"{address}?{urlencode({'currencyCode': 'USD', '$filter': ' and '.join(conditions)})}"
-    for _ in range(_MOST_PAGES):
+    for _ in range(_MAX_PAGES):
         if page is None:
             return
-        if urlsplit(page)[:2] != urlsplit(address)[:2]:  # an answer does not choose whom we ask next
-            raise PricesUnavailable(f"the list refers to another place, {urlsplit(page).netloc}")
+        if urlsplit(page)[:2] != urlsplit(address)[:2]:  # a response must not redirect us to another host
+            raise PricesUnavailable(f"the list links to another host, {urlsplit(page).netloc}")
         answer = _get(page)
         yield from answer["Items"]
         page = answer.get("NextPageLink") or None
@@ -82,14 +87,14 @@ def _items(region: str, names: Iterable[str]) -> Iterator[Any]:
 
 def _get(page: str) -> dict[str, Any]:
     if urlsplit(page).scheme not in ("http", "https"):
-        raise PricesUnavailable(f"{page} is no address of a web server")
+        raise PricesUnavailable(f"{page} is not an HTTP URL")
     try:
         with urlopen(page, timeout=_SECONDS) as response:
             answer = json.load(response)
     except (URLError, OSError) as error:
         raise PricesUnavailable(f"{urlsplit(page).netloc} does not answer ({error})") from None
     except ValueError:
-        raise PricesUnavailable(f"{urlsplit(page).netloc} answers something that is no JSON") from None
+        raise PricesUnavailable(f"{urlsplit(page).netloc} did not return JSON") from None
     if not isinstance(answer, dict) or not isinstance(answer.get("Items"), list):
-        raise PricesUnavailable(f"{urlsplit(page).netloc} answers without a list of items")
+        raise PricesUnavailable(f"{urlsplit(page).netloc} returned no list of items")
     return answer

@@ -1,4 +1,4 @@
-"""What the machines of a configuration cost: by the catalogue, or as the configuration says itself."""
+"""The cost of the machines of a configuration: from the catalogue, or as the configuration specifies it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from launcher.money import Rate
 
 
 def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: Nodes | None = None) -> Rate | None:
-    """Return the rate of a run there; None where its machines cost nothing, or nobody knows what.
+    """Return the rate of a run on this cluster; None if its machines are free or their price is unknown.
 
     Args:
-        machines: how many there are, the head included.
-        ask: Azure's public list for today's prices.
-        nodes: what the configuration asks for, where that is known.
+        machines: the number of machines, including the head.
+        ask: whether to query Azure's public price list for today's prices.
+        nodes: the VMs of the configuration, if the caller has already determined them.
 
     Raises:
-        ConfigError: there is a budget and a price is not known; or see `nodes.nodes_for`.
+        ConfigError: a budget is set but a price is unknown; see also `nodes.nodes_for`.
     """
     if cluster.node_usd_per_hour is not None:
         return Rate(cluster.node_usd_per_hour, cluster.head_usd_per_hour or 0.0, machines, cluster.budget_usd)
@@ -29,8 +29,8 @@ def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: 
         return Rate(node.usd_per_hour, head.usd_per_hour, machines, cluster.budget_usd)
     if cluster.budget_usd is not None:
         raise ConfigError(
-            f"cluster.budget_usd={cluster.budget_usd:g} cannot be kept: {' '.join(nodes.missing())} Say what the "
-            "machines cost with cluster.node_usd_per_hour=USD cluster.head_usd_per_hour=USD, or leave the budget out."
+            f"cluster.budget_usd={cluster.budget_usd:g} needs the prices of the machines. {' '.join(nodes.missing())} "
+            "Set cluster.node_usd_per_hour=USD and cluster.head_usd_per_hour=USD, or omit the budget."
         )
     return None
 
@@ -38,11 +38,11 @@ def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: 
 def overrides(
     cluster: ClusterConfig, usd_per_hour: float | None = None, machines: int = 1, nodes: Nodes | None = None
 ) -> list[str]:
-    """Return the words of a command line that tell a driver elsewhere what its machines cost.
+    """Return the overrides with which a driver on another machine knows the cost of its machines.
 
     Args:
-        usd_per_hour: of all machines together, where they are known to cost that much.
-        machines: how many those are.
+        usd_per_hour: the total cost of all machines per hour, if it is known.
+        machines: the number of these machines.
         nodes: see `rate_of`.
     """
     rate = rate_of(cluster, machines, nodes=nodes)

@@ -1,4 +1,4 @@
-"""RayJobs: the manifests to the letter and by KubeRay's own schema, and how they are submitted and followed."""
+"""RayJobs: golden manifests, validation with KubeRay's schema, submitting and following."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from launcher.clusters.kuberay import kubectl as kubectl_module
+from launcher.clusters.kuberay import pods as pods_module
 from launcher.clusters.kuberay.kind import KubeRayCluster
 from launcher.clusters.kuberay.ray_job import ENTRYPOINT, LONGEST_NAME, RayJob, manifests, name_of, ray_job, text
 from launcher.errors import ConfigError
@@ -71,7 +72,7 @@ def test_the_manifest_is_the_golden_one(name: str) -> None:
 
 
 def crd() -> dict[str, Any]:
-    """Return KubeRay's schema with unknown fields refused, where Kubernetes would drop them without a word."""
+    """Return KubeRay's schema, changed to reject unknown fields, which Kubernetes drops silently."""
     schema: dict[str, Any] = json.loads(gzip.decompress((HERE / "rayjob_v1.json.gz").read_bytes()))
 
     def close(part: Any) -> None:
@@ -88,13 +89,13 @@ def crd() -> dict[str, Any]:
                 close(each)
 
     close(schema)
-    # metadata has no fields in a CRD: Kubernetes itself knows them.
+    # A CRD has no fields of metadata, because Kubernetes defines them.
     schema["properties"]["metadata"] = {"type": "object"}
     return schema
 
 
 def templates(schema: dict[str, Any]) -> dict[str, Any]:
-    """Let pods have metadata, for the same reason."""
+    """Allow metadata of pods, for the same reason."""
     cluster = schema["properties"]["spec"]["properties"]["rayClusterSpec"]["properties"]
     for group in (cluster["headGroupSpec"], cluster["workerGroupSpecs"]["items"]):
         group["properties"]["template"]["properties"]["metadata"] = {"type": "object"}
@@ -102,14 +103,14 @@ def templates(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def judge() -> jsonschema.Draft7Validator:
+def validator() -> jsonschema.Draft7Validator:
     return jsonschema.Draft7Validator(templates(crd()))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kuberay_knows_every_field(judge: jsonschema.Draft7Validator, name: str) -> None:
+def test_kuberay_supports_every_field(validator: jsonschema.Draft7Validator, name: str) -> None:
     *volumes, made = manifests(job(name))
-    assert [str(error.message) for error in judge.iter_errors(made)] == []
+    assert [str(error.message) for error in validator.iter_errors(made)] == []
     assert {volume["kind"] for volume in volumes} <= {"PersistentVolume", "PersistentVolumeClaim"}
 
 
@@ -122,20 +123,22 @@ def test_kuberay_knows_every_field(judge: jsonschema.Draft7Validator, name: str)
         (("rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0), "resource", {}),
     ],
 )
-def test_the_schema_would_tell(judge: jsonschema.Draft7Validator, at: tuple[Any, ...], key: str, value: Any) -> None:
+def test_the_schema_rejects_unknown_fields(
+    validator: jsonschema.Draft7Validator, at: tuple[Any, ...], key: str, value: Any
+) -> None:
     made = json.loads(json.dumps(manifests(job("plain"))[-1]))
     part = made["spec"]
     for step in at:
         part = part[step]
     part[key] = value
-    assert list(judge.iter_errors(made)) != []
+    assert list(validator.iter_errors(made)) != []
 
 
 @pytest.mark.parametrize(
     ("run", "expected"),
     [("mnist-20261124-033000", None), ("My_Run.2", "my-run-2"), ("7", "run-7"), ("ü", "run"), ("a" * 80, "a" * 47)],
 )
-def test_names_that_kubernetes_takes(run: str, expected: str | None) -> None:
+def test_names_are_valid_in_kubernetes(run: str, expected: str | None) -> None:
     name = name_of(run)
     assert name == (expected or run)
     assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name)
@@ -143,27 +146,27 @@ def test_names_that_kubernetes_takes(run: str, expected: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "root", "told"),
+    ("change", "root", "message"),
     [
         ({"size": None}, STORE, "needs cluster.size=SIZE"),
         ({"image": None}, STORE, "needs cluster.image="),
-        ({}, "runs", "run.root=runs would lie in a pod"),
-        ({}, "head:///var/runs", "would lie in a pod"),
-        ({"mounts": {"/shared": "claim://a"}}, "/sharedruns", "would lie in a pod"),
-        ({"mounts": {"/data": "abfss://sets@ada.dfs.core.windows.net"}}, "/data/runs", "would lie in a pod"),
+        ({}, "runs", "run.root=runs is a directory in a pod"),
+        ({}, "head:///var/runs", "is a directory in a pod"),
+        ({"mounts": {"/shared": "claim://a"}}, "/sharedruns", "is a directory in a pod"),
+        ({"mounts": {"/data": "abfss://sets@ada.dfs.core.windows.net"}}, "/data/runs", "is a directory in a pod"),
         ({"env": ["HF_TOKEN"]}, STORE, "kubectl create secret generic NAME"),
         ({"min_nodes": 0}, STORE, "cluster.min_nodes=0"),
-        ({"min_nodes": 3, "nodes": 2}, STORE, "more than cluster.nodes=2"),
+        ({"min_nodes": 3, "nodes": 2}, STORE, "cluster.nodes=2"),
         ({"size": "NC24rs_v3"}, STORE, "retired"),
     ],
 )
-def test_what_cannot_be_is_refused(change: dict[str, Any], root: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_invalid_configurations_are_rejected(change: dict[str, Any], root: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         ray_job(KubeRayCluster(**{**BASE, **change}), "a1", root, [], ask=False)
 
 
-def test_the_words_survive_both_shells(tmp_path: Path) -> None:
-    """As KubeRay's submitter and Ray's supervisor treat an entrypoint: a shell, list2cmdline, another shell."""
+def test_arguments_survive_both_shells(tmp_path: Path) -> None:
+    """KubeRay's submitter and Ray's supervisor process an entrypoint with a shell, list2cmdline, and another shell."""
     odd = [
         "a b",
         "x='$HOME'",
@@ -174,9 +177,9 @@ def test_the_words_survive_both_shells(tmp_path: Path) -> None:
         "$(id)",
         "${oc.env:A}",
     ]
-    made = ray_job(KubeRayCluster(**BASE), "a1", STORE, odd, ask=False)
-    (given,) = head_of(manifests(made)[-1])["containers"][0]["env"]
-    value = given["value"].replace("$$(", "$(")  # as Kubernetes reads it
+    request = ray_job(KubeRayCluster(**BASE), "a1", STORE, odd, ask=False)
+    (variable,) = head_of(manifests(request)[-1])["containers"][0]["env"]
+    value = variable["value"].replace("$$(", "$(")  # as Kubernetes expands it
     launch = tmp_path / "launch"
     launch.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     launch.chmod(0o755)
@@ -184,13 +187,13 @@ def test_the_words_survive_both_shells(tmp_path: Path) -> None:
     join = "import subprocess, sys; print(subprocess.list2cmdline(sys.argv[2:]))"
     submit = f'{sys.executable} -c "{join}" -- {ENTRYPOINT} ;'
     line = subprocess.run(["bash", "-c", submit], env=path, capture_output=True, text=True, check=True).stdout.strip()
-    there = {**path, given["name"]: value}
-    ran = subprocess.run(line, shell=True, env=there, capture_output=True, text=True, check=True)
-    assert json.loads(ran.stdout) == list(made.command[1:])
+    environment = {**path, variable["name"]: value}
+    ran = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == list(request.command[1:])
 
 
-def test_the_image_of_the_dockerfile_can_run_it() -> None:
-    """What KubeRay and the manifest need of the image: bash, wget and python, the user's number, Ray's dashboard."""
+def test_the_image_of_the_dockerfile_is_suitable() -> None:
+    """KubeRay and the manifest need wget, python on PATH, the user id, and Ray's dashboard."""
     final = (HERE.parents[2] / "Dockerfile").read_text().rpartition("\nFROM ")[2]
     assert "wget" in final
     assert f"USER {head_of(manifests(job('plain'))[-1])['securityContext']['runAsUser']}\n" in final
@@ -200,7 +203,7 @@ def test_the_image_of_the_dockerfile_can_run_it() -> None:
 
 # ---- submitting and following ---------------------------------------------------------------------------------------
 
-ASK = (
+ARGUMENTS = (
     *TOY,
     "cluster=kuberay",
     "cluster.size=NC24ads_A100_v4",
@@ -209,6 +212,7 @@ ASK = (
     "run.name=a1",
 )
 DONE = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "jobId": "x"}
+STARTING = {"jobDeploymentStatus": "Initializing", "rayClusterName": "a1-raycluster-x"}
 RUNNING = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "jobId": "x"}
 
 
@@ -217,41 +221,58 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{HERE}:{os.environ['PATH']}")
     monkeypatch.setenv("STATE", str(tmp_path))
     monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/")
-    monkeypatch.setattr(kubectl_module, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(kubectl_module, "_POLL_SECONDS", 0.01)
     return tmp_path
 
 
-def submitted(here: Place, state: Path, says: dict[str, Any], *more: str) -> Result:
-    (state / "says").write_text(json.dumps(says))
-    return here.here(*ASK, *more)
+def submit(here: Place, state: Path, responses: dict[str, Any], *more: str) -> Result:
+    (state / "responses").write_text(json.dumps(responses))
+    return here.here(*ARGUMENTS, *more)
 
 
 def test_a_run_is_submitted_and_followed(here: Place, state: Path) -> None:
-    done = submitted(here, state, {"statuses": [{}, {"jobDeploymentStatus": "Initializing"}, RUNNING, None, DONE]})
+    done = submit(here, state, {"statuses": [{}, {"jobDeploymentStatus": "Initializing"}, RUNNING, None, DONE]})
     assert (done.status, done.out) == (0, f"{STORE}/a1\n"), done.err
     assert "RayJob a1 on my-aks, 1 x Standard_NC24ads_A100_v4" in done.err
-    assert [word for word in ("initializing", "running", "complete") if f"a1 is {word}" not in done.err] == []
+    assert [state for state in ("initializing", "running", "complete") if f"a1 is {state}" not in done.err] == []
     assert "step 50  loss 0.5" in done.err
-    assert (state / "judge.yaml").read_text() == (state / "create.yaml").read_text()
+    assert (state / "validate.yaml").read_text() == (state / "create.yaml").read_text()
     head = head_of(yaml.safe_load((state / "create.yaml").read_text()))
-    words = head["containers"][0]["env"][0]["value"]
-    assert words.startswith(
+    command = head["containers"][0]["env"][0]["value"]
+    assert command.startswith(
         f"launch train --config-dir own experiment=toy run.name=a1 run.root={STORE} cluster=existing "
     )
-    assert "cluster.node_usd_per_hour=" in words
-    assert "launch:1" not in words
+    assert "cluster.node_usd_per_hour=" in command
+    assert "launch:1" not in command
     assert not here.runs.exists()
 
 
-def test_a_job_that_fails_is_told_with_the_cause(here: Place, state: Path) -> None:
+def test_the_reason_of_a_pod_is_reported_while_following(
+    here: Place, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pods_module, "PATIENCE_SECONDS", 0.0)
+    waits = {"waiting": {"reason": "ImagePullBackOff", "message": "launch:1: not found"}}
+    responses = {
+        "statuses": [{"jobDeploymentStatus": "Initializing", "rayClusterName": "a1-raycluster-x"}] * 2
+        + [RUNNING, DONE],
+        "pods": [{"metadata": {"name": "a1-head"}, "status": {"containerStatuses": [{"state": waits}]}}],
+    }
+    done = submit(here, state, responses)
+    assert done.status == 0, done.err
+    assert done.err.count("ImagePullBackOff: launch:1: not found") == 1
+    calls = (state / "calls").read_text()
+    assert "get pods --selector ray.io/cluster=a1-raycluster-x" in calls
+
+
+def test_a_failed_job_is_reported_with_its_cause(here: Place, state: Path) -> None:
     failed = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "jobId": "x", "message": "exit code 2"}
-    done = submitted(here, state, {"statuses": [RUNNING, failed]})
+    done = submit(here, state, {"statuses": [RUNNING, failed]})
     assert done.status == 1
-    assert "The RayJob a1 failed: exit code 2. What it printed: kubectl --namespace default logs job/a1" in done.err
+    assert "The RayJob a1 failed: exit code 2. Its log: kubectl --namespace default logs job/a1" in done.err
 
 
-def test_detached_it_is_left_to_itself(here: Place, state: Path) -> None:
-    done = submitted(here, state, {}, "cluster.detach=true", "cluster.context=other", "cluster.namespace=ml")
+def test_a_detached_job_is_not_followed(here: Place, state: Path) -> None:
+    done = submit(here, state, {}, "cluster.detach=true", "cluster.context=other", "cluster.namespace=ml")
     assert (done.status, done.out) == (0, f"{STORE}/a1\n"), done.err
     assert f"launch stop a1 run.root={STORE}" in done.err
     calls = (state / "calls").read_text().splitlines()
@@ -259,67 +280,73 @@ def test_detached_it_is_left_to_itself(here: Place, state: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fails", "told"),
+    ("fails", "message"),
     [
         ({"config": "error: current-context is not set"}, "az aks get-credentials"),
-        ({"judge": 'error: no matches for kind "RayJob" in version "ray.io/v1"'}, "KubeRay is not installed there"),
-        ({"judge": 'Error from server (Forbidden): User "ada" cannot create: is forbidden'}, "your account may not"),
-        ({"judge": "error: You must be logged in to the server (Unauthorized)"}, "Log in again"),
-        ({"judge": 'Error from server (AlreadyExists): rayjobs.ray.io "a1" already exists'}, "Take another run.name"),
-        ({"judge": "Unable to connect to the server: dial tcp: lookup x: no such host"}, "cannot be reached from here"),
-        ({"judge": "error: something new"}, "something new"),
+        ({"validate": 'error: no matches for kind "RayJob" in version "ray.io/v1"'}, "KubeRay is not installed"),
+        (
+            {"validate": 'Error from server (Forbidden): User "ada" cannot create: is forbidden'},
+            "your account is not allowed",
+        ),
+        ({"validate": "error: You must be logged in to the server (Unauthorized)"}, "Log in again"),
+        (
+            {"validate": 'Error from server (AlreadyExists): rayjobs.ray.io "a1" already exists'},
+            "Choose another run.name",
+        ),
+        ({"validate": "Unable to connect to the server: dial tcp: lookup x: no such host"}, "unreachable"),
+        ({"validate": "error: something new"}, "something new"),
     ],
 )
-def test_a_cluster_that_will_not_is_told_before_anything_is_there(
-    here: Place, state: Path, fails: dict[str, str], told: str
+def test_a_rejection_is_reported_before_anything_is_created(
+    here: Place, state: Path, fails: dict[str, str], message: str
 ) -> None:
-    done = submitted(here, state, {"fails": fails})
+    done = submit(here, state, {"fails": fails})
     assert done.status == 2
-    assert told in done.err
+    assert message in done.err
     assert not (state / "create.yaml").exists()
 
 
-def test_no_kubectl(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kubectl_is_not_installed(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(HERE.parent))
     monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/")
-    done = here.here(*ASK)
+    done = here.here(*ARGUMENTS)
     assert done.status == 2
-    assert "there is no kubectl here" in done.err
+    assert "needs kubectl" in done.err
 
 
 def test_plan_prints_the_manifest(here: Place, state: Path) -> None:
-    told = here.here("plan", "--offline", *ASK)
-    assert told.status == 0, told.err
-    assert [part["kind"] for part in yaml.safe_load_all(told.out)] == ["RayJob"]
-    found = json.loads(here.here("plan", "--offline", "--json", *ASK).out)
+    planned = here.here("plan", "--offline", *ARGUMENTS)
+    assert planned.status == 0, planned.err
+    assert [part["kind"] for part in yaml.safe_load_all(planned.out)] == ["RayJob"]
+    found = json.loads(here.here("plan", "--offline", "--json", *ARGUMENTS).out)
     assert (found["run"], found["directory"]) == ("a1", f"{STORE}/a1")
-    assert found["manifests"] == list(yaml.safe_load_all(told.out))
-    assert not (state / "calls").exists(), "a plan asks no cluster"
+    assert found["manifests"] == list(yaml.safe_load_all(planned.out))
+    assert not (state / "calls").exists(), "a plan sends no request to the cluster"
 
 
-def test_a_sweep_is_a_rayjob_on_a_disk_that_all_pods_share(here: Place, state: Path) -> None:
+def test_a_sweep_is_a_rayjob_on_a_shared_volume(here: Place, state: Path) -> None:
     more = ("-m", "optimizer.lr=0.1,0.2", "run.root=/shared/runs", "cluster.mounts={/shared: claim://disk}")
-    told = here.here("plan", "--offline", *ASK, *more)
-    assert told.status == 0, told.err
-    head = head_of(list(yaml.safe_load_all(told.out))[-1])
-    words = head["containers"][0]["env"][0]["value"]
-    assert words.startswith("launch train -m --config-dir own experiment=toy optimizer.lr=0.1,0.2 run.name=a1 ")
-    assert " run.root=/shared/runs cluster=existing " in words
+    planned = here.here("plan", "--offline", *ARGUMENTS, *more)
+    assert planned.status == 0, planned.err
+    head = head_of(list(yaml.safe_load_all(planned.out))[-1])
+    command = head["containers"][0]["env"][0]["value"]
+    assert command.startswith("launch train -m --config-dir own experiment=toy optimizer.lr=0.1,0.2 run.name=a1 ")
+    assert " run.root=/shared/runs cluster=existing " in command
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (("+model.secret_key=hunter2",), "+model.secret_key=*** holds a secret"),
         (("-m", "optimizer.lr=0.1,0.2"), "a sweep keeps its study in a directory"),
-        (("-m", "optimizer.lr=0.1,0.2", "run.root=runs"), "would lie in a pod"),
+        (("-m", "optimizer.lr=0.1,0.2", "run.root=runs"), "is a directory in a pod"),
         (("cluster.namespace=My NS",), "cluster.namespace is 'My NS'"),
         (("cluster.mounts={/data: 'https://ada.blob.core.windows.net/x?sig=hunter2'}",), "managed identity opens it"),
     ],
 )
-def test_words_that_cannot_be_are_refused(here: Place, state: Path, more: tuple[str, ...], told: str) -> None:
-    done = here.here(*ASK, *more)
+def test_invalid_arguments_are_rejected(here: Place, state: Path, more: tuple[str, ...], message: str) -> None:
+    done = here.here(*ARGUMENTS, *more)
     assert done.status == 2
-    assert told in done.err
+    assert message in done.err
     assert "hunter2" not in done.err
     assert not (state / "calls").exists()
