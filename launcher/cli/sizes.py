@@ -48,6 +48,8 @@ def table(found: Mapping[str, Size], region: str, source: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from launcher.clusters.pricing.catalogue import as_of
+
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"NC series, {region}", title_justify="left")
     for heading in ("size", "GPUs", "vCPU", "RAM GiB", "Gbit/s", "local disk", "USD/h", "spot", "quota family"):
         number = heading in ("vCPU", "RAM GiB", "Gbit/s", "USD/h", "spot")
@@ -58,7 +60,7 @@ def table(found: Mapping[str, Size], region: str, source: str) -> None:
             continue
         grid.add_row(
             size.name,
-            f"{size.gpus} x {size.gpu} {size.gpu_memory_gib} GiB",
+            size.hardware,
             str(size.vcpus),
             str(size.memory_gib),
             "" if size.network_gbit is None else f"{size.network_gbit:g}",
@@ -73,7 +75,7 @@ def table(found: Mapping[str, Size], region: str, source: str) -> None:
     out.print(grid)
     for note, names in _notes(found).items():
         out.print(f"{note}: {', '.join(names)}", soft_wrap=True)
-    out.print(source, soft_wrap=True)
+    out.print(f"Catalogue of {as_of()}. {source}", soft_wrap=True)
 
 
 def _notes(found: Mapping[str, Size]) -> dict[str, list[str]]:

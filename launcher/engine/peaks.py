@@ -39,6 +39,7 @@ PEAKS = (
     Peak("V100-PCIE", None, 112.0, 14.0, "NVIDIA V100 data sheet (2020), PCIe"),
     Peak("V100-SXM2", None, 125.0, 15.7, "NVIDIA V100 data sheet (2020), SXM2"),
     Peak("V100S", None, 130.0, 16.4, "NVIDIA V100 data sheet (2020), V100S"),
+    Peak("A10", 125.0, 125.0, 62.5, "NVIDIA A10 data sheet (2021): half of 250 and 125"),
     Peak("A100", 312.0, 312.0, 156.0, "NVIDIA A100 data sheet (2022); PCIe and SXM alike"),
     Peak("H100", 989.4, 989.4, 494.7, "NVIDIA H100 architecture white paper, SXM5"),
     Peak("H100 PCIE", 756.0, 756.0, 378.0, "NVIDIA H100 architecture white paper, PCIe"),

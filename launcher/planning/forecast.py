@@ -19,6 +19,7 @@ from launcher.errors import ConfigError, ResourceError
 from launcher.formatting import count
 from launcher.planning.plan import Placement, Plan
 
+ASSUMED_GBIT = 8.0  # the bandwidth between VMs of a size whose network is unknown: the lowest of the catalogue
 _SHORT_PASS = 5e-3  # seconds
 _RECOMPUTE_FACTOR = 4 / 3  # activation checkpointing adds a forward pass, which takes half of a backward pass
 
@@ -96,11 +97,11 @@ def place_workers(job: Job, nodes: Nodes) -> tuple[Placement, tuple[int, ...]]:
             f"cluster.size={vm.name} is a GPU size, but scaling.device={scaling.device} with "
             f"scaling.gpus_per_worker={each:g} uses no GPU. Omit these two options."
         )
-    most = min(int(vm.gpus / each), int(vm.vcpus / scaling.cpus_per_worker))
+    most = min(int(vm.devices / each), int(vm.vcpus / scaling.cpus_per_worker))
     if most == 0:
         raise ResourceError(
             f"A worker needs {count(scaling.cpus_per_worker, 'CPU')} and {count(each, 'GPU')}, but {vm.name} has only "
-            f"{count(vm.vcpus, 'CPU')} and {count(vm.gpus, 'GPU')}. Lower scaling.cpus_per_worker or "
+            f"{count(vm.vcpus, 'CPU')} and {count(vm.devices, 'GPU')}. Lower scaling.cpus_per_worker or "
             "scaling.gpus_per_worker, or choose another size (`launch sizes`)."
         )
     workers = most * nodes.nodes if scaling.workers == "auto" else scaling.workers
@@ -111,7 +112,7 @@ def place_workers(job: Job, nodes: Nodes) -> tuple[Placement, tuple[int, ...]]:
         )
     workers_per_node = tuple(min(most, max(0, workers - node * most)) for node in range(nodes.nodes))
     where = f"{nodes.nodes} x {vm.name} in {nodes.region}"
-    cpus, gpus = vm.vcpus * nodes.nodes, vm.gpus * nodes.nodes
+    cpus, gpus = vm.vcpus * nodes.nodes, vm.devices * nodes.nodes
     return Placement("nodes", where, cpus, gpus, workers, "cuda", scaling.cpus_per_worker, each), workers_per_node
 
 
@@ -126,8 +127,7 @@ def link_between(nodes: Nodes, workers_per_node: tuple[int, ...]) -> Link | None
         return None
     hops = [(workers - used if used > 1 else workers, Link.pcie(nodes.size.pcie))]
     if used > 1:
-        assert nodes.size.network_gbit is not None
-        hops.append((used, Link.ethernet(nodes.size.network_gbit)))
+        hops.append((used, Link.ethernet(nodes.size.network_gbit or ASSUMED_GBIT)))
     return Link.around(hops)
 
 
@@ -153,6 +153,8 @@ def computing_of(
     if flops is None:
         flops, source = found.device_sizes.flops_per_sample, "counted"
     peak = peak_flops(nodes.size.gpu, job.trainer.precision)
+    if peak is not None:
+        peak *= nodes.size.gpus / nodes.size.devices  # the share of sizes with a fraction of a GPU
     mfu, origin = (MFU, "assumed") if reached is None else (reached.mfu, reached.run)
     seconds = None
     if flops is not None and peak is not None:
@@ -202,7 +204,7 @@ def forecast(
     memory["activations"] = sizes.saved_per_sample * batches.microbatch_size
     memory["their gradient"] = sizes.largest_per_sample * batches.microbatch_size
     needs = sum(memory.values())
-    room = int(ROOM * nodes.size.gpu_memory_gib * 2**30 * min(1.0, plan.machines.gpus_per_worker))
+    room = int(ROOM * nodes.size.device_memory_gib * 2**30 * min(1.0, plan.machines.gpus_per_worker))
     most = max(0, (room - resident) // each) if each else batches.per_worker
     step = None
     if computing.seconds is not None and kind.predicts(config):

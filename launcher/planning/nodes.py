@@ -15,6 +15,7 @@ from launcher.engine.estimate import Estimate, estimate
 from launcher.engine.strategies.kinds.base import kinds
 from launcher.formatting import count, duration, size
 from launcher.planning.forecast import (
+    ASSUMED_GBIT,
     ComputeTime,
     Forecast,
     MeasuredMfu,
@@ -211,6 +212,11 @@ def _notes(job: Job, made: NodePlan) -> list[str]:
         found.append(f"{vm.name} is a preview size.")
     if vm.note:
         found.append(f"{vm.name}: {vm.note}.")
+    if vm.network_gbit is None and made.link is not None and nodes.nodes > 1:
+        found.append(
+            f"The network bandwidth of {vm.name} is unknown. The plan assumes {ASSUMED_GBIT:g} Gbit/s, the "
+            "lowest of the catalogue."
+        )
     idle = made.workers_per_node.count(0)
     if idle:
         found.append(f"{count(idle, 'node')} would have no worker. Set cluster.nodes={nodes.nodes - idle}.")

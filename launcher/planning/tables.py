@@ -18,7 +18,7 @@ def text(made: NodePlan, run: str, width: int) -> str:
     """Return the plan as text. run: the run directory; width: of the terminal, in characters."""
     out = Console(file=io.StringIO(), width=width, highlight=False, emoji=False, markup=False)
     rows = [("run", run), *_lines(made)]
-    room = f"{size(made.forecast.room)} of {made.nodes.size.gpu_memory_gib} GiB"
+    room = f"{size(made.forecast.room)} of {made.nodes.size.device_memory_gib:g} GiB"
     out.print(_pairs(rows))
     # Printed as separate lines, since the title of a table would be wrapped at the width of the table.
     out.print(f"\nA worker may use {room} of GPU memory. * marks the job's strategy; wait is the time for the link.")
@@ -56,7 +56,7 @@ def _lines(made: NodePlan) -> list[tuple[str, str]]:
     nodes, plan = made.nodes, made.plan
     vm, head = nodes.size, nodes.head
     kind = {True: "spot", False: "on demand", "prefer": "spot, or on demand if there is no capacity"}[nodes.spot]
-    machine = f"{vm.gpus} x {vm.gpu} {vm.gpu_memory_gib} GiB, {vm.vcpus} vCPU, {vm.memory_gib} GiB"
+    machine = f"{vm.hardware}, {vm.vcpus} vCPU, {vm.memory_gib} GiB"
     network = f", {vm.network_gbit:g} Gbit/s" if vm.network_gbit else ""
     replaced = {"where", "workers", "memory per worker", "communication", "cost", "strategy"}
     return [

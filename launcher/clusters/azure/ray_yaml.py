@@ -70,7 +70,7 @@ def ray_config(spec: ClusterSpec, local: LocalFiles) -> dict[str, Any]:
         HEAD: {"resources": {"CPU": 0}, "node_config": _vm(nodes.head, spec, spot=False)}
     }
     types[NODE] = {
-        "resources": {"CPU": nodes.size.vcpus, "GPU": nodes.size.gpus},
+        "resources": {"CPU": nodes.size.vcpus, "GPU": nodes.size.devices},
         "min_workers": 0,  # Ray never removes this many nodes, even if they are idle
         "max_workers": nodes.nodes,
         "node_config": _vm(nodes.size, spec, spot=nodes.spot is not False),
@@ -172,7 +172,7 @@ def _mounted(spec: ClusterSpec) -> list[str]:
 
 
 def _watchdog(spec: ClusterSpec) -> str:
-    gpus = spec.nodes.size.gpus
+    gpus = spec.nodes.size.devices
     command = f"launcher.clusters.azure.on_head watch --nodes {spec.min_nodes} --gpus {gpus}"
     command += f" --idle-minutes {spec.idle_minutes:g}"
     return f"{command} --remove" if spec.down_after else command

@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from launcher.clusters.azure.kind import AzureCluster
+from launcher.clusters.pricing.catalogue import Size
 from launcher.clusters.pricing.nodes import Nodes, nodes_for
 from launcher.clusters.remote import mounts
 from launcher.clusters.remote.mounts import Mount
@@ -106,6 +107,7 @@ def cluster_specs(cluster: AzureCluster, ask: bool = True) -> list[ClusterSpec]:
     mounts.setup_lines(mounted)  # raises ConfigError for mounts that VMs do not support
     for each in [cluster, *(_alternative(cluster, one) for one in cluster.alternatives)]:
         nodes = nodes_for(each, ask)
+        _check_driver(nodes.size)
         least = nodes.nodes if each.min_nodes is None else each.min_nodes
         if least > nodes.nodes:
             raise ConfigError(f"cluster.min_nodes={least} is more than cluster.nodes={nodes.nodes}. Lower it.")
@@ -124,6 +126,16 @@ def cluster_specs(cluster: AzureCluster, ask: bool = True) -> list[ClusterSpec]:
             )
         )
     return found
+
+
+def _check_driver(size: Size) -> None:
+    """Raise ConfigError for sizes whose GPUs do not work with the driver of launch's VM image."""
+    if size.driver is not None:
+        raise ConfigError(
+            f"cluster.size={size.name} needs the NVIDIA {size.driver} driver, but the image of cluster=azure "
+            "(ubuntu-hpc) has the datacenter driver, with which the VM has no usable GPU. Choose another size (`launch "
+            "sizes`), or create the VMs yourself and use cluster=ssh."
+        )
 
 
 def for_run(spec: ClusterSpec, scaling: ScalingConfig) -> ClusterSpec:

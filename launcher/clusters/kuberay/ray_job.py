@@ -230,7 +230,7 @@ def _template(job: RayJob, container: str, head: bool = False) -> dict[str, Any]
     memory = int(vm.memory_gib * _MEMORY_SHARE)
     resources: dict[str, Any] = {"cpu": str(vm.vcpus - 1), "memory": f"{memory}Gi"}
     if not head:
-        resources["nvidia.com/gpu"] = str(job.nodes.size.gpus)
+        resources["nvidia.com/gpu"] = str(job.nodes.size.devices)
     env: list[dict[str, Any]] = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": cluster.secret, "key": name}}} for name in cluster.env
     ]

@@ -5,8 +5,10 @@ The data is in `nc_series.yaml`. `prices.py` queries Azure for today's prices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,7 +53,8 @@ class Size(Vm):
     """A VM size of the NC series.
 
     Attributes:
-        gpus, gpu, gpu_memory_gib: the number of GPUs, their model, and the memory of each in GiB.
+        gpus: the number of GPUs; 0.25 or 0.5 for sizes with a fraction of a GPU.
+        gpu, gpu_memory_gib: the GPU model, and the memory of a whole GPU in GiB.
         pcie: the generation of a GPU's PCI Express slot, from the data sheet of the model.
         network_gbit: the bandwidth between VMs in Gbit/s, or None if unknown. None of these sizes has InfiniBand.
         accelerated_networking: whether it is supported; Azure's default is off.
@@ -61,9 +64,11 @@ class Size(Vm):
         retired: the date of the retirement.
         successor: the size to use instead of a retired one.
         note: a fact that users of the size must know.
+        driver: the special GPU driver that the size needs, or None. With a datacenter driver its GPUs are not usable.
+        aks: whether AKS and Batch support node pools of the size.
     """
 
-    gpus: int
+    gpus: float
     gpu: str
     gpu_memory_gib: int
     pcie: int
@@ -75,6 +80,23 @@ class Size(Vm):
     retired: str | None = None
     successor: str | None = None
     note: str | None = None
+    driver: str | None = None
+    aks: bool = True
+
+    @property
+    def devices(self) -> int:
+        """Return the number of GPU devices in the VM. A fraction of a GPU is one device."""
+        return math.ceil(self.gpus)
+
+    @property
+    def device_memory_gib(self) -> float:
+        """Return the memory of each GPU device in GiB."""
+        return self.gpu_memory_gib * self.gpus / self.devices
+
+    @property
+    def hardware(self) -> str:
+        """Return the GPUs for messages, such as `4 x A100 PCIe 80 GiB` or `1/4 x RTX PRO 6000 96 GiB`."""
+        return f"{Fraction(self.gpus)} x {self.gpu} {self.gpu_memory_gib} GiB"
 
 
 V = TypeVar("V", bound=Vm)
@@ -96,6 +118,11 @@ def sizes() -> Mapping[str, Size]:
         )
         for name, entry in table["sizes"].items()
     }
+
+
+def as_of() -> str:
+    """Return the date of the catalogue, that of its newest source."""
+    return str(_table()["as_of"])
 
 
 @cache

@@ -23,6 +23,7 @@ ADDRESS = "https://prices.azure.com/api/retail/prices"
 SOURCE = "Azure Retail Prices API"
 _SECONDS = 4.0  # for one page; the user waits for it
 _MAX_PAGES = 20
+_PLACEHOLDER = 0.01  # US dollars; the list has such prices for sizes that are not sold yet
 
 
 class PricesUnavailable(Exception):
@@ -42,26 +43,40 @@ def refreshed(sizes: Mapping[str, V], region: str) -> dict[str, V]:
         PricesUnavailable: the list does not answer, or its response is invalid.
     """
     today = date.today().isoformat()
-    found: dict[str, list[Price]] = {}
+    newest: dict[tuple[str, bool], tuple[str, Price]] = {}  # (size, spot) -> start of the validity, and price
     for item in _items(region, sizes):
         entry = _read(item, region, today)
-        if entry is not None:
-            found.setdefault(entry[0].lower(), []).append(entry[1])
-    return {name: replace(size, prices=(*found.get(name.lower(), ()), *size.prices)) for name, size in sizes.items()}
+        if entry is None:
+            continue
+        name, start, price = entry
+        key = (name.lower(), price.spot)
+        if key not in newest or newest[key][0] < start:
+            newest[key] = (start, price)
+    return {
+        name: replace(
+            size, prices=(*(price for (own, _), (_, price) in newest.items() if own == name.lower()), *size.prices)
+        )
+        for name, size in sizes.items()
+    }
 
 
-def _read(item: Any, region: str, today: str) -> tuple[str, Price] | None:
-    """Return (size, price) of an item; None for Windows, for low priority (the old spot) and for other regions."""
+def _read(item: Any, region: str, today: str) -> tuple[str, str, Price] | None:
+    """Return size, start of the validity and price of an item, or None.
+
+    None for prices that are not valid today, for placeholders, for Windows, for low priority (the predecessor of spot)
+    and for other regions.
+    """
     try:
         name, meter, product = str(item["armSkuName"]), str(item["meterName"]), str(item["productName"])
         if item["armRegionName"] != region or item["unitOfMeasure"] != "1 Hour" or item["type"] != "Consumption":
             return None
         usd = float(item["retailPrice"])
+        start, end = str(item["effectiveStartDate"])[:10], str(item.get("effectiveEndDate") or "9999")[:10]
     except (KeyError, TypeError, ValueError) as error:
         raise PricesUnavailable(f"an item of the list is invalid ({type(error).__name__}: {error})") from None
-    if "Windows" in product or meter.endswith("Low Priority") or not usd > 0:
+    if "Windows" in product or meter.endswith("Low Priority") or usd <= _PLACEHOLDER or not start <= today < end:
         return None
-    return name, Price(region, usd, meter.endswith("Spot"), SOURCE, today)
+    return name, start, Price(region, usd, meter.endswith("Spot"), SOURCE, today)
 
 
 def _items(region: str, names: Iterable[str]) -> Iterator[Any]:
