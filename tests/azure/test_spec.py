@@ -126,7 +126,7 @@ def test_alternatives_are_in_order() -> None:
     ("keys", "message"),
     [
         ({}, "needs cluster.size"),
-        ({"size": "Standard_NC6s_v3"}, "Azure retired it"),
+        ({"size": "Standard_NC6s_v3"}, "2025-09-30"),
         ({"size": "NC24ads_A100_v4", "mounts": {"/data": "claim://images"}}, "a volume claim of Kubernetes"),
         ({"size": "NC24ads_A100_v4", "min_nodes": 2}, "cluster.min_nodes=2"),
         ({"size": "NC24ads_A100_v4", "alternatives": [{"sise": "x"}]}, "'sise'"),
