@@ -18,7 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Folders and files whose language is checked. Add a folder once it has no finding.
 CHECKED = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs", "conf", "models", "tools"]
 CHECKED += ["benchmarks", "launcher/runs", "launcher/config", "launcher/engine"]
-CHECKED += ["tests/models"]
+CHECKED += ["launcher/planning", "launcher/money.py"]
+CHECKED += [f"launcher/clusters/{folder}" for folder in ("azure", "kuberay", "none", "pricing")]
+CHECKED += [
+    f"launcher/clusters/{module}.py"
+    for module in ("base", "capacity", "conformance", "eviction", "gcs", "ray_process", "reaper")
+]
+CHECKED += ["tests/models", "tests/azure", "tests/planning", "tests/clusters/kuberay", "tests/clusters/toy_kind.py"]
+CHECKED += [f"tests/clusters/test_{part}.py" for part in ("capacity", "catalogue", "eviction", "kinds", "nodes")]
 # Pattern of the words to avoid -> what to write.
 BANNED = {
     r"told|tells?(?! \w+ apart)|telling": "print, report, log, notify, specify",

@@ -99,7 +99,7 @@ def check_feasible(
         if unit == "GPU" and not most:
             remedies.append("scaling.device=cpu" if have < 1 else f"scaling.{key}={have:g}")
         raise ResourceError(
-            f"{request} were requested, but only {have:g} {unit}s are available {where}. Set "
+            f"{request} were requested, but there are only {have:g} {unit}s {where}. Set "
             f"{' or '.join(remedies)}, or use a larger machine or a cluster."
         )
 

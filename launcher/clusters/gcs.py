@@ -38,7 +38,7 @@ def address_of(configured: str | None) -> str:
     if configured:
         given = f"cluster.address is {configured!r}"
     else:
-        given = f"RAY_ADDRESS is {address!r}" if address else "none is given"
+        given = f"RAY_ADDRESS is {address!r}" if address else "none was given"
     if address.startswith(("http://", "https://")):
         raise ClusterError(
             f"{address} is the Ray Jobs API of a cluster, to which `launch train` submits runs and sweeps. `launch "
