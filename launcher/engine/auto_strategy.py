@@ -18,6 +18,7 @@ from launcher.config import Job, StrategyConfig
 from launcher.engine import hardware
 from launcher.engine.advice import Measured, measure
 from launcher.engine.control import Control
+from launcher.engine.optimizer_check import optimizer_bytes
 from launcher.engine.randomness import preserve_random_states
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.blocks import blocks_of, recompute
@@ -100,8 +101,6 @@ def _decide(
     cast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[str, str, Measured | None]:
     """Return the name of the strategy and the reason, the same on every rank, and the measurements of this rank."""
-    from launcher.engine.optimizer_check import optimizer_bytes
-
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with preserve_random_states():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.config import Job, masking, targets
-from launcher.engine import hardware
+from launcher.engine import checkpoint, hardware, inference
 from launcher.engine.build import (
     build_data,
     build_evaluator,
@@ -179,9 +179,7 @@ def _build_trainer(
             control.emit({"kind": "note", "text": line})
     trainer = Trainer(job, runtime, control, directory, data, model, task.started, task.marks, uploads, task.bill)
     if task.weights:
-        from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
-
-        weights = load_weights(task.weights)  # a resumed run replaces them with its checkpoint
+        weights = checkpoint.load_weights(task.weights)  # a resumed run replaces them with its checkpoint
         remarks = load_weights_into(trainer.strategy.model, weights, task.weights, job.checkpoint.load_strict)
         if remarks and runtime.is_first:
             control.emit({"kind": "note", "text": f"Weights of {task.weights}: {remarks}."})
@@ -189,14 +187,12 @@ def _build_trainer(
 
 
 def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
-    from launcher.engine.checkpoint import load_weights
-
     job = task.job
     data = build_data(job)
     model = build_model(job, runtime)
     if task.weights is None:
         raise ConfigError("There are no weights to evaluate. Name a run with a checkpoint.")
-    load_weights_into(model, load_weights(task.weights), task.weights)
+    load_weights_into(model, checkpoint.load_weights(task.weights), task.weights)
     strategy = build_strategy(job, model, runtime)
     metrics: dict[str, float] = {}
     for tag in ("val", "test"):
@@ -207,8 +203,6 @@ def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDire
 
 
 def _predict(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
-    from launcher.engine import inference
-
     assert task.weights is not None
     assert task.inputs is not None
     inference.predict(task.job, runtime, control, task.weights, task.inputs)
@@ -216,8 +210,6 @@ def _predict(task: Task, runtime: Runtime, control: Control, directory: RunDirec
 
 
 def _export(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
-    from launcher.engine import inference
-
     assert task.weights is not None
     inference.export(task.job, runtime, control, task.weights, directory.path / "export")
     return {}

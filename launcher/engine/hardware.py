@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import platform
+import resource
 import sys
 from pathlib import Path
 
@@ -94,7 +95,5 @@ def allocated_gib(device: torch.device) -> float:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30  # macOS counts bytes

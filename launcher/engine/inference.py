@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from launcher.config import Job
+from launcher.engine import checkpoint
 from launcher.engine.build import build_data, build_model, converter
-from launcher.engine.checkpoint import load_weights
 from launcher.engine.control import Control
 from launcher.engine.data import Loader
 from launcher.engine.datasets import Data
@@ -36,7 +36,7 @@ def _trained(job: Job, runtime: Runtime, weights: str) -> tuple[Data, nn.Module]
     """Return the data and the network with its weights, in evaluation mode."""
     data = build_data(job)
     model = build_model(job, runtime)
-    load_weights_into(model, load_weights(weights), weights)
+    load_weights_into(model, checkpoint.load_weights(weights), weights)
     return data, model.eval()
 
 

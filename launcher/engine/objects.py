@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,36 +26,34 @@ _HEAD = 8  # bytes of the length of the head
 
 def pack(value: Any) -> torch.Tensor:
     """Encode `value` as a message, uint8 (N,). Raises CheckpointError for a type without encoding."""
-    from launcher.engine.checkpoint.nest import Encoder
-    from launcher.engine.checkpoint.reader import DTYPE_NAMES, bytes_of
-
-    encoder = Encoder()
+    nest, reader = _formats()
+    encoder = nest.Encoder()
     encoded = encoder.encode(value, "value")
-    table = [[name, DTYPE_NAMES[one.dtype], list(one.shape)] for name, one in encoder.tensors.items()]
+    table = [[name, reader.DTYPE_NAMES[one.dtype], list(one.shape)] for name, one in encoder.tensors.items()]
     head = json.dumps({"value": encoded, "tensors": table}).encode()
     message = bytearray(len(head).to_bytes(_HEAD, "little") + head)
     for tensor in encoder.tensors.values():
         if tensor.numel():
-            message += bytes_of(tensor.detach().cpu().contiguous().resolve_conj().resolve_neg())
+            message += reader.bytes_of(tensor.detach().cpu().contiguous().resolve_conj().resolve_neg())
     return torch.frombuffer(message, dtype=torch.uint8)
 
 
 def unpack(message: torch.Tensor) -> Any:
     """Decode a message without executing any of its content. Raises ValueError for an invalid message."""
-    from launcher.engine.checkpoint.nest import Binder, TensorInfo, decode
-    from launcher.engine.checkpoint.reader import DTYPES
-
+    nest, reader = _formats()
     data = message.numpy()
     start = _HEAD + int.from_bytes(data[:_HEAD].tobytes(), "little")
     try:
         head = json.loads(data[_HEAD:start].tobytes())
         table = head["tensors"]
-        infos = {name: TensorInfo(name, DTYPES[dtype], tuple(map(int, shape))) for name, dtype, shape in table}
+        infos = {
+            name: nest.TensorInfo(name, reader.DTYPES[dtype], tuple(map(int, shape))) for name, dtype, shape in table
+        }
         sizes = [math.prod(info.shape) * info.dtype.itemsize for info in infos.values()]
         if any(n < 0 for info in infos.values() for n in info.shape) or start + sum(sizes) != len(data):
             raise ValueError("the sizes of the tensors do not match the message")
-        binder = Binder()
-        value = binder.bind(decode(head["value"], infos), None)
+        binder = nest.Binder()
+        value = binder.bind(nest.decode(head["value"], infos), None)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"a rank sent an invalid message: {error}") from error
     places: dict[str, list[torch.Tensor]] = {}
@@ -100,6 +99,13 @@ def broadcast(value: Any, group: dist.ProcessGroup) -> Any:
         message = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(message, source, group=group)
     return unpack(message)
+
+
+def _formats() -> tuple[ModuleType, ModuleType]:
+    """Return the modules `nest` and `reader` of checkpoints, whose import takes half a second (DTensor, SymPy)."""
+    from launcher.engine.checkpoint import nest, reader
+
+    return nest, reader
 
 
 def _sizes(message: torch.Tensor, group: dist.ProcessGroup) -> list[int]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
+
 from launcher.engine.runtime import Runtime
 
 
@@ -44,8 +46,6 @@ class StepTrace:
             self._start(step)
 
     def _start(self, step: int) -> None:
-        from torch.profiler import ProfilerAction, ProfilerActivity, profile
-
         activities = [ProfilerActivity.CPU]
         if self._runtime.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)

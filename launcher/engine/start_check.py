@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from launcher.config import Job
+from launcher.engine import checkpoint
 from launcher.engine.build import build_data, build_model, converter
 from launcher.engine.datasets import Data
 from launcher.engine.evaluation import summarize, validation_answer
@@ -85,11 +86,9 @@ class StartCheck:
         Raises:
             CheckpointError: the weights cannot be read, or do not fit the model.
         """
-        from launcher.engine.checkpoint import load_weights  # when it is needed: see `checkpoint.saver`
-
         path = on_this_machine(weights)
         assert path is not None
-        stored = load_weights(path, shapes_only=True)
+        stored = checkpoint.load_weights(path, shapes_only=True)
         check_weights(self._model, stored, weights, self._job.checkpoint.load_strict)
 
     def try_sizes(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from launcher.engine import checkpoint
 from launcher.engine.callbacks import Callbacks
 from launcher.engine.metrics import Sums
 from launcher.engine.order import mix
@@ -51,10 +52,8 @@ class State:
 
     def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (shared, own) for `Checkpointer.save`."""
-        from launcher.engine.checkpoint import training_state  # when it is needed: see `checkpoint.saver`
-
         with self._strategy.evaluation_weights() as buffers:
-            trained = training_state(self._model, self._optimizer)
+            trained = checkpoint.training_state(self._model, self._optimizer)
             averaged = self._callbacks.weights()
         shared = {
             **trained,
@@ -81,11 +80,11 @@ class State:
         Raises:
             CheckpointError: it does not fit the model or the optimizer; names the differences.
         """
-        from launcher.engine.checkpoint import inspect, restore_training
-
-        self._trained.load_state_dict(inspect(path).state.get("trained"))
+        self._trained.load_state_dict(checkpoint.inspect(path).state.get("trained"))
         rank, world_size = self._runtime.rank, self._runtime.world_size
-        content = restore_training(path, self._model, self._optimizer, verified=True, rank=(rank, world_size))
+        content = checkpoint.restore_training(
+            path, self._model, self._optimizer, verified=True, rank=(rank, world_size)
+        )
         self._load_rest(content.state)
         resized = content.world_size != world_size
         self._strategy.load_own_state_dicts(
