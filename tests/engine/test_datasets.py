@@ -19,11 +19,11 @@ class Source:
     ("parts", "words"),
     [
         ({}, "has no attribute `train`"),
-        ({"train": iter([1, 2])}, "a list_iterator; a map-style data set"),
+        ({"train": iter([1, 2])}, "a list_iterator; provide a map-style data set"),
         ({"train": []}, r"Source.train is empty"),
         ({"train": [1], "val": []}, r"Source.val is empty"),
         ({"train": [1], "val": {"good": [1], "none": []}}, r"Source.none is empty"),
-        ({"train": [1], "test": 5}, "a int; a map-style data set"),
+        ({"train": [1], "test": 5}, "a int; provide a map-style data set"),
     ],
 )
 def test_missing_or_unusable_parts_are_reported(parts: dict[str, Any], words: str) -> None:

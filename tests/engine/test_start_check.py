@@ -187,7 +187,7 @@ def test_methods_of_other_trainers_are_named_once() -> None:
 
 
 def test_a_model_without_a_training_step_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"has no training_step\(batch\)"):
+    with pytest.raises(ConfigError, match=r"has no method training_step\(batch\)"):
         checked("ForwardOnly")
 
 
