@@ -154,7 +154,7 @@ WRONG = [
     ("scaling.workers=0", r"scaling.workers is 0, but must be a whole number of at least 1"),
     ("scaling.workers=2", r"cluster=none.*torchrun --nproc-per-node=2"),
     ("scaling.device=cuda", r"cuda.*no usable GPU"),
-    ("checkpoint.monitor=val/acuracy", r"checkpoint.monitor=val/acuracy is no tag.*val/loss"),
+    ("checkpoint.monitor=val/acuracy", r"checkpoint.monitor=val/acuracy is not a tag.*val/loss"),
     ("trainer.log_every=never", r"trainer.log_every is 'never'"),
     ("model=liine", r'there is no model called "liine".*"line"'),
     ("model.widht=2", r'model.widht is not taken by toy.Line.*"width"'),

@@ -106,8 +106,7 @@ class Run:
         for tag in map(str, values):
             if tag in self._progress.metrics or tag.removeprefix("train/").removeprefix("val/") in RESERVED:
                 raise UserCodeError(
-                    f'run.log: "{tag}" is the name of a tag that launch itself logs, so one of the values would be '
-                    "lost. "
+                    f'run.log: "{tag}" is a name that launch itself logs, so one of the values would be lost. '
                     f'Choose another name, such as "own/{tag}".',
                     "",
                 )

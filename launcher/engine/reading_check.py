@@ -67,7 +67,7 @@ def _ignored(data: Data) -> list[str]:
                 found[f"`{where}.{name}`"] = instead
     if not found:
         return []
-    parts = "; ".join(f"instead of {name}, use {instead}" for name, instead in found.items())
+    parts = "; ".join(f"{name} is replaced by {instead}" for name, instead in found.items())
     return [f"Attributes of the data {type(data.source).__name__} have no effect: {parts}."]
 
 

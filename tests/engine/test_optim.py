@@ -62,10 +62,16 @@ def test_any_setting_of_the_optimizer_may_differ_by_group() -> None:
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
-        ([{"match": "haed.*", "lr": 1.0}], r'no parameter is left for the pattern "haed\.\*".*Did you mean "head'),
-        ([{"match": "head.*"}, {"match": "head.bias", "lr": 1.0}], r'no parameter is left for the pattern "head.bias"'),
-        ([{"lr": 1.0}], "needs `match`"),
-        ([{"match": "*", "freeze": True}], "Nothing is left to train"),
+        (
+            [{"match": "haed.*", "lr": 1.0}],
+            r'no remaining parameter matches the pattern "haed\.\*".*Did you mean "head',
+        ),
+        (
+            [{"match": "head.*"}, {"match": "head.bias", "lr": 1.0}],
+            r'no remaining parameter matches the pattern "head.bias"',
+        ),
+        ([{"lr": 1.0}], "needs the key `match`"),
+        ([{"match": "*", "freeze": True}], "There is nothing to train"),
     ],
 )
 def test_a_rule_that_does_nothing_is_an_error(groups: list[dict[str, Any]], words: str) -> None:

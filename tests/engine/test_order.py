@@ -273,7 +273,7 @@ def test_every_order_is_exact_after_a_resume_and_for_any_number_of_workers(
     ("data", "trainer", "words"),
     [
         ({"weighted": True}, {"shuffle": False}, r"trainer\.shuffle=false"),
-        ({"weights": [1.0] * 3}, {}, "one number, 0 or more, for each of the 250"),
+        ({"weights": [1.0] * 3}, {}, "one number, at least 0, for each of the 250"),
         ({"weights": [-1.0] + [1.0] * 249}, {}, "negative"),
         ({"weights": [float("nan")] * 250}, {}, "not finite"),
         ({"weights": [0.0] * 250}, {}, "only zeros"),

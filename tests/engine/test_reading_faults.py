@@ -115,7 +115,10 @@ def test_a_bug_is_shown_with_its_sample_and_bad_data_in_their_own_words() -> Non
 
 @pytest.mark.parametrize(
     ("ends", "words"),
-    [(-signal.SIGKILL, "killed (signal 9, usually memory): lower data.num_workers"), (3, "exited with status 3")],
+    [
+        (-signal.SIGKILL, "killed (signal 9, usually out of memory): lower data.num_workers"),
+        (3, "exited with status 3"),
+    ],
 )
 def test_a_loader_process_that_dies_is_a_lost_worker(ends: int, words: str, tmp_path: Path) -> None:
     """Case 11: `__getitem__` that kills its own process, two ranks."""
@@ -131,8 +134,8 @@ def test_a_loader_process_that_dies_is_a_lost_worker(ends: int, words: str, tmp_
 def test_how_a_loader_process_ended_decides_what_is_advised() -> None:
     told = {status: translate(LoaderDied(status), 3) for status in (-9, -7, -11, 0, 3)}
     assert all(isinstance(error, LoaderLost) and error.exit_status == 1 for error in told.values())
-    assert "of rank 3 was killed (signal 9, usually memory): lower data.num_workers" in str(told[-9])
-    assert "(signal 7, usually shared memory)" in str(told[-7])
+    assert "of rank 3 was killed (signal 9, usually out of memory): lower data.num_workers" in str(told[-9])
+    assert "(signal 7, usually out of shared memory)" in str(told[-7])
     assert "(signal 11, a crash in native code)" in str(told[-11])
     assert "exited with status 0" in str(told[0])
 
@@ -177,23 +180,23 @@ SET = TensorDataset(torch.arange(3))
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({"train": DataLoader(SET)}, "Given.train is a DataLoader; give the data set that it loads from"),
+        ({"train": DataLoader(SET)}, "Given.train is a DataLoader; provide its data set instead"),
         ({"train": Endless()}, r"`stream\(rank, world_size, seed, apply\)`"),
         ({"train": Counted()}, r"`stream\(rank, world_size, seed, apply\)`"),
-        ({"train": SET, "val": Counted()}, "Given.val is a Counted; a map-style data set"),
-        ({"train": SET, "val": [SET, SET]}, "Given.val is a list; give several sets as a mapping"),
-        ({"train": SET, "test": (SET,)}, "Given.test is a tuple; give several sets as a mapping"),
+        ({"train": SET, "val": Counted()}, "Given.val is a Counted; provide a map-style data set"),
+        ({"train": SET, "val": [SET, SET]}, "Given.val is a list; provide several sets as a mapping"),
+        ({"train": SET, "test": (SET,)}, "Given.test is a tuple; provide several sets as a mapping"),
         ({"train": SET, "val": {"near": DataLoader(SET)}}, "Given.near is a DataLoader"),
         ({"train": [SET, SET]}, "ConcatDataset"),
         ({"train": {"a": SET, "b": SET}}, "ConcatDataset"),
         ({"train": (torch.zeros(4, 2), torch.zeros(4))}, r"TensorDataset\(x, y\)"),
-        ({"train": "data/train.csv"}, "a path is not read here"),
+        ({"train": "data/train.csv"}, "paths are not read"),
         ({"train": Listed}, "Given.train is a type; call it"),
         ({"train": lambda: SET}, "Given.train is a function; call it"),
-        ({"train": Without()}, "Given.train is a Without; a map-style"),
+        ({"train": Without()}, "Given.train is a Without; provide a map-style"),
         ({"train": SET, "collate": "pad"}, "Given.collate is 'pad'"),
         ({"train": SET, "num_workers": -1}, "Given.num_workers is -1"),
-        ({"train_dataloader": lambda: None}, "Its `train_dataloader` is not used"),
+        ({"train_dataloader": lambda: None}, "launch does not use `train_dataloader`"),
     ],
 )
 def test_what_is_no_data_set_is_refused_with_what_to_give(parts: dict[str, Any], words: str) -> None:
@@ -224,7 +227,7 @@ def test_attributes_without_effect_are_named_once() -> None:
     """Case 17: `sampler`, `drop_last` and `shuffle` of the data."""
     (note,) = notes(train=SET, sampler=object(), drop_last=True, shuffle=False, batch_size=8, collate_fn=len)
     for name in ("`sampler`", "`drop_last`", "`shuffle`", "`batch_size`", "`collate_fn`"):
-        assert note.count(f"in place of {name}") == 1
+        assert note.count(f"{name} is replaced by") == 1
     assert notes(train=SET, sampler=None) == []
 
     class Padding(Listed):

@@ -308,5 +308,5 @@ def test_a_warm_up_longer_than_the_run_is_an_error(tmp_path: Path) -> None:
     assert rank.error is not None
     assert rank.error[:2] == (
         "ConfigError",
-        "scheduler.warmup_steps=6: it must lie between 0 and the run's 5 steps.",
+        "scheduler.warmup_steps=6 must be between 0 and the 5 steps of the run.",
     )

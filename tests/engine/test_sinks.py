@@ -203,7 +203,7 @@ def test_examples_that_fail_are_told_once_and_end_nothing(kind: str, words: str,
     told = [event["text"] for event in rank.events if event["kind"] == "note" and "examples" in event["text"]]
     assert len(told) == 1
     assert re.search(words, told[0])
-    assert "left out from now on" in told[0]
+    assert "is not called again" in told[0]
     assert max(logged(tmp_path)) == 11
 
 

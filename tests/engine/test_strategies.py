@@ -308,4 +308,4 @@ def test_an_average_of_weights_that_differ_between_workers_is_refused(tmp_path: 
     ema = {"ema": {"_target_": "launcher.engine.callbacks.Ema"}}
     (rank, _) = launch(job_of("diloco", callbacks=ema), tmp_path, 2)
     assert rank.error is not None
-    assert "weights of its own, whose own average" in rank.error[1]
+    assert "different weights, and their average" in rank.error[1]

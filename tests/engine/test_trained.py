@@ -126,7 +126,7 @@ def test_one_rank_that_unfreezes_alone_is_found(tmp_path: Path) -> None:
     ranks = launch(job_of({"plan": {3: {"stem": True}}, "only": 1}, log_every=4), tmp_path, 2)
     assert ranks[1].error is not None
     assert ranks[1].error[0] == "TrainingError"
-    assert "at step 3, and not alike on every rank" in ranks[1].error[1]
+    assert "at step 3, but differently between ranks" in ranks[1].error[1]
     assert ranks[0].error is not None
 
 

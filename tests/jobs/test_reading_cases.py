@@ -204,7 +204,7 @@ def test_a_killed_loader_process_is_named_and_the_run_restarted(place: Place) ->
         *words("Deadly"), "cluster=local", "scaling.workers=2", "scaling.cpus_per_worker=0.5", seconds=150
     )
     assert done.status == 0, done.err
-    assert "was killed (signal 9, usually memory): lower data.num_workers" in done.err
+    assert "was killed (signal 9, usually out of memory): lower data.num_workers" in done.err
     assert "Traceback" not in done.err
     result: dict[str, Any] = project.result("a")
     assert (result["status"], result["restarts"], result["steps"]) == ("completed", 1, 4)

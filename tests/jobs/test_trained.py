@@ -121,7 +121,7 @@ def test_a_mapping_stands_beside_the_name_of_its_input(here: Place) -> None:
         ("predict a", [1], r"launch predict a input=PATH"),
         ("predict a input=", [1], r"cannot be read|no key|input=PATH"),
         ("predict a input=nowhere.txt", [1], r"No such file or directory.*nowhere.txt"),
-        ("predict a input=runs/given.txt", [], r"input=runs/given.txt: nothing was found there"),
+        ("predict a input=runs/given.txt", [], r"input=runs/given.txt contains nothing that"),
         ("predict a input=runs/given.txt", ["one"], r"given.txt, row 1: expected a number, found 'one'"),
         (
             "predict a input=runs/given.txt --config-dir own data=two",
