@@ -1,8 +1,9 @@
-"""The driver of a run, or of a sweep, on the head of a cluster: as anywhere, and told line by line to whoever sent it.
+"""The driver of a run or sweep on the head of a cluster. It prints its events for the command that submitted the run.
 
     python -m launcher.driver JOB
 
-The order (words, directories, values of the environment) lies in the memory of the head until it is taken here.
+The specification of the job (overrides, directories, values of environment variables) is in the memory of the head
+until the driver takes it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from launcher.sweeps import remote
 
 
 class EventForwarder(training.Observer):
-    """Passes everything on."""
+    """Writes each event of a run to the job's output."""
 
     def __init__(self, writer: EventWriter) -> None:
         self._writer = writer
@@ -42,10 +43,10 @@ class EventForwarder(training.Observer):
 
 
 def main() -> int:
-    """Drive the run that was ordered, and return its exit status."""
+    """Run the job with the id in the first argument, and return its exit status."""
     job = sys.argv[1]
     descriptor = os.dup(1)
-    os.dup2(2, 1)  # what is printed past us is not mixed with events on the same line
+    os.dup2(2, 1)  # other output must not share a line with an event
     with EventWriter(descriptor, job) as writer:
         try:
             end = _drive(job, EventForwarder(writer))
@@ -63,15 +64,15 @@ def _drive(job: str, observer: training.Observer) -> dict[str, Any]:
     address = os.environ.get("RAY_ADDRESS", "")
     content = ray_jobs.take(address, job)
     if content is None:
-        raise ClusterError(f"The order of the job {job} is not there: its driver was started a second time.")
-    order = json.loads(content)
-    os.environ.update(order["environment"])
-    if order["calling"]:
-        os.chdir(order["calling"])
-    _meet(NodeSetup(**order["needs"]), address, observer)
-    config_dir = Path(order["config_dir"]).absolute() if order["config_dir"] else None
-    request = Request(order["words"], config_dir, on_head=address, settings=Settings.decided(order["cluster"]))
-    if order["sweep"]:
+        raise ClusterError(f"The specification of the job {job} is missing: its driver was started a second time.")
+    spec = json.loads(content)
+    os.environ.update(spec["environment"])
+    if spec["calling"]:
+        os.chdir(spec["calling"])
+    _set_up_nodes(NodeSetup(**spec["setup"]), address, observer)
+    config_dir = Path(spec["config_dir"]).absolute() if spec["config_dir"] else None
+    request = Request(spec["words"], config_dir, on_head=address, settings=Settings.decided(spec["cluster"]))
+    if spec["sweep"]:
         return _sweep(request, remote.EventSender(observer.event))
     outcome = training.train(request, observer)
     status = 0
@@ -85,13 +86,13 @@ def _sweep(request: Request, observer: remote.EventSender) -> dict[str, Any]:
     return {"status": sweeps.exit_status(outcome), "result": outcome.result, "more": remote.outcome_to_dict(outcome)}
 
 
-def _meet(needs: NodeSetup, address: str, observer: training.Observer) -> None:
-    """Have every node get what the job needs, before anything of the calling directory is imported here."""
-    if not needs:
+def _set_up_nodes(setup: NodeSetup, address: str, observer: training.Observer) -> None:
+    """Install what the job needs on every node, before a module of the calling directory is imported."""
+    if not setup:
         return
-    observer.event({"kind": "note", "text": f"Preparing the nodes: {needs.describe()}"})
-    with ExistingRay(address, environment=needs.names):
-        needs.install(living_nodes(address), os.getcwd())
+    observer.event({"kind": "note", "text": f"Preparing the nodes: {setup.describe()}"})
+    with ExistingRay(address, environment=setup.names):
+        setup.install(living_nodes(address), os.getcwd())
     importlib.invalidate_caches()
 
 

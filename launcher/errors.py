@@ -1,29 +1,29 @@
-"""Everything that can go wrong, as one tree.
+"""The exceptions of launch, and their format on the wire.
 
     LaunchError                    the base: a message for the user, and the exit status of the command line
-    ├── RequestError      (exit 2) what was asked is wrong or cannot be met; nothing was started
+    ├── RequestError      (exit 2) the request is wrong or cannot be met; nothing was started
     │   ├── ConfigError            a key, a value or a word on the command line
-    │   ├── DataError              a data set: missing, empty, cut short, corrupt
+    │   ├── DataError              a data set: missing, empty, truncated, corrupt
     │   ├── ClusterError           a cluster that cannot be reached, or whose nodes differ from this process
     │   │   └── HostError          one of its hosts: no SSH connection, or a command failed there
     │   ├── RayVersionError        the installed Ray lacks a part that launch adapts
-    │   ├── ResourceError          more workers, GPUs or memory than there can ever be
+    │   ├── ResourceError          more workers, GPUs or memory than the machines have
     │   ├── TrustError             a `_target_` outside the allow-list or of the wrong kind
     │   └── RunError               a run that does not exist, exists already, or cannot be continued
-    ├── MachineError      (exit 1) machines were asked for and did not come, or do not go
+    ├── MachineError      (exit 1) machines could not be created or removed
     └── TrainingError     (exit 1) the run started and failed
         ├── NonFiniteLoss          the loss became NaN or infinite
         ├── CheckpointError        a checkpoint cannot be written or read
         ├── ExportError            the network cannot be written as an exported program
         ├── StorageError           an object store cannot be read or written
         ├── WorkerLost             a worker process died or stopped answering
-        │   ├── OutOfMemory        it was ended, since its machine had no memory left
+        │   ├── OutOfMemory        it was killed because its machine ran out of memory
         │   └── LoaderLost         one of its loader processes died
-        ├── Regroup                the workers have saved and ended, to be started again (never told to the user)
+        ├── Regroup                all workers saved a checkpoint and exited, to be restarted (never shown to users)
         └── UserCodeError          the user's own code raised; carries the user's traceback
 
-A message says what was asked, what was found, and what to do next, in one paragraph and without secrets.
-Interruption is not an error: `Stopped` carries the signal, and the command line turns it into 130 or 143.
+A message states what was requested, what was found and how to fix it, in one paragraph and without secrets.
+An interruption is not an error: `Stopped` carries the signal, and the command line turns it into 130 or 143.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any
 
 
 class LaunchError(Exception):
-    """Base of all errors that are told to the user in one paragraph, without a traceback."""
+    """Base of all errors that are reported to the user in one paragraph, without a traceback."""
 
     exit_status = 1
 
@@ -58,10 +58,10 @@ class ClusterError(RequestError):
 
 
 class HostError(ClusterError):
-    """One host cannot be reached, or cannot do what it has to.
+    """A host cannot be reached, or a command failed on it.
 
     Attributes:
-        host: what the user calls it.
+        host: its name as the user wrote it.
         cause: one word: closed, dead, key, unknown, changed, name, settings, lost, time, rsync, failed.
     """
 
@@ -91,7 +91,7 @@ class RunError(RequestError):
 
 
 class MachineError(LaunchError):
-    """Machines: something was created, or begun to go, and it did not end well."""
+    """Machines could not be created or removed, and some may exist."""
 
 
 class TrainingError(LaunchError):
@@ -119,21 +119,21 @@ class WorkerLost(TrainingError):
 
 
 class OutOfMemory(WorkerLost):
-    """A worker was ended since the memory of its machine was nearly used up: tried again, it would be again."""
+    """A worker was killed because its machine ran out of memory. A restart would fail in the same way."""
 
 
 class LoaderLost(WorkerLost):
-    """A process that reads data for a worker died. The worker itself is alive, and ends with this error."""
+    """A data loader process of a worker died. The worker itself is alive and exits with this error."""
 
 
 class Regroup(TrainingError):
-    """All ranks have saved at the same step and ended, as they were asked to: a new group of workers continues."""
+    """All ranks saved a checkpoint at the same step and exited as requested. A new group of workers continues."""
 
 
 class UserCodeError(TrainingError):
     """The user's model, data set or callback raised.
 
-    `traceback_text` is the traceback of the user's own frames, printed once and as it is.
+    `traceback_text` is the traceback of the user's own frames, which is printed once.
     """
 
     def __init__(self, message: str, traceback_text: str) -> None:
@@ -145,22 +145,22 @@ class UserCodeError(TrainingError):
 
 
 class Stopped(BaseException):
-    """Raised where a run ends because somebody asked for it at once (a second Ctrl-C)."""
+    """Raised when a signal ends a run at once, without a checkpoint (a second Ctrl-C)."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
         self.signal_number = signal_number
 
 
-# What an error holds beside its message, by the names of the arguments of its class.
+# The data of an error besides its message: the names of the other arguments of its class.
 _DATA: dict[type[LaunchError], tuple[str, ...]] = {HostError: ("host", "cause"), UserCodeError: ("traceback_text",)}
 
 
 def to_dict(error: BaseException) -> dict[str, Any]:
-    """Return an error as plain data for another process: the one form on every wire.
+    """Return an error as plain data, to be sent to another process.
 
-    A class of another module becomes its base in this one; an exception that is no LaunchError becomes a UserCodeError
-    with its whole traceback.
+    An error class of another module is replaced by its base class in this module. An exception that is not a
+    LaunchError becomes a UserCodeError with its whole traceback.
     """
     if not isinstance(error, LaunchError):
         text = str(error) or type(error).__name__
@@ -171,7 +171,7 @@ def to_dict(error: BaseException) -> dict[str, Any]:
 
 
 def from_dict(found: Mapping[str, Any]) -> LaunchError:
-    """Return the error that `to_dict` described: the same class, message, data and exit status."""
+    """Return the error that was encoded by `to_dict`, with the same class, message, data and exit status."""
     kind = globals().get(str(found["type"]))
     if not (isinstance(kind, type) and issubclass(kind, LaunchError)):
         kind = LaunchError
@@ -182,7 +182,8 @@ def from_dict(found: Mapping[str, Any]) -> LaunchError:
     return error
 
 
-# What gloo, NCCL and the rendezvous store say where another worker has gone. A worker that reports it is a victim.
+# Messages of gloo, NCCL and the rendezvous store for a lost connection to another worker. The worker that reports one
+# is not the cause of the failure.
 _PEER_IS_GONE = re.compile(
     r"connection (?:was )?(?:closed|reset|refused)|broken pipe|(?:closed|reset) by peer|recvvalue failed"
     r"|socket (?:timeout|closed|is no longer valid)|application timeout caused pair closure"
@@ -192,12 +193,17 @@ _PEER_IS_GONE = re.compile(
 )
 
 
-def says_peer_is_gone(text: str) -> bool:
-    """Whether the text of an exception says that the process at the other end of a connection has gone."""
+def is_lost_peer(text: str) -> bool:
+    """Return whether the text of an exception reports a lost connection to another process."""
     return bool(_PEER_IS_GONE.search(text))
 
 
+def last_line(error: BaseException) -> str:
+    """Return the last line of an exception's text, or the name of its class if it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean "nearest"?`, or nothing where no known word is near."""
+    """Return ` Did you mean "nearest"?`, or an empty string if no known word is similar."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f' Did you mean "{near[0]}"?' if near else ""

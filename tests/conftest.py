@@ -17,9 +17,9 @@ from launcher.config import calling_directory
 from tests.support import device
 from tests.support.command import here, place
 from tests.support.stores import container, emulator
-from tests.support.vmlab import elsewhere, lab
-from tests.support.vmlab.elsewhere import Elsewhere
+from tests.support.vmlab import lab, ssh_lab
 from tests.support.vmlab.lab import Lab
+from tests.support.vmlab.ssh_lab import SshLab
 
 __all__ = ["container", "emulator", "here", "place"]  # fixtures for every test that runs `launch`, or needs a store
 
@@ -110,14 +110,14 @@ def cluster(machines: Lab) -> Lab:
 
 
 @pytest.fixture
-def there(request: pytest.FixtureRequest) -> Iterator[Elsewhere]:
+def ssh_machines(request: pytest.FixtureRequest) -> Iterator[SshLab]:
     """Two machines with SSH servers and a laptop. `indirect` parameters change the number and the links' rate."""
-    if problem := elsewhere.why_not():
+    if problem := ssh_lab.why_not():
         if os.environ.get("CI"):
             pytest.fail(problem)
         pytest.skip(problem)
-    with Elsewhere(*getattr(request, "param", (2,))) as ssh_machines:
-        yield ssh_machines
+    with SshLab(*getattr(request, "param", (2,))) as made:
+        yield made
 
 
 @pytest.hookimpl(wrapper=True)

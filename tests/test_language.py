@@ -26,6 +26,8 @@ CHECKED += [
 ]
 CHECKED += ["tests/models", "tests/azure", "tests/planning", "tests/clusters/kuberay", "tests/clusters/toy_kind.py"]
 CHECKED += [f"tests/clusters/test_{part}.py" for part in ("capacity", "catalogue", "eviction", "kinds", "nodes")]
+CHECKED += ["launcher/jobs", "launcher/runners", "launcher/ray_seam", "launcher/errors.py", "launcher/driver.py"]
+CHECKED += [f"launcher/clusters/{folder}" for folder in ("remote", "ssh", "local", "existing")]
 # Pattern of the words to avoid -> what to write.
 BANNED = {
     r"told|tells?(?! \w+ apart)|telling": "print, report, log, notify, specify",

@@ -92,7 +92,7 @@ class Line:
         from launcher.jobs import ranks
         from launcher.jobs.prepare import Request
 
-        note = say if ranks.speaks() else lambda text: None
+        note = say if ranks.prints() else lambda text: None
         return Request(self.words, self.config_dir, started=self.started, note=note)
 
 

@@ -21,7 +21,7 @@ def tell(error: LaunchError, verbose: bool) -> int:
     """Print an error, and return the exit status. Of several ranks only the first prints."""
     from launcher.jobs import ranks
 
-    if not ranks.speaks():
+    if not ranks.prints():
         return error.exit_status
     if verbose:
         say("".join(traceback.format_exception(error)).rstrip("\n"))

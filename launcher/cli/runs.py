@@ -82,7 +82,7 @@ def logs(line: Line) -> int:
         try:
             with Display() as display:
                 control.until_it_begins(sent, display.show, copies, still)
-            follow(run, until_the_end, still, copies.bring if copies is not None else lambda: None)
+            follow(run, until_the_end, still, copies.try_fetch if copies is not None else lambda: None)
         except KeyboardInterrupt:
             say(f"{run.name} goes on without this command.")
     return 0

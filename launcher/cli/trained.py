@@ -21,7 +21,7 @@ def evaluate(line: Line) -> int:
 
     assert line.name is not None
     with results_alone() as result:
-        if not ranks.speaks():
+        if not ranks.prints():
             trained.evaluate(line.name, line.request(), training.Observer())
             return 0
         with Display() as display:
@@ -39,7 +39,7 @@ def predict(line: Line) -> int:
     if line.input is None:
         wanted = f"launch predict {line.name} input=PATH"
         raise ConfigError(f"launch predict needs the inputs: {wanted}, a file or folder that the run's data can read.")
-    if not ranks.speaks():  # of several ranks one is enough
+    if not ranks.prints():  # of several ranks one is enough
         return 0
     with results_alone() as result, Display() as display:
 
@@ -61,7 +61,7 @@ def export(line: Line) -> int:
     from launcher.jobs import ranks, trained
 
     assert line.name is not None
-    if not ranks.speaks():
+    if not ranks.prints():
         return 0
     with results_alone() as result:
         folders: list[Path] = []

@@ -26,7 +26,7 @@ def train(line: Line) -> int:
     with results_alone() as result:
         if batch.is_meant(line):
             return batch.train(line, result)
-        if not ranks.speaks():
+        if not ranks.prints():
             return _status(training.train(line.request(), training.Observer()))
         with Display() as screen:
             shown = display.Shown(screen)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from launcher.errors import LaunchError, LoaderLost, TrainingError, UserCodeError, WorkerLost, says_peer_is_gone
+from launcher.errors import LaunchError, LoaderLost, TrainingError, UserCodeError, WorkerLost, is_lost_peer
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _TORCH = str(Path(torch.__file__).resolve().parent)
@@ -31,7 +31,7 @@ def translate(error: Exception, rank: int = 0) -> LaunchError:
         return error
     if isinstance(error, LoaderDied):
         return error.of_rank(rank)
-    if isinstance(error, (RuntimeError, torch.distributed.DistError)) and says_peer_is_gone(str(error)):
+    if isinstance(error, (RuntimeError, torch.distributed.DistError)) and is_lost_peer(str(error)):
         return WorkerLost(
             f"The connection to another worker was lost ({str(error).splitlines()[0][:200]}). "
             "Look for the first error of the other workers; continue from the newest checkpoint with run.resume=true."

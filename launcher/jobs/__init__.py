@@ -1,12 +1,12 @@
-"""From the words of a command to a finished run, and what is done with it afterwards.
+"""Runs a job from the command line's overrides to its result, and uses trained runs.
 
-    prepare    which run the words mean, and with which configuration
-    training   from there to its end: here, as one of the ranks of torchrun, or elsewhere
-    record     its directory, from the driver's side
-    ranks      being one of the ranks that torchrun or srun started
+    prepare    composes the configuration, and finds the run to start, resume or imitate
+    training   trains: in this process, as a rank of torchrun or srun, on Ray, or on a remote cluster
+    record     writes the run's directory on the driver's side
+    ranks      joins the ranks that torchrun or srun started
     remote/    runs that the head of a cluster drives
-    trained    evaluate, predict, export
-    weights    which weights of other runs are meant
+    trained    evaluate, predict and export
+    weights    finds the weights of another run
 
 Importing this package imports nothing else.
 """

@@ -1,6 +1,6 @@
-"""Which run the words of a command mean, and with which configuration: a new one, one that goes on, one like another.
+"""Composes a job's configuration and finds its run: a new run, one to resume, or one to imitate (`run.like`).
 
-Nothing is written here; `launcher.jobs.training` and `launcher.jobs.record` do what was decided.
+The module writes nothing; `launcher.jobs.training` and `launcher.jobs.record` use its result.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from launcher.runs.storage import check_uri, disk_path, is_gathered, is_uri, pla
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for.
+    """The user's request for a job.
 
     Args:
         words: Hydra overrides.
-        config_dir: a directory of the user's own configuration, or None.
-        calling: the directory where the command was given; its modules may be named in the configuration.
+        config_dir: the directory of the user's own configuration, or None.
+        calling: the directory in which the command was called; the configuration may name its modules.
         started: wall-clock time of the command.
-        on_head: HOST:PORT of the Ray cluster whose head this process drives the run on, for somebody elsewhere.
-        settings: on a head, what the sender decided on the cluster; else the user's own settings are read.
-        note: gets a line about what is dropped from a configuration.
+        on_head: HOST:PORT of a Ray cluster, if this process is a driver on its head for a command on another machine.
+        settings: on a head, the cluster section of that command; otherwise the user's settings file is read.
+        note: called with a line for each set of keys that is dropped from a configuration.
     """
 
     words: Sequence[str]
@@ -49,10 +49,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to start, or one with nothing left to do (`finished`).
+    """A run that is ready to start, or that is complete (`finished`).
 
-    `changes` are the words that change something about a run that exists, fit for the terminal. `like` is the run that
-    `run.like` names.
+    Attributes:
+        resumes: the run exists and is continued.
+        changes: the overrides that change the configuration of an existing run, with secrets masked.
+        like: the run that `run.like` names.
     """
 
     composition: Composition
@@ -67,12 +69,12 @@ class Prepared:
         return self.composition.job
 
     def nothing_to_do(self) -> str:
-        """Return why a finished run is not continued, and the word that continues it."""
+        """Return the reason why a finished run is not continued, and the override that continues it."""
         result, trainer = self.directory.result(), self.job.trainer
         reason, steps, epochs = result.get("reason"), result.get("steps") or 0, result.get("epochs") or 0.0
         name = self.directory.name
         if reason is None:
-            return f"{name} is completed; there is nothing to do. Train it further with trainer.epochs=N."
+            return f"{name} is completed, so there is nothing to do. Continue it with a larger trainer.epochs=N."
         total = trainer.steps or (round(trainer.epochs * steps / epochs) if epochs else 0)
         patient = [
             f"callbacks.{callback}.patience"
@@ -80,21 +82,21 @@ class Prepared:
             if section and str(section.get("_target_", "")).endswith("EarlyStopping")
         ]
         if reason == "early_stopping" and patient:
-            words = f"a larger {' or '.join(patient)}"
+            change = f"a larger {' or '.join(patient)}"
         else:
-            words = "other words for the callback that ended it"
+            change = "other settings for the callback that stopped it"
         return (
             f"{name} stopped at {steps} of {total} steps: a callback ended it early ({reason}). A resume with the same "
-            f"words would do nothing. Continue it with run.resume=true and {words}."
+            f"overrides would do nothing. Continue it with run.resume=true and {change}."
         )
 
 
 def prepare(request: Request) -> Prepared:
-    """Compose the job and decide on its run.
+    """Compose the job and find its run.
 
     Raises:
-        ConfigError, TrustError: the words or the configuration are wrong.
-        RunError: the run exists already, does not exist, is running, or cannot be continued with these words.
+        ConfigError, TrustError: the overrides or the configuration are wrong.
+        RunError: the run exists, does not exist, is running, or cannot be continued with these overrides.
     """
     prepared = _prepared(request)
     at_hand(request, prepared.job)
@@ -102,40 +104,43 @@ def prepare(request: Request) -> Prepared:
 
 
 def at_hand(request: Request, job: Job) -> None:
-    """Have a job whose driver is this head use the workers that are at hand; config.yaml keeps what its user wrote."""
+    """Attach a job to the Ray cluster of this head. config.yaml keeps the user's cluster section."""
     if request.on_head is not None:
         job.cluster = attached(job.cluster, request.on_head)
 
 
 def _prepared(request: Request) -> Prepared:
-    new, resumed, like = _meant(request)
+    new, resumed, like = _resolve(request)
     if resumed is not None:
-        return _continue(request, resumed)
+        return _resume(request, resumed)
     composition = new or _compose_like(request, like)
     root = root_of(composition.job.run.root)
     name = composition.job.run.name
     if name is None:
-        choices = composition.choices if like is None else {"experiment": _spoken(like)}
+        choices = composition.choices if like is None else {"experiment": _name_for_derived(like)}
         return Prepared(composition, unused(RunDirectory(root / default_run_name(choices, datetime.now()))), like=like)
     directory = RunDirectory(root / name)
     if directory.exists():
         raise RunError(
-            f'The run "{name}" exists already in {directory.root}. Continue it with run.resume=true, or choose another '
-            "run.name."
+            f'The run "{name}" already exists in {directory.root}. Use run.resume=true to continue it, or choose '
+            "another run.name."
         )
     return Prepared(composition, directory, like=like)
 
 
 def composed(request: Request) -> Composition:
-    """Return the configuration that `train` would use, whether or not the run may start; for `--help` and `--cfg`."""
-    new, resumed, like = _meant(request)
+    """Return the configuration that `train` would use, even if the run cannot start; for `--help` and `--cfg`."""
+    new, resumed, like = _resolve(request)
     if resumed is not None:
         return over_the_run(request, resumed)[0]
     return new or _compose_like(request, like)
 
 
 def run_section(request: Request) -> RunConfig:
-    """Return the section `run` of what the words compose to; other words may be meant for a run's own configuration."""
+    """Return the section `run` of the configuration.
+
+    If the overrides do not compose, only those of `run.*` are used: the others may belong to an existing run.
+    """
     try:
         run: RunConfig = peek(request.words, request.config_dir, "run")
     except RequestError:
@@ -144,15 +149,15 @@ def run_section(request: Request) -> RunConfig:
     return run
 
 
-def _meant(request: Request) -> tuple[Composition | None, RunDirectory | None, RunDirectory | None]:
-    """Return (what a new run is composed to, the run that is continued, the run that is imitated): one of the three."""
+def _resolve(request: Request) -> tuple[Composition | None, RunDirectory | None, RunDirectory | None]:
+    """Return (composition of a new run, run to resume, run to imitate). Exactly one of them is not None."""
     targets.add_calling_directory(request.calling)
     new: Composition | None = None
     problem: RequestError | None = None
     try:
         new = compose(request.words, request.config_dir, settings=request.settings)
         run = new.job.run
-    except RequestError as error:  # perhaps the words make sense over the configuration of a run that they name
+    except RequestError as error:  # the overrides may be valid for the configuration of the run that they name
         problem = error
         try:
             run = run_section(request)
@@ -165,11 +170,11 @@ def _meant(request: Request) -> tuple[Composition | None, RunDirectory | None, R
             return None, directory, None
         if directory.is_sent and request.on_head is None:
             raise RunError(
-                f'The run "{run.name}" was sent to a cluster, and nothing of it is here yet. Bring it with: launch '
-                f"logs {run.name}."
+                f'The run "{run.name}" was submitted to a cluster, and its files were not copied to this machine yet. '
+                f"Copy them with: launch logs {run.name}."
             )
         if run.resume is True:
-            runs.find(root_of(run.root), run.name)  # raises, and names the nearest
+            runs.find(root_of(run.root), run.name)  # raises an error with the most similar name
     if run.like is not None:
         return None, None, run_like(run.root, run.like)
     if problem is not None:
@@ -183,14 +188,14 @@ def _compose_like(request: Request, like: RunDirectory | None) -> Composition:
     composition = compose_stored(request, words, like)
     note_dropped(request, composition, like)
     if like.is_sent and not any(key_of(word) == "run.root" for word in words):
-        composition.job.run.root = like.root  # the root that was recorded is a place on the head of its cluster
+        composition.job.run.root = like.root  # the recorded root is a directory on the head of its cluster
     return composition
 
 
-# ---- going on -------------------------------------------------------------------------------------------------------
+# ---- resuming -------------------------------------------------------------------------------------------------------
 
 
-def _continue(request: Request, directory: RunDirectory) -> Prepared:
+def _resume(request: Request, directory: RunDirectory) -> Prepared:
     name = directory.name
     directory.require_idle()
     if (directory.path / "study.journal").is_file():
@@ -202,30 +207,30 @@ def _continue(request: Request, directory: RunDirectory) -> Prepared:
     job.run.name, job.run.root = name, directory.root
     length = [(some.trainer.epochs, some.trainer.steps) for some in (old, job)]
     result = directory.result()
-    # One that a callback has ended early goes on with any other word, such as a larger patience.
-    goes_on = length[0] != length[1] or (result.get("reason") is not None and bool(changes))
-    finished = result.get("status") == "completed" and not goes_on
+    # A run that a callback stopped early continues with any other override, such as a larger patience.
+    continues = length[0] != length[1] or (result.get("reason") is not None and bool(changes))
+    finished = result.get("status") == "completed" and not continues
     return Prepared(composition, directory, resumes=True, finished=finished, changes=changes)
 
 
 def over_the_run(request: Request, directory: RunDirectory) -> tuple[Composition, tuple[str, ...]]:
-    """Return the run's own configuration under the words that are new to it, and those words fit for the terminal.
+    """Return the run's own configuration with the new overrides, and these overrides with secrets masked.
 
     Raises:
         RunError: the run has no configuration.
-        ConfigError, TrustError: the words, or what was stored, are wrong.
+        ConfigError, TrustError: the overrides or the stored configuration are wrong.
     """
     if not directory.config.is_file():
         raise RunError(
-            f"{directory.config} is missing, so that nobody knows how the run was configured. Restore it, or start "
-            "a new run under another run.name."
+            f"{directory.config} is missing, so the run's configuration is lost. Restore the file, or start a new run "
+            "with another run.name."
         )
     targets.add_calling_directory(request.calling)
     words = _new_words(request, directory)
     composition = compose_stored(request, words, directory)
-    alone = composition.job.cluster.of_kind.in_process and "cluster" in composition.given
-    if alone and "scaling.workers" not in composition.given and composition.job.scaling.workers != "auto":
-        # The number belongs to the cluster that the run had.
+    in_process = composition.job.cluster.of_kind.in_process and "cluster" in composition.given
+    if in_process and "scaling.workers" not in composition.given and composition.job.scaling.workers != "auto":
+        # The stored number was chosen for the run's former cluster.
         words.append("scaling.workers=auto")
         composition = compose_stored(request, words, directory)
     note_dropped(request, composition, directory)
@@ -235,28 +240,29 @@ def over_the_run(request: Request, directory: RunDirectory) -> tuple[Composition
 def compose_stored(
     request: Request, words: Sequence[str], run: RunDirectory, own: Collection[str] | None = None
 ) -> Composition:
-    """Compose words over the configuration of a run, on the cluster that the user's own record has for it.
+    """Compose overrides with the configuration of a run and the cluster that the user's record names for it.
 
-    own: the words that the user typed, where others come from a recorded sweep.
+    Args:
+        own: the overrides that the user typed, if others come from a recorded sweep.
     """
     cluster = user_state.cluster_of(run) if request.settings is None else request.settings.section
     return compose(words, request.config_dir, run.config, cluster=cluster, settings=request.settings, own=own)
 
 
 def note_dropped(request: Request, composition: Composition, run: RunDirectory) -> None:
-    """Print in one line which keys of a run's configuration are not used, since a file may not decide them."""
+    """Report the keys of a run's configuration that are ignored because a file may not set them."""
     if composition.dropped and request.on_head is None:
         request.note(
-            f"Not used from {run.config}: {', '.join(composition.dropped)}, since a file does not choose where code "
-            f"runs or where secrets go. To use it, add: {authority.words_for(composition.dropped)}"
+            f"Ignored from {run.config}: {', '.join(composition.dropped)}, because a file must not choose where code "
+            f"runs or where secrets are sent. To use it, add: {authority.words_for(composition.dropped)}"
         )
 
 
 def _new_words(request: Request, directory: RunDirectory) -> list[str]:
-    """Leave out what is in force already, so that the very command that started a run may be given again.
+    """Return the overrides that the run does not have yet, so that the command that started a run can be repeated.
 
-    A word is in force when the run was given the same word and none about the same key after it. A secret is never left
-    out: its value was not kept.
+    The run has an override if it was recorded, and no later one for the same key. A secret is always returned, because
+    its value is not recorded.
     """
     in_force = {key_of(word): word for word in recorded_words(directory)}
     words = [word for word in request.words if key_of(word) not in ("run.name", "run.resume", "run.root", "run.like")]
@@ -267,7 +273,7 @@ def _new_words(request: Request, directory: RunDirectory) -> list[str]:
 
 
 def recorded_words(directory: RunDirectory) -> list[str]:
-    """Return the words of overrides.yaml; none where it is missing or is not a list of texts."""
+    """Return the overrides in overrides.yaml; an empty list if it is missing or is not a list of strings."""
     try:
         lines = plain_files.read_text(directory.overrides).splitlines()
         words = [json.loads(line[2:]) for line in lines if line.startswith("- ")]
@@ -276,38 +282,38 @@ def recorded_words(directory: RunDirectory) -> list[str]:
     return [word for word in words if isinstance(word, str)]
 
 
-# What a checkpoint is bound to: changing it would not continue the run but start another.
+# The sections and keys that must not change while a run is continued: its checkpoints depend on them.
 _BOUND = ("model", "data", "optimizer", "scheduler", "strategy")
 _BOUND_KEYS = ("seed", "shuffle", "drop_last", "global_batch_size", "overfit_batches", "deterministic", "precision")
 
 
 def check_continuation(old: Job, new: Job, name: str) -> None:
-    """Raise RunError where the words would break the saved state."""
+    """Raise RunError if the overrides are incompatible with the saved state."""
     changed = [section for section in _BOUND if _identity(getattr(old, section)) != _identity(getattr(new, section))]
     changed += [f"trainer.{key}" for key in _BOUND_KEYS if getattr(old.trainer, key) != getattr(new.trainer, key)]
     if changed:
         raise RunError(
-            f'The run "{name}" cannot be continued with another {", ".join(changed)}: its checkpoints belong to what '
-            f"it was started with. Leave the word out, or start a new run from its configuration with run.like={name}."
+            f'The run "{name}" cannot be continued with another {", ".join(changed)}: its checkpoints depend on the '
+            f"original value. Remove the override, or start a new run from its configuration with run.like={name}."
         )
 
 
 def check_same_model(old: Job, new: Job, name: str) -> None:
-    """Raise RunError where the words name another model than that of the run, whose weights would not be its."""
+    """Raise RunError if the overrides name another model than the run's, since its weights would not fit."""
     if not same_section(old.model, new.model):
         raise RunError(
-            f'The run "{name}" cannot be used with another model: its checkpoints belong to what it was started with. '
-            f"Leave the word out, or start a new run with checkpoint.load={name}."
+            f'The run "{name}" cannot be used with another model: its checkpoints depend on the original model. '
+            f"Remove the override, or start a new run with checkpoint.load={name}."
         )
 
 
 def same_section(one: object, other: object) -> bool:
-    """Whether two sections mean the same data, or the same model."""
+    """Return whether two sections describe the same data, or the same model."""
     return _identity(one) == _identity(other)
 
 
 def _identity(section: object) -> object:
-    """What must stay: not the number of loader processes, nor the learning rate, which may be mended on the way."""
+    """Return the part of a section that must not change: not the loader processes, nor the learning rate."""
     if isinstance(section, StrategyConfig):
         return identity(section)
     if not isinstance(section, dict):
@@ -315,16 +321,17 @@ def _identity(section: object) -> object:
     return {key: value for key, value in section.items() if key not in ("num_workers", "lr")}
 
 
-# ---- names and places -----------------------------------------------------------------------------------------------
+# ---- names and directories ------------------------------------------------------------------------------------------
 
 
-def _spoken(run: RunDirectory) -> str:
-    """Return a run's name as part of another's: a trial is called after its sweep."""
+def _name_for_derived(run: RunDirectory) -> str:
+    """Return the name of a run for use in another run's name; for a trial, it includes the name of the sweep."""
     sweep = run.path.parent
     return f"{sweep.name}-{run.name}" if (sweep / "study.journal").is_file() else run.name
 
 
 def run_like(root: str, name: str) -> RunDirectory:
+    """Return the run that `run.like` names. Raises RunError if there is none, or if it is a sweep."""
     found = runs.find(where_others_are(root), name)
     if (found.path / "study.journal").is_file():
         raise RunError(f"run.like={name}: {name} is a sweep. Name one of its trials: {name}/best, or {name}/NUMBER.")
@@ -334,35 +341,35 @@ def run_like(root: str, name: str) -> RunDirectory:
 
 
 def root_of(root: str) -> Path:
-    """Return the run root as an absolute path: of one on an object store, its copy on this machine, brought up to date.
+    """Return the run root as an absolute path. For an object store, it is the updated copy on this machine.
 
     Raises:
-        ConfigError: it is a URI that cannot be used.
-        RunError: the store cannot be read.
+        ConfigError: the URI cannot be used.
+        RunError: the object store cannot be read.
     """
     if is_uri(root):
         try:
             return mirror.root_of(root)
-        except StorageError as error:  # told before anything is started
-            raise RunError(f"run.root={root} was asked for: {error}") from error
+        except StorageError as error:  # a RunError, because nothing was started
+            raise RunError(f"run.root={root} cannot be used: {error}") from error
     return Path(plain_path(root)).expanduser().absolute()
 
 
 def where_others_are(root: str) -> Path:
-    """Return the directory where other runs of a root are looked up, as `root_of`.
+    """Return the directory in which `run.like` and `checkpoint.load` find other runs, as `root_of`.
 
-    Of a gathered one it is the place itself: what `run.like` and `checkpoint.load` name lies on the driver's machine.
+    For a gathered root (head:///PATH), it is that path on the driver's machine.
     """
     return disk_path(check_uri(root)) if is_gathered(root) else root_of(root)
 
 
 def key_of(word: str) -> str:
-    """Return the key or group that a word of the command line is about."""
+    """Return the key or group of an override."""
     return word.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def unused(directory: RunDirectory) -> RunDirectory:
-    """Return the directory, with a number behind its name when another run began in the same second."""
+    """Return the directory, with a number appended to its name if another run was started in the same second."""
     number = 1
     candidate = directory
     while candidate.path.exists():

@@ -1,7 +1,7 @@
-"""Being one of the ranks that torchrun or srun started: joining the others, and telling a failure once.
+"""Joins the ranks that torchrun or srun started, and reports a failure once.
 
-Rank 0 talks for all. A rank that fails leaves word in the store where the ranks met, so that rank 0 can tell the cause
-and not that a connection was closed.
+Only rank 0 prints. A rank that fails writes its error to the store of the rendezvous, so that rank 0 reports the cause
+instead of a closed connection.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ if TYPE_CHECKING:
 Facts = tuple[int, int, int, int]  # rank, world size, local rank, local world size
 
 _FAILURE = "launch/failure"
-# How long rank 0 looks for the word of a rank that failed, and how long that one gives rank 0 to tell it: torchrun ends
-# all others as soon as one has ended.
+# Rank 0 waits for the error of a rank that failed. That rank exits later, since torchrun then kills all others.
 _LOOK_SECONDS, _LINGER_SECONDS = 3.0, 2.0
 
 
 def in_environment() -> Facts | None:
-    """Return who this process is when torchrun or srun started it, else None.
+    """Return the rank facts of this process if torchrun or srun started it, else None.
 
     Raises:
-        ConfigError: srun did, and nobody says where the ranks meet.
+        ConfigError: srun started it, and the address of the rendezvous is missing.
     """
     if not {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
-        return None  # the usual case needs no torch to know it
+        return None  # without importing torch
     from launcher.engine.runtime import ranks_in_environment
 
     return ranks_in_environment()
 
 
-def speaks() -> bool:
-    """Whether this process is the one that talks to the user."""
+def prints() -> bool:
+    """Return whether this process prints for the user: rank 0, or a process without ranks."""
     try:
         facts = in_environment()
     except ConfigError:
@@ -50,11 +49,11 @@ def speaks() -> bool:
 
 @contextmanager
 def joined(facts: Facts, device: str) -> Iterator[Runtime]:
-    """Join the other ranks for the length of the block.
+    """Join the process group of all ranks for the block.
 
     Raises:
-        ConfigError: they could not meet.
-        LaunchError: what the block raised; on rank 0, where it only noticed that another rank was gone, that one's.
+        ConfigError: the rendezvous failed.
+        LaunchError: the error of the block. If rank 0 has lost another rank, it raises the error of that rank.
     """
     from launcher.engine.runtime import Runtime
 
@@ -62,9 +61,9 @@ def joined(facts: Facts, device: str) -> Iterator[Runtime]:
         runtime = Runtime.from_environment(facts, device)
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
-            f"Rank {facts[0]} of {facts[1]} could not meet the others at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0].rstrip('.')}. Start all of them, with one "
-            "address and one free port, for example by torchrun."
+            f"Rank {facts[0]} of {facts[1]} could not join the others at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0].rstrip('.')}. Start all ranks with the same "
+            "address and a free port, for example with torchrun."
         ) from error
     store = _store()
     try:
@@ -73,11 +72,11 @@ def joined(facts: Facts, device: str) -> Iterator[Runtime]:
         lost = isinstance(error, WorkerLost) and not isinstance(error, LoaderLost)
         genuine = isinstance(error, LaunchError) and not lost
         if genuine:
-            _leave_word(store, error)
-        elif runtime.is_first and (cause := _word(store, isinstance(error, WorkerLost))):
+            _publish_error(store, error)
+        elif runtime.is_first and (cause := _published_error(store, isinstance(error, WorkerLost))):
             raise cause from None
         if genuine and not runtime.is_first:
-            runtime.close()  # rank 0 may wait for this rank: now it learns that it is gone
+            runtime.close()  # rank 0 may wait for this rank in a collective, which now fails
             with suppress(Stopped):
                 time.sleep(_LINGER_SECONDS)
         raise
@@ -92,14 +91,14 @@ def _store() -> Any:
     return distributed_c10d._get_default_store()
 
 
-def _leave_word(store: Any, error: BaseException) -> None:
-    with suppress(Exception):  # the store may have gone with rank 0
+def _publish_error(store: Any, error: BaseException) -> None:
+    with suppress(Exception):  # the store may have ended with rank 0
         store.compare_set(_FAILURE, "", json.dumps(to_dict(error)))
 
 
-def _word(store: Any, patiently: bool) -> LaunchError | None:
-    end = time.monotonic() + (_LOOK_SECONDS if patiently else 0.0)
-    with suppress(Exception, Stopped):  # torchrun ends us meanwhile: then what we know ourselves is told
+def _published_error(store: Any, wait: bool) -> LaunchError | None:
+    end = time.monotonic() + (_LOOK_SECONDS if wait else 0.0)
+    with suppress(Exception, Stopped):  # torchrun may kill this process: then it reports its own error
         while not store.check([_FAILURE]):
             if time.monotonic() > end:
                 return None

@@ -1,6 +1,6 @@
-"""A run's directory from the driver's side: claimed and filled before the start, and told how the run ended.
+"""Writes a run's directory on the driver's side: the files before the start, and how the run ended.
 
-What happens in between is written by rank 0 (`engine.record`).
+Rank 0 writes the files during the run (`engine.record`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _EMPTY_RESULT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run comes from: what result.json says of it, and the uncommitted changes of the calling repository."""
+    """The provenance of a run: the facts for result.json, and the uncommitted changes of the calling repository."""
 
     facts: dict[str, Any]
     patch: str
@@ -66,12 +66,12 @@ class Origin:
 
 
 class Record:
-    """Writes a run's directory, and sees to it that result.json says how the run ended, whatever ended it."""
+    """Writes a run's directory. Used as a context manager, it records every failure in result.json."""
 
     def __init__(self, request: Request, prepared: Prepared | None = None, origin: Origin | None = None) -> None:
         self._request = request
         self._prepared = prepared
-        self._claims = prepared is None  # nobody but its sweep's driver begins a trial
+        self._claims = prepared is None  # only the driver of its sweep starts a trial
         self._origin = origin
         self._begun = False
         self.marks = Marks([("configuration", request.started)])
@@ -85,7 +85,7 @@ class Record:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and self._begun:
-            # A disk that is full, or gone, must not hide the error that it led to.
+            # A full or missing disk must not hide the error that it caused.
             with suppress(OSError, RunError, StorageError):
                 self.failed(error)
 
@@ -97,15 +97,16 @@ class Record:
         return self._prepared
 
     def begin(self, plan: Plan | None, rate: Rate | None = None, root: str | None = None) -> Task:
-        """Write what is known before the start; with a plan, see whether there is room for it.
+        """Write the files that a run has before it starts, and return its task for the workers.
 
         Args:
-            rate: what the machines cost, where no plan says so.
-            root: where `checkpoint.load` looks for runs, if not in the job's own run root.
+            plan: the plan of the run; the disk must have space for a checkpoint of it.
+            rate: the price of the machines, if there is no plan.
+            root: the run root in which `checkpoint.load` finds runs; None: the job's own.
 
         Raises:
-            RunError: the directory cannot be written, is another run's by now, or has no room for a checkpoint; the
-                budget of a run that is continued is spent, or somebody else continues it by now.
+            RunError: the directory cannot be written, was created by another command at the same time, or has no space
+                for a checkpoint; the budget of a resumed run is spent, or another process is running it.
         """
         from launcher.engine.entry import Task
 
@@ -120,21 +121,21 @@ class Record:
         try:
             directory.create()
             if plan is not None:
-                _check_room(directory, plan)
+                _check_space(directory, plan)
             self._write(prepared)
             if self._mirrored is not None:
                 self._mirrored.publish()
         except FileExistsError as error:
             raise RunError(
-                f'The run "{directory.name}" was started by somebody else at this moment. Choose another run.name.'
+                f'The run "{directory.name}" was started by another command at the same time. Choose another run.name.'
             ) from error
         except (OSError, RunError) as error:
-            self._take_back(directory)
+            self._remove(directory)
             if isinstance(error, RunError):
                 raise
             raise RunError(
                 f"The run directory {directory.path} cannot be written: {error.strerror or error}. "
-                "Choose another place with run.root=DIRECTORY."
+                "Choose another directory with run.root=DIRECTORY."
             ) from error
         return Task(
             action="train",
@@ -149,21 +150,21 @@ class Record:
         )
 
     def weights(self, root: str | None = None) -> str | None:
-        """Return the place of the weights that the run begins with; None where it begins with none, or goes on.
+        """Return the path or URI of the initial weights; None if there are none, or if the run resumes a checkpoint.
 
         Args:
-            root: where runs are looked up, if not in the job's own run root.
+            root: the run root in which runs are found; None: the job's own.
 
         Raises:
-            RunError: `checkpoint.load` names no such run or file.
+            RunError: `checkpoint.load` names neither a run nor a file.
         """
         assert self._prepared is not None
-        if self._weights is None and self._begins():
+        if self._weights is None and self._starts_at_zero():
             self._weights = weights_of(self._prepared.job, root)
         return self._weights
 
-    def _begins(self) -> bool:
-        """Whether the run is at step 0: a new one, or one that is continued and had not saved yet."""
+    def _starts_at_zero(self) -> bool:
+        """Return whether the run starts at step 0: a new run, or a resumed run without a checkpoint."""
         assert self._prepared is not None
         prepared = self._prepared
         if prepared.job.checkpoint.load is None or not prepared.resumes:
@@ -172,15 +173,15 @@ class Record:
 
     def _write(self, prepared: Prepared) -> None:
         directory, composition = prepared.directory, prepared.composition
-        # Of two commands at the same moment one fails here: the file claims the name of a new run.
+        # The file claims the name of a new run: of two commands at the same time, one fails here.
         if not prepared.resumes:
             directory.config.touch(exist_ok=False)
-        elif self._claims and self._mirrored is None:  # of a copy of what lies on a store nothing can be claimed
+        elif self._claims and self._mirrored is None:  # a local copy of a run on an object store cannot be claimed
             directory.claim()
         self._begun = True
         if self._request.on_head is None:
-            (directory.path / runs.REMOTE).unlink(missing_ok=True)  # from now on it is driven here
-            if self._claims:  # of a trial its sweep's driver does
+            (directory.path / runs.REMOTE).unlink(missing_ok=True)  # this process drives it now
+            if self._claims:  # the driver of a sweep records the cluster of its trials
                 runs.user_state.record_cluster(directory, asdict(prepared.job.cluster))
         runs.write_text(directory.config, composition.to_yaml(directory.name))
         directory.clear_requests()
@@ -195,8 +196,8 @@ class Record:
             directory.write_result({**_EMPTY_RESULT, **facts})
         directory.beat()
 
-    def _take_back(self, directory: RunDirectory) -> None:
-        """Leave nothing of a run that could not begin; what was there before stays."""
+    def _remove(self, directory: RunDirectory) -> None:
+        """Remove the files of a run that could not start. Files that existed before are kept."""
         assert self._prepared is not None
         if self._begun and not self._prepared.resumes:
             if self._mirrored is not None:
@@ -211,17 +212,20 @@ class Record:
                 directory.path.parent.rmdir()
 
     def failed(self, error: BaseException, keep: bool = False) -> None:
-        """Write how the run ended. keep: also what was refused before it began (a trial of a sweep) stays on disk."""
+        """Write the end of a failed or stopped run to result.json.
+
+        Args:
+            keep: keep the directory even if the request was rejected before training (for a trial of a sweep).
+        """
         assert self._prepared is not None
         directory = self._prepared.directory
         if self._mirrored is not None:
             with suppress(StorageError):
                 self._mirrored.pull()
         checkpoint = _newest_checkpoint(directory, self._mirrored)
-        refused = isinstance(error, RequestError) and error.exit_status == 2 and checkpoint is None
-        if refused and not keep and not self._prepared.resumes:
-            # Told before anything was trained: the name stays free for the next try.
-            self._take_back(directory)
+        rejected = isinstance(error, RequestError) and error.exit_status == 2 and checkpoint is None
+        if rejected and not keep and not self._prepared.resumes:
+            self._remove(directory)  # nothing was trained, so the name can be used again
             return
         seconds = round(self._bill.seconds + time.time() - self._request.started, 3)
         usd = self._bill.spent(directory.result(), seconds)
@@ -230,13 +234,17 @@ class Record:
             directory.update_result(status="stopped", reason="signal", error=None, **changes)
         else:
             directory.update_result(status="failed", reason=None, error=f"{type(error).__name__}: {error}", **changes)
-        self.ended(said_here=True)
+        self.ended(written=True)
 
-    def ended(self, said_here: bool = False) -> None:
-        """Put what is said of the end there where the run lies, unless rank 0 has said it, on another machine."""
+    def ended(self, written: bool = False) -> None:
+        """Upload the final files of a run on an object store, unless rank 0 has done so on another machine.
+
+        Args:
+            written: this process has written result.json, so it is uploaded in any case.
+        """
         if self._mirrored is not None:
             with suppress(StorageError):
-                if said_here or not self._mirrored.pull():
+                if written or not self._mirrored.pull():
                     self._mirrored.push_end()
 
 
@@ -250,26 +258,26 @@ def _newest_checkpoint(directory: RunDirectory, mirrored: Mirrored | None) -> st
     return None if newest is None else directory.told(newest)
 
 
-def _check_room(directory: RunDirectory, plan: Plan) -> None:
-    """Raise RunError where the disk has no room for a single checkpoint."""
+def _check_space(directory: RunDirectory, plan: Plan) -> None:
+    """Raise RunError if the disk has no space for one checkpoint."""
     needed = plan.memory["parameters"] + plan.memory["optimizer"]
     free = shutil.disk_usage(directory.path).free
     if free < needed:
         raise RunError(
-            f"A checkpoint of this model takes {size(needed)}, and {directory.path.parent} has {size(free)} free. "
-            "Make room, or choose another place with run.root=DIRECTORY."
+            f"A checkpoint of this model needs {size(needed)}, but {directory.path.parent} has only {size(free)} free. "
+            "Free space, or choose another directory with run.root=DIRECTORY."
         )
 
 
 def check_budget(directory: RunDirectory, result: dict[str, Any], rate: Rate | None) -> None:
-    """Raise RunError where a run that is to be continued has spent its budget."""
+    """Raise RunError if a run that is to be resumed has spent its budget."""
     spent = result.get("cost_usd") or 0.0
     if rate is not None and rate.budget is not None and spent >= rate.budget:
         raise RunError(f"run.resume: {money.budget_refusal(directory.name, spent, rate)}")
 
 
 def _write_words(directory: RunDirectory, words: Sequence[str], append: bool) -> None:
-    """Write overrides.yaml: a list of words; what a resume added follows the words that started the run."""
+    """Write the list of overrides to overrides.yaml. A resume appends its overrides."""
     lines = "".join(f"- {json.dumps(word)}\n" for word in words)
     before = read_text(directory.overrides) if append and directory.overrides.exists() else ""
     runs.write_text(directory.overrides, (before if before.strip() != "[]" else "") + lines or "[]\n")

@@ -1,7 +1,7 @@
-"""What is done with a run that was trained: evaluate, predict, export. Its own configuration holds, under the words.
+"""Evaluates, predicts with and exports a trained run, with its own configuration and the overrides of the command.
 
-Another model is refused, since the weights would not be its. Other data break nothing here: `evaluate` tries on a few
-samples whether the network takes them before anything is started.
+Another model is rejected, since the weights would not fit. Other data are allowed: `evaluate` first checks on a few
+samples that the network accepts them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from launcher.runs.plain_files import open_file
 
 @dataclass(frozen=True)
 class Trained:
-    """A run, its configuration under the words, and the checkpoint that is used."""
+    """A trained run, its configuration with the overrides of the command, and the checkpoint to use."""
 
     run: RunDirectory
     composition: Composition
@@ -47,7 +47,11 @@ class Trained:
     other_data: bool
 
     def task(self, action: Any, request: Request, alone: bool = False, **more: Any) -> Task:
-        """alone: in this process, whatever the run was trained on; so is that of a cluster elsewhere."""
+        """Return the task for the workers.
+
+        Args:
+            alone: use this process, whatever cluster the run was trained on. Runs of remote clusters always do.
+        """
         job = self.composition.job
         if alone or is_remote(job.cluster):
             job = replace(job, cluster=in_process().config(), scaling=replace(job.scaling, workers="auto"))
@@ -63,11 +67,11 @@ class Trained:
 
 
 def find(name: str, request: Request, observer: Observer, doing: str) -> Trained:
-    """Return the run called `name` with its best checkpoint.
+    """Return the run `name` with its best checkpoint.
 
     Raises:
-        RunError: there is no such run, it has no checkpoint, or the words name another model.
-        ConfigError, TrustError: the words, or what was stored, are wrong.
+        RunError: there is no such run, it has no checkpoint, or the overrides name another model.
+        ConfigError, TrustError: the overrides or the stored configuration are wrong.
     """
     run = runs.find(root_of(run_section(request).root), name)
     composition, changes = over_the_run(request, run)
@@ -78,19 +82,19 @@ def find(name: str, request: Request, observer: Observer, doing: str) -> Trained
         other_data = not same_section(stored.data, composition.job.data)
         observer.event({"kind": "note", "text": over_text(changes)})
     checkpoint = best_checkpoint(run)
-    observer.event({"kind": "note", "text": f"{doing} {run.told(checkpoint)}"})
+    observer.event({"kind": "note", "text": doing + " " + run.told(checkpoint)})
     return Trained(run, composition, checkpoint, other_data)
 
 
 def evaluate(name: str, request: Request, observer: Observer) -> dict[str, float]:
-    """Evaluate a run's best checkpoint on its validation and test sets, each sample once. Returns metrics by tag.
+    """Evaluate a run's best checkpoint on its validation and test sets, each sample once, and return metrics by tag.
 
-    They are also appended to the run's `evaluations.jsonl`, with the time, the step and the words.
+    The metrics are appended to the run's `evaluations.jsonl`, with the time, the step and the overrides.
 
     Raises:
-        RequestError: see `find`, or the network does not fit other data.
-        TrainingError: it started and failed.
-        Stopped: it was ended by a signal.
+        RequestError: see `find`, or the network does not accept other data.
+        TrainingError: the evaluation started and failed.
+        Stopped: a signal ended it.
     """
     facts = ranks.in_environment()
     with ended_by_signals():
@@ -114,29 +118,30 @@ def evaluate(name: str, request: Request, observer: Observer) -> dict[str, float
 
 
 def predict(name: str, request: Request, path: str, observer: Observer, take: Callable[[dict[str, Any]], None]) -> None:
-    """Hand what a run's best checkpoint makes of every input at `path` to `take`, one after the other.
+    """Call `take` with the prediction of a run's best checkpoint for each input at `path`, in order.
 
     Raises:
-        RequestError: see `find`; the data or the model knows no predictions, or an input is missing, damaged or unfit.
+        RequestError: see `find`; the data or the model does not support predictions, or an input is missing, damaged or
+            of the wrong kind.
         UserCodeError: `predict_step` failed.
     """
     with ended_by_signals():
         task = find(name, request, observer, "Predicting with").task("predict", request, alone=True, inputs=path)
 
-        def hear(event: dict[str, Any]) -> None:
+        def on_event(event: dict[str, Any]) -> None:
             if event["kind"] == "prediction":
                 take(event["value"])
             else:
                 observer.event(event)
 
-        run_task(task, machines_of(task.job), hear)
+        run_task(task, machines_of(task.job), on_event)
 
 
 def export(name: str, request: Request, observer: Observer, begun: Callable[[Path], None]) -> Path:
-    """Write a run's best weights and its network into its folder `export`, which is returned.
+    """Write a run's best weights and its network to its folder `export`, and return the folder.
 
     Args:
-        begun: is told the folder when all is ready; what fails from then on leaves the weights there.
+        begun: called with the folder before the export starts. After that, a failure leaves the weights in it.
 
     Raises:
         RequestError: see `find`.
@@ -145,7 +150,7 @@ def export(name: str, request: Request, observer: Observer, begun: Callable[[Pat
     with ended_by_signals():
         trained = find(name, request, observer, "Exporting")
         task = trained.task("export", request, alone=True)
-        # The same program serves on every device; here it is tried on the one that every machine has.
+        # The exported program runs on every device; the CPU is available on every machine.
         task.job = replace(task.job, scaling=replace(task.job.scaling, device="cpu"))
         folder = trained.run.path / "export"
         with written(trained.run):
@@ -155,7 +160,7 @@ def export(name: str, request: Request, observer: Observer, begun: Callable[[Pat
 
 
 def _check_data(trained: Trained, observer: Observer) -> None:
-    """Raise ConfigError where the network does not take data other than those of the run."""
+    """Raise ConfigError if the overrides name other data, and the network does not accept them."""
     if not trained.other_data:
         return
     from launcher.engine.start_check import check_fit
@@ -174,6 +179,6 @@ def _append(trained: Trained, metrics: dict[str, float], observer: Observer) -> 
     try:
         with written(trained.run), open_file(trained.run.path / "evaluations.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
-    except (OSError, StorageError) as error:  # somebody else's run can be looked at all the same
+    except (OSError, StorageError) as error:  # the run may belong to another user
         why = str(getattr(error, "strerror", None) or error).rstrip(".")
-        observer.event({"kind": "note", "text": f"Not kept in evaluations.jsonl: {why}."})
+        observer.event({"kind": "note", "text": f"The metrics were not written to evaluations.jsonl: {why}."})

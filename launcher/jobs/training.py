@@ -1,7 +1,6 @@
-"""From the words of a command to a finished run: prepare, plan, write the directory, run, record.
+"""Trains a run: prepares and plans it, writes its directory, executes it and records its end.
 
-The command line and the Python API are both thin shells around `train`. What is done with a run afterwards is in
-`trained.py`.
+The command line and the Python API call `train`. `trained.py` evaluates, predicts with and exports the result.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ Event = dict[str, Any]
 
 
 class Observer:
-    """What the caller wants to hear of a run. The command line and the Python API show it."""
+    """Receives the progress of a run. The command line and the Python API implement it."""
 
     def prepared(self, prepared: Prepared, plan: Plan | None) -> None:
-        """The run is known, and what it will do; no plan when nothing is left to do."""
+        """Called when the run is prepared and planned. plan: None if the run is already complete."""
 
     def event(self, event: Event) -> None:
-        """An event of the run; see `engine.control.Control.emit`."""
+        """Called for each event of the run; see `engine.control.Control.emit`."""
 
     def sent(self, directory: RunDirectory, where: str) -> None:
-        """The run is driven elsewhere; what `prepared` would tell comes as an event of kind `begun`."""
+        """Called when the run was submitted to a remote cluster. An event of kind `begun` replaces `prepared`."""
 
     def asked_to_end(self) -> str:
-        """Ctrl-C came while a run elsewhere is followed: return "stop" or "detach"."""
+        """Called on Ctrl-C while a remote run is followed: return "stop" or "detach"."""
         return "stop"
 
 
 def begun(prepared: Prepared, plan: Plan | None) -> Event:
-    """Return what is told of a run that begins, as an event: without a plan there is nothing left to do."""
+    """Return the event `begun`, by which a driver on a cluster reports the start of a run. No plan: it is complete."""
     if plan is None:
         return {"kind": "begun", "finished": True, "text": prepared.nothing_to_do()}
     facts = {"workers": plan.machines.workers, "headline": plan.headline(), "changes": list(prepared.changes)}
@@ -62,24 +61,28 @@ def begun(prepared: Prepared, plan: Plan | None) -> Event:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: result.json's content, its directory, and the signal that stopped it, if one did.
+    """The end of a run.
 
-    `result` is empty on ranks other than 0.
+    Attributes:
+        result: the content of result.json; empty on ranks other than 0.
+        directory: the run's directory.
+        signal_number: the signal that stopped the run, or None.
+        detached: the run continues on a remote cluster, and this command has stopped following it.
     """
 
     result: dict[str, Any]
     directory: RunDirectory
     signal_number: int | None = None
-    detached: bool = False  # it goes on elsewhere, and nobody here follows it
+    detached: bool = False
 
 
 def train(request: Request, observer: Observer) -> Outcome:
     """Run one job to its end.
 
     Raises:
-        RequestError: it cannot be done as asked; nothing was started.
-        TrainingError: it started and failed; result.json says so.
-        Stopped: it was ended at once by a signal.
+        RequestError: the request is invalid; nothing was started.
+        TrainingError: the run started and failed, and result.json has the error.
+        Stopped: a signal ended the run without a checkpoint.
     """
     facts = ranks.in_environment()
     with Record(request) as record, ended_by_signals():
@@ -90,11 +93,10 @@ def train(request: Request, observer: Observer) -> Outcome:
             observer.prepared(prepared, None)
             return Outcome(prepared.directory.result(), prepared.directory)
         if is_remote(prepared.job.cluster):
-            return _train_elsewhere(request, prepared, observer)
+            return _train_remotely(request, prepared, observer)
         if prepared.job.cluster.setup and request.on_head is None:
-            observer.event(
-                {"kind": "note", "text": "cluster.setup is for the nodes of a cluster; nothing of it is run here."}
-            )
+            text = "cluster.setup is ignored: its commands run only on the nodes of a remote cluster."
+            observer.event({"kind": "note", "text": text})
         plan = checked_plan(prepared.job, observer, None, record.marks, record.weights())
         task = record.begin(plan)
         observer.prepared(prepared, plan)
@@ -105,8 +107,8 @@ def train(request: Request, observer: Observer) -> Outcome:
         return Outcome(result, prepared.directory, signal_number)
 
 
-def _train_elsewhere(request: Request, prepared: Prepared, observer: Observer) -> Outcome:
-    """Send the run to the cluster that its configuration names, and follow it."""
+def _train_remotely(request: Request, prepared: Prepared, observer: Observer) -> Outcome:
+    """Submit the run to the cluster in its configuration, and follow it."""
     from launcher.jobs.remote.submit import Submission
     from launcher.runners.signals import Interrupts
 
@@ -121,13 +123,17 @@ def _train_elsewhere(request: Request, prepared: Prepared, observer: Observer) -
 def checked_plan(
     job: Job, observer: Observer, ranks: int | None = None, marks: Marks | None = None, weights: str | None = None
 ) -> Plan:
-    """Make the plan; what the user's code prints while it is tried out is passed on as events."""
+    """Make the plan. The output of the user's code during the start check becomes events."""
     with _trying(observer):
         return make_plan(job, ranks, marks, weights)
 
 
 def checked_node_plan(prepared: Prepared, observer: Observer, ask: bool = True) -> NodePlan:
-    """Make the plan for VMs that are not there, likewise. ask: Azure's public list for today's prices."""
+    """Make the plan for VMs that do not exist yet, as `checked_plan`.
+
+    Args:
+        ask: query Azure's public price list.
+    """
     from launcher.planning.nodes import make_node_plan
 
     with _trying(observer):
@@ -135,7 +141,7 @@ def checked_node_plan(prepared: Prepared, observer: Observer, ask: bool = True) 
 
 
 def checked_host_plan(job: Job, observer: Observer) -> HostPlan:
-    """Make the plan for the hosts that the configuration names, likewise, without a connection to them."""
+    """Make the plan for the hosts in the configuration, as `checked_plan`. It opens no connection."""
     from launcher.planning.hosts import make_host_plan
 
     with _trying(observer):
@@ -153,7 +159,7 @@ def _trying(observer: Observer) -> AbstractContextManager[object]:
 
 
 def run_task(task: Task, machines: Placement, on_event: Callable[[Event], None]) -> tuple[dict[str, Any], int | None]:
-    """Run the task where the plan puts it. Returns rank 0's result, and the signal that came meanwhile."""
+    """Run the task on the machines of its plan. Return rank 0's result, and the signal that was received, or None."""
     if machines.in_process:
         from launcher.engine.runtime import Runtime
         from launcher.runners import in_process
@@ -190,7 +196,7 @@ def run_task(task: Task, machines: Placement, on_event: Callable[[Event], None])
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM end what is under way, until a runner takes them over to end its run in order."""
+    """Make Ctrl-C and SIGTERM raise Stopped in this block, until a runner handles them to stop gracefully."""
     from launcher.runners.signals import Interrupts
 
     with Interrupts() as interrupts, interrupts.at_once():
@@ -198,7 +204,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def _alive(directory: RunDirectory) -> AbstractContextManager[object]:
-    """Keep the run's heartbeat while workers start and read their data; they keep it themselves once they train."""
+    """Write the run's heartbeat while the workers start and load data. During training, rank 0 writes it."""
     from launcher.engine.control import Heartbeat
 
     return Heartbeat(directory)
@@ -208,11 +214,11 @@ def _alive(directory: RunDirectory) -> AbstractContextManager[object]:
 
 
 def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, record: Record) -> Outcome:
-    """Train as one of the ranks that torchrun or srun started. Rank 0 prepares the run for all, and talks."""
+    """Train as one of the ranks that torchrun or srun started. Rank 0 prepares the run for all ranks, and prints."""
     from launcher.runners import in_process
 
     with ranks.joined(facts, device_of(request)) as runtime:
-        prepared, task = _agree(observer, runtime, record)
+        prepared, task = _share_task(observer, runtime, record)
         if task is None:
             directory = prepared.directory if prepared is not None else RunDirectory(Path())
             return Outcome(directory.result(), directory)
@@ -228,7 +234,7 @@ def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, rec
 
 
 def device_of(request: Request) -> str:
-    """The device decides how the ranks talk to each other: known before rank 0 has prepared the run."""
+    """Return `scaling.device` of the overrides. It selects the backend of the process group that prepares the run."""
     from launcher.config import targets
 
     targets.add_calling_directory(request.calling)
@@ -236,8 +242,11 @@ def device_of(request: Request) -> str:
     return str(peek(words, request.config_dir, "scaling").device)
 
 
-def _agree(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepared | None, Task | None]:
-    """Return (rank 0's preparation, everybody's task). An error of rank 0 is raised on every rank."""
+def _share_task(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepared | None, Task | None]:
+    """Prepare the run on rank 0, and return (the prepared run or None, the task). All ranks raise an error of rank 0.
+
+    The task is None if the run is already complete.
+    """
     prepared, task, failure = None, None, None
     if runtime.is_first:
         try:
@@ -246,10 +255,10 @@ def _agree(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepar
                 plan = checked_plan(prepared.job, observer, runtime.world_size, record.marks, record.weights())
                 task = record.begin(plan)
             observer.prepared(prepared, plan)
-            asked = prepared.job.scaling.workers
-            if asked not in ("auto", runtime.world_size):
+            workers = prepared.job.scaling.workers
+            if workers not in ("auto", runtime.world_size):
                 why = f"the {runtime.world_size} processes that were started are the workers"
-                observer.event({"kind": "note", "text": f"scaling.workers={asked} is ignored: {why}."})
+                observer.event({"kind": "note", "text": f"scaling.workers={workers} is ignored: {why}."})
         except LaunchError as error:
             failure = error
     described = {"failure": failure and to_dict(failure), "task": task and asdict(task)}
@@ -261,13 +270,14 @@ def _agree(observer: Observer, runtime: Runtime, record: Record) -> tuple[Prepar
     return prepared, None if found["task"] is None else Task.from_dict(found["task"])
 
 
-# ---- what the shells say and return ----------------------------------------------------------------------------------
+# ---- for the command line and the Python API -------------------------------------------------------------------------
 
 
 def over_text(changes: Sequence[str]) -> str:
+    """Return the note about overrides of an existing run's configuration."""
     return f"Over the run's own configuration: {' '.join(changes)}"
 
 
 def exit_status_of(signal_number: int | None) -> int:
-    """Return 130 for Ctrl-C, 143 for SIGTERM."""
+    """Return the exit status for a signal: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + (signal_number or signal.SIGINT)

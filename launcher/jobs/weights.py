@@ -1,4 +1,4 @@
-"""Which weights of other runs are meant: the best of a run or of a sweep, or those of a file."""
+"""Finds the weights that `checkpoint.load` names: the best checkpoint of a run or sweep, or a file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from launcher.runs.storage import disk_uri, is_gathered
 
 
 def weights_of(job: Job, root: str | None = None) -> str | None:
-    """Return the place of the weights that `checkpoint.load` names: the best of a run or a sweep, or a file.
+    """Return the path or URI of the weights that `checkpoint.load` names; None if it names none.
 
     Args:
-        root: where runs are looked up; None: in the job's own run root.
+        root: the run root in which runs are found; None: the job's own.
+
+    Raises:
+        RunError: there is no such run or file, or the run has no usable checkpoint.
     """
     source, root = job.checkpoint.load, root or job.run.root
     if source is None:
@@ -34,15 +37,16 @@ def weights_of(job: Job, root: str | None = None) -> str | None:
         return disk_uri(found) if is_gathered(root) else run.told(found)
     known = [other.name for other in runs.list_runs(others)]
     raise RunError(
-        f"checkpoint.load={source}: there is no such run in {others} and no such file.{did_you_mean(source, known)}"
+        f"checkpoint.load={source} is neither a run in {others} nor a file.{did_you_mean(source, known)} Use the name "
+        "of a run, SWEEP/best, or the path of a file."
     )
 
 
 def best_checkpoint(run: RunDirectory) -> Path:
-    """Return the checkpoint with the best monitored value, or the newest intact one where none is monitored.
+    """Return the checkpoint with the best monitored value, or the newest intact one if no value is monitored.
 
     Raises:
-        RunError: the run has none.
+        RunError: the run has no usable checkpoint.
     """
     from launcher.engine.checkpoint import available, newest_intact, verify
 
@@ -59,5 +63,5 @@ def best_checkpoint(run: RunDirectory) -> Path:
         return path
     newest = newest_intact(run.checkpoints)
     if newest.path is None:
-        raise RunError(f'The run "{run.name}" has no checkpoint that can be used. {newest.explain()}'.strip())
+        raise RunError(f'The run "{run.name}" has no usable checkpoint. {newest.explain()}'.strip())
     return newest.path

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# By name, and not as a module: these functions travel to Ray Train's controller by value.
+# Imported by name, not as a module: these functions are pickled by value for Ray Train's controller.
 from launcher.ray_seam.private import own_gcs_client
 
 NAMESPACE = b"launch"
@@ -25,7 +25,7 @@ def put(key: str, value: str, client: Any = None, seconds: float | None = None) 
 
 
 def get(key: str, client: Any = None, seconds: float | None = None) -> str | None:
-    """Return the value of a key; None where it has none."""
+    """Return the value of a key; None if it does not exist."""
     found = _store(client).internal_kv_get(key.encode(), namespace=NAMESPACE, timeout=seconds)
     return None if found is None else found.decode()
 
@@ -47,7 +47,7 @@ def delete_all(prefix: str) -> None:
 
 
 def take_package(key: str, client: Any) -> bytes | None:
-    """Return and remove what was uploaded to `package_path(key)`; None where nothing is there.
+    """Return and remove what was uploaded to `package_path(key)`; None if nothing was.
 
     Why: bytes for a driver on the head must be in no list of processes and no log. Ray Jobs has no such channel.
     Since: 2.44 or older.

@@ -1,4 +1,4 @@
-"""What is replaced in Ray while `ray.init` starts a Ray of our own: `ray.init` has no options for it."""
+"""Replaces parts of Ray while `ray.init` starts an embedded Ray, since `ray.init` has no options for it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from launcher.ray_seam.private import attribute, quiet_errors, replaced
 
 @contextlib.contextmanager
 def adapted(lean: bool) -> Iterator[None]:
-    """Start Ray on loopback and outside our process group and, when `lean`, only the processes that one job needs.
+    """Start Ray on loopback and in its own process group and, if `lean`, only the processes that one job needs.
 
-    Lean leaves out three Python processes and two to three seconds.
+    A lean start saves three Python processes and two to three seconds.
     """
     with contextlib.ExitStack() as stack:
         parts = [own_process_group(), loopback_alone()]
@@ -29,7 +29,7 @@ def adapted(lean: bool) -> Iterator[None]:
 def own_process_group() -> Iterator[None]:
     """Start Ray's processes in a process group of their own.
 
-    Why: Ctrl-C and `timeout` signal the whole process group of a command, and launch ends the run in order.
+    Why: Ctrl-C and `timeout` signal the whole process group of a command, and launch stops the run gracefully.
     Since: 2.44 or older.
     Without: Ctrl-C kills the workers before they save a checkpoint.
     """
@@ -37,7 +37,7 @@ def own_process_group() -> Iterator[None]:
 
     class GroupLeader(attribute(services, "ConsolePopen")):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
-            # Without the terminal's input: reading it from another process group would halt a worker for ever.
+            # Without the terminal's input: the system stops a process of another process group that reads it.
             if options.get("stdin") is None:
                 options["stdin"] = subprocess.DEVNULL
             super().__init__(*args, **{**options, "process_group": 0})

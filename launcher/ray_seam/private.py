@@ -16,7 +16,7 @@ from launcher.errors import RayVersionError
 # The label that Ray gives to each node. A public name; `ray._raylet.RAY_NODE_ID_KEY` holds it as well.
 NODE_ID_LABEL = "ray.io/node-id"
 # Reasons for a drain, DrainNodeReason of ray/core/generated/autoscaler.proto.
-IDLE_TERMINATION = 1  # a node that is at work rejects it
+IDLE_TERMINATION = 1  # rejected by a node with running work
 PREEMPTION = 2  # cannot be rejected
 _ALIVE = 0  # GcsNodeInfo.ALIVE of ray/core/generated/gcs.proto
 
@@ -59,7 +59,7 @@ def attribute(owner: Any, name: str) -> Any:
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """A node that a cluster's GCS believes alive."""
+    """A node that a cluster's GCS treats as alive."""
 
     id: str
     host: str
@@ -93,7 +93,7 @@ def own_gcs_client() -> Any:
 
 
 def living_nodes(client: Any, seconds: float) -> list[NodeInfo]:
-    """Return the nodes that a GCS believes alive. seconds: how long it may take to answer.
+    """Return the nodes that a GCS treats as alive. seconds: the time limit.
 
     Why: `ray.nodes()` needs a driver.
     Since: 2.44 or older.
@@ -118,7 +118,7 @@ def draining_nodes(client: Any, seconds: float) -> dict[str, float]:
 
     Why: no public function names them.
     Since: 2.60. Before, only the cluster that this process is connected to could be asked, without a time limit.
-    Without: a node that Kubernetes or an autoscaler drains is lost instead of left in order.
+    Without: a node that Kubernetes or an autoscaler drains is lost without a checkpoint.
     """
     if hasattr(client, "get_draining_nodes"):
         found = client.get_draining_nodes(timeout=seconds)
@@ -147,7 +147,7 @@ def drain(client: Any, node: str, reason: int, message: str, deadline: float, se
 def has_jobs(client: Any, seconds: float) -> bool:
     """Return whether a driver of a user is connected to the cluster.
 
-    Why: the public Jobs API knows submitted jobs alone, not drivers.
+    Why: the public Jobs API lists only submitted jobs, not drivers.
     Since: 2.44 or older.
     Without: the watchdog of an Azure cluster removes nodes between two trials.
     """
@@ -181,7 +181,7 @@ def request_gpu_nodes(address: str, count: int, gpus: int) -> None:
 
 
 def refresh_settings() -> None:
-    """Read the environment again into the native part of Ray, which reads it once, when ray is imported.
+    """Make Ray's native code read the environment again. It reads it once, when ray is imported.
 
     Why: token and authentication mode are set after that import, and differ from cluster to cluster.
     Since: 2.52, which introduced tokens.
@@ -244,9 +244,9 @@ def quiet_errors() -> Iterator[None]:
 
 
 def dead_process() -> str | None:
-    """Return the name of a process of the Ray that this process started and that has ended; None while all live.
+    """Return the name of a process of this process's Ray that has ended; None while all are alive.
 
-    Why: a driver waits for a minute for a GCS that is gone.
+    Why: a driver waits for a minute for a GCS that has ended.
     Since: 2.44 or older.
     Without: a killed Ray is noticed a minute later.
     """
@@ -259,7 +259,7 @@ def dead_process() -> str | None:
 def drop_exception_hook() -> None:
     """Remove Ray's `sys.excepthook`.
 
-    Why: it reports the exception to a GCS, and waits for it when it is gone.
+    Why: it reports the exception to the GCS, and waits for it even if it has ended.
     Since: 2.44 or older.
     Without: an error after the loss of Ray is printed a minute later.
     """
@@ -269,7 +269,7 @@ def drop_exception_hook() -> None:
 def drop_exit_hook() -> None:
     """Do not shut Ray down again at the end of this process.
 
-    Why: Ray registers `ray.shutdown`, which waits for a GCS that is gone.
+    Why: Ray registers `ray.shutdown`, which waits for a GCS that has ended.
     Since: 2.44 or older.
     Without: a command ends a minute after it has lost its Ray.
     """
@@ -336,7 +336,7 @@ def leaving_nodes() -> set[str]:
 def free_placement_group(group: str) -> None:
     """Release the placement group with this id (hexadecimal).
 
-    Why: a group is found by its name alone in the public API, and Ray Train gives it none.
+    Why: the public API finds a group only by its name, and Ray Train gives it none.
     Since: 2.44 or older.
     Without: the reservation of a controller that died stays as long as the cluster.
     """

@@ -6,10 +6,10 @@ and imports the standard library alone.
 
 from __future__ import annotations
 
-# Ray's metrics are off: the ports of its agents, its dashboard and its autoscaler ask for no token. The last two have
-# no switch: an impossible port keeps them from listening.
-# Why: a private Ray must not serve unauthenticated ports. Since: 2.44 or older. Without: anybody on the network reads
-# the metrics of a cluster, and its process names with them.
+# Ray's metrics are off: the ports of its agents, its dashboard and its autoscaler require no token. The last two have
+# no switch: an invalid port prevents them from listening.
+# Why: a private Ray must not serve unauthenticated ports. Since: 2.44 or older. Without: all machines on the network
+# can read the metrics of a cluster, with the names of its processes.
 NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1"}
 
 # The environment of every process of an embedded Ray, in addition to the user's own.
@@ -29,7 +29,7 @@ RAY_ENVIRONMENT = {
 # What Ray Train reads in the controller and in the workers.
 RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # the end of a worker is noticed in this time
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # the time until the end of a worker is detected
     # Why: one actor less; launch watches for evictions itself. Since: 2.58. Without: a slower start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Why: prints of user code go through launch's own events. Since: 2.44 or older. Without: each line appears twice.
@@ -49,8 +49,8 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 COMMAND = ("-m", "ray.scripts.scripts")
 
 # A program that prints the nodes of the cluster at its first argument, lost ones included, as one line of JSON.
-# Why: the public state API needs the dashboard. Since: 2.44 or older. Without: `launch status` cannot say which host of
-# cluster=ssh was lost, and why.
+# Why: the public state API needs the dashboard. Since: 2.44 or older. Without: `launch status` cannot name the lost
+# hosts of cluster=ssh.
 NODES = """
 import json, sys
 from ray._raylet import GcsClient

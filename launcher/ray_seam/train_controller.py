@@ -1,12 +1,12 @@
-"""Ray Train's controller, with a `Policy` that decides on retries, group sizes, and what counts as alive.
+"""Ray Train's controller, with a `Policy` that decides on retries, group sizes, and the health of workers.
 
 Why: Ray Train has no public interface for them. Its own policies count all failures alike, start a group on a machine
 that does not respond, and report a lost peer as an error of user code.
 Since: 2.58, which introduced `PreemptionError`.
 Without: no elastic training, and a worker that hangs or a machine that is lost ends the run.
 
-The controller may run where launch is not installed: this module is sent to it by value (`travel_by_value`), and refers
-to names of launch, never to its modules.
+The controller may run where launch is not installed: this module is pickled by value (`travel_by_value`), and refers to
+names of launch, never to its modules.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ __all__ = [
     "travel_by_value",
 ]
 
-SMALL_MESSAGE_SECONDS = 20.0  # that living workers need at most to receive a small message
-POLL_SECONDS = 0.25  # between two looks for room
+SMALL_MESSAGE_SECONDS = 20.0  # the time limit for a small message to all workers
+POLL_SECONDS = 0.25  # between two checks for free resources
 
 
 class Policy(Protocol):
-    """What decides for a `TrainController`, in the controller's process."""
+    """The decisions of a `TrainController`, made in the controller's process."""
 
-    lean: bool  # a Ray of our own, without an autoscaler to ask
+    lean: bool  # an embedded Ray, without an autoscaler
     workers: int  # the largest group
     share: dict[str, float]  # resources of one worker
     health_seconds: float  # without an answer, after which a worker has failed
@@ -163,9 +163,9 @@ class Sizes(ScalingPolicy):
 
 
 class Group(WorkerGroup):
-    """A worker group that leaves nothing behind when it fails to start, and that is killed without being asked.
+    """A worker group that releases its resources when it fails to start, and whose workers are killed at the end.
 
-    Why: Ray keeps what a group has reserved when its start fails, and asks workers that hang to end.
+    Why: Ray keeps the reservation of a group that fails to start, and waits for workers that hang.
     Since: 2.44 or older.
     Without: a restart waits for workers that do not respond.
     """
@@ -179,7 +179,7 @@ class Group(WorkerGroup):
             raise
 
     def silences(self) -> dict[int, float]:
-        """Return for how many seconds each rank with an open question has not answered it."""
+        """Return for how many seconds each rank with a pending health check has not answered it."""
         now = time.monotonic()
         return {rank: now - poll.start_time for rank, poll in self._world_rank_to_ongoing_poll.items()}
 
@@ -213,7 +213,7 @@ class Introduction(WorkerGroupCallback):
 class Avoidance(ControllerCallback):
     """Places no worker on the nodes that the policy avoids.
 
-    Why: Ray believes in a machine for a minute after its network is gone, and a reservation there is never granted.
+    Why: Ray treats a machine as alive for a minute after it lost its network, and never grants a reservation there.
     Since: 2.49.
     Without: a restart after the loss of a machine takes a minute.
     """
@@ -241,7 +241,7 @@ class TrainController(RayTrainController):
         super().__init__(callbacks=[*callbacks, Introduction(policy), Avoidance(policy)], **arguments)
 
     def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
-        # First, so that the next group can use what the failed group holds.
+        # First, so that the next group can use the resources of the failed group.
         if self._worker_group:
             if self._worker_group.has_started():
                 self._policy.group_ends(self._worker_group.nodes())

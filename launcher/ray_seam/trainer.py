@@ -25,8 +25,8 @@ class RayTrainer(DataParallelTrainer):
     """Ray's data-parallel trainer, the base of TorchTrainer, with a policy of its own and fewer processes.
 
     The workers join their process group themselves, so the controller never imports torch. No actor serves data sets,
-    which are not Ray's. On an embedded Ray no process watches placement groups, which end with that Ray; and the
-    controller takes its settings from the environment, so that it can use a process that waits already.
+    because they are not Ray's. On an embedded Ray, no process monitors placement groups, which end with that Ray, and
+    the controller gets its settings from the environment, so that it can use a process that Ray has started before.
 
     Why: TorchTrainer has no option for any of this, nor for the controller.
     Since: 2.55, for the callbacks; 2.44 or older for the rest.
@@ -42,7 +42,7 @@ class RayTrainer(DataParallelTrainer):
         self._controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
-        # Relative paths mean on the workers what they mean here; Ray's own metrics have no reader; no Ray Data.
+        # Workers use the same working directory for relative paths; nothing reads Ray's metrics; no Ray Data.
         unwanted = [WorkingDirectorySetupCallback, ControllerMetricsCallback, WorkerMetricsCallback, DatasetsCallback]
         if self._policy.lean:
             unwanted.append(PlacementGroupCleanerCallback)

@@ -1,7 +1,7 @@
-"""Events from the workers, requests to them, through the key-value store that every Ray cluster has.
+"""Sends events from workers to the driver, and requests to workers, through the key-value store of the Ray cluster.
 
-No actor, no process, no port: the driver reads and deletes what workers have put, workers read one key of the driver's.
-Neither end makes the training loop wait: a thread on each worker does the talking.
+It needs no actor, process or port: the driver reads and deletes the events that workers store, and workers read one key
+of the driver. The training loop never waits for the store: a thread on each worker accesses it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,14 @@ from typing import Any
 
 from launcher.ray_seam import kv
 
-INTERVAL = 0.3  # seconds between two looks at the store
-
-
-def publish(key: str, value: str) -> None:
-    """Put `value` where `wait_for` finds it."""
-    kv.put(key, value)
+INTERVAL = 0.3  # seconds between two accesses to the store
 
 
 def wait_for(key: str, seconds: float) -> str:
-    """Return the value of `key` once somebody has published it.
+    """Wait until a key of the store has a value, and return it.
 
     Raises:
-        TimeoutError: nobody did.
+        TimeoutError: the key had no value within `seconds`.
     """
     end = time.monotonic() + seconds
     while (value := kv.get(key)) is None:
@@ -39,9 +34,13 @@ def wait_for(key: str, seconds: float) -> str:
 class WorkerEnd:
     """The `Control` of a Ray Train worker.
 
-    `requests` answers from memory. `emit` puts events into a list that the thread sends in batches; what was emitted
-    before `close` is in the store when `close` returns. `attempt` is the number of the worker group within the run:
-    what a dead group has sent last is told from what its successor sends.
+    `requests` reads from memory. `emit` appends to a list that a thread sends in batches; all events are in the store
+    when the `with` block has ended.
+
+    Args:
+        run: the key of the run in the store.
+        attempt: the number of the worker group within the run. It separates the last events of a group that has died
+            from those of the next group.
     """
 
     def __init__(self, run: str, rank: int, interval: float = INTERVAL, attempt: int = 1) -> None:
@@ -54,7 +53,7 @@ class WorkerEnd:
         self._lock = threading.Lock()  # keeps the batches of one rank in the order of their numbers
         self._requests: frozenset[str] = frozenset()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._talk, name="launch-control", daemon=True)
+        self._thread = threading.Thread(target=self._communicate, name="launch-control", daemon=True)
 
     def __enter__(self) -> WorkerEnd:
         self._thread.start()
@@ -72,7 +71,7 @@ class WorkerEnd:
         self._events.append(event)
 
     def flush(self) -> None:
-        """Send what has been emitted."""
+        """Send the emitted events."""
         with self._lock:
             events, self._events = self._events, []
             if not events:
@@ -81,31 +80,30 @@ class WorkerEnd:
             kv.put(key, json.dumps(events, default=str))
             self._batches += 1
 
-    def _talk(self) -> None:
+    def _communicate(self) -> None:
         while not self._ended.wait(self._interval):
-            # The driver may be gone or busy: training goes on, and the next round tries again.
+            # If the store does not answer, training continues, and the next round retries.
             with contextlib.suppress(Exception):
                 self.flush()
-                asked = kv.get(f"{self._run}/requests")
-                wishes = json.loads(asked) if asked else {}
-                self._requests = frozenset(what for what, of in wishes.items() if of in (None, self._attempt))
+                requests = json.loads(kv.get(f"{self._run}/requests") or "{}")
+                self._requests = frozenset(what for what, of in requests.items() if of in (None, self._attempt))
 
 
 class DriverEnd:
-    """The driver's end: what workers have emitted, and what is asked of them."""
+    """The driver's end of the channel: receives the events of all workers, and sends requests to them."""
 
     def __init__(self, run: str) -> None:
         self.run = run
-        self._asked: dict[str, int | None] = {}
+        self._requests: dict[str, int | None] = {}
 
     def request(self, what: str, attempt: int | None = None) -> None:
-        """Ask all workers for `what` ("stop", "checkpoint") until the run ends, or those of one attempt alone."""
-        if self._asked.get(what, 0) != attempt:
-            self._asked[what] = attempt
-            publish(f"{self.run}/requests", json.dumps(self._asked))
+        """Request `what` ("stop", "checkpoint", …) from all workers until the run ends, or from one attempt only."""
+        if self._requests.get(what, 0) != attempt:
+            self._requests[what] = attempt
+            kv.put(f"{self.run}/requests", json.dumps(self._requests))
 
     def drain(self) -> list[dict[str, Any]]:
-        """Return the events since the last call, those of one rank in their order, earlier attempts first."""
+        """Return the events since the last call, sorted by attempt; the events of each rank are in order."""
         events: list[dict[str, Any]] = []
         for key in kv.keys(f"{self.run}/event/"):
             batch = kv.get(key)
@@ -114,6 +112,6 @@ class DriverEnd:
         return events
 
     def close(self) -> None:
-        """Remove everything of this run from the store."""
-        with contextlib.suppress(Exception):  # the cluster may be gone
+        """Delete all keys of this run."""
+        with contextlib.suppress(Exception):  # the cluster may have ended
             kv.delete_all(f"{self.run}/")

@@ -5,10 +5,10 @@ The controller is an actor that may run on a machine without this package. The m
 it. The policy sends its decisions to the driver as events, through the run's part of the key-value store
 (`launcher.runners.channel`).
 
-    worker dies, hangs, loses a peer    the group ends, the next one continues from the newest checkpoint; counted
-    all ranks raise Regroup             the same, not counted: an eviction notice, or a node that has come
-    anything else a worker raises       the run fails: it would fail again
-    memory of a machine used up         the run fails: it would fail again
+    a worker dies, hangs or loses a peer   a new group continues from the newest checkpoint; counted as a failure
+    all ranks raise Regroup                the same, not counted: an eviction notice, or a new node
+    a worker raises another error          the run fails, since a retry would fail as well
+    a machine runs out of memory           the run fails, since a retry would fail as well
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ from launcher.ray_seam.train_controller import (
     WorkerHealthCheckTimeoutError,
     travel_by_value,
 )
-from launcher.runners.free_capacity import alive_nodes, room, rooms, unreachable
+from launcher.runners.free_capacity import alive_nodes, free_workers, unreachable, workers_per_node
 
-# How a worker marks what it raises, since the controller knows none of our exceptions.
+# Prefixes of a worker's errors: the controller has no access to launch's exception classes.
 LOST, REGROUP = "[lost] ", "[regroup] "
-ATTEMPT = "LAUNCH_ATTEMPT"  # the variable that tells a worker which group it belongs to
-PATIENCE = 3.0  # seconds between the first report of a lost peer and the judgement: the cause may come after it
-SILENCE = 2.0  # seconds without an answer after which a worker is suspected of a hang that others complain of
-# Seconds that a worker whose machine is out of reach may be silent: shorter cuts are bridged by TCP, without a restart.
-OUT_OF_REACH = 6.0
-KNOWN_SECONDS = 4.0  # that the knowledge of who is out of reach is good for: to ask again takes long
-GROW_SECONDS = 10.0  # between two looks for more room
-START_SECONDS = 10.0  # that a reservation may take before the nodes are looked at anew: one may just have gone
-FREED_SECONDS = 3.0  # that Ray takes at most to see that what a group held is free again
+ATTEMPT = "LAUNCH_ATTEMPT"  # the environment variable with the number of a worker's group
+CAUSE_SECONDS = 3.0  # to wait after the first report of a lost peer: its cause may be reported later
+SILENT_SECONDS = 2.0  # without an answer, after which a worker may be the cause of errors of other workers
+# Without an answer of an unreachable machine, after which its workers have failed. TCP survives shorter interruptions.
+UNREACHABLE_SECONDS = 6.0
+CACHE_SECONDS = 4.0  # for which the list of unreachable nodes is valid: a check is slow
+GROW_SECONDS = 10.0  # between two checks for free resources
+START_SECONDS = 10.0  # for a reservation; then the nodes are checked again, since one may have been lost
+RELEASE_SECONDS = 3.0  # that Ray needs at most to release the resources of a group
 
 
 @dataclass
 class Rules:
-    """What the driver asks of the controller.
+    """The settings of a `RunPolicy`.
 
     Args:
-        run: the key of the run in the store.
-        workers: how many there are at most.
-        min_workers: how many there are at least.
-        share: what each reserves.
-        max_failures: restarts in a row without a newer checkpoint between them; then the run fails.
-        timeout: seconds after which a worker that does not answer is given up.
-        lean: a Ray of our own, where no autoscaler is asked.
-        room_seconds: how long the first group waits for room.
-        later_seconds: the same for those after it: a machine that was lost may be replaced by a new one.
+        run: the key of the run in the key-value store.
+        workers: the largest number of workers.
+        min_workers: the smallest number of workers.
+        share: the resources of one worker.
+        max_failures: consecutive restarts without a newer checkpoint; after one more failure the run fails.
+        timeout: seconds without an answer after which a worker has failed.
+        lean: an embedded Ray, without an autoscaler.
+        first_seconds: how long the first group waits for free resources.
+        later_seconds: how long later groups wait: a lost machine may be replaced by a new one.
     """
 
     run: str
@@ -73,30 +73,30 @@ class Rules:
     max_failures: int = 0
     timeout: float = 120.0
     lean: bool = True
-    room_seconds: float = 60.0
+    first_seconds: float = 60.0
     later_seconds: float = 600.0
 
 
 @dataclass
 class Ledger:
-    """What the parts of the controller know together."""
+    """The state of a `RunPolicy`."""
 
     rules: Rules
     attempt: int = 0
     cause: str = ""
-    failures: int = 0  # in a row
-    resumed: int = -1  # the step from which the attempt of the last failure had begun
+    failures: int = 0  # consecutive
+    resumed: int = -1  # the step at which the attempt of the last failure had started
     resizing: bool = False
     held: list[str] = field(default_factory=list)  # the node of each worker of the last group
-    looked: float = 0.0  # when more room was last looked for
-    wanting: float | None = None  # since when a group is wanted for which there is no room
+    checked: float = 0.0  # the time of the last check for free resources
+    waiting_since: float | None = None  # the time since when a group waits for free resources
     suspects: dict[int, str] = field(default_factory=dict)
-    told: int = 0
-    _gone: tuple[float, frozenset[str]] = (float("-inf"), frozenset())  # when asked, and the answer
+    sent: int = 0
+    _gone: tuple[float, frozenset[str]] = (float("-inf"), frozenset())  # time and result of the last check
 
     def gone(self) -> frozenset[str]:
-        """Return the nodes that Ray believes alive and that do not answer."""
-        if time.monotonic() - self._gone[0] > KNOWN_SECONDS:
+        """Return the ids of the nodes that Ray treats as alive and that do not answer."""
+        if time.monotonic() - self._gone[0] > CACHE_SECONDS:
             self._gone = (time.monotonic(), frozenset(unreachable(alive_nodes())))
         return self._gone[1]
 
@@ -106,39 +106,40 @@ class Ledger:
     def write(self, key: str, value: str) -> None:
         put(f"{self.rules.run}/{key}", value)
 
-    def tell(self, **event: Any) -> None:
-        self.write(f"event/{self.attempt:06d}/controller/{self.told:09d}", json.dumps([event]))
-        self.told += 1
+    def send(self, **event: Any) -> None:
+        """Send an event to the driver."""
+        self.write(f"event/{self.attempt:06d}/controller/{self.sent:09d}", json.dumps([event]))
+        self.sent += 1
 
     def begin_attempt(self) -> None:
-        # From the store, since a controller before this one may have died.
+        # From the store, since an earlier controller of the run may have died.
         self.attempt = int(self.read("attempt") or 0) + 1
         self.cause = self.read("cause") or ""
         self.write("attempt", str(self.attempt))
         self.write("cause", "")
-        self.suspects, self.resizing, self.looked = {}, False, time.monotonic()
+        self.suspects, self.resizing, self.checked = {}, False, time.monotonic()
 
-    def still_waits(self) -> bool:
-        """Whether a group for which there is no room is waited for a little longer."""
-        seconds = self.rules.later_seconds if self.attempt else self.rules.room_seconds
-        if self.wanting is None:
-            self.wanting = time.monotonic()
-            self.tell(kind="waiting", seconds=seconds)
-        return time.monotonic() - self.wanting < seconds
+    def may_wait(self) -> bool:
+        """Return whether a group may wait longer for free resources."""
+        seconds = self.rules.later_seconds if self.attempt else self.rules.first_seconds
+        if self.waiting_since is None:
+            self.waiting_since = time.monotonic()
+            self.send(kind="waiting", seconds=seconds)
+        return time.monotonic() - self.waiting_since < seconds
 
     def count_failure(self) -> bool:
-        """Count one more failure; return whether it is one too many."""
+        """Count a failure, and return whether the run must fail."""
         resumed = int(self.read("resumed") or 0)
         self.failures = 1 if resumed > self.resumed else self.failures + 1
         self.resumed = resumed
         return self.failures > self.rules.max_failures
 
 
-# ---- what is tried again --------------------------------------------------------------------------------------------
+# ---- retries --------------------------------------------------------------------------------------------------------
 
 
 def kind_of(error: Exception) -> str:
-    """Return what a worker's failure is: "dead", "preempted", "silent", "lost", "regroup" or "final"."""
+    """Return the kind of a worker's failure: "dead", "preempted", "silent", "lost", "regroup" or "final"."""
     if isinstance(error, WorkerHealthCheckFailedError):
         return "preempted" if getattr(error.health_check_failure, "preempted", False) else "dead"
     if isinstance(error, WorkerHealthCheckTimeoutError):
@@ -148,7 +149,7 @@ def kind_of(error: Exception) -> str:
 
 
 def suspects(failures: dict[int, Exception]) -> dict[int, str]:
-    """Return who failed first, as far as the failures themselves tell, and how: "dead", "memory" or "silent"."""
+    """Return the ranks that caused the failures, with the kind: "dead", "preempted", "memory" or "silent"."""
     found = {}
     for rank, error in failures.items():
         kind = kind_of(error)
@@ -158,11 +159,11 @@ def suspects(failures: dict[int, Exception]) -> dict[int, str]:
     return found
 
 
-# ---- with how many workers ------------------------------------------------------------------------------------------
+# ---- group sizes ----------------------------------------------------------------------------------------------------
 
 
-def freed_less(found: dict[str, int], held: list[str]) -> bool:
-    """Whether a node has room for fewer workers than it held; of nodes that are gone or leaving nothing is asked."""
+def holds_less(found: dict[str, int], held: list[str]) -> bool:
+    """Return whether a node has resources for fewer workers than it had. Nodes that are not in `found` are ignored."""
     return any(node in found and found[node] < count for node, count in Counter(held).items())
 
 
@@ -170,23 +171,23 @@ def freed_less(found: dict[str, int], held: list[str]) -> bool:
 
 
 class RunPolicy:
-    """Decides for the controller of one run. See `launcher.ray_seam.train_controller.Policy` for its methods."""
+    """The policy of one run's controller. `launcher.ray_seam.train_controller.Policy` describes its methods."""
 
     def __init__(self, rules: Rules) -> None:
         self._ledger = Ledger(rules)
-        self._out_of_reach: set[str] = set()  # nodes, at the last look
+        self._unreachable: set[str] = set()  # nodes, at the last check
         self.lean, self.workers, self.share = rules.lean, rules.workers, rules.share
         self.health_seconds, self.start_seconds = rules.timeout, START_SECONDS
 
-    # What is tried again.
+    # Retries.
 
     def retry(self, error: Exception) -> bool:
         cause = self._cause(error)
         ledger = self._ledger
         again = cause is not None and not (cause == "failure" and ledger.count_failure())
-        waits = cause == "room"
+        waits = cause == "no_capacity"
         if not waits:
-            ledger.tell(
+            ledger.send(
                 kind="verdict",
                 again=again,
                 cause=cause,
@@ -199,14 +200,14 @@ class RunPolicy:
         return again
 
     def _cause(self, error: Any) -> str | None:
-        """Return why a new group is to be started, or None where it must not."""
+        """Return the cause for which a new group is started; None if the run must fail."""
         ledger = self._ledger
         if isinstance(error, PreemptionError):
             return "preemption"
         if isinstance(error, ControllerError):
             failure = error.controller_failure
             if isinstance(failure, WorkerGroupStartupTimeoutError):
-                return "room" if ledger.still_waits() else None
+                return "no_capacity" if ledger.may_wait() else None
             passing = (WorkerGroupStartupFailedError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
             return "failure" if isinstance(failure, passing) and ledger.attempt > 0 else None
         if not isinstance(error, WorkerGroupError):
@@ -222,41 +223,41 @@ class RunPolicy:
             return "resize" if ledger.resizing else "preemption"
         return "preemption" if "preempted" in kinds else "failure"
 
-    # With how many workers, and where.
+    # Group sizes and nodes.
 
     def new_size(self) -> int | None:
         ledger, rules = self._ledger, self._ledger.rules
         if rules.min_workers >= rules.workers:
             return rules.workers
-        count = min(rules.workers, self._settled_room())
+        count = min(rules.workers, self._settled_capacity())
         if count >= rules.min_workers:
             return count
-        if not ledger.still_waits():
+        if not ledger.may_wait():
             raise WorkerGroupStartupTimeoutError(rules.min_workers)
         return None
 
-    def _settled_room(self) -> int:
-        """Return for how many workers there is room, once what the last group held is free again."""
+    def _settled_capacity(self) -> int:
+        """Return how many workers fit into the free resources, after Ray has released those of the last group."""
         ledger = self._ledger
         gone = ledger.gone()
-        end = time.monotonic() + FREED_SECONDS
-        # Node by node: the room on one that has just come is not what the group held on another.
-        while freed_less(found := rooms(ledger.rules.share, gone), ledger.held) and time.monotonic() < end:
+        end = time.monotonic() + RELEASE_SECONDS
+        # For each node: the resources of a new node do not replace those that the group held on another.
+        while holds_less(found := workers_per_node(ledger.rules.share, gone), ledger.held) and time.monotonic() < end:
             time.sleep(0.1)
         return sum(found.values())
 
     def observe(self, size: int) -> None:
-        """Have a group that could be larger save and end; growing it is then the business of the next decision."""
+        """Request the restart of a group that could be larger. `new_size` then returns the larger size."""
         ledger = self._ledger
         small = size < ledger.rules.workers
-        if small and not ledger.resizing and time.monotonic() - ledger.looked > GROW_SECONDS:
-            ledger.looked = time.monotonic()
-            if room(ledger.rules.share, set()) >= 1 and room(ledger.rules.share, ledger.gone()) >= 1:
+        if small and not ledger.resizing and time.monotonic() - ledger.checked > GROW_SECONDS:
+            ledger.checked = time.monotonic()
+            if free_workers(ledger.rules.share, set()) >= 1 and free_workers(ledger.rules.share, ledger.gone()) >= 1:
                 ledger.resizing = True
-                ledger.tell(kind="room", attempt=ledger.attempt)
+                ledger.send(kind="can_grow", attempt=ledger.attempt)
 
     def waiting(self) -> bool:
-        return self._ledger.wanting is not None
+        return self._ledger.waiting_since is not None
 
     def avoided_nodes(self) -> frozenset[str]:
         return self._ledger.gone()
@@ -271,48 +272,48 @@ class RunPolicy:
         self._ledger.write("placement_group", placement_group)
 
     def group_started(self) -> None:
-        self._ledger.wanting = None
+        self._ledger.waiting_since = None
 
     def group_ends(self, nodes: list[str]) -> None:
         self._ledger.held = nodes
 
-    # What counts as alive.
+    # Health.
 
     async def examine(self, group: Group, poll: Callable[[], Awaitable[Any]]) -> Any:
-        """Return the workers' status; where some have lost a peer, wait for the cause, which may show a little later.
+        """Return the workers' status. If workers have lost a peer, wait for the cause, which may be reported later.
 
-        A group that regroups is waited for until all have saved.
+        If workers regroup, wait until all have saved.
         """
         status = await poll()
-        self._give_up_machines(group, status)
+        self._fail_lost_machines(group, status)
         begun = time.monotonic()
         while status.errors and not status.finished:
             kinds = {kind_of(error) for error in status.errors.values()}
-            patience = PATIENCE if kinds == {"lost"} else self._ledger.rules.timeout if kinds == {"regroup"} else 0.0
-            if time.monotonic() - begun > patience:
+            seconds = {"lost": CAUSE_SECONDS, "regroup": self._ledger.rules.timeout}
+            if len(kinds) > 1 or time.monotonic() - begun > seconds.get(kinds.pop(), 0.0):
                 break
             status = await poll()
         if status.errors:
             self._ledger.suspects = self._suspects(group, status)
         return status
 
-    def _give_up_machines(self, group: Group, status: Any) -> None:
-        """Note the error of workers whose machine has been out of reach for too long: collectives wait far longer."""
+    def _fail_lost_machines(self, group: Group, status: Any) -> None:
+        """Set the error of workers on unreachable machines: collectives would only time out much later."""
         silent = silent_ranks(group)
         if not silent:
-            self._out_of_reach = set()
+            self._unreachable = set()
             return
         nodes = group.nodes()
         places = {rank: nodes[rank] for rank in silent}
-        asked = [node for node in alive_nodes() if node["NodeID"] in places.values()]
-        before, self._out_of_reach = self._out_of_reach, unreachable(asked)
+        silent_nodes = [node for node in alive_nodes() if node["NodeID"] in places.values()]
+        before, self._unreachable = self._unreachable, unreachable(silent_nodes)
         for rank, node in places.items():
-            twice = node in before & self._out_of_reach
-            if twice and silent[rank] > OUT_OF_REACH and status.worker_statuses[rank].error is None:
+            twice = node in before & self._unreachable
+            if twice and silent[rank] > UNREACHABLE_SECONDS and status.worker_statuses[rank].error is None:
                 status.worker_statuses[rank].error = WorkerHealthCheckTimeoutError(f"the machine of worker {rank}")
 
     def _suspects(self, group: Group, status: Any) -> dict[int, str]:
-        """Who is to blame where all that fail complain of others: who does not answer, else who does not complain."""
+        """Return the suspects if all errors report lost peers: silent ranks, or else the ranks without an error."""
         if {kind_of(error) for error in status.errors.values()} != {"lost"}:
             return {}
         if silent := silent_ranks(group):
@@ -321,10 +322,10 @@ class RunPolicy:
 
 
 def silent_ranks(group: Group) -> dict[int, float]:
-    """Return for how long those ranks have not answered that are late, though their processes may be there."""
-    return {rank: seconds for rank, seconds in group.silences().items() if seconds > SILENCE}
+    """Return the ranks that have not answered in time, with the seconds. Their processes may be alive."""
+    return {rank: seconds for rank, seconds in group.silences().items() if seconds > SILENT_SECONDS}
 
 
 def send_with_policy() -> None:
-    """Have a policy travel to the controller with all that it refers to of launch."""
-    travel_by_value(__name__, *(part.__module__ for part in (room, get, leaving_nodes)))
+    """Pickle the policy by value, with all modules of launch that it uses."""
+    travel_by_value(__name__, *(part.__module__ for part in (free_workers, get, leaving_nodes)))

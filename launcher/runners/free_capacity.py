@@ -1,8 +1,8 @@
-"""Where workers can be placed: the nodes that answer, and what is free on them.
+"""Finds the nodes on which workers can be placed, and the resources that are free on them.
 
-Ray holds a node for alive until it has missed its questions for a minute. What is reserved meanwhile on a machine whose
-network is gone is never granted, and what was reserved beside it on other machines is not given back (Ray 2.60): a
-group must not be placed there. These functions travel to the controller by value, see `controller_policy`.
+Ray treats a node as alive until it has failed health checks for a minute. A reservation on a machine without a network
+is never granted, and blocks the resources that it reserves on other machines (Ray 2.60). So no group may be placed on
+such a machine. These functions are pickled by value for the controller; see `controller_policy`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import ray
 
 from launcher.ray_seam.private import free_resources, leaving_nodes
 
-ANSWER_SECONDS = 1.5  # for a connection to a node; the first packet may be lost, the second goes after one
+ANSWER_SECONDS = 1.5  # for a connection to a node; TCP repeats a lost packet after one second
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """Return the nodes that Ray believes alive, as `ray.nodes()` describes them."""
+    """Return the nodes that Ray treats as alive, in the format of `ray.nodes()`."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def unreachable(nodes: Iterable[dict[str, Any]]) -> set[str]:
-    """Return the ids of those nodes whose raylet cannot be connected to."""
+    """Return the ids of the nodes that refuse or do not answer a connection to their raylet."""
     nodes = list(nodes)
     if not nodes:
         return set()
@@ -41,12 +41,12 @@ def _answers(node: dict[str, Any]) -> bool:
     return False
 
 
-def rooms(share: dict[str, float], without: Set[str]) -> dict[str, int]:
-    """Return for each node that stays how many workers fit into what is free on it now.
+def workers_per_node(share: dict[str, float], without: Set[str]) -> dict[str, int]:
+    """Return how many workers fit into the free resources of each node. Nodes that are being drained are left out.
 
     Args:
-        share: what each worker reserves.
-        without: nodes that do not count.
+        share: the resources of one worker.
+        without: ids of nodes to leave out.
     """
     nodes = {node["NodeID"] for node in alive_nodes()} - leaving_nodes() - without
     free = free_resources()
@@ -57,6 +57,6 @@ def rooms(share: dict[str, float], without: Set[str]) -> dict[str, int]:
     }
 
 
-def room(share: dict[str, float], without: Set[str]) -> int:
-    """Return how many workers fit into what is free now on the nodes that stay: the sum of `rooms`."""
-    return sum(rooms(share, without).values())
+def free_workers(share: dict[str, float], without: Set[str]) -> int:
+    """Return how many workers fit into the free resources of the cluster: the sum of `workers_per_node`."""
+    return sum(workers_per_node(share, without).values())

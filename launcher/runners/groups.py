@@ -1,9 +1,9 @@
-"""Warm groups of Ray Train workers: each takes task after task, and starts, imports and joins only once.
+"""Warm groups of Ray Train workers for sweeps. Each group runs several tasks, and starts its processes only once.
 
-One group is one `fit()` whose workers loop. All ranks of a group wait for the same numbered parcel in the cluster's
-key-value store, do it with the process group that they have, give its memory back, and wait for the next number. An
-empty parcel ends the group. A task that fails leaves the group usable where every rank has come out of it; where one
-hangs or has died, the group ends and the next task gets a new one.
+A group is a `fit()` whose workers run a loop. All ranks wait for the same numbered parcel in the cluster's key-value
+store, run its task with the existing process group, release memory, and wait for the next number. An empty parcel ends
+the group. After a failed task the group is reused if every rank has returned from it. If a rank hangs or has died, the
+group ends, and the next task gets a new one.
 """
 
 from __future__ import annotations
@@ -22,36 +22,40 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from ray import cloudpickle
 
 from launcher.clusters.existing.existing_ray import ExistingRay
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.config.calling_directory import add_calling_directory
+from launcher.engine.hardware import release_memory
 from launcher.errors import LaunchError
+from launcher.ray_seam import kv
 from launcher.ray_seam.trainer import ABORT_SECONDS
 from launcher.runners import ray_train
-from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
+from launcher.runners.channel import DriverEnd, WorkerEnd, wait_for
 from launcher.runners.free_capacity import alive_nodes, unreachable
 from launcher.runners.ray_train import Event, WorkerSpec
 from launcher.runners.tasks import Shape, TaskOutcome, fits
 
-# Pruning is decided by the driver between two evaluations: what it takes to hear and to answer is trained for nothing.
-TALK_SECONDS = 0.1
-# How long the ranks of a group may take to follow one that has failed, before the group is given up.
+# The interval of the channel. The driver decides on pruning between two evaluations: the time until its request arrives
+# is wasted.
+CHANNEL_SECONDS = 0.1
+# The time in which all ranks of a group must report, after one has failed, before the group is killed.
 FOLLOW_SECONDS = 8.0
-LOOK_AGAIN_SECONDS = 2.0  # between two looks at the machines of a cluster
-# What all groups may take to end: Ray Train's controller is asked for ten seconds, and is then killed.
+CAPACITY_SECONDS = 2.0  # between two checks of a cluster's resources
+# The time limit for the end of all groups. Ray Train's controller is killed if it does not abort in ABORT_SECONDS.
 END_SECONDS = ABORT_SECONDS + 10.0
 
 
 class Groups:
-    """All groups of one driver.
+    """The runner of a sweep on Ray: it starts groups, and gives tasks to them.
 
     Args:
         cluster: entered already.
-        on_event: called in the thread that calls `look`, with the key of the task and each of its events.
-        most: groups at a time at most.
-        main: what each rank calls, see `ray_train.run`.
+        on_event: called in the thread that calls `poll`, with the key of the task and each of its events.
+        most: the largest number of groups; None: as many as fit.
+        main: the function that each rank calls; see `ray_train.run`.
     """
 
     def __init__(
@@ -67,28 +71,28 @@ class Groups:
         self._main = main
         self._groups: list[_Group] = []
         self._available = cluster.available
-        self._asked = time.monotonic()
+        self._checked = time.monotonic()
 
     @property
     def running(self) -> set[str]:
-        """The keys of the tasks that are under way."""
+        """The keys of the running tasks."""
         return {group.key for group in self._groups if group.key is not None}
 
     def count(self) -> int:
         return len(self._groups)
 
     def ready(self, shape: Shape) -> bool:
-        """Whether a task of this size can begin now. Idle groups of another size end when they stand in its way."""
+        """Return whether a task of this size can start now. If not, idle groups are ended to free their resources."""
         if self._idle(shape) is not None:
             return True
         shapes = [group.shape for group in self._groups]
-        if (self._most is None or len(shapes) < self._most) and fits([*shapes, shape], *self._room()):
+        if (self._most is None or len(shapes) < self._most) and fits([*shapes, shape], *self._capacity()):
             return True
         self.release()
         return False
 
     def submit(self, key: str, task: Any, shape: Shape) -> None:
-        """Give the task to a group of its size, or to a new one; `ready` has said that there is room."""
+        """Start a task on an idle group of its size, or on a new group. Call it only after `ready` returned True."""
         group = self._idle(shape)
         if group is None:
             group = _Group(shape, list(task.python_path), self._cluster)
@@ -98,48 +102,49 @@ class Groups:
     def _idle(self, shape: Shape) -> _Group | None:
         return next((group for group in self._groups if group.idle and group.shape == shape), None)
 
-    def _room(self) -> tuple[float, float]:
-        """CPUs and GPUs that there are now: a cluster that is not ours may grow, and lose machines."""
-        if self._cluster.existing and time.monotonic() - self._asked > LOOK_AGAIN_SECONDS:
+    def _capacity(self) -> tuple[float, float]:
+        """Return the CPUs and GPUs of the cluster. An existing cluster may add and lose machines."""
+        if self._cluster.existing and time.monotonic() - self._checked > CAPACITY_SECONDS:
             nodes = alive_nodes()
-            gone = unreachable(nodes)  # Ray believes in them for a minute more
-            has = [node["Resources"] for node in nodes if node["NodeID"] not in gone]
-            self._available = (sum(each.get("CPU", 0.0) for each in has), sum(each.get("GPU", 0.0) for each in has))
-            self._asked = time.monotonic()
+            gone = unreachable(nodes)  # Ray treats them as alive for a minute
+            found = [node["Resources"] for node in nodes if node["NodeID"] not in gone]
+            self._available = (sum(each.get("CPU", 0.0) for each in found), sum(each.get("GPU", 0.0) for each in found))
+            self._checked = time.monotonic()
         return self._available
 
     def release(self) -> None:
-        """End the groups that have nothing to do."""
+        """End the idle groups."""
         for group in self._groups:
             if group.idle:
                 group.finish()
 
-    def look(self) -> list[TaskOutcome]:
-        """Take what the workers have sent; return the tasks that have ended."""
-        ended = []
+    def poll(self) -> list[TaskOutcome]:
+        """Receive the events of the workers, and return the outcomes of tasks that have ended."""
+        outcomes = []
         for group in list(self._groups):
-            end = group.look(self._on_event)
-            if end is not None:
-                ended.append(end)
+            outcome = group.poll(self._on_event)
+            if outcome is not None:
+                outcomes.append(outcome)
             if group.gone:
                 self._groups.remove(group)
-        return ended
+        return outcomes
 
     def request(self, key: str, what: str) -> None:
-        """Ask the ranks of a running task for `what`: "stop", "prune", "checkpoint"."""
+        """Request `what` ("stop", "prune", "checkpoint") from the ranks of a running task."""
         for group in self._groups:
             if group.key == key:
                 group.request(what)
 
     def interrupt(self) -> None:
-        """Have every task that trains save and stop, and end those that have not begun."""
+        """Request a checkpoint and a stop from every task that is training, and end the other tasks."""
         for group in self._groups:
             group.interrupt()
 
     def close(self) -> None:
-        """End all groups at once. A Ray of our own ends right after; another one must get back what was reserved.
+        """End all groups now.
 
-        That is waited for: Ray ends the whole process where one of its threads speaks to a Ray that was left.
+        On an existing cluster it waits until their resources are released: Ray kills this process if one of its threads
+        uses a Ray after it has disconnected.
         """
         for group in self._groups:
             group.end(hurry=not self._cluster.existing)
@@ -151,7 +156,7 @@ class Groups:
 
 
 class _Group:
-    """One `fit()`, seen from the driver."""
+    """A group of workers, on the driver's side."""
 
     def __init__(self, shape: Shape, python_path: list[str], cluster: EmbeddedRay | ExistingRay) -> None:
         self.shape = shape
@@ -173,7 +178,7 @@ class _Group:
         self._done: dict[int, Any] = {}
         self._training = False
         self._failed_at: float | None = None
-        self._renew = False
+        self._rejoin = False
         self._finishing = False
         self._outcome: Any = None
         self._ending: threading.Thread | None = None
@@ -198,17 +203,17 @@ class _Group:
         self.key, self._errors, self._done = key, [], {}
         self._training, self._failed_at = False, None
         self._channel = DriverEnd(f"{self._spec.run}/{self._parcels}")
-        parcel = cloudpickle.dumps((self._renew, cloudpickle.dumps((main, task))))
-        self._renew = False
-        self._post(base64.b64encode(parcel).decode())
+        parcel = cloudpickle.dumps((self._rejoin, cloudpickle.dumps((main, task))))
+        self._rejoin = False
+        self._send(base64.b64encode(parcel).decode())
 
     def finish(self) -> None:
-        """Have the workers return when they are through with what they do."""
+        """End the workers after their current task."""
         self._finishing = True
-        self._post("")
+        self._send("")
 
-    def _post(self, parcel: str) -> None:
-        publish(f"{self._spec.run}/parcel/{self._parcels}", parcel)
+    def _send(self, parcel: str) -> None:
+        kv.put(f"{self._spec.run}/parcel/{self._parcels}", parcel)
         self._parcels += 1
 
     def request(self, what: str) -> None:
@@ -224,7 +229,7 @@ class _Group:
             self.end(hurry=False)
 
     def end(self, hurry: bool) -> None:
-        """End the workers now. In a thread of its own where there is time: the controller is asked first."""
+        """End the workers now: kill the controller, or, without `hurry`, ask it to abort first, in a thread."""
         self._finishing = True
         if hurry:
             self._trainer.end(hurry=lambda: True)
@@ -233,15 +238,16 @@ class _Group:
             self._ending.start()
 
     def join(self, deadline: float) -> None:
-        """Wait until nothing of the group speaks to Ray any more, at most until `deadline` (monotonic)."""
+        """Wait until no thread of the group uses Ray, at most until `deadline` (monotonic)."""
         for thread in (self._thread, self._ending):
             if thread is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
-    def look(self, on_event: Callable[[str, Event], None]) -> TaskOutcome | None:
+    def poll(self, on_event: Callable[[str, Event], None]) -> TaskOutcome | None:
+        """Receive events, and return the outcome of the task if it has ended."""
         if self.key is None:
             return None
-        alive = self._thread.is_alive()  # asked before reading: what was sent last is still read
+        alive = self._thread.is_alive()  # before reading, so that the last events are read
         self._read(on_event)
         reported = len(self._done) + len(self._errors)
         if reported >= self.shape.workers:
@@ -264,7 +270,7 @@ class _Group:
         assert self.key is not None
         try:
             events = self._channel.drain()
-        except Exception:  # Ray itself is going down: how it ended is told by `fit`
+        except Exception:  # Ray is ending; `fit` reports the reason
             return
         for event in events:
             kind = event["kind"]
@@ -286,33 +292,33 @@ class _Group:
         assert self.key is not None
         assert self._channel is not None
         self._channel.close()
-        ended = TaskOutcome(self.key, None if error else self._done.get(0), error, interrupted)
-        self.key, self._channel, self._renew = None, None, bool(self._errors)
+        outcome = TaskOutcome(self.key, None if error else self._done.get(0), error, interrupted)
+        self.key, self._channel, self._rejoin = None, None, bool(self._errors)
         if self._errors and self._spec.on_gpu and not self._finishing:
-            # An illegal access spoils the CUDA context of the process for good, and cannot be told from other errors.
+            # An illegal memory access makes the CUDA context unusable, and is not distinguishable from other errors.
             self.finish()
-        return ended
+        return outcome
 
 
 # ---- the workers' side ----------------------------------------------------------------------------------------------
 
 
 def work(spec: WorkerSpec) -> None:
-    """Everything that one worker of a group does: task after task, until an empty parcel comes."""
+    """Run tasks on a worker of a group until an empty parcel arrives. The main function of each worker."""
     context = ray_train.own_context()
     for path in spec.python_path:
         add_calling_directory(path)
     number, joined = 0, contextlib.ExitStack()
-    # Before the process group is there: functions of PyTorch take it as the default of an argument when they are
-    # defined, and what they hold would stay open when this rank leaves.
+    # Before the process group exists: PyTorch defines functions with the current group as a default argument, and this
+    # reference would keep its connections open after the rank has left the group.
     importlib.import_module("launcher.engine.entry")
-    # What was imported stays: to look through it for garbage after every task would take longer than a small task.
+    # Exclude the imported modules from garbage collection, which would take longer than a small task.
     gc.freeze()
     runtime = joined.enter_context(ray_train.joined(spec, context))
     while parcel := wait_for(f"{spec.run}/parcel/{number}", math.inf):
-        renew, job = cloudpickle.loads(base64.b64decode(parcel))
-        if renew:
-            # After an error the ranks may have left the process group at different places: they meet in a new one.
+        rejoin, job = cloudpickle.loads(base64.b64decode(parcel))
+        if rejoin:
+            # After an error the ranks may have stopped in different collectives: they join a new process group.
             _leave(runtime)
             runtime = joined.enter_context(ray_train.joined(replace(spec, run=f"{spec.run}/{number}/again"), context))
         _do(spec, number, job, runtime)
@@ -322,10 +328,8 @@ def work(spec: WorkerSpec) -> None:
 
 
 def _do(spec: WorkerSpec, number: int, job: bytes, runtime: Any) -> None:
-    from launcher.engine.hardware import release_memory
-
     rank = runtime.rank
-    with WorkerEnd(f"{spec.run}/{number}", rank, TALK_SECONDS) as control:
+    with WorkerEnd(f"{spec.run}/{number}", rank, CHANNEL_SECONDS) as control:
         control.emit({"kind": "worker", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
         failed = False
         try:
@@ -335,19 +339,18 @@ def _do(spec: WorkerSpec, number: int, job: bytes, runtime: Any) -> None:
             event = {"kind": "done", "rank": rank, "result": result if rank == 0 else None}
         except BaseException as error:
             event, failed = ray_train.describe(error, rank), True
-            # The frames hold the network and its gradients.
+            # The frames refer to the network and its gradients.
             error.__traceback__ = error.__context__ = error.__cause__ = None
         main = task = None
         control.emit(event)
         control.flush()
         if failed and not spec.on_gpu:
-            _leave(runtime)  # the others, who wait for this rank in a collective, are told that it has gone
+            _leave(runtime)  # the other ranks' collectives then fail instead of waiting for this rank
     release_memory(runtime.device)
 
 
 def _leave(runtime: Any) -> None:
-    import torch.distributed as dist
-
+    """Leave the process group, and close its connections."""
     with contextlib.suppress(Exception):
         runtime.end_task()
     runtime.group = runtime.host_group = None  # the connections close with the last reference to them

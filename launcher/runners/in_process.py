@@ -1,4 +1,4 @@
-"""Running a task in this process: alone, or as one of the ranks that torchrun or srun started. No Ray."""
+"""Runs a task in this process without Ray: alone, or as one of the ranks that torchrun or srun started."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _SAME_SIGNAL_SECONDS = 1.0
 
 
 def run(task: Task, runtime: Runtime, interrupts: DirectControl) -> dict[str, Any]:
-    """Do the task here.
+    """Run the task in this process.
 
     Args:
-        interrupts: entered already. The first Ctrl-C or SIGTERM asks the run to save and stop, the second ends it.
+        interrupts: entered already. The first signal requests a checkpoint and a stop, the second stops at once.
 
     Raises:
-        Stopped: a second signal came, or one before training began.
+        Stopped: a second signal was received, or one before training started.
         LaunchError: see `engine.entry.run`.
     """
     return entry.run(task, runtime, interrupts)
 
 
 class DirectControl(Interrupts):
-    """The engine's control of a run in this process: a signal that has come is the request.
+    """The engine's `Control` of a run in this process. A signal is a request to stop.
 
     Args:
-        shared: this process is one of several ranks. A terminal signals all of them, and torchrun passes on what it was
-            sent itself, so that one Ctrl-C comes twice: what follows within a second is the same.
+        shared: this process is one of several ranks. Both the terminal and torchrun send a signal to each rank on
+            Ctrl-C, so a second signal within a second is ignored.
     """
 
     def __init__(self, on_event: Callable[[dict[str, Any]], None], shared: bool = False) -> None:
@@ -60,7 +60,7 @@ class DirectControl(Interrupts):
         if self._shared and now - before < _SAME_SIGNAL_SECONDS:
             return
         super()._take(number, frame)
-        if self.count > 1 or not self._training:  # no patience to wait, or nothing to save
+        if self.count > 1 or not self._training:  # before training there is nothing to save
             raise Stopped(number)
-        # In a thread: here anything may be under way, such as a line that is being printed.
+        # In a thread: the signal may have interrupted any code, such as a print.
         threading.Thread(target=self._on_event, args=(STOPPING,), daemon=True).start()

@@ -1,12 +1,12 @@
-"""Training data that are read as a stream are read by Ray Data: in tasks on any node, while the workers train.
+"""Reads streamed training data with Ray Data: in tasks on any node, while the workers train.
 
-Each worker has a data set of its own over its own part, made anew for every pass (so that the seed orders it). The
-shards of `ray.train.get_dataset_shard` are not used: one that is split while it flows has every worker wait for all
-others at the end of a pass, and their order is given before training.
+Each worker creates a data set of its own part for every epoch, so that the seed determines the order. Shards of
+`ray.train.get_dataset_shard` are not used: with a streaming split, each worker waits for all others at the end of an
+epoch, and the order is fixed before training.
 
-The tasks reserve no CPU, since all may be the workers': and a task that holds the last free one while its worker waits
-for another worker, whose task waits for that CPU, would wait for good. Instead there are only as many at a time as
-there are CPUs that nobody has reserved, and one.
+The tasks reserve no CPU. The workers may have reserved all CPUs, and a task that holds the last free one, while its
+worker waits for another worker whose task needs a CPU, would cause a deadlock. Instead, the number of parallel tasks is
+limited to the number of CPUs that are not reserved, and is at least one.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 
 from ray import cloudpickle
 
-_TASKS = 256  # in one pass of one worker at most; each reads several items where there are more
+_TASKS = 256  # the most tasks in one epoch of one worker; if there are more items, each task reads several
 
 
 def reader(home: str, python_path: list[str], workers: int) -> Callable[..., Iterator[Any]]:
-    """Return what applies a function to items as `map` does, in the same order, in Ray Data's tasks.
+    """Return a function like `map` that runs in tasks of Ray Data and keeps the order.
 
-    A ValueError or OSError of the function is raised as it was; another error of it as Ray tells it.
+    A ValueError or OSError of the mapped function is raised unchanged, another error as an exception of Ray.
 
     Args:
-        home, python_path: where the tasks find this package, and the modules that the function needs.
-        workers: how many share what the cluster has.
+        home, python_path: the directories of launch and of the modules that the mapped function needs.
+        workers: the number of workers that share the cluster.
     """
 
     def apply(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -40,8 +40,7 @@ def reader(home: str, python_path: list[str], workers: int) -> Callable[..., Ite
 
 
 def _apply(rows: list[dict[str, bytes]], task: Callable[..., Any], workers: int) -> Iterator[Any]:
-    import ray
-    import ray.data
+    import ray.data  # takes a second, and only streamed data need it
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     tasks = max(1, int(ray.available_resources().get("CPU", 0)) // workers)
@@ -57,7 +56,7 @@ def _apply(rows: list[dict[str, bytes]], task: Callable[..., Any], workers: int)
 
 
 def _task(function: bytes, home: str, python_path: list[str]) -> Callable[..., Any]:
-    """Return the task, which travels by value: our package may not be installed there."""
+    """Return the task. It is pickled by value, since launch may not be installed on the node."""
 
     def task(batch: dict[str, Any]) -> dict[str, list[bytes]]:
         if home not in sys.path:
@@ -74,7 +73,7 @@ def _task(function: bytes, home: str, python_path: list[str]) -> Callable[..., A
         for item in batch["item"]:
             try:
                 results.append(pickle.dumps(read(pickle.loads(item)), protocol=5))
-            except (ValueError, OSError) as error:  # raised by the reader: Ray would wrap it
+            except (ValueError, OSError) as error:  # Ray would wrap the exception
                 results.append(pickle.dumps(error))
         return {"result": results}
 

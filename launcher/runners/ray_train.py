@@ -1,12 +1,12 @@
-"""Runs a job on Ray Train workers: places them, joins them, listens to them, and says what went wrong.
+"""Runs a task on Ray Train workers.
 
-The engine does the training (`launcher.engine.entry.run` on every worker). Here is what surrounds it:
+The engine trains (`launcher.engine.entry.run` on every worker). This module provides the rest:
 
-    main thread       looks for events and signals five times a second, and forwards requests
-    helper thread     `fit()`: Ray Train's controller, which starts the workers and watches them
-    each worker       joins the process group, calls the engine, talks through `launcher.runners.channel`
+    main thread       polls events and signals five times a second, and forwards requests
+    fit thread        `fit()` of Ray Train: its controller starts and monitors the workers
+    each worker       joins the process group, calls the engine, and sends events through `launcher.runners.channel`
 
-Importing this module imports ray.train (a second): do it while Ray starts, see `EmbeddedRay(preload=…)`.
+Importing this module imports ray.train, which takes a second: import it while Ray starts (`EmbeddedRay(preload=…)`).
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ import ray.train
 from ray import cloudpickle
 from ray.train.backend import BackendConfig
 
-from launcher.clusters.existing.existing_ray import ExistingRay, interface_of
+from launcher.clusters.existing.existing_ray import ExistingRay
 from launcher.clusters.local.embedded_ray import EmbeddedRay
+from launcher.clusters.remote.on_host import interface_of
 from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import Regroup
+from launcher.ray_seam import kv
 from launcher.ray_seam.trainer import RayTrainer
 from launcher.runners import controller_policy, ray_data
-from launcher.runners.channel import DriverEnd, WorkerEnd, publish, wait_for
+from launcher.runners.channel import DriverEnd, WorkerEnd, wait_for
 from launcher.runners.controller_policy import ATTEMPT, LOST, REGROUP, Rules, RunPolicy
 from launcher.runners.signals import Interrupts
-from launcher.runners.supervision import NEVER_AGAIN, Limits, Supervision, explain
+from launcher.runners.supervision import NO_RESTARTS, Limits, Supervision, explain
 from launcher.runners.worker_errors import Event, describe
 
 __all__ = ["Event", "Limits", "WorkerSpec", "explain", "run"]
@@ -48,14 +50,23 @@ __all__ = ["Event", "Limits", "WorkerSpec", "explain", "run"]
 
 @dataclass
 class WorkerSpec:
-    """What one worker is told, beside what Ray Train knows."""
+    """The arguments of a worker.
+
+    Attributes:
+        run: the key of the run in the key-value store.
+        job: (main, task), pickled separately: it can only be unpickled when `python_path` is set.
+        python_path: directories with the modules of the user.
+        on_gpu: train on GPUs with NCCL, else on CPUs with gloo.
+        meeting: a private directory for the rendezvous of workers on one machine; None: use the network.
+        timeout: the time limit of a collective operation in seconds.
+    """
 
     run: str
-    job: bytes  # (main, task), pickled apart: it can only be read once `python_path` is there
+    job: bytes
     python_path: list[str]
     on_gpu: bool
-    meeting: str | None  # a private directory where workers of one machine meet; None: they meet over the network
-    timeout: float = 120.0  # seconds that a collective operation may take
+    meeting: str | None
+    timeout: float = 120.0
 
 
 def run(
@@ -68,25 +79,25 @@ def run(
     on_event: Callable[[Event], None],
     interrupts: Interrupts,
     main: Callable[..., dict[str, Any]] | str = "launcher.engine.entry:run",
-    limits: Limits = NEVER_AGAIN,
+    limits: Limits = NO_RESTARTS,
 ) -> dict[str, Any]:
     """Run `main(task, runtime, control)` on `workers` Ray Train workers and return what rank 0 returned.
 
     Args:
-        task: what `main` gets; it is pickled, and its `python_path` is put before the workers' module path.
-        gpus_per_worker: above 0 the workers compute on GPUs and talk over NCCL, else on CPUs over gloo.
-        cluster: entered already; feasibility has been checked.
-        on_event: called in this thread with every event that a worker emits, those of one worker in order.
-            Errors are raised instead.
-        interrupts: entered already. The first signal asks the workers to stop gracefully (before training has begun: at
-            once), the second ends them.
+        task: the argument of `main`. It is pickled, and its `python_path` is added to the workers' module path.
+        gpus_per_worker: above 0, the workers use GPUs and NCCL, else CPUs and gloo.
+        cluster: entered already. The caller has checked that the workers fit.
+        on_event: called in this thread with each event of the workers, in order for each worker. Errors are raised
+            instead.
+        interrupts: entered already. The first signal requests a checkpoint and a stop (before training: an immediate
+            stop), the second stops at once.
         main: a function that the workers can import, or "module:function".
-        limits: how often it is tried again after the loss of a worker, and with how few workers.
+        limits: the number of restarts after the loss of a worker, and the smallest number of workers.
 
     Raises:
-        LaunchError: the first genuine error of any worker, as the class that it had there.
+        LaunchError: the error of the first worker that failed, with the same class.
         WorkerLost: a worker process died.
-        Stopped: ended at once by a signal.
+        Stopped: a signal stopped the run at once.
     """
     spec = WorkerSpec(
         run=f"launch-{uuid.uuid4().hex[:12]}",
@@ -118,7 +129,7 @@ def make_trainer(
     cpus_per_worker: float,
     gpus_per_worker: float,
     cluster: EmbeddedRay | ExistingRay,
-    limits: Limits = NEVER_AGAIN,
+    limits: Limits = NO_RESTARTS,
 ) -> RayTrainer:
     """Return a trainer whose workers each call `work(spec)` of `module`."""
     share = {"CPU": cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
@@ -151,7 +162,7 @@ def make_trainer(
 
 
 def _entry(spec: WorkerSpec, module: str) -> Callable[[], dict[str, Any] | None]:
-    """Return the training function for Ray Train, which travels by value: our package may not be installed there."""
+    """Return the training function for Ray Train. It is pickled by value, since launch may not be installed there."""
     home = _home()
     pickled = pickle.dumps(spec)
 
@@ -160,8 +171,8 @@ def _entry(spec: WorkerSpec, module: str) -> Callable[[], dict[str, Any] | None]
         import logging
         import pickle
 
-        # Ray Train has the root logger write what user code logs into a file of its session, with secrets as they are.
-        # log.txt has these lines, masked.
+        # Ray Train makes the root logger write records of user code to a file of its session, with unmasked secrets.
+        # These records are in log.txt, with masked secrets.
         root = logging.getLogger()
         for handler in [*root.handlers]:
             if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
@@ -179,18 +190,18 @@ def _home() -> str:
 
 
 def own_context() -> Any:
-    """Return what Ray Train tells this worker of itself: ranks and world size."""
+    """Return Ray Train's context of this worker, with ranks and world size."""
     return ray.train.get_context()
 
 
 def work(spec: WorkerSpec) -> dict[str, Any] | None:
-    """Everything that one worker does."""
+    """Run the task on a worker. The main function of each worker."""
     began = time.time()
     context = own_context()
     rank = context.get_world_rank()
-    attempt, cause = introduced()
+    attempt, cause = group_facts()
     with WorkerEnd(spec.run, rank, attempt=attempt) as control:
-        control.emit({"kind": "worker", "rank": rank, "attempt": attempt, **_whereabouts()})
+        control.emit({"kind": "worker", "rank": rank, "attempt": attempt, **_process_facts()})
         control.flush()
         try:
             for path in spec.python_path:
@@ -201,30 +212,30 @@ def work(spec: WorkerSpec) -> dict[str, Any] | None:
                 task.marks.begin("worker_imports", began)
                 task.marks.begin("process_group")
             with joined(spec, context) as runtime:
-                runtime.attempt, runtime.cause, runtime.machines = attempt, cause, machines()
+                runtime.attempt, runtime.cause, runtime.machines = attempt, cause, machine_count()
                 result = function(task, runtime, control)
         except BaseException as error:
             event = describe(error, rank) | {"attempt": attempt}
             control.emit(event)
             control.flush()
-            # Plain, since the controller unpickles it and knows nothing of user code. The event carries the rest.
+            # A plain exception, since the controller cannot unpickle classes of user code. The event has the details.
             mark = REGROUP if isinstance(error, Regroup) else LOST if event["aftermath"] or event["lost"] else ""
             raise RuntimeError(f"{mark}{event['error']['type']}: {event['error']['message']}") from None
     return result if rank == 0 else None
 
 
-def introduced() -> tuple[int, str]:
-    """Return the number of this worker's group within the run, and why it was started after another."""
+def group_facts() -> tuple[int, str]:
+    """Return the number of this worker's group within the run, and the cause of its start after another group."""
     facts = json.loads(os.environ[ATTEMPT])
     return facts["attempt"], facts["cause"]
 
 
-def machines() -> int:
-    """Return how many machines there are in the cluster, the head and those without a worker among them."""
+def machine_count() -> int:
+    """Return the number of machines in the cluster, including the head and machines without workers."""
     return sum(node["Alive"] for node in ray.nodes())
 
 
-def _whereabouts() -> Event:
+def _process_facts() -> Event:
     node = ray.get_runtime_context().get_node_id()
     facts = {"pid": os.getpid(), "host": socket.gethostname(), "node": node}
     with contextlib.suppress(OSError):
@@ -241,17 +252,17 @@ def function_of(main: Callable[..., Any] | str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def joined(spec: WorkerSpec, context: Any) -> Iterator[Any]:
-    """Join the process group of all workers and yield this one's rank facts."""
+    """Join the process group of all workers for the block, and yield the `Runtime` of this worker."""
     import torch.distributed as dist
 
     from launcher.engine.runtime import Runtime
 
     timeout = timedelta(seconds=spec.timeout)
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    choose_interface(spec)
+    select_interface(spec)
     if world_size > 1:
-        # Imported while a group exists, it would keep that group for ever as the default of its arguments: the peers of
-        # a worker that fails would wait for it until they time out.
+        # If it were imported later, its default arguments would refer to the process group and keep it open: the peers
+        # of a worker that fails would wait until they time out.
         importlib.import_module("torch.distributed.nn.functional")
 
         store = _rendezvous(spec, rank, world_size, timeout)
@@ -264,38 +275,38 @@ def joined(spec: WorkerSpec, context: Any) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def choose_interface(spec: WorkerSpec) -> None:
-    """Have gloo and NCCL talk over the interface of this node's address."""
+def select_interface(spec: WorkerSpec) -> None:
+    """Make gloo and NCCL use the network interface of this node's address."""
     from launcher.engine import rendezvous
 
-    if spec.meeting is not None:  # one machine: it works without a network or a name that resolves
+    if spec.meeting is not None:  # one machine, which may have no network, or a host name that does not resolve
         rendezvous.stay_on_loopback()
-    # Both would take the host's name, which may stand for loopback, or another network.
+    # By default both resolve the host name, which may be a loopback address or one of another network.
     elif (interface := interface_of(ray.util.get_node_ip_address())) is not None:
         rendezvous.use_interface(interface)
 
 
 def _rendezvous(spec: WorkerSpec, rank: int, world_size: int, timeout: timedelta) -> Any:
-    """Return the store where the ranks meet.
+    """Return the store for the rendezvous of the ranks.
 
-    On one machine it is a file. Elsewhere rank 0 listens on its node's address and publishes the port.
+    On one machine it is a file. On several, rank 0 listens on its node's address and publishes the port.
     """
     from launcher.engine import rendezvous
 
-    key = f"{spec.run}/rendezvous/{introduced()[0]}"
+    key = f"{spec.run}/rendezvous/{group_facts()[0]}"
     if spec.meeting is not None:
         return rendezvous.file_store(Path(spec.meeting), key, world_size, timeout)
     if rank == 0:
         host = ray.util.get_node_ip_address()
         store = rendezvous.serve(rendezvous.own_address(host), world_size, timeout)
-        publish(key, f"{host}:{store.port}")
+        kv.put(key, f"{host}:{store.port}")
         return store
     host, _, port = wait_for(key, timeout.total_seconds()).rpartition(":")
     return rendezvous.join(host, int(port), world_size, timeout)
 
 
 def _device(spec: WorkerSpec) -> str:
-    """Return this worker's device. Ray shows a worker all GPUs of its group on this machine: its own is one of them."""
+    """Return the device of this worker. It sees all GPUs of its group on this machine, and uses one of them."""
     if not spec.on_gpu:
         return "cpu"
     own = ray.get_runtime_context().get_accelerator_ids()["GPU"][0]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as something to look at, instead of something that happens."""
+"""Counts Ctrl-C and SIGTERM instead of raising an exception."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any, Self
 from launcher.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What the user is told after the first.
-STOPPING = {"kind": "note", "text": "Stopping: the run saves a checkpoint first. A second time stops it at once."}
+# The note after the first signal.
+STOPPING = {"kind": "note", "text": "Stopping: the run saves a checkpoint first. A second signal stops it at once."}
 
 
 class Interrupts:
-    """Counts the requests to stop while it is active: the first means "in order", the second "at once".
+    """Counts signals while it is entered. The first requests a graceful stop, the second an immediate one.
 
-    Outside the main thread (a notebook's worker thread, say) Python allows no signal handlers: nothing is counted then.
+    Python allows signal handlers only in the main thread. In other threads, such as those of a notebook, nothing is
+    counted.
 
     Attributes:
-        count: how many signals have come.
-        signal_number: the first of them; it decides the exit status (130 or 143).
+        count: the number of signals.
+        signal_number: the first signal, which determines the exit status (130 or 143); None before it.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Have a signal end what is under way with Stopped, where there is nothing to end in order."""
+        """Raise Stopped on a signal in this block, in which there is nothing to stop gracefully."""
         self._at_once = True
         try:
             if self.signal_number is not None:

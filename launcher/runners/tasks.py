@@ -1,4 +1,4 @@
-"""What the runners of sweeps have in common: what a task needs, whether that fits, and how it ended."""
+"""Common types of the runners of sweeps: the resources that a task needs, and its outcome."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.errors import LaunchError
 
 @dataclass(frozen=True)
 class Shape:
-    """What a task needs: so many workers, each with so much."""
+    """The resources of a task: the number of workers, and the CPUs and GPUs of each."""
 
     workers: int
     cpus_per_worker: float
@@ -21,7 +21,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """How a task ended: with rank 0's result, or an error, or interrupted before it had begun to train."""
+    """The outcome of a task: rank 0's result, or an error, or `interrupted` before training started."""
 
     key: str
     result: dict[str, Any] | None = None
@@ -30,12 +30,12 @@ class TaskOutcome:
 
 
 def fits(shapes: Sequence[Shape], cpus: float, gpus: float) -> bool:
-    """Whether groups of these shapes have room at the same time. A share of less than one GPU never spans two."""
+    """Return whether groups of these shapes fit at the same time. A fraction of a GPU is on one GPU."""
     if sum(shape.workers * shape.cpus_per_worker for shape in shapes) > cpus + 1e-6:
         return False
     free = [1.0] * math.floor(gpus + 1e-6)
-    wanted = [shape.gpus_per_worker for shape in shapes for _ in range(shape.workers) if shape.gpus_per_worker > 0]
-    for share in sorted(wanted, reverse=True):
+    shares = [shape.gpus_per_worker for shape in shapes for _ in range(shape.workers) if shape.gpus_per_worker > 0]
+    for share in sorted(shares, reverse=True):
         whole = math.ceil(share - 1e-6) if share >= 1 else 1
         places = [i for i, left in enumerate(free) if left >= min(share, 1.0) - 1e-6][:whole]
         if len(places) < whole:

@@ -1,4 +1,4 @@
-"""What went wrong on a worker, as an event that travels to the driver and becomes the same error there."""
+"""Encodes an error of a worker as an event, which the driver decodes to the same error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launcher.errors import (
     UserCodeError,
     WorkerLost,
     from_dict,
-    says_peer_is_gone,
+    is_lost_peer,
     to_dict,
 )
 
@@ -24,14 +24,14 @@ Event = dict[str, Any]
 
 
 def describe(error: BaseException, rank: int) -> Event:
-    """Return the event for `error`.
+    """Return the event for an error of the worker `rank`.
 
-    `aftermath` marks what only follows from the end of another worker, `lost` a worker that ends since one of its own
-    processes died; after either the run is started again.
+    `aftermath` is true for an error that follows from the loss of another worker, `lost` for a worker that lost one of
+    its own processes. In both cases the run is restarted.
     """
     lost = isinstance(error, LoaderLost)
-    # A save in which a peer goes away is reported as a save that failed.
-    follows = isinstance(error, (CheckpointError, RuntimeError, TimeoutError)) and says_peer_is_gone(str(error))
+    # A save that loses a peer raises a CheckpointError.
+    follows = isinstance(error, (CheckpointError, RuntimeError, TimeoutError)) and is_lost_peer(str(error))
     return {
         "kind": "error",
         "rank": rank,
@@ -44,12 +44,12 @@ def describe(error: BaseException, rank: int) -> Event:
 
 
 def rebuild(event: Event) -> LaunchError:
-    """Return the error that a worker described."""
+    """Return the error in an event of `describe`."""
     return from_dict(event["error"])
 
 
 def _of_user(error: BaseException) -> UserCodeError:
-    """Return an exception that the engine has not translated, without the frames of this folder."""
+    """Return an error of user code with its traceback, without the frames of this folder."""
     own = str(Path(__file__).resolve().parent)
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(own)]
     lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
@@ -58,7 +58,7 @@ def _of_user(error: BaseException) -> UserCodeError:
 
 
 def crash_of(stderr: str) -> str:
-    """Return the signal that Ray's crash handler has written to a worker's standard error, or nothing."""
+    """Return the signal that Ray's crash handler wrote to a worker's standard error, or an empty string."""
     try:
         found = re.findall(r"\*\*\* (SIG[A-Z]+) received", Path(stderr).read_text(errors="replace"))
     except OSError:  # the worker ran on another machine

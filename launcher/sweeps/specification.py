@@ -29,7 +29,7 @@ from launcher.jobs.prepare import (
     unused,
     where_others_are,
 )
-from launcher.jobs.remote.control import bring_here
+from launcher.jobs.remote.control import fetch_files
 from launcher.jobs.remote.location import location_of
 from launcher.runs import RunDirectory, plain_files, user_state
 from launcher.runs.storage import disk_uri, is_gathered, is_uri
@@ -115,7 +115,7 @@ def read_sweep(request: Request) -> SweepSpec:
         directory = RunDirectory(root / run.name)
         plain_files.check_directory(directory.path)
         if directory.is_sent and request.on_head is None and not directory.exists():
-            bring_here(directory)
+            fetch_files(directory)
         if (directory.path / JOURNAL).is_file():
             return _continued(request, words, directory, run.root)
         if directory.exists():

@@ -1,4 +1,4 @@
-"""A driver that starts an embedded Ray, looks at it from the inside, and prints what it found as a dict."""
+"""A driver that starts an embedded Ray, inspects it, and prints the facts as a dict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STRANGER = "import sys; from ray._raylet import GcsClient; GcsClient(sys.argv[1]
 
 
 def visit(address: str, token: str) -> str:
-    """Ask our Ray for its keys, as another process that has `token`; return "in" or what it was told."""
+    """Read the keys of the embedded Ray from another process with `token`; return "in" or the error."""
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     program = [sys.executable, "-c", STRANGER, address]
     visitor = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=20)

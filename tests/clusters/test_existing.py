@@ -1,4 +1,4 @@
-"""A Ray cluster that runs already: told apart from what cannot be used, used over real links, and left as it was."""
+"""`cluster=existing`: its address, the checks of its nodes, and training on it over real links."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters.existing.existing_ray import interface_of
 from launcher.clusters.gcs import address_of
 from launcher.clusters.remote.compare import facts_of_a_node
+from launcher.clusters.remote.on_host import interface_of
 from launcher.errors import ClusterError
 from tests.support.command import LAUNCH, PROJECT, Place, Result
 from tests.support.engine_ranks import assert_same_weights, final_weights
@@ -27,7 +27,7 @@ TINY = ("experiment=mnist_tiny", "logging.graph=false", "trainer.deterministic=t
     ("asked", "variable", "found"),
     [("10.0.0.4:6379", None, "10.0.0.4:6379"), (None, "head:6379", "head:6379"), ("a:1", "b:2", "a:1")],
 )
-def test_the_address_is_the_key_or_rays_variable(
+def test_the_address_is_the_key_or_the_variable_of_ray(
     monkeypatch: pytest.MonkeyPatch, asked: str | None, variable: str | None, found: str
 ) -> None:
     if variable:
@@ -35,26 +35,26 @@ def test_the_address_is_the_key_or_rays_variable(
     assert address_of(asked) == found
 
 
-@pytest.mark.parametrize(("asked", "says"), [(None, "none was given"), ("head", "'head'"), ("ray://head:10001", "ray")])
-def test_without_an_address_it_says_what_to_write(asked: str | None, says: str) -> None:
-    with pytest.raises(ClusterError, match=says) as caught:
+@pytest.mark.parametrize(("asked", "found"), [(None, "none"), ("head", "'head'"), ("ray://head:10001", "ray")])
+def test_an_invalid_address_is_an_error_with_the_right_form(asked: str | None, found: str) -> None:
+    with pytest.raises(ClusterError, match=found) as caught:
         address_of(asked)
     assert "cluster.address=HOST:PORT" in str(caught.value)
 
 
-def test_the_interface_is_the_one_that_carries_the_address() -> None:
+def test_the_interface_with_an_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.9") is None
 
 
-def test_a_digest_of_the_project_tells_another_version_of_it(tmp_path: Path) -> None:
+def test_the_facts_about_a_node(tmp_path: Path) -> None:
     own = facts_of_a_node()(str(ROOT), [str(tmp_path)], [])
     assert re.fullmatch("[0-9a-f]{12}", own["project"])
     assert own["no_modules"] == []
     assert facts_of_a_node()(str(ROOT), [], [str(tmp_path / "absent")])["no_run"] == [str(tmp_path / "absent")]
 
 
-def test_an_address_where_nobody_listens_is_told(here: Place) -> None:
+def test_an_address_without_a_server_is_an_error(here: Place) -> None:
     refused = here.here(*TINY, "cluster=existing", "cluster.address=127.0.0.1:9")
     assert refused.status == 2
     assert "127.0.0.1:9" in refused.err
@@ -72,7 +72,7 @@ def launch(lab: Lab, directory: Path, *words: str, on: int = 0, env: dict[str, s
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """The calling directory, on what the machines share."""
+    """The calling directory, on a file system that the machines share."""
     return Path(shutil.copytree(PROJECT, tmp_path / "calling", ignore=shutil.ignore_patterns("__pycache__")))
 
 
@@ -85,7 +85,7 @@ def test_two_machines_train_as_one_process_does_and_the_cluster_stays(cluster: L
     assert (machines["cluster"], machines["workers"], machines["cpus"]) == ("existing", 2, 2)
     assert all(f"{host.name} {host.address}" in machines["description"] for host in cluster.hosts[:2])
 
-    # From the machine that is not the head, by the variable.
+    # On the machine that is not the head, with the environment variable.
     words, variable = [str(LAUNCH), *TINY, "cluster=existing", "run.name=two"], {"RAY_ADDRESS": cluster.address}
     done = cluster.hosts[1].run(words, cwd=directory, seconds=100, env=variable)
     assert done.returncode == 0, done.stderr
@@ -100,9 +100,9 @@ def test_two_machines_train_as_one_process_does_and_the_cluster_stays(cluster: L
         running = [words for host in cluster.hosts[:2] for words in host.processes().values()]
         return [words for words in running if "TrainController" in words]
 
-    wait_for(lambda: not left(), 20, left)  # Ray ends the actors of a driver that has gone, in its own time
+    wait_for(lambda: not left(), 20, left)  # Ray ends the actors of a driver after the driver
 
-    cluster.hosts[1].cut()  # Ray believes in it for a minute more; a command that is given now must not
+    cluster.hosts[1].cut()  # Ray treats it as alive for a minute; a new command must not
     plan = launch(cluster, directory, "plan", *TINY, "--json")
     assert plan.status == 0, plan.err
     assert cluster.hosts[1].name not in json.loads(plan.out)["machines"]["description"]
@@ -110,8 +110,9 @@ def test_two_machines_train_as_one_process_does_and_the_cluster_stays(cluster: L
 
 
 @pytest.mark.timeout(240)
-def test_what_differs_on_a_node_is_told_before_training(cluster: Lab, directory: Path, tmp_path: Path) -> None:
-    """Would be wrong: workers of another version, which fail later in ways that nobody understands."""
+def test_different_versions_on_a_node_are_an_error_before_training(
+    cluster: Lab, directory: Path, tmp_path: Path
+) -> None:
     for name in ("launcher", "models", "conf"):
         shutil.copytree(ROOT / name, tmp_path / "other" / name, ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "other/launcher/formatting.py").open("a") as file:
@@ -132,24 +133,24 @@ def test_what_differs_on_a_node_is_told_before_training(cluster: Lab, directory:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("words", "env", "says"),
+    ("words", "env", "message"),
     [
         (("scaling.workers=3",), {}, r"3 workers .*2 CPUs in the cluster.*scaling.workers=2"),
         ((), {"RAY_AUTH_TOKEN": "0" * 64}, r"RAY_AUTH_TOKEN"),
-        ((), {"RAY_AUTH_TOKEN": ""}, r"there is none in RAY_AUTH_TOKEN"),
+        ((), {"RAY_AUTH_TOKEN": ""}, r"RAY_AUTH_TOKEN"),
     ],
 )
-def test_what_cannot_be_done_there_is_refused(
-    cluster: Lab, directory: Path, words: tuple[str, ...], env: dict[str, str], says: str
+def test_an_infeasible_request_is_rejected(
+    cluster: Lab, directory: Path, words: tuple[str, ...], env: dict[str, str], message: str
 ) -> None:
     refused = launch(cluster, directory, *TINY, *words, env=env)
     assert refused.status == 2, refused.err
-    assert re.search(says, refused.err), refused.err
+    assert re.search(message, refused.err), refused.err
     assert not (directory / "runs").exists()
 
 
-def test_a_driver_has_to_be_on_a_node(cluster: Lab, directory: Path) -> None:
+def test_a_driver_must_run_on_a_node(cluster: Lab, directory: Path) -> None:
     refused = launch(cluster, directory, *TINY, on=2)
     assert refused.status == 2, refused.err
-    assert "(vm3) is no node" in refused.err
+    assert "(vm3) is not a node" in refused.err
     assert not (directory / "runs").exists()

@@ -1,4 +1,4 @@
-"""Two machines that share no run root: everything is gathered on the disk of the one that drives the run."""
+"""Two machines without a shared run root: all files are written to the disk of the driver's machine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SAVED = ("checkpoint.every=2", "checkpoint.keep=2", "strategy=fsdp", "trainer.de
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_checkpoints_of_two_machines_come_together_on_the_head(cluster: Lab, tmp_path: Path) -> None:
-    """Would be wrong: a run over two machines whose checkpoint is half on each, or not there at all."""
+def test_checkpoints_of_two_machines_are_on_the_head(cluster: Lab, tmp_path: Path) -> None:
+    """No part of a checkpoint is on the other machine."""
     directory = Path(shutil.copytree(PROJECT, tmp_path / "calling", ignore=shutil.ignore_patterns("__pycache__")))
-    root = f"{cluster.scratch}/runs"  # another disk on each machine, under one path
+    root = f"{cluster.scratch}/runs"  # the same path is another disk on each machine
     done = launch(cluster, directory, *TINY, *SAVED, "run.name=a", f"run.root=head://{root}")
     assert done.status == 0, done.err
     assert done.last == f"head://{root}/a"
@@ -35,9 +35,9 @@ def test_checkpoints_of_two_machines_come_together_on_the_head(cluster: Lab, tmp
     manifest = json.loads(on_head("cat", f"{newest}/manifest.json"))
     assert {f"{newest}/{name}" for name in manifest["files"]} <= set(names)
     parts = [name for name in manifest["files"] if name.startswith("data-")]
-    assert len(parts) == 2, "each machine holds its half of the network"
+    assert len(parts) == 2, "each machine writes its half of the network"
     assert not [name for name in names if name.endswith(".gathering")]
-    assert cluster.hosts[1].run(["ls", root]).returncode != 0, "nothing of it lies on the other machine"
+    assert cluster.hosts[1].run(["ls", root]).returncode != 0, "a file is on the other machine"
 
     shutil.rmtree(cluster.directory / "vm2" / ".cache", ignore_errors=True)
     words = ("run.name=a", "run.resume=true", f"run.root=head://{root}", "trainer.epochs=2")
@@ -49,4 +49,4 @@ def test_checkpoints_of_two_machines_come_together_on_the_head(cluster: Lab, tmp
 
     plain = launch(cluster, directory, *TINY, "run.name=b", f"run.root={root}")
     assert plain.status == 2, plain.err
-    assert "is not seen on vm2" in plain.err
+    assert "is missing on vm2" in plain.err

@@ -1,4 +1,4 @@
-"""The embedded Ray: what it starts, and what it leaves."""
+"""The embedded Ray: the processes that it starts, and that none is left."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ import sys
 import time
 from pathlib import Path
 
+import ray
+
 from launcher.clusters import reaper
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from tests.support.waiting import wait_for
 
 
 def test_a_session_is_quiet_private_and_leaves_nothing(tmp_path: Path) -> None:
-    """One driver in a process of its own looks at its Ray from the inside; would be wrong: a port that the network
-    sees, no token, files in the home directory, helper processes nobody needs, variables or chatter left behind."""
-    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    """A driver in a separate process inspects its Ray: no port on the network, a token, no files in the home directory,
+    no unnecessary processes, no changed environment variables, and no output."""
+    home, current = tmp_path / "home", tmp_path / "current"
     home.mkdir()
-    elsewhere.mkdir()
+    current.mkdir()
     driver = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("look_at_session.py"))],
         capture_output=True,
         text=True,
-        cwd=elsewhere,
+        cwd=current,
         env=os.environ | {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])},
         timeout=60,
     )
@@ -43,13 +45,11 @@ def test_a_session_is_quiet_private_and_leaves_nothing(tmp_path: Path) -> None:
     assert not found["directory_left"]
     assert found["seconds_to_stop"] < 5
     assert not list(home.iterdir())
-    assert not list(elsewhere.iterdir())
+    assert not list(current.iterdir())
 
 
-def test_a_ray_that_is_there_is_used_and_left_running() -> None:
-    """Would be wrong: a notebook whose Ray is gone after the first launch."""
-    import ray
-
+def test_a_running_ray_is_used_and_left_running() -> None:
+    """As in a notebook."""
     with EmbeddedRay(2, 0) as own:
         with EmbeddedRay(8, 0) as borrowed:
             assert borrowed.existing
@@ -67,8 +67,8 @@ def test_a_ray_that_is_there_is_used_and_left_running() -> None:
 # ---- the reaper -----------------------------------------------------------------------------------------------------
 
 
-def test_the_reaper_ends_what_carries_the_marker_with_its_children_and_nothing_else(tmp_path: Path) -> None:
-    """Would be wrong: a child with an environment of its own survives, or somebody else's process dies."""
+def test_the_reaper_kills_processes_with_the_marker_and_their_children_only(tmp_path: Path) -> None:
+    """Children with another environment are killed as well."""
     directory = tmp_path / "scratch"
     directory.mkdir()
     (directory / "file").write_text("x")
@@ -82,7 +82,7 @@ def test_the_reaper_ends_what_carries_the_marker_with_its_children_and_nothing_e
         program = [sys.executable, "-I", "-S", reaper.__file__, "TEST_MARKER=abc", str(directory), str(os.getpid())]
         with subprocess.Popen(program, stdin=subprocess.PIPE) as watcher:
             time.sleep(0.5)
-            assert ours.poll() is None  # nothing happens while the driver lives
+            assert ours.poll() is None  # while the driver is alive
             assert watcher.stdin is not None
             watcher.stdin.close()
             assert watcher.wait(timeout=10) == 0

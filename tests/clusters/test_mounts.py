@@ -1,4 +1,4 @@
-"""cluster.mounts: what is refused, blobfuse2's configuration to the letter, shell lines that can be repeated."""
+"""`cluster.mounts`: validation, the configuration of blobfuse2 as golden text, idempotent shell lines."""
 
 from __future__ import annotations
 
@@ -52,25 +52,25 @@ def test_a_mount_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mounts", "told"),
+    ("mounts", "message"),
     [
-        ({"data": IMAGENET}, "must be an absolute path"),
-        ({"/": IMAGENET}, "must be an absolute path"),
-        ({"/etc": IMAGENET}, "must be an absolute path"),
-        ({"/data; rm -rf x": IMAGENET}, "must be an absolute path"),
-        ({"/a/../b": IMAGENET}, "must be an absolute path"),
+        ({"data": IMAGENET}, "absolute path"),
+        ({"/": IMAGENET}, "absolute path"),
+        ({"/etc": IMAGENET}, "absolute path"),
+        ({"/data; rm -rf x": IMAGENET}, "absolute path"),
+        ({"/a/../b": IMAGENET}, "absolute path"),
         ({"/data": "/elsewhere"}, "abfss://CONTAINER@ACCOUNT"),
         ({"/data": "abfss://sets@ada.blob.core.windows.net/x"}, "abfss://CONTAINER@ACCOUNT"),
         ({"/data": "abfss://sets:key@ada.dfs.core.windows.net/x"}, "abfss://CONTAINER@ACCOUNT"),
         ({"/data": "abfss://sets@ada.dfs.core.windows.net/a/../b"}, "abfss://CONTAINER@ACCOUNT"),
         ({"/data": "abfss://sets@ada.dfs.core.windows.net/$(id)"}, "abfss://CONTAINER@ACCOUNT"),
-        ({"/data": "claim://Not A Name"}, "the name of a claim"),
-        ({"/data": IMAGENET, "/data/more": IMAGENET}, "/data/more lies in /data"),
-        ({"/a-b": IMAGENET, "/a_b": IMAGENET}, "in punctuation alone"),
+        ({"/data": "claim://Not A Name"}, "the name of a volume claim"),
+        ({"/data": IMAGENET, "/data/more": IMAGENET}, "/data/more is inside /data"),
+        ({"/a-b": IMAGENET, "/a_b": IMAGENET}, "only in punctuation"),
     ],
 )
-def test_what_is_no_mount_is_refused(mounts: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_an_invalid_mount_is_rejected(mounts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         read(mounts)
 
 
@@ -86,14 +86,14 @@ def test_the_configuration_is_the_golden_one() -> None:
     assert yaml.safe_load(blobfuse(mount, "1234"))["azstorage"]["appid"] == "1234"
 
 
-def test_vms_know_no_claims() -> None:
+def test_volume_claims_are_rejected_on_vms() -> None:
     with pytest.raises(ConfigError, match="/shared is claim://x, a volume claim of Kubernetes"):
         setup_lines(read({"/shared": "claim://x"}))
     assert setup_lines([]) == []
 
 
 def test_the_lines_mount_once(tmp_path: Path) -> None:
-    """With stand-ins for the commands that need a real node; the shell itself is real."""
+    """With stubs for the commands that need a real node, in a real shell."""
     for name, body in {
         "sudo": 'exec "$@"',
         "blobfuse2": f'echo "$@" >> {tmp_path}/mounted',
@@ -125,11 +125,11 @@ def test_the_lines_mount_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "none", "existing"])
-def test_machines_that_are_there_are_not_changed(kind: str) -> None:
+def test_mounts_are_rejected_on_existing_machines(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"but the cluster is {kind}"):
         compose([f"cluster={kind}", f"cluster.mounts={{/data: {IMAGENET}}}"])
 
 
-def test_nodes_of_ssh_take_it() -> None:
+def test_mounts_are_allowed_on_ssh_hosts() -> None:
     job = compose(["cluster=ssh", "cluster.hosts=[vm1]", f"cluster.mounts={{/data: {IMAGENET}}}"]).job
     assert read(job.cluster.mounts)[0].account == "ada"

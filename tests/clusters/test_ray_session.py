@@ -1,4 +1,4 @@
-"""A Ray that is kept for the next command: used again, private, and gone when it was promised to be."""
+"""A Ray that is kept for the next command: reused, private, and stopped after its idle time."""
 
 from __future__ import annotations
 
@@ -55,9 +55,8 @@ def address(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.timeout(170)
-def test_the_next_command_uses_it_and_then_it_goes(private: Path) -> None:
-    """Would be wrong: a token that others can read, a second command that starts or breaks something, a Ray that stays
-    behind a command or a keeper that was killed, or one that serves another environment."""
+def test_the_next_command_reuses_it_until_its_idle_time_ends(private: Path) -> None:
+    """The token is private; a killed command releases it; parallel commands and other environments get another Ray."""
     first = use(0.5)
     where = address(first)
     assert first.wait(20) == 0
@@ -71,7 +70,7 @@ def test_the_next_command_uses_it_and_then_it_goes(private: Path) -> None:
     second = use(0.5, "wait")  # the same Ray again, by a command that is killed while it uses it
     assert address(second) == where
     assert ray_session.in_use()
-    third = use(0.5)  # meanwhile others have one of their own
+    third = use(0.5)  # it is in use, so another Ray is started
     assert address(third) != where
     assert third.wait(20) == 0
     second.kill()
@@ -90,7 +89,7 @@ def test_the_next_command_uses_it_and_then_it_goes(private: Path) -> None:
 
 
 @pytest.mark.timeout(100)
-def test_status_names_it_and_down_ends_it_also_after_its_keeper_was_killed(private: Path) -> None:
+def test_status_and_down_of_a_kept_ray_also_after_its_keeper_was_killed(private: Path) -> None:
     def launch(*words: str) -> str:
         command = [sys.executable, "-m", "launcher", *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
@@ -118,7 +117,7 @@ def test_status_names_it_and_down_ends_it_also_after_its_keeper_was_killed(priva
     )
 
 
-def test_a_directory_that_others_can_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_other_users_can_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     (tmp_path / "launch").mkdir(mode=0o755)
 
@@ -128,6 +127,6 @@ def test_a_directory_that_others_can_enter_is_not_used(tmp_path: Path, monkeypat
     assert not any((tmp_path / "launch").iterdir())
 
 
-def test_negative_minutes_are_refused() -> None:
+def test_negative_minutes_are_rejected() -> None:
     with pytest.raises(ConfigError, match="keep_minutes"):
         check_values(Job(cluster=LocalCluster(keep_minutes=-1)))

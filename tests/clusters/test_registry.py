@@ -1,4 +1,4 @@
-"""The clusters that a user has are written down for that user alone."""
+"""The private records of a user's clusters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
-def test_what_is_saved_is_loaded_and_private(state: Path) -> None:
+def test_a_record_is_saved_privately_and_loaded(state: Path) -> None:
     registry.save(HEAD)
     assert registry.load("pair") == HEAD
     path = state / "launch" / "clusters" / "pair.json"
@@ -36,7 +36,7 @@ def test_what_is_saved_is_loaded_and_private(state: Path) -> None:
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_all_are_listed_and_one_is_forgotten(state: Path) -> None:
+def test_records_are_listed_and_removed(state: Path) -> None:
     assert registry.all_heads() == []
     for name in ("b", "a"):
         registry.save(registry.Head(**{**vars(HEAD), "name": name}))
@@ -55,8 +55,8 @@ def test_a_file_of_a_later_version_is_read(state: Path) -> None:
     assert registry.load("pair") == HEAD
 
 
-def test_an_unknown_name_is_told_with_the_nearest() -> None:
-    with pytest.raises(ClusterError, match="None is known here"):
+def test_an_unknown_name_is_an_error_with_the_most_similar_name() -> None:
+    with pytest.raises(ClusterError, match="You have no clusters"):
         registry.load("pair")
     registry.save(HEAD)
     with pytest.raises(ClusterError, match=r'There is no cluster "pear"\. Did you mean "pair"'):
@@ -64,6 +64,6 @@ def test_an_unknown_name_is_told_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a" * 64])
-def test_a_name_that_cannot_be_a_files(name: str) -> None:
-    with pytest.raises(ClusterError, match="cannot be the name of a cluster"):
+def test_a_name_that_is_not_a_valid_file_name(name: str) -> None:
+    with pytest.raises(ClusterError, match="is not a valid name of a cluster"):
         registry.save(registry.Head(**{**vars(HEAD), "name": name}))

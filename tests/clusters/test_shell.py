@@ -1,4 +1,4 @@
-"""Another machine over SSH: commands, files, ports, and a sentence of its own for everything that can be wrong."""
+"""A machine over SSH: commands, files, ports, and a message for each cause of failure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(bool(servers.why_no_ssh()), reason=servers.why_n
 
 @pytest.fixture(autouse=True)
 def sockets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared connections of a test's own."""
+    """Shared connections for this test only."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.getbasetemp()))
 
 
@@ -43,7 +43,7 @@ def shell(server: servers.Server) -> Iterator[Shell]:
     made.close()
 
 
-def test_a_command_runs_there(shell: Shell, server: servers.Server) -> None:
+def test_a_command_runs_on_the_machine(shell: Shell, server: servers.Server) -> None:
     assert shell.run("echo $HOME") == f"{server.home}\n"
     assert shell.run("read word; echo \"<$word>\" 'two  spaces'", stdin="planted\n") == "<planted> two  spaces\n"
 
@@ -64,8 +64,8 @@ def test_commands_share_a_connection(shell: Shell) -> None:
     assert shell.run(ask) != before
 
 
-def test_a_failed_command_says_what_it_printed(shell: Shell) -> None:
-    with pytest.raises(HostError, match=r"On here making a thing failed with status 3: cannot: full") as caught:
+def test_the_error_of_a_command_has_its_output(shell: Shell) -> None:
+    with pytest.raises(HostError, match=r"Making a thing failed on here with status 3: cannot: full") as caught:
         shell.run("echo cannot: full >&2; exit 3", what="making a thing")
     assert (caught.value.cause, caught.value.host) == ("failed", "here")
 
@@ -77,25 +77,25 @@ def test_a_command_that_takes_too_long(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "cause", "sentence"),
+    ("change", "cause", "message"),
     [
-        ("port", "closed", "nothing listens on its SSH port"),
-        ("key", "key", "does not let this user in .*Permission denied"),
-        ("forgotten", "unknown", "The host key of here is not known here"),
-        ("changed", "changed", "is another one than the one known here"),
+        ("port", "closed", "here refuses connections .*Connection refused"),
+        ("key", "key", "here rejects this user .*Permission denied"),
+        ("forgotten", "unknown", "The host key of here is unknown"),
+        ("changed", "changed", "The host key of here has changed"),
         ("silent", "dead", "here does not answer .*timed out"),
-        ("name", "name", "The name here is not known"),
-        ("mode", "settings", "ssh refuses your own settings"),
+        ("name", "name", "The host name here cannot be resolved"),
+        ("mode", "settings", "ssh rejects your settings for here"),
     ],
 )
-def test_what_is_wrong_with_a_host(
-    change: str, cause: str, sentence: str, server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_each_failure_of_a_host_has_its_cause_and_message(
+    change: str, cause: str, message: str, server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shells, "CONNECT_SECONDS", 1)
     key, known, place = server.directory / "key", tmp_path / "known", f"127.0.0.1:{server.port}"
     known.write_text(server.known_hosts.read_text())
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # nobody listens
+        taken.bind(("127.0.0.1", 0))  # nothing listens
         if change == "port":
             place = f"127.0.0.1:{taken.getsockname()[1]}"
         elif change == "silent":
@@ -115,11 +115,11 @@ def test_what_is_wrong_with_a_host(
         with pytest.raises(HostError) as caught:
             Shell(["ssh", "-F", str(tmp_path / "config"), "here"]).run("true")
     assert caught.value.cause == cause, str(caught.value)
-    assert re.search(sentence, str(caught.value)), str(caught.value)
+    assert re.search(message, str(caught.value)), str(caught.value)
 
 
 @pytest.mark.parametrize("under_way", [False, True])
-def test_a_connection_on_which_nothing_comes_back_any_more(
+def test_a_connection_without_answers_is_dead(
     under_way: bool, server: servers.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ALIVE_SECONDS", "ALIVE_COUNT", "CONNECT_SECONDS"):
@@ -156,7 +156,7 @@ def _files(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_exactly_the_files_named_are_there(shell: Shell, tmp_path: Path) -> None:
+def test_send_copies_exactly_the_given_files(shell: Shell, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "the re" / "copy"
     for name in [*HARD, "starred-x-y.txt", "secret.env", "runs/1/result.json", "a/other.py"]:
         (here / name).parent.mkdir(parents=True, exist_ok=True)
@@ -167,13 +167,13 @@ def test_exactly_the_files_named_are_there(shell: Shell, tmp_path: Path) -> None
     (here / "plain.py").write_text("changed, and of another length")
     (there / "a" / "__pycache__").mkdir()
     (there / "a" / "__pycache__" / "deep.pyc").write_text("compiled")
-    (there / "stranger.py").write_text("nobody sent it")
+    (there / "stranger.py").write_text("not sent by launch")
     shell.send(here, [name for name in HARD if name != "-dash"], str(there))
     assert _files(there) == set(HARD) - {"-dash"} | {"a/__pycache__/deep.pyc"}
     assert (there / "plain.py").read_text() == "changed, and of another length"
 
 
-def test_a_directory_comes_back(shell: Shell, tmp_path: Path) -> None:
+def test_fetch_copies_a_directory(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name in ("result.json", "log.txt", "big.bin"):
         (tmp_path / "run" / name).write_text(name)
@@ -189,7 +189,7 @@ def test_rsync_is_missing_here_or_there(
     (bare / "ssh").symlink_to(shutil.which("ssh") or "")
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(bare))
-        with pytest.raises(HostError, match="rsync is not installed on this machine"):
+        with pytest.raises(HostError, match=r"rsync, .* is not installed on this machine"):
             shell.fetch("/nowhere", tmp_path)
     for program in ("mkdir", "sh"):
         (bare / program).symlink_to(shutil.which(program) or "")
@@ -200,7 +200,7 @@ def test_rsync_is_missing_here_or_there(
     server.stop()
     server.start()
     try:
-        with pytest.raises(HostError, match="rsync is not installed on here") as caught:
+        with pytest.raises(HostError, match=r"rsync, .* is not installed on here") as caught:
             shell.send(tmp_path, ["a"], str(tmp_path / "there"))
         assert caught.value.cause == "rsync"
     finally:
@@ -243,7 +243,7 @@ def _ask(port: int, seconds: float = 10) -> bytes:
             time.sleep(0.05)
 
 
-def test_a_tunnel_comes_back_on_its_port_after_a_drop(shell: Shell, server: servers.Server, web: int) -> None:
+def test_a_tunnel_reconnects_on_the_same_port(shell: Shell, server: servers.Server, web: int) -> None:
     with shell.tunnel(web) as port:
         assert _ask(port) == b"it is me"
         server.stop()
@@ -255,10 +255,10 @@ def test_a_tunnel_comes_back_on_its_port_after_a_drop(shell: Shell, server: serv
         socket.create_connection(("127.0.0.1", port), timeout=1)
 
 
-def test_a_tunnel_that_cannot_be_made_says_why(server: servers.Server, tmp_path: Path) -> None:
+def test_a_tunnel_that_cannot_be_opened_reports_the_reason(server: servers.Server, tmp_path: Path) -> None:
     servers.write_client(tmp_path / "config", {"here": "127.0.0.1:1"}, tmp_path / "key", server.known_hosts)
     with (
-        pytest.raises(HostError, match="nothing listens"),
+        pytest.raises(HostError, match="Connection refused"),
         Shell(["ssh", "-F", str(tmp_path / "config"), "here"]).tunnel(1),
     ):
         pass
@@ -267,7 +267,7 @@ def test_a_tunnel_that_cannot_be_made_says_why(server: servers.Server, tmp_path:
 def test_a_tunnel_ends_with_its_process(shell: Shell, web: int) -> None:
     reading, writing = os.pipe()
     child = os.fork()
-    if child == 0:  # killed without a chance to clear up
+    if child == 0:  # killed without cleanup
         with shell.tunnel(web) as port:
             os.write(writing, f"{port}\n".encode())
             os._exit(9)
@@ -280,7 +280,7 @@ def test_a_tunnel_ends_with_its_process(shell: Shell, web: int) -> None:
         except ConnectionRefusedError:
             return
         time.sleep(0.05)
-    raise AssertionError("the tunnel lives on without its process")
+    raise AssertionError("the tunnel is open after its process has ended")
 
 
 @pytest.mark.parametrize(
@@ -293,5 +293,5 @@ def test_a_tunnel_ends_with_its_process(shell: Shell, web: int) -> None:
         ("fe80::1", {}, "ssh fe80::1"),
     ],
 )
-def test_a_host_as_people_write_it(host: str, options: dict[str, str], words: str) -> None:
+def test_the_forms_of_a_host(host: str, options: dict[str, str], words: str) -> None:
     assert " ".join(destination(host, **options)) == words

@@ -1,4 +1,4 @@
-"""`cluster=ssh`: what hosts are asked for, what is made of them, and what is told of those that cannot."""
+"""`cluster=ssh`: validation of the keys, commands on a host, `up` and `down`, and errors of hosts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACE: dict[str, Any] = {"base": "~/.launch", "cluster": "pair"}
 
 
 @pytest.fixture(autouse=True)
-def own_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def own_directories(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.getbasetemp()))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
@@ -52,7 +52,7 @@ def config(server: servers.Server, *hosts: str, **keys: str) -> SshCluster:
 
 
 def test_what_is_sent_of_a_project(tmp_path: Path) -> None:
-    """Would be wrong: gigabytes of runs that are sent along, or a package that is left out since it is called so."""
+    """Runs are not sent; a package with the name `runs` is."""
     for name in ("train.py", "runs/a/result.json", "src/runs/table.py", ".venv/bin/python", "src/__pycache__/x.pyc"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
@@ -60,33 +60,33 @@ def test_what_is_sent_of_a_project(tmp_path: Path) -> None:
     assert "launcher/runs/__init__.py" in project.own_files()
 
 
-# ---- what is asked for ----------------------------------------------------------------------------------------------
+# ---- validation -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (["cluster=ssh", "cluster.hosts=[a,a]"], "cluster.hosts holds a twice"),
-        (["cluster=ssh", "cluster.hosts=['a b']"], "a host is written [USER@]HOST[:PORT]"),
-        (["cluster=ssh", "cluster.hosts=['-oProxyCommand=true']"], "a host is written [USER@]HOST[:PORT]"),
+        (["cluster=ssh", "cluster.hosts=[a,a]"], "cluster.hosts contains a twice"),
+        (["cluster=ssh", "cluster.hosts=['a b']"], "[USER@]HOST[:PORT]"),
+        (["cluster=ssh", "cluster.hosts=['-oProxyCommand=true']"], "[USER@]HOST[:PORT]"),
         (["cluster=local", "cluster.hosts=[a]"], "cluster.hosts belongs to cluster=ssh"),
         (["cluster=ssh", "cluster.hosts=[a]", "cluster.python=python3"], "must be an absolute path on the hosts"),
-        (["cluster=ssh"], "cluster=ssh needs hosts, and no cluster ssh is known"),
+        (["cluster=ssh"], "cluster=ssh needs hosts"),
         (["cluster=local"], "launch up makes a cluster on other machines"),
-        (["cluster=ssh", "cluster.hosts=[a]", "cluster.name=a/b"], '"a/b" cannot be the name of a cluster'),
+        (["cluster=ssh", "cluster.hosts=[a]", "cluster.name=a/b"], '"a/b" is not a valid name'),
     ],
 )
-def test_a_wrong_request_is_told_before_anything_is_asked(here: Place, words: list[str], says: str) -> None:
+def test_a_wrong_request_is_rejected_before_any_connection(here: Place, words: list[str], message: str) -> None:
     done = here.here("up", *words)
     assert (done.status, done.out) == (2, ""), done.err
-    assert says in done.err
+    assert message in done.err
 
 
-def test_a_dead_head_is_told_and_nothing_is_written_down(here: Place, server: servers.Server, tmp_path: Path) -> None:
+def test_a_dead_head_is_an_error_and_is_not_recorded(here: Place, server: servers.Server, tmp_path: Path) -> None:
     servers.write_client(tmp_path / "config", {"vm1": "127.0.0.1:1"}, server.directory / "key", server.known_hosts)
     done = here.here("up", "cluster=ssh", "cluster.hosts=[vm1]", f"cluster.ssh_config={tmp_path / 'config'}")
     assert done.status == 2
-    assert "The head of the cluster ssh, the first of its hosts, cannot be used. vm1 is there" in done.err
+    assert "The head of the cluster ssh (its first host) cannot be used. vm1 refuses connections" in done.err
     assert registry.all_heads() == []
 
 
@@ -95,32 +95,32 @@ def test_another_head_needs_another_name(server: servers.Server) -> None:
     with pytest.raises(ClusterError, match="The cluster ssh has another head"):
         ssh.up(config(server, "here"), print)
     registry.save(registry.Head("cloud", "azure", ["ssh", "other"], "/p", "10.0.0.1:6379", 8265, "/there"))
-    with pytest.raises(ConfigError, match="There is a cluster cloud of another kind"):
+    with pytest.raises(ConfigError, match="The cluster cloud is of another kind"):
         ssh.up(config(server, "here", name="cloud"), print)
 
 
-# ---- what a host is asked -------------------------------------------------------------------------------------------
+# ---- commands on a host ---------------------------------------------------------------------------------------------
 
 
-def test_a_host_says_what_is_there(shell: Shell, server: servers.Server) -> None:
-    found = bootstrap.ask(shell, "look", **PLACE, python=sys.executable)
+def test_look_returns_the_facts_about_a_host(shell: Shell, server: servers.Server) -> None:
+    found = bootstrap.run_on_host(shell, "look", **PLACE, python=sys.executable)
     assert found["directory"] == f"{server.home}/.launch/pair"
     assert (found["node"], found["token"], found["rsync"]) == (None, None, True)
     assert re.fullmatch(r"\d+\.\d+\.\d+\.\d+", found["address"])
     assert not found["address"].startswith("127."), "other hosts would reach themselves"
     assert found["python"] == sys.executable
     bootstrap.check_versions("here", sys.executable, found["versions"])
-    assert not (server.home / ".launch").exists(), "to look changes nothing"
+    assert not (server.home / ".launch").exists(), "look changes nothing"
 
 
-def test_another_version_is_told(shell: Shell) -> None:
+def test_other_versions_are_an_error(shell: Shell) -> None:
     versions = {"python": "3.11.2", "ray": "1.0"}
-    with pytest.raises(HostError, match=r"ray is 1\.0 there and .* here, torch is missing there"):
+    with pytest.raises(HostError, match=r"ray is 1\.0 on here and .* here, torch is missing on here"):
         bootstrap.check_versions("here", "/usr/bin/python3", versions)
-    assert bootstrap.ask(shell, "look", **PLACE, python="/no/python")["python"] is None
+    assert bootstrap.run_on_host(shell, "look", **PLACE, python="/no/python")["python"] is None
 
 
-def test_a_host_without_python_is_told(server: servers.Server, tmp_path: Path) -> None:
+def test_a_host_without_python_is_an_error(server: servers.Server, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     for program in ("sh", "head"):
         (tmp_path / "bare" / program).symlink_to(f"/usr/bin/{program}")
@@ -129,11 +129,11 @@ def test_a_host_without_python_is_told(server: servers.Server, tmp_path: Path) -
         def run(self, script: str, **options: object) -> str:
             return super().run(f"PATH='{tmp_path}/bare'; {script}", **options)  # type: ignore[arg-type]
 
-    with pytest.raises(HostError, match="On here there is no Python at all"):
-        bootstrap.ask(Bare(server.words), "look", **PLACE)
+    with pytest.raises(HostError, match="here has no Python"):
+        bootstrap.run_on_host(Bare(server.words), "look", **PLACE)
 
 
-def test_an_environment_is_made_once_and_named_by_what_it_is_made_of(shell: Shell, server: servers.Server) -> None:
+def test_an_environment_is_created_once_and_named_by_its_contents(shell: Shell, server: servers.Server) -> None:
     wheel = server.directory / "tiny-1.0-py3-none-any.whl"
     _write_wheel(wheel)
     version = "{}.{}".format(*sys.version_info)
@@ -142,34 +142,37 @@ def test_an_environment_is_made_once_and_named_by_what_it_is_made_of(shell: Shel
     assert first.digest != second.digest
 
     begun = time.monotonic()
-    python = first.make(shell, "~/.launch", "pair")
+    python = first.create(shell, "~/.launch", "pair")
     made = time.monotonic() - begun
     assert python == f"{server.home}/.launch/envs/{first.digest}/bin/python"
     assert subprocess.run([python, "-c", "import tiny"], check=False).returncode == 0
     stamp = Path(python).lstat().st_mtime_ns
     begun = time.monotonic()
-    assert first.make(shell, "~/.launch", "pair") == python
+    assert first.create(shell, "~/.launch", "pair") == python
     assert Path(python).lstat().st_mtime_ns == stamp
     assert time.monotonic() - begun < made
 
-    found = bootstrap.ask(shell, "look", **PLACE, python=None, digest=first.digest)
+    found = bootstrap.run_on_host(shell, "look", **PLACE, python=None, digest=first.digest)
     assert found["python"] == python
-    (Path(python).parents[1] / "complete").unlink()  # as one that was interrupted
-    assert bootstrap.ask(shell, "look", **PLACE, python=None, digest=first.digest)["python"] is None
+    (Path(python).parents[1] / "complete").unlink()  # as after an interrupted command
+    assert bootstrap.run_on_host(shell, "look", **PLACE, python=None, digest=first.digest)["python"] is None
 
 
-def test_an_environment_that_cannot_be_made_says_why(shell: Shell) -> None:
+def test_an_environment_that_cannot_be_created_reports_the_reason(shell: Shell) -> None:
     with pytest.raises(HostError, match=r"there is no Python 2\.1 with venv"):
-        Environment("2.1", "", "").make(shell, "~/.launch", "pair")
+        Environment("2.1", "", "").create(shell, "~/.launch", "pair")
 
 
-def test_a_host_that_does_not_reach_the_index_is_told(tmp_path: Path) -> None:
-    """Would be wrong: what pip says in the end, that versions conflict, where a network is missing."""
+def test_an_unreachable_package_index_is_reported(tmp_path: Path) -> None:
+    """Without a network, pip's last lines are about missing versions."""
     words = [sys.executable, "-m", "pip", "install", "--retries=1", "--index-url=http://127.0.0.1:9/simple", "no-such"]
     log = tmp_path / "log"
-    with log.open("w") as sink, pytest.raises(on_host.Failed, match=r"does not reach its index from there \(.*refused"):
+    with log.open("w") as sink, pytest.raises(on_host.CommandFailed, match=r"cannot reach its index \(.*refused"):
         on_host._run(words, sink, log)
-    with log.open("w") as sink, pytest.raises(on_host.Failed, match=r"could not be made \(.*log says more\): no space"):
+    with (
+        log.open("w") as sink,
+        pytest.raises(on_host.CommandFailed, match=r"could not be created \(log: .*\): no space"),
+    ):
         on_host._run(["sh", "-c", "echo no space; exit 1"], sink, log)
 
 
@@ -218,9 +221,9 @@ def test_down_of_a_host_that_is_gone_can_be_repeated_or_forgotten(
     registry.save(
         registry.Head("pair", "ssh", server.words, "/p", "10.0.0.1:6379", 8265, directory, hosts=[fine, gone, never])
     )
-    with pytest.raises(MachineError, match=r"is not all down\. vm1 is there.*Nothing is left on here"):
+    with pytest.raises(MachineError, match=r"is not completely down\. vm1 refuses.*Nothing is left on here"):
         ssh.down("pair", print)
-    assert [host["name"] for host in registry.load("pair").hosts] == ["vm1"], "vm2 never had anything"
+    assert [host["name"] for host in registry.load("pair").hosts] == ["vm1"], "nothing was started on vm2"
 
     (found,) = json.loads(here.here("status", "--json").out)
     assert (found["state"], found["hosts"][0]["state"]) == ("down", "dead")
@@ -229,7 +232,7 @@ def test_down_of_a_host_that_is_gone_can_be_repeated_or_forgotten(
     assert registry.all_heads() == []
 
 
-def test_down_names_those_that_were_asked(server: servers.Server, tmp_path: Path) -> None:
+def test_down_names_the_hosts_that_it_used(server: servers.Server, tmp_path: Path) -> None:
     servers.write_client(tmp_path / "config", {"vm1": "127.0.0.1:1"}, server.directory / "key", server.known_hosts)
     never = {"name": "vm1", "ssh": ["ssh", "-F", str(tmp_path / "config"), "vm1"], "python": None, "touched": False}
     fine = {"name": "here", "ssh": server.words, "python": None}
@@ -237,45 +240,48 @@ def test_down_names_those_that_were_asked(server: servers.Server, tmp_path: Path
     registry.save(
         registry.Head("pair", "ssh", server.words, "/p", "10.0.0.1:6379", 8265, directory, hosts=[fine, never])
     )
-    told: list[str] = []
-    ssh.down("pair", told.append)
-    assert told == [f"Nothing of the cluster pair runs on here any more. Files stay in {directory}."]
+    lines: list[str] = []
+    ssh.down("pair", lines.append)
+    assert lines == [f"No process of the cluster pair is left on here. Files stay in {directory}."]
 
 
-def test_what_ray_lost_is_told_of_the_clusters_own_hosts() -> None:
+def test_hosts_that_ray_lost_are_reported() -> None:
     def node(address: str, ended: float, lives: bool = False) -> dict[str, Any]:
         return {"address": address, "lives": lives, "ended": ended, "why": "no\n heartbeat" if not lives else ""}
 
     hosts = [{"name": "vm1", "address": "10.0.0.1"}, {"name": "vm2", "address": "10.0.0.2"}, {"name": "vm3"}]
     nodes = [node("10.0.0.2", 60.0), node("10.0.0.2", 120.0), node("10.0.0.1", 0.0, lives=True)]
-    (said,) = ssh._lost(hosts, [*nodes, node("10.0.0.9", 180.0)])
-    assert re.fullmatch(r"Ray lost vm2 at \d\d:02:00 \(no heartbeat\)\.", said), said
-    (said,) = ssh._lost(hosts, [*nodes, node("10.0.0.2", 0.0, lives=True)])
-    assert said.endswith("; it has come back since.")
+    (line,) = ssh._lost(hosts, [*nodes, node("10.0.0.9", 180.0)])
+    assert re.fullmatch(r"Ray lost vm2 at \d\d:02:00 \(no heartbeat\)\.", line), line
+    (line,) = ssh._lost(hosts, [*nodes, node("10.0.0.2", 0.0, lives=True)])
+    assert line.endswith("; it has rejoined since.")
 
 
-def test_every_process_is_ended_also_one_that_left_its_family(shell: Shell, server: servers.Server) -> None:
-    """Would be wrong: a worker that goes on training on a machine that its user believes free."""
+def test_stop_kills_every_process_also_one_in_another_session(shell: Shell, server: servers.Server) -> None:
+    """Otherwise a worker would continue to train on a machine that its user believes free."""
     directory = server.home / ".launch" / "pair"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "token").write_text("secret")
-    deaf = f"trap '' TERM; echo ready; while :; do sleep 0.1; done  # {server.port}"
+    stubborn = f"trap '' TERM; echo ready; while :; do sleep 0.1; done  # {server.port}"
     process = subprocess.Popen(
-        ["sh", "-c", deaf], env={"LAUNCH_CLUSTER": str(directory)}, stdout=subprocess.PIPE, start_new_session=True
+        ["sh", "-c", stubborn], env={"LAUNCH_CLUSTER": str(directory)}, stdout=subprocess.PIPE, start_new_session=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    found = bootstrap.ask(shell, "stop", base=f"{server.home}/.launch", cluster="pair")
+    found = bootstrap.run_on_host(shell, "stop", base=f"{server.home}/.launch", cluster="pair")
     assert found["left"] == []
     assert found["ended"] >= 1
     assert process.wait(5) == -signal.SIGKILL
     process.stdout.close()
     assert not (directory / "token").exists()
-    assert bootstrap.ask(shell, "stop", base=f"{server.home}/.launch", cluster="pair") == {"left": [], "ended": 0}
+    assert bootstrap.run_on_host(shell, "stop", base=f"{server.home}/.launch", cluster="pair") == {
+        "left": [],
+        "ended": 0,
+    }
 
 
-def test_a_cluster_that_runs_with_another_python_is_not_started_anew(server: servers.Server) -> None:
-    """Would be wrong: the runs of others end because somebody has newer versions."""
+def test_a_cluster_that_runs_with_another_python_is_not_restarted(server: servers.Server) -> None:
+    """A restart would kill the runs of other commands."""
     directory = server.home / ".launch" / "other"
     directory.mkdir(parents=True)
     started = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]

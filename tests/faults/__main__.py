@@ -1,7 +1,7 @@
-"""Play the faults, print the table, and write it into docs/reliability.md: `python -m tests.faults [WORD…]`.
+"""Runs the faults, prints the table, and writes it to docs/reliability.md: `python -m tests.faults [WORD…]`.
 
-With words only the rows are played whose fault has one of them in its name; the other rows of the document stay.
-Those on several machines need root (see tests/support/vmlab).
+With words, only faults with one of the words in their name are run, and the other rows of the document are kept. Faults
+on several machines need root (see tests/support/vmlab).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEAD = ("fault", "outcome", "lost steps", "to recover", "world sizes", "weights 
 
 
 def main(words: list[str]) -> int:
-    """Return 0 when every row that was played held."""
+    """Return 0 if all rows passed."""
     rows = [row for row in ROWS if not words or any(word in row.fault for word in words)]
     played, failed = {}, 0
     with contextlib.ExitStack() as stack:
@@ -58,15 +58,15 @@ def line_of(cells: list[str]) -> str:
 
 
 def write(played: dict[str, str]) -> None:
-    """Put the rows into the document, in the order of the table; rows that were not played stay as they are."""
+    """Write the rows to the document, in the order of the table. Rows that were not run are kept."""
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     old, _, after = rest.partition(END)
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines() if line.startswith("| ")}
     lines.update(played)
     table = [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
     table += [lines[row.fault] for row in ROWS if row.fault in lines]
-    told = f"`python -m tests.faults` on {machine()}:"
-    DOCUMENT.write_text(before + "\n".join([BEGIN, told, "", *table, END]) + after)
+    caption = f"`python -m tests.faults` on {machine()}:"
+    DOCUMENT.write_text(before + "\n".join([BEGIN, caption, "", *table, END]) + after)
 
 
 if __name__ == "__main__":

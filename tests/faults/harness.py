@@ -1,8 +1,8 @@
-"""One job, one fault, and what came of it.
+"""Runs a job with a fault, and checks the result.
 
-A `Trial` starts a real `launch` of the job in `project/` (30 steps that write down which samples they used), waits till
-it has come far enough, has something done to it, and is judged: the run has every step once in its surviving history,
-with the samples of the undisturbed run, and ends with its weights to the bit.
+A `Trial` starts `launch` with the job in `project/` (30 steps that record their samples), waits for a step, and applies
+a fault. Then `judge` checks that the surviving history has every step once, with the samples of the undisturbed run,
+and that the final weights are bit-identical.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from tests.support.waiting import wait_for
 
 PROJECT = Path(__file__).resolve().parent / "project"
 STEPS, EVERY, STEPS_PER_EPOCH, SAMPLES = 30, 4, 6, 72
-SAVING = 1  # steps that are done while a checkpoint of this job is saved, at most
+SAVING = 1  # the most steps that complete while a checkpoint of this job is saved
 WORDS = ("--config-dir", "own", "experiment=faults", "run.name=run")
 
 
 @dataclass
 class Attempt:
-    """One group of workers, from its start to its end."""
+    """A group of workers, from its start to its end."""
 
     id: str
     began: float
     first_step: int
     workers: dict[int, dict[str, Any]] = field(default_factory=dict)  # by rank: pid, host
     steps: dict[int, Counter[int]] = field(default_factory=dict)  # by step: how often each sample was used
-    times: dict[int, float] = field(default_factory=dict)  # when the last worker had done the step
+    times: dict[int, float] = field(default_factory=dict)  # the time at which the last worker completed the step
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Outcome:
     fault: str
     outcome: str
     lost_steps: int
-    seconds: float | None  # from the fault to the first step of those who go on
+    seconds: float | None  # from the fault to the first step of the next group
     world_sizes: list[int]
     equal: bool
 
@@ -62,7 +62,7 @@ class Outcome:
 
 
 class Trial:
-    """A job in a directory of its own. On a laboratory it runs on the head, with `cluster=existing`."""
+    """A job in its own directory. With a lab it runs on the head, with `cluster=existing`."""
 
     def __init__(self, directory: Path, lab: Lab | None = None, *words: str) -> None:
         self.directory = directory / "calling"
@@ -77,7 +77,7 @@ class Trial:
         self.process: subprocess.Popen[bytes] | None = None
         self.began = time.time()
         self.struck: float | None = None
-        self.announced = False  # what happens costs nothing until the group ends
+        self.announced = False  # the fault was announced: it has no effect until the group ends
         self._log = directory / "log"
 
     @property
@@ -115,10 +115,10 @@ class Trial:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.close()
-            raise AssertionError(f"it did not end within {seconds:g} s:\n{self.said()}") from None
+            raise AssertionError(f"it did not end within {seconds:g} s:\n{self.output()}") from None
 
     def close(self) -> None:
-        """End what may still run, driver and workers."""
+        """Kill the driver and the workers."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -129,11 +129,11 @@ class Trial:
                     if b"ray::" in Path(f"/proc/{worker['pid']}/cmdline").read_bytes():
                         os.kill(worker["pid"], signal.SIGKILL)
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._log.read_text(errors="replace")[-3000:] if self._log.exists() else ""
 
     def attempts(self) -> list[Attempt]:
-        """Return the groups of workers so far, the first first."""
+        """Return the groups of workers, in order of their start."""
         found: dict[str, Attempt] = {}
         for path in sorted(self.history.glob("*.jsonl")):
             lines = []
@@ -151,7 +151,7 @@ class Trial:
         return sorted(found.values(), key=lambda attempt: attempt.began)
 
     def step(self) -> int:
-        """The newest step that the newest group has done."""
+        """Return the last step of the newest group."""
         attempts = self.attempts()
         return max(attempts[-1].steps, default=0) if attempts else 0
 
@@ -160,13 +160,13 @@ class Trial:
             if condition():
                 return True
             if self.process is not None and self.process.poll() is not None:
-                raise AssertionError(f"the command exited with {self.process.returncode}, {what}:\n{self.said()}")
+                raise AssertionError(f"the command exited with {self.process.returncode}, {what}:\n{self.output()}")
             return False
 
-        wait_for(holds, seconds, lambda: f"{what}:\n{self.said()}")
+        wait_for(holds, seconds, lambda: f"{what}:\n{self.output()}")
 
     def wait_for_step(self, step: int, attempt: int = 1) -> None:
-        """Wait until the group number `attempt` has done this step."""
+        """Wait until group number `attempt` has completed this step."""
         self.wait_until(
             lambda: len(self.attempts()) >= attempt and self.step() >= step, what=f"waiting for step {step}"
         )
@@ -175,28 +175,28 @@ class Trial:
         self.wait_until(lambda: max(available(self.checkpoints), default=0) >= step, what=f"waiting to save {step}")
 
     def strike(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-        """Signal a process, and remember when."""
+        """Send a signal to a process, and record the time."""
         self.struck = self.struck or time.time()
         os.kill(pid, number)
 
     def worker(self, rank: int) -> int:
-        """The process of a worker of the newest group."""
+        """Return the process id of a worker of the newest group."""
         return int(self.attempts()[-1].workers[rank]["pid"])
 
 
 def surviving(attempts: list[Attempt]) -> dict[int, Counter[int]]:
-    """Return the samples of each step, as the group did it that did it last."""
+    """Return the samples of each step, from the last group that completed it."""
     return {step: samples for attempt in attempts for step, samples in attempt.steps.items()}
 
 
 def lost(attempts: list[Attempt]) -> int:
-    """Count the steps that were done again."""
+    """Return the number of steps that were repeated."""
     return sum(len(one.steps) for one in attempts) - len(surviving(attempts))
 
 
 def judge(trial: Trial, fault: str, status: int, reference: Trial, most_lost: int, how: str = "completed") -> Outcome:
-    """Return the row of a run that has come to its end, and see that nothing is wrong with it."""
-    assert status == 0, f"status {status}:\n{trial.said()}"
+    """Check a run that has ended, and return its row."""
+    assert status == 0, f"status {status}:\n{trial.output()}"
     result, attempts = trial.result(), trial.attempts()
     assert (result["status"], result["steps"]) == ("completed", STEPS)
     assert result["seconds"] < time.time() - trial.began + 1, "time was counted twice"
@@ -210,7 +210,7 @@ def judge(trial: Trial, fault: str, status: int, reference: Trial, most_lost: in
             used.update(history[step])
         assert used == Counter(range(SAMPLES)), f"epoch {epoch}"
     assert_same_weights(final_weights(reference.run), final_weights(trial.run))
-    assert lost(attempts) <= most_lost, f"{lost(attempts)} steps were done again, and {most_lost} may be"
+    assert lost(attempts) <= most_lost, f"{lost(attempts)} steps were repeated, at most {most_lost} are allowed"
     seconds = None
     if trial.struck is not None and len(attempts) > 1:
         after = [min(one.times.values()) for one in attempts[1:] if one.times and one.began > trial.struck]
@@ -219,11 +219,11 @@ def judge(trial: Trial, fault: str, status: int, reference: Trial, most_lost: in
     return Outcome(fault, how, lost(attempts), seconds, result["world_sizes"], equal=True)
 
 
-def failed_in_order(trial: Trial, status: int, says: str) -> None:
-    """See that a run has failed with a reason, and that its newest checkpoint is intact."""
-    assert status == 1, f"status {status}:\n{trial.said()}"
+def failed_in_order(trial: Trial, status: int, message: str) -> None:
+    """Check that a run has failed with a reason, and that its newest checkpoint is intact."""
+    assert status == 1, f"status {status}:\n{trial.output()}"
     result = trial.result()
     assert result["status"] == "failed"
-    assert says.lower() in result["error"].lower(), result["error"]
+    assert message.lower() in result["error"].lower(), result["error"]
     newest = newest_intact(trial.checkpoints)
     assert newest.path is not None

@@ -1,4 +1,4 @@
-"""The table: what is done to a run, and what is asked of it."""
+"""The table of faults, with the expected result of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.scheduled_events import event
 from tests.support.vmlab.lab import Host, Lab
 
 UNANNOUNCED = EVERY + SAVING - 1  # lost_steps < checkpoint.every + the steps of one save
-DAMAGED = UNANNOUNCED + EVERY  # the newest checkpoint is worth nothing, the one before it is used
+DAMAGED = UNANNOUNCED + EVERY  # the newest checkpoint is damaged, and the one before it is used
 ANNOUNCED = 1
 ELASTIC = ("scaling.min_workers=1",)
 
@@ -47,7 +47,7 @@ class Row:
 
 
 def play(row: Row, directory: Path, lab: Lab | None, reference: Trial) -> Outcome:
-    """Play a row and return what came of it; AssertionError where it is not what is asked."""
+    """Run a row and return its outcome. Raises AssertionError if it is not the expected one."""
     words = [*row.words, *(("cluster=none", "model.seconds=0.05") if row.place == "none" else ())]
     if row.place == "local":
         words += ["cluster=local", "scaling.workers=2"]
@@ -64,11 +64,11 @@ def play(row: Row, directory: Path, lab: Lab | None, reference: Trial) -> Outcom
 
 
 def undisturbed(directory: Path, *words: str) -> Trial:
-    """Run the job alone, and return it."""
+    """Run the job without a fault, and return it."""
     directory.mkdir(exist_ok=True)
     trial = Trial(directory, None, *words)
     trial.start()
-    assert trial.finish() == 0, trial.said()
+    assert trial.finish() == 0, trial.output()
     return trial
 
 
@@ -119,7 +119,7 @@ def driver_killed(trial: Trial) -> tuple[int, str]:
 
 
 def damaged(damage: Callable[[Path], None]) -> Callable[[Trial], tuple[int, str]]:
-    """The driver is killed, and its newest checkpoint is not what it was."""
+    """The driver is killed, and the newest checkpoint is damaged."""
 
     def fault(trial: Trial) -> tuple[int, str]:
         kill_driver(trial)
@@ -158,7 +158,7 @@ def disk_full(trial: Trial) -> tuple[int, str]:
             failed_in_order(trial, status, "space")
             ballast.unlink()
             status, how = resumed(trial), "failed with a reason, completed by run.resume=true"
-        shutil.copytree(trial.root, trial.directory / "kept")  # it is judged when this disk has gone
+        shutil.copytree(trial.root, trial.directory / "kept")  # it is checked after this disk was unmounted
         trial.root = trial.directory / "kept"
         return status, how
 
@@ -187,7 +187,7 @@ def largest(checkpoint: Path) -> Path:
 
 
 def below(pid: int, title: str) -> int:
-    """Return the process with this title that belongs to the Ray of a driver: they carry its mark."""
+    """Return the process with this title in the Ray of a driver, which is found by its marker."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if title.encode() in (path / "cmdline").read_bytes() and ancestor(int(path.name), pid):
@@ -241,14 +241,14 @@ def link_cut(seconds: float | None) -> Callable[[Trial], tuple[int, str]]:
         host.cut()
         if seconds is not None:
             time.sleep(seconds)
-            host.mend()
+            host.restore_link()
         return trial.finish(), "completed"
 
     return fault
 
 
 def drained(seconds: float) -> Callable[[Trial], tuple[int, str]]:
-    """Ray is told that a machine will go; then it goes."""
+    """Ray drains the node of a machine; then the machine is killed."""
 
     def fault(trial: Trial) -> tuple[int, str]:
         trial.start(*unhurried(seconds))
@@ -262,7 +262,7 @@ def drained(seconds: float) -> Callable[[Trial], tuple[int, str]]:
 
 
 def noticed(seconds: float, withdrawn: bool = False) -> Callable[[Trial], tuple[int, str]]:
-    """Azure says so to the agent on the machine."""
+    """The metadata service of Azure announces the eviction to the agent on the machine."""
 
     def fault(trial: Trial) -> tuple[int, str]:
         lab = machines_of(trial)
@@ -285,24 +285,24 @@ def noticed(seconds: float, withdrawn: bool = False) -> Callable[[Trial], tuple[
         status = trial.finish()
         assert agent.poll() is None, host.log("agent")
         assert trial.result()["preemptions"] == 0
-        assert "is withdrawn; nothing was done because of it" in trial.said()
+        assert "was withdrawn" in trial.output()
         return status, "completed, nothing was done"
 
     return fault
 
 
 def unhurried(seconds: float) -> list[str]:
-    """The run is to be under way for longer than that."""
+    """Return overrides with which the run takes longer than `seconds`."""
     return [f"model.seconds={max(0.3, seconds / 25):g}"]
 
 
 def left_in_time(trial: Trial, host: Host, deadline: float) -> tuple[int, str]:
-    """The machine goes at its deadline: the run has left it in order."""
+    """Kill the machine at its deadline. The run must have left it without a failure."""
     time.sleep(max(0.0, deadline - time.time()))
     host.kill()
     status = trial.finish()
     result = trial.result()
-    assert (result["preemptions"], result["restarts"]) == (1, 0), f"{result}\n{trial.said()}"
+    assert (result["preemptions"], result["restarts"]) == (1, 0), f"{result}\n{trial.output()}"
     assert not trains_on(trial, host.name)
     return status, "completed"
 
@@ -314,12 +314,12 @@ def node_joins(trial: Trial) -> tuple[int, str]:
     machines_of(trial).hosts[1].start_ray()
     status = trial.finish()
     sizes = trial.result()["world_sizes"]
-    assert sizes == [1, 2], f"world sizes {sizes}:\n{trial.said()}"
+    assert sizes == [1, 2], f"world sizes {sizes}:\n{trial.output()}"
     return status, "completed"
 
 
 def joins_and_is_cut(trial: Trial) -> tuple[int, str]:
-    """Ray believes in the machine for a minute more, and has room for a worker on it."""
+    """Ray treats the machine as alive for a minute, with free resources for a worker."""
     trial.start("model.seconds=0.5")
     trial.wait_for_step(2)
     lab = machines_of(trial)
@@ -331,7 +331,7 @@ def joins_and_is_cut(trial: Trial) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def small_disk(place: Path, megabytes: int = 16) -> Iterator[Callable[[], Path]]:
-    """A disk of its own at a directory; yields what fills it."""
+    """Mount a separate disk at a directory, and yield a function that fills it."""
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)], check=True)
 

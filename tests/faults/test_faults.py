@@ -1,4 +1,4 @@
-"""Every fault of the table: the run completes, or says why and can be continued; nothing is lost that could be kept."""
+"""All faults of the table: the run completes, or fails with a reason and an intact checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of a run: names, resuming, imitating, evaluating, failing, and what is left on disk of it."""
+"""Runs and their directories: names, resume, `run.like`, failures, and disks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_run_and_its_record(here: Place) -> None:
     )
 
 
-def test_code_patch_holds_what_was_not_committed(here: Place) -> None:
+def test_code_patch_contains_uncommitted_changes(here: Place) -> None:
     def git(*words: str) -> None:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
         subprocess.run(["git", *identity, *words], cwd=here.directory, check=True, capture_output=True)
@@ -84,15 +84,15 @@ def test_code_patch_holds_what_was_not_committed(here: Place) -> None:
     assert re.fullmatch("[0-9a-f]{40}", found["commit"])
 
 
-def test_default_names_never_meet(here: Place) -> None:
-    """Two runs may begin in the same second, and a scheduler may start many."""
+def test_default_names_are_unique(here: Place) -> None:
+    """Two runs may start in the same second, for example by a scheduler."""
     outs = {here.here(*TOY, "trainer.steps=1", "logging.tensorboard=false").last for _ in range(3)}
     assert len(outs) == 3
     assert all(re.match(r"toy-\d{8}-\d{6}", Path(out).name) for out in outs)
 
 
 def test_what_loader_processes_print(here: Place) -> None:
-    """They are forked from a process that may hold a lock, and nobody takes their events."""
+    """They are forked from a process that may hold a lock, and no thread reads their events."""
     done = here.here(*TOY, "run.name=a", "data.num_workers=1", "data.speak=true")
     assert done.status == 0, done.err
     assert "row 3 is read" in done.err
@@ -117,12 +117,12 @@ def test_a_root_with_spaces_and_a_tilde(here: Place) -> None:
     shutil.rmtree(here.home / "my runs")
 
 
-# ---- going on -------------------------------------------------------------------------------------------------------
+# ---- resuming -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stopped(here: Place) -> Place:
-    """A run called `a` that ended at step 4 of 8, as one that was stopped."""
+    """A run `a` that was stopped at step 4 of 8."""
     assert here.here(*TOY, "run.name=a", "trainer.steps=4").status == 0
     config = here.runs / "a/config.yaml"
     config.write_text(config.read_text().replace("steps: 4", "steps: null"))
@@ -132,8 +132,8 @@ def stopped(here: Place) -> Place:
     return here
 
 
-def test_a_run_that_somebody_else_continues_meanwhile(stopped: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would be wrong: two commands that looked at the same moment, and now write the same directory."""
+def test_a_run_that_another_process_resumes_at_the_same_time(stopped: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against: two commands that check at the same time and then write the same directory."""
     run, plan = RunDirectory(stopped.runs / "a"), training.make_plan
 
     def while_another_begins(*arguments: Any) -> Any:
@@ -153,7 +153,7 @@ def test_a_run_that_somebody_else_continues_meanwhile(stopped: Place, monkeypatc
     "words",
     [
         ("--config-dir", "own", "run.name=a", "run.resume=true"),
-        (*TOY, "run.name=a", "run.resume=auto"),  # the very command that started it, as a scheduler gives it again
+        (*TOY, "run.name=a", "run.resume=auto"),  # the command that started it, repeated by a scheduler
         ("run.name=a", "run.resume=true", "optimizer.lr=0.5"),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_resume_that_would_break_the_saved_state(stopped: Place, words: str, m
     assert {path: path.read_bytes() for path in (stopped.runs / "a").rglob("*") if path.is_file()} == before
 
 
-def test_a_completed_run_has_nothing_left_to_do(here: Place) -> None:
+def test_resume_of_a_completed_run_does_nothing(here: Place) -> None:
     assert here.here(*TOY, "run.name=a").status == 0
     before = (here.runs / "a/result.json").read_text()
     done = here.here(*TOY, "run.name=a", "run.resume=true")
@@ -202,7 +202,7 @@ def test_a_completed_run_has_nothing_left_to_do(here: Place) -> None:
     assert here.result("a")["steps"] == 12
 
 
-def test_a_run_that_ended_early_says_why_and_goes_on_with_other_words(here: Place) -> None:
+def test_a_run_that_ended_early_reports_why_and_continues_with_another_override(here: Place) -> None:
     early = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=0", "trainer.epochs=6")
     assert here.here(*TOY, *early, "run.name=a").status == 0
     assert (here.result("a")["steps"], here.result("a")["reason"]) == (8, "early_stopping")
@@ -217,7 +217,7 @@ def test_a_run_that_ended_early_says_why_and_goes_on_with_other_words(here: Plac
     assert (here.result("a")["steps"], here.result("a")["reason"]) == (24, None)
 
 
-def test_resume_of_nothing(here: Place) -> None:
+def test_resume_of_a_run_that_does_not_exist(here: Place) -> None:
     refused = here.here(*TOY, "run.name=a", "run.resume=true")
     assert refused.status == 2
     assert 'no run "a"' in refused.err
@@ -233,7 +233,7 @@ def test_like(here: Place) -> None:
     assert done.status == 0, done.err
     assert here.result("b")["steps"] == 3
     assert "width: 2" in (here.runs / "b/config.yaml").read_text()
-    (here.runs / "a" / "remote.json").write_text("{}")  # one that came back from a cluster names a place there
+    (here.runs / "a" / "remote.json").write_text("{}")  # its recorded root is a directory on the cluster
     config = here.runs / "a" / "config.yaml"
     config.write_text(re.sub(r"(?m)^  root: .*$", "  root: head:///on/the/head", config.read_text(), count=1))
     named = here.here("run.like=a")
@@ -250,7 +250,7 @@ def test_weights_of_another_run(here: Place) -> None:
     assert "net.weight" in refused.err
 
 
-# ---- configurations of strangers ------------------------------------------------------------------------------------
+# ---- configurations of other people ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_weights_of_another_run(here: Place) -> None:
     ids=["called", "nested", "imported", "trusting itself", "hydra"],
 )
 @pytest.mark.parametrize("words", ["run.like=a", "run.name=a run.resume=true", "evaluate a"])
-def test_a_strangers_run_executes_nothing(here: Place, planted: str, words: str) -> None:
+def test_a_run_of_another_person_executes_nothing(here: Place, planted: str, words: str) -> None:
     run = here.runs / "a"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(planted)
@@ -280,7 +280,7 @@ def test_a_strangers_run_executes_nothing(here: Place, planted: str, words: str)
 # ---- failing --------------------------------------------------------------------------------------------------------
 
 
-def test_the_users_own_mistake(here: Place) -> None:
+def test_an_error_of_user_code(here: Place) -> None:
     failed = here.here(*TOY, "run.name=a", "model.mishap=raise", "model.at=6")
     assert failed.status == 1
     assert failed.out == f"{here.runs / 'a'}\n"
@@ -298,7 +298,7 @@ def test_the_users_own_mistake(here: Place) -> None:
     assert "run.resume=true" in failed.err.splitlines()[-1]
 
 
-def test_a_mistake_that_the_start_check_finds(here: Place) -> None:
+def test_an_error_that_the_start_check_finds(here: Place) -> None:
     failed = here.here(*TOY, "run.name=a", "model.mishap=raise", "model.at=0")
     assert failed.status == 1
     assert "Traceback" in failed.err
@@ -319,7 +319,7 @@ def test_a_loss_that_is_not_a_number(here: Place) -> None:
 
 
 def test_bad_data_that_the_start_check_does_not_find(here: Place) -> None:
-    """Found while training: the run had started, so it is exit 1, in the data set's own words."""
+    """The run had started, so the exit status is 1. The message is the data set's own."""
     failed = here.here(*TOY, "run.name=a", "data.bad=35")
     assert failed.status == 1
     assert "launch: numbers.csv, row 35: not a number" in failed.err
@@ -338,7 +338,7 @@ def pictures(root: Path, count: int) -> None:
 
 @pytest.mark.parametrize(("position", "status"), [(0, 2), (30, 1)], ids=["in the first batch", "later"])
 def test_a_corrupt_picture(here: Place, tmp_path: Path, position: int, status: int) -> None:
-    """Found by the start check where it lies among the pictures that it looks at, otherwise when its batch comes."""
+    """The start check finds it among the pictures that it reads; otherwise training finds it."""
     from launcher.engine.order import Order
     from models.vision_folder import CHECKED_AT_START, PictureFolder
 
@@ -377,7 +377,7 @@ def test_a_root_that_cannot_be_written(here: Place, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, for root alone."""
+    """A separate file system; it needs root."""
     target = tmp_path / "disk"
     target.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(target)], capture_output=True)
@@ -388,7 +388,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_read_only_disk(here: Place, small_disk: Path) -> None:
-    """A run of somebody else can be used, but none can be written beside it."""
+    """A run of another user can be used, but no new run can be written."""
     assert here.here(*TOY, f"run.root={small_disk}/runs", "run.name=theirs", "logging.tensorboard=false").status == 0
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     refused = here.here(*TOY, f"run.root={small_disk}/runs", "run.name=a")
@@ -397,11 +397,11 @@ def test_a_read_only_disk(here: Place, small_disk: Path) -> None:
     assert here.here("evaluate", "theirs", f"run.root={small_disk}/runs").status == 0
 
 
-def test_a_disk_without_room_for_a_checkpoint(here: Place, small_disk: Path) -> None:
+def test_a_disk_without_space_for_a_checkpoint(here: Place, small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(b"x" * 150_000)
     refused = here.here(*TOY, f"run.root={small_disk}/runs", "run.name=a", "model.width=20000")
     assert refused.status == 2
-    assert re.search(r"A checkpoint of this model takes .* KiB, and .* has .* KiB free", refused.err)
+    assert re.search(r"A checkpoint of this model needs .* KiB, but .* has only .* KiB free", refused.err)
     assert os.listdir(small_disk) == ["ballast"]
 
 
@@ -416,7 +416,7 @@ def test_a_disk_that_is_full_before_the_start(here: Place, small_disk: Path) -> 
 
 
 def test_a_disk_that_fills_up(here: Place, small_disk: Path) -> None:
-    """The last good checkpoint stays, and result.json still says that the run failed."""
+    """The last good checkpoint is kept, and result.json has the status `failed`."""
     failed = here.here(*TOY, f"run.root={small_disk}/runs", "run.name=a", "trainer.steps=400", "checkpoint.keep=100")
     run = small_disk / "runs/a"
     assert (failed.status, failed.out) == (1, f"{run}\n"), failed.err
@@ -433,8 +433,8 @@ def test_a_disk_that_fills_up(here: Place, small_disk: Path) -> None:
     assert again.status == 0, again.err
 
 
-def test_weights_to_begin_with_are_not_forgotten_by_a_run_that_had_saved_nothing(place: Place) -> None:
-    """Would be wrong: a run that was killed before its first checkpoint, and is continued from random weights."""
+def test_a_resume_without_a_checkpoint_loads_the_initial_weights(place: Place) -> None:
+    """A run that was killed before its first checkpoint must not continue from random weights."""
     assert place.launch(*TOY, "run.name=base").status == 0
     words = (*TOY, "checkpoint.load=base", "checkpoint.every=1000", "trainer.log_every=1")
     kill = "+callbacks.accidents={_target_: toy.Accidents, happen: [{rank: 0, step: 2, name: KILL}]}"

@@ -1,4 +1,4 @@
-"""Under torchrun: one run, one voice, and the cause of a failure instead of its consequence."""
+"""Runs under torchrun: only rank 0 prints, and the cause of a failure is reported instead of its consequence."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def start(place: Place) -> Iterator[Start]:
 
 
 def ours(result: Result) -> list[str]:
-    """What was shown before torchrun begins to tell how its children ended."""
+    """Return the lines before torchrun's own report about its child processes."""
     lines = [line for line in result.err.splitlines() if "torch/distributed" not in line]
-    # Which line of that script depends on who installed it.
+    # The line number in the script depends on the installer.
     end = next((i for i, line in enumerate(lines) if re.search(r'bin/torchrun", line \d+, in <module>$', line)), None)
     return lines if end is None else lines[: end - 1]
 
@@ -46,7 +46,7 @@ def test_two_ranks_are_one_run(place: Place, start: Start) -> None:
     assert ours(done).count("scaling.workers=4 is ignored: the 2 processes that were started are the workers.") == 1
     assert sum(line.startswith("a: 2 CPU workers") for line in ours(done)) == 1
     assert sum(line.startswith("step 8/8") for line in ours(done)) == 1
-    assert not any(line.startswith("[rank 1]") for line in ours(done)), "only rank 0 speaks"
+    assert not any(line.startswith("[rank 1]") for line in ours(done)), "only rank 0 prints"
     assert "[rank 1] step 2 of the model" in (place.runs / "a/log.txt").read_text()
     result = place.result("a")
     assert (result["status"], result["workers"], result["samples"]) == ("completed", 2, 80)
@@ -54,8 +54,8 @@ def test_two_ranks_are_one_run(place: Place, start: Start) -> None:
     assert not os.listdir(place.home)
 
 
-def test_a_mistake_on_one_rank_is_told_once(place: Place, start: Start) -> None:
-    """Rank 0 only sees that a connection closes."""
+def test_an_error_on_one_rank_is_reported_once(place: Place, start: Start) -> None:
+    """Rank 0 itself only detects a closed connection."""
     done = start(*RUN, "model.mishap=raise", "model.at=7", "model.rank=1").finish()
     assert done.status == 1
     assert done.out == f"{place.runs / 'a'}\n"
@@ -68,14 +68,14 @@ def test_a_mistake_on_one_rank_is_told_once(place: Place, start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_without_a_word(place: Place, start: Start) -> None:
+def test_a_rank_that_is_killed(place: Place, start: Start) -> None:
     done = start(*RUN, "model.mishap=die", "model.at=7", "model.rank=1").finish()
     assert done.status == 1
     assert any(line.startswith("launch: The connection to another worker was lost") for line in ours(done)), done.err
     assert place.result("a")["error"].startswith("WorkerLost: ")
 
 
-def test_a_wrong_request_is_told_once(place: Place, start: Start) -> None:
+def test_a_wrong_request_is_reported_once(place: Place, start: Start) -> None:
     done = start(*RUN, "data.bad=0").finish()
     assert done.status == 1, "torchrun's own status"
     assert [line for line in ours(done) if line] == ["launch: numbers.csv, row 0: not a number"]
@@ -84,7 +84,7 @@ def test_a_wrong_request_is_told_once(place: Place, start: Start) -> None:
 
 
 def test_ctrl_c_at_a_terminal(place: Place, start: Start) -> None:
-    """The terminal signals every rank, and torchrun passes on what it was sent itself: still it is one Ctrl-C."""
+    """Both the terminal and torchrun send a signal to every rank; it counts as one Ctrl-C."""
     running = start(*RUN, "trainer.epochs=1000", "model.delay=0.1", terminal=True)
     running.wait_until(lambda: (place.runs / "a/.step").exists() and int((place.runs / "a/.step").read_text() or 0) > 2)
     running.type("\x03")

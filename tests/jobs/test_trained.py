@@ -1,4 +1,4 @@
-"""What is done with a run that was trained: `launch evaluate`, `predict` and `export`."""
+"""`launch evaluate`, `predict` and `export` of a trained run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN = ("run.name=a", "trainer.steps=2")
 
 @pytest.fixture
 def run(here: Place) -> Place:
-    """A run called `a` of a straight line."""
+    """A run `a` of a linear model."""
     assert here.here(*TOY, *RUN).status == 0
     return here
 
@@ -43,11 +43,11 @@ def test_evaluate(here: Place) -> None:
     over = here.here("evaluate", "a", "trainer.precision=bfloat16")
     assert over.status == 0
     assert "Over the run's own configuration: trainer.precision=bfloat16" in over.err
-    kept = [json.loads(line) for line in (here.runs / "a/evaluations.jsonl").read_text().splitlines()]
-    assert [line["words"] for line in kept] == [[], ["trainer.precision=bfloat16"]]
-    assert [line["step"] for line in kept] == [8, 8]
-    assert [line["val/loss"] for line in kept] == [json.loads(one.out)["val/loss"] for one in (done, over)]
-    assert 0 < kept[0]["time"] < kept[1]["time"]
+    entries = [json.loads(line) for line in (here.runs / "a/evaluations.jsonl").read_text().splitlines()]
+    assert [entry["words"] for entry in entries] == [[], ["trainer.precision=bfloat16"]]
+    assert [entry["step"] for entry in entries] == [8, 8]
+    assert [entry["val/loss"] for entry in entries] == [json.loads(one.out)["val/loss"] for one in (done, over)]
+    assert 0 < entries[0]["time"] < entries[1]["time"]
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_evaluate(here: Place) -> None:
         ("run.name=a run.resume=true model.width=2", r"cannot be continued with another model"),
     ],
 )
-def test_what_does_not_fit_a_run_is_refused(run: Place, words: str, message: str) -> None:
+def test_incompatible_overrides_are_rejected(run: Place, words: str, message: str) -> None:
     refused(run.here(*words.split()), message)
     assert not (run.runs / "a/evaluations.jsonl").exists()
     assert not (run.runs / "a/export").exists()
 
 
-def test_other_data_of_the_same_kind_are_evaluated_on(run: Place) -> None:
+def test_evaluate_on_other_data_of_the_same_kind(run: Place) -> None:
     done = run.here("evaluate", "a", "data.samples=3")
     assert done.status == 0
     assert json.loads(done.out).keys() == {"val/loss"}
@@ -104,10 +104,10 @@ def test_every_input_is_a_line_of_json(run: Place) -> None:
     expected = [weight * x + bias for x in range(150)]
     assert [line["prediction"] for line in found] == pytest.approx(expected, abs=1e-5)
     assert "Predicting with" in done.err
-    assert run.result("a")["status"] == "completed"  # looking at a run does not change it
+    assert run.result("a")["status"] == "completed"  # predict does not change the run
 
 
-def test_a_mapping_stands_beside_the_name_of_its_input(here: Place) -> None:
+def test_a_mapping_is_merged_with_the_name_of_its_input(here: Place) -> None:
     assert here.here(*TOY, *RUN, "model.predicts=mapping", "callbacks=ema").status == 0
     done = here.here("predict", "a", numbers(here, 2))
     weight, bias = line_of(here)  # the averages
@@ -132,7 +132,7 @@ def test_a_mapping_stands_beside_the_name_of_its_input(here: Place) -> None:
         ("evaluate a input=runs/given.txt", [1], r'no key "input"'),
     ],
 )
-def test_inputs_that_are_missing_or_damaged_are_told(run: Place, words: str, rows: list[Any], message: str) -> None:
+def test_missing_or_damaged_inputs_are_errors(run: Place, words: str, rows: list[Any], message: str) -> None:
     numbers(run, *rows)
     refused(run.here(*words.split()), message)
 
@@ -146,7 +146,7 @@ def test_inputs_that_are_missing_or_damaged_are_told(run: Place, words: str, row
         ("raise", 1, r"KeyError: 'label'"),
     ],
 )
-def test_what_predict_step_does_wrong_is_told(here: Place, predicts: str, status: int, message: str) -> None:
+def test_errors_of_predict_step(here: Place, predicts: str, status: int, message: str) -> None:
     assert here.here(*TOY, *RUN, f"model.predicts={predicts}").status == 0
     done = here.here("predict", "a", numbers(here, 1, 2, 3))
     assert (done.status, done.out) == (status, "")
@@ -160,7 +160,7 @@ def test_inputs_before_a_bad_one_are_predicted(run: Place) -> None:
     assert "given.txt, row 4" in done.err
 
 
-def test_values_that_json_has_no_form_for() -> None:
+def test_values_that_json_does_not_support() -> None:
     assert plain({1: (torch.ones(2), torch.tensor(float("inf")), True)}) == {"1": [[1.0, 1.0], None, True]}
     with pytest.raises(UserCodeError, match="a set"):
         plain([{1}])
@@ -180,7 +180,7 @@ assert "launcher" not in sys.modules and "toy" not in sys.modules
 """
 
 
-def test_an_exported_network_is_used_without_us(run: Place, tmp_path: Path) -> None:
+def test_an_exported_network_is_usable_without_launch(run: Place, tmp_path: Path) -> None:
     done = run.here("export", "a")
     assert (done.status, done.out) == (0, f"{run.runs / 'a/export'}\n"), done.err
     assert sorted(file.name for file in (run.runs / "a/export").iterdir()) == ["network.pt2", "weights.safetensors"]
@@ -189,7 +189,7 @@ def test_an_exported_network_is_used_without_us(run: Place, tmp_path: Path) -> N
         [sys.executable, "-c", _USE, done.last], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert used.returncode == 0, used.stderr
-    # What it wrote is what another run can begin with.
+    # Another run can load the exported weights.
     begun = run.here(*TOY, "run.name=b", f"checkpoint.load='{done.last}/weights.safetensors'", "trainer.steps=1")
     assert begun.status == 0, begun.err
 

@@ -1,4 +1,4 @@
-"""Whether the installed Ray has every private part that launch uses, with the signature that launch relies on."""
+"""The installed Ray has all private parts that launch uses, with the expected signatures."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ NAMES = (
         )
     ),
 )
-# The parts of the package that explain themselves without an entry: tools, data, and what a module's docstring covers.
+# The parts of the package that need no entry: tools, data, and parts that the docstring of their module describes.
 TOOLS = {"Policy", "replaced", "attribute", "NodeInfo", "adapted", "put", "get", "keys", "delete", "delete_all"}
 
 
@@ -82,7 +82,7 @@ def test_the_function_takes_what_launch_passes(path: str) -> None:
     inspect.signature(found(path)).bind(*range(positional), **dict.fromkeys(keywords))
 
 
-# What each subclass of a class of Ray overrides, beside constructors.
+# The methods that each subclass of a class of Ray overrides, besides constructors.
 OVERRIDES: dict[type, set[str]] = {
     train_controller.Avoidance: {"on_controller_start_worker_group"},
     train_controller.Group: {"_start"},
@@ -102,9 +102,9 @@ OVERRIDES: dict[type, set[str]] = {
         "_step",
         "worker_group_cls",
     },
-    trainer.Trainer: {"_create_default_callbacks", "_initialize_and_run_controller"},
+    trainer.RayTrainer: {"_create_default_callbacks", "_initialize_and_run_controller"},
 }
-# What the subclasses and the policy use of Ray Train, without overriding it.
+# The names of Ray Train that the subclasses and the policy use without overriding them.
 USED = {
     "ray.train.v2._internal.execution.worker_group:WorkerGroup": (
         *("_start", "execute_async", "get_worker_group_state", "get_workers", "has_started", "shutdown", "create"),
@@ -114,7 +114,7 @@ USED = {
     ),
     "ray.train.v2._internal.execution.worker_group.poll:WorkerGroupPollStatus": ("errors", "finished"),
 }
-# Attributes that Ray sets while it runs, by the class whose source has to name them.
+# Attributes that Ray sets at run time, by the class that defines them.
 ATTRIBUTES = {
     "ray.train.v2._internal.execution.worker_group:WorkerGroup": ("_world_rank_to_ongoing_poll", "start_time"),
     "ray.train.v2._internal.execution.worker_group:WorkerGroupState": ("placement_group_handle",),

@@ -1,10 +1,10 @@
-"""A command on a cluster of small nodes with an agent each, one of which is to be taken away: a test's driver.
+"""A driver for tests: trains on a cluster of small nodes with eviction agents, and evicts one of the nodes.
 
-    python eviction_drive.py NODES HOW WORDS…
+    python eviction_drive.py NODES HOW OVERRIDES…
 
-HOW: "azure:SECONDS" (a notice by Scheduled Events), "withdrawn:SECONDS" (the same, taken back two seconds later) or
-"sigterm:SECONDS" (to the agent of the node). The node is one with a worker; it strikes once step 3 is logged. The
-last line of standard output is a JSON object: result, and lost (VMs whose nodes are gone, or drained).
+HOW is "azure:SECONDS" (a notice of Scheduled Events), "withdrawn:SECONDS" (the same, withdrawn after two seconds) or
+"sigterm:SECONDS" (to the agent of the node). The eviction of a node with a worker starts when step 3 is logged. The
+last line of standard output is a JSON object with `result`, and `lost` (the VMs with lost or drained nodes).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METRICS = Path("runs/evicted/metrics.jsonl")
 
 
 class Machine:
-    """One node, its agent, and what Azure says to it."""
+    """A node, its agent, and its metadata service."""
 
     def __init__(self, cluster: Cluster, number: int, term_seconds: str) -> None:
         self.node = cluster.add_node(num_cpus=1, **SMALL)
@@ -57,7 +57,7 @@ def main() -> None:
     machines = [Machine(cluster, number, seconds) for number in range(int(count))]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
-    def strike() -> None:
+    def evict() -> None:
         while not (METRICS.exists() and len(METRICS.read_text().splitlines()) >= 3):
             time.sleep(0.05)
         machine = next(machine for machine in machines if machine.works)
@@ -69,19 +69,19 @@ def main() -> None:
             time.sleep(2)
             machine.events.set()
 
-    threading.Thread(target=strike, daemon=True).start()
-    told: dict[str, Any] = {}
+    threading.Thread(target=evict, daemon=True).start()
+    found: dict[str, Any] = {}
     try:
-        told["result"] = launch(*words, "run.name=evicted")
+        found["result"] = launch(*words, "run.name=evicted")
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         draining = ray._private.worker.global_worker.gcs_client.get_draining_nodes()
-        told["lost"] = [machine.events.vm for machine in machines if machine.node.node_id not in nodes - set(draining)]
+        found["lost"] = [machine.events.vm for machine in machines if machine.node.node_id not in nodes - set(draining)]
     finally:
         for machine in machines:
             machine.end()
         ray.shutdown()
         cluster.shutdown()
-    print(json.dumps(told))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

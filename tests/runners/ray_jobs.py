@@ -1,6 +1,6 @@
-"""What the workers of the runner's tests do: functions of (task, runtime, control), as the engine's `run` is one.
+"""Functions of (task, runtime, control) that the workers of the runner's tests execute, like the engine's `run`.
 
-As a program it is a driver of its own, for the tests that end it: ray_jobs.py JOB SECONDS
+As a program it is a driver that tests can kill: ray_jobs.py FUNCTION NOTE
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HERE = str(Path(__file__).resolve().parent)
 
 @dataclass
 class Task:
-    """`note` is what the job needs to know; `seconds` how long it works at most."""
+    """The task. `note` is an argument of the function, `seconds` its time limit."""
 
     note: str = ""
     seconds: float = 20.0
@@ -27,7 +27,7 @@ class Task:
 
 
 def facts(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
-    """Emit numbered events from every rank and return what this worker finds around it."""
+    """Emit numbered events from every rank, and return facts about the workers."""
     for number in range(50):
         control.emit({"kind": "progress", "rank": runtime.rank, "step": number})
     mine = {
@@ -48,17 +48,17 @@ def fail_on_one_rank(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
 
 
 def die_on_one_rank(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
-    """Send rank 1 the signal named by the note, while the others go on talking to it."""
+    """Send rank 1 the signal named by the note, while the others communicate with it."""
     control.emit({"kind": "phase", "name": "training"})
     if runtime.rank == 1:
-        time.sleep(1)  # its events are on their way
+        time.sleep(1)  # until its events are sent
         os.kill(os.getpid(), getattr(signal, task.note))
     while True:
         runtime.barrier()
 
 
 def until_stopped(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
-    """Work until all ranks have seen the request to stop. With note "deaf" it is never seen."""
+    """Run until all ranks have received the request to stop. With the note "deaf" they ignore it."""
     control.emit({"kind": "phase", "name": "setup" if task.note == "never trains" else "training"})
     end = time.monotonic() + task.seconds
     seen: list[bool] = []
@@ -71,7 +71,7 @@ def until_stopped(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
 
 
 def read_stream(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
-    """Read one pass of the Parquet files in the folder that the note names, here and as the runner offers it."""
+    """Read one epoch of the Parquet files in the folder that the note names, locally and with the runner's `apply`."""
     import torch
 
     from launcher.engine.fetch import Fetch
@@ -86,7 +86,7 @@ def read_stream(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
         "here": [x[:, 0].tolist() for x, _ in data.stream(runtime.rank, runtime.world_size, 3)],
         "there": [x[:, 0].tolist() for x, _ in data.stream(runtime.rank, runtime.world_size, 3, runtime.apply)],
     }
-    # A second look through the engine's loader, for longer than one pass: the parts of the ranks are unequal.
+    # Read them with the engine's loader for more than one epoch: the parts of the ranks are unequal.
     loader = StreamLoader(data, runtime, 0, fetch=Fetch(data, None, 0), convert=lambda batch: batch)
     more = 0
     with contextlib.closing(loader.read(iter([Key(1, 0, torch.arange(7))] * 30))) as batches:
@@ -103,7 +103,7 @@ def read_stream(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run one job on an embedded Ray of its own; exit 130 when stopped in order, 131 when stopped at once."""
+    """Run a function on an embedded Ray. Exit with 130 after a graceful stop, with 131 after an immediate one."""
     from launcher.clusters.local.embedded_ray import EmbeddedRay
     from launcher.errors import Stopped
     from launcher.runners.signals import Interrupts

@@ -1,6 +1,6 @@
-"""Notices that reach a run: Azure's service, the agent, Ray, the driver and the engine, all of them real.
+"""Eviction notices, from a metadata service through the agent, Ray and the driver to the engine.
 
-The nodes are processes on this machine. One of three is free, so that the number of workers stays.
+The nodes are processes on this machine. One of three is free, so that the number of workers does not change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support.engine_ranks import assert_same_weights, final_weights
 
 DRIVE = Path(__file__).with_name("eviction_drive.py")
 ROOT = DRIVE.parents[2]
-# The same network, in a hurry or not: an undisturbed run needs no time.
+# The same network, slowed down for the disturbed run.
 SLOW = """
 import time
 from models.vision import ConvNet
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(240)
 
 
 def evicted(how: str, directory: Path) -> tuple[dict[str, Any], str]:
-    """Train with a node taken away; return the driver's last word and what the user was shown."""
+    """Train while a node is evicted; return the driver's result and the output for the user."""
     (directory / "slow.py").write_text(SLOW)
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -72,25 +72,25 @@ def undisturbed(directory: Path) -> Path:
         pytest.param("sigterm:7", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_leaves_a_node_before_it_is_taken_away(how: str, tmp_path: Path) -> None:
-    """No step is lost, nothing is placed on the node again, it is no failure, and the weights are the same bits."""
-    told, shown = evicted(how, tmp_path)
-    result = told["result"]
+def test_a_run_leaves_a_node_before_its_eviction(how: str, tmp_path: Path) -> None:
+    """No step is lost, no worker is placed on the node again, and the weights are bit-identical."""
+    found, shown = evicted(how, tmp_path)
+    result = found["result"]
     assert result["status"] == "completed"
     assert result["preemptions"] == 1
     assert result["restarts"] == 0
     assert result["lost_steps"] <= 1
-    assert len(told["lost"]) == 1
-    assert shown.count(f"{told['lost'][0]} is to be taken away") == 1
+    assert len(found["lost"]) == 1
+    assert shown.count(f"{found['lost'][0]} will be evicted") == 1
     assert_same_weights(final_weights(tmp_path / "runs/evicted"), final_weights(undisturbed(tmp_path)))
 
 
 @pytest.mark.slow
-def test_a_notice_that_is_withdrawn_costs_nothing(tmp_path: Path) -> None:
-    told, shown = evicted("withdrawn:9", tmp_path)
-    result = told["result"]
+def test_a_withdrawn_notice_changes_nothing(tmp_path: Path) -> None:
+    found, shown = evicted("withdrawn:9", tmp_path)
+    result = found["result"]
     assert result["status"] == "completed"
     assert (result["preemptions"], result["restarts"], result["lost_steps"]) == (0, 0, 0)
-    assert told["lost"] == [], "a node was drained, which cannot be undone"
-    assert "is withdrawn; nothing was done because of it" in shown
+    assert found["lost"] == [], "a node was drained, which cannot be undone"
+    assert "was withdrawn" in shown
     assert_same_weights(final_weights(tmp_path / "runs/evicted"), final_weights(undisturbed(tmp_path)))

@@ -1,4 +1,4 @@
-"""When a run leaves a machine that is to be taken away: not too early, not too late, and once."""
+"""The time at which a run leaves a machine that will be evicted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pace(save: float | None = 0.4, step: float = 0.1, evaluation: float = 0.0) -
 
 
 class Nodes:
-    """A cluster whose notices a test writes; `silent`: it does not answer."""
+    """A cluster with the notices of a test. `silent`: it does not answer; `stubborn`: it rejects a drain."""
 
     own = "head"
 
@@ -44,7 +44,7 @@ def notice(deadline: float, identity: str = "E1", vm: str = "gpu-1") -> Notice:
 
 
 @pytest.mark.parametrize(
-    ("told", "seconds"),
+    ("event", "seconds"),
     [
         (pace(), 3.8),
         (pace(save=8.0), 15.2),
@@ -54,21 +54,21 @@ def notice(deadline: float, identity: str = "E1", vm: str = "gpu-1") -> Notice:
         (None, math.inf),
     ],
 )
-def test_how_long_before_the_deadline(told: dict[str, Any] | None, seconds: float) -> None:
-    assert seconds_needed(told) == pytest.approx(seconds)
+def test_how_long_before_the_deadline(event: dict[str, Any] | None, seconds: float) -> None:
+    assert seconds_needed(event) == pytest.approx(seconds)
 
 
-# Deadlines by node (None: no notice) from a second on; the engine's pace; -> when it leaves which nodes, within 40 s.
+# second -> deadlines by node; the engine's pace; the expected result: second -> nodes that the run leaves, within 40 s.
 @pytest.mark.parametrize(
     ("story", "engine", "leaves"),
     [
         pytest.param({0: {"n1": 30}}, pace(), {27: ["n1"]}, id="as late as is safe"),
         pytest.param({0: {"n1": 30}}, pace(save=10.0), {12: ["n1"]}, id="slow saves: earlier"),
         pytest.param({0: {"n1": 3}}, pace(), {0: ["n1"]}, id="three seconds: at once"),
-        pytest.param({0: {"n1": 30}}, None, {0: ["n1"]}, id="nothing is known of saves: at once"),
+        pytest.param({0: {"n1": 30}}, None, {0: ["n1"]}, id="unknown time of a save: at once"),
         pytest.param({5: {"n1": -1795}}, pace(), {5: ["n1"]}, id="begun already, or drained without a deadline"),
         pytest.param({0: {"n1": 30}, 20: {}}, pace(), {}, id="withdrawn: nothing happens"),
-        pytest.param({0: {"n1": 30}, 20: {"n1": 24}}, pace(), {21: ["n1"]}, id="sooner than it was said"),
+        pytest.param({0: {"n1": 30}, 20: {"n1": 24}}, pace(), {21: ["n1"]}, id="earlier than announced"),
         pytest.param({0: {"n9": 30}}, pace(), {}, id="a node without a worker of this run"),
         pytest.param({0: {"n1": 30, "n2": 38}}, pace(), {27: ["n1", "n2"]}, id="two at a time: one regroup"),
         pytest.param({0: {"n1": 8, "n2": 39}}, pace(), {5: ["n1"], 36: ["n2"]}, id="two, far apart"),
@@ -83,48 +83,46 @@ def test_when_it_leaves(story: dict[int, dict[str, float]], engine: Any, leaves:
             cluster.now = {node: notice(deadline) for node, deadline in story[second].items()}
         cluster.drained = []
         nodes = {node: host for node, host in NODES.items() if not any(node in gone for gone in left.values())}
-        asked = evictions.look(nodes, engine, float(second))
+        asked = evictions.poll(nodes, engine, float(second))
         assert asked == ("regroup" if cluster.drained else None)
         if asked:
             left[second] = cluster.drained
     assert left == leaves
-    announced = {node for said in story.values() for node in said if node in NODES}
-    assert sum("to be taken away" in line for line in lines) == len(announced)
-    assert sum("is withdrawn;" in line for line in lines) == sum(not said for said in story.values())
+    announced = {node for deadlines in story.values() for node in deadlines if node in NODES}
+    assert sum("will be evicted" in line for line in lines) == len(announced)
+    assert sum("was withdrawn" in line for line in lines) == sum(not deadlines for deadlines in story.values())
 
 
-def test_what_the_user_is_told() -> None:
+def test_the_messages_for_the_user() -> None:
     cluster, lines = Nodes(), list[str]()
     evictions = Evictions(cluster, lines.append)
     cluster.now = {"n1": notice(30.0)}
-    evictions.look(NODES, pace(), 0.0)
+    evictions.poll(NODES, pace(), 0.0)
     cluster.now = {}
-    evictions.look(NODES, pace(), 10.0)
+    evictions.poll(NODES, pace(), 10.0)
     cluster.now = {"n1": notice(15.0, "E2")}
-    evictions.look(NODES, None, 12.0)
-    assert "gpu-1 is to be taken away at " in lines[0]
-    assert (
-        "in 30 s (Preempt). The run saves in 26 s, unless that is withdrawn before, and goes on without it." in lines[0]
-    )
-    assert lines[1] == "The notice for gpu-1 is withdrawn; nothing was done because of it."
-    assert "in 3 s (Preempt). The run saves now and goes on without it." in lines[2]
+    evictions.poll(NODES, None, 12.0)
+    assert lines[0].startswith("gpu-1 will be evicted at ")
+    assert "in 30 s (Preempt). The run saves a checkpoint in 26 s, unless" in lines[0]
+    assert lines[1].startswith("The eviction of gpu-1 was withdrawn.")
+    assert "in 3 s (Preempt). The run saves a checkpoint now and continues without it." in lines[2]
 
 
 def test_a_notice_for_the_command_s_own_machine_stops_the_run() -> None:
-    """A new group would have nobody to supervise it."""
+    """A new group would have no supervisor."""
     cluster, lines = Nodes(), list[str]()
     cluster.own, cluster.now = "n1", {"n1": notice(3.0)}
-    assert Evictions(cluster, lines.append).look(NODES, pace(), 0.0) == "stop"
+    assert Evictions(cluster, lines.append).poll(NODES, pace(), 0.0) == "stop"
     assert "run.resume=true" in lines[0]
 
 
-def test_a_cluster_that_does_not_answer_takes_no_notice_back_and_is_left_in_time() -> None:
+def test_a_notice_stays_valid_while_the_cluster_does_not_answer() -> None:
     cluster, lines = Nodes(), list[str]()
     evictions = Evictions(cluster, lines.append)
     cluster.now = {"n1": notice(10.0)}
-    evictions.look(NODES, pace(), 0.0)
+    evictions.poll(NODES, pace(), 0.0)
     cluster.silent = cluster.stubborn = True
-    asked = [evictions.look(NODES, pace(), second / 5) for second in range(50)]
+    asked = [evictions.poll(NODES, pace(), second / 5) for second in range(50)]
     assert asked.count("regroup") == 1
     assert asked.index("regroup") / 5 == pytest.approx(6.2)
     assert "does not drain host-1" in lines[-1]

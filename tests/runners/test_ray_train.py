@@ -21,11 +21,11 @@ import pytest
 from ray_jobs import HERE, Task
 
 from launcher.clusters import reaper
-from launcher.clusters.local.embedded_ray import EmbeddedRay
+from launcher.clusters.local.embedded_ray import MARKER, EmbeddedRay
 from launcher.errors import DataError, LaunchError, LoaderLost, NonFiniteLoss, Stopped, UserCodeError, WorkerLost
 from launcher.runners import worker_errors
 from launcher.runners.signals import Interrupts
-from launcher.runners.supervision import Limits, again, explain
+from launcher.runners.supervision import Limits, explain, restart_note
 from tests.support.waiting import wait_for
 
 CPUS = 2
@@ -54,11 +54,8 @@ def run(cluster: EmbeddedRay, job: str, note: str = "", workers: int = 2, events
         )
 
 
-def test_before_training_has_begun_one_signal_is_enough(cluster: EmbeddedRay) -> None:
-    """There is nothing to save yet; waiting for it would look like a launcher that ignores Ctrl-C.
-
-    That the run gave back what it held is shown by the tests below, which need the same CPUs.
-    """
+def test_one_signal_is_enough_before_training(cluster: EmbeddedRay) -> None:
+    """There is nothing to save. The tests below need the same CPUs, so they show that the run has released them."""
     sent = _send_when_training(signal.SIGINT)
 
     with pytest.raises(Stopped):
@@ -75,9 +72,9 @@ def test_a_second_signal_stops_at_once(cluster: EmbeddedRay) -> None:
     assert time.monotonic() - sent.begun < 15
 
 
-def test_a_users_own_ray_runs_more_workers_than_cpus_in_the_users_directory(cluster: EmbeddedRay) -> None:
-    """Would be wrong: fractions of a CPU refused, ranks doubled, events lost or out of order, relative paths moved; and
-    where Ray was there before, as in a notebook, anything that only works on a Ray of our own."""
+def test_workers_with_fractions_of_a_cpu_on_an_existing_ray(cluster: EmbeddedRay) -> None:
+    """Guards against: duplicate ranks, events that are lost or out of order, another working directory, and code that
+    only works on an embedded Ray, not on the Ray of a notebook."""
     events: list[dict[str, Any]] = []
 
     with EmbeddedRay() as borrowed:
@@ -92,8 +89,8 @@ def test_a_users_own_ray_runs_more_workers_than_cpus_in_the_users_directory(clus
         assert [event["step"] for event in events if event["rank"] == rank] == list(range(50))
 
 
-def test_an_exception_on_one_rank_is_raised_as_what_it_was(cluster: EmbeddedRay) -> None:
-    """Would be wrong: Ray's wrapping, or the broken connections of the other ranks, told instead of the cause."""
+def test_an_exception_on_one_rank_is_raised_in_the_driver(cluster: EmbeddedRay) -> None:
+    """Guards against: a wrapper of Ray, or broken connections of other ranks, reported instead of the cause."""
     begun = time.monotonic()
 
     with pytest.raises(UserCodeError) as caught:
@@ -119,7 +116,7 @@ def test_an_exception_on_one_rank_is_raised_as_what_it_was(cluster: EmbeddedRay)
         LoaderLost("killed"),
     ],
 )
-def test_errors_of_ours_arrive_as_they_left(error: LaunchError) -> None:
+def test_errors_are_encoded_and_decoded(error: LaunchError) -> None:
     arrived = worker_errors.rebuild(json.loads(json.dumps(worker_errors.describe(error, rank=1))))
 
     assert type(arrived) is type(error)
@@ -127,22 +124,23 @@ def test_errors_of_ours_arrive_as_they_left(error: LaunchError) -> None:
     assert getattr(arrived, "traceback_text", "") == getattr(error, "traceback_text", "")
 
 
-def test_a_dead_loader_process_is_a_cause_and_not_what_follows() -> None:
-    """Would be wrong: no restart; or the broken connections of the others are reported as the cause."""
+def test_a_dead_loader_process_is_a_cause_and_not_a_consequence() -> None:
+    """Guards against: no restart, or broken connections of other ranks reported as the cause."""
     lost, gone = (
         worker_errors.describe(error, 0) for error in (LoaderLost("a loader process was killed"), WorkerLost("gone"))
     )
     assert (lost["lost"], lost["aftermath"]) == (True, False)
     assert (gone["lost"], gone["aftermath"]) == (False, True)
-    told = explain(RuntimeError(), {}, [gone, lost | {"time": gone["time"] + 1}])
-    assert isinstance(told, LoaderLost)
+    error = explain(RuntimeError(), {}, [gone, lost | {"time": gone["time"] + 1}])
+    assert isinstance(error, LoaderLost)
     verdict = {"cause": "failure", "count": 1, "most": 3}
-    assert again(verdict, {}, {}, Limits(), [gone, lost]).startswith("a loader process was killed. The run is started")
+    note = restart_note(verdict, {}, {}, Limits(), [gone, lost])
+    assert note.startswith("a loader process was killed. The run restarts")
 
 
-def test_ray_data_reads_a_stream_though_the_workers_have_every_cpu(cluster: EmbeddedRay, tmp_path: Path) -> None:
-    """Would be wrong: rows lost or doubled, another order than without Ray, tasks that wait for a CPU which never comes
-    or for the other worker, a file that is gone told as Ray's trouble."""
+def test_ray_data_reads_a_stream_while_the_workers_reserve_all_cpus(cluster: EmbeddedRay, tmp_path: Path) -> None:
+    """Guards against: lost or duplicate rows, another order than without Ray, a deadlock of tasks that wait for a CPU,
+    and a missing file reported as an error of Ray."""
     for shard in range(3):
         number = np.arange(100.0 * shard, 100.0 * (shard + 1))
         table = pa.table({"a": number, "y": number})
@@ -158,9 +156,11 @@ def test_ray_data_reads_a_stream_though_the_workers_have_every_cpu(cluster: Embe
         assert str(tmp_path / "part-1.parquet") in worker["failed"]
 
 
-@pytest.mark.parametrize(("number", "how"), [("SIGKILL", "died without a word"), ("SIGSEGV", r"crashed.*\(SIGSEGV\)")])
+@pytest.mark.parametrize(
+    ("number", "how"), [("SIGKILL", "died without an error message"), ("SIGSEGV", r"crashed.*\(SIGSEGV\)")]
+)
 def test_a_worker_that_dies_is_named(cluster: EmbeddedRay, number: str, how: str) -> None:
-    """Would be wrong: "connection closed by peer" of the survivor told instead of who died, or an endless wait."""
+    """Guards against: the lost connection of another rank reported as the cause, and an endless wait."""
     with pytest.raises(WorkerLost, match=rf"Worker 1 of 2 \(process \d+ on .+\) {how}.*run\.resume=true"):
         run(cluster, "die_on_one_rank", number)
 
@@ -185,11 +185,11 @@ def _send_when_training(number: int, times: int = 1) -> _Sender:
     return _Sender(number, times)
 
 
-# ---- drivers of their own -------------------------------------------------------------------------------------------
+# ---- drivers in other processes -------------------------------------------------------------------------------------
 
 
 def start_driver(job: str, note: str, home: Path) -> subprocess.Popen[str]:
-    """Start a driver in a session (and so a process group) of its own, as a terminal does."""
+    """Start a driver in a new session and process group, as a terminal does."""
     return subprocess.Popen(
         [sys.executable, str(Path(HERE) / "ray_jobs.py"), job, note],
         stdout=subprocess.PIPE,
@@ -200,9 +200,9 @@ def start_driver(job: str, note: str, home: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_in_a_terminal_reaches_ray_too_and_still_stops_in_order(tmp_path: Path) -> None:
-    """A terminal signals the whole process group. Would be wrong: Ray's own handler, or Ray's processes that die of it
-    before the checkpoint; a rank that never hears of the request; chatter on the terminal, files at home, leftovers."""
+def test_ctrl_c_in_a_terminal_stops_gracefully(tmp_path: Path) -> None:
+    """A terminal signals the whole process group. Guards against: Ray's own signal handler, Ray's processes that die
+    before the checkpoint, a rank without the request, other output, and files or processes that are left."""
     with start_driver("until_stopped", "", tmp_path) as driver:
         assert driver.stdout is not None
         lines = []
@@ -214,15 +214,15 @@ def test_ctrl_c_in_a_terminal_reaches_ray_too_and_still_stops_in_order(tmp_path:
 
     session, *rest = lines
     assert rest[-1] == "result {'seen': [True, True]}"
-    # Both ranks trained, and the user was told once (a note, which has no name) that the run stops.
+    # Both ranks trained, and one note (an event without a name) reported the stop.
     assert sorted(rest[:-1]) == ["event None", "event training", "event training"]
     assert not Path(session.split()[1]).exists()
     assert not list(tmp_path.iterdir())
 
 
-def test_sigkill_of_the_driver_leaves_nothing_and_touches_nobody_else(tmp_path: Path) -> None:
-    """Would be wrong: agents that live on for a minute, workers that train on unseen, another user's Ray killed."""
-    decoy = subprocess.Popen(["sleep", "60"], env={reaper_name(): "0" * 32})
+def test_sigkill_of_the_driver_kills_its_processes_and_no_others(tmp_path: Path) -> None:
+    """Guards against: agents or workers that continue to run, and another Ray that is killed."""
+    decoy = subprocess.Popen(["sleep", "60"], env={MARKER: "0" * 32})
     with (
         start_driver("until_stopped", "", tmp_path) as driver,
         start_driver("until_stopped", "", tmp_path) as foreign,
@@ -233,7 +233,7 @@ def test_sigkill_of_the_driver_leaves_nothing_and_touches_nobody_else(tmp_path: 
         while "training" not in driver.stdout.readline():
             pass
         marker = marker_of_child(driver.pid)
-        assert len(reaper.marked(marker)) >= 6  # GCS, raylet, two agents, controller, two workers: the test looks right
+        assert len(reaper.marked(marker)) >= 6  # GCS, raylet, two agents, controller, two workers
 
         os.kill(driver.pid, signal.SIGKILL)
 
@@ -249,8 +249,8 @@ def test_sigkill_of_the_driver_leaves_nothing_and_touches_nobody_else(tmp_path: 
 
 
 @pytest.mark.parametrize(("process", "named"), [("gcs_server", "gcs_server"), ("ray::TrainController", "controller")])
-def test_a_run_whose_supervision_dies_ends_and_says_so(tmp_path: Path, process: str, named: str) -> None:
-    """Would be wrong: a command that hangs for ever (Ray itself waits a minute for its GCS, then kills the driver)."""
+def test_the_loss_of_a_process_of_ray_ends_the_run_with_an_error(tmp_path: Path, process: str, named: str) -> None:
+    """Guards against: a command that hangs (Ray itself waits for its GCS for a minute, then kills the driver)."""
     with start_driver("until_stopped", "deaf", tmp_path) as driver:
         assert driver.stdout is not None
         session = driver.stdout.readline().split()[1]
@@ -270,14 +270,8 @@ def test_a_run_whose_supervision_dies_ends_and_says_so(tmp_path: Path, process: 
     wait_for(lambda: not Path(session).exists(), 10, session)
 
 
-def reaper_name() -> str:
-    from launcher.clusters.local.embedded_ray import MARKER
-
-    return MARKER
-
-
 def marker_of_child(driver: int) -> str:
-    """Return the marker that the children of a driver carry."""
+    """Return the marker in the environment of the children of a driver."""
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
@@ -285,6 +279,6 @@ def marker_of_child(driver: int) -> str:
         except OSError:
             continue
         for entry in entries:
-            if parent == driver and entry.startswith(reaper_name() + "="):
+            if parent == driver and entry.startswith(MARKER + "="):
                 return entry
     raise AssertionError("no child of the driver carries a marker")

@@ -1,4 +1,4 @@
-"""Lost workers under Ray Train: the run goes on by itself and ends with the weights of an undisturbed run."""
+"""Lost workers under Ray Train: the run restarts, and ends with the weights of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def same_weights(place: Place, one: dict[str, Any], other: dict[str, Any]) -> bo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.slow  # tests/faults shows much of it in every run of the suite
+@pytest.mark.slow  # tests/faults covers much of it in every run of the suite
 @pytest.mark.timeout(170)
 def test_killed_workers_are_replaced(place: Place) -> None:
-    """Would be wrong: the consequence told as the cause, steps counted wrongly, another order of samples after it, a
-    rank that waits for one of the group before."""
+    """Guards against: a consequence reported as the cause, a wrong count of steps, another order of samples, and a rank
+    that waits for one of an earlier group."""
     words = ("cluster=local", "scaling.workers=2", "model.delay=0.3", accidents((1, 6, "KILL"), (0, 10, "KILL")))
     done = place.launch(*JOB, *words, "run.name=a", seconds=160)
     assert done.status == 0, done.err
@@ -42,16 +42,16 @@ def test_killed_workers_are_replaced(place: Place) -> None:
     assert (result["restarts"], result["preemptions"]) == (2, 0)
     assert 2 <= result["lost_steps"] < 2 * (4 + 3)  # a save takes up to three steps
     assert same_weights(place, result, place.result("b"))
-    told = [line for line in done.err.splitlines() if "died without a word" in line]
-    assert [line.split("(process")[0].split("Worker")[1] for line in told] == [" 1 of 2 ", " 0 of 2 "]
+    lines = [line for line in done.err.splitlines() if "died without an error message" in line]
+    assert [line.split("(process")[0].split("Worker")[1] for line in lines] == [" 1 of 2 ", " 0 of 2 "]
     assert "Traceback" not in done.err
 
 
 @pytest.mark.smoke
 @pytest.mark.timeout(170)
-def test_a_halted_worker_is_replaced_and_workers_are_as_many_as_fit(place: Place) -> None:
-    """Would be wrong: a wait without an end for a process that is there and does nothing; four workers asked of two
-    CPUs refused though one is said to be enough."""
+def test_a_stopped_worker_is_replaced_and_the_group_is_as_large_as_fits(place: Place) -> None:
+    """Guards against: an endless wait for a process that hangs, and the rejection of four workers on two CPUs with
+    `scaling.min_workers=1`."""
     words = ("cluster=local", "scaling.workers=4", "scaling.min_workers=1", f"scaling.cpus_per_worker={CPUS / 2}")
     halted = ("model.delay=0.2", "scaling.timeout=8", accidents((1, 6, "STOP")))
     done = place.launch(*JOB, *words, *halted, "run.name=a", seconds=160)
@@ -65,4 +65,4 @@ def test_a_halted_worker_is_replaced_and_workers_are_as_many_as_fit(place: Place
     assert "Worker 1 of 2 (process" in done.err
     assert "did not answer" in done.err
     pid = int((place.runs / "a/accident-0").read_text().split()[0])
-    assert not Path(f"/proc/{pid}").exists(), "it would go on if somebody let it"
+    assert not Path(f"/proc/{pid}").exists(), "the stopped process is left"

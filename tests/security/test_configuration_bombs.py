@@ -1,4 +1,4 @@
-"""Configurations that are meant to use up this machine: exit status 2 within seconds, in one paragraph."""
+"""Configurations that try to exhaust this machine: exit status 2 within seconds, with a message of one paragraph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launcher.jobs.prepare import recorded_words
 from launcher.runs import RunDirectory, find
 
 GLOBAL = "# @package _global_\n"
-SECONDS = 5.0  # of this process's own time: other processes may have the machine meanwhile
+SECONDS = 5.0  # CPU time of this process, since other processes may use the machine
 
 
 def _growing(first: str, item: str, times: int, levels: int) -> str:
@@ -108,7 +108,7 @@ def test_files_that_include_each_other(tmp_path: Path) -> None:
 
 
 def test_of_other_files_of_a_run(tmp_path: Path) -> None:
-    """What cannot be read of overrides.yaml is left out; the number of the best trial is a number."""
+    """Unreadable parts of overrides.yaml are ignored; the number of the best trial must be a number."""
     run = RunDirectory(tmp_path / "a")
     run.create()
     run.overrides.write_text(f"- {'[' * 100_000}{']' * 100_000}\n")
@@ -117,8 +117,8 @@ def test_of_other_files_of_a_run(tmp_path: Path) -> None:
     _refused(lambda: find(tmp_path, "a/best"))
 
 
-def test_a_large_configuration_is_none(tmp_path: Path) -> None:
-    """A thousand labels, a hundred references and twenty levels are ordinary."""
+def test_a_large_configuration_is_accepted(tmp_path: Path) -> None:
+    """A thousand labels, a hundred references and twenty levels are allowed."""
     labels = json.dumps([f"label {number}" for number in range(1000)])
     references = "".join(f"  b{number}: '${{vars.labels.{number}}} of ${{vars.one}}'\n" for number in range(100))
     deep = f"{'{a: ' * 20}1{'}' * 20}"

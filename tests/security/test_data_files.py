@@ -1,4 +1,4 @@
-"""Data files of a stranger: no other program is started, no FIFO is opened, and no small file fills the memory."""
+"""Malicious data files: they start no program, open no FIFO, and do not exhaust the memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from models.speech_files import check_audio, read_audio
 from models.vision_data import Idx, read_idx
 from models.vision_folder import PictureFolder, decode
 
-# Ghostscript would run what follows the header.
+# Ghostscript would execute the commands after the header.
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(mark) run\nshowpage\n"
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG file that states its size and holds no pixels."""
+    """Return a PNG file with a header and no pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(b"")
     parts = [struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in (chunk, data)]
@@ -81,7 +81,7 @@ def test_a_header_with_dimensions_that_overflow_allocates_nothing(tmp_path: Path
         read_idx(tmp_path / "a", 3)
 
 
-def test_what_is_unpacked_in_full_is_as_long_as_the_limit_at_most(tmp_path: Path) -> None:
+def test_decompressed_data_are_limited(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(1000)))
     assert unpacked(tmp_path / "a.gz", 1000) == (bytes(1000), True)
     with pytest.raises(ValueError, match="decompresses to more than 999 bytes"):

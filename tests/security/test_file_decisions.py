@@ -1,7 +1,7 @@
-"""What a configuration file may not decide: where code runs, and where secrets go.
+"""A configuration file must not decide where code runs and where secrets are sent.
 
-A stranger's experiment, or a stranger's run, is used without a word about a cluster. At commit f746dbe each of these
-files had its way.
+The tests use an experiment or a run of another person, without an override about a cluster. At commit f746dbe each of
+these files was obeyed.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def write(directory: Path, files: Mapping[str, str]) -> Path:
 
 @pytest.fixture
 def user_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The place of the user's own settings."""
+    """The file of the user's own settings."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
     file = tmp_path / "xdg" / "launch" / "default.yaml"
     file.parent.mkdir(parents=True)
     return file
 
 
-# ---- what it led to --------------------------------------------------------------------------------------------------
+# ---- attacks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def address() -> Iterator[tuple[str, list[bytes]]]:
-    """An address that is not the user's, and what was sent there."""
+    """An address of an attacker, and the requests that it has received."""
     heard: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -99,7 +99,7 @@ def test_an_experiment_names_no_address_for_the_token(
 def test_a_run_of_a_stranger_names_no_address(
     here: Place, address: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new run uses this machine, and one line says what is not used."""
+    """The new run uses this machine, and one line names the ignored keys."""
     url, heard = address
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token-of-another-cluster")
     targets.add_calling_directory(here.directory)
@@ -119,7 +119,7 @@ def test_a_run_of_a_stranger_names_no_address(
 def test_an_experiment_names_no_object_store(
     here: Place, tmp_path: Path, address: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of verbs that list: a store gets credentials of this environment."""
+    """Also for verbs that only list runs, since an object store gets the credentials of this environment."""
     url, heard = address
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
@@ -131,7 +131,7 @@ def test_an_experiment_names_no_object_store(
         assert "run.root=" in done.err
 
 
-# ---- detours of files ------------------------------------------------------------------------------------------------
+# ---- indirections ----------------------------------------------------------------------------------------------------
 
 HOSTS = "kind: ssh\nhosts: [x]\n"
 DETOURS: list[tuple[str, dict[str, str]]] = [
@@ -151,7 +151,7 @@ DETOURS: list[tuple[str, dict[str, str]]] = [
 
 
 @pytest.mark.parametrize("files", [files for _, files in DETOURS], ids=[name for name, _ in DETOURS])
-def test_no_detour_of_a_file_decides(files: dict[str, str], tmp_path: Path) -> None:
+def test_no_indirection_of_a_file_decides(files: dict[str, str], tmp_path: Path) -> None:
     own = write(tmp_path, files)
     with pytest.raises(LaunchError, match=r"cluster\.(kind|hosts|setup|env)") as caught:
         compose(["experiment=evil"], own)
@@ -219,10 +219,10 @@ def test_the_environment_stays_out_of_names(text: str, tmp_path: Path, monkeypat
         compose(["experiment=evil"], own)
     assert caught.value.exit_status == 2
     assert SECRET not in str(caught.value)
-    assert compose(["run.root=/tmp/${oc.env:HIDDEN}"]).job.run.root == f"/tmp/{SECRET}"  # the user's own word
+    assert compose(["run.root=/tmp/${oc.env:HIDDEN}"]).job.run.root == f"/tmp/{SECRET}"  # the user's own override
 
 
-# ---- a stranger's run ------------------------------------------------------------------------------------------------
+# ---- a run of another person -----------------------------------------------------------------------------------------
 
 THEIRS = """\
 cluster: {kind: ssh, hosts: [x], setup: [touch mark], nodes: 3, size: Standard_NC24ads_A100_v4}
@@ -254,7 +254,7 @@ def test_a_strangers_run_is_used_here_with_one_line(tmp_path: Path) -> None:
 
 
 def test_the_users_own_run_keeps_its_cluster(tmp_path: Path) -> None:
-    """It is the record in the user's state directory that counts, not what the run's directory says by now."""
+    """The record in the user's state directory counts, not the current content of the run's directory."""
     run = _stored(tmp_path / "runs" / "mine", THEIRS)
     user_state.record_cluster(run, asdict(SshCluster(hosts=["ada@vm1"], ssh_key="/key")))
     lines: list[str] = []
@@ -317,7 +317,7 @@ def test_the_users_own_settings_are_about_places_alone(text: str, user_file: Pat
 
 
 def test_our_own_files_decide_nothing() -> None:
-    """Each shipped experiment composes without a word about a cluster."""
+    """Each shipped experiment composes without an override about a cluster."""
     for name in sources().groups()["experiment"]:
         assert compose([f"experiment={name}"]).job.cluster == Job().cluster
 
@@ -327,7 +327,7 @@ def test_help_still_shows_the_configuration_directory(here: Place) -> None:
 
 
 def test_a_head_uses_what_the_sender_decided(tmp_path: Path) -> None:
-    """The user's settings and records stay on their own machine; files on the head decide as little as anywhere."""
+    """The user's settings and records are on the user's machine; files on the head must not decide."""
     cluster = SshCluster(hosts=["ada@vm1"], env=["HOME"])
     settings = Settings.decided(asdict(cluster))
     run = _stored(tmp_path / "theirs", THEIRS)

@@ -1,4 +1,4 @@
-"""Lists with one run that cannot be read, and text that would drive the terminal."""
+"""Lists with one unreadable run, and text with control sequences for the terminal."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A run root with a run that is well."""
+    """A run root with one intact run."""
     good = RunDirectory(tmp_path / "runs" / "good")
     good.create()
     good.write_result({"status": "completed", "steps": 8, "metrics": {"train/loss": 0.5}, "seconds": 2.0})
@@ -140,7 +140,7 @@ def test_our_own_results_are_readable() -> None:
 # ---- the terminal ---------------------------------------------------------------------------------------------------
 
 
-def test_text_of_a_run_drives_no_terminal(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_sequences_of_a_run_are_removed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(root / f"name {ESCAPE.replace('/', '')}")
     run.create()
     content = {"status": f"completed{ESCAPE}", "best": {"tag": ESCAPE, "value": 1.0, "step": 1}}
@@ -166,7 +166,7 @@ def test_text_of_a_run_drives_no_terminal(root: Path, capsys: pytest.CaptureFixt
         {"kind": "phase", "name": ESCAPE},
     ],
 )
-def test_events_of_a_run_elsewhere_drive_no_terminal(event: dict[str, object]) -> None:
+def test_control_sequences_of_remote_events_are_removed(event: dict[str, object]) -> None:
     stream = io.StringIO()
     with Display(stream=stream) as display:
         display.show(event)
@@ -175,7 +175,7 @@ def test_events_of_a_run_elsewhere_drive_no_terminal(event: dict[str, object]) -
     assert not [raw for raw in RAW if raw in stream.getvalue()]
 
 
-def test_colours_of_the_users_code_stay_styles() -> None:
+def test_colours_of_user_code_are_kept() -> None:
     assert printable("\x1b[1;31mred\x1b[0m\x1b[2J", colours=True) == "\x1b[1;31mred\x1b[0m\\x1b[2J"
     assert printable("tab\tline\nbreak\r\x85é中") == "tab\tline\nbreak\\x0d\\x85é中"
     assert list(list_runs("/nothing")) == []

@@ -1,4 +1,4 @@
-"""Secrets by name, by form and by value: none is written, and what is no secret stays."""
+"""Secrets are masked by name, by form and by value; other text is not changed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MARK = "hunter2"
         ),
     ],
 )
-def test_words_are_kept_without_secrets(word: str, kept: str) -> None:
+def test_overrides_are_recorded_without_secrets(word: str, kept: str) -> None:
     assert masking.mask_word(word) == kept
 
 
@@ -81,7 +81,7 @@ diff --git a/a.py b/a.py
 """
 
 
-def test_a_patch_is_kept_without_secrets() -> None:
+def test_a_patch_is_recorded_without_secrets() -> None:
     masked = mask_patch(PATCH)
     assert MARK not in masked
     lines = PATCH.splitlines()
@@ -90,7 +90,7 @@ def test_a_patch_is_kept_without_secrets() -> None:
     assert len(masked.splitlines()) == len(lines)
 
 
-def test_a_patch_is_not_recorded_where_nothing_can_judge_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_is_not_recorded_if_it_cannot_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     from launcher.config import secret_forms
     from launcher.runs import masked_patch
 
@@ -119,7 +119,7 @@ def test_values_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_run_is_resumed_with_what_was_not_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands in config.yaml in place of a secret never becomes a value by accident."""
+    """The mask of a secret in config.yaml is never used as a value."""
     monkeypatch.setenv("A_TOKEN", "planted-one")
     words = ["+vars.note=hf_hunter2hunter2hunter2hunter2", "+data.token=${oc.env:A_TOKEN,hunter2}"]
     stored = tmp_path / "config.yaml"

@@ -1,4 +1,4 @@
-"""What reaches other machines: no option where a host is meant, no port for all, no key that is not compared."""
+"""Connections to other machines: hosts are not options, ports are not public, host keys are compared."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_hosts_are_hosts(host: str) -> None:
 
 
 def test_ssh_and_rsync_read_nothing_behind_the_options_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By stand-ins that write down their words."""
+    """With stubs that record their arguments."""
     for name in ("ssh", "rsync"):
         (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" END >> {tmp_path}/words\n')
         (tmp_path / name).chmod(0o755)
@@ -76,13 +76,13 @@ def test_ssh_and_rsync_read_nothing_behind_the_options_as_one(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("value", ["0.0.0.0/0", "::/0", "0.0.0.0/1", "*", "Internet", "10.0.0.0/33", "vm1", ""])
-def test_ssh_is_not_opened_to_all_by_accident(value: str) -> None:
+def test_ssh_is_not_opened_to_all_addresses_by_accident(value: str) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.ssh_from"):
         compose(["cluster=azure", "cluster.size=Standard_NC24ads_A100_v4", f'cluster.ssh_from="{value}"'])
 
 
 @pytest.mark.parametrize(("value", "prefix"), [("203.0.113.7", "203.0.113.7"), (ANYWHERE, "0.0.0.0/0")])
-def test_ssh_is_opened_to_whom_the_word_names(value: str, prefix: str) -> None:
+def test_ssh_is_opened_to_the_given_addresses(value: str, prefix: str) -> None:
     from dataclasses import asdict
 
     words = ["cluster=azure", "cluster.size=Standard_NC24ads_A100_v4", f"cluster.ssh_from={value}"]
@@ -110,11 +110,11 @@ def test_ray_compares_host_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert "StrictHostKeyChecking=accept-new" in said
         assert "/dev/null" not in said
     assert f"UserKnownHostsFile={LOCAL.known_hosts}" in options["vm-head"]
-    assert "HostKeyAlias=vm-node" in options["vm-node"]  # its address may have been another's
+    assert "HostKeyAlias=vm-node" in options["vm-node"]  # another machine may have had its address before
 
 
 def test_no_package_of_another_user_is_installed(tmp_path: Path) -> None:
-    """Another user of the node made the file that a fixed name in /tmp leads to, and root installs it."""
+    """Another user of the node may create a file with a fixed name in /tmp, which root would install."""
     lines = mounts.setup_lines(mounts.read({"/data": "abfss://data@account.dfs.core.windows.net/x"}))
     install = lines[0]
     assert "/tmp" not in install
@@ -184,7 +184,7 @@ def test_a_rayjob_takes_nested_secrets_by_reference(word: str, passes: bool) -> 
 
 
 def test_a_node_shows_no_password_of_a_requirement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip's words stand in the list of processes, those of a shell as well."""
+    """The arguments of pip and of a shell are visible in the list of processes."""
     from launcher.clusters.remote import node_setup
 
     monkeypatch.setattr("launcher.clusters.remote.from_driver.adopt", lambda: None)

@@ -1,4 +1,4 @@
-"""Values that are planted in every place where a user may keep one are found in no record of a run or a sweep."""
+"""Secret values in all places where users keep them do not appear in any record of a run or a sweep."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARK = b"pl4" + b"nted"
 
 
 def processes():
-    """The words of all processes but the command itself, whose words its user typed."""
+    """Return the command lines of all processes except the command of the user."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes()
@@ -37,7 +37,7 @@ def processes():
 
 def logs():
     for file in Path(os.environ["TMPDIR"]).rglob("*"):
-        if "/session_" in str(file):  # of Ray, and there while it runs
+        if "/session_" in str(file):  # Ray's own file, which exists only while it runs
             with open(os.environ["FOUND"] + ".looked", "a") as looked:
                 looked.write(f"{file}\\n")
         try:
@@ -50,17 +50,17 @@ def logs():
 class Planted(nn.Module):
     def __init__(self, password, api_key, secret):
         super().__init__()
-        self.line, self.told = nn.Linear(1, 1), 0
+        self.line, self.calls = nn.Linear(1, 1), 0
         self.texts = [password, api_key, secret]
 
     def training_step(self, batch):
         x, y = batch
-        self.told += 1
-        if self.told == 2:  # after the start check
+        self.calls += 1
+        if self.calls == 2:  # after the start check
             print("connecting with", self.texts, os.environ["HF_TOKEN"])
             logging.getLogger("mine").warning("again with %s", os.environ["DB_PASSWORD"])
             sys.stderr.write(os.environ["HF_TOKEN"] + "\\\\n")
-        if self.told == 4:
+        if self.calls == 4:
             with open(os.environ["FOUND"], "a") as file:
                 file.writelines(f"{line}\\\\n" for line in (*processes(), *logs()))
             if os.environ.get("FAILS"):
@@ -107,7 +107,7 @@ pl4nted18pl4nted18
 
 @pytest.fixture
 def project(place: Place) -> Place:  # noqa: F811
-    """A project in git with planted values in its configuration, in what was not committed, and in .env."""
+    """A project in git with secrets in its configuration, in uncommitted changes, and in .env."""
     files = {"planted.py": MODEL, "own/experiment/planted.yaml": EXPERIMENT, "own/model/planted.yaml": OPTION}
     for name, text in {**files, ".env": "A=1\n", "more.py": "x = 1\n"}.items():
         (place.directory / name).write_text(text)
@@ -121,13 +121,13 @@ def project(place: Place) -> Place:  # noqa: F811
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="pl", dir="/tmp"))  # a short path: Ray makes sockets below it
+    directory = Path(tempfile.mkdtemp(prefix="pl", dir="/tmp"))  # a short path, since it contains Ray's sockets
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def found(project: Place, scratch: Path) -> list[str]:
-    """Return where planted values are: records of runs, the home, what is left in the temporary folder."""
+    """Return where secrets are found: records of runs, the home directory, and the temporary folder."""
     files = [file for root in (project.runs, project.home, scratch) for file in root.rglob("*") if file.is_file()]
     assert any("tfevents" in file.name for file in files)
     seen = [str(file) for file in files if MARK in file.read_bytes().lower()]
@@ -162,7 +162,7 @@ def test_a_run_that_fails_keeps_none(project: Place, scratch: Path) -> None:
 
 
 def test_a_run_of_two_ray_workers_keeps_none(project: Place, scratch: Path) -> None:
-    """Each worker looks while it trains: at the command line of every process, and at every file of Ray's session."""
+    """Each worker searches the command lines of all processes and all files of Ray's session during training."""
     words = ["--config-dir", "own", "experiment=planted", "cluster=local", "scaling.workers=2", *WORDS]
     words += ["scaling.cpus_per_worker=0.5", "run.name=r"]
     done = project.launch(*words, seconds=240, **environment(project, scratch))

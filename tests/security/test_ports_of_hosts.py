@@ -1,4 +1,4 @@
-"""On hosts of a cluster only the ports that docs/security.md names listen beyond loopback while a run goes on."""
+"""During a run, hosts of a cluster listen beyond loopback only on the ports in docs/security.md."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.vmlab import elsewhere
-from tests.support.vmlab.elsewhere import Elsewhere
+from tests.support.vmlab import ssh_lab
 from tests.support.vmlab.lab import Host
+from tests.support.vmlab.ssh_lab import SshLab
 from tests.support.waiting import wait_for
 
 # (what the process is, which of its ports) as the table of docs/security.md has it.
@@ -37,7 +37,7 @@ class Socket:
 
 
 def sockets(host: Host) -> list[Socket]:
-    """Return what listens in the network namespace of a host, by `ss -ltnp`."""
+    """Return the listening sockets in the network namespace of a host, from `ss -ltnp`."""
     shown = subprocess.run(
         ["ip", "netns", "exec", host._link.name, "ss", "-ltnpH"], capture_output=True, text=True, check=True
     ).stdout
@@ -51,10 +51,10 @@ def sockets(host: Host) -> list[Socket]:
 
 
 def is_named(socket: Socket, host: Host, gcs: int) -> bool:
-    """Whether docs/security.md names a socket that listens beyond loopback."""
+    """Return whether docs/security.md lists a socket that listens beyond loopback."""
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     if "sshd" in socket.owner:
-        return socket.port == elsewhere.PORT
+        return socket.port == ssh_lab.PORT
     if "gcs_server" in socket.owner:
         return socket.port == gcs or low <= socket.port <= high
     if "ray.util.client.server" in socket.owner:
@@ -65,24 +65,24 @@ def is_named(socket: Socket, host: Host, gcs: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_only_the_named_ports_listen_beyond_loopback(there: Elsewhere) -> None:
+def test_only_the_named_ports_listen_beyond_loopback(ssh_machines: SshLab) -> None:
     words = ["--config-dir", "own", "experiment=toy", "trainer.steps=1000000", "checkpoint.every=200"]
-    words += ["scaling.workers=2", "scaling.cpus_per_worker=2", "run.name=long", *there.words()]
-    there.start(*words)
-    metrics = there.calling / "runs" / "long" / "metrics.jsonl"
+    words += ["scaling.workers=2", "scaling.cpus_per_worker=2", "run.name=long", *ssh_machines.words()]
+    ssh_machines.start(*words)
+    metrics = ssh_machines.calling / "runs" / "long" / "metrics.jsonl"
     wait_for(
         lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2,
         240,
-        lambda: there.laptop.log()[-3000:],
+        lambda: ssh_machines.laptop.log()[-3000:],
     )
-    (record,) = (there.own(there.laptop) / "state" / "launch" / "clusters").glob("*.json")
+    (record,) = (ssh_machines.own(ssh_machines.laptop) / "state" / "launch" / "clusters").glob("*.json")
     gcs = int(json.loads(record.read_text())["address"].rpartition(":")[2])
-    for host in there.machines:
+    for host in ssh_machines.machines:
         found = sockets(host)
         assert any(one.is_loopback for one in found)
         assert any("raylet" in one.owner for one in found), "Ray's sockets were not found"
         assert any("ray::" in one.owner and one.address == host.address for one in found), "nor those of gloo"
         unnamed = [one for one in found if not one.is_loopback and not is_named(one, host, gcs)]
         assert unnamed == [], "\n".join(f"{one.address}:{one.port} {one.owner.strip()[:80]}" for one in unnamed)
-    assert there.launch("stop", "long", seconds=100).status == 0
-    assert there.launch("down", "ssh", seconds=60).status == 0
+    assert ssh_machines.launch("stop", "long", seconds=100).status == 0
+    assert ssh_machines.launch("down", "ssh", seconds=60).status == 0

@@ -1,4 +1,4 @@
-"""A sweep's journal from a stranger is data: its words do not choose code or clusters, and no pickle in it is read."""
+"""A sweep's journal is data: its overrides do not choose code or clusters, and no pickle in it is read."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_users_own_sweep_keeps_its_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("params", ["trust: '[os]'", "cluster: ssh", "cluster.env: '[HOME]'"])
-def test_what_a_file_wants_to_be_swept_chooses_neither(params: str, tmp_path: Path) -> None:
+def test_a_sweep_in_a_file_chooses_neither(params: str, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     text = f"# @package _global_\nhydra: {{sweeper: {{params: {{optimizer.lr: '1e-3,1e-2', {params}}}}}}}\n"
     (tmp_path / "experiment/evil.yaml").write_text(text)
@@ -80,7 +80,7 @@ def test_what_a_file_wants_to_be_swept_chooses_neither(params: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("words", [3, "trust=[os]", [3], [["a"]], {"a": 1}, ["a=1"] * 100_000])
-def test_words_that_are_none(words: Any, tmp_path: Path) -> None:
+def test_invalid_overrides_in_a_journal(words: Any, tmp_path: Path) -> None:
     _journal(tmp_path / "s", words)
     with pytest.raises(RunError, match=r"study\.journal"):
         read_record(tmp_path / "s")
@@ -89,7 +89,7 @@ def test_words_that_are_none(words: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line", ["[" * 100_000 + "]" * 100_000, '{"op_code": ' + "9" * 5000 + "}", "[]", "null", '{"op_code": 77}']
 )
-def test_lines_that_are_no_journal(line: str, tmp_path: Path) -> None:
+def test_invalid_lines_in_a_journal(line: str, tmp_path: Path) -> None:
     _journal(tmp_path / "s", [])
     with (tmp_path / "s" / JOURNAL).open("a") as file:
         file.write(line + "\n")
@@ -101,7 +101,7 @@ def test_lines_that_are_no_journal(line: str, tmp_path: Path) -> None:
 
 
 class _Mark:
-    """A pickle that leaves a mark when it is read."""
+    """A pickle that creates a file when it is read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -114,12 +114,12 @@ SETTINGS = SweepConfig(sampler="cmaes", trials=50)
 WORDS = SearchSpace((), (IntervalAxis("vars.x", 0.0, 1.0), IntervalAxis("vars.y", 0.0, 1.0)))
 
 
-def _search(study: optuna.Study, trials: int, anew: bool) -> list[tuple[float, float]]:
-    """Return what is drawn. anew: with a sampler that has seen nothing, as after every resume."""
+def _search(study: optuna.Study, trials: int, resumes: bool) -> list[tuple[float, float]]:
+    """Return the drawn parameters. resumes: use a new sampler for each trial, as after a resume."""
     study.sampler = search.sampler(SETTINGS, WORDS, 0)
     drawn = []
     for _ in range(trials):
-        if anew:
+        if resumes:
             study.sampler = search.sampler(SETTINGS, WORDS, 0)
         trial = study.ask(search.distributions(WORDS, grid=False))
         drawn.append((trial.params["vars.x"], trial.params["vars.y"]))
@@ -130,22 +130,22 @@ def _search(study: optuna.Study, trials: int, anew: bool) -> list[tuple[float, f
 def test_no_pickle_of_a_journal_is_read(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     study = _journal(tmp_path / "theirs", [])
-    _search(study, 2, anew=False)
+    _search(study, 2, resumes=False)
     trial = study.ask(search.distributions(WORDS, grid=False))
     study._storage.set_trial_system_attr(trial._trial_id, "cma:optimizer:0", pickle.dumps(_Mark(mark)).hex())
     study.tell(trial, 0.5)
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "theirs" / JOURNAL)))
     loaded = optuna.load_study(study_name="theirs", storage=storage)
-    _search(loaded, 3, anew=False)
+    _search(loaded, 3, resumes=False)
     assert not mark.exists()
 
 
 def test_a_search_learns_without_stored_state(tmp_path: Path) -> None:
-    """The state follows from the trials: a search that is resumed after every trial learns as one in one piece."""
+    """The state follows from the trials: a search that is resumed after every trial converges as well."""
     means = []
-    for name, anew in (("whole", False), ("resumed", True)):
+    for name, resumes in (("whole", False), ("resumed", True)):
         study = _journal(tmp_path / name, [])
-        _search(study, 60, anew)
+        _search(study, 60, resumes)
         last = [trial.params for trial in study.get_trials(deepcopy=False)[-15:]]
         means.append([sum(params[key] for params in last) / len(last) for key in ("vars.x", "vars.y")])
         assert "optimizer" not in (tmp_path / name / JOURNAL).read_text()

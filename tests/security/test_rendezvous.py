@@ -1,7 +1,7 @@
-"""What other users of this machine, and peers that are not ours, can do to a run.
+"""Attacks on a run by other users of this machine and by foreign peers.
 
-Each attack succeeded at commit f746dbe: a rank unpickled what a peer sent, the store of a run was open to every user
-and on every interface, and Ray's files could be replaced by links. A file stands for what an attacker would execute.
+Each attack succeeded at commit f746dbe: a rank unpickled data from a peer, the store of a run was open to all users and
+on all interfaces, and Ray's files could be replaced by links. In these tests an attacker's code creates a file.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
 
 
-# ---- a peer that is not ours ----------------------------------------------------------------------------------------
+# ---- a foreign peer -------------------------------------------------------------------------------------------------
 
 
 class Payload:
-    """Touches a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: str) -> None:
         self.mark = mark
@@ -82,7 +82,7 @@ def _victim(exchange: str, folder: str) -> None:
             checkpointer.save(1, {"model": {"weight": torch.ones(2)}}, None, asynchronous=False)
     except Exception as error:
         Path(folder, "refused").write_text(repr(error))
-    os._exit(0)  # without waiting for a peer that has gone
+    os._exit(0)  # without waiting for a lost peer
 
 
 @pytest.mark.parametrize("exchange", ["gather", "broadcast", "save"])
@@ -107,7 +107,7 @@ def test_what_a_peer_sends_is_not_executed(exchange: str, tmp_path: Path) -> Non
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A run of two workers on this machine, in the middle of its training."""
+    """A run of two workers on this machine during its training."""
 
     ray: Path  # the session's directory
     listeners: list[Listener]
@@ -158,7 +158,7 @@ def as_another_user(function: Callable[[], Any]) -> Any:
     return answer
 
 
-def test_nothing_of_a_local_run_listens_beyond_loopback(local_run: LocalRun) -> None:
+def test_a_local_run_listens_on_loopback_only(local_run: LocalRun) -> None:
     assert len(local_run.listeners) > 4  # Ray's and gloo's were found
     assert [one for one in local_run.listeners if not one.is_loopback] == []
 

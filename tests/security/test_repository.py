@@ -1,4 +1,4 @@
-"""A repository's own configuration starts no program where launch only looks at the repository."""
+"""A repository's own git configuration starts no program when launch reads the repository."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_looking_at_a_repository_runs_no_program_that_it_names(repository: Path) -> None:
+def test_reading_a_repository_runs_no_program_of_its_configuration(repository: Path) -> None:
     assert "width = 2" in provenance.patch(repository)
     found = provenance.git(repository)
     assert found is not None

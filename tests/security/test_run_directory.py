@@ -1,4 +1,4 @@
-"""A run's directory that comes from a stranger: it names no address, and nothing is written through its links."""
+"""A run's directory from another person: its addresses are not used, and its links are not followed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKEN = "token-of-the-user's-own-cluster"
 
 
 class Listener(http.server.ThreadingHTTPServer):
-    """A server that keeps the headers of every request."""
+    """A server that records the headers of each request."""
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
@@ -58,7 +58,7 @@ def listener() -> Iterator[Listener]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
-    """A run that was sent to a cluster, as its remote.json says."""
+    """A run with a remote.json."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     made = RunDirectory(tmp_path / "runs" / "a")
     made.create()
@@ -82,7 +82,7 @@ def test_a_run_does_not_decide_where_a_token_goes(
 
 
 def test_a_record_of_another_run_confirms_nothing(run: RunDirectory, listener: Listener) -> None:
-    """Neither that of the same path with another place, nor that of another path with the same place."""
+    """Neither a record of the same path with another location, nor one of another path with the same location."""
     user_state.save(
         run, place=asdict(RunLocation("launch-1", "http://127.0.0.1:9")), token=user_state.fingerprint(TOKEN)
     )
@@ -95,7 +95,7 @@ def test_a_record_of_another_run_confirms_nothing(run: RunDirectory, listener: L
 
 
 @pytest.mark.parametrize(("sent_with", "received"), [(TOKEN, True), ("token of that cluster", False), (None, False)])
-def test_a_token_goes_only_to_the_cluster_it_was_given_for(
+def test_a_token_is_sent_only_to_its_cluster(
     run: RunDirectory, listener: Listener, sent_with: str | None, received: bool
 ) -> None:
     place = RunLocation("launch-1", listener.url)
@@ -104,8 +104,8 @@ def test_a_token_goes_only_to_the_cluster_it_was_given_for(
     assert (f"Bearer {TOKEN}" in listener.tokens) is received
 
 
-def test_a_word_of_the_command_line_confirms_an_address(run: RunDirectory, listener: Listener) -> None:
-    """For a run that was sent from another machine, and for a cluster that has another token since."""
+def test_an_override_on_the_command_line_confirms_an_address(run: RunDirectory, listener: Listener) -> None:
+    """For a run that another machine submitted, and for a cluster with a new token."""
     _planted(run, address=listener.url)
     words = ["stop", "a", f"run.root={run.path.parent}"]
     assert cli.run([*words, "cluster.address=http://127.0.0.1:9"]) == 2
@@ -115,7 +115,7 @@ def test_a_word_of_the_command_line_confirms_an_address(run: RunDirectory, liste
     assert location_of(run) == RunLocation("launch-1", listener.url)
 
 
-def test_what_was_copied_of_a_run_is_shown_without_a_connection(
+def test_copied_files_of_a_run_are_shown_without_a_connection(
     run: RunDirectory, listener: Listener, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _planted(run, address=listener.url)
@@ -167,8 +167,8 @@ def test_nothing_is_written_through_a_link(
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a link"])
-def test_what_is_no_file_of_its_own_is_not_opened(finished: RunDirectory, kind: str) -> None:
-    """Also after the look at the whole directory: another process may have put it there since."""
+def test_only_regular_files_are_opened(finished: RunDirectory, kind: str) -> None:
+    """Also after the check of the whole directory: another process may have changed it."""
     path = finished.path / "result.json"
     path.unlink()
     if kind == "a FIFO":
@@ -198,7 +198,7 @@ def test_a_prepared_name_for_a_temporary_file_is_not_followed(finished: RunDirec
 def test_a_run_root_names_no_store(
     run: RunDirectory, listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A `.store` counts only where the user's own cache keeps the copy of that very root."""
+    """A `.store` is used only if the user's own cache contains the copy of that root."""
     host = listener.url.removeprefix("http://")
     monkeypatch.setenv("AZURE_STORAGE_KEY", "c2VjcmV0")
     monkeypatch.setenv("LAUNCH_AZURE_BLOB_AUTHORITY", host)

@@ -1,4 +1,4 @@
-"""Files that hold secrets stay on this machine, by whichever way a project leaves it."""
+"""Files with secrets are not sent to other machines by any of the ways in which a project is sent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SENT = dict.fromkeys(_SENT, "ordinary\n")
 
 @pytest.fixture(params=["git", "plain"])
 def calling(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A project with ordinary files and secrets; in git, where the secrets were added by mistake, and without it."""
+    """A project with ordinary files and secrets: in git, with secrets added by mistake, and without git."""
     calling = tmp_path / "project"
     for name, text in {**SECRET, **SENT}.items():
         (calling / name).parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def test_what_is_named_is_safe_for_a_terminal(tmp_path: Path) -> None:
 
 
 def test_no_secret_of_launch_itself_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Someone works on launch, and has keys in its conf/."""
+    """A developer of launch may have keys in its conf/."""
     for name in ("conf/.env", "conf/config.yaml", "models/a.py", "launcher/b.py", "launcher/aws.pem"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -93,7 +93,7 @@ def test_no_secret_of_launch_itself_is_sent(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_ray_up_copies_no_secret_to_azure() -> None:
-    """`ray up` copies whole folders with rsync: files that it leaves out are passed by name."""
+    """`ray up` copies whole folders with rsync; the files to exclude are passed by name."""
     from launcher.clusters.azure import ray_yaml
     from launcher.runs.secret_files import PATTERNS
     from tests.azure.test_spec import LOCAL, spec_of
@@ -102,12 +102,12 @@ def test_ray_up_copies_no_secret_to_azure() -> None:
     assert set(PATTERNS) - own <= set(ray_yaml.ray_config(spec_of(), LOCAL)["rsync_exclude"])
 
 
-def test_rsync_reads_the_patterns_as_we_do(calling: Path, tmp_path: Path) -> None:
+def test_rsync_matches_the_same_files(calling: Path, tmp_path: Path) -> None:
     from launcher.runs.secret_files import PATTERNS
 
     words = ["rsync", "-a", *(f"--exclude={pattern}" for pattern in PATTERNS), f"{calling}/", str(tmp_path / "there")]
     subprocess.run(words, check=True)
-    by_name = {name for name in SECRET if is_secret_path(name)} - {"Server.KEY"}  # rsync minds the case
+    by_name = {name for name in SECRET if is_secret_path(name)} - {"Server.KEY"}  # rsync is case-sensitive
     assert not by_name & files_below(tmp_path / "there")
     assert {"train.py", "data/tokens.txt"} <= files_below(tmp_path / "there")
 
@@ -120,11 +120,11 @@ def test_no_secret_is_sent_over_ssh(calling: Path, monkeypatch: pytest.MonkeyPat
             sent[to] = list(files)
 
     host: Any = ssh._Host("vm1", Recorder(), [], facts={"directory": "/there"})  # type: ignore[arg-type]
-    told: list[str] = []
-    ssh._send(ssh._Each("ours", [host], told.append), calling, told.append)
+    lines: list[str] = []
+    ssh._send(ssh._Hosts("ours", [host], lines.append), calling, lines.append)
     (files,) = [files for to, files in sent.items() if "/projects/" in to]
     assert set(files) == SENT.keys()
-    assert sum(".aws/credentials" in line for line in told) == 1
+    assert sum(".aws/credentials" in line for line in lines) == 1
 
 
 def test_no_secret_file_is_in_the_recorded_patch(tmp_path: Path) -> None:

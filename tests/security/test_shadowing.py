@@ -1,4 +1,4 @@
-"""Modules of the calling directory that bear the names of others: they replace none that launch needs."""
+"""Modules of the calling directory with the names of other modules: they shadow none that launch needs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.stores import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "open(r'{mark}', 'a').write(__name__ + ' ')\n"
-# Of the standard library (one that exists on Windows alone, which packages try to import), of what launch depends on,
-# and of what that depends on.
+# Names of the standard library (one that only exists on Windows, and that packages try to import), of launch's
+# dependencies, and of their dependencies.
 SHADOWS = (
     "json",
     "argparse",
@@ -59,7 +59,7 @@ def mark(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hostile(place: Place, mark: Path) -> Place:
-    """A directory whose files say so when they are executed, and in which a run lies."""
+    """A directory with a run, and with files that record when they are executed."""
     text = MARK.format(mark=mark)
     for name in SHADOWS:
         (place.directory / f"{name}.py").write_text(text)
@@ -94,7 +94,7 @@ def test_a_verb_executes_none(hostile: Place, mark: Path, words: tuple[str, ...]
     assert (done.status, _marks(mark)) == (status, []), done.err
 
 
-def test_as_a_module_neither(hostile: Place, mark: Path) -> None:
+def test_python_m_launch_executes_none(hostile: Place, mark: Path) -> None:
     """`python -m` puts the current directory first, before launch is imported."""
     environment = {**os.environ, "HOME": str(hostile.home), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "launcher", "runs"]
@@ -102,7 +102,7 @@ def test_as_a_module_neither(hostile: Place, mark: Path) -> None:
     assert (done.returncode, _marks(mark)) == (0, []), done.stderr
 
 
-def test_on_the_path_of_the_environment_neither(hostile: Place, mark: Path) -> None:
+def test_an_empty_pythonpath_entry_executes_none(hostile: Place, mark: Path) -> None:
     """`PYTHONPATH=$PYTHONPATH:…` without a value puts the current directory on the path."""
     for name in ("json", "argparse", "difflib"):  # Python itself imports these before launch is
         (hostile.directory / f"{name}.py").unlink()
@@ -170,14 +170,14 @@ def test_what_is_protected_follows_from_metadata() -> None:
 
 
 def test_without_metadata_it_follows_from_the_same_packages() -> None:
-    """On nodes that launch was sent to it is not installed."""
+    """On nodes of a cluster, launch is not an installed package."""
     stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {re.split(r"[<>=~! ;]", line)[0] for line in stated}
     assert set(calling_directory.DEPENDENCIES) == names
 
 
 def test_a_process_that_unpickles_a_data_set_finds_its_module(tmp_path: Path) -> None:
-    """As a loader process that is not forked does: `models` of the user's own and ours are one package there too."""
+    """A loader process that is not forked does so: `models` of the user and of launch are one package there as well."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.py").write_text("class Rows(list): ...\n")
     write = (

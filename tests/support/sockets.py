@@ -1,4 +1,4 @@
-"""Which TCP ports processes listen on, as Linux shows it."""
+"""Lists the TCP ports on which processes listen, from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -58,6 +58,6 @@ def listeners(pids: Iterable[int]) -> list[Listener]:
 
 
 def _address(text: str) -> str:
-    """Return the address that /proc/net writes as words of the machine's byte order."""
+    """Return the address in the format of /proc/net: 32-bit words in the byte order of the machine."""
     words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
     return str(ipaddress.ip_address(struct.pack(f"={len(words)}I", *words)))

@@ -36,7 +36,7 @@ class Driver:
         deadline = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < deadline, what
-            ended += self.groups.look()
+            ended += self.groups.poll()
             time.sleep(0.02)
         return ended
 

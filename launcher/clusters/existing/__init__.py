@@ -1,1 +1,1 @@
-"""cluster=existing: a Ray cluster that runs already, from one of its nodes or through its Ray Jobs API."""
+"""cluster=existing: use a running Ray cluster, from one of its nodes or through its Ray Jobs API."""

@@ -1,9 +1,9 @@
-"""A Ray cluster that runs already: used as it is, and left running.
+"""Connects this process to a running Ray cluster, and leaves the cluster running.
 
     with ExistingRay(address, python_path) as cluster:
-        ...                                           # ray.is_initialized(), every node compared with this process
+        ...      # ray.is_initialized(), and every node was compared with this process
 
-Its address and its token: see `gcs.py`.
+`gcs.py` describes how the address and the token are found.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import contextlib
 import logging
 import shutil
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import ray
 
 from launcher.clusters.capacity import describe
 from launcher.clusters.gcs import as_client, connection_error, is_own_address, living_nodes
@@ -27,15 +28,15 @@ from launcher.ray_seam.settings import RAY_TRAIN_ENVIRONMENT
 
 
 class ExistingRay:
-    """This process as a driver of a cluster for the length of a `with` block. The attributes are those of EmbeddedRay.
+    """Makes this process a driver of a cluster while a `with` block runs. It has the attributes of `EmbeddedRay`.
 
     Args:
-        address: HOST:PORT of its GCS.
-        python_path: directories whose modules the workers need.
-        directory: the run's, which every node has to see; None where nothing is written.
-        verbose: with Ray's messages.
-        environment: names of variables that the workers get from this process.
-        gathers: workers on other machines write to the disk of this one (`launcher.runs.gathered`).
+        address: HOST:PORT of the cluster's GCS.
+        python_path: directories whose modules the workers import.
+        directory: the run's directory, which every node must see; None if nothing is written.
+        verbose: print Ray's messages.
+        environment: names of environment variables to pass to the workers.
+        gathers: workers on other machines write to the disk of this machine (`launcher.runs.gathered`).
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ExistingRay:
         self.existing = True
         self.directory = Path()
         self.available: tuple[float, float] = (0.0, 0.0)
-        # Also of a cluster of one: another node may join. Its workers talk over the node's own address.
+        # Also for a cluster of one node: another may join. Workers use the address of their node.
         self.one_machine = False
         self._python_path = list(python_path)
         self._run = directory
@@ -61,8 +62,6 @@ class ExistingRay:
         self._connected = False
 
     def __enter__(self) -> ExistingRay:
-        import ray
-
         self.directory = private_directory()
         try:
             if not ray.is_initialized():
@@ -82,19 +81,17 @@ class ExistingRay:
         self._leave()
 
     def dead_process(self) -> str | None:
-        """Nothing of this Ray is ours: its end is told by `fit`."""
+        """Return None: this process started none of the cluster's processes. `fit` reports the loss of the cluster."""
         return None
 
     def _connect(self) -> None:
-        import ray
-
         nodes = living_nodes(self.address)
         own = next((node.address for node in nodes if is_own_address(node.address)), None)
-        if own is None:  # Ray's native part would end this process
+        if own is None:  # Ray's native code would exit this process
             raise ClusterError(
-                f"cluster=existing: this machine ({socket.gethostname()}) is no node of the Ray cluster at "
-                f"{self.address} ({describe(nodes)}), and a driver needs a Ray process on its own machine. Run this "
-                "command on a node of the cluster, or join it with `ray start --address=…`."
+                f"cluster=existing: this machine ({socket.gethostname()}) is not a node of the Ray cluster at "
+                f"{self.address} ({describe(nodes)}), and a driver must run on a node. Run this command on a node of "
+                "the cluster, or join the cluster with `ray start --address=…`."
             )
         quiet = contextlib.nullcontext() if self._verbose else private.quiet_errors()
         level = logging.INFO if self._verbose else logging.ERROR
@@ -114,28 +111,9 @@ class ExistingRay:
 
     def _leave(self) -> None:
         if self._connected:
-            import ray
-
             with contextlib.suppress(Exception):
                 share_environment(())
             with contextlib.suppress(Exception):
                 ray.shutdown()
             self._connected = False
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def interface_of(address: str) -> str | None:
-    """Return the network interface that carries an IPv4 address; None where it cannot be told."""
-    if sys.platform != "linux":
-        return None
-    import fcntl
-    import struct
-
-    wanted = socket.inet_aton(address)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an address
-                request = struct.pack("256s", name.encode()[:15])
-                if fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24] == wanted:  # SIOCGIFADDR
-                    return name
-    return None

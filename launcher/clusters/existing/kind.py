@@ -1,4 +1,4 @@
-"""The kind `existing`: a Ray cluster that runs already and is left running."""
+"""The kind `existing`: a running Ray cluster, which launch neither starts nor stops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Existing(ClusterKind):
         from launcher.clusters.gcs import address_of
 
         assert isinstance(cluster, ExistingCluster)
-        own = None if is_uri(use.directory) else use.directory  # on a store: every worker sees for itself
+        own = None if is_uri(use.directory) else use.directory  # each worker checks an object store itself
         gathers = is_gathered(use.directory)
         return ExistingRay(address_of(cluster.address), use.python_path, own, use.verbose, cluster.env, gathers=gathers)
 

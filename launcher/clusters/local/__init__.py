@@ -1,1 +1,1 @@
-"""cluster=local: a Ray on this machine, for one command or kept for the next."""
+"""cluster=local: a Ray on this machine that serves one command, or is kept for the next commands."""

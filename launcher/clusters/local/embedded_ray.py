@@ -1,4 +1,4 @@
-"""Ray on this machine, started for one command: quiet, on loopback alone, and gone when the command is gone.
+"""A Ray on this machine for one command. It prints nothing, listens on loopback only, and ends with the command.
 
 with EmbeddedRay(cpus=2, gpus=0) as cluster:
     ...  # ray.is_initialized(), cluster.directory is private scratch space
@@ -19,6 +19,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ray
+
 from launcher.clusters import reaper
 from launcher.clusters.capacity import resources
 from launcher.clusters.local import ray_session
@@ -30,26 +32,26 @@ from launcher.ray_seam.settings import RAY_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
 MARKER = "LAUNCH_SESSION"
 OBJECT_STORE_BYTES = 80_000_000  # near Ray's minimum: training data never passes through it
 LOOPBACK = "127.0.0.1"
-RAYS = "ray"  # of the private directory, since Ray opens the one that it is given to all users
+RAYS = "ray"  # a folder of the private directory: Ray makes its own directory readable by all users
 
 
 class EmbeddedRay:
-    """A Ray of our own for the length of a `with` block; or, where this process is connected to a Ray, that one.
+    """Starts a Ray for a `with` block. If this process is connected to a Ray, that one is used and left running.
 
     Enter it in the main thread: Ray's processes die with the thread that started them.
 
     Attributes:
-        existing: this process had a Ray before; it is used as it is and left running.
-        directory: private scratch space on this machine, removed at the end.
-        available: CPUs and GPUs of this Ray.
-        one_machine: all of this Ray is on one machine, so that its workers can talk over loopback.
-        address, token, marker: of a Ray that was started here; see `ray_session.RaySession`.
+        existing: this process was connected to a Ray before.
+        directory: a private temporary directory on this machine, removed at the end.
+        available: (CPUs, GPUs) of this Ray.
+        one_machine: this Ray runs on one machine, so that its workers can communicate over loopback.
+        address, token, marker: see `ray_session.RaySession`.
 
     Args:
-        cpus, gpus: what the Ray has, default: what this machine has.
-        verbose: with Ray's dashboard and messages; such a Ray is not kept.
-        preload: modules that are imported while Ray starts.
-        keep_minutes: above 0 the Ray of an earlier command is used, or this one is kept so long for the next.
+        cpus, gpus: the resources of the Ray; default: those of this machine.
+        verbose: start Ray's dashboard and print its messages. Such a Ray is not kept.
+        preload: modules to import while Ray starts.
+        keep_minutes: if above 0, use the Ray that an earlier command kept, or keep this one for so many idle minutes.
     """
 
     def __init__(
@@ -60,11 +62,11 @@ class EmbeddedRay:
         preload: Sequence[str] = (),
         keep_minutes: float = 0.0,
     ) -> None:
-        self._asked = (cpus, gpus)
+        self._requested = (cpus, gpus)
         self._preload = preload
         self._verbose = verbose
         self._keep_minutes = 0.0 if verbose else keep_minutes
-        self._holding = contextlib.ExitStack()  # the lease of a Ray that is kept
+        self._lease = contextlib.ExitStack()  # of a kept Ray
         self._kept: ray_session.RaySession | None = None
         self.marker = f"{MARKER}={uuid.uuid4().hex}"
         self.token = secrets.token_hex(32)
@@ -76,8 +78,6 @@ class EmbeddedRay:
         self.one_machine = True
 
     def __enter__(self) -> EmbeddedRay:
-        import ray
-
         self.directory = private_directory()
         try:
             self.existing = ray.is_initialized()
@@ -87,10 +87,10 @@ class EmbeddedRay:
                 self.one_machine = sum(node["Alive"] for node in ray.nodes()) == 1
             else:
                 if self._keep_minutes > 0:
-                    self._kept = self._holding.enter_context(ray_session.lease(self._keep_minutes))
+                    self._kept = self._lease.enter_context(ray_session.lease(self._keep_minutes))
                 if self._kept is None or not self._connect(self._kept):
                     self._start()
-        except BaseException:  # Ctrl-C while Ray starts leaves nothing either
+        except BaseException:  # including Ctrl-C while Ray starts
             self._stop()
             raise
         return self
@@ -99,26 +99,24 @@ class EmbeddedRay:
         self._stop()
 
     def dead_process(self) -> str | None:
-        """Return the name of a process that our Ray cannot live without and that has ended; None while all live."""
+        """Return the name of an essential process of this Ray that has ended; None while all are alive."""
         if self._kept is not None:
             return None if self._kept.alive() else "(the keeper of cluster.keep_minutes)"
         return None if self.existing else private.dead_process()
 
     def _start(self) -> None:
-        import ray
-
-        here = resources()
-        cpus, gpus = (have if asked is None else asked for asked, have in zip(self._asked, here, strict=True))
+        defaults = zip(self._requested, resources(), strict=True)
+        cpus, gpus = (default if requested is None else requested for requested, default in defaults)
         self.available = (float(cpus), float(gpus))
         name, _, value = self.marker.partition("=")
         environment = RAY_ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": self.token, name: value}
         self._reaper = _start_reaper(self.marker, self.directory)
-        # The variables are for Ray's processes, not for what else this process starts: so they are taken back below.
+        # The variables are only for Ray's processes: other child processes of this process must not inherit them.
         with environment_set(environment), preserved_signal_handlers(), adapted(lean=not self._verbose):
             private.refresh_settings()
             loading = _preload(self._preload)
             found = ray.init(
-                address="local",  # a stale address file of another Ray is not looked at
+                address="local",  # ignore the address file of another Ray
                 num_cpus=cpus,
                 num_gpus=gpus,
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -133,9 +131,7 @@ class EmbeddedRay:
         self.address = found.address_info["gcs_address"]
 
     def _connect(self, kept: ray_session.RaySession) -> bool:
-        """Become a driver of a Ray that is kept; where it does not answer, end it and return False."""
-        import ray
-
+        """Become a driver of a kept Ray. If it does not answer, stop it and return False."""
         environment = RAY_ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": kept.token}
         with environment_set(environment), preserved_signal_handlers(), adapted(lean=True):
             private.refresh_settings()
@@ -151,7 +147,7 @@ class EmbeddedRay:
             except (OSError, RuntimeError):
                 ray.shutdown()
                 self._kept = None
-                self._holding.close()
+                self._lease.close()
                 ray_session.end(kept)
                 return False
             finally:
@@ -161,11 +157,11 @@ class EmbeddedRay:
         return True
 
     def _stop(self) -> None:
-        left = self.existing or "ray" not in sys.modules or self._leave()
-        self._holding.close()
+        released = self.existing or self._leave()
+        self._lease.close()
         shutil.rmtree(self.directory, ignore_errors=True)
-        # Where Ray's native part still waits for its GCS, it may write again: then the reaper waits for our end.
-        if self._reaper is not None and left:
+        # If Ray's native code still waits for its GCS, it may write to the directory: the reaper waits for our exit.
+        if self._reaper is not None and released:
             assert self._reaper.stdin is not None
             self._reaper.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -173,16 +169,14 @@ class EmbeddedRay:
             self._reaper = None
 
     def _leave(self) -> bool:
-        """End our Ray; return whether this process has let go of it."""
-        import ray
-
+        """Shut this Ray down, and return whether Ray's shutdown has returned."""
         broken = self.dead_process() is not None
         if broken:
             private.drop_exception_hook()
             reaper.end(self.marker, grace=0.0)
         leaving = threading.Thread(target=_suppressed(ray.shutdown), name="launch-shutdown", daemon=True)
         leaving.start()
-        # In order it takes a tenth of a second. Without its GCS it tries for a minute to reach it.
+        # It takes a tenth of a second. Without a GCS, Ray retries the connection for a minute.
         leaving.join(3.0 if broken else 30.0)
         if leaving.is_alive():
             private.drop_exit_hook()
@@ -207,16 +201,16 @@ def _start_reaper(marker: str, directory: Path) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd="/",
-        start_new_session=True,  # neither Ctrl-C nor a closed terminal ends it
+        start_new_session=True,  # Ctrl-C and a closed terminal must not kill it
     )
 
 
 def _preload(modules: Sequence[str]) -> threading.Thread:
-    """Import modules in the background: `ray.init` mostly waits for other processes."""
+    """Import modules in a thread, while `ray.init` waits for other processes."""
 
     def load() -> None:
         for module in modules:
-            with contextlib.suppress(ImportError):  # whoever needs it will meet the error where it can be told
+            with contextlib.suppress(ImportError):  # it is reported where the module is used
                 importlib.import_module(module)
 
     thread = threading.Thread(target=load, name="launch-preload", daemon=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.clusters import capacity
 from launcher.clusters.base import ClusterKind, Machines, Report, Session, Use
+from launcher.clusters.local import ray_session
 from launcher.config.checks import at_least
 from launcher.config.schema import ClusterConfig
 from launcher.errors import MachineError
@@ -16,13 +17,12 @@ from launcher.formatting import count, duration
 
 if TYPE_CHECKING:
     from launcher.clusters.local.embedded_ray import EmbeddedRay
-    from launcher.clusters.local.ray_session import RaySession
 
 
 @dataclass
 class LocalCluster(ClusterConfig):
     kind: str = "local"
-    keep_minutes: float = 0.0  # how long the embedded Ray stays for the next command
+    keep_minutes: float = 0.0  # how long an idle Ray is kept for the next command
 
 
 class Local(ClusterKind):
@@ -47,21 +47,17 @@ class Local(ClusterKind):
         return EmbeddedRay(verbose=use.verbose, preload=(use.preload,), keep_minutes=minutes)
 
     def session(self) -> Session | None:
-        from launcher.clusters.local import ray_session
-
         kept = ray_session.current()
         return None if kept is None else LocalSession(kept)
 
 
 class LocalSession:
-    """The Ray that `cluster.keep_minutes` keeps on this machine."""
+    """The Ray on this machine that `cluster.keep_minutes` keeps, for `launch status` and `launch down`."""
 
-    def __init__(self, kept: RaySession) -> None:
+    def __init__(self, kept: ray_session.RaySession) -> None:
         self._kept = kept
 
     def facts(self) -> dict[str, Any]:
-        from launcher.clusters.local import ray_session
-
         kept = self._kept
         return {
             "name": KIND.name,
@@ -84,13 +80,12 @@ class LocalSession:
         )
 
     def end(self, report: Report) -> None:
-        from launcher.clusters.local import ray_session
-
         if not ray_session.end(self._kept):
             raise MachineError(
-                f"Some processes with {self._kept.marker} in their environment could not be ended within 30 s."
+                f"Some processes of the kept Ray could not be killed within 30 s. Find them by {self._kept.marker} in "
+                "their environment."
             )
-        report("The Ray that was kept on this machine has ended.")
+        report("Stopped the Ray that was kept on this machine.")
 
 
 KIND = Local()

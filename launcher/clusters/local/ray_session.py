@@ -1,13 +1,13 @@
-"""A Ray that outlives its command for some minutes, for the next command (`cluster.keep_minutes`).
+"""Keeps a Ray for the next commands (`cluster.keep_minutes`).
 
-    with lease(minutes=10) as kept:      # None: it cannot be had now, and the command starts a Ray of its own
+    with lease(minutes=10) as kept:      # None: it is in use, and the command starts a Ray of its own
         ...                              # kept.address, kept.token
 
-One session a user, in a directory that only that user can enter (`runtime_directory`): `session.json` says where Ray
-listens, with which token, and what it was made for; `lease` is locked by the command that uses it. A program of its
-own, the keeper, owns Ray. It ends it when nobody has held the lease for so many minutes, when it is told to (SIGTERM,
-`launch down`), and the reaper (reaper.py) does when the keeper is killed. A command that is killed lets go of the lease
-with its last breath, since locks end with their process. So nothing stays longer than was asked.
+A user has at most one session, in a directory that only this user can enter (`runtime_directory`): `session.json` has
+the address of Ray, its token, and the fingerprint of the command that started it; the command that uses the session
+locks `lease`. A separate program, the keeper, owns Ray. It stops Ray when the lease was free for the given number of
+minutes, and on SIGTERM (`launch down`). If the keeper is killed, the reaper (reaper.py) stops Ray. The lock of a
+command that is killed is released by the system.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.clusters import reaper
 from launcher.runs.plain_files import replace_text
 
+if TYPE_CHECKING:
+    from launcher.clusters.local.embedded_ray import EmbeddedRay
+
 START_SECONDS = 60.0
 LOOK_SECONDS = 0.5
-# Variables that differ from command to command and mean nothing to a worker.
-_PASSING = {
+# Environment variables that differ between commands and have no effect on workers.
+_IGNORED = {
     *("_", "PWD", "OLDPWD", "SHLVL", "TERM", "COLUMNS", "LINES", "WINDOWID", "PS1", "PROMPT_COMMAND", "COLORTERM"),
     *("PYTEST_CURRENT_TEST", "TERM_SESSION_ID", "SSH_TTY", "SSH_CONNECTION", "SSH_CLIENT", "INVOCATION_ID"),
 }
@@ -42,15 +46,15 @@ _PASSING = {
 
 @dataclass(frozen=True)
 class RaySession:
-    """A Ray that is kept.
+    """A kept Ray.
 
     Attributes:
         address: HOST:PORT of its GCS.
-        token: who has it may use this Ray.
+        token: the token that gives access to it.
         made_for: `fingerprint` of the command that started it.
-        keeper, started: process and start time (clock ticks) of the keeper.
+        keeper, started: process id and start time (clock ticks) of the keeper.
         marker: NAME=value in the environment of Ray's processes.
-        cpus, gpus: what it has.
+        cpus, gpus: its resources.
         since: wall-clock time of its start.
     """
 
@@ -65,7 +69,7 @@ class RaySession:
     since: float
 
     def alive(self) -> bool:
-        """Whether its keeper lives: then Ray does, too."""
+        """Return whether its keeper is running, and therefore Ray as well."""
         with contextlib.suppress(OSError, IndexError):
             fields = reaper._stat(self.keeper)
             return fields[0] != "Z" and fields[19] == self.started
@@ -73,19 +77,19 @@ class RaySession:
 
 
 def fingerprint() -> str:
-    """Return what must be alike for a Ray to be used again: versions, interpreter, directory and environment.
+    """Return a hash of versions, interpreter, directory and environment. A command reuses a Ray with the same hash.
 
-    Ray's workers inherit environment and directory from the command that started it.
+    Ray's workers inherit the environment and the directory from the command that started Ray.
     """
     versions = [importlib.metadata.version(name) for name in ("ray", "torch")]
     code = Path(__file__).resolve().parents[2]
-    environment = sorted((name, value) for name, value in os.environ.items() if name not in _PASSING)
+    environment = sorted((name, value) for name, value in os.environ.items() if name not in _IGNORED)
     facts = [sys.version, sys.executable, str(code), os.getcwd(), *versions, environment]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def runtime_directory() -> Path | None:
-    """Return the directory for what is known to this user alone, made if need be; None where there can be none."""
+    """Return this user's private directory for sockets and sessions, creating it; None if that is impossible."""
     given = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(given) / "launch" if given else Path(tempfile.gettempdir()) / f"launch-of-{os.getuid()}"
     try:
@@ -94,13 +98,13 @@ def runtime_directory() -> Path | None:
         found = path.lstat()
     except OSError:
         return None
-    # Somebody else may have made it first, to read what we write there.
+    # Another user may have created it first, to read its files.
     safe = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
     return path if safe else None
 
 
 def current() -> RaySession | None:
-    """Return the session that is kept now, in use or not."""
+    """Return the current session, in use or idle; None if there is none."""
     directory = runtime_directory()
     if directory is None:
         return None
@@ -112,7 +116,7 @@ def current() -> RaySession | None:
 
 
 def in_use() -> bool:
-    """Whether a command uses the session."""
+    """Return whether a command uses the session."""
     directory = runtime_directory()
     if directory is None or not (directory / "lease").exists():
         return False
@@ -121,7 +125,7 @@ def in_use() -> bool:
 
 
 def idle_minutes() -> float:
-    """After how many idle minutes the session ends."""
+    """Return the number of idle minutes after which the session ends."""
     directory = runtime_directory()
     with contextlib.suppress(OSError, ValueError):
         return float((directory / "lease").read_text()) if directory is not None else 0.0
@@ -130,12 +134,12 @@ def idle_minutes() -> float:
 
 @contextlib.contextmanager
 def lease(minutes: float) -> Iterator[RaySession | None]:
-    """Hold the kept Ray for the length of the block; start it where there is none, or none that fits.
+    """Lock the kept Ray for the block, and yield it. It is started if there is none, or if its fingerprint differs.
 
-    Yields None where it cannot be had: another command uses it, or there is no private directory.
+    Yields None if another command uses it, or if there is no private directory.
 
     Args:
-        minutes: how long it is kept after the block, unless another command asks for it.
+        minutes: the idle minutes after the block until the Ray is stopped.
     """
     directory = runtime_directory()
     if directory is None:
@@ -164,10 +168,10 @@ def _locked(descriptor: int) -> bool:
 
 
 def _start(directory: Path) -> RaySession | None:
-    """Start a keeper and wait until its Ray is there; None where that fails."""
+    """Start a keeper and wait until its Ray runs; return None on failure."""
     (directory / "session.json").unlink(missing_ok=True)
     code = Path(__file__).resolve().parents[3]
-    # `-P` and the path by hand: a file of the calling directory must not be taken for a module of ours.
+    # `-P` and an explicit path: a file of the calling directory must not shadow a module of launch.
     program = f"import sys; sys.path.append({str(code)!r}); from {__name__} import keeper; keeper()"
     with (directory / "keeper.log").open("w") as log:
         process = subprocess.Popen(
@@ -175,7 +179,7 @@ def _start(directory: Path) -> RaySession | None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # neither Ctrl-C nor a closed terminal ends it
+            start_new_session=True,  # Ctrl-C and a closed terminal must not kill it
         )
     latest = time.monotonic() + START_SECONDS
     try:
@@ -183,7 +187,7 @@ def _start(directory: Path) -> RaySession | None:
             if (kept := current()) is not None and kept.keeper == process.pid:
                 return kept
             time.sleep(0.02)
-    except BaseException:  # Ctrl-C: nobody will come for this Ray
+    except BaseException:  # Ctrl-C
         process.terminate()
         raise
     process.terminate()
@@ -191,7 +195,7 @@ def _start(directory: Path) -> RaySession | None:
 
 
 def end(kept: RaySession) -> bool:
-    """End a kept Ray now, with whatever runs on it. Returns whether nothing of it is left."""
+    """Stop a kept Ray and the work on it. Return whether none of its processes is left."""
     with contextlib.suppress(OSError):
         if kept.alive():
             os.kill(kept.keeper, signal.SIGTERM)
@@ -208,15 +212,15 @@ def end(kept: RaySession) -> bool:
 
 
 def keeper() -> None:
-    """Own a Ray until nobody has wanted it for some minutes. The main function of a process of its own."""
+    """Run a Ray until it was idle for the given minutes. This is the main function of the keeper's process."""
     from launcher.clusters.local.embedded_ray import EmbeddedRay
 
     directory = runtime_directory()
     assert directory is not None
     made_for = fingerprint()
-    told_to_end: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: told_to_end.append(number))
+        signal.signal(number, lambda number, _: signals.append(number))
     with EmbeddedRay() as cluster:
         kept = RaySession(
             address=cluster.address,
@@ -231,16 +235,16 @@ def keeper() -> None:
         )
         replace_text(directory / "session.json", json.dumps(asdict(kept)), permissions=0o600)
         try:
-            _wait(directory, cluster, told_to_end)
+            _wait(cluster, signals)
         finally:
             if current() == kept:
                 (directory / "session.json").unlink(missing_ok=True)
 
 
-def _wait(directory: Path, cluster: object, told_to_end: list[int]) -> None:
-    """Return when the session is to end: told, broken, or idle for as long as its last user said."""
+def _wait(cluster: EmbeddedRay, signals: list[int]) -> None:
+    """Return on a signal, when a process of Ray has died, or when the session was idle for long enough."""
     last_used = time.monotonic()
-    while not told_to_end and cluster.dead_process() is None:  # type: ignore[attr-defined]
+    while not signals and cluster.dead_process() is None:
         if in_use():
             last_used = time.monotonic()
         elif time.monotonic() - last_used > 60 * idle_minutes():

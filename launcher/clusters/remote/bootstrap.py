@@ -1,7 +1,7 @@
-"""A host becomes ready: what is sent to it, and what it is asked to do (`on_host`).
+"""Runs the commands of `on_host` on hosts, and describes the Python environment that hosts get.
 
-facts = ask(shell, "look", place, …)          # a HostError says what is wrong
-answers = everywhere(hosts, function)         # all at a time; a HostError is an answer, too
+facts = run_on_host(shell, "look", python, …)   # raises HostError
+answers = everywhere(hosts, function)           # in parallel; a HostError is an answer as well
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENVIRONMENT_SECONDS = 3600.0
 _T = TypeVar("_T")
 _H = TypeVar("_H")
 
-# What starts `on_host` there: the modules come as JSON, each stands under its own name.
+# The program that starts `on_host` on a host: it reads the source of the modules as JSON and imports them.
 _LOADER = """\
 import json, sys, types
 given = json.loads(sys.stdin.buffer.read())
@@ -42,47 +42,50 @@ for name, source in given["modules"].items():
     if parent:
         setattr(sys.modules[parent], own, module)
     exec(compile(source, name, "exec"), module.__dict__)
-sys.modules["launcher.clusters.remote.on_host"].main(given["order"])
+sys.modules["launcher.clusters.remote.on_host"].main(given["command"])
 """
 _NO_PYTHON = 97
 
 
-def ask(shell: Shell, order: str, by: str | None = None, seconds: float = 60.0, **facts: Any) -> dict[str, Any]:
-    """Have a host do one of `on_host.ORDERS` and return its answer.
+def run_on_host(
+    shell: Shell, command: str, interpreter: str | None = None, seconds: float = 60.0, **arguments: Any
+) -> dict[str, Any]:
+    """Run one of `on_host.COMMANDS` on a host and return its answer.
 
     Args:
-        by: an interpreter there that does it; default: the `python3` of its PATH.
-        facts: of the order.
+        interpreter: the Python that runs it; default: `python3` in the PATH of the host.
+        seconds: the time limit.
+        arguments: of the command.
 
     Raises:
-        HostError: no connection, no Python, or what was asked cannot be done there.
+        HostError: no connection, no Python on the host, or the command failed.
     """
     modules = {"launcher": "", "launcher.clusters": "", "launcher.clusters.remote": "", "launcher.ray_seam": ""}
     for module in (reaper, settings, on_host):
         modules[module.__name__] = inspect.getsource(module)
-    given = json.dumps({"modules": modules, "order": {"order": order, **facts}})
-    candidates = f"{shlex.quote(by)} python3 python" if by else "python3 python"
+    given = json.dumps({"modules": modules, "command": {"command": command, **arguments}})
+    candidates = f"{shlex.quote(interpreter)} python3 python" if interpreter else "python3 python"
     script = (
         f'for python in {candidates}; do command -v "$python" >/dev/null 2>&1 && break; python=; done; '
         f'[ -n "$python" ] || exit {_NO_PYTHON}; exec "$python" -I -S -c {shlex.quote(_LOADER)}'
     )
-    what = {"make_environment": "making the Python environment", "start": "starting Ray", "stop": "ending Ray"}
+    what = {"make_environment": "creating the Python environment", "start": "starting Ray", "stop": "stopping Ray"}
     try:
-        printed = shell.run(script, stdin=given, seconds=seconds, what=what.get(order, "looking around"))
+        printed = shell.run(script, stdin=given, seconds=seconds, what=what.get(command, "inspecting the host"))
         answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
     except HostError as error:
         if f"status {_NO_PYTHON}" not in str(error):
             raise
         raise HostError(
-            f"On {shell.name} there is no Python at all. Install it (Debian and Ubuntu: apt-get install python3-venv), "
-            "or name one: cluster.python=/PATH/TO/python.",
+            f"{shell.name} has no Python. Install it (Debian and Ubuntu: apt-get install python3-venv), or name an "
+            "interpreter with cluster.python=/PATH/TO/python.",
             shell.name,
             "failed",
         ) from None
     except (ValueError, IndexError):
         raise HostError(
-            f"{shell.name} answered {printed[-200:]!r}, and not to what it was asked. Does its shell print something "
-            "and end?",
+            f"{shell.name} printed {printed[-200:]!r} instead of an answer. Its shell may exit before it runs "
+            "commands. Remove output and `exit` from its ~/.bashrc for shells that are not interactive.",
             shell.name,
             "failed",
         ) from None
@@ -92,9 +95,9 @@ def ask(shell: Shell, order: str, by: str | None = None, seconds: float = 60.0, 
 
 
 def everywhere(hosts: Sequence[_H], function: Callable[[_H], _T]) -> list[_T | HostError]:
-    """Call a function for every host at a time, and return its answers in their order; a HostError is one as well."""
+    """Call a function for all hosts in parallel, and return the results in their order; a HostError is a result."""
 
-    def one(host: _H) -> _T | HostError:
+    def call(host: _H) -> _T | HostError:
         try:
             return function(host)
         except HostError as error:
@@ -103,12 +106,12 @@ def everywhere(hosts: Sequence[_H], function: Callable[[_H], _T]) -> list[_T | H
     if not hosts:
         return []
     with ThreadPoolExecutor(max_workers=min(len(hosts), 32)) as pool:
-        return list(pool.map(one, hosts))
+        return list(pool.map(call, hosts))
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A Python environment to be had on hosts. `digest` names it: of everything that it is made from."""
+    """A Python environment for hosts. Its name is `digest`, the hash of its contents."""
 
     version: str
     requirements: str
@@ -121,22 +124,22 @@ class Environment:
 
     @classmethod
     def own(cls) -> Environment:
-        """Return one like this process's: its version of Python, and the versions that were tested together."""
+        """Return the environment of this process: its version of Python, and the versions that were tested together."""
         version = "{}.{}".format(*sys.version_info)
         hashed, pinned = project.HOME / "locks" / "linux.txt", project.HOME / "constraints.txt"
         if hashed.is_file():
             return cls(version, hashed.read_text(), "")
         if pinned.is_file():
             constraints = pinned.read_text()
-        else:  # an installed package: what is installed beside it
+        else:  # launch is an installed package
             found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
             constraints = "".join(f"{name}=={version}\n" for name, version in sorted(found.items()) if name != PACKAGE)
         return cls(version, "".join(f"{line}\n" for line in _requirements()), constraints)
 
-    def make(self, shell: Shell, base: str, cluster: str) -> str:
-        """Make it on a host unless it is there, which takes minutes. Return its interpreter."""
+    def create(self, shell: Shell, base: str, cluster: str) -> str:
+        """Create the environment on a host, which takes minutes, unless it exists. Return its interpreter."""
         facts = {"version": self.version, "requirements": self.requirements, "constraints": self.constraints}
-        answer = ask(
+        answer = run_on_host(
             shell,
             "make_environment",
             seconds=ENVIRONMENT_SECONDS,
@@ -149,13 +152,14 @@ class Environment:
 
 
 def _requirements() -> list[str]:
-    """Return what launch needs, and what the ready-made experiments do."""
+    """Return the requirements of launch and of the ready-made experiments."""
     try:
         stated = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         raise ClusterError(
-            f"What launch needs is not known here: it was not installed ({PACKAGE} is no package of this Python). "
-            "Install it with pip, or name an environment on the hosts: cluster.python=/PATH/TO/python."
+            f"The requirements of launch are unknown, because it is not an installed package of this Python "
+            f"({PACKAGE}). Install it with pip, or name an environment on the hosts with "
+            "cluster.python=/PATH/TO/python."
         ) from None
     found = []
     for line in stated:
@@ -168,29 +172,29 @@ def _requirements() -> list[str]:
     return sorted(found)
 
 
-# ---- what is alike --------------------------------------------------------------------------------------------------
+# ---- comparison -----------------------------------------------------------------------------------------------------
 
 
 def check_versions(name: str, python: str, versions: dict[str, str]) -> None:
-    """Compare the environment of a host with this process's.
+    """Compare the versions in the environment of a host with those of this process.
 
     Raises:
-        HostError: Python, Ray or torch are of another version there, or missing.
+        HostError: the versions of Python, Ray or torch differ, or one is missing.
     """
     own = {"python": "{}.{}".format(*sys.version_info)}
     for package in ("ray", "torch"):
         own[package] = importlib.metadata.version(package).partition("+")[0]
-    there = {key: value.partition("+")[0] for key, value in versions.items()}
-    there["python"] = there.get("python", "").rpartition(".")[0]
-    differs = [
-        f"{key} is {there.get(key) or 'missing'} there and {version} here"
+    installed = {key: value.partition("+")[0] for key, value in versions.items()}
+    installed["python"] = installed.get("python", "").rpartition(".")[0]
+    different = [
+        f"{key} is {installed.get(key) or 'missing'} on {name} and {version} here"
         for key, version in own.items()
-        if there.get(key) != version
+        if installed.get(key) != version
     ]
-    if differs:
+    if different:
         raise HostError(
-            f"On {name} the Python {python} cannot be used: {', '.join(differs)}. Install the same versions there, or "
-            "leave cluster.python out: the environment is then made from the versions that were tested together.",
+            f"The Python {python} on {name} cannot be used: {', '.join(different)}. Install the same versions on "
+            f"{name}, or leave cluster.python out: launch then creates an environment with the tested versions.",
             name,
             "failed",
         )

@@ -1,4 +1,4 @@
-"""What workers have from the process that drives them: values of variables, and the disk of its machine."""
+"""What a driver shares with its workers: values of environment variables, and the disk of its machine."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from launcher.clusters.remote.compare import NODE_SECONDS
 from launcher.ray_seam import kv
+from launcher.runs import gathered
+
+_DISK = "launch-disk"  # name of the actor
+_DISK_SECONDS = 60.0
 
 
 def _environment_key() -> str:
-    import ray
-
     return f"environment/{ray.get_runtime_context().get_job_id()}"
 
 
 def share_environment(names: Sequence[str]) -> None:
-    """Have the workers of this driver find the values of these variables; of none: have them find nothing.
+    """Share the values of these environment variables with the workers of this driver. No names: share nothing.
 
-    They go through the memory of the head's key-value store. Ray's own way, a runtime environment, shows them in its
+    The values are kept in the memory of the cluster's key-value store. A runtime environment of Ray would show them in
     logs and in lists of processes.
     """
     values = {name: os.environ[name] for name in names if name in os.environ}
@@ -33,27 +38,18 @@ def share_environment(names: Sequence[str]) -> None:
 
 
 def adopt() -> None:
-    """In a worker: take over the variables that its driver shares, and the way to its disk."""
+    """Set the variables that the driver shares, and connect to its disk. Called in a worker."""
     found = kv.get(_environment_key())
     if found is not None:
         os.environ.update(json.loads(found))
     _reach_disk()
 
 
-_DISK = "launch-disk"
-
-
-_DISK_SECONDS = 60.0
-
-
 def serve_disk() -> Any:
-    """Start the process through which workers on other nodes use the disk of this one; it ends with this driver."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+    """Start the actor through which workers on other nodes use the disk of this node. It ends with this driver."""
     home = str(Path(__file__).resolve().parents[3])
 
-    class HeadDisk:  # within a function it travels by value
+    class HeadDisk:  # defined in a function, so that it is pickled by value
         def __init__(self) -> None:
             if home not in sys.path:
                 sys.path.append(home)
@@ -75,16 +71,13 @@ def serve_disk() -> Any:
 
 
 def _reach_disk() -> None:
-    """Where the driver serves its disk and this is another node, have files of the run go there."""
-    import ray
-
+    """Write the files of the run to the driver's disk, if the driver serves it and this is another node."""
     try:
         disk = ray.get_actor(_DISK)
-    except ValueError:  # none is served
+    except ValueError:  # the driver serves no disk
         return
     if ray.get(disk.node.remote(), timeout=NODE_SECONDS) == ray.get_runtime_context().get_node_id():
         return
-    from launcher.runs import gathered
 
     def call(name: str, *arguments: Any) -> Any:
         try:
@@ -92,7 +85,7 @@ def _reach_disk() -> None:
         except OSError:
             raise
         except Exception as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OSError(f"the head of the cluster did not answer: {said}") from None
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(f"the head of the cluster did not answer: {first}") from None
 
     gathered.through(call)

@@ -1,7 +1,8 @@
-"""`cluster.mounts`: containers of Azure Blob storage as directories of every node, read-only, cached on a local disk.
+"""`cluster.mounts`: containers of Azure Blob storage, mounted read-only on every node and cached on its local disk.
 
-Text alone: the configuration of blobfuse2 and the shell lines that use it, for nodes that are VMs. Pods get volumes
-instead (`launcher.clusters.kuberay.ray_job`). The nodes' managed identity opens the storage; no key is in any file.
+The module generates text: the configuration of blobfuse2 and the shell lines that use it on VMs. Pods get volumes
+instead (`launcher.clusters.kuberay.ray_job`). The managed identity of the node has access to the storage; no file
+contains a key.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from launcher.errors import ConfigError
 
 CLAIM = "claim://"
 READER = "Storage Blob Data Reader"
-_CACHE = "/var/cache/launch-blobfuse"  # leads to the local disk
+_CACHE = "/var/cache/launch-blobfuse"  # a link to a directory on the local disk
 _SETTINGS = "/etc/launch-mounts"
 _OURS = ("bin", "boot", "dev", "etc", "home", "lib", "opt", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "var")
 
 
 @dataclass(frozen=True)
 class Mount:
-    """A directory of the nodes.
+    """A directory that is mounted on the nodes.
 
     Attributes:
-        path: where it is seen.
-        account, container, below: of Blob storage, and the directory in the container; empty for a claim.
-        claim: the name of a PersistentVolumeClaim, which is written to as well; None for Blob storage.
+        path: the mount point.
+        account, container, below: Blob storage account, its container, and a directory in it; empty for a claim.
+        claim: name of a PersistentVolumeClaim, which is mounted writable; None for Blob storage.
     """
 
     path: str
@@ -40,15 +41,15 @@ class Mount:
 
     @property
     def slug(self) -> str:
-        """The path as part of a name: `/data/images` is `data-images`."""
+        """The path as a part of a name: `data-images` for `/data/images`."""
         return re.sub(r"[^a-z0-9]+", "-", self.path.lower()).strip("-")
 
 
 def read(mounts: Mapping[str, Any]) -> list[Mount]:
-    """Read the key `cluster.mounts`.
+    """Parse the key `cluster.mounts`.
 
     Raises:
-        ConfigError: a path or a source is not one; names it.
+        ConfigError: a path or a source is invalid; the message names it.
     """
     found = [_read(str(path), str(source)) for path, source in mounts.items()]
     paths = [mount.path for mount in found]
@@ -56,27 +57,26 @@ def read(mounts: Mapping[str, Any]) -> list[Mount]:
         inside = [other for other in paths if other != path and f"{path}/".startswith(f"{other}/")]
         if inside or paths.count(path) > 1:
             raise ConfigError(
-                f"cluster.mounts: {path} lies in {(inside or [path])[0]}, which is mounted as well. Take paths apart."
+                f"cluster.mounts: {path} is inside {(inside or [path])[0]}, which is mounted as well. Use paths that "
+                "do not contain each other."
             )
     slugs = [mount.slug for mount in found]
     for mount in found:
         if slugs.count(mount.slug) > 1:
-            raise ConfigError(
-                f"cluster.mounts: {mount.path} differs from another path in punctuation alone. Rename it."
-            )
+            raise ConfigError(f"cluster.mounts: {mount.path} differs from another path only in punctuation. Rename it.")
     return found
 
 
 def _read(path: str, source: str) -> Mount:
     if not re.fullmatch(r"(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+", path) or path[1:] in _OURS:
         raise ConfigError(
-            f"cluster.mounts: {path!r} must be an absolute path without spaces that the system does not use, such as "
-            "/data."
+            f"cluster.mounts: {path!r} is not a valid mount point. Use an absolute path without spaces that the system "
+            "does not use, such as /data."
         )
     if source.startswith(CLAIM):
         name = source.removeprefix(CLAIM)
         if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name):
-            raise ConfigError(f"cluster.mounts: {path} is {source!r}, but {CLAIM} is followed by the name of a claim.")
+            raise ConfigError(f"cluster.mounts: {path} is {source!r}. Write {CLAIM} and the name of a volume claim.")
         return Mount(path, claim=name)
     parts = urlsplit(source)
     account = (parts.hostname or "").removesuffix(".dfs.core.windows.net")
@@ -92,19 +92,20 @@ def _read(path: str, source: str) -> Mount:
         and ".." not in below.split("/")
     )
     if not fine:
-        # Without what follows a question mark: it may be a signature that opens the storage.
+        # The text after a question mark may be a signature that gives access to the storage: it is not shown.
         raise ConfigError(
             f"cluster.mounts: {path} is {source.partition('?')[0]!r}{' and more' * ('?' in source)}, but must be "
-            "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH, without a key or a signature: the nodes' managed "
-            f"identity opens it (role Storage Blob Data Reader). For pods also {CLAIM}NAME, a volume claim."
+            "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH, without a key or a signature: the managed identity "
+            f"of the nodes has access (role Storage Blob Data Reader). Pods can also use a volume claim: {CLAIM}NAME."
         )
     return Mount(path, account, container, below)
 
 
 def role_lines(mounts: Sequence[Mount], principals: Mapping[str, str]) -> list[str]:
-    """Return the commands of `az` that let managed identities read what is mounted, one container each and no more.
+    """Return the `az` commands that give managed identities read access to each mounted container.
 
-    The role cannot come and go with the cluster: it lies with the storage, in a resource group of the user's own.
+    launch does not create these role assignments with the cluster: they belong to the storage, which is in another
+    resource group of the user.
 
     Args:
         principals: name of an identity -> id of its principal.
@@ -122,8 +123,10 @@ def role_lines(mounts: Sequence[Mount], principals: Mapping[str, str]) -> list[s
 def blobfuse(mount: Mount, client_id: str | None = None) -> str:
     """Return the configuration of blobfuse2 for one mount.
 
-    Keys by `setup/baseConfig.yaml` of Azure/azure-storage-fuse. client_id: of the managed identity, where the node
-    has several.
+    `setup/baseConfig.yaml` of Azure/azure-storage-fuse describes the keys.
+
+    Args:
+        client_id: of the managed identity, if the node has several.
     """
     import yaml
 
@@ -138,7 +141,7 @@ def blobfuse(mount: Mount, client_id: str | None = None) -> str:
         storage["appid"] = client_id
     if mount.below:
         storage["subdirectory"] = mount.below
-    year = 365 * 24 * 3600  # what was read stays until the disk is 80 % full: the next epoch reads it again
+    year = 365 * 24 * 3600  # files stay in the cache for the next epoch, until the disk is 80 % full
     return yaml.safe_dump(
         {
             "read-only": True,
@@ -155,13 +158,13 @@ def blobfuse(mount: Mount, client_id: str | None = None) -> str:
 
 
 def setup_lines(mounts: Sequence[Mount], client_id: str | None = None) -> list[str]:
-    """Return the shell lines that mount everything on a VM with Ubuntu, for a user who may use sudo.
+    """Return the shell lines that mount all containers on a VM with Ubuntu, for a user who may use sudo.
 
-    Repeated, they change nothing. The cache goes to the local NVMe disk (the first that is not in use is formatted:
-    Azure's temporary disks are blank), else to the temporary disk, else to the system's.
+    The lines are idempotent. The cache is on the first unused local NVMe disk, which is formatted (temporary disks of
+    Azure are blank), else on the temporary disk, else on the system disk.
 
     Raises:
-        ConfigError: one of them is a claim of Kubernetes.
+        ConfigError: a mount is a volume claim of Kubernetes.
     """
     claims = [mount for mount in mounts if mount.claim is not None]
     if claims:
@@ -182,10 +185,10 @@ def setup_lines(mounts: Sequence[Mount], client_id: str | None = None) -> list[s
     return lines
 
 
-# Microsoft's package archive is known to the images of Azure for HPC and data science; elsewhere it is added.
+# Azure's images for HPC and data science have Microsoft's package archive; on other images it is added.
 _INSTALL = (
     "command -v blobfuse2 > /dev/null || { { apt-cache show blobfuse2 > /dev/null 2>&1 || "
-    # In a private directory: another user may own a file of a known name in /tmp, and root would install that.
+    # In a private directory: root must not install a file that another user created in /tmp.
     '{ place=$(mktemp -d) && curl -fsSLo "$place/microsoft.deb" "https://packages.microsoft.com/config/ubuntu/'
     '$(. /etc/os-release; echo $VERSION_ID)/packages-microsoft-prod.deb" && sudo dpkg -i "$place/microsoft.deb" && '
     'rm -rf "$place"; }; } && '
@@ -194,7 +197,7 @@ _INSTALL = (
 _DISK = f"""if [ ! -e {_CACHE} ]; then
   place=/mnt
   for disk in $(lsblk -dnpo NAME | grep nvme); do
-    # One word for the disk itself and nothing else: no partition, no file system, mounted nowhere.
+    # lsblk prints one word for a disk without partitions, file system and mount point.
     [ "$(lsblk -npo NAME,FSTYPE,MOUNTPOINT "$disk" | wc -w)" = 1 ] || continue
     sudo mkfs.ext4 -q "$disk" && sudo mkdir -p /mnt/launch-nvme && sudo mount "$disk" /mnt/launch-nvme || continue
     place=/mnt/launch-nvme

@@ -1,9 +1,9 @@
-"""What a job needs on the nodes beside launch: packages that the calling directory names, and shell lines.
+"""Prepares the nodes for a job: installs the packages that the calling directory requires, and runs `cluster.setup`.
 
-    needs = NodeSetup.of(directory, cluster.setup)      # where the command is given
-    with ExistingRay(…): needs.install(nodes, calling) # on the head, before anything of the directory is imported
+    setup = NodeSetup.of(directory, cluster.setup)        # in the command
+    with ExistingRay(…): setup.install(nodes, calling)    # on the head, before a module of the directory is imported
 
-torch and ray stay as they are on every node: a package that wants others is refused.
+The versions of torch and ray on the nodes never change: a package that requires others is rejected.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 
 from launcher.clusters.capacity import Node
 from launcher.clusters.remote import project
+from launcher.clusters.remote.node_tasks import on_each_node
 from launcher.config.masking import hide
 from launcher.errors import ClusterError, ConfigError
 
 INSTALL_SECONDS = 1800.0
-PINNED = ("torch", "ray")
 
 
 @dataclass(frozen=True)
 class NodeSetup:
-    """What has to be there on every node.
+    """The packages and shell lines that every node needs for a job.
 
     Attributes:
-        file: requirements.txt of the calling directory, relative to it; None where there is none.
-        packages: what its pyproject.toml depends on otherwise.
+        file: requirements.txt of the calling directory, relative to it; None if it does not exist.
+        packages: the dependencies in pyproject.toml, if there is no requirements.txt.
         setup: shell lines.
-        names: variables of the driver's environment that the lines see.
+        names: names of the driver's environment variables that the shell lines can use.
     """
 
     file: str | None = None
@@ -42,21 +42,21 @@ class NodeSetup:
 
     @classmethod
     def of(cls, directory: Path, setup: Sequence[str], names: Sequence[str] = ()) -> NodeSetup:
-        """Read what a directory says that it needs.
+        """Read the requirements of a directory.
 
         Raises:
-            ConfigError: its pyproject.toml cannot be read.
+            ConfigError: its pyproject.toml cannot be parsed.
         """
         if (directory / "requirements.txt").is_file():
             return cls("requirements.txt", [], list(setup), list(names))
         packages: list[str] = []
-        stated = directory / "pyproject.toml"
-        if stated.is_file() and directory.resolve() != project.HOME:  # launch's own are there
+        file = directory / "pyproject.toml"
+        if file.is_file() and directory.resolve() != project.HOME:  # launch's own requirements are installed
             try:
-                packages = list(tomllib.loads(stated.read_text()).get("project", {}).get("dependencies", []))
+                packages = list(tomllib.loads(file.read_text()).get("project", {}).get("dependencies", []))
             except (OSError, ValueError) as error:
                 raise ConfigError(
-                    f"{stated} cannot be read: {error}. Mend it; a cluster installs what it names."
+                    f"{file} cannot be parsed: {error}. Fix it: the nodes of the cluster install its dependencies."
                 ) from None
         return cls(None, packages, list(setup), list(names))
 
@@ -64,51 +64,39 @@ class NodeSetup:
         return bool(self.file or self.packages or self.setup)
 
     def describe(self) -> str:
+        """Return the sources of the setup for a message, such as `requirements.txt and cluster.setup`."""
         parts = [self.file or (f"{len(self.packages)} packages of pyproject.toml" if self.packages else "")]
         parts.append("cluster.setup" if self.setup else "")
         return " and ".join(part for part in parts if part)
 
     def install(self, nodes: Sequence[Node], calling: str) -> None:
-        """Install and run what is needed, on all nodes at the same time. Ray is initialised.
+        """Install the packages and run the shell lines on all nodes in parallel. Ray is initialized.
+
+        Args:
+            calling: the calling directory, or its copy on the nodes.
 
         Raises:
-            ClusterError: names the nodes where it failed, and what was said there.
+            ClusterError: the setup failed; the message has the nodes and the output of the command that failed.
         """
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        values = {name: os.environ[name] for name in self.names if name in os.environ}
-        work = _work()
-
-        def start(node: Node) -> Any:
-            place = NodeAffinitySchedulingStrategy(node.id, soft=False)
-            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(work)
-            return task.remote(str(project.HOME), calling, asdict(self))
-
-        started = [start(node) for node in nodes]
-        done = set(ray.wait(started, num_returns=len(started), timeout=INSTALL_SECONDS)[0])
-        problems = []
-        for node, one in zip(nodes, started, strict=True):
-            try:
-                said = ray.get(one) if one in done else f"no end within {INSTALL_SECONDS / 60:g} minutes"
-            except Exception as error:
-                said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            if said:
-                for value in values.values():
-                    said = said.replace(value, "***")
-                said = hide(said)
-                problems.append(f"{node.host} ({node.address}): {said}")
+        values = [os.environ[name] for name in self.names if name in os.environ]
+        arguments = (str(project.HOME), calling, asdict(self))
+        problems: dict[str, list[str]] = {}
+        answers = on_each_node(nodes, _work(), *arguments, seconds=INSTALL_SECONDS)
+        for node, (output, problem) in zip(nodes, answers, strict=True):
+            if text := problem or output:
+                for value in values:
+                    text = text.replace(value, "***")
+                problems.setdefault(hide(text), []).append(f"{node.host} ({node.address})")
         if problems:
-            raise ClusterError(
-                f"What the job needs ({self.describe()}) is not there on all nodes. {'; '.join(problems)}"
-            )
+            failures = "; ".join(f"{', '.join(hosts)}: {text}" for text, hosts in problems.items())
+            raise ClusterError(f"The nodes could not be prepared ({self.describe()}). {failures}")
 
 
 def _work() -> Callable[[str, str, dict[str, Any]], str]:
-    """Return what is done on a node. A function within a function travels by value."""
+    """Return the function that sets up a node. It is defined in a function so that it is pickled by value."""
 
-    def work(home: str, calling: str, needs: dict[str, Any]) -> str:
-        """Return what went wrong, in words; nothing where all is well."""
+    def work(home: str, calling: str, setup: dict[str, Any]) -> str:
+        """Return a description of the failure; empty if the node is set up."""
         import importlib.metadata
         import os
         import subprocess
@@ -124,31 +112,34 @@ def _work() -> Callable[[str, str, dict[str, Any]], str]:
 
         def run(words: list[str], what: str) -> str:
             done = subprocess.run(words, cwd=directory, capture_output=True, text=True, errors="replace", check=False)
-            said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            last = " ".join(said[-4:])[-500:] or "it said nothing"
-            return f"{what} ended with status {done.returncode}: {last}" if done.returncode else ""
+            output = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            # pip explains a conflict in a block that starts with this line, and prints advice after it.
+            conflict = next((i for i, line in enumerate(output) if "conflict is caused by" in line), None)
+            lines = output[-4:] if conflict is None else output[conflict : conflict + 6]
+            shown = " ".join(lines)[-700:]
+            return f"{what} failed with status {done.returncode}: {shown or 'no output'}" if done.returncode else ""
 
-        # Words stand in the list of processes, and an index's address or a line of shell may hold a password.
+        # Arguments are visible in the list of processes, and the URL of an index or a shell line may have a password.
         def file_with(lines: list[str], suffix: str) -> Any:
             file = tempfile.NamedTemporaryFile("w", suffix=suffix)  # noqa: SIM115 (the caller closes it)
             file.write("".join(f"{line}\n" for line in lines))
             file.flush()
             return file
 
-        if needs["file"] or needs["packages"]:
+        if setup["file"] or setup["packages"]:
             pins = []
             for name in ("torch", "ray"):
                 try:
                     pins.append(f"{name}=={importlib.metadata.version(name)}")
                 except importlib.metadata.PackageNotFoundError:
                     continue
-            with file_with(pins, ".txt") as constraints, file_with(needs["packages"], ".txt") as packages:
+            with file_with(pins, ".txt") as constraints, file_with(setup["packages"], ".txt") as packages:
                 words = [sys.executable, "-P", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
                 words += ["--quiet", "--constraint", constraints.name]
-                words += ["--requirement", needs["file"] or packages.name]
-                if problem := run(words, f"pip install ({', '.join(pins)} stay)"):
+                words += ["--requirement", setup["file"] or packages.name]
+                if problem := run(words, f"pip install (with {', '.join(pins)})"):
                     return problem
-        for line in needs["setup"]:
+        for line in setup["setup"]:
             with file_with([line], ".sh") as script:
                 if problem := run(["sh", script.name], f"`{line}`"):
                     return problem

@@ -1,12 +1,12 @@
-"""What launch does on one host of a cluster: look, make a Python environment, start Ray, end all that was started.
+"""The commands that launch runs on a host of a cluster: look, make_environment, start and stop.
 
-This file is sent over SSH and run there (`bootstrap.ask`) by whatever Python 3.8 or newer the host has; it imports the
-standard library, `reaper` and `ray_seam.settings` alone, and what newer Pythons allow stands in annotations only. An
-order is one JSON object on standard input, its answer another on standard output. Every process that is started carries
-`LAUNCH_CLUSTER=<the cluster's directory>` in its environment: that is how it is found again, whatever happened to it.
+This file is sent over SSH and run by the host's own Python (`bootstrap.run_on_host`), version 3.8 or newer. It imports
+only the standard library, `reaper` and `ray_seam.settings`, and uses newer syntax only in annotations. A command is a
+JSON object on standard input, its answer a JSON object on standard output. Every process that it starts has
+`LAUNCH_CLUSTER=<the cluster's directory>` in its environment, by which `stop` finds it.
 
-    <base>/envs/<digest>/     a Python environment; `complete` in it says that it is
-    <base>/<cluster>/         token (for this user alone), node.json, ray.log, copies of projects, runs
+    <base>/envs/<digest>/     a Python environment; it is usable if it contains the file `complete`
+    <base>/<cluster>/         token (readable by this user alone), node.json, ray.log, copies of projects, runs
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ print(json.dumps(found))
 
 
 class CommandFailed(Exception):
-    """Something cannot be done here; says what, in a sentence without the host's name."""
+    """A command failed. The message is a sentence without the name of the host."""
 
 
-def look(order: dict[str, Any]) -> dict[str, Any]:
-    """Return what is here. Changes nothing."""
-    base, directory = _places(order)
+def look(command: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts about this host: its address, CPUs, GPUs, Python environment, and its node of Ray.
+
+    It changes nothing.
+    """
+    base, directory = _directories(command)
     address = _address()
     node = _node(directory)
     found: dict[str, Any] = {
@@ -68,33 +71,34 @@ def look(order: dict[str, Any]) -> dict[str, Any]:
         "python": None,
         "versions": {},
     }
-    python = order.get("python") or str(base / "envs" / order.get("digest", "-") / "bin" / "python")
-    if order.get("python") or (base / "envs" / order.get("digest", "-") / "complete").exists():
+    environment = base / "envs" / command.get("digest", "-")
+    python = command.get("python") or str(environment / "bin" / "python")
+    if command.get("python") or (environment / "complete").exists():
         found["versions"] = _versions(python)
         found["python"] = python if found["versions"] else None
-    if order.get("nodes") and node is not None and node["head"]:
+    if command.get("nodes") and node is not None and node["head"]:
         found["nodes"] = _nodes(node, directory)
     if node is None and (directory / "node.json").exists():
-        found["last_words"] = _tail(directory / "ray.log")
+        found["last_lines"] = _tail(directory / "ray.log")
     return found
 
 
-def make_environment(order: dict[str, Any]) -> dict[str, Any]:
-    """Make a Python environment unless it is there.
+def make_environment(command: dict[str, Any]) -> dict[str, Any]:
+    """Create the Python environment `digest` unless it exists.
 
-    It gets the Python of `version` and what `requirements` and `constraints` say; `digest` is its name.
+    It has the Python release `version` and the packages of `requirements`, with the versions in `constraints`.
     """
-    base, _ = _places(order)
-    place = base / "envs" / order["digest"]
-    with _locked(base / "envs" / (order["digest"] + ".lock"), order.get("seconds", 3600.0)):
+    base, _ = _directories(command)
+    place = base / "envs" / command["digest"]
+    with _locked(base / "envs" / (command["digest"] + ".lock"), command.get("seconds", 3600.0)):
         if (place / "complete").exists():
             return {"python": str(place / "bin" / "python"), "made": False}
         shutil.rmtree(str(place), ignore_errors=True)
-        log = base / "envs" / (order["digest"] + ".log")
+        log = base / "envs" / (command["digest"] + ".log")
         with log.open("w") as sink:
-            _run(_venv(order["version"], place), sink, log)
+            _run(_venv(command["version"], place), sink, log)
             for name in ("requirements", "constraints"):
-                (place / (name + ".txt")).write_text(order[name])
+                (place / (name + ".txt")).write_text(command[name])
             words = ["-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
             words += ["--constraint", str(place / "constraints.txt"), "--requirement", str(place / "requirements.txt")]
             _run([str(place / "bin" / "python"), *words], sink, log)
@@ -102,33 +106,33 @@ def make_environment(order: dict[str, Any]) -> dict[str, Any]:
     return {"python": str(place / "bin" / "python"), "made": True}
 
 
-def start(order: dict[str, Any]) -> dict[str, Any]:
-    """Start this host's node of Ray, with `token` on the way, unless it runs already; return it.
+def start(command: dict[str, Any]) -> dict[str, Any]:
+    """Start this host's node of Ray with `token`, unless it is running, and return the node.
 
-    A node that belongs to an earlier start of the head (`generation`) is ended first.
+    A node that belongs to an earlier start of the head (`generation`) is stopped first.
     """
-    _, directory = _places(order)
+    _, directory = _directories(command)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    head = order.get("head")  # None on the head itself
+    head = command.get("head")  # None on the head itself
     with _locked(directory / "lock", LOCK_SECONDS):
         node = _node(directory)
         generation = None if head is None else head["generation"]
-        if node is not None and node["python"] == order["python"] and generation in (None, node["generation"]):
+        if node is not None and node["python"] == command["python"] and generation in (None, node["generation"]):
             return node
         _end(directory)
-        _write_private(directory / "token", order["token"])
+        _write_private(directory / "token", command["token"])
         if head is not None:
-            _check_way(head)
-        return _start_ray(order, directory)
+            _check_connection(head)
+        return _start_ray(command, directory)
 
 
-def stop(order: dict[str, Any]) -> dict[str, Any]:
-    """End every process of the cluster here, and remove its token. Return what is left: nothing, if all is well."""
-    _, directory = _places(order)
+def stop(command: dict[str, Any]) -> dict[str, Any]:
+    """Kill every process of the cluster on this host, and remove its token. Return the processes that are left."""
+    _, directory = _directories(command)
     if not directory.is_dir():
         return {"left": [], "ended": 0}
     ended = len(reaper.marked(_mark(directory)))
-    # One that starts something now would go on after us.
+    # Under the lock: a command that starts Ray at this moment must not start it afterwards.
     with _locked(directory / "lock", LOCK_SECONDS):
         _end(directory)
         left = reaper.marked(_mark(directory))
@@ -138,8 +142,8 @@ def stop(order: dict[str, Any]) -> dict[str, Any]:
 # ---- Ray ------------------------------------------------------------------------------------------------------------
 
 
-def _start_ray(order: dict[str, Any], directory: Path) -> dict[str, Any]:
-    head, python, address = order.get("head"), order["python"], order["address"]
+def _start_ray(command: dict[str, Any], directory: Path) -> dict[str, Any]:
+    head, python, address = command.get("head"), command["python"], command["address"]
     scratch = _scratch(directory)
     node = {"address": address, "head": head is None, "python": python, "scratch": str(scratch)}
     words = ["--head", "--dashboard-host=127.0.0.1", "--include-dashboard=true", "--no-monitor"]
@@ -156,7 +160,7 @@ def _start_ray(order: dict[str, Any], directory: Path) -> dict[str, Any]:
         process = subprocess.Popen(
             [python, *settings.COMMAND, "start", *words],
             cwd=str(directory),
-            env=_environment(order, directory, scratch),
+            env=_environment(command, directory, scratch),
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
@@ -172,18 +176,18 @@ def _start_ray(order: dict[str, Any], directory: Path) -> dict[str, Any]:
     return node
 
 
-def _environment(order: dict[str, Any], directory: Path, scratch: Path) -> dict[str, str]:
-    """Return the environment of Ray, and so of all workers. The token is named by its file."""
+def _environment(command: dict[str, Any], directory: Path, scratch: Path) -> dict[str, str]:
+    """Return the environment of Ray and of all workers. It has the path of the token's file, not the token."""
     given = dict(os.environ)
     for name in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY", "RAY_ADDRESS", "RAY_AUTH_TOKEN"):
         given.pop(name, None)
-    interface = interface_of(order["address"])
-    if interface is not None:  # gloo and NCCL would ask the host's name, which may lead to loopback
+    interface = interface_of(command["address"])
+    if interface is not None:  # gloo and NCCL would resolve the host's name, which may be a loopback address
         given.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
     given.update(
         {
             MARK: str(directory),
-            "PATH": os.pathsep.join([str(Path(order["python"]).parent), given.get("PATH", os.defpath)]),
+            "PATH": os.pathsep.join([str(Path(command["python"]).parent), given.get("PATH", os.defpath)]),
             "PYTHONPATH": str(directory / "launch"),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
@@ -201,25 +205,25 @@ def _await_start(process: subprocess.Popen[bytes], log: Path) -> None:
         if process.poll() is not None:
             raise CommandFailed(f"Ray did not start: {_tail(log)}")
         if time.monotonic() > latest:
-            raise CommandFailed(f"Ray had not started after {START_SECONDS:g} s: {_tail(log)}")
+            raise CommandFailed(f"Ray did not start within {START_SECONDS:g} s: {_tail(log)}")
         time.sleep(0.05)
 
 
-def _check_way(head: dict[str, Any]) -> None:
+def _check_connection(head: dict[str, Any]) -> None:
     place = f"{head['address']}:{head['port']}"
     try:
         socket.create_connection((head["address"], head["port"]), timeout=10).close()
     except OSError as error:
         raise CommandFailed(
-            f"the head's Ray at {place} cannot be reached from here ({error.strerror or error}). The hosts of a "
-            "cluster have to reach each other on all ports, and this is the address at which the head took SSH"
+            f"the head's Ray at {place} is unreachable from this host ({error.strerror or error}). The hosts of a "
+            "cluster must reach each other on all ports. This is the address at which the head accepted SSH"
         ) from None
 
 
 def _scratch(directory: Path) -> Path:
-    """Return the directory for Ray's own files, which opens what it makes below to everybody.
+    """Return the private directory for Ray's temporary files, which Ray makes readable by all users.
 
-    Its name is short: the path of a Unix socket holds 107 characters, and Ray adds about 75.
+    Its name is short: the path of a Unix socket has at most 107 characters, and Ray adds about 75.
     """
     name = "lr-" + hashlib.sha256(str(directory).encode()).hexdigest()[:8]
     path = Path(os.environ.get("TMPDIR", "/tmp")) / name
@@ -227,12 +231,12 @@ def _scratch(directory: Path) -> Path:
         path.mkdir(mode=0o700)
     found = path.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or path.is_symlink():
-        raise CommandFailed(f"{path} is there, and is not a directory of this user alone. Remove it")
+        raise CommandFailed(f"{path} exists and is not a private directory of this user. Remove it")
     return path
 
 
 def _node(directory: Path) -> dict[str, Any] | None:
-    """Return the node of Ray that lives here."""
+    """Return the node of Ray that runs on this host; None if there is none."""
     with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
         node: dict[str, Any] = json.loads((directory / "node.json").read_text())
         fields = reaper._stat(node["pid"])
@@ -242,7 +246,7 @@ def _node(directory: Path) -> dict[str, Any] | None:
 
 
 def _end(directory: Path) -> None:
-    """End what runs here, and remove what only a running node needs."""
+    """Kill the processes of the cluster on this host, and remove the files of a running node."""
     gone = reaper.end(_mark(directory), grace=2.0)
     for name in ("node.json", "token"):
         with contextlib.suppress(FileNotFoundError):
@@ -252,7 +256,7 @@ def _end(directory: Path) -> None:
 
 
 def _nodes(node: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
-    """Return what the head's Ray knows of its nodes, the lost ones included."""
+    """Return the nodes that the head's Ray knows, including the lost ones."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(directory / "token")}
     words = [node["python"], "-c", settings.NODES, f"{node['address']}:{node['port']}"]
     with contextlib.suppress(OSError, ValueError, IndexError, subprocess.TimeoutExpired):
@@ -266,7 +270,7 @@ def _nodes(node: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
 
 
 def _venv(version: str, place: Path) -> list[str]:
-    """Return the command that makes an environment with this version of Python."""
+    """Return the command that creates an environment with this version of Python."""
     test = f"import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '{version}')"
     homes = [f"~/.pyenv/versions/{version}*/bin/python3", "/opt/conda/bin/python3", "/anaconda/envs/*/bin/python3"]
     near = [path for home in homes for path in sorted(glob.glob(os.path.expanduser(home)), reverse=True)]
@@ -278,8 +282,9 @@ def _venv(version: str, place: Path) -> list[str]:
     if uv is not None:
         return [uv, "venv", "--seed", "--python", version, str(place)]
     raise CommandFailed(
-        f"there is no Python {version} with venv, the version that runs here (Debian and Ubuntu: apt-get install "
-        f"python{version}-venv; or install uv, which brings it). Or name an environment: cluster.python=/PATH/TO/python"
+        f"there is no Python {version} with venv, the version that launch itself uses. Install it (Debian and Ubuntu: "
+        f"apt-get install python{version}-venv), install uv, which downloads it, or name an environment with "
+        "cluster.python=/PATH/TO/python"
     )
 
 
@@ -287,16 +292,16 @@ def _run(words: list[str], sink: Any, log: Path) -> None:
     done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, check=False)
     if done.returncode == 0:
         return
-    # Without its index pip goes on and complains of versions in the end.
+    # If its index is unreachable, pip continues and reports missing versions in the end.
     lost = re.search(r"Retry\(total=0,.*connection broken by '(.*)': /", log.read_text(errors="replace"))
     if lost is not None:
         why = re.sub(r"<[^>]*>: ", "", lost[1])[-200:]
         raise CommandFailed(
-            f"the Python environment could not be made: pip does not reach its index from there ({why}). Let the host "
-            "reach PyPI, set its pip to a mirror (pip config set global.index-url URL), or name an environment that it "
-            f"has: cluster.python=/PATH/TO/python. {log} says more"
+            f"the Python environment could not be created: pip cannot reach its index ({why}). Give the host access to "
+            "PyPI, configure a mirror (pip config set global.index-url URL), or name an environment with "
+            f"cluster.python=/PATH/TO/python. The log is {log}"
         )
-    raise CommandFailed(f"the Python environment could not be made ({log} says more): {_tail(log)}")
+    raise CommandFailed(f"the Python environment could not be created (log: {log}): {_tail(log)}")
 
 
 def _versions(python: str) -> dict[str, str]:
@@ -310,13 +315,14 @@ def _versions(python: str) -> dict[str, str]:
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 
-def _places(order: dict[str, Any]) -> Any:
-    base = Path(os.path.expanduser(order["base"]))
-    return base, base / order["cluster"]
+def _directories(command: dict[str, Any]) -> tuple[Path, Path]:
+    """Return (launch's directory in the home, the cluster's directory in it)."""
+    base = Path(os.path.expanduser(command["base"]))
+    return base, base / command["cluster"]
 
 
 def _address() -> str:
-    """Return this host's own address on the network over which it was reached; the hosts beside it use it, too."""
+    """Return the address of this host on the network of the SSH connection. The other hosts use it, too."""
     words = os.environ.get("SSH_CONNECTION", "").split()
     if len(words) == 4 and ":" not in words[2] and not words[2].startswith("127."):
         return words[2]
@@ -327,7 +333,9 @@ def _address() -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the network interface that carries an IPv4 address."""
+    """Return the network interface with an IPv4 address; None if there is none, or on systems other than Linux."""
+    if sys.platform != "linux":
+        return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
@@ -337,13 +345,13 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def _free_port(address: str, wanted: int) -> int:
-    for port in range(wanted, wanted + 100):
+def _free_port(address: str, first: int) -> int:
+    for port in range(first, first + 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address, port))
             return port
-    raise CommandFailed(f"no port from {wanted} to {wanted + 99} is free on {address}")
+    raise CommandFailed(f"no port from {first} to {first + 99} is free on {address}")
 
 
 def _mark(directory: Path) -> str:
@@ -380,7 +388,7 @@ def _locked(path: Path, seconds: float) -> Iterator[None]:
                 break
             except OSError:
                 if time.monotonic() > latest:
-                    raise CommandFailed(f"another command has been at work here for {seconds:g} s ({path})") from None
+                    raise CommandFailed(f"another command of launch has run for {seconds:g} s (lock: {path})") from None
                 time.sleep(0.1)
         yield
 
@@ -388,11 +396,11 @@ def _locked(path: Path, seconds: float) -> Iterator[None]:
 def _tail(log: Path) -> str:
     with contextlib.suppress(OSError):
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return " ".join(lines[-6:])[-700:] or "it printed nothing"
-    return "it printed nothing"
+        return " ".join(lines[-6:])[-700:] or "no output"
+    return "no output"
 
 
-ORDERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+COMMANDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "look": look,
     "make_environment": make_environment,
     "start": start,
@@ -400,14 +408,14 @@ ORDERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def main(order: dict[str, Any]) -> None:
-    """Do an order, and print its answer."""
+def main(command: dict[str, Any]) -> None:
+    """Run a command, and print its answer."""
     os.umask(0o077)
     answer: dict[str, Any]
     try:
-        answer = {"done": ORDERS[order["order"]](order)}
+        answer = {"done": COMMANDS[command["command"]](command)}
     except CommandFailed as problem:
         answer = {"failed": str(problem)}
     except OSError as error:
-        answer = {"failed": f"{order['order']} failed: {error}"}
+        answer = {"failed": f"{command['command']} failed: {error}"}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

@@ -1,4 +1,4 @@
-"""What is sent of a project to other machines: the files of a directory that git tracks or would, without secrets."""
+"""Selects the files of a project that are sent to other machines: what git tracks or would track, without secrets."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from launcher.runs.provenance import GIT
 from launcher.runs.secret_files import IGNORE_FILE, SecretFiles, is_secret_path
 
 _NEVER = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
-HOME = Path(__file__).resolve().parents[3]  # where launch itself lies
+HOME = Path(__file__).resolve().parents[3]  # the directory that contains launch
 OWN = ("launcher", "models", "conf")
 _NAMED = 6
-_RUNS = "runs/"  # in a calling directory; a package of that name elsewhere is a package
+_RUNS = "runs/"  # only at the top of the directory: deeper, it may be a package
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The files of a directory, relative to it, that are sent to other machines, and those that are withheld.
+    """The files of a directory that are sent to other machines, and those that are withheld.
 
-    secrets: withheld because they look like secrets. ignored: how many more `.launchignore` withholds.
+    Attributes:
+        files: the files to send, relative to the directory.
+        secrets: files that are withheld because they look like secrets.
+        ignored: the number of files that `.launchignore` withholds.
     """
 
     files: list[str]
@@ -31,22 +34,22 @@ class Selection:
     ignored: int = 0
 
     def withheld(self) -> str:
-        """Return a sentence that names what is not sent; empty where everything is."""
+        """Return a sentence that names the files that are not sent; empty if there are none."""
         parts = []
         if self.secrets:
             more = f" and {len(self.secrets) - _NAMED} more" if len(self.secrets) > _NAMED else ""
             names = ", ".join(name if name.isprintable() else ascii(name) for name in self.secrets[:_NAMED])
-            parts.append(f"{names}{more} (may hold secrets; to send a file, write !FILE in {IGNORE_FILE})")
+            parts.append(f"{names}{more} (may contain secrets; to send a file, write !FILE in {IGNORE_FILE})")
         if self.ignored:
             parts.append(f"{count(self.ignored, 'file')} named by {IGNORE_FILE}")
         return f"Not sent: {', and '.join(parts)}." if parts else ""
 
 
 def select(directory: Path) -> Selection:
-    """Return what is sent of a directory: the files that git tracks or would, else all but the usual rest.
+    """Return the files of a directory to send: those that git tracks or would track; without git, all files.
 
-    Files that git ignores, links that lead out of the directory, what a run or an environment leaves, and secrets
-    (`launcher.runs.secret_files`) are not sent.
+    Not sent are files that git ignores, links to a place outside of the directory, runs, virtual environments, caches,
+    and secrets (`launcher.runs.secret_files`).
     """
     words = [*GIT, "-C", str(directory), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
@@ -55,13 +58,13 @@ def select(directory: Path) -> Selection:
     except (OSError, subprocess.TimeoutExpired):
         listed = None
     found = sorted(set(listed)) if listed is not None else _walked(directory)
-    wanted = [name for name in found if name and not name.startswith(_RUNS) and not _NEVER & set(name.split("/"))]
+    names = [name for name in found if name and not name.startswith(_RUNS) and not _NEVER & set(name.split("/"))]
     rules = SecretFiles(directory)
-    chosen = [name for name in wanted if _is_file(directory, name)]
-    stay = [name for name in chosen if rules.withholds(name)]
-    secrets = [name for name in stay if not rules.ignores(name)]
-    gone = set(stay)
-    return Selection([name for name in chosen if name not in gone], secrets, len(stay) - len(secrets))
+    candidates = [name for name in names if _is_file(directory, name)]
+    withheld = [name for name in candidates if rules.withholds(name)]
+    secrets = [name for name in withheld if not rules.ignores(name)]
+    excluded = set(withheld)
+    return Selection([name for name in candidates if name not in excluded], secrets, len(withheld) - len(secrets))
 
 
 def own_files() -> list[str]:
@@ -71,7 +74,7 @@ def own_files() -> list[str]:
 
 
 def size(directory: Path, names: Sequence[str]) -> int:
-    """Return the bytes of these files."""
+    """Return the total size of these files in bytes."""
     return sum((directory / name).stat().st_size for name in names)
 
 

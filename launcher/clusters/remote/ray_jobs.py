@@ -1,12 +1,12 @@
-"""Ray Jobs: processes on the head of a cluster, started and watched over HTTP.
+"""A client of Ray Jobs, which starts and watches processes on the head of a cluster over HTTP.
 
     jobs = Jobs("http://127.0.0.1:8265", token)
-    jobs.put("order-1", content)                       # kept in the head's memory until the job takes it
+    jobs.put("launch-1", content)                      # in the head's memory, until the job takes it
     jobs.submit("launch-1", "exec python -m …", {"PYTHONPATH": "…"})
-    for text in jobs.tail("launch-1", skip=0): ...     # what it prints
+    for text in jobs.tail("launch-1", skip=0): ...     # the output of the job
 
-Nothing secret may be in a job's entrypoint, metadata or runtime environment: Ray writes them to its logs and shows them
-in lists of processes. `put` is for that.
+A job's entrypoint, metadata and runtime environment must contain no secret, because Ray writes them to its logs and
+shows them in lists of processes. Secrets are sent with `put`.
 """
 
 from __future__ import annotations
@@ -28,27 +28,32 @@ if TYPE_CHECKING:
 
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 REQUEST_SECONDS = 30.0
-# How long a driver may take to save and stop before Ray kills it.
+# The time that a driver has to save a checkpoint and exit before Ray kills it.
 STOP_SECONDS = 3600
 
 
 class Unreachable(Exception):
-    """The cluster does not answer at this moment."""
+    """The cluster does not answer now. The caller may retry."""
 
 
 def checked_url(address: str) -> str:
-    """Return the URL of a Ray Jobs API without a slash at its end. ClusterError where it is none, or has a password."""
+    """Return the URL of a Ray Jobs API without a trailing slash.
+
+    Raises:
+        ClusterError: `address` is not such a URL, or contains a password.
+    """
     parts = urlsplit(address)
     if parts.username or parts.password or parts.query or not parts.hostname:
         raise ClusterError(
-            "cluster.address is the URL of Ray's dashboard, http://HOST:PORT, without a user or a password: it is "
-            "written to config.yaml. The token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
+            "cluster.address must be the URL of Ray's dashboard, http://HOST:PORT, without user and password, because "
+            "it is written to config.yaml. The token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
+            "~/.ray/auth_token."
         )
     return address.rstrip("/")
 
 
 def own_token() -> str | None:
-    """Return this user's token for Ray from where Ray looks for it."""
+    """Return this user's token for Ray from the places that Ray reads; None if there is none."""
     if given := os.environ.get("RAY_AUTH_TOKEN"):
         return given.strip()
     with contextlib.suppress(OSError):
@@ -61,11 +66,11 @@ class Jobs:
     """The Ray Jobs API of one cluster.
 
     Args:
-        url: of its dashboard.
-        token: of the cluster, where it asks for one.
+        url: URL of the cluster's dashboard.
+        token: the cluster's token, if it requires one.
 
     Raises:
-        ClusterError: nobody answers there, or not with this token.
+        ClusterError: the API does not answer, or rejects the token.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
@@ -80,7 +85,11 @@ class Jobs:
             raise refused(url, error) from None
 
     def put(self, key: str, content: bytes) -> None:
-        """Keep `content` in the memory of the head, to be fetched with `take`. ClusterError where it is refused."""
+        """Store `content` in the memory of the head, to be fetched with `take`.
+
+        Raises:
+            ClusterError: the request failed.
+        """
         import requests
 
         address = self.url + kv.package_path(key)
@@ -92,10 +101,14 @@ class Jobs:
     def submit(
         self, job: str, entrypoint: str, environment: Mapping[str, str], modules: Sequence[Path] = (), **more: Any
     ) -> None:
-        """Start a job. modules: directories that it and its workers can import, sent along.
+        """Start a job.
+
+        Args:
+            modules: local directories that are sent with the job, and importable by it and its workers.
+            more: other fields of Ray's runtime environment.
 
         Raises:
-            ClusterError: it was refused.
+            ClusterError: the request failed.
         """
         runtime: dict[str, Any] = {"env_vars": {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}, **more}
         if modules:
@@ -106,10 +119,10 @@ class Jobs:
             raise refused(self.url, error) from None
 
     def status(self, job: str) -> str:
-        """Return PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; GONE where the cluster knows no such job.
+        """Return PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; GONE if the cluster has no such job.
 
         Raises:
-            Unreachable: nobody answers.
+            Unreachable: the API does not answer.
         """
         try:
             return str(self._client.get_job_status(job).value)
@@ -119,7 +132,7 @@ class Jobs:
             raise Unreachable(_line(error)) from None
 
     def unfinished(self) -> list[str]:
-        """Return the ids of the submitted jobs that have not ended. Unreachable where nobody answers."""
+        """Return the ids of the submitted jobs that have not ended. Raises Unreachable."""
         try:
             listed = self._client.list_jobs()
         except Exception as error:
@@ -127,7 +140,7 @@ class Jobs:
         return [one.submission_id for one in listed if one.submission_id and str(one.status.value) not in OVER]
 
     def stop(self, job: str) -> None:
-        """Send the job SIGTERM. Unreachable where nobody answers; a job that is over is no error."""
+        """Send SIGTERM to the job, unless it has ended. Raises Unreachable."""
         try:
             self._client.stop_job(job)
         except Exception as error:
@@ -135,20 +148,22 @@ class Jobs:
                 raise Unreachable(_line(error)) from None
 
     def message(self, job: str) -> str:
-        """Return what Ray says of a job's end."""
+        """Return Ray's message about the end of a job; empty if there is none."""
         with contextlib.suppress(Exception):
             return self._client.get_job_info(job).message or ""
         return ""
 
     def log(self, job: str) -> str:
-        """Return all that a job has printed. Unreachable where nobody answers."""
+        """Return the whole output of a job. Raises Unreachable."""
         try:
             return self._client.get_job_logs(job)
         except Exception as error:
             raise Unreachable(_line(error)) from None
 
     def tail(self, job: str, skip: int, pause: float = 0.5) -> Iterator[str | None]:
-        """Yield what a job prints after its first `skip` characters until it ends; None after a pause without a word.
+        """Yield the output of a job after its first `skip` characters until the job ends.
+
+        None is yielded after each pause of `pause` seconds without output.
 
         Raises:
             Unreachable: the connection is lost.
@@ -171,8 +186,8 @@ class Jobs:
                     raise Unreachable(_line(error)) from None
                 finally:
                     following = None
-                kept, skip = text[skip:], max(0, skip - len(text))
-                yield kept  # nothing, where all of it was read before: the connection lives
+                unread, skip = text[skip:], max(0, skip - len(text))
+                yield unread  # an empty text shows that the connection is alive
         finally:
             if following is not None:
                 following.cancel()
@@ -187,7 +202,7 @@ async def _next(chunks: AsyncIterator[str]) -> str:
 
 
 def take(address: str, key: str) -> bytes | None:
-    """Return what `Jobs.put` has left in the memory of the head, once: it is deleted there.
+    """Return and delete the content that `Jobs.put` stored in the memory of the head; None if there is none.
 
     Args:
         address: HOST:PORT of the cluster's GCS.
@@ -197,12 +212,13 @@ def take(address: str, key: str) -> bytes | None:
 
 
 def refused(url: str, error: Exception) -> ClusterError:
-    said = _line(error)
-    if "401" in said or "403" in said or "token" in said.lower():
-        cure = "Give this process the cluster's token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
+    """Return the error for a failed request to the Ray Jobs API, with a remedy."""
+    line = _line(error)
+    if "401" in line or "403" in line or "token" in line.lower():
+        remedy = "Provide the cluster's token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
     else:
-        cure = "Is Ray's dashboard running there (`ray start --head --dashboard-port=8265`), and is this its address?"
-    return ClusterError(f"The Ray Jobs API at {url} could not be used: {said} {cure}")
+        remedy = "Check the address, and that Ray's dashboard is running (`ray start --head --dashboard-port=8265`)."
+    return ClusterError(f"The Ray Jobs API at {url} could not be used: {line} {remedy}")
 
 
 def _line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""The clusters elsewhere that this user has: where their heads are, and how to get there.
+"""The records of this user's remote clusters: the address of each head, and the ssh command to it.
 
-One JSON file a cluster, for this user alone, in $XDG_STATE_HOME/launch/clusters (~/.local/state). No secret is in them:
-a cluster's token lies on its nodes and is read over SSH when it is needed.
+Each cluster has a private JSON file in $XDG_STATE_HOME/launch/clusters (default: ~/.local/state/launch/clusters). It
+contains no secret: the cluster's token is stored on its nodes, and read over SSH when it is needed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from launcher.runs import user_state
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster elsewhere, known by its head.
+    """The record of a remote cluster.
 
     Attributes:
-        name: of the cluster.
+        name: the name of the cluster.
         kind: "ssh" or "azure".
-        ssh: the ssh command to the head, up to and with the destination.
+        ssh: the ssh command to the head, including the destination.
         python: the interpreter on the head.
-        address: HOST:PORT of Ray's GCS as its nodes see it.
-        dashboard: its port on the head's loopback.
-        directory: absolute, on the head: where launch keeps copies of projects, and runs.
-        usd_per_hour: of all machines; None where nobody knows.
+        address: HOST:PORT of Ray's GCS in the network of the nodes.
+        dashboard: the port of the dashboard on the head's loopback interface.
+        directory: absolute path on the head of launch's directory, with copies of projects, and runs.
+        usd_per_hour: price of all machines; None if it is unknown.
         created: ISO time.
-        hosts: one mapping a host: name, address, state, and what its kind needs beside.
+        hosts: one mapping per host: name, address, state, and other keys of the cluster's kind.
     """
 
     name: str
@@ -50,57 +50,58 @@ class Head:
 
 
 def directory() -> Path:
-    """Return where the clusters are written down."""
+    """Return the directory of the records."""
     return user_state.directory() / "clusters"
 
 
 def save(head: Head) -> None:
-    """Write a cluster down, in place of what was known of it.
+    """Write the record of a cluster, replacing an earlier one.
 
     Raises:
-        ClusterError: its name cannot be a file's, or the directory cannot be written.
+        ClusterError: the name is invalid, or the directory cannot be written.
     """
     path = _path(head.name)
     try:
         user_state.write_private(path, json.dumps(asdict(head), indent=2) + "\n")
     except OSError as error:
         raise ClusterError(
-            f"The cluster {head.name} could not be written down in {path.parent} ({error.strerror}), and without that "
-            "`launch status` and `launch down` would not find it. Make the directory writable, or set XDG_STATE_HOME."
+            f"The record of the cluster {head.name} cannot be written to {path.parent} ({error.strerror}), so "
+            "`launch status` and `launch down` would not find the cluster. Make the directory writable, or set "
+            "XDG_STATE_HOME."
         ) from None
 
 
 def load(name: str) -> Head:
-    """Return a cluster by its name.
+    """Return the record of a cluster.
 
     Raises:
-        ClusterError: there is none of this name; names the nearest.
+        ClusterError: there is no cluster with this name; the message has the most similar name.
     """
     found = _read(_path(name))
     if found is None:
         names = [head.name for head in all_heads()]
-        known = f"There are {', '.join(names)}." if names else "None is known here; `launch up` makes one."
+        known = f"Your clusters: {', '.join(names)}." if names else "You have no clusters. `launch up` creates one."
         raise ClusterError(f'There is no cluster "{name}".{did_you_mean(name, names)} {known}')
     return found
 
 
 def all_heads() -> list[Head]:
-    """Return all clusters of this user, by name."""
+    """Return the records of all clusters of this user, sorted by name."""
     found = [_read(path) for path in sorted(directory().glob("*.json"))]
     return [head for head in found if head is not None]
 
 
 def forget(name: str) -> None:
-    """Remove what is written of a cluster; nothing happens where there is none."""
+    """Remove the record of a cluster, if there is one."""
     _path(name).unlink(missing_ok=True)
 
 
 def check_name(name: str) -> None:
-    """Raise ClusterError unless `name` can be that of a cluster."""
+    """Raise ClusterError unless `name` is a valid name of a cluster."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
         raise ClusterError(
-            f'"{name}" cannot be the name of a cluster: letters, digits, ".", "_" and "-", beginning with a letter or '
-            "digit, 63 at most."
+            f'"{name}" is not a valid name of a cluster. Use at most 63 letters, digits, ".", "_" and "-", beginning '
+            "with a letter or digit."
         )
 
 
@@ -113,5 +114,5 @@ def _read(path: Path) -> Head | None:
     try:
         known = {each.name for each in fields(Head)}
         return Head(**{key: value for key, value in json.loads(path.read_text()).items() if key in known})
-    except (OSError, ValueError, TypeError, AttributeError):  # not there, or not one of ours
+    except (OSError, ValueError, TypeError, AttributeError):  # missing, or not a record
         return None

@@ -1,14 +1,14 @@
-"""Commands, files and ports of another machine, by the system's own `ssh` and `rsync`.
+"""Runs commands, copies files and forwards ports on another machine with the system's `ssh` and `rsync`.
 
     shell = Shell(["ssh", "-p", "2222", "ada@vm1"])
-    shell.run("nproc")                             # what it printed; a HostError says what is wrong with the host
-    shell.run("cat > token", stdin=token)          # neither script nor input is seen in a list of processes
-    shell.send(here, ["a.py", "b/c.py"], "/there") # these files, and no others, lie there afterwards
-    with shell.tunnel(8265) as port: ...           # 127.0.0.1:port here is 127.0.0.1:8265 there
+    shell.run("nproc")                                  # the output of the command; raises HostError
+    shell.run("cat > token", stdin=token)               # script and input are not visible in a list of processes
+    shell.send(local, ["a.py", "b/c.py"], "/remote")    # /remote contains exactly these files afterwards
+    with shell.tunnel(8265) as port: ...                # 127.0.0.1:port is 127.0.0.1:8265 of the machine
 
-OpenSSH reads ~/.ssh/config and asks its agents as it does for its user, so aliases and jump hosts work. Commands to one
-host share one connection (ControlMaster), which stays for `PERSIST_SECONDS` after the last. Nothing is ever asked on a
-terminal (BatchMode): several hosts are reached at a time.
+OpenSSH reads ~/.ssh/config and uses its agents, so aliases and jump hosts work. Commands to one host share a connection
+(ControlMaster), which stays open for `PERSIST_SECONDS` after the last command. ssh never prompts on the terminal
+(BatchMode), because several hosts are contacted in parallel.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from launcher.errors import ConfigError, HostError
 
 CONNECT_SECONDS = 10
 PERSIST_SECONDS = 120
-# A connection on which nothing came back for so long is dead.
+# A connection is dead after ALIVE_SECONDS * ALIVE_COUNT without an answer.
 ALIVE_SECONDS, ALIVE_COUNT = 5, 3
 _SOCKET_BYTES = 103  # the shortest limit of a Unix socket's path among systems
 _RECONNECT_SECONDS = 0.5
 
-# What OpenSSH says when it ends with 255 -> what kind of thing is wrong (HostError.cause). The first match counts.
-_SAID = (
+# Messages of OpenSSH when it exits with status 255, and their HostError.cause. The first match wins.
+_CAUSES = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", "changed"),
     (r"host key is known|Host key verification failed|authenticity of host", "unknown"),
     (r"Permission denied|Too many authentication failures|No more authentication methods", "key"),
@@ -46,84 +46,84 @@ _SAID = (
     (r"timed out|No route to host|Network is unreachable|Host is down|not responding", "dead"),
     (r"command not found|rsync: not found|failed to exec rsync|No such file or directory.*rsync", "rsync"),
 )
-_SENTENCES = {
-    "changed": "The host key of {host} is another one than the one known here. Either the machine was made anew, or "
-    "somebody else answers at its address. If you know that it is new, forget the old key: ssh-keygen -R {host}.",
-    "unknown": "The host key of {host} is not known here, and nobody can be asked. Connect once by hand and compare "
-    "the fingerprint: {command}; or set `StrictHostKeyChecking accept-new` in your SSH configuration.",
-    "key": "{host} answers, and does not let this user in ({said}). Load the right key into ssh-agent, or name it with "
-    "cluster.ssh_key=FILE and the user with cluster.user=NAME; try by hand: {command}.",
-    "settings": "ssh refuses your own settings for {host}: {said}.",
-    "closed": "{host} is there, and nothing listens on its SSH port (connection refused). Is sshd running, and is this "
-    "its port? Another port is written HOST:PORT.",
-    "name": "The name {host} is not known ({said}). Write the host as `ssh` knows it, or its address.",
-    "dead": "{host} does not answer ({said}). Is the machine on, and may this network reach it?",
-    "lost": "The connection to {host} was lost ({said}). Try again; what was started there may still run.",
+_MESSAGES = {
+    "changed": "The host key of {host} has changed. Either the machine was reinstalled, or another machine answers at "
+    "its address. If it was reinstalled, remove the old key with ssh-keygen -R {host}.",
+    "unknown": "The host key of {host} is unknown, and ssh cannot ask you to confirm it. Connect once by hand and "
+    "compare the fingerprint ({command}), or set `StrictHostKeyChecking accept-new` in your SSH configuration.",
+    "key": "{host} rejects this user ({output}). Load the right key into ssh-agent, or name it with "
+    "cluster.ssh_key=FILE and the user with cluster.user=NAME. Test it with: {command}.",
+    "settings": "ssh rejects your settings for {host}: {output}.",
+    "closed": "{host} refuses connections to its SSH port ({output}). Check that sshd is running, and the port: write "
+    "another port as HOST:PORT.",
+    "name": "The host name {host} cannot be resolved ({output}). Use a name that `ssh` knows, or an address.",
+    "dead": "{host} does not answer ({output}). Check that the machine is running and reachable from this network.",
+    "lost": "The connection to {host} was lost ({output}). Processes that were started on it may still run.",
     "time": "{host} did not finish within {seconds:g} s: {what}.",
-    "rsync": "rsync is not installed on {host}, and files are sent with it. Install it there (Debian and Ubuntu: "
+    "rsync": "rsync, which launch uses to send files, is not installed on {host}. Install it (Debian and Ubuntu: "
     "apt-get install rsync).",
-    "no rsync here": "rsync is not installed on this machine, and files are sent with it. Install it (Debian and "
+    "no rsync here": "rsync, which launch uses to send files, is not installed on this machine. Install it (Debian and "
     "Ubuntu: apt-get install rsync; macOS: brew install rsync).",
-    "no ssh here": "ssh is not installed on this machine. Install OpenSSH's client (Debian and Ubuntu: apt-get install "
-    "openssh-client).",
-    "failed": "On {host} {what} failed with status {status}: {said}",
+    "no ssh here": "ssh is not installed on this machine. Install the OpenSSH client (Debian and Ubuntu: apt-get "
+    "install openssh-client).",
+    "failed": "{what} failed on {host} with status {status}: {output}",
 }
 
 
 class Shell:
-    """One other machine.
+    """A machine that is reached over SSH.
 
     Args:
-        words: the ssh command up to and with the destination: `ssh -i KEY ada@vm1`.
-        name: what errors call the machine; the destination unless given.
+        words: the ssh command including the destination: `ssh -i KEY ada@vm1`.
+        name: the name of the machine in errors; default: the destination.
 
     Raises:
-        ConfigError: the destination would be read as an option.
+        ConfigError: ssh would parse the destination as an option.
     """
 
     def __init__(self, words: Sequence[str], name: str | None = None) -> None:
         if words[-1].startswith("-") or "@-" in words[-1]:
-            raise ConfigError(f"{words[-1]!r} is no host: ssh would read it as an option. Give the name of a host.")
+            raise ConfigError(f"{words[-1]!r} is not a host: ssh would parse it as an option. Use a host name.")
         self.name = name or words[-1]
         self._plain = list(words)
         alive = ("-o", f"ServerAliveInterval={ALIVE_SECONDS}", "-o", f"ServerAliveCountMax={ALIVE_COUNT}")
-        # Before the destination and after the caller's options: of two values ssh takes the first.
+        # After the options of the caller: if an option is repeated, ssh uses the first value.
         self._options = [*words[:-1], "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *alive]
         self._options += ["-o", "LogLevel=ERROR"]
         self._destination = words[-1]
 
     def run(self, script: str, *, stdin: str | None = None, seconds: float = 60, what: str = "a command") -> str:
-        """Run a script of `sh` there and return what it printed on standard output.
+        """Run a script of `sh` on the machine and return its standard output.
 
         Args:
-            stdin: what the script reads. Like the script itself it is part of no command line.
-            what: what is done, for an error: "the start of Ray".
+            stdin: the input of the script. Neither is part of a command line.
+            what: what the script does, for an error message: "starting Ray".
 
         Raises:
-            HostError: no connection; or the script ended with another status than 0, or not in time. The connection
-                may be lost while the script goes on.
+            HostError: no connection, an exit status other than 0, or a timeout. If the connection is lost, the script
+                may continue to run.
         """
         code = script.encode()
-        # The script comes first on standard input, and what it reads after it.
+        # Standard input has the script, followed by the script's own input.
         words = [*self._shared(), "--", self._destination, f"exec sh -c 'eval \"$(head -c {len(code)})\"'"]
         return self._do(words, code + (stdin or "").encode(), seconds, what)
 
     def send(self, directory: Path, files: Sequence[str] | None, to: str, *, seconds: float = 600) -> None:
-        """Make the directory `to` there hold exactly `files` of a directory here; what else was there goes.
+        """Copy `files` of a local directory to the directory `to`, and delete all other files in it.
 
-        Compiled Python that lies there stays. Only what differs is sent.
+        Only differences are sent. `__pycache__` in `to` is not deleted.
 
         Args:
-            files: relative paths; None for everything.
-            to: an absolute path.
+            files: relative paths; None for all files.
+            to: an absolute path on the machine.
 
         Raises:
-            HostError: no connection, no rsync here or there, no space.
+            HostError: no connection, no rsync on one of the machines, or no space.
         """
         options = ["--delete", "--filter=P __pycache__/", f"--rsync-path=mkdir -p {shlex.quote(to)} && rsync"]
         rules = b""
         if files is not None:
-            # Every file and the directories above it, nothing else, and what is not among them is deleted there.
+            # Include the files and their parent directories; exclude, and so delete, everything else.
             parents = {str(parent) for file in files for parent in Path(file).parents} - {"."}
             options += ["--delete-excluded", "--from0", "--include-from=-", "--exclude=*"]
             rules = b"".join(f"/{_literal(name)}\0".encode() for name in [*sorted(parents), *files])
@@ -132,11 +132,11 @@ class Shell:
         )
 
     def fetch(self, remote: str, local: Path, options: Sequence[str] = (), *, seconds: float = 600) -> None:
-        """Copy a file, or with a slash at its end the content of a directory, from there; only what differs.
+        """Copy a file of the machine, or the content of a directory if `remote` ends with a slash; only differences.
 
         Args:
-            remote: an absolute path there.
-            options: further ones of rsync, such as `--exclude=…`.
+            remote: an absolute path on the machine.
+            options: more options of rsync, such as `--exclude=…`.
 
         Raises:
             HostError: as for `send`.
@@ -146,19 +146,19 @@ class Shell:
 
     @contextlib.contextmanager
     def tunnel(self, port: int, to: str = "127.0.0.1") -> Iterator[int]:
-        """Yield a port on this machine's loopback that leads to `port` of `to` as seen from there.
+        """Forward a local port to `port` of `to`, as seen from the machine, and yield the local port.
 
-        It has a connection of its own. When that is lost, it is made again on the same port; connections through it
-        break meanwhile.
+        The tunnel has a connection of its own. If it is lost, the tunnel reconnects on the same local port; open TCP
+        connections through it break.
 
         Raises:
-            HostError: no connection at the start.
+            HostError: the first connection failed.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             local = probe.getsockname()[1]
         options = ["-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{local}:{to}:{port}"]
-        # `cat` ends, and ssh with it, when this process is no more, however it went.
+        # `cat`, and with it ssh, exits when this process exits, even if it is killed.
         words = [*self._options, *options, "--", self._destination, "exec cat >/dev/null"]
         tunnel = _Tunnel(self, words, local)
         tunnel.open()
@@ -168,30 +168,30 @@ class Shell:
             tunnel.close()
 
     def close(self) -> None:
-        """End the shared connection now; the next command makes another."""
+        """Close the shared connection. The next command opens another one."""
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(
                 [*self._shared(), "-O", "exit", "--", self._destination], capture_output=True, timeout=5, check=False
             )
 
-    def failed(self, said: str, status: int = 255, what: str = "a command", seconds: float = 0) -> HostError:
-        """Return the error for what ssh (status 255) or a command said on standard error."""
-        cause = next((cause for text, cause in _SAID if re.search(text, said)), None) if status == 255 else None
+    def failed(self, output: str, status: int = 255, what: str = "a command", seconds: float = 0) -> HostError:
+        """Return the error for the standard error of ssh (status 255) or of a command."""
+        cause = next((cause for text, cause in _CAUSES if re.search(text, output)), None) if status == 255 else None
         if status != 255:
             cause = "failed"
-        return self._error(cause or "lost", said, status, what, seconds)
+        return self._error(cause or "lost", output, status, what, seconds)
 
-    def _error(self, cause: str, said: str = "", status: int = 255, what: str = "", seconds: float = 0) -> HostError:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        # Of ssh the last line says it; of a command what it printed last.
-        shown = (lines[-1].rstrip(".\r") if lines else "it said nothing") if cause != "failed" else _tail(lines)
-        text = _SENTENCES[cause].format(
-            host=self.name, said=shown, status=status, what=what, seconds=seconds, command=shlex.join(self._plain)
+    def _error(self, cause: str, output: str = "", status: int = 255, what: str = "", seconds: float = 0) -> HostError:
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        # The last line of ssh has the reason; a command may need several lines.
+        shown = (lines[-1].rstrip(".\r") if lines else "no output") if cause != "failed" else _tail(lines)
+        text = _MESSAGES[cause].format(
+            host=self.name, output=shown, status=status, what=what, seconds=seconds, command=shlex.join(self._plain)
         )
-        return HostError(text, self.name, cause)
+        return HostError(text[0].upper() + text[1:] if cause == "failed" else text, self.name, cause)
 
     def _shared(self) -> list[str]:
-        """Return the ssh command with the connection that is shared; where it can have no socket, without."""
+        """Return the ssh command with the shared connection, or without it if there is no place for its socket."""
         path = _socket_path(self._plain)
         if path is None:
             return self._options
@@ -199,7 +199,7 @@ class Shell:
         return [*self._options, "-o", "ControlMaster=auto", "-o", f"ControlPath={path}", "-o", persist]
 
     def _remote(self) -> str:
-        """Return the destination for rsync, which wants an IPv6 address in brackets."""
+        """Return the destination for rsync, which requires brackets around an IPv6 address."""
         user, at, host = self._destination.rpartition("@")
         return f"{user}{at}[{host}]" if ":" in host and not host.startswith("[") else self._destination
 
@@ -209,7 +209,7 @@ class Shell:
 
     def _do(self, words: Sequence[str], given: bytes, seconds: float, what: str) -> str:
         begun = time.monotonic()
-        # Standard error goes to a file: the shared connection stays in the background and may keep it open.
+        # Standard error is a file, since the shared connection stays in the background and keeps it open.
         with tempfile.TemporaryFile() as errors:
             try:
                 process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
@@ -227,19 +227,19 @@ class Shell:
             if process.returncode == 0:
                 return out.decode(errors="replace")
             errors.seek(0)
-            said = errors.read().decode(errors="replace")
+            output = errors.read().decode(errors="replace")
         status = process.returncode
-        if words[0] == "rsync":  # tells in its own words what ssh told it
-            status = 255 if any(re.search(text, said) for text, _ in _SAID) or status in (12, 255) else status
-        error = self.failed(said, status, what)
+        if words[0] == "rsync":  # rsync has exit statuses of its own for an error of ssh
+            status = 255 if any(re.search(text, output) for text, _ in _CAUSES) or status in (12, 255) else status
+        error = self.failed(output, status, what)
         silent = ALIVE_SECONDS * ALIVE_COUNT
-        if error.cause == "lost" and time.monotonic() - begun >= silent:  # ssh says nothing when it gives up
-            error = self._error("dead", f"nothing came back for {silent} s")
+        if error.cause == "lost" and time.monotonic() - begun >= silent:  # ssh prints nothing after this timeout
+            error = self._error("dead", f"no answer for {silent} s")
         raise error
 
 
 class _Tunnel:
-    """One forwarded port, and the thread that keeps it open."""
+    """A forwarded port, and the thread that reconnects it."""
 
     def __init__(self, shell: Shell, words: Sequence[str], local: int) -> None:
         self._shell, self._words, self._local = shell, words, local
@@ -270,7 +270,7 @@ class _Tunnel:
         self._end()
         if self._keeper.ident is not None:
             self._keeper.join()
-            self._end()  # the keeper may just have started another
+            self._end()  # the thread may have started another process
         self._errors.close()
 
     def _start(self) -> None:
@@ -302,12 +302,12 @@ class _Tunnel:
 
 
 def destination(host: str, user: str | None = None, key: str | None = None, config: str | None = None) -> list[str]:
-    """Return the ssh command for a host as a person writes it: `vm1`, `ada@vm1`, `vm1:2222`, `[fe80::1]:2222`.
+    """Return the ssh command for a host in the form of cluster.hosts: `vm1`, `ada@vm1`, `vm1:2222`, `[fe80::1]:2222`.
 
     Args:
-        user: for a host without one of its own.
+        user: for a host without `USER@`.
         key: file of the private key.
-        config: file in place of ~/.ssh/config.
+        config: a file to use instead of ~/.ssh/config.
     """
     own_user, at, place = host.rpartition("@")
     match = re.fullmatch(r"\[([^\]]+)\](?::(\d+))?|([^:]+)(?::(\d+))?", place)
@@ -325,13 +325,13 @@ def _socket_path(words: Sequence[str]) -> Path | None:
     if directory is None:
         return None
     path = directory / f"ssh-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:12]}"
-    return path if len(str(path)) + 17 <= _SOCKET_BYTES else None  # ssh makes it under a longer name first
+    return path if len(str(path)) + 17 <= _SOCKET_BYTES else None  # ssh first creates it under a longer name
 
 
 def _literal(path: str) -> str:
-    """Return a path as a pattern of rsync that matches it alone."""
+    """Return an rsync pattern that matches only this path."""
     return re.sub(r"([\[*?\\])", r"\\\1", path) if re.search(r"[\[*?]", path) else path
 
 
 def _tail(lines: Sequence[str]) -> str:
-    return " ".join(lines[-5:])[-600:] or "it said nothing"
+    return " ".join(lines[-5:])[-600:] or "no output"

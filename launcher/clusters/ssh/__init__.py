@@ -1,1 +1,1 @@
-"""cluster=ssh: hosts with SSH access become a Ray cluster."""
+"""cluster=ssh: a Ray cluster on hosts with SSH access."""

@@ -1,4 +1,4 @@
-"""The kind `ssh`: hosts with SSH access become a Ray cluster, and stop being one."""
+"""The kind `ssh`: a Ray cluster on hosts with SSH access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from launcher.errors import ConfigError
 if TYPE_CHECKING:
     from launcher.clusters.remote.registry import Head
 
-# No dash at the beginning, which ssh reads as an option, and nothing that the shell of a ProxyCommand would read.
+# Without a dash at the beginning, which ssh parses as an option, and without special characters of a shell, since a
+# ProxyCommand is run by one.
 _USER = r"[A-Za-z0-9_][A-Za-z0-9_.+\\-]*"
 _HOST = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 _IPV6 = r"[0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?"
@@ -23,11 +24,11 @@ _IPV6 = r"[0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?"
 @dataclass
 class SshCluster(ClusterConfig):
     kind: str = "ssh"
-    hosts: list[str] = field(default_factory=list)  # [USER@]HOST[:PORT] each, the head first
-    user: str | None = None  # on hosts that are written without one
-    ssh_key: str | None = None  # file of the private key; default: what ssh would take
-    ssh_config: str | None = None  # in place of ~/.ssh/config
-    python: str | None = None  # interpreter of an environment that the hosts have already
+    hosts: list[str] = field(default_factory=list)  # each [USER@]HOST[:PORT], the head first
+    user: str | None = None  # for hosts without USER@
+    ssh_key: str | None = None  # file of the private key; default: ssh's own choice
+    ssh_config: str | None = None  # a file to use instead of ~/.ssh/config
+    python: str | None = None  # interpreter of an existing environment on the hosts
 
 
 class Ssh(ClusterKind):
@@ -44,8 +45,8 @@ class Ssh(ClusterKind):
         for host in cluster.hosts:
             if not re.fullmatch(rf"({_USER}@)?(\[{_IPV6}\](:\d+)?|{_HOST}(:\d+)?|{_IPV6})", host):
                 raise ConfigError(
-                    f"cluster.hosts holds {host!r}, but a host is written [USER@]HOST[:PORT], such as ada@vm1:22, "
-                    "without characters that a shell or ssh reads as something else."
+                    f"cluster.hosts contains {host!r}. Write a host as [USER@]HOST[:PORT], such as ada@vm1:22, without "
+                    "special characters of ssh or a shell."
                 )
         if cluster.user is not None and not re.fullmatch(_USER, cluster.user):
             raise ConfigError(
@@ -57,7 +58,7 @@ class Ssh(ClusterKind):
                 raise ConfigError(f"cluster.{key} is {value!r}, but must be the path of a file, such as ~/.ssh/work.")
         twice = [host for host in cluster.hosts if cluster.hosts.count(host) > 1]
         if twice:
-            raise ConfigError(f"cluster.hosts holds {twice[0]} twice. One host runs one node: name it once.")
+            raise ConfigError(f"cluster.hosts contains {twice[0]} twice. A host runs one node: name it once.")
         if cluster.python is not None and not cluster.python.startswith("/"):
             raise ConfigError(
                 f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
@@ -68,7 +69,7 @@ class Ssh(ClusterKind):
         from launcher.clusters.ssh import lifecycle
 
         assert isinstance(cluster, SshCluster)
-        return lifecycle.written(cluster)
+        return lifecycle.recorded_hosts(cluster)
 
     def is_remote(self, cluster: ClusterConfig) -> bool:
         return True

@@ -1,11 +1,11 @@
-"""Hosts with SSH access become a cluster, and stop being one (`cluster=ssh`).
+"""Starts and stops a Ray cluster on hosts with SSH access (`cluster=ssh`).
 
-    head = up(job.cluster, tell)       # what is there already is left alone: the second time takes seconds
-    head, sentences = status(head)     # asked anew
-    down(name, tell)                   # ends every process on every host, and sees that none is left
+    head = up(job.cluster, report)     # idempotent: starts Ray only on hosts where it is not running
+    head, messages = status(head)      # asks every host
+    down(name, report)                 # kills every process on every host, and verifies it
 
-The first host is the head. Every host is asked for itself and at the same time as the others; one that does not answer
-is named and left out, unless it is the head. What happens on a host is told in `on_host`.
+The first host is the head. All hosts are used in parallel. A host that does not answer is reported and left out, unless
+it is the head. `on_host` has the commands that run on a host.
 """
 
 from __future__ import annotations
@@ -19,36 +19,43 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from launcher.clusters.base import Report
 from launcher.clusters.remote import project, registry
-from launcher.clusters.remote.bootstrap import BASE, Environment, ask, check_versions, everywhere
+from launcher.clusters.remote.bootstrap import BASE, Environment, check_versions, everywhere, run_on_host
 from launcher.clusters.remote.registry import Head
 from launcher.clusters.remote.shell import Shell, destination
 from launcher.clusters.ssh.kind import KIND, SshCluster
 from launcher.errors import ClusterError, ConfigError, HostError, MachineError
 from launcher.formatting import count, size
 
-START_SECONDS = 240.0  # with the wait for another command that is at work there
-Tell = Callable[[str], None]
+START_SECONDS = 240.0  # includes the time to wait for another command on the host
 
 
 @dataclass
 class _Host:
-    """One host while it is looked after."""
+    """The state of a host while a command uses it."""
 
     name: str
     shell: Shell
     words: list[str]
-    touched: bool = False  # something may have been started there, and may live
-    leaving: bool = False  # it is no longer among the hosts, and could not be asked to end
+    touched: bool = False  # processes of the cluster may run on it
+    leaving: bool = False  # it was removed from cluster.hosts, and its processes could not be stopped
     facts: dict[str, Any] = field(default_factory=dict)
     problem: HostError | None = None
 
     def entry(self) -> dict[str, Any]:
-        """Return what is written down of it."""
+        """Return the record of this host in `Head.hosts`."""
         facts = {"address": self.facts.get("address", ""), "state": "dead" if self.problem else "lives"}
-        kept = {"ssh": self.words, "python": self.facts.get("python"), "touched": self.touched, "leaving": self.leaving}
         why = {"why": str(self.problem)} if self.problem else {}
-        return {"name": self.name, **facts, **why, **kept, **{key: self.facts.get(key) for key in ("cpus", "gpus")}}
+        return {
+            "name": self.name,
+            **facts,
+            **why,
+            "ssh": self.words,
+            "touched": self.touched,
+            "leaving": self.leaving,
+            **{key: self.facts.get(key) for key in ("python", "cpus", "gpus")},
+        }
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> _Host:
@@ -57,106 +64,106 @@ class _Host:
         return cls(entry["name"], shell, entry["ssh"], touched=entry.get("touched", True), facts=facts)
 
 
-def up(cluster: SshCluster, tell: Tell, calling: Path | None = None) -> Head:
-    """Return the cluster that is wanted, with Ray on every host that answers; start what does not run.
+def up(cluster: SshCluster, report: Report, calling: Path | None = None) -> Head:
+    """Start Ray on every host that answers, unless it is running, and return the cluster.
 
     Args:
-        tell: is given a line for the user now and then.
-        calling: a directory that is sent to every host beside launch itself; None: the current one.
+        report: called with lines for the user.
+        calling: the directory that is sent to every host besides launch itself; None: the current directory.
 
     Raises:
-        ConfigError: no hosts are named, and no cluster of this name is known.
-        ClusterError: the head cannot be reached or used, or the cluster has another one.
+        ConfigError: no hosts are named, and there is no cluster with this name.
+        ClusterError: the head is unreachable or cannot be used, or the cluster has another head.
     """
     name = cluster.name or KIND.name
     registry.check_name(name)
     known = next((head for head in registry.all_heads() if head.name == name), None)
-    hosts = _wanted(cluster, name, known)
+    hosts = _requested_hosts(cluster, name, known)
     first = hosts[0]
-    python = cluster.python or _given_python(known)
+    python = cluster.python or _recorded_python(known)
     environment = None if python else Environment.own()
     place: dict[str, Any] = {"cluster": name, "python": python, "digest": environment.digest if environment else "-"}
     try:
-        first.facts = ask(first.shell, "look", python, base=BASE, **place)
+        first.facts = run_on_host(first.shell, "look", python, base=BASE, **place)
     except HostError as error:
-        raise ClusterError(f"The head of the cluster {name}, the first of its hosts, cannot be used. {error}") from None
-    _check_same(name, first.facts, environment)
-    # The paths are the same everywhere: those of the head.
+        raise ClusterError(f"The head of the cluster {name} (its first host) cannot be used. {error}") from None
+    _check_same_python(name, first.facts, environment)
+    # The paths of the head are used on every host.
     place["base"] = first.facts["base"]
-    each = _Each(name, hosts, tell)
-    each.do(lambda host: ask(host.shell, "look", python, **place), but=first)
-    each.do(lambda host: _have_python(host, python, environment, place, tell))
-    for host in each.living():
+    each = _Hosts(name, hosts, report)
+    each.do(lambda host: run_on_host(host.shell, "look", python, **place), but=first)
+    each.do(lambda host: _ensure_python(host, python, environment, place, report))
+    for host in each.usable():
         host.touched = True
-    registry.save(_head(name, hosts, known))  # from here on `down` has something to end, and on which hosts
-    _send(each, calling or Path.cwd(), tell)
+    registry.save(_head(name, hosts, known))  # from now on `down` knows the hosts
+    _send(each, calling or Path.cwd(), report)
 
     token = secrets.token_hex(32)
-    node = _start(first, token, place, None, tell)
-    rest = [host for host in each.living() if host is not first]
+    node = _start(first, token, place, None, report)
+    rest = [host for host in each.usable() if host is not first]
     if any((host.facts["node"] or {}).get("generation") != node["generation"] for host in rest):
         token = first.shell.run(f"cat {shlex.quote(first.facts['directory'])}/token", what="reading the token")
-        each.do(lambda host: {"node": _start(host, token, place, node, tell)}, but=first)
-    head = _head(name, [*hosts, *_left_behind(hosts, known, tell)], known)
+        each.do(lambda host: {"node": _start(host, token, place, node, report)}, but=first)
+    head = _head(name, [*hosts, *_stop_removed(hosts, known, report)], known)
     registry.save(head)
     return head
 
 
 def status(head: Head) -> tuple[Head, list[str]]:
-    """Return the cluster as it is now, and sentences that its user has to know."""
+    """Ask every host for its state, and return the updated cluster and messages for the user."""
     hosts = [_Host.of(entry) for entry in head.hosts]
     base, _, name = head.directory.rpartition("/")
     answers = everywhere(
         hosts,
-        lambda host: ask(host.shell, "look", host.facts["python"], base=base, cluster=name, nodes=True),
+        lambda host: run_on_host(host.shell, "look", host.facts["python"], base=base, cluster=name, nodes=True),
     )
-    said: list[str] = []
+    messages: list[str] = []
     entries = []
     nodes: list[dict[str, Any]] = []
     for host, answer, entry in zip(hosts, answers, head.hosts, strict=True):
         if isinstance(answer, HostError):
             entries.append({**entry, "state": "dead", "why": str(answer)})
-            said.append(str(answer))
+            messages.append(str(answer))
             continue
         nodes += answer.get("nodes", [])
         state = "lives" if answer["node"] else "no Ray"
         if not answer["node"]:
-            last = f" Its last words: {answer['last_words']}" if answer.get("last_words") else ""
-            said.append(f"On {host.name} no Ray runs; `launch up` starts it.{last}")
+            last = f" The last lines of its log: {answer['last_lines']}" if answer.get("last_lines") else ""
+            messages.append(f"Ray is not running on {host.name}. `launch up` starts it.{last}")
         entries.append({key: value for key, value in {**entry, "state": state}.items() if key != "why"})
-    said += _lost(entries, nodes)
-    return replace(head, hosts=entries), said
+    messages += _lost(entries, nodes)
+    return replace(head, hosts=entries), messages
 
 
-def written(cluster: SshCluster) -> list[dict[str, Any]]:
-    """Return the hosts that `up` would look after, each with what was written down of it. Connects to nothing.
+def recorded_hosts(cluster: SshCluster) -> list[dict[str, Any]]:
+    """Return the hosts that `up` would use, with the facts that were recorded about them. Opens no connection.
 
     Raises:
-        ConfigError, ClusterError: as `up`, where the hosts are not known or the cluster has another head.
+        ConfigError, ClusterError: as `up`, if no hosts are known or the cluster has another head.
     """
     name = cluster.name or KIND.name
     registry.check_name(name)
     known = next((head for head in registry.all_heads() if head.name == name), None)
     entries = {entry["name"]: entry for entry in known.hosts} if known else {}
-    return [entries.get(host.name, {"name": host.name}) for host in _wanted(cluster, name, known)]
+    return [entries.get(host.name, {"name": host.name}) for host in _requested_hosts(cluster, name, known)]
 
 
-def down(name: str, tell: Tell) -> None:
-    """End every process of a cluster on every host, see that none is left, and forget it. May be repeated.
+def down(name: str, report: Report) -> None:
+    """Kill every process of a cluster on every host, verify that none is left, and remove its record.
 
     Environments, copies of projects and the files of runs stay on the hosts.
 
     Raises:
         ClusterError: there is no such cluster.
-        MachineError: a host does not answer, or a process is left; what is not done can be repeated.
+        MachineError: a host does not answer, or a process is left. `down` can be repeated.
     """
     head = registry.load(name)
     hosts = [_Host.of(entry) for entry in head.hosts]
     base, _, directory = head.directory.rpartition("/")
-    answers = everywhere(hosts, lambda host: _stopped(host, base, directory))
+    answers = everywhere(hosts, lambda host: _stop(host, base, directory))
     ended = [host.name for host, answer in zip(hosts, answers, strict=True) if answer is None]
     problems = {host.name: answer for host, answer in zip(hosts, answers, strict=True) if answer is not None}
-    # Where nothing was ever started nothing can be left.
+    # No process can be left on a host where none was started.
     problems = {key: problem for key, problem in problems.items() if _entry(head, key).get("touched", True)}
     for host in hosts:
         host.shell.close()
@@ -164,34 +171,35 @@ def down(name: str, tell: Tell) -> None:
         registry.save(replace(head, hosts=[entry for entry in head.hosts if entry["name"] in problems]))
         done = f" Nothing is left on {', '.join(ended)}." if ended else ""
         raise MachineError(
-            f"The cluster {name} is not all down. {' '.join(map(str, problems.values()))}{done} Repeat `launch down "
-            f"{name}` when the rest answers; if it never will, `launch down {name} --forget` forgets it."
+            f"The cluster {name} is not completely down. {' '.join(map(str, problems.values()))}{done} Repeat `launch "
+            f"down {name}` when the other hosts answer. If they never will, `launch down {name} --forget` removes the "
+            "record of the cluster."
         )
     registry.forget(name)
     where = f" on {', '.join(ended)}" if ended else ""
-    tell(f"Nothing of the cluster {name} runs{where} any more. Files stay in {head.directory}.")
+    report(f"No process of the cluster {name} is left{where}. Files stay in {head.directory}.")
 
 
 def copy_directory(calling: Path) -> str:
-    """Return where the copy of a calling directory lies on every host, relative to the cluster's directory."""
+    """Return the directory on every host for the copy of a calling directory, relative to the cluster's directory."""
     return f"projects/{calling.name or 'root'}-{hashlib.sha256(str(calling).encode()).hexdigest()[:6]}"
 
 
 # ---- the steps ------------------------------------------------------------------------------------------------------
 
 
-class _Each:
-    """Steps that every living host takes at the same time; one that cannot is named and left out of the rest."""
+class _Hosts:
+    """Runs steps on all hosts in parallel. A host on which a step fails is reported and left out of later steps."""
 
-    def __init__(self, cluster: str, hosts: Sequence[_Host], tell: Tell) -> None:
-        self._cluster, self._hosts, self._tell = cluster, hosts, tell
+    def __init__(self, cluster: str, hosts: Sequence[_Host], report: Report) -> None:
+        self._cluster, self._hosts, self._report = cluster, hosts, report
 
-    def living(self) -> list[_Host]:
+    def usable(self) -> list[_Host]:
         return [host for host in self._hosts if host.problem is None]
 
     def do(self, step: Callable[[_Host], dict[str, Any]], but: _Host | None = None) -> None:
-        """Take a step and add what it returns to the facts of the host. ClusterError where the head cannot."""
-        hosts = [host for host in self.living() if host is not but]
+        """Run a step on all usable hosts, and add its result to the facts of each. Raises ClusterError for the head."""
+        hosts = [host for host in self.usable() if host is not but]
         for host, answer in zip(hosts, everywhere(hosts, step), strict=True):
             if not isinstance(answer, HostError):
                 host.facts = {**host.facts, **answer}
@@ -199,17 +207,17 @@ class _Each:
                 raise ClusterError(f"The head of the cluster {self._cluster} cannot be used. {answer}")
             else:
                 host.problem = answer
-                self._tell(f"{host.name} is left out: {answer}")
+                self._report(f"{host.name} is left out: {answer}")
 
 
-def _wanted(cluster: SshCluster, name: str, known: Head | None) -> list[_Host]:
-    """Return the hosts that are asked for, or those that the cluster of this name has."""
+def _requested_hosts(cluster: SshCluster, name: str, known: Head | None) -> list[_Host]:
+    """Return the hosts in the configuration, or else those of the cluster with this name."""
     if known is not None and known.kind != KIND.name:
-        raise ConfigError(f"There is a cluster {name} of another kind ({known.kind}). Take another cluster.name.")
+        raise ConfigError(f"The cluster {name} is of another kind ({known.kind}). Choose another cluster.name.")
     if not cluster.hosts:
         if known is None:
             raise ConfigError(
-                f"cluster=ssh needs hosts, and no cluster {name} is known whose hosts could be meant. Name them, the "
+                f"cluster=ssh needs hosts, and there is no cluster {name} from an earlier command. Name the hosts, the "
                 "head first: cluster.hosts=[HEAD,USER@HOST:PORT,…]."
             )
         return [_Host.of(entry) for entry in known.hosts if not entry.get("leaving")]
@@ -218,62 +226,62 @@ def _wanted(cluster: SshCluster, name: str, known: Head | None) -> list[_Host]:
     for host in cluster.hosts:
         words = destination(host, cluster.user, cluster.ssh_key, cluster.ssh_config)
         entry = entries.get(host, {"touched": False})
-        facts = {"address": entry.get("address", "")}  # by which Ray knows one that does not answer any more
+        facts = {"address": entry.get("address", "")}  # Ray's name for the host, if it does not answer now
         hosts.append(_Host(host, Shell(words, host), words, entry.get("touched", True), facts=facts))
     if known is not None and known.ssh != hosts[0].words:
         raise ClusterError(
-            f"The cluster {name} has another head ({' '.join(known.ssh)}). End it first, `launch down {name}`, or give "
-            "this one another name: cluster.name=NAME."
+            f"The cluster {name} has another head ({' '.join(known.ssh)}). Stop it first with `launch down {name}`, or "
+            "choose another name with cluster.name=NAME."
         )
     return hosts
 
 
-def _given_python(known: Head | None) -> str | None:
-    """Return the interpreter that cluster.python named when the cluster was made; None for one that launch made."""
+def _recorded_python(known: Head | None) -> str | None:
+    """Return the cluster.python of the command that created the cluster; None if launch created the environment."""
     return known.python if known is not None and known.python and "/envs/" not in known.python else None
 
 
-def _check_same(name: str, facts: dict[str, Any], environment: Environment | None) -> None:
-    """Raise ClusterError where the head runs with another Python: whoever starts it anew ends the runs on it."""
+def _check_same_python(name: str, facts: dict[str, Any], environment: Environment | None) -> None:
+    """Raise ClusterError if the head runs with another Python, since a restart would kill the runs on the cluster."""
     made = f"{facts['base']}/envs/{environment.digest}/bin/python" if environment else facts["python"]
     if facts["node"] is not None and facts["node"]["python"] != made:
         raise ClusterError(
-            f"The cluster {name} runs with the Python {facts['node']['python']}, and was asked for with "
-            f"{made or 'one that is not there'}: other versions, or another cluster.python. End it first, "
-            f"which ends the runs on it (launch down {name}), or take another cluster.name."
+            f"The cluster {name} runs with the Python {facts['node']['python']}, but this command needs "
+            f"{made or 'one that does not exist'}: other versions, or another cluster.python. Stop the cluster and its "
+            f"runs first (launch down {name}), or choose another cluster.name."
         )
 
 
-def _have_python(
-    host: _Host, given: str | None, environment: Environment | None, place: dict[str, Any], tell: Tell
+def _ensure_python(
+    host: _Host, given: str | None, environment: Environment | None, place: dict[str, Any], report: Report
 ) -> dict[str, Any]:
-    """See that the host has an interpreter to run with. Return it."""
+    """Create the host's Python environment if it is missing, and return its interpreter."""
     if not host.facts["rsync"]:
         raise host.shell.failed("rsync: command not found")
     python, versions = host.facts["python"], host.facts["versions"]
     if environment is not None and python is None:
-        tell(f"{host.name}: making the Python environment {environment.digest}, which takes minutes the first time")
-        python = environment.make(host.shell, place["base"], place["cluster"])
+        report(f"{host.name}: creating the Python environment {environment.digest}, which takes minutes the first time")
+        python = environment.create(host.shell, place["base"], place["cluster"])
     elif given is not None:
         if python is None:
-            raise HostError(f"On {host.name} there is no Python {given} (cluster.python).", host.name, "failed")
+            raise HostError(f"{host.name} has no Python {given} (cluster.python).", host.name, "failed")
         check_versions(host.name, given, versions)
     return {"python": python}
 
 
-def _send(each: _Each, calling: Path, tell: Tell) -> None:
-    """Send launch itself and the calling directory to every host, below the cluster's directory."""
+def _send(each: _Hosts, calling: Path, report: Report) -> None:
+    """Send launch itself and the calling directory to the cluster's directory on every host."""
     own, chosen = project.own_files(), project.select(calling)
     files = chosen.files
     bytes_in_all = project.size(project.HOME, own) + project.size(calling, files)
-    hosts = each.living()
+    hosts = each.usable()
     each_of_them = " each" if len(hosts) > 1 else ""
-    tell(
-        f"Sending launch and {calling} to {count(len(hosts), 'host')}: {size(bytes_in_all)}{each_of_them}, or what "
-        "differs of it"
+    report(
+        f"Sending launch and {calling} to {count(len(hosts), 'host')}: {size(bytes_in_all)}{each_of_them}, less the "
+        "files that are up to date"
     )
     if withheld := chosen.withheld():
-        tell(withheld)
+        report(withheld)
 
     def send(host: _Host) -> dict[str, Any]:
         host.shell.send(project.HOME, own, f"{host.facts['directory']}/launch")
@@ -283,14 +291,16 @@ def _send(each: _Each, calling: Path, tell: Tell) -> None:
     each.do(send)
 
 
-def _start(host: _Host, token: str, place: dict[str, Any], head: dict[str, Any] | None, tell: Tell) -> dict[str, Any]:
-    """Have Ray run on a host, as the head or below `head`. Returns its node."""
+def _start(
+    host: _Host, token: str, place: dict[str, Any], head: dict[str, Any] | None, report: Report
+) -> dict[str, Any]:
+    """Start Ray on a host, as the head or as a node of `head`, unless it is running, and return its node."""
     facts, node = host.facts, host.facts["node"]
     if node is not None and node["python"] == facts["python"] and head is None:
         return dict(node)
     given = {"base": place["base"], "cluster": place["cluster"], "python": facts["python"]}
     try:
-        started = ask(
+        started = run_on_host(
             host.shell,
             "start",
             facts["python"],
@@ -302,43 +312,43 @@ def _start(host: _Host, token: str, place: dict[str, Any], head: dict[str, Any] 
         )
     except HostError as error:
         if head is None:
-            raise ClusterError(f"The head of the cluster {place['cluster']} did not come up. {error}") from None
+            raise ClusterError(f"The head of the cluster {place['cluster']} did not start. {error}") from None
         raise
     if node is None or started["since"] != node["since"]:
-        tell(f"{host.name}: Ray runs as {'the head' if head is None else 'a node'} at {started['address']}")
+        report(f"{host.name}: Ray runs as {'the head' if head is None else 'a node'} at {started['address']}")
     host.facts["node"] = started
     return started
 
 
-def _left_behind(hosts: Sequence[_Host], known: Head | None, tell: Tell) -> list[_Host]:
-    """End what runs on hosts that the cluster no longer has. Returns those where that was not possible."""
+def _stop_removed(hosts: Sequence[_Host], known: Head | None, report: Report) -> list[_Host]:
+    """Stop Ray on hosts that were removed from cluster.hosts. Returns those where this failed."""
     names = {host.name for host in hosts}
     others = [_Host.of(entry) for entry in known.hosts if entry["name"] not in names] if known else []
-    gone = [host for host in others if host.touched]  # in others nothing was ever started
+    gone = [host for host in others if host.touched]
     left = []
     base, _, directory = known.directory.rpartition("/") if known else ("", "", "")
-    for host, problem in zip(gone, everywhere(gone, lambda host: _stopped(host, base, directory)), strict=True):
+    for host, problem in zip(gone, everywhere(gone, lambda host: _stop(host, base, directory)), strict=True):
         if problem is None:
-            tell(f"{host.name} is no longer among the hosts, and nothing of the cluster runs there any more")
+            report(f"{host.name} was removed from the cluster, and none of its processes is left on it")
         else:
             host.problem, host.leaving = problem, True
             left.append(host)
-            tell(f"{host.name} is no longer among the hosts, and what runs there could not be ended: {problem}")
+            report(f"{host.name} was removed from the cluster, but its processes could not be stopped: {problem}")
     return left
 
 
-def _stopped(host: _Host, base: str, cluster: str) -> HostError | None:
-    """End all processes of a cluster on a host. Returns why that is not proven."""
+def _stop(host: _Host, base: str, cluster: str) -> HostError | None:
+    """Kill all processes of a cluster on a host. Returns an error unless it is certain that none is left."""
     try:
-        left = ask(host.shell, "stop", host.facts["python"], START_SECONDS, base=base, cluster=cluster)["left"]
+        left = run_on_host(host.shell, "stop", host.facts["python"], START_SECONDS, base=base, cluster=cluster)["left"]
     except HostError as error:
         return error
     if left:
-        return HostError(f"On {host.name} these processes could not be ended: {', '.join(left)}.", host.name, "failed")
+        return HostError(f"These processes on {host.name} could not be killed: {', '.join(left)}.", host.name, "failed")
     return None
 
 
-# ---- what is written down -------------------------------------------------------------------------------------------
+# ---- the cluster's record -------------------------------------------------------------------------------------------
 
 
 def _head(name: str, hosts: Sequence[_Host], known: Head | None) -> Head:
@@ -353,7 +363,7 @@ def _head(name: str, hosts: Sequence[_Host], known: Head | None) -> Head:
         address=f"{first.facts['address']}:{node['port']}" if node else "",
         dashboard=node.get("dashboard", 0),
         directory=first.facts["directory"],
-        usd_per_hour=None,  # nobody knows what somebody's own machines cost
+        usd_per_hour=None,  # the price of the user's own machines is unknown
         created=created,
         hosts=[host.entry() for host in hosts],
     )
@@ -364,7 +374,10 @@ def _entry(head: Head, name: str) -> dict[str, Any]:
 
 
 def _lost(entries: Sequence[dict[str, Any]], nodes: Sequence[dict[str, Any]]) -> list[str]:
-    """Say which of the hosts the head's Ray has lost, and when last. Those that the cluster let go are none of them."""
+    """Return a message for each host that the head's Ray has lost, with the time of the last loss.
+
+    Hosts that were removed from the cluster are not included.
+    """
     names = {entry["address"]: entry["name"] for entry in entries if entry.get("address")}
     last: dict[str, dict[str, Any]] = {}
     for node in nodes:
@@ -375,10 +388,10 @@ def _lost(entries: Sequence[dict[str, Any]], nodes: Sequence[dict[str, Any]]) ->
         ):
             last[node["address"]] = node
     back = {node["address"] for node in nodes if node["lives"]}
-    said = []
+    messages = []
     for address, node in sorted(last.items()):
         when = datetime.fromtimestamp(node["ended"]).strftime("%H:%M:%S")
-        since = "; it has come back since" if address in back else ""
+        since = "; it has rejoined since" if address in back else ""
         why = f" ({' '.join(node['why'].split())[:200]})" if node["why"] else ""
-        said.append(f"Ray lost {names[address]} at {when}{why}{since}.")
-    return said
+        messages.append(f"Ray lost {names[address]} at {when}{why}{since}.")
+    return messages

@@ -1,4 +1,4 @@
-"""The runs at work on a cluster that is about to be removed."""
+"""Finds the active runs of a cluster that is about to be removed, and saves them on request."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from launcher.runs import RunDirectory, user_state
 
 @dataclass(frozen=True)
 class JobAtWork:
-    """A job that has not ended, and its run; None where this user's record on this machine does not name it."""
+    """A job that has not ended, and its run; None if the records of this user on this machine do not have it."""
 
     job: str
     run: RunDirectory | None
 
     @property
     def name(self) -> str:
-        return f'"{self.run.name}"' if self.run is not None else f"a run sent from elsewhere (job {self.job})"
+        return f'"{self.run.name}"' if self.run is not None else f"a run from another machine (job {self.job})"
 
 
 def jobs_at_work(head: Head) -> list[JobAtWork]:
-    """Return the jobs that have not ended; none where the cluster does not answer, since then none can be saved."""
+    """Return the jobs that have not ended. If the cluster does not answer, the list is empty: no run can be saved."""
     found: list[str] = []
 
     def ask() -> None:
@@ -48,22 +48,23 @@ def jobs_at_work(head: Head) -> list[JobAtWork]:
     return [JobAtWork(job, known.get(job)) for job in [*found]]
 
 
-def release(head: Head, tell: Callable[[str], None], save: bool) -> None:
-    """See that the removal of a cluster ends no run.
+def release(head: Head, report: Callable[[str], None], save: bool) -> None:
+    """Make sure that the removal of a cluster kills no run.
 
     Args:
-        save: stop the runs at work with a checkpoint, and copy them here.
+        report: called with lines for the user.
+        save: stop the active runs with a checkpoint, and copy them to this machine.
 
     Raises:
-        RunError: a run is at work, and is not to be saved or cannot be; names it.
-        ClusterError: the connection was lost meanwhile.
+        RunError: a run is active, and `save` is false or the run was submitted from another machine.
+        ClusterError: the connection was lost.
     """
     found = jobs_at_work(head)
     if save:
         for one in found:
             if one.run is not None:
-                tell(f"Saving {one.name} and copying it to {one.run.path}.")
-                tell(control.stop(one.run))
+                report(f"Saving {one.name} and copying it to {one.run.path}.")
+                report(control.stop(one.run))
         found = [one for one in found if one.run is None]
     if found:
         raise RunError(_refused(head.name, found))
@@ -75,7 +76,7 @@ def _refused(cluster: str, found: Sequence[JobAtWork]) -> str:
     verb = "is" if len(found) == 1 else "are"
     save = f"launch down {cluster} --save saves a checkpoint, copies the run here and then removes the cluster; "
     return (
-        f"{names[0].upper()}{names[1:]} {verb} at work on {cluster}, which launch down would end. "
-        f"{save if named else 'Stop it where it was sent from; '}"
+        f"{names[0].upper()}{names[1:]} {verb} active on {cluster}, and launch down would kill the runs. "
+        f"{save if named else 'Stop the run on the machine that submitted it; '}"
         f"launch down {cluster} --force removes the cluster at once."
     )

@@ -1,4 +1,4 @@
-"""`launch logs` and `stop` of a run that was sent to a cluster."""
+"""`launch logs` and `launch stop` of a remote run."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _STOP_SECONDS = 600.0
 
 
 def _is_gone(place: RunLocation) -> bool:
-    """Whether its cluster is down, or forgotten."""
+    """Return whether the run's cluster was removed."""
     return place.head is not None and place.head not in [head.name for head in registry.all_heads()]
 
 
 @contextmanager
 def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: bool = True) -> Iterator[Copies | None]:
-    """Have the files of a run that is driven elsewhere be copied to here meanwhile, and at the end.
+    """Copy the files of a remote run to this machine during the block, and at its end.
 
     Args:
-        note: is told where that cannot be, since its cluster is down.
-        first: at the beginning as well.
+        note: called with a line if the cluster was removed, so that nothing can be copied.
+        first: copy at the beginning as well.
 
     Yields:
-        What copies; None where nothing has to be, or nothing can be.
+        The copier; None if this machine sees the run's directory, or if the cluster was removed.
 
     Raises:
-        ClusterError: its head cannot be reached, or is gone before anything was copied.
+        ClusterError: the head is unreachable, or the cluster was removed before anything was copied.
     """
     place = required_location(run)
     if place.head is None or place.directory is None:
@@ -47,11 +47,11 @@ def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: 
     if _is_gone(place):
         if not run.log.exists():
             raise ClusterError(
-                f'The run "{run.name}" was sent to the cluster {place.head}, which is not known here any more (launch '
-                "down), and nothing of the run was copied before. Start it again under another run.name."
+                f'The run "{run.name}" was submitted to the cluster {place.head}, which was removed (launch down) '
+                "before any file of the run was copied to this machine. Start the run again with another run.name."
             )
         if note is not None:
-            note(f"The cluster {place.head} is not known here any more; this is what was copied from it.")
+            note(f"The cluster {place.head} was removed. These are the files that were copied before.")
         yield None
         return
     copies = Copies(registry.load(place.head).shell(), place.directory, run)
@@ -65,8 +65,8 @@ def copied(run: RunDirectory, note: Callable[[str], None] | None = None, first: 
             copies.close()
 
 
-def bring_here(run: RunDirectory) -> None:
-    """Copy what there is of a run that was sent, once. LaunchError where its head cannot be reached, or is gone."""
+def fetch_files(run: RunDirectory) -> None:
+    """Copy the files of a remote run to this machine once. Raises LaunchError if its head is unreachable."""
     place = required_location(run)
     if place.head is not None and place.directory is not None:
         Copies(registry.load(place.head).shell(), place.directory, run).fetch()
@@ -75,30 +75,30 @@ def bring_here(run: RunDirectory) -> None:
 def until_it_begins(
     run: RunDirectory, on_event: Callable[[Event], None], copies: Copies | None, still: Waiting
 ) -> None:
-    """Follow a run that was sent until it has written its first lines.
+    """Follow a remote run until the first lines of its log exist on this machine.
 
     Args:
-        still: says what is waited for.
+        still: reports what the command waits for.
 
     Raises:
-        LaunchError: what it ended with before that; its name is free again.
+        LaunchError: the error that ended the run before that. Its name can then be used again.
     """
     if run.log.exists() or run.status() in FINAL:
         return
     if not still() and still.word == states.LOST:
         return
-    _hear_of_it(run, on_event)
+    _follow_to_start(run, on_event)
     if copies is not None and not run.log.exists():
         on_event({"kind": "note", "text": f"Waiting for the first line of {run.name}/log.txt."})
     while copies is not None and not run.log.exists():
-        goes_on = still()  # asked before copying: what is written last still comes
+        active = still()  # before copying, so that the last lines are copied as well
         copies.fetch()
-        if not goes_on:
+        if not active:
             return
         time.sleep(0.3)
 
 
-def _hear_of_it(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
+def _follow_to_start(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
     place = required_location(run)
     with connected(run) as jobs:
         for event in follow.events(jobs, place.job, place.where, lambda: None, run.name):
@@ -113,49 +113,49 @@ def _hear_of_it(run: RunDirectory, on_event: Callable[[Event], None]) -> None:
 
 
 def stop(run: RunDirectory) -> str:
-    """Have a run save a checkpoint and stop, and wait for it. Returns what came of it.
+    """Request a checkpoint and the end of a run, wait for it, and return a line that describes the result.
 
     Raises:
-        RunError: it does not go on, or did not stop in ten minutes.
-        ClusterError: its cluster cannot be reached.
+        RunError: the run is not running, or did not stop within ten minutes.
+        ClusterError: the cluster is unreachable.
     """
     place = required_location(run)
     if _is_gone(place):
         over = run.status() in FINAL
-        why = f"it is {run.status()}" if over else f"its cluster {place.head} is not known here any more (launch down)"
+        why = f"it is {run.status()}" if over else f"its cluster {place.head} was removed (launch down)"
         raise RunError(f'The run "{run.name}" is not running: {why}.')
     state = states.state_of(run)
     if state is not None and state.word == states.LOST:
         with suppress(LaunchError):
-            bring_here(run)
+            fetch_files(run)
         raise RunError(f'The run "{run.name}" is lost. {state.reason}')
-    with copied(run, first=False):  # what there is to copy must not delay it
+    with copied(run, first=False):  # copying must not delay the request
         _stop(run, place)
     if not run.exists():
-        return f"{run.name} was stopped before it began."
+        return f"{run.name} was stopped before it started."
     status = run.status()
     return f"{run.name} is {status if status in FINAL else 'stopped'} at step {run.result().get('steps')}."
 
 
-def stop_trial(run: RunDirectory, sweep: RunDirectory, stop_here: Callable[[RunDirectory], str]) -> str:
-    """Have one trial of a sweep that was sent save a checkpoint and stop, and wait for it. Returns what came of it.
+def stop_trial(run: RunDirectory, sweep: RunDirectory, stop_local: Callable[[RunDirectory], str]) -> str:
+    """Request a checkpoint and the end of one trial of a remote sweep; as `stop`.
 
     Args:
-        stop_here: does so with a run whose directory this machine and the cluster share.
+        stop_local: stops a run with a directory that this machine and the cluster share.
 
     Raises:
-        RunError: it does not go on, or did not stop in ten minutes.
-        ClusterError: its cluster cannot be reached.
+        RunError: the trial is not running, or did not stop within ten minutes.
+        ClusterError: the cluster is unreachable.
     """
     place = required_location(sweep)
-    if place.head is None or place.directory is None:  # its directory is seen here
-        return stop_here(run)
+    if place.head is None or place.directory is None:  # this machine sees its directory
+        return stop_local(run)
     with copied(sweep) as copies:
         if copies is None or run.status() in FINAL:
             raise RunError(f'The run "{run.name}" is not running: it is {run.status()}.')
-        there = shlex.quote(f"{place.directory}/{run.name}")
-        asked = f"cd {there} && touch .stop && mkdir -p .requests && touch .requests/stop && echo stop > .requests/stop"
-        registry.load(place.head).shell().run(asked, what="asking the trial to stop")
+        directory = shlex.quote(f"{place.directory}/{run.name}")
+        script = f"cd {directory} && touch .stop && mkdir -p .requests && echo stop > .requests/stop"
+        registry.load(place.head).shell().run(script, what="requesting the end of the trial")
         deadline = time.monotonic() + _STOP_SECONDS
         while run.status() not in FINAL:
             if time.monotonic() > deadline:
@@ -170,7 +170,7 @@ def _stop(run: RunDirectory, place: RunLocation) -> None:
             status = jobs.status(place.job)
             if status in (*OVER, "GONE"):
                 raise RunError(
-                    f'The run "{run.name}" is not running: it is {run.status()}, its job on {place.where} over.'
+                    f'The run "{run.name}" is not running: it is {run.status()}, and its job on {place.where} is over.'
                 )
             jobs.stop(place.job)
             deadline = time.monotonic() + _STOP_SECONDS
@@ -178,8 +178,11 @@ def _stop(run: RunDirectory, place: RunLocation) -> None:
                 if time.monotonic() > deadline:
                     raise RunError(
                         f'The run "{run.name}" did not stop within {_STOP_SECONDS:.0f} s; it may be in a long step. '
-                        f"The request stays; see: launch logs {run.name}."
+                        f"The request remains. Follow the run with: launch logs {run.name}."
                     )
                 time.sleep(0.3)
         except Unreachable as problem:
-            raise ClusterError(f"{place.where} does not answer: {problem} The run goes on there; try again.") from None
+            raise ClusterError(
+                f"{place.where} does not answer: {problem} The run continues there. Repeat the command "
+                "when the cluster is reachable."
+            ) from None

@@ -1,7 +1,7 @@
-"""Where a run was sent: its cluster and its job there, in remote.json of the run and in the user's state directory.
+"""The location of a remote run: its cluster and job, in the run's remote.json and in the user's state directory.
 
-remote.json tells everyone who reads the run's directory that the run is elsewhere. A command connects only to what the
-record in the state directory (`launcher.runs.user_state`) confirms, since a run's directory may come from a stranger.
+remote.json marks the run as remote for all readers of its directory. A command only connects to a location that the
+record in the state directory (`launcher.runs.user_state`) confirms, since the directory may come from another person.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from launcher.runs.plain_files import read_json
 
 
 def is_remote(cluster: ClusterConfig) -> bool:
-    """Whether a run with this section is driven by the head of a cluster, not by the command itself."""
+    """Return whether the driver of a run with this section runs on the head of a cluster, not in this process."""
     return kind_of(cluster).is_remote(cluster)
 
 
 @dataclass(frozen=True)
 class RunLocation:
-    """Where a run is driven.
+    """The cluster and the job of a remote run.
 
     Attributes:
         job: its id in Ray Jobs.
-        address: URL of the cluster's Ray Jobs API; None where the cluster is known by its head.
+        address: URL of the cluster's Ray Jobs API; None if the cluster has a recorded head.
         head: the cluster's name (`launcher.clusters.remote.registry`), or None.
-        directory: of the run on the head, where its files are copied from there; None where they are seen here.
-        config_dir: the configuration of one's own that it was sent with, as it lies here; a sweep is continued with it.
+        directory: the run's directory on the head; None if this machine sees the files itself.
+        config_dir: the local directory of the user's own configuration, with which a sweep is resumed.
     """
 
     job: str
@@ -46,7 +46,10 @@ class RunLocation:
         return self.head or self.address or ""
 
     def write(self, run: RunDirectory, **more: Any) -> None:
-        """Write remote.json, and record the place for this user. more: other fields of the record.
+        """Write remote.json and the user's record of the run.
+
+        Args:
+            more: other fields of the record.
 
         Raises:
             RunError: the state directory cannot be written.
@@ -56,12 +59,12 @@ class RunLocation:
 
 
 def location_of(run: RunDirectory) -> RunLocation | None:
-    """Return where a run is driven, or was; None for one that was driven here, or that this user did not send."""
+    """Return the confirmed location of a remote run; None for a local run, or one that this user did not submit."""
     return None if why_not_confirmed(run) else _recorded(run)
 
 
 def required_location(run: RunDirectory) -> RunLocation:
-    """Return where a run that was sent is driven. RunError where this user's record does not confirm it."""
+    """Return the location of a remote run. Raises RunError if this user's record does not confirm it."""
     if why := why_not_confirmed(run):
         raise RunError(why)
     place = _recorded(run)
@@ -70,16 +73,16 @@ def required_location(run: RunDirectory) -> RunLocation:
 
 
 def why_not_confirmed(run: RunDirectory) -> str | None:
-    """Return the reason why what remote.json says of a run is not used; None where the record confirms it."""
+    """Return the reason why the location in remote.json is not used; None if the user's record confirms it."""
     recorded, stated = _recorded(run), _stated(run)
     if recorded is not None and stated == asdict(recorded):
         return None
     address = stated.get("address")
-    cure = f", or add cluster.address={address} if that is a cluster of yours" if address else ""
+    remedy = f", or add cluster.address={address} if that is your cluster" if address else ""
     return (
-        f'The file {REMOTE} says that the run "{run.name}" was sent to a cluster, but {user_state.directory()} has no '
-        "record of it, and a token is not sent where a file says. Follow the run as the user and on the machine that "
-        f"sent it{cure}."
+        f'According to its file {REMOTE}, the run "{run.name}" was submitted to a cluster, but '
+        f"{user_state.directory()} has no record of it, and a file must not choose where a token is sent. Follow the "
+        f"run as the user and on the machine that submitted it{remedy}."
     )
 
 
@@ -87,17 +90,17 @@ def confirm(run: RunDirectory, address: str, token: str | None) -> None:
     """Record that a run is on the cluster at this URL, which the user has named on the command line.
 
     Raises:
-        RunError: the run was not sent there.
+        RunError: the run was submitted to another cluster.
     """
     stated = _stated(run)
     if stated.get("address") != address.rstrip("/") or not isinstance(stated.get("job"), str):
-        raise RunError(f'The run "{run.name}" was not sent to {address}. Leave cluster.address out.')
+        raise RunError(f'The run "{run.name}" was not submitted to {address}. Remove cluster.address.')
     fields_of_record = {} if location_of(run) else {"place": asdict(RunLocation(stated["job"], address.rstrip("/")))}
     user_state.save(run, token=token and user_state.fingerprint(token), **fields_of_record)
 
 
 def _stated(run: RunDirectory) -> dict[str, Any]:
-    """Return what remote.json says, which may be anything."""
+    """Return the content of remote.json, which is not trusted; empty if it is not a JSON object."""
     with suppress(OSError, ValueError):
         content = read_json(run.path / REMOTE)
         return content if isinstance(content, dict) else {}
@@ -114,7 +117,7 @@ def _recorded(run: RunDirectory) -> RunLocation | None:
 
 
 def forget(run: RunDirectory, made: list[Path]) -> None:
-    """Take back what was written for a run that never began; `made` are the directories that were made for it."""
+    """Remove the record and the files of a run that never started, and the directories `made` that it created."""
     user_state.forget(run)
     (run.path / REMOTE).unlink(missing_ok=True)
     for path in made:

@@ -1,14 +1,17 @@
-"""What the head of a cluster needs to hear and to have before it can drive a run."""
+"""Packs the project, launch itself and the specification of a job for a cluster, and checks the cluster's versions."""
 
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import os
 import re
 import secrets
 import shlex
 import shutil
+import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +22,10 @@ from launcher.clusters.remote.ray_jobs import OVER, Jobs, Unreachable
 from launcher.errors import ClusterError, ConfigError
 from launcher.formatting import size
 
-# A folder that Ray makes importable. Launch lies in it as a whole: its parts look for each other.
+# A package that Ray sends and makes importable. It contains all of launch, whose modules import each other.
 OWN = "launch_package"
 PROBE_SECONDS = 120.0
-# A job is started by a shell, whose PATH may know another Python than the one that Ray runs on: the shell's parent.
+# Ray starts a job with a shell, and its PATH may have another Python than Ray's, which is the shell's parent process.
 _PYTHON = (
     "p=$(sed -n 's|.* \\(/.*\\)/lib/python[^/]*/site-packages/ray/.*|\\1|p' /proc/$PPID/maps 2>/dev/null | head -n 1); "
     'for python in "$p/bin/python" "$(command -v python3)" "$(command -v python)"; '
@@ -31,18 +34,19 @@ _PYTHON = (
 
 
 def entrypoint(*words: str, python: str | None = None) -> str:
-    """Return the shell line of a job that runs Python with these words: with `python`, or with the one of Ray."""
+    """Return the shell line of a job that runs Python with these arguments. python: default: the Python of Ray."""
     start = _PYTHON if python is None else f"exec {shlex.quote(python)}"
     return f"{start} {shlex.join(words)}"
 
 
 def with_own(module: str) -> list[str]:
-    """Return the words that have Python run `main` of a module of ours where launch came as `OWN`, see `pack`."""
+    """Return the arguments with which Python runs `main` of a module of launch that was sent as `OWN`; see `pack`."""
     code = f"import sys, {OWN}; sys.path.insert(0, {OWN}.__path__[0]); from {module} import main; sys.exit(main())"
     return ["-P", "-c", code]
 
 
 def new_job() -> str:
+    """Return a new, unique id of a job."""
     return f"launch-{secrets.token_hex(6)}"
 
 
@@ -50,13 +54,13 @@ def environment(names: Sequence[str]) -> dict[str, str]:
     """Return the values of the variables that cluster.env names.
 
     Raises:
-        ConfigError: one is not set here.
+        ConfigError: a variable is not set.
     """
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"cluster.env names {', '.join(missing)}, which is not set in this environment. Export it, or leave it out "
-            "of cluster.env."
+            f"cluster.env names {', '.join(missing)}, which is not set in this environment. Export it, or remove it "
+            "from cluster.env."
         )
     return {name: os.environ[name] for name in names}
 
@@ -64,14 +68,22 @@ def environment(names: Sequence[str]) -> dict[str, str]:
 def job_spec(
     words: Sequence[str], calling: str | None, config_dir: str | None, environment: dict[str, str], **more: Any
 ) -> bytes:
-    """Return what `launcher.driver` reads. It holds values of the environment, and goes through memory alone."""
+    """Return the specification of a job for `launcher.driver`, as JSON.
+
+    It contains values of environment variables, and is only kept in the memory of the head.
+
+    Args:
+        words: Hydra overrides.
+        calling, config_dir: paths on the head; None: the working directory of the job, and no own configuration.
+        more: other fields that the driver reads.
+    """
     facts = {"words": list(words), "calling": calling, "config_dir": config_dir, "environment": environment, **more}
     return json.dumps(facts).encode()
 
 
 @dataclass(frozen=True)
 class HeadFacts:
-    """What the head of a cluster has: whether it sees the run root and the calling directory, and the same launch."""
+    """What the head of a cluster shares with this machine: the run root, the calling directory, and launch's files."""
 
     sees_root: bool
     sees_calling: bool
@@ -79,17 +91,14 @@ class HeadFacts:
 
 
 def probe(jobs: Jobs, root: Path | None, calling: Path) -> HeadFacts:
-    """Compare the head of a cluster with this process, by a small job there.
+    """Compare the head of a cluster with this process by running a small job on it.
 
     Args:
-        root: the run root here; a file of no content is put there for a moment. None: not asked.
+        root: the run root; an empty directory is created in it for the duration of the job. None: do not check it.
 
     Raises:
-        ClusterError: versions differ, or there is no answer.
+        ClusterError: the versions differ, or the job failed.
     """
-    import inspect
-    import textwrap
-
     mark = f".probe-{secrets.token_hex(8)}"
     places = [path for path in (root, calling) if path is not None and os.access(path, os.W_OK)]
     look = compare.facts_of_a_node()
@@ -104,28 +113,26 @@ def probe(jobs: Jobs, root: Path | None, calling: Path) -> HeadFacts:
         for place in places:
             (place / mark).mkdir(exist_ok=True)
         jobs.submit(job, entrypoint("-c", f"import base64;exec(base64.b64decode('{packed}').decode())"), {})
-        there = _answer(jobs, job, mark)
+        remote = _answer(jobs, job, mark)
     finally:
         for place in places:
             shutil.rmtree(place / mark, ignore_errors=True)
     own = look(str(project.HOME), [], [])
-    differs = [
-        f"{name} is {there[key] or 'missing'} there and {own[key] or 'missing'} here"
+    different = [
+        f"{name} is {remote[key] or 'missing'} on its head and {own[key] or 'missing'} here"
         for key, name in compare.COMPARED.items()
-        if key != "project" and there[key] != own[key]
+        if key != "project" and remote[key] != own[key]
     ]
-    if differs:
+    if different:
         raise ClusterError(
-            f"The cluster at {jobs.url} cannot run this job as it is here: {'; '.join(differs)}. Install the same "
-            "versions on both sides."
+            f"The cluster at {jobs.url} cannot run this job: {'; '.join(different)}. Install the same versions on both "
+            "sides."
         )
-    seen = calling in places and not there["no_modules"]
-    return HeadFacts(root in places and not there["no_run"], seen, there["project"] == own["project"])
+    sees_calling = calling in places and not remote["no_modules"]
+    return HeadFacts(root in places and not remote["no_run"], sees_calling, remote["project"] == own["project"])
 
 
 def _answer(jobs: Jobs, job: str, mark: str) -> dict[str, Any]:
-    import time
-
     end = time.monotonic() + PROBE_SECONDS
     printed = status = ""
     while time.monotonic() < end:
@@ -141,8 +148,8 @@ def _answer(jobs: Jobs, job: str, mark: str) -> dict[str, Any]:
     if found is None:
         last = " ".join(line for line in printed.splitlines() if line.strip())[-400:] or jobs.message(job)[:400]
         raise ClusterError(
-            f"A small job on the cluster at {jobs.url} told nothing of itself ({status or 'no status'}): "
-            f"{last or 'it printed nothing'}. `ray job list` on the head shows whether jobs run there."
+            f"A test job on the cluster at {jobs.url} did not return a result ({status or 'no status'}): "
+            f"{last or 'no output'}. Check with `ray job list` on the head whether the cluster can run jobs."
         )
     answer: dict[str, Any] = json.loads(found[1])
     return answer
@@ -150,10 +157,13 @@ def _answer(jobs: Jobs, job: str, mark: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Package:
-    """What `pack` has put together.
+    """The result of `pack`.
 
-    what: in words. withheld: a sentence on the files that stay here, or nothing. config_dir: the configuration's place
-    relative to the calling directory. size: bytes.
+    Attributes:
+        what: a description for the user.
+        withheld: a sentence about the files that are not sent, or an empty string.
+        config_dir: the directory of the configuration, relative to the calling directory.
+        size: bytes.
     """
 
     what: str
@@ -163,7 +173,7 @@ class Package:
 
 
 def pack(calling: Path, config_dir: Path | None, target: Path) -> Package:
-    """Copy the calling directory, a configuration beside it and launch itself to `target`, to be sent to a cluster."""
+    """Copy the calling directory, launch itself and a configuration outside of them to `target`, to be sent by Ray."""
     chosen = project.select(calling)
     place = _copy(calling, chosen.files, target / "calling")
     total = project.size(calling, chosen.files)

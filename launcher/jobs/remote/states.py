@@ -1,11 +1,11 @@
-"""The states of runs that were sent to clusters, as the clusters report them.
+"""The states of remote runs, as their clusters report them.
 
 queued        Ray has not started the run's driver
-starting      the driver runs, and no step is done
-working       steps are done; their files were not copied here lately
-lost          no process works on the run any more, and it has no result
+starting      the driver is running, and no step is complete
+working       steps are complete; the files on this machine may be old
+lost          no process of the run is left, and it has no result
 unreachable   the cluster does not answer
-completed, failed, …   the run has ended, as its result.json on the cluster says
+completed, failed, …   the run has ended: the status in its result.json on the cluster
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from launcher.jobs.remote.location import RunLocation, location_of
 from launcher.runs import FINAL, RunDirectory
 
 QUEUED, STARTING, WORKING, LOST, UNREACHABLE = "queued", "starting", "working", "lost", "unreachable"
-GOING_ON = (QUEUED, STARTING, WORKING)
+ACTIVE = (QUEUED, STARTING, WORKING)
 PATIENCE_SECONDS = 8.0
-ASK_SECONDS = 5.0  # between two questions of `Waiting`
-_MARK = "@@ launch @@"  # no line of a JSON file
+ASK_SECONDS = 5.0  # between two requests of `Waiting`
+_MARK = "@@ launch @@"  # it cannot be a line of a JSON file
 _ENDED_AS = {"FAILED": "failed", "STOPPED": "stopped"}
 
 
 @dataclass(frozen=True)
 class RunState:
-    """One run's state.
+    """The state of a run.
 
     Attributes:
-        word: one of those above.
-        reason: a sentence, with a remedy where there is one.
-        result: result.json as the cluster has it; empty where it has none.
+        word: one of the states above.
+        reason: a sentence with the cause, and a remedy if there is one.
+        result: the content of result.json on the cluster; empty if there is none.
     """
 
     word: str
@@ -52,15 +52,15 @@ class RunState:
 
 
 def state_of(run: RunDirectory) -> RunState | None:
-    """Return the state of a run that was sent; None where this user's record does not confirm where."""
+    """Return the state of a remote run; None if this user's record does not confirm its location."""
     return states_of([run]).get(run.path)
 
 
 def states_of(runs: Sequence[RunDirectory], patience: float = PATIENCE_SECONDS) -> dict[Path, RunState]:
-    """Ask all clusters at a time, and return the states of their runs by the runs' directories.
+    """Ask all clusters in parallel, and return the states of their runs by directory.
 
     Args:
-        patience: seconds after which a cluster that has not answered is unreachable.
+        patience: seconds after which a cluster without an answer is unreachable.
     """
     by_cluster: dict[str, list[tuple[RunDirectory, RunLocation]]] = {}
     for run in runs:
@@ -105,7 +105,7 @@ def _of_head(sent: Sequence[tuple[RunDirectory, RunLocation]]) -> dict[Path, Run
     try:
         results, has_ray = _look(head, [place.directory for _, place in sent])
         if not has_ray:
-            why = f"No Ray runs on {where} any more."
+            why = f"Ray is no longer running on {where}."
             return {run.path: _lost(run, why, result) for (run, _), result in zip(sent, results, strict=True)}
         with through(head) as jobs:
             for (run, place), result in zip(sent, results, strict=True):
@@ -117,7 +117,7 @@ def _of_head(sent: Sequence[tuple[RunDirectory, RunLocation]]) -> dict[Path, Run
 
 
 def _look(head: Head, directories: Sequence[str | None]) -> tuple[list[dict[str, Any]], bool]:
-    """Return the results in directories of a head, and whether a Ray listens there. HostError: no connection."""
+    """Return the results in directories of a head, and whether Ray is running there. Raises HostError."""
     probe = f"import socket; socket.create_connection(('127.0.0.1', {head.dashboard}), 3)"
     script = [f"{shlex.quote(head.python)} -c {shlex.quote(probe)} 2>/dev/null && echo yes"]
     for directory in directories:
@@ -143,20 +143,20 @@ def _result_here(run: RunDirectory) -> dict[str, Any]:
 
 
 def _state(run: RunDirectory, place: RunLocation, job: str, result: Mapping[str, Any]) -> RunState:
-    """Return the state of a run whose job has the status `job`."""
-    where, said = place.where, result.get("status")
-    if said in FINAL:
-        return RunState(str(said), "", result)
+    """Return the state of a run from the status of its job and its result.json."""
+    where, status = place.where, result.get("status")
+    if status in FINAL:
+        return RunState(str(status), "", result)
     if job == "PENDING":
         return RunState(QUEUED, f"Ray on {where} has not started its driver yet.", result)
     if job not in (*OVER, "GONE"):
         if not result or result.get("steps") == 0:
-            return RunState(STARTING, f"Its driver runs on {where} and has done no step yet.", result)
-        return RunState(WORKING, f"Its driver runs on {where}; its files were not copied here lately.", result)
+            return RunState(STARTING, f"Its driver is running on {where} and has not completed a step.", result)
+        return RunState(WORKING, f"Its driver is running on {where}. The files on this machine may be old.", result)
     if job == "GONE":
-        return _lost(run, f"Ray on {where} was restarted and does not know its job {place.job}.", result)
+        return _lost(run, f"Ray on {where} was restarted and does not know the job {place.job}.", result)
     if not result and job in _ENDED_AS:
-        return RunState(_ENDED_AS[job], f"Its driver on {where} ended before the run began.", result)
+        return RunState(_ENDED_AS[job], f"Its driver on {where} ended before the run started.", result)
     return _lost(run, f"Its driver on {where} ended without a result (job {place.job}, {job}).", result)
 
 
@@ -166,31 +166,31 @@ def _lost(run: RunDirectory, why: str, result: Mapping[str, Any]) -> RunState:
     steps = result.get("steps") or _result_here(run).get("steps") or 0
     remedy = f"The run ended at step {steps}; continue it with: launch run.name={run.name} run.resume=true."
     if not steps:
-        remedy = f"The run had done no step; start it again with: launch run.name={run.name} run.resume=auto."
+        remedy = f"The run had not completed a step; restart it with: launch run.name={run.name} run.resume=auto."
     return RunState(LOST, f"{why} {remedy}", result)
 
 
 class Waiting:
-    """Says what `launch logs` waits for while no file of a run that was sent changes here.
+    """Reports what `launch logs` waits for while the local files of a remote run do not change.
 
     Args:
-        run: what was sent: the run, or its sweep.
-        note: is given a line when the state has changed.
-        seconds: how long an unreachable cluster is asked again.
+        run: the run, or the sweep of a trial.
+        note: called with a line when the state has changed.
+        seconds: how long to retry an unreachable cluster.
     """
 
     def __init__(self, run: RunDirectory, note: Callable[[str], None], seconds: float = 900.0) -> None:
         self._run, self._note, self._seconds = run, note, seconds
         self.word = ""
-        self._goes_on = True
+        self._active = True
         self._next = 0.0
         self._answered = time.monotonic()
 
     def __call__(self) -> bool:
-        """Return whether the run may still print something. Call it often; the cluster is asked every `ASK_SECONDS`."""
+        """Return whether the run may print more. Call it often: it asks the cluster every `ASK_SECONDS`."""
         now = time.monotonic()
-        if now < self._next or not self._goes_on:
-            return self._goes_on
+        if now < self._next or not self._active:
+            return self._active
         state = state_of(self._run) or RunState(UNREACHABLE, "This user has no record of it.")
         self._next = time.monotonic() + ASK_SECONDS
         if state.word != UNREACHABLE:
@@ -198,5 +198,5 @@ class Waiting:
         if state.word != self.word and state.reason:
             self._note(f"{self._run.name} is {state.word}. {state.reason}")
         self.word = state.word
-        self._goes_on = state.word in GOING_ON or (state.word == UNREACHABLE and now - self._answered < self._seconds)
-        return self._goes_on
+        self._active = state.word in ACTIVE or (state.word == UNREACHABLE and now - self._answered < self._seconds)
+        return self._active

@@ -1,4 +1,4 @@
-"""Sending a run to a cluster and following it from here."""
+"""Submits a run or a sweep to a cluster, and follows it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from launcher.errors import HostError, LaunchError, RunError, Stopped, WorkerLos
 from launcher.jobs.prepare import Prepared, Request, key_of
 from launcher.jobs.remote import follow, location, packaging
 from launcher.jobs.remote.connection import connected, through
-from launcher.jobs.remote.copies import Copies, bring
+from launcher.jobs.remote.copies import Copies, upload
 from launcher.jobs.remote.location import RunLocation, location_of
 from launcher.jobs.remote.wire import Event
 from launcher.runs import user_state
@@ -34,9 +34,13 @@ DETACH = "detach"
 
 @dataclass(frozen=True)
 class RemoteOutcome:
-    """How a run that was sent away has ended, or that nobody follows it any more (`detached`).
+    """The end of a submitted run, or of following it.
 
-    more: what else its driver tells of the end.
+    Attributes:
+        result: the content of result.json.
+        signal_number: the signal that stopped the run, or None.
+        detached: the run continues, and the command has stopped following it.
+        more: other facts that the driver sent at the end.
     """
 
     result: dict[str, Any]
@@ -46,13 +50,13 @@ class RemoteOutcome:
 
 
 class Submission:
-    """One run on a cluster, from this end.
+    """Submits one run or sweep, and follows it.
 
     Args:
-        on_sent: called with the name of the cluster once the run is on its way.
-        on_event: gets every event of the run.
-        ask: called once Ctrl-C came: "stop" or "detach".
-        trials: the words are those of a sweep, with so many trials at a time at most.
+        on_sent: called with the name of the cluster when the job was submitted.
+        on_event: called with every event of the run.
+        ask: called after Ctrl-C; returns "stop" or "detach".
+        trials: for a sweep, the largest number of parallel trials; None for a run.
     """
 
     def __init__(
@@ -70,54 +74,54 @@ class Submission:
         self._config_dir = str(request.config_dir) if request.config_dir else None
         self._before, self._recorded = location_of(prepared.directory), user_state.lookup(prepared.directory)
         self._submitted = False
-        self._begun = False  # the driver there has the run in hand
-        self._ended_there = False
+        self._begun = False  # the driver has started the run
+        self._ended = False  # the driver has reported its end
         self._copies: Copies | None = None
-        self._made: list[Path] = []
-        self._needs: dict[str, Any] = {}
+        self._created: list[Path] = []
+        self._setup: dict[str, Any] = {}
 
     def train(self, interrupts: Any) -> RemoteOutcome:
-        """Send the run off and follow it to its end.
+        """Submit the run and follow it to its end.
 
         Args:
-            interrupts: counts signals (`runners.signals.Interrupts`), entered already.
+            interrupts: counts signals (`runners.signals.Interrupts`); it is entered already.
 
         Raises:
-            RequestError: it cannot be done as asked; nothing was started.
-            LaunchError: what the driver ended with.
-            Stopped: a second signal; the run goes on stopping there.
+            RequestError: the request is invalid; nothing was started.
+            LaunchError: the error with which the driver ended.
+            Stopped: a second signal was received; the run continues to stop on the cluster.
         """
         cluster = self._prepared.job.cluster
         values = packaging.environment(cluster.env)
         mounted = mounts.setup_lines(mounts.read(cluster.mounts))
-        self._needs = asdict(NodeSetup.of(self._request.calling, [*mounted, *cluster.setup], cluster.env))
+        self._setup = asdict(NodeSetup.of(self._request.calling, [*mounted, *cluster.setup], cluster.env))
         try:
             kind = base.kind_of(cluster)
             if (url := kind.jobs_url(cluster)) is not None:
                 return self._on_url(url, values, interrupts)
-            with interrupts.at_once():  # nothing of the run is there yet
+            with interrupts.at_once():  # the run does not exist yet
                 head = kind.provision(cluster, self._note, self._request.calling.absolute(), self._scaling())
             return self._on_head(head, values, interrupts)
         except BaseException as error:
-            lost = isinstance(error, WorkerLost) and self._submitted and not self._ended_there
-            refused = isinstance(error, LaunchError) and not self._begun and not lost
-            if refused and self._before is not None:  # where it was driven before is still where it is to be found
+            lost = isinstance(error, WorkerLost) and self._submitted and not self._ended
+            rejected = isinstance(error, LaunchError) and not self._begun and not lost
+            if rejected and self._before is not None:  # its files are still at the former location
                 assert self._recorded is not None
                 self._before.write(self._run, cluster=self._recorded.cluster, token=self._recorded.token)
-            elif not self._run.exists() and not lost:  # refused before it began: the name stays free
-                location.forget(self._run, self._made)
+            elif not self._run.exists() and not lost:  # it never started, so its name can be used again
+                location.forget(self._run, self._created)
             raise
 
     def _check_idle(self) -> None:
-        """Raise RunError where the run's last driver is still at work: what is known of it here may be old."""
+        """Raise RunError if a driver of the run is still running on its last cluster; local files may be old."""
         before = self._before
         if before is None:
             return
         try:
             with connected(self._run) as jobs:
                 status = jobs.status(before.job)
-        except (LaunchError, Unreachable):  # a cluster that is gone must not keep the run
-            self._note(f"{before.where}, where {self._run.name} was driven before, does not answer.")
+        except (LaunchError, Unreachable):  # a cluster that no longer exists must not block the run
+            self._note(f"{before.where}, the last cluster of {self._run.name}, does not answer.")
             return
         if status not in (*OVER, "GONE"):
             name = self._run.name
@@ -132,12 +136,12 @@ class Submission:
         self._on_event({"kind": "phase", "name": "cluster"})
         self._check_idle()
         found = RunLocation(packaging.new_job(), jobs.url, config_dir=self._config_dir)
-        self._write_down(found, token)
+        self._record(found, token)
         self._submit(jobs, found, values)
-        return self._attended(jobs, found, interrupts)
+        return self._after_submit(jobs, found, interrupts)
 
     def _scaling(self) -> ScalingConfig:
-        """Return how many workers there may be at a time: a cluster brings the nodes for them."""
+        """Return the workers that may run at the same time, for which the cluster needs nodes."""
         scaling = self._prepared.job.scaling
         if self._trials is None or scaling.workers == "auto":
             return scaling
@@ -145,42 +149,42 @@ class Submission:
         return replace(scaling, workers=scaling.workers * self._trials, min_workers=least)
 
     def _on_head(self, head: Head, values: dict[str, str], interrupts: Any) -> RemoteOutcome:
-        """Have the head of a cluster that is reached over SSH drive the run, and copy the run's files from there."""
+        """Start the driver on a head that is reached over SSH, and copy the run's files from it."""
         calling, shell = self._request.calling.absolute(), head.shell()
         directory = f"{head.directory}/runs/{Path(copy_directory(calling)).name}"
-        root, there = self._run.root, None
+        root, remote = self._run.root, None
         if self._run.uri is None:
-            root, there = directory, f"{directory}/{self._run.name}"
-            if len(head.hosts) != 1:  # no disk is known that all of them see
+            root, remote = directory, f"{directory}/{self._run.name}"
+            if len(head.hosts) != 1:  # the hosts may share no disk
                 root = disk_uri(Path(directory))
-        found = RunLocation(packaging.new_job(), head=head.name, directory=there, config_dir=self._config_dir)
+        found = RunLocation(packaging.new_job(), head=head.name, directory=remote, config_dir=self._config_dir)
         with through(head) as jobs:
             self._check_idle()
-            self._write_down(found)
-            if there is not None and self._prepared.resumes:
-                bring(shell, there, self._run)
+            self._record(found)
+            if remote is not None and self._prepared.resumes:
+                upload(shell, remote, self._run)
             cost = rates.overrides(self._prepared.job.cluster, head.usd_per_hour, len(head.hosts) or 1)
             words = [*self._words(root), *cost]
             self._send(jobs, found, words, values, head)
-            if there is None or self._prepared.job.cluster.detach:
-                return self._attended(jobs, found, interrupts)
-            copies = self._copies = Copies(shell, there, self._run)
+            if remote is None or self._prepared.job.cluster.detach:
+                return self._after_submit(jobs, found, interrupts)
+            copies = self._copies = Copies(shell, remote, self._run)
             try:
-                sent = self._attended(jobs, found, interrupts)
+                outcome = self._after_submit(jobs, found, interrupts)
             except BaseException:
                 with contextlib.suppress(HostError):
-                    copies.close(last=self._begun)  # of one that was refused another run may lie there
+                    copies.close(last=self._begun)  # a rejected run has no files: the directory may be another run's
                 raise
             try:
-                copies.close(last=not sent.detached)
+                copies.close(last=not outcome.detached)
             except HostError as error:
-                self._note(f"Its files are not all here yet; `launch logs {self._run.name}` copies them. {error}")
-            return replace(sent, result=self._run.result() or sent.result) if sent.result else sent
+                self._note(f"Some files were not copied. Copy them with `launch logs {self._run.name}`. {error}")
+            return replace(outcome, result=self._run.result() or outcome.result) if outcome.result else outcome
 
     def _send(
         self, jobs: Jobs, found: RunLocation, words: list[str], values: dict[str, str], head: Head | None = None
     ) -> None:
-        """Start the driver; where no copy of the project lies on the nodes, it is sent through Ray Jobs."""
+        """Start the driver. If the nodes have no copy of the project, it is sent through Ray Jobs."""
         python = head.python if head is not None else None
         calling, config_dir = self._request.calling.absolute(), self._request.config_dir
         if head is not None and base.named(head.kind).copies_project:
@@ -200,7 +204,7 @@ class Submission:
             self._note_withheld(packed.withheld)
             jobs.put(found.job, self._spec(words, None, packed.config_dir, values))
             workdir = str(Path(folder) / "calling")
-            if head is not None:  # VMs that come and go have launch from the head: in one place
+            if head is not None:  # VMs of an autoscaled cluster copy launch from the head
                 driver = packaging.entrypoint("-P", "-m", "launcher.driver", found.job, python=python)
                 jobs.submit(found.job, driver, {"PYTHONPATH": f"{head.directory}/launch"}, working_dir=workdir)
                 return
@@ -209,7 +213,7 @@ class Submission:
 
     def _spec(self, words: list[str], calling: str | None, config_dir: str | None, values: dict[str, str]) -> bytes:
         cluster = asdict(self._prepared.job.cluster)
-        more = {"needs": self._needs, "sweep": self._trials is not None, "cluster": cluster}
+        more = {"setup": self._setup, "sweep": self._trials is not None, "cluster": cluster}
         return packaging.job_spec(words, calling, config_dir, values, **more)
 
     def _note(self, text: str) -> None:
@@ -219,46 +223,46 @@ class Submission:
         if text:
             self._note(text)
 
-    def _write_down(self, found: RunLocation, token: str | None = None) -> None:
-        """Write where the run is driven into its directory, and record it for this user."""
-        self._made = [path for path in (self._run.path, *self._run.path.parents) if not path.exists()]
+    def _record(self, found: RunLocation, token: str | None = None) -> None:
+        """Write the location of the run to its directory and to this user's records."""
+        self._created = [path for path in (self._run.path, *self._run.path.parents) if not path.exists()]
         self._run.create()
         cluster, known = asdict(self._prepared.job.cluster), token and user_state.fingerprint(token)
         found.write(self._run, cluster=cluster, token=known)
 
-    def _attended(self, jobs: Jobs, found: RunLocation, interrupts: Any) -> RemoteOutcome:
+    def _after_submit(self, jobs: Jobs, found: RunLocation, interrupts: Any) -> RemoteOutcome:
         self._submitted = True
         self._on_sent(found.where)
         if self._prepared.job.cluster.detach:
             return RemoteOutcome({}, detached=True)
-        return self._followed(jobs, found, interrupts)
+        return self._follow(jobs, found, interrupts)
 
     def _words(self, root: str) -> list[str]:
-        own = ("run.name", "run.root")
-        kept = [word for word in self._request.words if key_of(word) not in own]
-        return [*kept, f"run.name={_quoted(self._run.name)}", f"run.root={_quoted(root)}"]
+        replaced = ("run.name", "run.root")
+        words = [word for word in self._request.words if key_of(word) not in replaced]
+        return [*words, f"run.name={_quoted(self._run.name)}", f"run.root={_quoted(root)}"]
 
     def _submit(self, jobs: Jobs, found: RunLocation, values: dict[str, str]) -> None:
-        """Compare, send what the cluster does not have, and start the driver there."""
+        """Compare the cluster with this process, send it the files that it lacks, and start the driver."""
         calling, config_dir = self._request.calling.absolute(), self._request.config_dir
         on_store = self._run.uri is not None
-        seen = packaging.probe(jobs, None if on_store else self._run.path, calling)
-        if not on_store and not seen.sees_root:
+        facts = packaging.probe(jobs, None if on_store else self._run.path, calling)
+        if not on_store and not facts.sees_root:
             raise RunError(
-                f"The head of the cluster at {jobs.url} does not see {self._run.root}, so that the run would not come "
-                "back from there. Mount one directory under the same path on both sides and name it with run.root=…, "
+                f"The head of the cluster at {jobs.url} does not see {self._run.root}, so this machine would not get "
+                "the run's files. Mount a shared directory under the same path on both sides and set run.root to it, "
                 "or use an object store (run.root=abfss://…, see docs/storage.md)."
             )
         driver = packaging.entrypoint("-P", "-m", "launcher.driver", found.job)
         words = self._words(self._run.root)
-        if seen.sees_calling and seen.same_project:
+        if facts.sees_calling and facts.same_project:
             where = str(config_dir) if config_dir else None
             jobs.put(found.job, self._spec(words, str(calling), where, values))
             jobs.submit(found.job, driver, {"PYTHONPATH": str(project.HOME)})
             return
         self._send(jobs, found, words, values)
 
-    def _followed(self, jobs: Jobs, found: RunLocation, interrupts: Any) -> RemoteOutcome:
+    def _follow(self, jobs: Jobs, found: RunLocation, interrupts: Any) -> RemoteOutcome:
         handled = 0
 
         def poll() -> None:
@@ -270,15 +274,15 @@ class Submission:
                 raise Stopped(interrupts.signal_number)
             if interrupts.signal_number == signal.SIGINT and self._ask() == DETACH:
                 raise _Detached
-            handled = interrupts.count  # a Ctrl-C while it was asked belongs to the question
-            self._note(f"Stopping: {'its trials save' if self._trials else 'the run saves'} a checkpoint first.")
+            handled = interrupts.count  # ignore another Ctrl-C during the question
+            self._note(f"Stopping: {'the trials save' if self._trials else 'the run saves'} a checkpoint first.")
             with contextlib.suppress(Unreachable):
                 jobs.stop(found.job)
 
         try:
             for event in follow.events(jobs, found.job, found.where, poll, self._run.name):
                 if event["kind"] == "end":
-                    return self._ended(event, interrupts)
+                    return self._outcome(event, interrupts)
                 if event["kind"] == "begun":
                     self._begun = True
                     if self._copies is not None:
@@ -288,8 +292,8 @@ class Submission:
             return RemoteOutcome({}, detached=True)
         raise AssertionError
 
-    def _ended(self, end: Event, interrupts: Any) -> RemoteOutcome:
-        self._ended_there = True
+    def _outcome(self, end: Event, interrupts: Any) -> RemoteOutcome:
+        self._ended = True
         if error := end.get("error"):
             raise from_dict(error)
         if "stopped" in end:
@@ -298,7 +302,7 @@ class Submission:
 
 
 def _quoted(value: str) -> str:
-    """Return a value as Hydra reads it from a word, whatever characters it has."""
+    """Return a value in quotes, as Hydra parses it in an override."""
     return '"' + value.replace('"', '\\"') + '"'
 
 

@@ -1,4 +1,4 @@
-"""Events of a run as lines of text: between others, on a stream that others write to as well."""
+"""Encodes events of a run as lines of text on a stream that other code writes to as well."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BEAT_SECONDS = 10.0
 
 
 def mark_of(job: str) -> str:
-    """Return what a line of ours begins with. The job's id is in it, so that nothing else prints it by chance."""
+    """Return the prefix of an event's line. It contains the id of the job, so that no other output begins with it."""
     return f"\x1e{job} "
 
 
 class EventWriter:
-    """Writes events to a file descriptor, each as a line of its own, from any thread.
+    """Writes events to a file descriptor, one per line, from any thread.
 
-    A line every ten seconds says that the stream is alive, while the `with` block lasts.
+    Within its `with` block, it writes an event `beat` every ten seconds, so that readers detect a lost connection.
     """
 
     def __init__(self, descriptor: int, job: str) -> None:
@@ -40,8 +40,8 @@ class EventWriter:
         self._thread.join()
 
     def send(self, event: Event) -> None:
-        # A new line first: somebody else may have printed half of one.
-        # Ray keeps what a job prints in a file on the head.
+        # It begins with a newline, since other code may have printed an unfinished line. Secrets are masked, since
+        # Ray writes the output of a job to a file on the head.
         text = f"\n{self._mark}{masking.hide(json.dumps(event, default=str))}\n".encode()
         with self._lock:
             while text:
@@ -53,10 +53,10 @@ class EventWriter:
 
 
 class EventReader:
-    """Takes text in pieces of any length and gives the events in it; the lines of others are kept for an error.
+    """Decodes the events in text that arrives in pieces of any length.
 
     Attributes:
-        others: the last lines that were no events.
+        others: the last lines that were not events, for an error message.
     """
 
     MOST = 40
@@ -67,6 +67,7 @@ class EventReader:
         self.others: list[str] = []
 
     def feed(self, text: str) -> Iterator[Event]:
+        """Yield the events that are completed by `text`."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             event = self._event(line)

@@ -1,4 +1,4 @@
-"""A model and data of somebody's own that write down which samples every worker used in every step."""
+"""A user's model and data that record which samples each worker used in each step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _used: list[int] = []  # since the last step of this process
 
 
 class Rows(Dataset):
-    """Numbers with their row, so that the model knows what it is given."""
+    """Numbers with their row, so that the model can record it."""
 
     def __init__(self, samples: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -39,7 +39,7 @@ class Data:
 
 
 class Network(nn.Module):
-    """seconds: how much longer a microbatch takes than it needs, so that there is time for a fault."""
+    """A small network. seconds: the extra time of a microbatch, during which a fault can be applied."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Network(nn.Module):
 
 
 class History:
-    """One file a process: who it is, then a line a step. `attempt` is the same for all workers of one group."""
+    """Writes a file per process: facts about the process, then a line per step. A group has one `attempt`."""
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)

@@ -1,4 +1,4 @@
-"""A Ray that somebody started on this machine, with its Jobs API on loopback; and a network between it and us."""
+"""A Ray cluster on this machine that launch did not start, with its Jobs API on loopback, and a network that fails."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class JobsCluster:
-    """One node with two CPUs and a token."""
+    """A cluster of one node with two CPUs and a token."""
 
     def __init__(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="rj-", dir="/tmp"))  # short: the sockets of Ray lie below
+        self.directory = Path(tempfile.mkdtemp(prefix="rj-", dir="/tmp"))  # short, since it contains Ray's sockets
         self.token = secrets.token_hex(32)
         self.url = f"http://127.0.0.1:{free_port()}"
         ports = [
@@ -58,9 +58,9 @@ class JobsCluster:
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=2):
                 return
-            told = (self.directory / "log").read_text(errors="replace")[-2000:]
-            assert self.process.poll() is None, told
-            assert time.monotonic() < end, told
+            log = (self.directory / "log").read_text(errors="replace")[-2000:]
+            assert self.process.poll() is None, log
+            assert time.monotonic() < end, log
             time.sleep(0.2)
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ def running() -> Iterator[JobsCluster]:
 
 
 class Network:
-    """A TCP proxy to one port, which can be cut: connections end, and nobody answers until it is mended."""
+    """A TCP proxy to a port. While it is cut, open connections are closed and new ones are not answered."""
 
     def __init__(self, port: int) -> None:
         self._to = port
@@ -100,7 +100,7 @@ class Network:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self._cut.clear()
 
     def close(self) -> None:

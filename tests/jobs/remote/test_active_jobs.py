@@ -1,4 +1,4 @@
-"""`launch down` with a run at work: it is named, saved or ended, as the user says, and never without a word."""
+"""`launch down` with an active run: the run is named, saved (`--save`) or killed (`--force`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from launcher.runs import RunDirectory
 
 
 class Cluster:
-    """Records in order what is done to it."""
+    """A cluster that records the calls."""
 
     def __init__(self) -> None:
         self.open = ["job-k1"]
@@ -59,14 +59,14 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return made
 
 
-def test_a_run_at_work_is_named_and_keeps_its_cluster(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_down_names_an_active_run_and_keeps_its_cluster(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["down", "pair"]) == 2
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert cluster.done == []
-    assert '"k1" is at work on pair' in said
-    assert "ended" not in said.replace("would end", "")
-    assert "launch down pair --save" in said
-    assert "launch down pair --force" in said
+    assert '"k1" is active on pair' in message
+    assert '"ended"' not in message
+    assert "launch down pair --save" in message
+    assert "launch down pair --force" in message
 
 
 @pytest.mark.parametrize(
@@ -77,16 +77,14 @@ def test_the_user_decides(cluster: Cluster, flags: list[str], done: list[str]) -
     assert cluster.done == done
 
 
-def test_a_run_that_was_sent_from_elsewhere_is_not_ended_by_save(
-    cluster: Cluster, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_save_rejects_a_run_from_another_machine(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.open.append("job-of-another")
     assert cli.run(["down", "pair", "--save"]) == 2
     assert "job-of-another" in capsys.readouterr().err
     assert cluster.done == ["saved k1"]
 
 
-def test_a_cluster_without_work_or_without_an_answer_is_removed(cluster: Cluster) -> None:
+def test_a_cluster_that_is_idle_or_unreachable_is_removed(cluster: Cluster) -> None:
     cluster.answers = False
     assert cli.run(["down", "pair"]) == 0
     cluster.answers, cluster.open = True, []

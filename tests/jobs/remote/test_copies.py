@@ -1,4 +1,4 @@
-"""Files of a run, or of a sweep, that is driven elsewhere: what comes here, what does not, and how often."""
+"""Copies of remote runs and sweeps: which files are copied, and when."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def written(path: Path, content: object = "x") -> Path:
 
 
 def trained(run: Path, step: int, status: str = "running") -> None:
-    """A run on the head with a checkpoint that is complete, and one that is being written."""
+    """Create a run on the head with one complete checkpoint and one incomplete one."""
     written(run / f"checkpoints/step-{step:08d}/manifest.json")
     written(run / f"checkpoints/step-{step + 1:08d}/data-00000.bin")
     written(run / "result.json", {"status": status, "checkpoint": f"head://{run}/checkpoints/step-{step:08d}"})
@@ -62,7 +62,7 @@ def copied(shell: Shell, there: Path, here: Path) -> tuple[Copies, RunDirectory]
     return copies, run
 
 
-def test_a_sweep_comes_with_its_trials_and_their_checkpoints(shell: Shell, tmp_path: Path) -> None:
+def test_a_sweep_is_copied_with_its_trials_and_their_checkpoints(shell: Shell, tmp_path: Path) -> None:
     there = tmp_path / "there"
     written(there / "study.journal")
     written(there / "result.json", {"status": "running"})
@@ -92,15 +92,15 @@ def test_a_sweep_comes_with_its_trials_and_their_checkpoints(shell: Shell, tmp_p
 
     before = {trial.path: (trial.path / "result.json").stat().st_mtime_ns for trial in trials}
     trained(there / "2", 7, "completed")
-    (there / "0/checkpoints/step-00000005/manifest.json").unlink()  # given up, since another trial is better
+    (there / "0/checkpoints/step-00000005/manifest.json").unlink()  # removed, since another trial is better
     copies.fetch()
     changed = [trial.name for trial in trials if (trial.path / "result.json").stat().st_mtime_ns != before[trial.path]]
-    assert changed == ["2"], "what has not changed is sent again and again"
+    assert changed == ["2"], "an unchanged file was copied again"
     assert (steps(trials[0].path), trials[2].status()) == ([], "completed")
     assert trials[2].result()["checkpoint"] == str(trials[2].checkpoints / "step-00000007")
 
 
-def test_folders_of_a_run_are_its_users(shell: Shell, tmp_path: Path) -> None:
+def test_folders_in_a_run_belong_to_the_user(shell: Shell, tmp_path: Path) -> None:
     there = tmp_path / "there"
     trained(there, 5)
     own = {"checkpoint": "/data/of/mine"}

@@ -1,4 +1,4 @@
-"""Runs on a cluster of SSH hosts: the command on a laptop, the driver on the head, the files on both."""
+"""Runs on SSH hosts: the command runs on a laptop, the driver on the head, and the files are copied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.command import Result
 from tests.support.engine_ranks import assert_same_weights, final_weights
-from tests.support.vmlab.elsewhere import Elsewhere
+from tests.support.vmlab.ssh_lab import SshLab
 from tests.support.waiting import wait_for
 
 TINY = ("experiment=mnist_tiny", "logging.graph=false", "trainer.deterministic=true")
@@ -25,21 +25,21 @@ def result(run: Path) -> dict[str, object]:
     return found
 
 
-def wait_until(there: Elsewhere, run: Path, step: int, seconds: float = 60) -> None:
+def wait_until(ssh_machines: SshLab, run: Path, step: int, seconds: float = 60) -> None:
     metrics = run / "metrics.jsonl"
     wait_for(
         lambda: metrics.exists() and f'"step": {step}' in metrics.read_text(),
         seconds,
-        lambda: there.laptop.log()[-3000:],
+        lambda: ssh_machines.laptop.log()[-3000:],
     )
 
 
 @pytest.mark.timeout(900)
-def test_a_run_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
-    words = there.words()
-    done = there.launch(*TINY, *words, "run.name=two", "checkpoint.every=5", PLANTED="sEcReT-94", seconds=180)
+def test_a_run_on_two_hosts_equals_a_local_run(ssh_machines: SshLab) -> None:
+    words = ssh_machines.words()
+    done = ssh_machines.launch(*TINY, *words, "run.name=two", "checkpoint.every=5", PLANTED="sEcReT-94", seconds=180)
     assert done.status == 0, done.err
-    runs = there.calling / "runs"
+    runs = ssh_machines.calling / "runs"
     assert done.last == str(runs / "two")
     found = result(runs / "two")
     assert (found["status"], found["workers"], found["steps"]) == ("completed", 2, 10)
@@ -47,35 +47,35 @@ def test_a_run_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
     assert any((runs / "two").glob("events.out.tfevents*"))
     assert "step 10/10" in done.err
     for kind in (["cluster=none"], ["cluster=local", "scaling.workers=2", "scaling.cpus_per_worker=0.5"]):
-        alone: Result = there.launch(*TINY, *kind)
+        alone: Result = ssh_machines.launch(*TINY, *kind)
         assert alone.status == 0, alone.err
         assert_same_weights(final_weights(Path(alone.last)), final_weights(runs / "two"))
-    evaluated = there.launch("evaluate", "two", "data=mnist", seconds=100)
+    evaluated = ssh_machines.launch("evaluate", "two", "data=mnist", seconds=100)
     assert evaluated.status == 0, evaluated.err
 
-    again = there.launch(*TINY, *words, "run.name=two", "run.resume=true", "trainer.epochs=2", seconds=120)
+    again = ssh_machines.launch(*TINY, *words, "run.name=two", "run.resume=true", "trainer.epochs=2", seconds=120)
     assert again.status == 0, again.err
     assert "Continuing from step 10." in again.err
     assert result(runs / "two")["steps"] == 20
-    like = there.launch("run.like=two", *words, "run.name=like", "trainer.epochs=1", seconds=120)
+    like = ssh_machines.launch("run.like=two", *words, "run.name=like", "trainer.epochs=1", seconds=120)
     assert (like.status, like.last) == (0, str(runs / "like")), like.err
-    assert there.launch("down", "ssh", seconds=60).status == 0
-    log = there.launch("logs", "two", "--no-follow", seconds=60)
+    assert ssh_machines.launch("down", "ssh", seconds=60).status == 0
+    log = ssh_machines.launch("logs", "two", "--no-follow", seconds=60)
     assert (log.status, log.out) == (0, (runs / "two" / "log.txt").read_text()), log.err
     assert [line for line in log.out.splitlines() if "completed after" in line][-1].endswith("20 steps")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_log_of_a_detached_run_is_whole_wherever_rank_0_is(there: Elsewhere) -> None:
-    """Would be wrong: a log that is lost when rank 0 is on another machine than the driver, which Ray decides."""
+def test_the_log_of_a_detached_run_is_complete_on_whichever_host_rank_0_is(ssh_machines: SshLab) -> None:
+    """Ray may place rank 0 on the driver's machine or on another."""
     on_one_host_each = ("scaling.workers=2", "scaling.cpus_per_worker=2", "cluster.detach=true")
     ranks_0 = set()
     for number in range(12):
-        run = there.calling / "runs" / f"n{number}"
-        sent = there.launch(*TINY, *there.words(), *on_one_host_each, f"run.name={run.name}", seconds=120)
+        run = ssh_machines.calling / "runs" / f"n{number}"
+        sent = ssh_machines.launch(*TINY, *ssh_machines.words(), *on_one_host_each, f"run.name={run.name}", seconds=120)
         assert sent.status == 0, sent.err
-        followed = there.launch("logs", run.name, seconds=120)
+        followed = ssh_machines.launch("logs", run.name, seconds=120)
         assert followed.status == 0, followed.err
         assert result(run)["status"] == "completed"
         lines = [line for line in (run / "log.txt").read_text().splitlines() if "[rank 0]" in line]
@@ -84,39 +84,41 @@ def test_the_log_of_a_detached_run_is_whole_wherever_rank_0_is(there: Elsewhere)
         assert (steps[-1], lines[-1].endswith("completed after 10 steps")) == ("10", True), lines
         assert followed.out.splitlines()[-1] == lines[-1]
         (other,) = {path.stem.removeprefix("log-") for path in run.glob("log-*.txt")}
-        ranks_0 |= {host.name for host in there.machines} - {other}
+        ranks_0 |= {host.name for host in ssh_machines.machines} - {other}
         if len(ranks_0) == 2:
             break
     else:
         pytest.fail(f"rank 0 was always on {ranks_0}")
-    assert there.launch("down", "ssh", seconds=60).status == 0
+    assert ssh_machines.launch("down", "ssh", seconds=60).status == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_laptop_that_goes_away_leaves_the_run_going(there: Elsewhere) -> None:
-    run = there.calling / "runs" / "away"
-    laptop = there.start(*LONG, *there.words(there.machines[0].name), "cluster=ssh", "run.name=away")
-    wait_until(there, run, 4, 120)
-    there.laptop.cut()
+def test_a_run_continues_without_the_laptop(ssh_machines: SshLab) -> None:
+    run = ssh_machines.calling / "runs" / "away"
+    laptop = ssh_machines.start(
+        *LONG, *ssh_machines.words(ssh_machines.machines[0].name), "cluster=ssh", "run.name=away"
+    )
+    wait_until(ssh_machines, run, 4, 120)
+    ssh_machines.laptop.cut()
     time.sleep(3)
-    there.laptop.mend()
+    ssh_machines.laptop.restore_link()
     os.killpg(laptop.pid, signal.SIGKILL)
     laptop.wait(10)
     before = len((run / "metrics.jsonl").read_text())
     long_ago = time.time() - 1000  # as if the laptop had been away for longer than a run may be silent
     os.utime(run / ".heartbeat", (long_ago, long_ago))
-    again = there.launch("run.name=away", "run.resume=true", seconds=60)
+    again = ssh_machines.launch("run.name=away", "run.resume=true", seconds=60)
     assert (again.status, "is running on ssh" in again.err) == (2, True), again.err
-    listed = there.launch("logs", "away", "--no-follow", seconds=60)
+    listed = ssh_machines.launch("logs", "away", "--no-follow", seconds=60)
     assert listed.status == 0, listed.err
-    assert len((run / "metrics.jsonl").read_text()) > before, "the run has not gone on"
-    stopped = there.launch("stop", "away", seconds=100)
+    assert len((run / "metrics.jsonl").read_text()) > before, "the run has not continued"
+    stopped = ssh_machines.launch("stop", "away", seconds=100)
     assert stopped.status == 0, stopped.err
     found = result(run)
     assert found["status"] == "stopped"
     assert Path(str(found["checkpoint"])).is_dir()
-    assert there.launch("down", "ssh", seconds=60).status == 0
+    assert ssh_machines.launch("down", "ssh", seconds=60).status == 0
 
 
 def number_of_the_best(sweep: Path) -> int:
@@ -126,25 +128,25 @@ def number_of_the_best(sweep: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_sweep_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
-    """Trials of two workers, one a host, and no disk that both see; the laptop goes away meanwhile."""
-    words = there.words()
+def test_a_sweep_on_two_hosts_equals_a_local_sweep(ssh_machines: SshLab) -> None:
+    """Each trial has one worker per host, the hosts share no disk, and the laptop is disconnected during the sweep."""
+    words = ssh_machines.words()
     swept = ("-m", *TINY, "optimizer.lr=1e-3,3e-3,1e-2", "trainer.epochs=12", "checkpoint.every=5", "scaling.workers=2")
-    sweep = there.calling / "runs" / "grid"
-    laptop = there.start(*swept, *words, "run.name=grid")
+    sweep = ssh_machines.calling / "runs" / "grid"
+    laptop = ssh_machines.start(*swept, *words, "run.name=grid")
     latest = time.monotonic() + 150
-    while "trial 0 completed" not in there.laptop.log():
-        assert time.monotonic() < latest, there.laptop.log()[-3000:]
+    while "trial 0 completed" not in ssh_machines.laptop.log():
+        assert time.monotonic() < latest, ssh_machines.laptop.log()[-3000:]
         time.sleep(0.5)
     os.killpg(laptop.pid, signal.SIGKILL)
     laptop.wait(10)
-    stopped = there.launch("stop", "grid", seconds=100)
+    stopped = ssh_machines.launch("stop", "grid", seconds=100)
     assert stopped.status == 0, stopped.err
     assert result(sweep)["status"] == "stopped"
-    done = there.launch("-m", "run.name=grid", "run.resume=true", seconds=200)
+    done = ssh_machines.launch("-m", "run.name=grid", "run.resume=true", seconds=200)
     assert (done.status, done.last) == (0, str(sweep)), done.err
 
-    alone = there.launch(*swept[:-1], "run.name=here", "cluster=none", seconds=100)
+    alone = ssh_machines.launch(*swept[:-1], "run.name=here", "cluster=none", seconds=100)
     assert alone.status == 0, alone.err
     for number in range(3):
         found = result(sweep / str(number))
@@ -152,57 +154,61 @@ def test_a_sweep_on_two_hosts_is_as_one_here(there: Elsewhere) -> None:
         assert found["checkpoint"] == str(sweep / str(number) / "checkpoints" / "step-00000120")
         assert any((sweep / str(number)).glob("events.out.tfevents*"))
         assert_same_weights(final_weights(sweep.with_name("here") / str(number)), final_weights(sweep / str(number)))
-    evaluated = there.launch("evaluate", "grid/best", seconds=100)
+    evaluated = ssh_machines.launch("evaluate", "grid/best", seconds=100)
     assert evaluated.status == 0, evaluated.err
-    copies = [path for host in there.machines for path in there.own(host).glob(".cache/launch/**/step-*/manifest.json")]
+    copies = [
+        path
+        for host in ssh_machines.machines
+        for path in ssh_machines.own(host).glob(".cache/launch/**/step-*/manifest.json")
+    ]
     assert copies == [], "checkpoints of trials that have ended fill the disks of the hosts"
     more = ("run.like=grid/best", "checkpoint.load=grid/best", "optimizer.lr=1e-9", "trainer.epochs=1", "run.name=more")
-    begun = there.launch(*more, seconds=100)
+    begun = ssh_machines.launch(*more, seconds=100)
     assert begun.status == 0, begun.err
     best: Any = result(sweep / str(number_of_the_best(sweep)))["best"]
     metrics: Any = result(sweep.with_name("more"))["metrics"]
     assert abs(metrics["val/loss"] - best["value"]) < 1e-3
-    assert there.launch("down", "ssh", seconds=60).status == 0
+    assert ssh_machines.launch("down", "ssh", seconds=60).status == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_one_trial_of_a_sweep_elsewhere_is_followed_and_stopped(there: Elsewhere) -> None:
-    """Detached, by names: of the trial, which ends as far as it came, and then of the sweep."""
-    words = there.words(there.machines[0].name)
+def test_one_trial_of_a_remote_sweep_is_followed_and_stopped(ssh_machines: SshLab) -> None:
+    """First the trial is stopped by its name, then the sweep."""
+    words = ssh_machines.words(ssh_machines.machines[0].name)
     swept = ("-m", *LONG, *words, "cluster=ssh", "optimizer.lr=0.1,0.2", "scaling.workers=1", "cluster.detach=true")
-    sent = there.launch(*swept, "sweep.concurrency=1", "run.name=night", seconds=100)
+    sent = ssh_machines.launch(*swept, "sweep.concurrency=1", "run.name=night", seconds=100)
     assert sent.status == 0, sent.err
     assert "launch logs night" in sent.err
-    sweep = there.calling / "runs" / "night"
+    sweep = ssh_machines.calling / "runs" / "night"
     latest = time.monotonic() + 90
     while not (sweep / "0" / "metrics.jsonl").exists():
-        assert time.monotonic() < latest, there.launch("logs", "night", "--no-follow").err
-        there.launch("logs", "night", "--no-follow", seconds=60)
+        assert time.monotonic() < latest, ssh_machines.launch("logs", "night", "--no-follow").err
+        ssh_machines.launch("logs", "night", "--no-follow", seconds=60)
         time.sleep(1)
-    shown = there.launch("logs", "night/0", "--no-follow", seconds=60)
+    shown = ssh_machines.launch("logs", "night/0", "--no-follow", seconds=60)
     assert (shown.status, "step" in shown.out) == (0, True), shown.err
-    stopped = there.launch("stop", "night/0", seconds=100)
+    stopped = ssh_machines.launch("stop", "night/0", seconds=100)
     assert (stopped.status, "0 is stopped at step" in stopped.err) == (0, True), stopped.err
-    ended = there.launch("stop", "night", seconds=100)
+    ended = ssh_machines.launch("stop", "night", seconds=100)
     assert ended.status == 0, ended.err
     assert [result(sweep / name)["status"] for name in (".", "0")] == ["stopped", "stopped"]
-    assert there.launch("down", "ssh", seconds=60).status == 0
+    assert ssh_machines.launch("down", "ssh", seconds=60).status == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_machine_lost_during_a_sweep_costs_no_trial(there: Elsewhere) -> None:
-    """Would be wrong: a trial that fails with its machine, or that waits for one that Ray still believes in."""
+def test_no_trial_fails_with_a_machine_that_is_lost(ssh_machines: SshLab) -> None:
+    """Ray treats the machine as alive for a minute; trials must not wait for it."""
     swept = ("-m", *TINY, "optimizer.lr=1e-3,2e-3,3e-3,1e-2", "trainer.epochs=40", "checkpoint.every=20")
     one_a_host = ("scaling.workers=1", "scaling.cpus_per_worker=2")
-    sweep = there.calling / "runs" / "lossy"
-    driver = there.start(*swept, *one_a_host, *there.words(), "run.name=lossy")
-    wait_until(there, sweep / "1", 40, 150)
-    there.machines[1].kill()
-    assert driver.wait(200) == 0, there.laptop.log()[-3000:]
-    assert "It is continued (failure 1" in there.laptop.log()
-    alone = there.launch(*swept, "run.name=here", "cluster=none", seconds=100)
+    sweep = ssh_machines.calling / "runs" / "lossy"
+    driver = ssh_machines.start(*swept, *one_a_host, *ssh_machines.words(), "run.name=lossy")
+    wait_until(ssh_machines, sweep / "1", 40, 150)
+    ssh_machines.machines[1].kill()
+    assert driver.wait(200) == 0, ssh_machines.laptop.log()[-3000:]
+    assert "It is continued (failure 1" in ssh_machines.laptop.log()
+    alone = ssh_machines.launch(*swept, "run.name=here", "cluster=none", seconds=100)
     assert alone.status == 0, alone.err
     for number in range(4):
         assert result(sweep / str(number))["status"] == "completed"

@@ -1,4 +1,4 @@
-"""What `launch runs`, `logs` and `stop` say of runs that were sent: the cluster's word, never one for all of them."""
+"""The states of remote runs in `launch runs`, `logs` and `stop`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLUSTER = "pair"
 
 
 class Cluster:
-    """A head behind SSH: its files are those below `disk`, its Ray knows `jobs`; `fault` is what is wrong with it."""
+    """A head with the files below `disk`, and a Ray with `jobs`. `fault` is the failure to simulate."""
 
     def __init__(self, disk: Path) -> None:
         self.disk, self.jobs, self.fault = disk, {}, ""  # type: tuple[Path, dict[str, str], str]
@@ -51,7 +51,7 @@ class Cluster:
         return self.jobs.get(job, "GONE")
 
     def send(self, root: Path, name: str, job: str, result: dict[str, Any] | None = None) -> RunDirectory:
-        """A run that was sent and of which nothing has been copied yet."""
+        """Return a remote run without local files."""
         run = RunDirectory(root / name)
         run.create()
         there = self.disk / name
@@ -89,13 +89,13 @@ TABLE = [
 ]
 
 
-def test_each_state_has_its_word(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_state_of_each_combination_of_job_and_result(cluster: Cluster, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     for number, (_, job, result) in enumerate(TABLE):
         cluster.send(root, f"r{number:02}", job, result)
     found = rows(root)
     assert [row["status"] for row in found] == [word for word, _, _ in TABLE]
-    assert cluster.asked == 1, "one connection a cluster, however many runs it has"
+    assert cluster.asked == 1, "one connection per cluster, for all of its runs"
     (lost, _) = [row for row in found if row["status"] == "lost"]
     assert "at step 50" in lost["error"]
     assert "run.name=r09 run.resume=true" in lost["error"]
@@ -115,7 +115,7 @@ def test_a_cluster_with_a_fault(cluster: Cluster, tmp_path: Path, fault: str, wo
     assert found[run.path].reason
 
 
-def test_a_head_that_was_started_again_or_removed_has_lost_the_run(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_run_is_lost_with_its_head(cluster: Cluster, tmp_path: Path) -> None:
     run = cluster.send(tmp_path / "runs", "a", "RUNNING", RUNNING)
     cluster.jobs.clear()
     assert states_of([run])[run.path].word == "lost"
@@ -123,7 +123,7 @@ def test_a_head_that_was_started_again_or_removed_has_lost_the_run(cluster: Clus
     assert states_of([run])[run.path].word == "lost"
 
 
-def test_a_run_of_somebody_else_is_not_asked_about(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_cluster_of_an_unconfirmed_run_is_not_contacted(cluster: Cluster, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs" / "theirs")
     run.create()
     (run.path / "remote.json").write_text(json.dumps({"job": "x", "head": CLUSTER, "directory": "/there/x"}))
@@ -131,19 +131,19 @@ def test_a_run_of_somebody_else_is_not_asked_about(cluster: Cluster, tmp_path: P
     assert cluster.asked == 0
 
 
-def test_stop_of_a_lost_run_leads_forward(
+def test_stop_of_a_lost_run_names_the_command_to_continue(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.jobs.remote.control.bring_here", lambda run: None)
+    monkeypatch.setattr("launcher.jobs.remote.control.fetch_files", lambda run: None)
     cluster.send(tmp_path / "runs", "a", "RUNNING", RUNNING)
     cluster.fault = "rebooted"
     assert cli.run(["stop", "a", f"run.root={tmp_path / 'runs'}"]) == 2
-    said = capsys.readouterr().err
-    assert "No Ray runs on pair any more. The run ended at step 50" in said
-    assert "launch run.name=a run.resume=true" in said
+    message = capsys.readouterr().err
+    assert "Ray is no longer running on pair. The run ended at step 50" in message
+    assert "launch run.name=a run.resume=true" in message
 
 
-def test_logs_say_what_they_wait_for_and_end_with_the_run(
+def test_logs_report_the_state_and_end_with_the_run(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = cluster.send(tmp_path / "runs", "a", "PENDING")
@@ -156,11 +156,11 @@ def test_logs_say_what_they_wait_for_and_end_with_the_run(
         ("RUNNING", "", True),
         ("RUNNING", "rebooted", False),
     ]
-    for job, fault, goes_on in changes:
+    for job, fault, active in changes:
         cluster.jobs["job-a"], cluster.fault = job, fault
-        assert waiting() is goes_on
+        assert waiting() is active
     assert [note.partition(".")[0] for note in notes] == ["a is queued", "a is starting", "a is lost"]
     assert not waiting()
     cluster.fault = "off"
-    assert not Waiting(run, notes.append, seconds=0.0)(), "an unreachable cluster is waited for, but not for ever"
+    assert not Waiting(run, notes.append, seconds=0.0)(), "it waits for ever for an unreachable cluster"
     assert Waiting(run, notes.append)()

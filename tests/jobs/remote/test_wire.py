@@ -1,4 +1,4 @@
-"""Events between the lines of others: none is lost, repeated or made up, wherever the text is cut."""
+"""Events between other lines of a job's output: none is lost, repeated or invented."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stream(tmp_path: Path, job: str = "launch-1") -> tuple[list[dict[str, Any]],
     with path.open("ab") as file:
         writer = EventWriter(file.fileno(), job)
         for event in events:
-            os.write(file.fileno(), b"half a line of somebody else")
+            os.write(file.fileno(), b"an unfinished line")
             writer.send(event)
         writer.send({"kind": "end", "status": 0})
     return [*events, {"kind": "end", "status": 0}], path.read_text()
@@ -45,12 +45,12 @@ def test_events_survive_any_cut(tmp_path: Path, seed: int) -> None:
         found += list(reader.feed(text[:length]))
         text = text[length:]
     assert found == events
-    assert set(reader.others) == {"half a line of somebody else"}
+    assert set(reader.others) == {"an unfinished line"}
     assert list(EventReader("launch-2").feed(stream(tmp_path)[1])) == []
 
 
 class Dropping:
-    """A job's log behind a network that drops after some characters of every connection."""
+    """The log of a job over a network that fails after some characters of each connection."""
 
     url = "http://head:8265"
 
@@ -81,27 +81,27 @@ def _at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("each", [1, 17, 400, 100_000])
-def test_every_line_comes_once_over_a_network_that_drops(tmp_path: Path, each: int) -> None:
+def test_every_event_arrives_once_over_a_network_that_fails(tmp_path: Path, each: int) -> None:
     events, text = stream(tmp_path)
     followed: Any = Dropping(text, each)
-    heard = list(follow.events(followed, "launch-1", "head", lambda: None, "a"))
-    assert [event for event in heard if event["kind"] != "note"] == events
-    notes = [event["text"] for event in heard if event["kind"] == "note"]
+    found = list(follow.events(followed, "launch-1", "head", lambda: None, "a"))
+    assert [event for event in found if event["kind"] != "note"] == events
+    notes = [event["text"] for event in found if event["kind"] == "note"]
     assert bool(notes) is (each < len(text))
     if notes:
-        assert "the run goes on there" in notes[0]
+        assert notes[0].startswith("head does not answer. The run continues there")
         assert notes[1] == "head answers again."
 
 
-@pytest.mark.parametrize(("status", "says"), [("FAILED", "No module named torch"), ("GONE", "run.resume=true")])
-def test_a_driver_that_ends_without_a_word_is_told(status: str, says: str) -> None:
+@pytest.mark.parametrize(("status", "message"), [("FAILED", "No module named torch"), ("GONE", "run.resume=true")])
+def test_a_driver_that_ends_without_a_result_is_an_error(status: str, message: str) -> None:
     dead: Any = Dropping("Running entrypoint for job\nNo module named torch\n", 1000, status)
-    with pytest.raises(WorkerLost, match=says):
+    with pytest.raises(WorkerLost, match=message):
         list(follow.events(dead, "launch-1", "head", lambda: None, "a"))
 
 
-def test_a_cluster_that_never_answers_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "GIVE_UP_SECONDS", 0.0)
+def test_a_cluster_that_never_answers_again_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "LOST_SECONDS", 0.0)
 
     class Dead(Dropping):
         def tail(self, job: str, skip: int) -> Iterator[str | None]:
@@ -114,8 +114,8 @@ def test_a_cluster_that_never_answers_again_is_given_up(monkeypatch: pytest.Monk
         list(follow.events(dead, "launch-1", "head", lambda: None, "a"))
 
 
-def test_errors_come_back_as_what_they_were() -> None:
-    """Would be wrong: a corrupt row found during training ends with 2 at one end and 1 at the other."""
+def test_errors_keep_class_data_and_exit_status() -> None:
+    """A corrupt row that is found during training has exit status 1 at both ends."""
     row = DataError("row 7")
     row.exit_status = 1  # as the engine sets it once training has begun
     for error in (row, DataError("no file"), HostError("no route", "vm1", "lost"), UserCodeError("KeyError: 1", "T…")):
@@ -128,7 +128,7 @@ def test_errors_come_back_as_what_they_were() -> None:
     assert from_dict({"type": "sys", "message": "m"}).exit_status == 1
 
 
-def test_the_place_of_a_run_is_kept_and_a_run_that_was_sent_is_found(tmp_path: Path) -> None:
+def test_the_location_of_a_remote_run(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "a")
     run.create()
     assert location_of(run) is None
@@ -142,27 +142,27 @@ def test_the_place_of_a_run_is_kept_and_a_run_that_was_sent_is_found(tmp_path: P
 
 
 def test_a_run_outlives_its_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """After `launch down` its log is read from what was copied, and to stop it is a wrong request."""
+    """After `launch down` its copied log can be read, and `stop` is rejected."""
     words = ["a", f"run.root={tmp_path}"]
     run = RunDirectory(tmp_path / "a")
     run.create()
     RunLocation("launch-1", head="pair", directory="/there/a").write(run)
     assert cli.run(["logs", *words]) == 2
-    assert "was sent to the cluster pair, which is not known here any more" in capsys.readouterr().err
+    assert "was submitted to the cluster pair, which was removed" in capsys.readouterr().err
     assert cli.run(["stop", *words]) == 2
-    assert "is not running: its cluster pair is not known here" in capsys.readouterr().err
+    assert "is not running: its cluster pair was removed" in capsys.readouterr().err
     run.log.write_text("step 1\n")
     run.config.write_text("")
     (run.path / "result.json").write_text('{"status": "completed", "steps": 1}')
     assert cli.run(["logs", *words]) == 0
     shown = capsys.readouterr()
-    assert (shown.out, "what was copied from it" in shown.err) == ("step 1\n", True)
+    assert (shown.out, "The cluster pair was removed." in shown.err) == ("step 1\n", True)
     assert cli.run(["stop", *words]) == 2
     assert "is not running: it is completed." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("cluster", "elsewhere"),
+    ("cluster", "remote"),
     [
         (ExistingCluster(address="http://head:8265"), True),
         (ExistingCluster(address="head:6379"), False),
@@ -170,12 +170,12 @@ def test_a_run_outlives_its_cluster(tmp_path: Path, capsys: pytest.CaptureFixtur
         (LocalCluster(), False),
     ],
 )
-def test_who_drives_a_run(cluster: ClusterConfig, elsewhere: bool) -> None:
-    assert is_remote(cluster) is elsewhere
+def test_which_clusters_are_remote(cluster: ClusterConfig, remote: bool) -> None:
+    assert is_remote(cluster) is remote
 
 
 @pytest.mark.parametrize("url", ["http://ada:secret@head:8265", "http://head:8265/?token=secret", "http://"])
-def test_an_address_with_a_secret_is_refused_without_it(url: str) -> None:
+def test_the_error_of_an_address_with_a_secret_does_not_show_it(url: str) -> None:
     with pytest.raises(ClusterError) as caught:
         checked_url(url)
     assert "secret" not in str(caught.value)

@@ -1,16 +1,16 @@
-"""Machines on this machine: each with an address, a host name, a mount namespace and a node of Ray of its own.
+"""Virtual machines on this machine: each has an address, a host name, a mount namespace and a node of Ray.
 
-    with Lab(3) as lab:                     # three hosts, nothing runs on them yet
+    with Lab(3) as lab:                     # three hosts without processes
         lab.head.start_ray()
         lab.hosts[1].start_ray()
         lab.wait_for_nodes(2)
         lab.head.run(["launch", "cluster=existing", …])
-        lab.hosts[1].cut()                  # its link; mend() brings it back
-        lab.hosts[1].kill()                 # the machine is gone, without a word
+        lab.hosts[1].cut()                  # its link; restore_link() connects it again
+        lab.hosts[1].kill()                 # all of its processes, as by a power failure
 
-The links are those of `benchmarks.namespaces`. Files are shared by all hosts, as on a network file system, except Ray's
-own (`Lab.scratch`), which lie in a tmpfs of each host. Needs root, iproute2 and util-linux; nothing is left at the end,
-also of what a test forgot to end.
+`benchmarks.namespaces` creates the links. The hosts share all files, as on a network file system, except Ray's
+(`Lab.scratch`), which are in a tmpfs of each host. It needs root, iproute2 and util-linux. At the end, all processes
+and namespaces are removed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.waiting import wait_for
 ROOT = Path(__file__).resolve().parents[3]
 PORT = 6379
 OBJECT_STORE_BYTES = 80_000_000
-# Ray on a host: no reports, no memory monitor (which sees the whole machine).
+# Ray on a host: no usage reports, and no memory monitor, which would measure the whole machine.
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -50,7 +50,7 @@ for node, info in client.get_all_node_info().items():
 
 
 def why_not() -> str:
-    """Return why there can be no such machines here, for the user; empty where they can be made."""
+    """Return the reason why the lab cannot be created here; empty if it can."""
     if problem := namespaces.why_not():
         return problem
     missing = [program for program in ("unshare", "nsenter", "mount") if shutil.which(program) is None]
@@ -64,19 +64,19 @@ def why_not() -> str:
 
 
 class Host:
-    """One machine of a laboratory."""
+    """One machine of a lab."""
 
     def __init__(self, lab: Lab, number: int, link: namespaces.Host) -> None:
         self.name = f"vm{number}"
         self.address = link.address
         self.ray: subprocess.Popen[bytes] | None = None
-        self.worn = False  # the head may hold its node for dead, or drain it, at any moment from now on
+        self.worn = False  # the head may declare its node dead, or drain it, at any time
         self._lab = lab
         self._link = link
         self._home = lab.directory / self.name
         self._home.mkdir()
         (self._home / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} {self.name}\n")
-        # The process that keeps the namespaces: all others enter those of this one. It buries whom nobody waits for.
+        # This process owns the namespaces, which all others enter, and reaps orphaned processes.
         script = (
             f"hostname {self.name} && mount --bind {self._home}/hosts /etc/hosts "
             f"&& mount --bind {self._home} {lab.home} && mount -t tmpfs -o size=1g tmpfs {lab.scratch} "
@@ -112,7 +112,7 @@ class Host:
     def start(
         self, words: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None, log: str = "log"
     ) -> subprocess.Popen[bytes]:
-        """Start a process on this host; what it prints goes to a file of its home directory."""
+        """Start a process on this host. Its output is written to a file in the home directory of the host."""
         with (self._home / log).open("ab") as sink:
             process = subprocess.Popen(
                 self.command(words, cwd),
@@ -150,8 +150,8 @@ class Host:
             if self is self._lab.head
             else [f"--address={self._lab.address}"]
         )
-        # A head that was killed has left its address there; Ray would refuse to start while a laboratory beside this
-        # one has a head with the same.
+        # A killed head leaves a file with its address; Ray would not start while another lab has a head with the same
+        # address.
         self.run(["rm", "-f", f"{self._lab.scratch}/ray_current_cluster"])
         ray = Path(sys.executable).with_name("ray")
         words = [str(ray), "start", *place, f"--node-ip-address={self.address}", f"--num-cpus={cpus:g}", "--block"]
@@ -159,7 +159,7 @@ class Host:
         self.ray = self.start(words, env=env, log="ray.log")
 
     def processes(self) -> dict[int, str]:
-        """Return title or command line of every process on this host by its process id (as this machine numbers it)."""
+        """Return the command line of every process on this host by process id (in the namespace of this machine)."""
         listed = subprocess.run(
             ["ip", "netns", "pids", self._link.name], capture_output=True, text=True, check=False
         ).stdout
@@ -174,26 +174,26 @@ class Host:
         return [pid for pid, words in self.processes().items() if text in words]
 
     def cut(self) -> None:
-        """Take the link down: nothing comes or goes, and nobody is told."""
+        """Take the link down. Open connections are not closed."""
         self.worn = True
         subprocess.run(self._link.command(["ip", "link", "set", "eth0", "down"]), check=True)
 
-    def mend(self) -> None:
+    def restore_link(self) -> None:
         subprocess.run(self._link.command(["ip", "link", "set", "eth0", "up"]), check=True)
 
     def rate(self, rate: str, delay_ms: float = 0.0) -> None:
-        """Give what this host sends another speed, such as `100mbit`."""
+        """Limit the rate at which this host sends, such as `100mbit`."""
         self._link.limit(rate, delay_ms)
 
     def drain(self, seconds: float) -> None:
-        """Tell Ray that this machine will be taken away in so many seconds."""
+        """Make Ray drain the node of this machine with a deadline in `seconds`."""
         self.worn = True
         words = [sys.executable, "-c", DRAIN, self._lab.address, self.address, str(seconds)]
         done = self._lab.head.run(words)
         assert "True" in done.stdout, done.stdout + done.stderr[-2000:]
 
     def kill(self) -> None:
-        """End every process at once, as a machine that loses its power. `start_ray` brings it back."""
+        """Kill all processes, as by a power failure. `start_ray` starts Ray again."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -212,12 +212,12 @@ class Host:
 
 
 def _child(pid: int) -> int:
-    """Return the one child of a process."""
+    """Return the only child of a process."""
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
 class Lab:
-    """Some hosts on one network. `hosts[0]` is the head of their Ray."""
+    """Hosts on one network. `hosts[0]` is the head of their Ray."""
 
     apart = False  # hosts do not see each other's processes
 
@@ -230,10 +230,10 @@ class Lab:
 
     def __enter__(self) -> Lab:
         with contextlib.ExitStack() as cleanup:
-            for path in Path("/tmp").glob("lab-*-*"):  # of a process that was killed; its namespaces go below
+            for path in Path("/tmp").glob("lab-*-*"):  # of a test process that was killed
                 if not Path("/proc", path.name.split("-")[1]).exists():
                     shutil.rmtree(path, ignore_errors=True)
-            # Short: the sockets of Ray lie below.
+            # A short path, since it contains Ray's sockets.
             self.directory = Path(tempfile.mkdtemp(prefix=f"lab-{os.getpid()}-", dir="/tmp"))
             cleanup.callback(shutil.rmtree, self.directory, ignore_errors=True)
             self.scratch = self.directory / "r"
@@ -260,7 +260,7 @@ class Lab:
         return f"{self.head.address}:{PORT}"
 
     def nodes(self) -> list[str]:
-        """Return the addresses of the nodes that the head believes alive."""
+        """Return the addresses of the nodes that the head treats as alive."""
         code = "import sys; from ray._raylet import GcsClient\n"
         code += "found = GcsClient(address=sys.argv[1]).get_all_node_info().values()\n"
         code += "print(*sorted(one.node_manager_address for one in found if one.state == 0))"
@@ -275,10 +275,10 @@ class Lab:
         wait_for(lambda: len(self.nodes()) == count, seconds, complaint)
 
     def restore(self, nodes: int = 2) -> None:
-        """Mend every link, and have Ray run on the first `nodes` hosts and nowhere else."""
-        if any(host.worn for host in self.hosts):  # the head may know of nodes that are not there: all begins anew
+        """Restore all links, and run Ray on the first `nodes` hosts only."""
+        if any(host.worn for host in self.hosts):  # the head may have wrong records of nodes: restart all
             for host in self.hosts:
-                host.mend()
+                host.restore_link()
                 host.kill()
         for number, host in enumerate(self.hosts):
             lives = host.ray is not None and host.ray.poll() is None

@@ -1,12 +1,12 @@
-"""Machines of a laboratory that are reached over SSH alone, and a laptop beside them.
+"""A lab of machines that are reached only over SSH, and a laptop.
 
-    with Elsewhere(2) as there:
-        there.launch("up", "cluster=ssh", *there.words())    # as a user does, on the laptop
-        there.machines[1].kill()                             # the machine is gone
-        there.start_sshd(there.machines[1])                  # and comes back, with nothing running
+    with SshLab(2) as lab:
+        lab.launch("up", "cluster=ssh", *lab.words())    # a command of the user, on the laptop
+        lab.machines[1].kill()                           # power failure
+        lab.start_sshd(lab.machines[1])                  # reboot, without other processes
 
-Every machine has an SSH server, a host key and a home of its own; the laptop has a key that all of them know, and the
-hosts' keys. What the laptop's user has lies in `laptop_home`.
+Every machine has its own SSH server, host key and home directory. The laptop has a key that all machines accept, and
+knows their host keys.
 """
 
 from __future__ import annotations
@@ -19,29 +19,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support import servers
-from tests.support.command import Result
+from tests.support.command import PROJECT, Result
 from tests.support.vmlab.lab import ROOT, Host, Lab
+from tests.support.vmlab.lab import why_not as why_no_lab
 from tests.support.waiting import PATIENCE, wait_for
 
 PORT = 22
 
 
 def why_not() -> str:
-    """Return why there can be no such machines here; empty where they can be made."""
-    from tests.support.vmlab import lab
-
-    return servers.why_no_ssh() or lab.why_not()
+    """Return the reason why the lab cannot be created here; empty if it can."""
+    return servers.why_no_ssh() or why_no_lab()
 
 
-class Elsewhere(Lab):
-    """Some machines with SSH servers, and the laptop: one more, without."""
+class SshLab(Lab):
+    """Machines with SSH servers, and a laptop without one (the last host)."""
 
     apart = True
 
     def __init__(self, machines: int, rate: str | None = None) -> None:
         super().__init__(machines + 1, rate)
 
-    def __enter__(self) -> Elsewhere:
+    def __enter__(self) -> SshLab:
         super().__enter__()
         try:
             self._prepare()
@@ -67,7 +66,7 @@ class Elsewhere(Lab):
         return self.directory / "key"
 
     def own(self, host: Host) -> Path:
-        """Return what a machine sees as `home`."""
+        """Return the directory that a machine mounts as its home."""
         return self.directory / host.name
 
     def _prepare(self) -> None:
@@ -113,8 +112,10 @@ class Elsewhere(Lab):
         wait_for(listens, 10, lambda: f"sshd of {host.name} does not listen: {log.read_text()[-500:]}")
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return the laptop's: nothing of Ray, and places of its own."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_", "LAUNCH_"))}
+        """Return the environment of a command on the laptop: without Ray's variables, with its own directories."""
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_", "LAUNCH_"))
+        }
         own = {
             "HOME": str(self.own(self.laptop)),
             "XDG_STATE_HOME": str(self.own(self.laptop) / "state"),
@@ -123,10 +124,10 @@ class Elsewhere(Lab):
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
         }
-        return {**kept, **own, **(more or {})}
+        return {**inherited, **own, **(more or {})}
 
     def words(self, *hosts: str, **keys: str) -> list[str]:
-        """Return the words that name the cluster; all machines unless some are named."""
+        """Return the overrides for a cluster of these hosts; default: all machines."""
         names = ",".join(hosts or [host.name for host in self.machines])
         found = {"ssh_config": str(self.config), "python": sys.executable, **keys}
         return ["cluster=ssh", f"cluster.hosts=[{names}]", *(f"cluster.{key}={value}" for key, value in found.items())]
@@ -148,7 +149,7 @@ class Elsewhere(Lab):
         return Result(done.returncode, done.stdout, done.stderr)
 
     def start(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[bytes]:
-        """Start `launch` on the laptop; what it prints goes to `laptop.log()`."""
+        """Start `launch` on the laptop. Its output is in `laptop.log()`."""
         with (self.own(self.laptop) / "log").open("ab") as sink:
             process = subprocess.Popen(
                 self.laptop.command(self.command(*words), cwd or self.calling),
@@ -163,20 +164,18 @@ class Elsewhere(Lab):
 
     @property
     def calling(self) -> Path:
-        """A directory of the laptop's user, with a project of their own in it."""
+        """A directory with a project of the laptop's user."""
         path = self.own(self.laptop) / "calling"
         if not path.exists():
-            from tests.support.command import PROJECT
-
             shutil.copytree(PROJECT, path, ignore=shutil.ignore_patterns("__pycache__"))
         return path
 
     def of_clusters(self, host: Host) -> list[str]:
-        """Return the processes on a machine that are not its SSH server or a session of it."""
+        """Return the processes on a machine other than its SSH server and sessions."""
         own: Sequence[str] = (servers.SSHD, "sshd:", "nsenter ")
         return [words for words in host.processes().values() if words and not words.startswith(tuple(own))]
 
 
 def _listened(log: Path) -> int:
-    """Return how often a server has begun to listen."""
+    """Return how often the server has started to listen."""
     return log.read_text().count("Server listening on") if log.exists() else 0
