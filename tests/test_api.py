@@ -46,7 +46,7 @@ def test_errors_are_raised(here: Place) -> None:
     with pytest.raises(DataError, match="row 0"):
         launch(*TOY, "data.bad=0", config_dir="own", quiet=True)
     with pytest.raises(UserCodeError) as caught:
-        launch(*TOY, "model.mishap=raise", "model.at=3", "run.name=a", config_dir="own", quiet=True)
+        launch(*TOY, "model.failure=raise", "model.at=3", "run.name=a", config_dir="own", quiet=True)
     assert "in stumble" in caught.value.traceback_text
     assert here.result("a")["status"] == "failed"
     with pytest.raises(RunError, match="exists already"):

@@ -257,7 +257,7 @@ def test_words_that_mean_nothing_to_a_verb(here: Place, words: str) -> None:
 
 def test_standard_output_holds_the_directory_alone(place: Place) -> None:
     """Scripts read it: what the user's code, its children and its C++ write must not come between."""
-    done = place.launch(*TOY, "run.name=a", "model.speak=true", "data.speak=true", "model.mishap=raw", "model.at=3")
+    done = place.launch(*TOY, "run.name=a", "model.speak=true", "data.speak=true", "model.failure=raw", "model.at=3")
     assert (done.status, done.out) == (0, f"{place.runs / 'a'}\n")
     for text in ("a line is built", "row 3 is read", "a child speaks", "raw bytes"):
         assert text in done.err

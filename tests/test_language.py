@@ -28,6 +28,22 @@ CHECKED += ["tests/models", "tests/azure", "tests/planning", "tests/clusters/kub
 CHECKED += [f"tests/clusters/test_{part}.py" for part in ("capacity", "catalogue", "eviction", "kinds", "nodes")]
 CHECKED += ["launcher/jobs", "launcher/runners", "launcher/ray_seam", "launcher/errors.py", "launcher/driver.py"]
 CHECKED += [f"launcher/clusters/{folder}" for folder in ("remote", "ssh", "local", "existing")]
+CHECKED += ["tests/jobs", "tests/runners", "tests/security", "tests/ray_seam", "tests/faults", "tests/support/vmlab"]
+CHECKED += [
+    f"tests/clusters/test_{part}.py"
+    for part in (
+        "ssh",
+        "ssh_machines",
+        "shell",
+        "existing",
+        "local",
+        "ray_session",
+        "registry",
+        "node_setup",
+        "mounts",
+        "gathering",
+    )
+]
 # Pattern of the words to avoid -> what to write.
 BANNED = {
     r"told|tells?(?! \w+ apart)|telling": "print, report, log, notify, specify",

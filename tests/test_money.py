@@ -158,7 +158,7 @@ def test_a_budget_stops_a_run_and_a_larger_one_resumes_it(
 
 
 def test_a_failed_run_records_its_cost(here: Place) -> None:
-    done = here.here(*TOY, "run.name=a", A_SECOND, "+model.mishap=raise", "+model.at=5", "+model.delay=0.1")
+    done = here.here(*TOY, "run.name=a", A_SECOND, "+model.failure=raise", "+model.at=5", "+model.delay=0.1")
     assert done.status == 1
     result = here.result("a")
     assert result["status"] == "failed"

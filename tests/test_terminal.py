@@ -67,7 +67,7 @@ def test_the_last_step_has_no_time_left() -> None:
 
 @pytest.mark.timeout(120)
 def test_a_terminal_has_a_bar_and_the_debugger(place: Place, request: pytest.FixtureRequest) -> None:
-    running = place.start(*TOY, "debug=pdb", "model.mishap=pdb", "model.at=3", "run.name=a", terminal=True)
+    running = place.start(*TOY, "debug=pdb", "model.failure=pdb", "model.at=3", "run.name=a", terminal=True)
     request.addfinalizer(running.close)
     running.wait_for("(Pdb) ")
     running.type("p self.at * 14\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import money, runs
+from launcher.engine.checkpoint import newest_intact
 from launcher.errors import RequestError, RunError, Stopped, StorageError
 from launcher.formatting import size
 from launcher.jobs.prepare import Prepared, Request, prepare
@@ -249,8 +250,6 @@ class Record:
 
 
 def _newest_checkpoint(directory: RunDirectory, mirrored: Mirrored | None) -> str | None:
-    from launcher.engine.checkpoint import newest_intact
-
     if mirrored is not None:
         with suppress(StorageError):
             return mirrored.newest_checkpoint()

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher import runs
-from launcher.clusters.base import in_process
+from launcher.clusters import base
 from launcher.config import Composition
 from launcher.engine.entry import Task
+from launcher.engine.start_check import check_fit
 from launcher.errors import StorageError
 from launcher.jobs import ranks
 from launcher.jobs.prepare import (
@@ -32,6 +33,7 @@ from launcher.jobs.remote.location import is_remote
 from launcher.jobs.training import Observer, device_of, ended_by_signals, over_text, run_task
 from launcher.jobs.weights import best_checkpoint
 from launcher.planning.plan import machines_of
+from launcher.runners import in_process
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import written
 from launcher.runs.plain_files import open_file
@@ -54,7 +56,7 @@ class Trained:
         """
         job = self.composition.job
         if alone or is_remote(job.cluster):
-            job = replace(job, cluster=in_process().config(), scaling=replace(job.scaling, workers="auto"))
+            job = replace(job, cluster=base.in_process().config(), scaling=replace(job.scaling, workers="auto"))
         return Task(
             action=action,
             job=job,
@@ -105,8 +107,6 @@ def evaluate(name: str, request: Request, observer: Observer) -> dict[str, float
             metrics = run_task(task, machines_of(task.job), observer.event)[0]
             _append(trained, metrics, observer)
             return metrics
-        from launcher.runners import in_process
-
         with ranks.joined(facts, device_of(request)) as runtime:
             trained = find(name, request, observer if runtime.is_first else Observer(), "Evaluating")
             _check_data(trained, observer)
@@ -163,8 +163,6 @@ def _check_data(trained: Trained, observer: Observer) -> None:
     """Raise ConfigError if the overrides name other data, and the network does not accept them."""
     if not trained.other_data:
         return
-    from launcher.engine.start_check import check_fit
-
     observer.event({"kind": "phase", "name": "check"})
     check_fit(trained.composition.job, trained.run.name)
 

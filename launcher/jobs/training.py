@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import money
 from launcher.clusters import base
-from launcher.config import Job, peek
+from launcher.config import Job, peek, targets
+from launcher.engine.console import capture_output
+from launcher.engine.control import Heartbeat
 from launcher.errors import LaunchError, from_dict, to_dict
 from launcher.jobs import ranks
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.record import Record
 from launcher.jobs.remote.location import is_remote
 from launcher.planning.plan import Placement, Plan, make_plan
+from launcher.runners.signals import Interrupts
 from launcher.runs import RunDirectory
 from launcher.runs.mirror import local
 from launcher.startup_timing import Marks
@@ -110,7 +113,6 @@ def train(request: Request, observer: Observer) -> Outcome:
 def _train_remotely(request: Request, prepared: Prepared, observer: Observer) -> Outcome:
     """Submit the run to the cluster in its configuration, and follow it."""
     from launcher.jobs.remote.submit import Submission
-    from launcher.runners.signals import Interrupts
 
     def sent(where: str) -> None:
         observer.sent(prepared.directory, where)
@@ -149,8 +151,6 @@ def checked_host_plan(job: Job, observer: Observer) -> HostPlan:
 
 
 def _trying(observer: Observer) -> AbstractContextManager[object]:
-    from launcher.engine.console import capture_output
-
     def show(text: str, whole: bool) -> None:
         observer.event({"kind": "line", "rank": 0, "text": text, "whole": whole})
 
@@ -166,8 +166,6 @@ def run_task(task: Task, machines: Placement, on_event: Callable[[Event], None])
 
         with in_process.DirectControl(on_event) as control:
             return in_process.run(task, Runtime.single(task.job.scaling.device), control), control.signal_number
-    from launcher.runners.signals import Interrupts
-
     on_event({"kind": "phase", "name": "ray"})
     task.marks.begin("ray")
     use = base.Use(task.python_path, task.directory, task.job.verbose, "launcher.runners.ray_train")
@@ -197,16 +195,12 @@ def run_task(task: Task, machines: Placement, on_event: Callable[[Event], None])
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Make Ctrl-C and SIGTERM raise Stopped in this block, until a runner handles them to stop gracefully."""
-    from launcher.runners.signals import Interrupts
-
     with Interrupts() as interrupts, interrupts.at_once():
         yield
 
 
 def _alive(directory: RunDirectory) -> AbstractContextManager[object]:
     """Write the run's heartbeat while the workers start and load data. During training, rank 0 writes it."""
-    from launcher.engine.control import Heartbeat
-
     return Heartbeat(directory)
 
 
@@ -235,8 +229,6 @@ def _train_as_rank(request: Request, observer: Observer, facts: ranks.Facts, rec
 
 def device_of(request: Request) -> str:
     """Return `scaling.device` of the overrides. It selects the backend of the process group that prepares the run."""
-    from launcher.config import targets
-
     targets.add_calling_directory(request.calling)
     words = [word for word in request.words if word.lstrip("+").startswith("scaling.device=")]
     return str(peek(words, request.config_dir, "scaling").device)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launcher import runs
 from launcher.config import Job
+from launcher.engine.checkpoint import available, newest_intact, verify
 from launcher.errors import RequestError, RunError, did_you_mean
 from launcher.jobs.prepare import where_others_are
 from launcher.runs import RunDirectory
@@ -48,8 +49,6 @@ def best_checkpoint(run: RunDirectory) -> Path:
     Raises:
         RunError: the run has no usable checkpoint.
     """
-    from launcher.engine.checkpoint import available, newest_intact, verify
-
     best = run.result().get("best") or {}
     if run.uri is not None:
         from launcher.engine.checkpoint.uploads import fetch

@@ -13,6 +13,6 @@ users lose without it. The releases 2.44, 2.49, 2.52, 2.55, 2.58, 2.59 and 2.60 
 three.
 `tests/ray_seam/test_ray_seam.py` checks every entry against the installed Ray.
 
-This package is a leaf: it imports nothing of launch but `errors`, and Ray only inside functions, except where a module
-subclasses a class of Ray.
+This package is a leaf: it imports nothing of launch but `errors`. `private`, `kv` and `settings` import Ray only inside
+functions, since commands that need no Ray import them.
 """

@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
+from ray._private import node, parameter, ray_constants, services, utils
+
 from launcher.ray_seam.private import attribute, quiet_errors, replaced
 
 
@@ -33,7 +35,6 @@ def own_process_group() -> Iterator[None]:
     Since: 2.44 or older.
     Without: Ctrl-C kills the workers before they save a checkpoint.
     """
-    from ray._private import services
 
     class GroupLeader(attribute(services, "ConsolePopen")):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -54,8 +55,6 @@ def loopback_alone() -> Iterator[None]:
     Since: 2.44 or older.
     Without: other machines can connect to a Ray that serves one command.
     """
-    from ray._private import ray_constants
-
     with replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
         yield
 
@@ -68,7 +67,6 @@ def without_monitors() -> Iterator[None]:
     Since: 2.44 or older.
     Without: two processes more, and about a second.
     """
-    from ray._private import parameter
 
     class LeanParameters(attribute(parameter, "RayParams")):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -88,7 +86,6 @@ def without_dashboard() -> Iterator[None]:
     Since: 2.44 or older.
     Without: one process more, and a second.
     """
-    from ray._private import node
 
     def no_api_server(self: Any, **_: Any) -> None:
         self._webui_url = ""
@@ -105,7 +102,5 @@ def without_agent_server() -> Iterator[None]:
     Since: 2.49 or older.
     Without: the agent takes longer to start, and serves more ports.
     """
-    from ray._private import utils
-
     with replaced(utils, "get_dashboard_dependency_error", lambda: ImportError("left out")):
         yield

@@ -281,7 +281,7 @@ def test_a_run_of_another_person_executes_nothing(here: Place, planted: str, wor
 
 
 def test_an_error_of_user_code(here: Place) -> None:
-    failed = here.here(*TOY, "run.name=a", "model.mishap=raise", "model.at=6")
+    failed = here.here(*TOY, "run.name=a", "model.failure=raise", "model.at=6")
     assert failed.status == 1
     assert failed.out == f"{here.runs / 'a'}\n"
     assert failed.err.count("Traceback") == 1
@@ -299,7 +299,7 @@ def test_an_error_of_user_code(here: Place) -> None:
 
 
 def test_an_error_that_the_start_check_finds(here: Place) -> None:
-    failed = here.here(*TOY, "run.name=a", "model.mishap=raise", "model.at=0")
+    failed = here.here(*TOY, "run.name=a", "model.failure=raise", "model.at=0")
     assert failed.status == 1
     assert "Traceback" in failed.err
     assert "in stumble" in failed.err
@@ -307,7 +307,7 @@ def test_an_error_that_the_start_check_finds(here: Place) -> None:
 
 
 def test_a_loss_that_is_not_a_number(here: Place) -> None:
-    failed = here.here(*TOY, "run.name=a", "model.mishap=infinite", "model.at=6")
+    failed = here.here(*TOY, "run.name=a", "model.failure=infinite", "model.at=6")
     assert failed.status == 1
     assert "Traceback" not in failed.err
     assert "launch: The loss became NaN or infinite at step 6 on rank 0" in failed.err

@@ -56,7 +56,7 @@ def test_two_ranks_are_one_run(place: Place, start: Start) -> None:
 
 def test_an_error_on_one_rank_is_reported_once(place: Place, start: Start) -> None:
     """Rank 0 itself only detects a closed connection."""
-    done = start(*RUN, "model.mishap=raise", "model.at=7", "model.rank=1").finish()
+    done = start(*RUN, "model.failure=raise", "model.at=7", "model.rank=1").finish()
     assert done.status == 1
     assert done.out == f"{place.runs / 'a'}\n"
     shown = "\n".join(ours(done))
@@ -69,7 +69,7 @@ def test_an_error_on_one_rank_is_reported_once(place: Place, start: Start) -> No
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed(place: Place, start: Start) -> None:
-    done = start(*RUN, "model.mishap=die", "model.at=7", "model.rank=1").finish()
+    done = start(*RUN, "model.failure=die", "model.at=7", "model.rank=1").finish()
     assert done.status == 1
     assert any(line.startswith("launch: The connection to another worker was lost") for line in ours(done)), done.err
     assert place.result("a")["error"].startswith("WorkerLost: ")

@@ -1,4 +1,4 @@
-"""A model and data of somebody who knows nothing of launch, with every mishap that the tests need."""
+"""A model and data of somebody who knows nothing of launch, with every failure that the tests need."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ class Line(nn.Module):
     Args:
         width: more than one makes it another model.
         delay: seconds that a training step takes.
-        mishap: what happens at training step `at`, 0 being the first that tries the model out: "raise", "infinite",
+        failure: what happens at training step `at`, 0 being the first that tries the model out: "raise", "infinite",
             "die", "pdb", "prompt", "raw" (what does not pass through sys.stdout).
-        rank: the mishap happens to this rank alone.
+        rank: the failure happens to this rank alone.
         secret_key: for the record of a run.
         predicts: what `predict_step` gives for an input: "number", "mapping", "few", "object"; "raise", "unfit".
         traceable: whether `forward` can be exported.
@@ -110,7 +110,7 @@ class Line(nn.Module):
         self,
         width: int = 1,
         delay: float = 0.0,
-        mishap: str | None = None,
+        failure: str | None = None,
         at: int = 1,
         rank: int | None = None,
         secret_key: str | None = None,
@@ -121,7 +121,7 @@ class Line(nn.Module):
         super().__init__()
         self.predicts, self.traceable = predicts, traceable
         self.net = nn.Linear(1, 1) if width == 1 else nn.Sequential(nn.Linear(1, width), nn.Linear(width, 1))
-        self.delay, self.mishap, self.at, self.rank, self.speak = delay, mishap, at, rank, speak
+        self.delay, self.failure, self.at, self.rank, self.speak = delay, failure, at, rank, speak
         self.calls = Calls()
         if speak:
             print("a line is built")
@@ -155,18 +155,18 @@ class Line(nn.Module):
         if self.speak:
             print(f"step {self.calls.steps} of the model")
         own = self.rank is None or self.rank == (dist.get_rank() if dist.is_initialized() else 0)
-        if self.mishap is not None and self.calls.steps == self.at and own:
-            if self.mishap == "infinite":
+        if self.failure is not None and self.calls.steps == self.at and own:
+            if self.failure == "infinite":
                 loss = loss * float("inf")
             else:
-                mishaps: dict[str, Callable[[], Any]] = {
+                failures: dict[str, Callable[[], Any]] = {
                     "raise": self.stumble,
                     "die": lambda: os._exit(9),
                     "pdb": breakpoint,
                     "prompt": lambda: print("answer:", input("a question? ")),
                     "raw": lambda: os.system("echo a child speaks") or os.write(1, b"raw bytes\n"),
                 }
-                mishaps[self.mishap]()
+                failures[self.failure]()
         return {"loss": loss}
 
     def stumble(self) -> None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.clusters import capacity, gcs
 from launcher.clusters.base import ClusterKind, Machines, Use
 from launcher.config.schema import ClusterConfig
 from launcher.formatting import count
@@ -29,20 +30,19 @@ class Existing(ClusterKind):
     is_rented = True
 
     def machines(self, cluster: ClusterConfig) -> Machines:
-        from launcher.clusters import capacity, gcs
-
         assert isinstance(cluster, ExistingCluster)
         nodes = gcs.living_nodes(gcs.address_of(cluster.address))
         return Machines(nodes, f"the existing cluster of {count(len(nodes), 'node')}: {capacity.describe(nodes)}")
 
     def connect(self, cluster: ClusterConfig, use: Use) -> AbstractContextManager[ExistingRay]:
         from launcher.clusters.existing.existing_ray import ExistingRay
-        from launcher.clusters.gcs import address_of
 
         assert isinstance(cluster, ExistingCluster)
         own = None if is_uri(use.directory) else use.directory  # each worker checks an object store itself
         gathers = is_gathered(use.directory)
-        return ExistingRay(address_of(cluster.address), use.python_path, own, use.verbose, cluster.env, gathers=gathers)
+        return ExistingRay(
+            gcs.address_of(cluster.address), use.python_path, own, use.verbose, cluster.env, gathers=gathers
+        )
 
     def is_remote(self, cluster: ClusterConfig) -> bool:
         return self.jobs_url(cluster) is not None
