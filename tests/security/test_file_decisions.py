@@ -159,7 +159,10 @@ def test_no_indirection_of_a_file_decides(files: dict[str, str], tmp_path: Path)
     assert str(tmp_path) in str(caught.value)
 
 
-VALUES: dict[str, str] = {"hosts": "[x]", "setup": "[id]", "env": "[HOME]", "mounts": "{/a: claim://b}"}
+VALUES: dict[str, str] = {
+    **{"hosts": "[x]", "setup": "[id]", "env": "[HOME]", "mounts": "{/a: claim://b}"},
+    **{"pull_secrets": "[x]", "tolerations": "[{key: x}]", "node_selector": "{a: b}"},
+}
 
 
 @pytest.mark.parametrize("key", guarded())

@@ -16,7 +16,8 @@ from launcher.cli.open_port import confirmed
 from launcher.clusters.azure import failures, network, ray_yaml
 from launcher.clusters.azure.kind import ANYWHERE
 from launcher.clusters.kuberay.kind import KubeRayCluster
-from launcher.clusters.kuberay.ray_job import manifests, ray_job
+from launcher.clusters.kuberay.manifest import manifests
+from launcher.clusters.kuberay.ray_job import ray_job
 from launcher.clusters.remote import mounts
 from launcher.clusters.remote.shell import Shell, destination
 from launcher.config import compose

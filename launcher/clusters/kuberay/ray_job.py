@@ -1,23 +1,20 @@
-"""The manifest of a run on Kubernetes: a RayJob, written for AKS. Sends no request to a cluster before `submit`.
+"""A run as a RayJob on Kubernetes, for example AKS. Sends no request to a cluster before `submit`.
 
 KubeRay creates a Ray cluster of pods for the job, runs `launch train … cluster=existing` on its head, and removes the
-Ray cluster after the command has exited (`shutdownAfterJobFinishes`). The fields are those of KubeRay v1.7.0,
-`ray.io/v1`.
+Ray cluster after the command has exited (`shutdownAfterJobFinishes`).
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
-import yaml
-
+from launcher.clusters.kuberay import manifest
 from launcher.clusters.kuberay.kind import KubeRayCluster
 from launcher.clusters.kuberay.kubectl import Kubectl
+from launcher.clusters.pricing.catalogue import as_of
 from launcher.clusters.pricing.nodes import Nodes, nodes_for
 from launcher.clusters.pricing.rates import overrides as rate_overrides
 from launcher.clusters.remote.mounts import Mount, read
@@ -25,14 +22,6 @@ from launcher.errors import ConfigError, TrainingError
 from launcher.runs.storage import check_uri, is_gathered, is_uri
 
 LONGEST_NAME = 47  # of a RayJob; KubeRay adds suffixes to it
-USER = 10001  # the user id of the image; see the Dockerfile
-# The share of a VM's memory for pods. AKS reserves up to a fifth of small VMs, and a part of one core.
-_MEMORY_SHARE = 0.8
-_SHM_SHARE = 0.3  # of the pod's memory, for Ray's object store and the data loaders
-_COMMAND = "LAUNCH_COMMAND"
-# Two shells, of the submitter and of the head, evaluate the entrypoint, so quoted arguments would be split. Therefore
-# the command is passed in an environment variable, and the entrypoint contains nothing to quote but the pipe.
-ENTRYPOINT = f"printenv {_COMMAND} \\| sh"
 
 
 @dataclass(frozen=True)
@@ -63,11 +52,23 @@ class RayJob:
 
     def text(self) -> str:
         """Return the manifest as YAML."""
-        return text(self)
+        return manifest.text(self)
 
     def facts(self) -> dict[str, Any]:
-        """Return the manifests as plain data."""
-        return {"manifests": manifests(self)}
+        """Return the manifests as plain data, and warnings."""
+        return {"manifests": manifest.manifests(self), "notes": self.warnings()}
+
+    def warnings(self) -> list[str]:
+        """Return facts that may prevent the pods from running, one sentence each."""
+        size, notes = self.nodes.size, []
+        if not size.aks:
+            notes.append(
+                f"AKS does not support node pools of {size.name} (catalogue of {as_of()}), so the pods may never be "
+                "scheduled. Choose another cluster.size, unless your cluster is not AKS."
+            )
+        if size.driver is not None:
+            notes.append(f"The node pool of {size.name} needs the NVIDIA {size.driver} driver.")
+        return notes
 
     def submit(self, report: Callable[[str], None]) -> Callable[[], int]:
         """Create the RayJob. Returns a function that follows it and returns the exit status.
@@ -79,7 +80,9 @@ class RayJob:
         """
         kubectl = Kubectl(self.cluster.context, self.cluster.namespace)
         context = kubectl.check()
-        kubectl.create(text(self))
+        for warning in self.warnings():
+            report(f"Warning: {warning}")
+        kubectl.create(self.text())
         report(f"{self.run}: RayJob {self.name} on {context}, {self.cluster.nodes} x {self.nodes.size.name}")
         return lambda: self._follow(kubectl, report)
 
@@ -164,177 +167,3 @@ def _check_root(root: str, mounts: Sequence[Mount]) -> None:
             "run.root=abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/runs, or a directory of a volume claim that all "
             "pods can write: cluster.mounts={/shared: claim://NAME} run.root=/shared/runs."
         )
-
-
-# ---- the manifest ---------------------------------------------------------------------------------------------------
-
-
-def manifests(job: RayJob) -> list[dict[str, Any]]:
-    """Return the objects to create: volumes of Blob storage with their claims, then the RayJob."""
-    volumes = [part for mount in job.mounts if mount.claim is None for part in _volume(job, mount)]
-    return [*volumes, _ray_job(job)]
-
-
-def text(job: RayJob) -> str:
-    """Return the manifest as YAML."""
-    documents = yaml.safe_dump_all(manifests(job), sort_keys=False, width=10_000)
-    return f"# Written by launch for `kubectl create -f`.\n{documents}"
-
-
-def _ray_job(job: RayJob) -> dict[str, Any]:
-    cluster = job.cluster
-    idle = round(cluster.idle_minutes * 60)
-    workers = {
-        "groupName": "gpu",
-        "replicas": cluster.nodes,
-        "minReplicas": cluster.nodes if cluster.min_nodes is None else cluster.min_nodes,
-        "maxReplicas": cluster.nodes,
-        "rayStartParams": {},
-        "template": _template(job, "ray-worker"),
-    }
-    return {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayJob",
-        "metadata": _metadata(job, job.name),
-        "spec": {
-            "entrypoint": ENTRYPOINT,
-            "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": 0,
-            "backoffLimit": 0,
-            "rayClusterSpec": {
-                "rayVersion": version("ray"),
-                "enableInTreeAutoscaling": True,
-                "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": idle},
-                "authOptions": {"mode": "token"},
-                "headGroupSpec": {
-                    "rayStartParams": {"num-cpus": "0"},
-                    "template": _template(job, "ray-head", head=True),
-                },
-                "workerGroupSpecs": [workers],
-            },
-        },
-    }
-
-
-def _metadata(job: RayJob, name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "namespace": job.cluster.namespace,
-        "labels": {"app.kubernetes.io/managed-by": "launch", "app.kubernetes.io/instance": job.name},
-    }
-
-
-def _template(job: RayJob, container: str, head: bool = False) -> dict[str, Any]:
-    """Return the pod template of the head, or of a worker, which occupies a whole VM of the node pool."""
-    cluster, vm = job.cluster, job.nodes.head if head else job.nodes.size
-    memory = int(vm.memory_gib * _MEMORY_SHARE)
-    resources: dict[str, Any] = {"cpu": str(vm.vcpus - 1), "memory": f"{memory}Gi"}
-    if not head:
-        resources["nvidia.com/gpu"] = str(job.nodes.size.devices)
-    env: list[dict[str, Any]] = [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": cluster.secret, "key": name}}} for name in cluster.env
-    ]
-    if head:
-        env.append({"name": _COMMAND, "value": shlex.join(job.command).replace("$(", "$$(")})
-    shm = {"medium": "Memory", "sizeLimit": f"{max(1, int(memory * _SHM_SHARE))}Gi"}
-    claims = [(mount, mount.claim or f"{job.name}-{mount.slug}") for mount in job.mounts]
-    spec: dict[str, Any] = {
-        "restartPolicy": "Never",
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [
-            {
-                "name": container,
-                "image": cluster.image,
-                **({"env": env} if env else {}),
-                "resources": {"requests": resources, "limits": resources.copy()},
-                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                "volumeMounts": [
-                    {"name": "shm", "mountPath": "/dev/shm"},
-                    *(
-                        {"name": mount.slug, "mountPath": mount.path, "readOnly": mount.claim is None}
-                        for mount, _ in claims
-                    ),
-                ],
-            }
-        ],
-        "volumes": [
-            {"name": "shm", "emptyDir": shm},
-            *({"name": mount.slug, "persistentVolumeClaim": {"claimName": claim}} for mount, claim in claims),
-        ],
-        # The autoscaler on the head creates pods through the Kubernetes API. Workers need no access to it.
-        **({} if head else {"automountServiceAccountToken": False, **_placement(job.nodes)}),
-    }
-    labels = {"app.kubernetes.io/managed-by": "launch"}
-    if cluster.service_account is not None:
-        spec["serviceAccountName"] = cluster.service_account
-        labels["azure.workload.identity/use"] = "true"  # access to storage without a key
-    return {"metadata": {"labels": labels}, "spec": spec}
-
-
-def _placement(nodes: Nodes) -> dict[str, Any]:
-    """Return the fields that place a pod on a VM of the size, and on a spot VM if spot is requested."""
-    selector = {"node.kubernetes.io/instance-type": nodes.size.name}
-    tolerations = [{"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"}]
-    spot = {**tolerations[0], "key": "kubernetes.azure.com/scalesetpriority", "value": "spot"}
-    placed: dict[str, Any] = {"nodeSelector": selector, "tolerations": tolerations}
-    if nodes.spot is not False:
-        tolerations.append(spot)
-    if nodes.spot is True:
-        selector[spot["key"]] = spot["value"]
-    elif nodes.spot == "prefer":
-        expression = {"key": spot["key"], "operator": "In", "values": [spot["value"]]}
-        term = {"weight": 100, "preference": {"matchExpressions": [expression]}}
-        placed["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}
-    return placed
-
-
-def _volume(job: RayJob, mount: Mount) -> list[dict[str, Any]]:
-    """Return a read-only volume of Blob storage and the claim that pods reference. The kubelet's identity accesses it.
-
-    The attributes are those in `docs/driver-parameters.md` of kubernetes-sigs/blob-csi-driver. The cache is below /mnt
-    of the node, which is its temporary disk.
-    """
-    name = f"{job.name}-{mount.slug}"
-    below = [f"--subdirectory={mount.below}"] if mount.below else []
-    size = {"storage": "1Ti"}  # required by Kubernetes, but without effect on a read-only volume
-    volume = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolume",
-        "metadata": {key: value for key, value in _metadata(job, name).items() if key != "namespace"},
-        "spec": {
-            "capacity": size,
-            "accessModes": ["ReadOnlyMany"],
-            "persistentVolumeReclaimPolicy": "Retain",
-            "storageClassName": "",
-            "claimRef": {"namespace": job.cluster.namespace, "name": name},
-            "mountOptions": ["-o ro", "-o allow_other", "--use-adls=true", "--file-cache-timeout=31536000", *below],
-            "csi": {
-                "driver": "blob.csi.azure.com",
-                "readOnly": True,
-                "volumeHandle": f"{mount.account}_{mount.container}_{name}",
-                "volumeAttributes": {
-                    "protocol": "fuse2",
-                    "storageAccount": mount.account,
-                    "containerName": mount.container,
-                    "AzureStorageAuthType": "MSI",
-                },
-            },
-        },
-    }
-    claim = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": _metadata(job, name),
-        "spec": {
-            "accessModes": ["ReadOnlyMany"],
-            "storageClassName": "",
-            "volumeName": name,
-            "resources": {"requests": size},
-        },
-    }
-    return [volume, claim]

@@ -1,7 +1,7 @@
 """`cluster.mounts`: containers of Azure Blob storage, mounted read-only on every node and cached on its local disk.
 
 The module generates text: the configuration of blobfuse2 and the shell lines that use it on VMs. Pods get volumes
-instead (`launcher.clusters.kuberay.ray_job`). The managed identity of the node has access to the storage; no file
+instead (`launcher.clusters.kuberay.manifest`). The managed identity of the node has access to the storage; no file
 contains a key.
 """
 

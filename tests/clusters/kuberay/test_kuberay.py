@@ -18,8 +18,9 @@ import yaml
 
 from launcher.clusters.kuberay import kubectl as kubectl_module
 from launcher.clusters.kuberay import pods as pods_module
-from launcher.clusters.kuberay.kind import KubeRayCluster
-from launcher.clusters.kuberay.ray_job import ENTRYPOINT, LONGEST_NAME, RayJob, manifests, name_of, ray_job, text
+from launcher.clusters.kuberay.kind import KIND, KubeRayCluster
+from launcher.clusters.kuberay.manifest import ENTRYPOINT, manifests, text
+from launcher.clusters.kuberay.ray_job import LONGEST_NAME, RayJob, name_of, ray_job
 from launcher.errors import ConfigError
 from tests.support.command import TOY, Place, Result
 
@@ -39,6 +40,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
             "env": ["HF_TOKEN"],
             "secret": "tokens",
             "service_account": "trainer",
+            "pull_secrets": ["registry"],
+            "tolerations": [{"key": "team", "operator": "Equal", "value": "vision", "effect": "NoSchedule"}],
+            "node_selector": {"agentpool": "gpu", "shared": True},
+            "priority_class": "research",
             "budget_usd": 50.0,
             "mounts": {"/data": "abfss://sets@ada.dfs.core.windows.net/imagenet/2012", "/shared": "claim://runs"},
         },
@@ -163,6 +168,47 @@ def test_names_are_valid_in_kubernetes(run: str, expected: str | None) -> None:
 def test_invalid_configurations_are_rejected(change: dict[str, Any], root: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         ray_job(KubeRayCluster(**{**BASE, **change}), "a1", root, [], ask=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pull_secrets", ["My Secret"]),
+        ("priority_class", "a_b"),
+        ("tolerations", ["team=vision:NoSchedule"]),
+        ("tolerations", [{"keys": "team"}]),
+        ("tolerations", [{"key": "team", "effect": "Never"}]),
+        ("node_selector", {"pool": {"a": "b"}}),
+    ],
+)
+def test_invalid_pod_settings_are_rejected(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"cluster\.{key}"):
+        KIND.check(KubeRayCluster(**{key: value}))
+
+
+def test_settings_apply_to_the_right_pods() -> None:
+    """The head may be in another node pool than the workers, so labels of nodes are for workers only."""
+    spec = manifests(job("everything"))[-1]["spec"]
+    head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    worker = spec["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+    submitter = spec["submitterPodTemplate"]["spec"]
+    for pod in (head, worker, submitter):
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        assert pod["priorityClassName"] == "research"
+        assert pod["tolerations"][-1]["key"] == "team"
+    assert "nodeSelector" not in head
+    assert worker["nodeSelector"]["agentpool"] == "gpu"
+    assert worker["nodeSelector"]["shared"] == "true", "Kubernetes rejects labels that are not text"
+    assert worker["nodeSelector"]["node.kubernetes.io/instance-type"] == "Standard_NC96ads_A100_v4"
+    assert "submitterPodTemplate" not in manifests(job("plain"))[-1]["spec"]
+
+
+def test_a_size_that_aks_does_not_support_is_a_warning() -> None:
+    made = ray_job(KubeRayCluster(**{**BASE, "size": "NC144lds_xl_RTXPRO6000BSE_v6"}), "a1", STORE, [], ask=False)
+    assert any("AKS" in warning for warning in made.warnings())
+    assert all(f"# Warning: {warning}" in made.text() for warning in made.warnings())
+    assert made.facts()["notes"] == made.warnings()
+    assert job("plain").warnings() == []
 
 
 def test_arguments_survive_both_shells(tmp_path: Path) -> None:
