@@ -98,9 +98,9 @@ def sweep(
     import os
     from pathlib import Path
 
-    from launcher import sweeps
     from launcher.cli.sweep_display import SweepDisplay, conclusion
     from launcher.errors import Stopped
+    from launcher.sweeps import api as sweeps
     from launcher.sweeps.observer import SweepObserver
 
     chosen = config_dir or os.environ.get("LAUNCH_CONFIG_DIR")

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher import sweeps
 from launcher.clusters.existing.existing_ray import ExistingRay
 from launcher.clusters.gcs import living_nodes
 from launcher.clusters.remote import ray_jobs
@@ -26,6 +25,7 @@ from launcher.jobs import training
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.remote.wire import Event, EventWriter
 from launcher.planning.plan import Plan
+from launcher.sweeps import api as sweeps
 from launcher.sweeps import remote
 
 

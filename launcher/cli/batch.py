@@ -51,11 +51,11 @@ def _batch(line: Line) -> tuple[str, Batch]:
 
     request, ask = line.request(), "offline" not in line.flags
     if "multirun" in line.flags:
-        from launcher.sweeps.planning import check_values
+        from launcher.sweeps.planning import check_trials
         from launcher.sweeps.specification import read_sweep
 
         spec = read_sweep(request)
-        check_values(spec)
+        check_trials(spec)
         cluster, run, root = spec.cluster, spec.directory.name, str(spec.directory.path.parent)
         words = ["-m", *_words(line)]
     else:

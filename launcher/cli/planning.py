@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def _plan_of_sweep(line: Line) -> int:
-    from launcher import sweeps
     from launcher.cli.sweep_display import SweepDisplay
     from launcher.planning.nodes import NodePlan
+    from launcher.sweeps import api as sweeps
 
     with results_alone() as result:
         with SweepDisplay() as display:

@@ -18,7 +18,7 @@ from launcher.formatting import duration, goes_on, number
 from launcher.money import BUDGET, larger_budget
 from launcher.runs import RunDirectory
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
-from launcher.sweeps.syntax import plain_text
+from launcher.sweeps.space import plain_text
 from launcher.terminal_text import printable
 
 _ROWS = 12  # of the table: those that run, and the newest ended
@@ -171,7 +171,11 @@ def conclusion(outcome: SweepOutcome) -> list[str]:
     ]
     if outcome.best is not None:
         words = " ".join(masked(word) for word in outcome.best["overrides"])
-        lines.append(f"best: trial {outcome.best['number']}, {_objective(outcome.best['objective'])}  {words}")
+        objective = _objective(outcome.best["objective"])
+        if "mean" in outcome.best:
+            spread = "" if outcome.best["spread"] is None else f" ± {number(outcome.best['spread'])}"
+            objective += f" (mean {number(outcome.best['mean'])}{spread} of {outcome.best['repeats']})"
+        lines.append(f"best: trial {outcome.best['number']}, {objective}  {words}")
     root = "" if outcome.root == "runs" else f" run.root={outcome.root}"
     if result["status"] == "stopped":
         spent = result.get("reason") == BUDGET
@@ -181,6 +185,8 @@ def conclusion(outcome: SweepOutcome) -> list[str]:
         )
     elif outcome.best is not None:
         lines.append(f"Train the best further with: launch run.like={name}/best{root}")
+    if result["status"] == "completed" and counts.get("failed") and outcome.exit_rule != "any_failed":
+        lines.append("The exit status is 0 although trials failed. Use sweep.exit=any_failed for exit status 1.")
     return lines
 
 

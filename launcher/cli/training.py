@@ -73,8 +73,8 @@ def _status(outcome: Outcome) -> int:
 
 
 def _sweep(line: Line) -> int:
-    from launcher import sweeps
     from launcher.cli.sweep_display import SweepDisplay, conclusion
+    from launcher.sweeps import api as sweeps
 
     with results_alone() as result:
         with SweepDisplay() as display:

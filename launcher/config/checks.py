@@ -30,6 +30,7 @@ MODES = ("min", "max")
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
 PRUNERS = ("none", "asha", "hyperband", "median")
 KEEP = ("all", "best")
+EXIT_RULES = ("all_failed", "any_failed")
 MOST_TRACED = 100  # steps; some MB each
 
 
@@ -160,6 +161,10 @@ def _check_sweep(sweep: SweepConfig) -> None:
     one_of("sweep.sampler", sweep.sampler, SAMPLERS)
     one_of("sweep.pruner", sweep.pruner, PRUNERS)
     one_of("sweep.keep", sweep.keep, KEEP)
+    one_of("sweep.exit", sweep.exit, EXIT_RULES)
+    over = [sweep.over] if isinstance(sweep.over, str) else [] if sweep.over is None else sweep.over
+    if not isinstance(over, list) or not all(isinstance(key, str) for key in over):
+        raise ConfigError(f"sweep.over is {sweep.over!r}, but must be a swept key, or a list of swept keys.")
     at_least("sweep.min_evaluations", sweep.min_evaluations, 1)
     at_least("sweep.reduction", sweep.reduction, 2)
     for name in ("trials", "concurrency"):

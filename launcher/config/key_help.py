@@ -112,6 +112,8 @@ MEANING: dict[str, str] = {
     "sweep.reduction": "Reduction factor of the successive halving of hyperband.",
     "sweep.keep": "Whose checkpoints are kept: those of all trials, or of the best.",
     "sweep.fail_fast": "true: end the sweep at the first failed trial.",
+    "sweep.exit": "Exit status 1 if all trials failed (all_failed), or if any trial failed (any_failed).",
+    "sweep.over": "A swept key whose values repeat each trial, such as trainer.seed; the best has the best mean.",
     "sweep.concurrency": "Maximum number of trials at a time; null: as many as fit.",
     "model": "The network: a class by _target_ and its arguments; choose one with model=NAME.",
     "data": "The data sets: a class by _target_ and its arguments; choose one with data=NAME.",

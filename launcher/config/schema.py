@@ -193,6 +193,8 @@ class SweepConfig:
     reduction: int = 3
     keep: str = "all"
     fail_fast: bool = False
+    exit: str = "all_failed"
+    over: Any = None  # a swept key, or a list of them, whose values repeat a trial
     concurrency: int | None = None
 
 

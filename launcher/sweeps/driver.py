@@ -1,6 +1,6 @@
-"""The loop of a sweep: draw a trial, give it to a warm group, listen, prune, record, draw the next.
+"""The loop of a sweep: sample a trial, submit it to a warm group of workers, report, prune, record.
 
-Everything happens in one thread, so that Optuna, the files and the terminal see one event after the other.
+The loop runs in one thread, so that events are processed one after the other by Optuna, files and display.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from launcher.sweeps.study import Study
 from launcher.sweeps.syntax import Value
 
 Event = dict[str, Any]
-LOOK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 
 
 class Runner(Protocol):
-    """Where trials run: `runners.groups.Groups`, or `runners.sequential.Sequential`."""
+    """Runs trials: `runners.groups.Groups` or `runners.sequential.Sequential`."""
 
     @property
     def running(self) -> set[str]: ...
@@ -53,7 +53,13 @@ class Runner(Protocol):
 
 @dataclass
 class Trial:
-    """One trial that was drawn: not placed yet, or running."""
+    """A trial that was sampled: waiting for workers, or running.
+
+    Attributes:
+        started: time of submission.
+        first_event: time of the first event of its workers, None before.
+        pruning: whether its workers were requested to end it.
+    """
 
     number: int
     values: dict[str, Value]
@@ -61,12 +67,12 @@ class Trial:
     record: Record
     directory: RunDirectory
     started: float = 0.0
-    heard: float | None = None  # when its workers were there
+    first_event: float | None = None
     pruning: bool = False
 
 
 class Driver:
-    """Runs a sweep_plan sweep. `run` returns when nothing is left to do, or when somebody asked to stop."""
+    """Runs a planned sweep until all trials have ended, or until it is requested to stop."""
 
     def __init__(self, sweep_plan: SweepPlan, observer: SweepObserver) -> None:
         self._sweep_plan, self._spec = sweep_plan, sweep_plan.spec
@@ -76,11 +82,11 @@ class Driver:
         self._log: records.SweepLog
         self._runner: Runner
         self._origin = Origin.of(sweep_plan.spec.request.calling)
-        self._trials: dict[int, Trial] = {}  # begun, not ended
-        self._held: Trial | None = None  # drawn, waits for a place
-        self._again: list[int] = []  # trials to be continued
+        self._trials: dict[int, Trial] = {}  # running
+        self._held: Trial | None = None  # sampled, waiting for workers
+        self._to_resume: list[int] = []
         self._durations: list[float] = []
-        self._failure: str | None = None  # with fail_fast: the error that stops the sweep
+        self._failure: str | None = None  # the error that stops the sweep (sweep.fail_fast)
         self._began = time.time()
         self._seconds_before = 0.0
 
@@ -88,7 +94,7 @@ class Driver:
         """Run the sweep.
 
         Raises:
-            Stopped: it was ended at once by a signal.
+            Stopped: a second signal stopped it immediately.
         """
         self._open()
         signal_number = None
@@ -98,7 +104,7 @@ class Driver:
                 self._show()
                 return self._outcome(None)
             self._observer.begun(self._directory, self._sweep_plan.headline())
-            with Heartbeat(self._directory) as watch, self._place_to_run() as (self._runner, interrupts):
+            with Heartbeat(self._directory) as watch, self._open_runner() as (self._runner, interrupts):
                 self._loop(self._runner, interrupts, watch)
                 signal_number = interrupts.signal_number
             self._conclude(signal_number, watch.stop_requested)
@@ -112,14 +118,14 @@ class Driver:
             self._log.close()
         return self._outcome(signal_number)
 
-    # ---- before and after -------------------------------------------------------------------------------------------
+    # ---- start and end ----------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
         spec, directory = self._spec, self._directory
         directory.create()
         directory.clear_requests()
         if spec.request.on_head is None:
-            (directory.path / REMOTE).unlink(missing_ok=True)  # from now on it is driven here
+            (directory.path / REMOTE).unlink(missing_ok=True)  # this machine drives it from now on
             user_state.record_cluster(directory, asdict(spec.cluster))
             save_user_record(spec)
         self._log = records.SweepLog(directory.log)
@@ -135,32 +141,32 @@ class Driver:
         self._seconds_before = float(directory.result().get("seconds") or 0.0) if spec.resumes else 0.0
         self._meter = Bill(self._seconds_before, self._sweep_plan.plan.rate).meter(directory.result(), self._began)
         if spec.resumes:
-            self._settle()
+            self._settle_interrupted()
         if self._left():
             self._write(status="running", **self._origin.facts)
         self._log.line(f"{directory.name}: {self._sweep_plan.headline().text}")
 
-    def _settle(self) -> None:
-        """Record what had ended when the driver went away, and note what had only begun."""
+    def _settle_interrupted(self) -> None:
+        """Record the trials that ended without the previous driver, and queue the others to be resumed."""
         for trial in self._study.frozen():
             if trial.state.is_finished() or trial.state.name == "WAITING":
                 continue
             run = RunDirectory(self._directory.path / str(trial.number))
             result: dict[str, Any] = {}
-            with suppress(RunError):  # unreadable: the trial begins again
+            with suppress(RunError):  # unreadable: the trial restarts
                 result = run.result()
-            self._study.again(trial.number)
+            self._study.reopen(trial.number)
             if result.get("status") in ("completed", "pruned", "failed"):
                 self._finish(trial.number, run, result)
             else:
-                self._again.append(trial.number)
+                self._to_resume.append(trial.number)
 
     def _left(self) -> int:
-        """How many trials have not ended."""
+        """Return the number of trials that have not ended."""
         return max(0, self._spec.total - sum(trial.state.is_finished() for trial in self._study.frozen()))
 
     @contextmanager
-    def _place_to_run(self) -> Iterator[tuple[Runner, Interrupts]]:
+    def _open_runner(self) -> Iterator[tuple[Runner, Interrupts]]:
         spec = self._spec
         if self._sweep_plan.plan.machines.in_process:
             from launcher.runners.sequential import Sequential
@@ -181,11 +187,11 @@ class Driver:
             finally:
                 groups.close()
 
-    def _conclude(self, signal_number: int | None, asked: bool) -> None:
+    def _conclude(self, signal_number: int | None, requested: bool) -> None:
         if self._failure is not None:
             self._write(status="failed", error=self._failure)
-        elif self._left() and (signal_number or asked or self._meter.is_over):
-            self._write(status="stopped", reason="signal" if signal_number else "request" if asked else BUDGET)
+        elif self._left() and (signal_number or requested or self._meter.is_over):
+            self._write(status="stopped", reason="signal" if signal_number else "request" if requested else BUDGET)
             mark_budget_spent(self._directory.result())
         elif self._study.best() is None:
             errors = [row["error"] for row in records.rows(self._study) if row["error"]]
@@ -193,13 +199,21 @@ class Driver:
         else:
             self._write(status="completed")
         if self._study.best() is not None:
-            from launcher.sweeps.report import write_report
+            from launcher.sweeps.report import write_report  # imports matplotlib, which takes long
 
             write_report(self._directory, self._study)
 
     def _outcome(self, signal_number: int | None) -> SweepOutcome:
         result, found = self._directory.result(), records.best(self._study)
-        return SweepOutcome(result, self._directory, self._rows(), found, signal_number, self._spec.root)
+        return SweepOutcome(
+            result,
+            self._directory,
+            self._rows(),
+            found,
+            signal_number,
+            self._spec.root,
+            exit_rule=self._spec.settings.exit,
+        )
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +221,7 @@ class Driver:
         self._observer.event({"kind": "phase", "name": "workers"})
         stopping = False
 
-        def asked_to_stop() -> bool:
+        def stop_requested() -> bool:
             if (warning := self._meter.warning()) is not None:
                 self._say(warning)
             return bool(interrupts.count or watch.stop_requested or self._failure is not None or self._meter.is_over)
@@ -216,24 +230,24 @@ class Driver:
         while True:
             if interrupts.count > 1:
                 raise Stopped(interrupts.signal_number or 0)
-            if not stopping and not asked_to_stop():
-                self._place(runner)
-            if not stopping and asked_to_stop():
+            if not stopping and not stop_requested():
+                self._submit_trials(runner)
+            if not stopping and stop_requested():
                 stopping = True
                 runner.interrupt()
             for ended in runner.poll():
                 self._ended(ended, stopping)
             if not runner.running and (stopping or (self._held is None and self._left() == 0)):
                 return
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
-    def _place(self, runner: Runner) -> None:
-        """Give trials to whoever is free."""
+    def _submit_trials(self, runner: Runner) -> None:
+        """Sample and submit trials while the runner has free workers."""
         while True:
             usual = shape_of(self._sweep_plan.plan.machines)
             if self._held is None:
-                # A search draws when somebody is free, and not before: by then it knows more.
-                if self._spec.settings.sampler != "grid" and not self._again and not runner.ready(usual):
+                # A search samples only when workers are free, with the results of as many trials as possible.
+                if self._spec.settings.sampler != "grid" and not self._to_resume and not runner.ready(usual):
                     return
                 self._held = self._next()
             trial = self._held
@@ -246,10 +260,10 @@ class Driver:
             self._begin(runner, trial)
 
     def _next(self) -> Trial | None:
-        """Draw the next trial, or take one that is to be continued. What cannot be composed is recorded as failed."""
+        """Sample the next trial, or return one to resume. Trials that cannot be composed are recorded as failed."""
         while True:
-            if self._again:
-                drawn = self._study.again(self._again.pop(0))
+            if self._to_resume:
+                drawn = self._study.reopen(self._to_resume.pop(0))
             else:
                 fresh = self._study.ask()
                 if fresh is None:
@@ -270,7 +284,7 @@ class Driver:
             job.logging.hparams = display_values(values, self._spec.space)
             resumes = run.config.is_file()
             if resumes:
-                composition = replace(composition, words=[])  # overrides.yaml has them already
+                composition = replace(composition, words=[])  # overrides.yaml exists already
             prepared = Prepared(composition, run, resumes=resumes)
             record = Record(replace(self._spec.request, started=time.time()), prepared, self._origin)
             return Trial(drawn.number, values, shape, record, run)
@@ -279,13 +293,13 @@ class Driver:
         trial.started = time.time()
         try:
             task = trial.record.begin(None, self._rate_of(trial.shape), self._spec.root)
-        except RequestError as error:  # no weights to begin with, a full disk
+        except RequestError as error:  # weights of checkpoint.load are missing, or the disk is full
             trial.directory.create()
             trial.directory.update_result(status="failed", error=f"{type(error).__name__}: {error}")
             self._finish(trial.number, trial.directory, trial.directory.result())
             return
         task.directory, task.started = self._spec.task_directory(trial.directory), trial.started
-        (trial.directory.path / OWNER).unlink(missing_ok=True)  # whoever trains it reads what was written here
+        (trial.directory.path / OWNER).unlink(missing_ok=True)  # workers use the files of this directory
         self._study.already_evaluated(trial.number, records.evaluated_at(trial.directory, self._spec.objectives[0].tag))
         self._trials[trial.number] = trial
         words = " ".join(self._spec.space.overrides(trial.values))
@@ -294,7 +308,7 @@ class Driver:
         runner.submit(str(trial.number), task, trial.shape)
 
     def _rate_of(self, shape: Shape) -> Rate | None:
-        """Return what a trial costs: its part of the machines. The budget is the sweep's, not a trial's."""
+        """Return the rate of a trial: its share of the machines, without the budget, which applies to the sweep."""
         rate, machines = self._sweep_plan.plan.rate, self._sweep_plan.plan.machines
         if rate is None:
             return None
@@ -304,9 +318,9 @@ class Driver:
         return replace(rate, budget=None, share=min(1.0, shape.workers * needs / has) if has else 1.0)
 
     def _event(self, key: str, event: Event) -> None:
-        """Take an event of a trial: an evaluation may be its last."""
+        """Process an event of a trial. After an evaluation the trial may be pruned."""
         trial = self._trials[int(key)]
-        trial.heard = trial.heard or time.time()
+        trial.first_event = trial.first_event or time.time()
         tag = self._spec.objectives[0].tag
         value = event["values"].get(tag) if event["kind"] == "progress" else None
         if value is not None and self._study.report(trial.number, event["step"], value) and not trial.pruning:
@@ -314,7 +328,7 @@ class Driver:
             self._runner.request(key, PRUNE)
         self._observer.trial(trial.number, event)
 
-    # ---- how trials end ---------------------------------------------------------------------------------------------
+    # ---- ends of trials ---------------------------------------------------------------------------------------------
 
     def _ended(self, ended: TaskOutcome, stopping: bool) -> None:
         trial = self._trials.pop(int(ended.key))
@@ -332,37 +346,35 @@ class Driver:
             self._log.line(f"trial {trial.number} is interrupted at step {result.get('steps')}")
             self._changed()
             return
-        self._durations.append(time.time() - (trial.heard or trial.started))
+        self._durations.append(time.time() - (trial.first_event or trial.started))
         self._finish(trial.number, run, result)
 
     def _retry(self, trial: Trial, error: LaunchError, stopping: bool) -> bool:
-        """Continue a trial whose worker was lost from its checkpoint, as often as a run of its own would."""
+        """Queue a trial that lost a worker to be resumed, at most `checkpoint.max_failures` times without progress."""
         if not isinstance(error, WorkerLost) or isinstance(error, OutOfMemory) or stopping:
             return False
         attributes, most = self._study.frozen()[trial.number].user_attrs, self._spec.first.job.checkpoint.max_failures
         saved = max(available(trial.directory.checkpoints), default=0)
-        got_on = saved > attributes.get("retried_from", -1)
-        failures = 1 if got_on else attributes.get("retries", 0) + 1  # in a row
+        progressed = saved > attributes.get("retried_from", -1)
+        failures = 1 if progressed else attributes.get("retries", 0) + 1  # consecutive
         if failures > most:
             return False
         self._study.note(trial.number, "retries", failures)
         self._study.note(trial.number, "retried_from", saved)
-        self._again.append(trial.number)
-        why = str(error).partition(" Continue the run ")[0]  # that is what is done
-        self._say(f"trial {trial.number}: {why} It is continued (failure {failures}, of at most {most} in a row).")
+        self._to_resume.append(trial.number)
+        cause = str(error).partition(" Continue the run ")[0]  # without the remedy, which is applied here
+        self._say(f"trial {trial.number}: {cause} It resumes (consecutive failure {failures} of at most {most}).")
         return True
 
     def _finish(self, trial: int, run: RunDirectory, result: Mapping[str, Any]) -> None:
-        """Tell the study how a trial has ended, and bring all files up to date."""
+        """Record the end of a trial in the study, and update all files."""
         status, error = str(result.get("status")), result.get("error")
         tags = [objective.tag for objective in self._spec.objectives]
         found = [(result.get("metrics") or {}).get(tag) for tag in tags]
         values = [value for value in found if value is not None and math.isfinite(value)]
         if status == "completed" and len(values) < len(tags):
-            status, error = "failed", f"{tags[len(values)]} was not logged, or is not a number."
-        state = (
-            "pruned" if status == "stopped" else status
-        )  # somebody stopped this trial alone: it counts as far as it came
+            status, error = "failed", f"{tags[len(values)]} was not logged, or is not a finite number."
+        state = "pruned" if status == "stopped" else status  # `launch stop` of a single trial prunes it
         facts = {"seconds": result.get("seconds"), "steps": result.get("steps"), "error": error}
         self._study.finish(trial, state, values, facts)
         frozen = self._study.frozen()[trial]
@@ -375,8 +387,8 @@ class Driver:
             if self._spec.settings.fail_fast:
                 self._failure = f"Trial {trial} failed, and sweep.fail_fast=true: {error}"
         else:
-            told = reached if isinstance(reached, list) else [] if reached is None else [reached]
-            values_text = "  ".join(f"{tag} {number(value)}" for tag, value in zip(tags, told, strict=False))
+            numbers = reached if isinstance(reached, list) else [] if reached is None else [reached]
+            values_text = "  ".join(f"{tag} {number(value)}" for tag, value in zip(tags, numbers, strict=False))
             words = " ".join(self._spec.space.overrides(self._study.values(frozen)))
             took = duration(float(result.get("seconds") or 0.0))
             self._say(f"trial {trial} {state} after {result.get('steps')} steps in {took}  {values_text}  {words}")
@@ -385,7 +397,7 @@ class Driver:
             records.delete_checkpoints(self._directory, self._study, ended)
         self._changed()
 
-    # ---- telling ----------------------------------------------------------------------------------------------------
+    # ---- output -----------------------------------------------------------------------------------------------------
 
     def _rows(self) -> list[dict[str, Any]]:
         begun = {trial.number for trial in self._study.frozen() if trial.state.name == "RUNNING"}
@@ -397,10 +409,10 @@ class Driver:
         return rows
 
     def _changed(self) -> None:
-        """Bring trials.csv, best.yaml and result.json up to date, and show it."""
+        """Update trials.csv, best.yaml and result.json, and notify the observer."""
         rows = self._rows()
-        with suppress(OSError):  # a full disk must not end what still trains; the journal is what counts
-            records.write_csv(self._directory.path / "trials.csv", rows, [axis.key for axis in self._spec.space.axes])
+        with suppress(OSError):  # a full disk must not end running trials; a resume uses only the journal
+            records.write_csv(self._directory.path / "trials.csv", rows, self._spec.space)
             records.write_best(self._directory, self._study)
             self._write(status="running")
         self._show()
@@ -417,9 +429,10 @@ class Driver:
         return each * self._left() / max(1, min(self._sweep_plan.concurrency, self._left()))
 
     def _write(self, **changes: Any) -> None:
-        """Write the sweep's result.json."""
+        """Write the result.json of the sweep."""
         rows = self._rows()
         best = self._study.best()
+        repeats = None if best is None else self._study.repeats_of(best.number)
         now = time.time()
         usd = self._meter.usd(now)
         counts: dict[str, int] = {}
@@ -441,6 +454,7 @@ class Driver:
                 "value": best.values[0],
                 "step": best.user_attrs.get("steps"),
                 "trial": best.number,
+                **({} if repeats is None else repeats.to_dict()),
             },
         }
         self._directory.update_result(**content | changes)

@@ -1,4 +1,4 @@
-"""What the caller of a sweep hears while it runs, and gets when it has ended."""
+"""The interface between a sweep and its caller: progress while it runs, and the outcome at its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Headline:
-    """What is told of a sweep when it begins: a sentence, the swept keys, and how many trials it has."""
+    """The start of a sweep: a one-line summary, the swept keys, and the number of trials.
+
+    Attributes:
+        finished: all trials have ended already.
+    """
 
     text: str
     keys: list[str]
@@ -23,29 +27,40 @@ class Headline:
 
 
 class SweepObserver(Observer):
-    """What the caller wants to hear of a sweep."""
+    """Receives the progress of a sweep. All methods do nothing by default."""
 
     def event(self, event: Event) -> None:
-        """Before the first trial: what the user's code prints while it is tried out, and phases."""
+        """Receive an event before the first trial: a phase, or output of the user's code during checks."""
 
     def begun(self, directory: RunDirectory, headline: Headline) -> None:
-        """The sweep is known, and what it will do."""
+        """Receive the directory and the summary of the sweep, when it starts."""
 
     def trial(self, number: int, event: Event) -> None:
-        """An event of a trial that runs."""
+        """Receive an event of a running trial."""
 
     def changed(self, table: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
-        """A trial began or ended. `facts`: best (a number or None), seconds_left (None while unknown)."""
+        """Receive all trials (see `records.rows`) when a trial starts or ends.
+
+        Args:
+            facts: `best` (number of a trial or None) and `seconds_left` (None if unknown).
+        """
 
     def say(self, text: str) -> None:
-        """One line for the user."""
+        """Receive one line of text for the user."""
 
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """How a sweep ended: its result.json, its trials (see `records.rows`), the best one's words, and the signal.
+    """The outcome of a sweep.
 
-    root: run.root as it was said. detached: it goes on elsewhere, and nobody here follows it.
+    Attributes:
+        result: content of its result.json.
+        trials: see `records.rows`.
+        best: see `records.best`.
+        signal_number: the signal that stopped it, or None.
+        root: `run.root` as given.
+        detached: it continues on a cluster, and the caller no longer follows it.
+        exit_rule: `sweep.exit`.
     """
 
     result: dict[str, Any]
@@ -55,3 +70,4 @@ class SweepOutcome:
     signal_number: int | None = None
     root: str = "runs"
     detached: bool = False
+    exit_rule: str = "all_failed"

@@ -1,32 +1,38 @@
-"""What a sweep will do, decided before anything starts: how much of it fits at a time, what its first trial does."""
+"""Plan a sweep before anything starts: check its trials, and determine how many run at a time."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from launcher.config import Composition, SweepConfig, parse_interval
+from launcher.config.overrides import masked
 from launcher.errors import ConfigError, did_you_mean
 from launcher.jobs.record import check_budget
 from launcher.jobs.training import Observer, checked_plan
 from launcher.jobs.weights import weights_of
 from launcher.planning.plan import Placement, Plan, machines_of
 from launcher.runners.tasks import Shape, fits
+from launcher.sweeps.conditions import check_signatures
 from launcher.sweeps.observer import Headline
-from launcher.sweeps.search import SIZES, grid
+from launcher.sweeps.search import SIZES
+from launcher.sweeps.space import SearchSpace, Value
 from launcher.sweeps.specification import SweepSpec
 from launcher.sweeps.study import Objective
-from launcher.sweeps.syntax import SearchSpace
 
 _MOST_SIZES = 64
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep that is ready to start here, or one with nothing left to do.
+    """A sweep that can start on this machine, or that has no trials left.
 
-    `plan` is that of the first trial, `concurrency` counts the trials at a time on what is here now.
+    Attributes:
+        plan: the plan of the first trial.
+        concurrency: number of trials that run at a time with the current resources.
+        evaluations: number of evaluations of a complete trial, None if unknown.
     """
 
     spec: SweepSpec
@@ -35,22 +41,23 @@ class SweepPlan:
     evaluations: int | None
 
     def headline(self) -> Headline:
-        """Return what is told of a sweep that begins."""
+        """Return the summary that is printed at the start."""
         spec, m = self.spec, self.plan.machines
         each = f"{m.workers} {'GPU' if m.device == 'cuda' else 'CPU'} worker{'s' if m.workers > 1 else ''}"
-        text = spec.told(f"{self.concurrency} at a time on {each} each ({m.description})")
-        return Headline(text, [axis.key for axis in spec.space.axes], spec.total)
+        text = spec.summary(f"{self.concurrency} at a time on {each} each ({m.description})")
+        return Headline(text, spec.space.keys, spec.total)
 
 
 def plan_sweep(spec: SweepSpec, observer: Observer) -> SweepPlan:
-    """Work out what a sweep does on the machines that its configuration names.
+    """Plan a sweep on the machines of its configuration.
 
     Raises:
-        ConfigError, TrustError: a trial cannot be composed, or logs no such tag.
-        RunError: its budget is spent.
-        ResourceError: a trial is larger than what is there.
+        ConfigError, TrustError: a trial is invalid, or does not log the objective.
+        RunError: the budget is spent.
+        ResourceError: a trial needs more resources than there are.
     """
-    for composition in check_values(spec):
+    for composition in check_trials(spec):
+        check_signatures(composition.job)
         machines_of(composition.job)
     plan = checked_plan(spec.first.job, observer, weights=weights_of(spec.first.job, spec.root))
     for note in plan.notes:
@@ -58,8 +65,8 @@ def plan_sweep(spec: SweepSpec, observer: Observer) -> SweepPlan:
     for objective in spec.objectives:
         if objective.tag not in plan.tags:
             raise ConfigError(
-                f"sweep.metric={objective.tag}: the job logs no such tag.{did_you_mean(objective.tag, plan.tags)} "
-                f"It logs {', '.join(plan.tags)}."
+                f"sweep.metric is {objective.tag}, but the job logs no such tag."
+                f"{did_you_mean(objective.tag, plan.tags)} It logs {', '.join(plan.tags)}."
             )
     if spec.resumes:
         check_budget(spec.directory, spec.directory.result(), plan.rate)
@@ -71,25 +78,68 @@ def plan_sweep(spec: SweepSpec, observer: Observer) -> SweepPlan:
     )
 
 
-def check_values(spec: SweepSpec) -> list[Composition]:
-    """Compose trials that have every value between them, and return them. Raises ConfigError."""
-    return [spec.compose_words(words) for words in _samples(spec.space)]
+def check_trials(spec: SweepSpec) -> list[Composition]:
+    """Compose trials that cover every value, and return the compositions.
+
+    Raises:
+        ConfigError: a trial cannot be composed, or has other settings of the sweep than the first trial.
+    """
+    found = []
+    for values in _samples(spec.space):
+        composition = spec.compose_words(spec.space.trial(values))
+        _check_settings(spec, composition, values)
+        found.append(composition)
+    return found
+
+
+def _check_settings(spec: SweepSpec, composition: Composition, values: dict[str, Value]) -> None:
+    """Raise ConfigError if swept options (such as experiments) set different values of a setting of the sweep."""
+    first, other = _settings(spec.first, spec), _settings(composition, spec)
+    for key, value in first.items():
+        if other[key] != value:
+            words = " ".join(masked(word) for word in spec.space.overrides(values))
+            initial = " ".join(
+                masked(word) for word in spec.space.overrides(spec.space.active(spec.space.first_values()))
+            )
+            raise ConfigError(
+                f"{key} applies to the sweep as a whole, but the trials have different values: {value!r} with "
+                f"{initial}, and {other[key]!r} with {words}. Set it on the command line, or start one sweep for each."
+            )
+
+
+def _settings(composition: Composition, spec: SweepSpec) -> dict[str, Any]:
+    """Return the settings of a composition that must be equal in all trials, by dotted key."""
+    job = composition.job
+    found = {f"sweep.{key}": value for key, value in asdict(job.sweep).items()}
+    found |= {f"cluster.{key}": value for key, value in asdict(job.cluster).items()}
+    found |= {"run.root": job.run.root, "run.name": job.run.name}
+    if job.sweep.metric is None and "checkpoint.monitor" not in spec.space.keys:
+        found |= {"checkpoint.monitor": job.checkpoint.monitor, "checkpoint.mode": job.checkpoint.mode}
+    found["hydra.sweeper.params"] = composition.sweeper.get("params") or {}
+    return found
 
 
 def shape_of(machines: Placement) -> Shape:
+    """Return the number of workers of a trial, and the CPUs and GPUs of each."""
     return Shape(machines.workers, machines.cpus_per_worker, machines.gpus_per_worker)
 
 
-def _samples(space: SearchSpace) -> Iterator[list[str]]:
-    """Yield words of trials that are composed to find mistakes: each text once, of many numbers the ends, all sizes."""
-    first = next(iter(grid(space.with_first_only())))
+def _samples(space: SearchSpace) -> Iterator[dict[str, Value]]:
+    """Yield values of trials to compose: each text once, of many numbers the extremes, and all combinations of sizes.
+
+    Each option of a swept group is combined with the first value of every key that it has.
+    """
+    first = space.first_values()
     for axis in space.axes:
-        if not axis.key.startswith(SIZES):
-            for value in axis.samples()[1:]:
-                yield space.trial({**first, axis.key: value})
+        if axis.key.startswith(SIZES):
+            continue
+        condition = space.conditions.get(axis.key)
+        base = first if condition is None else {**first, condition.parent: condition.values[0]}
+        for value in axis.samples()[condition is None :]:
+            yield space.active({**base, axis.key: value})
     sizes = [axis for axis in space.axes if axis.key.startswith(SIZES)]
-    for values in itertools.islice(itertools.product(*(axis.samples(all_of=True) for axis in sizes)), 1, _MOST_SIZES):
-        yield space.trial({**first, **dict(zip((axis.key for axis in sizes), values, strict=True))})
+    for values in itertools.islice(itertools.product(*(axis.samples(True) for axis in sizes)), 1, _MOST_SIZES):
+        yield space.active({**first, **dict(zip((axis.key for axis in sizes), values, strict=True))})
 
 
 def _concurrency(machines: Placement, settings: SweepConfig, total: int) -> int:

@@ -1,4 +1,4 @@
-"""What a sweep leaves on disk beside its journal: trials.csv, best.yaml, log.txt, its own result.json."""
+"""Files of a sweep besides its journal: trials.csv, best.yaml and log.txt."""
 
 from __future__ import annotations
 
@@ -16,42 +16,43 @@ from launcher.config import masking
 from launcher.runs import RunDirectory
 from launcher.runs.plain_files import open_file, replace_text
 from launcher.sweeps.search import display_values
-from launcher.sweeps.syntax import plain_text
+from launcher.sweeps.space import SearchSpace, plain_text
+from launcher.sweeps.study import STATES, Study
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from launcher.sweeps.study import Study
 
-COLUMNS = ("number", "state", "objective", "seconds", "error")
+def columns(space: SearchSpace) -> list[str]:
+    """Return the columns of trials.csv."""
+    summary = ["mean", "spread"] if space.over else []
+    return ["number", "state", "objective", *summary, "seconds", "error", *space.keys]
 
 
 def rows(study: Study, interrupted: frozenset[int] = frozenset()) -> list[dict[str, Any]]:
-    """Return one mapping a trial: the columns of trials.csv, then the swept keys.
+    """Return one mapping for each trial, with the columns of trials.csv.
 
-    `objective` is a number, a list of numbers where there are several objectives, or None. interrupted: trials that are
-    under way for Optuna, and that nobody works on.
+    `objective` is a number, a list of numbers for several objectives, or None. `mean` and `spread` are those of the
+    completed repeats of the trial so far (see `repeats`), or None.
+
+    Args:
+        interrupted: trials that are running according to the journal, but that no worker runs.
     """
-    from launcher.sweeps.study import STATES
-
+    repeats = study.repeats()
     found = []
     for trial in study.frozen():
         state = "stopped" if trial.number in interrupted else STATES[trial.state]
-        found.append(
-            {
-                "number": trial.number,
-                "state": state,
-                "objective": objective(trial),
-                "seconds": trial.user_attrs.get("seconds"),
-                "error": trial.user_attrs.get("error"),
-                **display_values(study.values(trial), study.space),
-            }
-        )
+        row = {"number": trial.number, "state": state, "objective": objective(trial)}
+        if study.space.over:
+            own = repeats[trial.number]
+            row |= {"mean": own.mean if own.objectives else None, "spread": own.spread}
+        row |= {"seconds": trial.user_attrs.get("seconds"), "error": trial.user_attrs.get("error")}
+        found.append({**row, **display_values(study.values(trial), study.space)})
     return found
 
 
 def objective(trial: FrozenTrial) -> float | list[float] | None:
-    """Return what a trial has reached: of a pruned one, its last evaluation."""
+    """Return the objective of a trial; of a pruned one, its last evaluation."""
     if trial.values:
         return trial.values[0] if len(trial.values) == 1 else list(trial.values)
     if trial.intermediate_values:
@@ -60,68 +61,72 @@ def objective(trial: FrozenTrial) -> float | list[float] | None:
 
 
 def best(study: Study) -> dict[str, Any] | None:
-    """Return the best trial: number, what it has reached, words and parameters; None where none is completed."""
+    """Return number, objective, overrides and parameters of the best trial, or None if no trial is completed.
+
+    With repeats also `mean`, `spread` and `repeats` (their number).
+    """
     found = study.best()
     if found is None:
         return None
-    values = study.values(found)
+    values, repeats = study.values(found), study.repeats_of(found.number)
     return {
         "number": found.number,
         "objective": objective(found),
+        **(repeats.to_dict() if repeats is not None else {}),
         "overrides": study.space.overrides(values),
         "parameters": display_values(values, study.space),
     }
 
 
-def write_csv(path: Path, found: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
-    """Write trials.csv: a reader sees the old or the new one. Several objectives are separated by semicolons."""
+def write_csv(path: Path, found: Sequence[Mapping[str, Any]], space: SearchSpace) -> None:
+    """Write trials.csv atomically. Several objectives are separated by semicolons."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*COLUMNS, *keys], restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns(space), restval="", lineterminator="\n")
     writer.writeheader()
     for row in found:
         writer.writerow({key: cell(value) for key, value in row.items()})
-    _replace(path, text.getvalue())
+    replace_text(path, text.getvalue())
 
 
 def cell(value: Any) -> str:
+    """Return a value as text for trials.csv and report.html."""
     if isinstance(value, list):
         return ";".join(str(each) for each in value)
     return "" if value is None else plain_text(value)
 
 
-def write_best(directory: RunDirectory, study: Study) -> FrozenTrial | None:
-    """Write best.yaml: the best trial, what it has reached, and the words that make it."""
+def write_best(directory: RunDirectory, study: Study) -> None:
+    """Write best.yaml: number, objective and overrides of the best trial, if a trial is completed."""
     best = study.best()
     if best is None:
-        return None
+        return
     values = {objective.tag: value for objective, value in zip(study.objectives, best.values, strict=True)}
+    repeats = study.repeats_of(best.number)
     lines = [
         f"# The best trial so far. Train it further: launch run.like={directory.name}/best trainer.epochs=50",
         f"number: {best.number}",
         f"objective: {json.dumps(values)}",
+        *(f"{key}: {json.dumps(value)}" for key, value in (repeats.to_dict() if repeats else {}).items()),
         "overrides:",
         *(f"- {json.dumps(word)}" for word in study.space.overrides(study.values(best))),
     ]
     if len(study.objectives) > 1:
-        lines.append(
-            f"front: {json.dumps([trial.number for trial in study.front()])} # the trials that none beats in all"
-        )
-    _replace(directory.path / "best.yaml", "\n".join(lines) + "\n")
-    return best
+        lines.append(f"front: {json.dumps([trial.number for trial in study.front()])} # the Pareto-optimal trials")
+    replace_text(directory.path / "best.yaml", "\n".join(lines) + "\n")
 
 
 def delete_checkpoints(directory: RunDirectory, study: Study, ended: Sequence[int]) -> None:
-    """Remove the checkpoints of the trials that have ended and are not the best (`sweep.keep=best`)."""
-    kept = {trial.number for trial in study.front()}
+    """Delete the checkpoints of the ended trials that are not the best (`sweep.keep=best`)."""
+    front = {trial.number for trial in study.front()}
     for number in ended:
         run = RunDirectory(directory.path / str(number))
-        if number not in kept and run.checkpoints.is_dir():
+        if number not in front and run.checkpoints.is_dir():
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             run.update_result(checkpoint=None)
 
 
 def evaluated_at(run: RunDirectory, tag: str) -> list[int]:
-    """Return the steps at which a trial that is continued was evaluated before."""
+    """Return the steps at which a resumed trial was evaluated before."""
     steps = []
     with suppress(OSError):
         for line in run.metrics.read_text().splitlines():
@@ -133,20 +138,16 @@ def evaluated_at(run: RunDirectory, tag: str) -> list[int]:
 
 
 class SweepLog:
-    """The sweep's log.txt: one line for whatever happens to a trial."""
+    """The log.txt of a sweep, with one line for each event of a trial."""
 
     def __init__(self, path: Path) -> None:
         self._file = open_file(path, "a")
         self._hide = masking.hider()
 
     def line(self, text: str) -> None:
-        with suppress(OSError):  # a full disk is told where it matters
+        with suppress(OSError):  # writes of result.json report a full disk
             self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {self._hide(text)}\n")
             self._file.flush()
 
     def close(self) -> None:
         self._file.close()
-
-
-def _replace(path: Path, text: str) -> None:
-    replace_text(path, text)

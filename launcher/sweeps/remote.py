@@ -1,7 +1,7 @@
-"""A sweep that the head of a cluster drives: sent from here, told from there, event by event.
+"""Sweeps on a remote cluster, driven by its head: submission on the caller's side, and the events in between.
 
-caller's end    run        sends it off and follows it        EventReceiver      events -> a SweepObserver
-head's end      EventSender    a SweepObserver -> events          ended      an outcome -> plain data
+head      EventSender      converts the calls of a SweepObserver to events, as plain data
+caller    EventReceiver    converts the events to calls of a SweepObserver
 """
 
 from __future__ import annotations
@@ -13,40 +13,39 @@ from typing import Any
 
 from launcher.errors import ConfigError
 from launcher.jobs.prepare import Prepared
+from launcher.jobs.remote.submit import Submission
+from launcher.runners.signals import Interrupts
 from launcher.runs import RunDirectory
 from launcher.runs.storage import is_gathered
 from launcher.sweeps import records
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
-from launcher.sweeps.planning import check_values
+from launcher.sweeps.planning import check_trials
 from launcher.sweeps.specification import SweepSpec, save_user_record
 from launcher.sweeps.study import Study
 
 Event = dict[str, Any]
-PROGRESS_SECONDS = 2.0  # between two signs of progress of a trial without values
-ROWS = 500  # of the table in one event: a line of a job's log has a length that Ray still sends
+PROGRESS_SECONDS = 2.0  # minimum time between two progress events without values of one trial
+ROWS = 500  # maximum number of rows in one event, because Ray limits the length of a line in a job's log
 
 
 def run(spec: SweepSpec, observer: SweepObserver) -> SweepOutcome:
-    """Send a sweep to the cluster that its configuration names, and follow it.
+    """Submit a sweep to the cluster of its configuration, and follow it.
 
     Raises:
-        ConfigError: a value cannot be, or run.root is none for this; nothing was started.
-        LaunchError: what its driver ended with.
-        Stopped: a second signal; the sweep goes on stopping there.
+        ConfigError: a trial is invalid, or `run.root` cannot be used; nothing was started.
+        LaunchError: the error of the driver on the head.
+        Stopped: a second signal; the driver continues to stop the sweep.
     """
-    from launcher.jobs.remote.submit import Submission
-    from launcher.runners.signals import Interrupts
-
     if is_gathered(spec.root):
         raise ConfigError(
-            f"run.root={spec.root} was asked for with cluster={spec.cluster.kind}, whose head drives it. Name a "
-            "directory here, or leave it out: the sweep comes back to it."
+            f"run.root={spec.root} cannot be used with cluster={spec.cluster.kind}, because the head of the cluster "
+            "drives the sweep. Use a local directory, or remove run.root: the sweep is copied to this machine."
         )
-    check_values(spec)
+    check_trials(spec)
     left = spec.total - _ended(spec)
-    if left <= 0:  # no machine is rented for that
+    if left <= 0:
         return _finished(spec, observer)
-    heard = EventReceiver(spec.directory, observer)
+    receiver = EventReceiver(spec.directory, observer)
 
     def sent(where: str) -> None:
         observer.sent(spec.directory, where)
@@ -55,29 +54,35 @@ def run(spec: SweepSpec, observer: SweepObserver) -> SweepOutcome:
     prepared = Prepared(spec.first, spec.directory, resumes=spec.resumes)
     most = min(left, spec.settings.concurrency or left)
     with Interrupts() as interrupts:
-        submission = Submission(spec.request, prepared, sent, heard.event, observer.asked_to_end, trials=most)
+        submission = Submission(spec.request, prepared, sent, receiver.event, observer.asked_to_end, trials=most)
         ended = submission.train(interrupts)
     return SweepOutcome(
         ended.result,
         spec.directory,
-        heard.table(),
+        receiver.table(),
         ended.more.get("best"),
         ended.signal_number,
         spec.root,
         ended.detached,
+        spec.settings.exit,
     )
 
 
 def _finished(spec: SweepSpec, observer: SweepObserver) -> SweepOutcome:
     study = Study(spec.directory.path, spec.space, spec.settings, spec.objectives, spec.total, None, None)
-    keys = [axis.key for axis in spec.space.axes]
-    observer.begun(spec.directory, Headline(spec.told(), keys, spec.total, finished=True))
-    result = spec.directory.result()
-    return SweepOutcome(result, spec.directory, records.rows(study), records.best(study), root=spec.root)
+    observer.begun(spec.directory, Headline(spec.summary(), spec.space.keys, spec.total, finished=True))
+    return SweepOutcome(
+        spec.directory.result(),
+        spec.directory,
+        records.rows(study),
+        records.best(study),
+        root=spec.root,
+        exit_rule=spec.settings.exit,
+    )
 
 
 def _ended(spec: SweepSpec) -> int:
-    """Return how many trials have ended, as far as it is known here."""
+    """Return the number of ended trials, according to the result.json on this machine."""
     if not spec.resumes:
         return 0
     counts = spec.directory.result().get("trials") or {}
@@ -85,17 +90,18 @@ def _ended(spec: SweepSpec) -> int:
 
 
 class EventReceiver:
-    """Tells an observer what events say of a sweep. Only what changed of its table is sent."""
+    """Passes the events of an `EventSender` to an observer. Events contain only the changed rows of the table."""
 
     def __init__(self, directory: RunDirectory, observer: SweepObserver) -> None:
         self._directory, self._observer = directory, observer
         self._rows: dict[int, dict[str, Any]] = {}
 
     def table(self) -> list[dict[str, Any]]:
-        """Return what is known of all trials, by number."""
+        """Return the rows of all trials so far, by number."""
         return [self._rows[number] for number in sorted(self._rows)]
 
     def event(self, event: Event) -> None:
+        """Call the method of the observer for an event."""
         kind = event["kind"]
         if kind == "begun":
             self._observer.begun(self._directory, Headline(**event["headline"]))
@@ -105,19 +111,19 @@ class EventReceiver:
             self._rows.update({row["number"]: row for row in event["rows"]})
             if kind == "changed":
                 self._observer.changed(self.table(), event["facts"])
-        elif kind == "said":
+        elif kind == "message":
             self._observer.say(event["text"])
         else:
             self._observer.event(event)
 
 
 class EventSender(SweepObserver):
-    """Makes events of what an observer is told: few and short ones, since whoever comes back reads all of them."""
+    """Converts calls to events. They are few and short, because a caller that reattaches reads all of them."""
 
     def __init__(self, send: Callable[[Event], None]) -> None:
         self._send = send
         self._rows: dict[int, dict[str, Any]] = {}
-        self._told: dict[int, float] = {}  # when a trial's progress was told last
+        self._sent_at: dict[int, float] = {}  # time of the last progress event of each trial
 
     def event(self, event: Event) -> None:
         self._send(event)
@@ -128,9 +134,9 @@ class EventSender(SweepObserver):
     def trial(self, number: int, event: Event) -> None:
         if event["kind"] == "progress":
             now = time.monotonic()
-            if not event["values"] and now - self._told.get(number, -PROGRESS_SECONDS) < PROGRESS_SECONDS:
+            if not event["values"] and now - self._sent_at.get(number, -PROGRESS_SECONDS) < PROGRESS_SECONDS:
                 return
-            self._told[number] = now
+            self._sent_at[number] = now
         self._send({"kind": "trial", "number": number, "event": event})
 
     def changed(self, table: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
@@ -142,9 +148,9 @@ class EventSender(SweepObserver):
         self._send({"kind": "changed", "rows": rows, "facts": dict(facts)})
 
     def say(self, text: str) -> None:
-        self._send({"kind": "said", "text": text})
+        self._send({"kind": "message", "text": text})
 
 
 def outcome_to_dict(outcome: SweepOutcome) -> dict[str, Any]:
-    """Return what is told of a sweep's end beside its result; its trials are known."""
+    """Return the part of an outcome that the head sends besides the result; its trials were sent as events."""
     return {"best": outcome.best}

@@ -1,23 +1,24 @@
-"""From the axes of a sweep to Optuna: distributions, samplers, pruners."""
+"""Optuna's distributions, samplers and pruners for a search space."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from optuna import Trial, pruners, samplers
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler, CmaEsSampler
+from optuna.study import StudyDirection
 
 from launcher.config import SweepConfig, masking
 from launcher.errors import ConfigError
-from launcher.sweeps.syntax import Axis, ChoiceAxis, IntervalAxis, SearchSpace, Value
+from launcher.sweeps.space import Axis, ChoiceAxis, IntervalAxis, SearchSpace, Value, plain_text
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.pruners import BasePruner
-    from optuna.samplers import BaseSampler
-
-# Keys that decide how many workers a trial has, and of what kind. They are the outer loops of a grid, so that trials
-# of one size follow each other and a warm group serves them all.
+# Keys that determine the number and kind of the workers of a trial. They vary slowest in a grid, so that trials of one
+# size follow each other and share a warm group of workers.
 SIZES = "scaling"
 
 
@@ -25,17 +26,15 @@ def distribution(axis: Axis, grid: bool = False) -> BaseDistribution:
     """Return Optuna's distribution of an axis.
 
     Args:
-        grid: every value is taken in turn, so that a range is a list of values like any other.
+        grid: every value is used, so a range is a list of values.
 
     Raises:
-        ConfigError: an interval, which has no end of values, in a grid.
+        ConfigError: an interval in a grid.
     """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
     if isinstance(axis, IntervalAxis):
         if grid:
             raise ConfigError(
-                f"{axis.key} is swept over an interval, which has no end of values for a grid. Name values "
+                f"{axis.key} is swept over an interval, which has infinitely many values for a grid. List values "
                 f"({axis.key}=A,B or range(…)), or search: sweep=tpe sweep.trials=20."
             )
         if axis.whole:
@@ -51,83 +50,99 @@ def distribution(axis: Axis, grid: bool = False) -> BaseDistribution:
 
 
 def distributions(space: SearchSpace, grid: bool) -> dict[str, BaseDistribution]:
-    return {axis.key: distribution(axis, grid) for axis in space.axes}
+    """Return the distribution of every axis, those with a condition last. Repeated axes are categorical."""
+    axes = sorted(space.axes, key=lambda axis: axis.key in space.conditions)
+    return {axis.key: distribution(axis, grid or axis.key in space.over) for axis in axes}
+
+
+def draw(trial: Trial, space: SearchSpace, drawn_from: Mapping[str, BaseDistribution]) -> dict[str, Value]:
+    """Sample the axes of a trial, or use the values that it was enqueued with. Axes that do not exist are skipped."""
+    values: dict[str, Value] = {}
+    for key, one in drawn_from.items():
+        if not space.is_active(key, values):
+            continue
+        if isinstance(one, CategoricalDistribution):
+            values[key] = trial.suggest_categorical(key, one.choices)
+        elif isinstance(one, IntDistribution):
+            values[key] = trial.suggest_int(key, one.low, one.high, step=one.step, log=one.log)
+        else:
+            assert isinstance(one, FloatDistribution)
+            values[key] = trial.suggest_float(key, one.low, one.high, step=one.step, log=one.log)
+    return values
 
 
 def grid(space: SearchSpace) -> Iterator[dict[str, Value]]:
-    """Yield every combination, the last key fastest, keys of size (workers, devices) slowest."""
+    """Yield every combination once. Keys of size vary slowest, repeated keys fastest, then the last key."""
     axes = [axis for axis in space.axes if isinstance(axis, ChoiceAxis)]
-    axes.sort(key=lambda axis: not axis.key.startswith(SIZES))
-    for values in itertools.product(*(axis.values for axis in axes)):
-        yield dict(zip((axis.key for axis in axes), values, strict=True))
+    axes.sort(key=lambda axis: (not axis.key.startswith(SIZES), axis.key in space.over))
+    seen = set()
+    for combination in itertools.product(*(axis.values for axis in axes)):
+        values = space.active(dict(zip((axis.key for axis in axes), combination, strict=True)))
+        if space.conditions:
+            identity = repr(values)
+            if identity in seen:
+                continue
+            seen.add(identity)
+        yield values
 
 
 def sampler(settings: SweepConfig, space: SearchSpace, drawn: int) -> BaseSampler:
     """Return Optuna's sampler.
 
     Args:
-        drawn: how many trials have been drawn already: a sweep that is resumed must not draw the same again.
+        drawn: number of trials so far, so that a resumed sweep does not sample the same values again.
 
     Raises:
-        ConfigError: the search does not fit what is searched.
+        ConfigError: the sampler does not support the search space.
     """
-    from optuna import samplers
-
     seed = (settings.seed + 1_000_003 * drawn) % 2**32
     name = settings.sampler
     if name == "cmaes" and all(isinstance(axis, ChoiceAxis) and axis.step is None for axis in space.axes):
-        raise ConfigError("sweep=cmaes searches over numbers, and only choices are swept. Use sweep=tpe or sweep=grid.")
+        raise ConfigError("sweep=cmaes searches over numbers, but only choices are swept. Use sweep=tpe or sweep=grid.")
     kinds: dict[str, Any] = {
-        "grid": samplers.RandomSampler,  # the values are there already; nothing is drawn
+        "grid": samplers.RandomSampler,  # not used: all trials are enqueued with their values
         "random": samplers.RandomSampler,
         "tpe": samplers.TPESampler,
         "gp": samplers.GPSampler,
-        "cmaes": _cmaes(),
+        "cmaes": RebuiltCmaEs,
         "nsga2": samplers.NSGAIISampler,
     }
     options: dict[str, Any] = {}
     if name == "nsga2" and settings.trials:
-        # Generations of 50, Optuna's default, would leave a sweep of 40 trials in its first, random one.
+        # With Optuna's default of 50, a sweep of 40 trials would only have its first, random generation.
         options["population_size"] = max(4, min(50, settings.trials // 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kinds[name](seed=seed, **options)
 
 
-def _cmaes() -> type[BaseSampler]:
-    """Return Optuna's CMA-ES without the pickle of its optimizer, which a journal from a stranger may hold.
+class RebuiltCmaEs(CmaEsSampler):
+    """Optuna's CMA-ES without the pickled optimizer in the journal, which could execute code when it is read.
 
-    Its state follows from the trials of each generation, and is computed from them for every draw.
+    The state follows from the trials of each generation, and is recomputed from them for every draw.
     """
-    from optuna.samplers import CmaEsSampler
-    from optuna.study import StudyDirection
 
-    class RebuiltCmaEs(CmaEsSampler):
-        def _restore_optimizer(self, completed_trials: list[Any]) -> None:
-            self._completed = completed_trials
+    def _restore_optimizer(self, completed_trials: list[Any]) -> None:
+        self._completed = completed_trials
 
-        def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
-            return {}
+    def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
+        return {}
 
-        def _init_optimizer(self, trans: Any, direction: StudyDirection) -> Any:
-            optimizer = super()._init_optimizer(trans, direction)
-            sign = 1 if direction == StudyDirection.MINIMIZE else -1
-            size = optimizer.population_size
-            while len(found := self._get_solution_trials(self._completed, optimizer.generation)) >= size:
-                optimizer.tell([(trans.transform(trial.params), sign * (trial.value or 0.0)) for trial in found[:size]])
-            return optimizer
-
-    return RebuiltCmaEs
+    def _init_optimizer(self, trans: Any, direction: StudyDirection) -> Any:
+        optimizer = super()._init_optimizer(trans, direction)
+        sign = 1 if direction == StudyDirection.MINIMIZE else -1
+        size = optimizer.population_size
+        while len(found := self._get_solution_trials(self._completed, optimizer.generation)) >= size:
+            optimizer.tell([(trans.transform(trial.params), sign * (trial.value or 0.0)) for trial in found[:size]])
+        return optimizer
 
 
 def pruner(settings: SweepConfig, evaluations: int | None) -> BasePruner:
-    """Return Optuna's pruner. Its resource is the number of evaluations.
+    """Return Optuna's pruner, whose resource is the number of evaluations.
 
     Args:
-        evaluations: how many a whole trial has, None where that is not known beforehand.
+        evaluations: number of evaluations of a complete trial, None if unknown.
     """
-    from optuna import pruners
-
     least, reduction = settings.min_evaluations, settings.reduction
     if settings.pruner == "asha":
         return pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=reduction)
@@ -140,17 +155,15 @@ def pruner(settings: SweepConfig, evaluations: int | None) -> BasePruner:
 
 
 def display_values(values: Mapping[str, Value], space: SearchSpace) -> dict[str, Value]:
-    """Return a trial's values as TensorBoard, result.json and trials.csv show them: one type for each key.
+    """Return a trial's values for TensorBoard, result.json and trials.csv, with one type for each key.
 
-    TensorBoard takes the type of a key from all of its values, so numbers and texts never mix under one key.
+    TensorBoard determines the type of a key from all of its values, so a key must not have both numbers and texts.
     """
     found = {axis.key: _of_one_type(axis, values[axis.key]) for axis in space.axes if axis.key in values}
     return {key: masking.mask_at(key, value) for key, value in found.items()}
 
 
 def _of_one_type(axis: Axis, value: Value) -> Value:
-    from launcher.sweeps.syntax import plain_text
-
     if isinstance(axis, IntervalAxis) or all(isinstance(v, bool) for v in axis.values):
         return value
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in axis.values):

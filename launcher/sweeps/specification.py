@@ -1,11 +1,12 @@
-"""What the words of `launch -m` mean, before anybody looks at machines: which sweep, over what, towards what.
+"""The specification of a sweep, read from the words of `launch -m`: directory, search space, settings and objectives.
 
-Only the directory of a sweep that is continued is touched (a journal that a killed driver has left half-written).
+Nothing is written, except that the journal of a resumed sweep is repaired if its driver was killed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from launcher.config.checks import check_run
 from launcher.config.keys import REMOVED
 from launcher.config.overrides import masked
 from launcher.config.schema import ClusterConfig
-from launcher.errors import ConfigError, RunError
+from launcher.errors import ConfigError, RunError, did_you_mean
 from launcher.jobs import ranks
 from launcher.jobs.prepare import (
     Request,
@@ -34,19 +35,29 @@ from launcher.jobs.remote.location import location_of
 from launcher.runs import RunDirectory, plain_files, user_state
 from launcher.runs.storage import disk_uri, is_gathered, is_uri
 from launcher.sweeps import syntax
-from launcher.sweeps.search import distributions, sampler
+from launcher.sweeps.conditions import find_conditions, without_candidates
+from launcher.sweeps.repeats import combinations
+from launcher.sweeps.search import distributions, grid, sampler
+from launcher.sweeps.space import ChoiceAxis, Condition, SearchSpace, Value
 from launcher.sweeps.study import JOURNAL, Objective, SweepRecord, read_record, repair
-from launcher.sweeps.syntax import ChoiceAxis, SearchSpace, Value
+
+_MOST_TRIALS = 100_000
 
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """A sweep that is spec, wherever it is driven. `first` is its first trial, `total` counts all of them.
+    """A sweep as requested, independent of the machines that run it.
 
-    like: the run that `run.like` names. own: the words that the user typed, where others were recorded or come from
-    `hydra.sweeper.params` of a file, and may not choose where code runs (`launcher.config.authority`).
-    root: run.root as it was said. Where that is `head:///PATH` the sweep lies on the disk of the machine that drives
-    it, and machines of its workers have no part of it.
+    Attributes:
+        total: number of trials.
+        first: composition of the first trial.
+        like: the run of `run.like`.
+        own: the words that the user typed, if others were recorded or come from `hydra.sweeper.params` of a file. Only
+            the user's own words may choose where code runs (`launcher.config.authority`).
+        recorded: the record for the journal.
+        root: `run.root` as given. With `head:///PATH` the sweep is on the disk of the machine that drives it, which
+            the machines of its workers do not share.
+        resumes: whether an existing sweep is resumed.
     """
 
     request: Request
@@ -64,51 +75,54 @@ class SweepSpec:
 
     @property
     def cluster(self) -> ClusterConfig:
-        """Of the sweep as a whole."""
+        """The section `cluster`, which applies to the sweep as a whole."""
         return self.first.job.cluster
 
     def compose(self, values: dict[str, Value]) -> Composition:
         """Compose a trial. Raises ConfigError."""
-        keys = ",".join(f"'{axis.key}'" for axis in self.space.axes)
+        keys = ",".join(f"'{key}'" for key in values)
         return self.compose_words([*self.space.trial(values), f"logging.hparams=[{keys}]"])
 
     def compose_words(self, words: Sequence[str]) -> Composition:
-        """Compose the words of a trial, whose name and place are the sweep's business. Raises ConfigError."""
+        """Compose the words of a trial, without its name and directory. Raises ConfigError."""
         return _compose(self.request, words, self.like, self.own)
 
-    def told(self, how: str | None = None) -> str:
-        """Return the one line that a sweep begins with. how: what is known of how it runs."""
+    def summary(self, how: str | None = None) -> str:
+        """Return a one-line summary of the sweep. how: how it runs, if known."""
         kind = "grid over" if self.settings.sampler == "grid" else f"{self.settings.sampler} search over"
-        keys = ", ".join(axis.key for axis in self.space.axes) or "nothing"
+        keys = ", ".join(key for key in self.space.keys if key not in self.space.over) or "nothing"
         goal = ", ".join(f"{objective.direction} {objective.tag}" for objective in self.objectives)
         trials = f"{self.total} trial{'s' if self.total > 1 else ''}, a {kind} {keys}"
+        if self.space.over:
+            trials += f", each repeated over {', '.join(self.space.over)}"
         return "; ".join(part for part in (trials, how, goal) if part)
 
     def task_directory(self, run: RunDirectory) -> str:
-        """Return a trial's directory as its workers find it."""
+        """Return the path or URI under which workers access a trial's directory."""
         return disk_uri(run.path) if is_gathered(self.root) else str(run.path)
 
 
 def read_sweep(request: Request) -> SweepSpec:
-    """Work out which sweep the words of `launch -m` mean.
+    """Return the sweep that the words of `launch -m` request.
 
     Raises:
-        ConfigError, TrustError: a word cannot be read, swept or searched, or the first trial cannot be composed.
-        RunError: the sweep exists already, does not exist, is running, or cannot be continued with these words.
+        ConfigError, TrustError: a word cannot be parsed or swept, or the first trial cannot be composed.
+        RunError: the sweep exists already, does not exist, is running, or cannot be resumed with these words.
     """
     if ranks.in_environment() is not None:
         raise ConfigError(
-            "A sweep starts its own workers, and torchrun or srun has started some already: call launch -m by itself."
+            "A sweep starts its own workers, but torchrun or srun has already started some. Run launch -m without it."
         )
     targets.add_calling_directory(request.calling)
     words = syntax.plain_words(request.words)
-    run = peek([word for word in words if key_of(word).startswith("run.")], request.config_dir, "run")
+    groups = sources(request.config_dir).groups()
+    run = peek([word for word in syntax.read(words, {}, groups).first() if _names_run(word)], request.config_dir, "run")
     check_run(run)
     if is_uri(run.root) and not is_gathered(run.root):
         raise ConfigError(
-            f"run.root={run.root}: a sweep keeps its study in a directory, which an object store does not serve. Give "
-            "a path, and copy the best run when it is done. (With cluster=existing all machines share it, or gather "
-            "the sweep with head:///PATH; with cluster=ssh and azure it comes back to it.)"
+            f"run.root={run.root} is an object store, but a sweep keeps its study in a directory. Use a path, and copy "
+            "the best run at the end. With cluster=existing the path must be shared, or use head:///PATH; with "
+            "cluster=ssh and azure the sweep is copied to it."
         )
     root = where_others_are(run.root)
     if run.resume is not False and run.name is not None:
@@ -119,43 +133,45 @@ def read_sweep(request: Request) -> SweepSpec:
         if (directory.path / JOURNAL).is_file():
             return _continued(request, words, directory, run.root)
         if directory.exists():
-            raise RunError(f'"{run.name}" is a single run: continue it without -m.')
+            raise RunError(f'"{run.name}" is a single run, not a sweep. Resume it without -m.')
         if directory.is_sent and request.on_head is None:
-            raise RunError(f'The sweep "{run.name}" was sent to a cluster, and has not begun there yet.')
+            raise RunError(
+                f'The sweep "{run.name}" was submitted to a cluster and has not started yet. Try again later.'
+            )
         if run.resume is True:
-            runs.find(root, run.name)  # raises, and names the nearest
+            runs.find(root, run.name)  # raises an error with the nearest name
     if run.name is not None and _is_taken(root / run.name, request):
         raise RunError(
-            f'"{run.name}" exists already in {root}. Continue it with run.resume=true, or choose another run.name.'
+            f'"{run.name}" already exists in {root}. Resume it with run.resume=true, or choose another run.name.'
         )
     return _build_spec(request, words, None if run.name is None else RunDirectory(root / run.name), run.root)
 
 
 def _is_taken(path: Path, request: Request) -> bool:
-    """Whether a sweep cannot have this directory. On a head its caller may have left word in it of where it runs."""
+    """Return whether a directory cannot be used by a new sweep. On a head it may contain the record of its location."""
     return path.exists() and not (request.on_head and {file.name for file in path.iterdir()} <= {runs.REMOTE})
 
 
 def _continued(request: Request, words: list[str], directory: RunDirectory, root: str) -> SweepSpec:
     name = directory.name
     if directory.status() == "running":
-        raise RunError(f'The sweep "{name}" is running. Stop it with: launch stop {name}.')
+        raise RunError(f'The sweep "{name}" is already running. Stop it with: launch stop {name}.')
     repair(directory.path)
-    before = read_record(directory.path)
-    own, config_dir = _own(directory, request)
-    kept, dropped = _without_decisions(before.words)
+    record = read_record(directory.path)
+    own, config_dir = _user_record(directory, request)
+    recorded, guarded = _split_guarded(record.words)
     if own is None and request.on_head is None:
-        _note_dropped(request, directory, dropped, before.config_dir if request.config_dir is None else None)
+        _note_dropped(request, directory, guarded, record.config_dir if request.config_dir is None else None)
     if request.config_dir is None and config_dir is not None:
         request = replace(request, config_dir=Path(config_dir))
-    merged = _merged([*(word for word in kept if key_of(word) not in REMOVED), *(own or ())], words, name)
-    trust = [word for word in merged if key_of(word) == "trust" and word not in words]  # for the head, if it is sent
+    merged = _merged([*(word for word in recorded if key_of(word) not in REMOVED), *(own or ())], words, name)
+    trust = [word for word in merged if key_of(word) == "trust" and word not in words]  # the head needs it too
     request = replace(request, words=[*request.words, *trust])
     return replace(_build_spec(request, merged, directory, root, (*(own or ()), *words)), resumes=True)
 
 
-def _own(directory: RunDirectory, request: Request) -> tuple[list[str] | None, str | None]:
-    """Return what the user's own record has of a sweep: words that only they may decide, and the configuration."""
+def _user_record(directory: RunDirectory, request: Request) -> tuple[list[str] | None, str | None]:
+    """Return the guarded words and the configuration directory of a sweep from the user's own record."""
     record = None if request.on_head is not None else user_state.lookup(directory)
     if record is None or record.words is None:
         return None, None
@@ -164,43 +180,47 @@ def _own(directory: RunDirectory, request: Request) -> tuple[list[str] | None, s
 
 
 def save_user_record(spec: SweepSpec) -> None:
-    """Record for this user what the journal may not decide when the sweep is continued. RunError where it cannot be."""
+    """Save the guarded words in the user's own record, since a journal may not choose where code runs on a resume.
+
+    Raises:
+        RunError: the record cannot be written.
+    """
     if spec.request.on_head is not None:
         return
     typed = spec.recorded.words if spec.own is None else tuple(masked(word) for word in spec.own)
-    decided, config_dir = list(dict.fromkeys(_without_decisions(typed)[1])), spec.recorded.config_dir
-    if decided or config_dir or user_state.lookup(spec.directory):
-        user_state.save(spec.directory, words=decided, config_dir=config_dir)
+    guarded, config_dir = list(dict.fromkeys(_split_guarded(typed)[1])), spec.recorded.config_dir
+    if guarded or config_dir or user_state.lookup(spec.directory):
+        user_state.save(spec.directory, words=guarded, config_dir=config_dir)
 
 
-def _without_decisions(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words without those that a file may not decide, and those."""
-    kept: list[str] = []
-    decided: list[str] = []
+def _split_guarded(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words that a file may contain, and the guarded words, which only the user may choose."""
+    plain: list[str] = []
+    guarded: list[str] = []
     for word in words:
         override = syntax.parse(word)
-        (decided if authority.is_guarded_word(override.key_or_group, override.value()) else kept).append(word)
-    return kept, decided
+        (guarded if authority.is_guarded_word(override.key_or_group, override.value()) else plain).append(word)
+    return plain, guarded
 
 
 def _note_dropped(request: Request, directory: RunDirectory, dropped: Sequence[str], config_dir: str | None) -> None:
     words = [masked(word) for word in dropped] + ([f"--config-dir {config_dir}"] if config_dir is not None else [])
     if words:
         request.note(
-            f"Not used from the record of {directory.path}: {masked(' '.join(words))}, since a file does not choose "
-            "where code runs or where secrets go, and this user has no record of the sweep. To use it, add it to the "
-            "command line."
+            f"Ignored in the record of {directory.path}: {masked(' '.join(words))}. A file may not choose where code "
+            "runs or where secrets are sent, and this user has no record of the sweep. To use these words, add them to "
+            "the command line."
         )
 
 
 def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]:
-    """Return the words of the sweep with those given now: its settings may change, its trials must stay comparable."""
+    """Return the recorded and the new words of a resumed sweep. Only settings may change, so trials stay comparable."""
     words = list(before)
     for word in given:
         key = key_of(word)
-        if masked(word) in words:  # a secret was not kept, and is given again
+        if masked(word) in words:  # the same word; a secret was recorded as ***
             words[words.index(masked(word))] = word
-        elif key == "cluster":  # its keys belong to the one before
+        elif key == "cluster":  # its keys belong to the previous kind
             words = [other for other in words if key_of(other).partition(".")[0] != key] + [word]
         elif key.partition(".")[0] in ("sweep", "cluster", "verbose", "trust"):
             words = [other for other in words if key_of(other) != key] + [word]
@@ -220,18 +240,22 @@ def _build_spec(
     own: tuple[str, ...] | None = None,
 ) -> SweepSpec:
     like = _like(words, root)
-    said = [masked(word) for word in words]
+    recorded = SweepRecord(tuple(masked(word) for word in words), str(request.config_dir or "") or None)
     words = [word for word in words if key_of(word) != "run.like"]
     groups = sources(request.config_dir).groups()
     space = syntax.read(words, {}, groups)
-    first = _compose(request, space.first(), like, own)
+    composed = (without_candidates(space, groups).first(), own)
+    first = _compose(request, composed[0], like, own)
     if like is not None:
         note_dropped(request, first, like)
     seed = first.job.sweep.seed
     params = first.sweeper.get("params") or {}
     if params or seed:
         space = syntax.read(words, params, groups, seed)
-        own = tuple(words) if own is None else own  # what files want to be swept is no word of the user
+        own = tuple(words) if own is None else own  # `hydra.sweeper.params` of files are not words of the user
+    conditions = find_conditions(space, groups, lambda trial: _compose(request, trial, like, own).job)
+    space = replace(space, conditions=conditions, over=_over(first.job.sweep, space, conditions))
+    if (space.first(), own) != composed:
         first = _compose(request, space.first(), like, own)
     settings = _settings(first, space)
     objectives = _objectives(first, settings)
@@ -239,7 +263,6 @@ def _build_spec(
     _check_searchable(settings, space, objectives)
     if directory is None:
         directory = unused(RunDirectory(where_others_are(root) / default_run_name(first.choices, datetime.now())))
-    config_dir = str(request.config_dir) if request.config_dir else None
     return SweepSpec(
         request=request,
         directory=directory,
@@ -250,7 +273,7 @@ def _build_spec(
         first=first,
         like=like,
         own=own,
-        recorded=SweepRecord(tuple(said), config_dir),
+        recorded=recorded,
         root=root,
     )
 
@@ -272,8 +295,13 @@ def _like(words: Sequence[str], root: str) -> RunDirectory | None:
     return None if name is None else run_like(root, name)
 
 
+def _names_run(word: str) -> bool:
+    """Return whether a word may set the name or the root of the sweep: `run.*`, or an experiment with that section."""
+    return key_of(word) == "experiment" or key_of(word).startswith("run.")
+
+
 def _of_trials(words: Sequence[str]) -> list[str]:
-    """Leave out what belongs to the sweep: a trial's name is its number."""
+    """Return the words without `run.*`: the name of a trial is its number."""
     return [word for word in words if not key_of(word).startswith("run.")]
 
 
@@ -281,8 +309,31 @@ def _settings(first: Composition, space: SearchSpace) -> SweepConfig:
     settings = first.job.sweep
     chosen = {"sweep", "sweep.sampler"} & first.given
     if settings.sampler == "grid" and settings.trials is not None and not space.finite and not chosen:
-        return replace(settings, sampler="tpe")  # so many trials of something endless: a search was spec
+        return replace(settings, sampler="tpe")  # a number of trials over an interval implies a search
     return settings
+
+
+def _over(settings: SweepConfig, space: SearchSpace, conditions: Mapping[str, Condition]) -> tuple[str, ...]:
+    """Return the keys of `sweep.over`. Raises ConfigError if one is not swept over a list of values in every trial."""
+    keys = [settings.over] if isinstance(settings.over, str) else list(settings.over or ())
+    axes = {axis.key: axis for axis in space.axes}
+    for key in keys:
+        if key not in axes:
+            raise ConfigError(
+                f"sweep.over={key} repeats trials over a swept key, but {key} is not swept. Add for example "
+                f"{key}=range(3).{did_you_mean(key, list(axes))}"
+            )
+        if not isinstance(axes[key], ChoiceAxis):
+            raise ConfigError(
+                f"sweep.over={key} needs a list of values, but {key} is swept over an interval. Use {key}=A,B or "
+                f"{key}=range(3)."
+            )
+        if key in conditions:
+            raise ConfigError(
+                f"sweep.over={key} cannot be used, because not every option of {conditions[key].parent} has {key}. Use "
+                "a key that all trials have, such as trainer.seed."
+            )
+    return tuple(keys)
 
 
 def _objectives(first: Composition, settings: SweepConfig) -> tuple[Objective, ...]:
@@ -291,10 +342,10 @@ def _objectives(first: Composition, settings: SweepConfig) -> tuple[Objective, .
     given = settings.direction
     directions: list[Any] = list(given) if isinstance(given, list) else [given] * len(tags)
     if not tags or not all(isinstance(tag, str) for tag in tags):
-        raise ConfigError("The sweep needs to know what is best: sweep.metric=TAG (checkpoint.monitor is null).")
+        raise ConfigError("The sweep has no objective, because checkpoint.monitor is null. Set sweep.metric=TAG.")
     if len(directions) != len(tags):
         raise ConfigError(
-            f"sweep.metric has {len(tags)} tags and sweep.direction {len(directions)}: give one for each."
+            f"sweep.metric has {len(tags)} tags, but sweep.direction has {len(directions)}. Set one for each tag."
         )
     default = [checkpoint.mode if tag == checkpoint.monitor else "min" for tag in tags]
     found = zip(tags, directions, default, strict=True)
@@ -302,32 +353,35 @@ def _objectives(first: Composition, settings: SweepConfig) -> tuple[Objective, .
 
 
 def _total(settings: SweepConfig, space: SearchSpace) -> int:
-    distributions(space, settings.sampler == "grid")  # raises for what has no grid
+    distributions(space, settings.sampler == "grid")  # raises an error for an interval in a grid
+    repeats = sum(1 for _ in combinations(space))
     if settings.sampler == "grid":
         if settings.trials is not None:
             raise ConfigError(
-                f"sweep.trials={settings.trials}: a grid has as many trials as combinations. Leave it out, or "
-                "search: sweep=random, tpe, gp or cmaes."
+                f"sweep.trials={settings.trials} does not apply to a grid, which has one trial per combination. Remove "
+                "it, or search: sweep=random, tpe, gp or cmaes."
             )
-        total = 1
-        for axis in space.axes:
-            total *= len(axis.values) if isinstance(axis, ChoiceAxis) else 1
-        if total > 100_000:
-            raise ConfigError(f"The grid has {total:,} trials. Search instead: sweep=tpe sweep.trials=100.")
+        total = sum(1 for _ in itertools.islice(grid(space), _MOST_TRIALS + 1))
+        if total > _MOST_TRIALS:
+            raise ConfigError(
+                f"The grid has more than {_MOST_TRIALS:,} trials. Search instead: sweep=tpe sweep.trials=100."
+            )
         return total
     if settings.trials is None:
-        raise ConfigError(f"sweep={settings.sampler} searches for as long as it is told: add sweep.trials=20.")
-    if not space.axes:
+        raise ConfigError(f"sweep={settings.sampler} needs the number of trials. Add for example sweep.trials=20.")
+    if len(space.axes) == len(space.over):
         raise ConfigError(
-            f"sweep={settings.sampler} has nothing to search over: give a key several values, such as "
+            f"sweep={settings.sampler} has no key to search over. Sweep a key, such as "
             "'optimizer.lr=tag(log,interval(1e-4,1e-1))'."
         )
-    return settings.trials
+    return settings.trials * repeats
 
 
 def _check_searchable(settings: SweepConfig, space: SearchSpace, objectives: Sequence[Objective]) -> None:
     sampler(settings, space, 0)
     if len(objectives) > 1 and settings.pruner != "none":
-        raise ConfigError("sweep.pruner needs one objective: leave it out, or give a single sweep.metric.")
+        raise ConfigError("sweep.pruner supports one objective. Remove it, or set a single sweep.metric.")
     if len(objectives) > 1 and settings.sampler in ("cmaes", "gp"):
-        raise ConfigError(f"sweep={settings.sampler} has one objective. For several use sweep=nsga2.")
+        raise ConfigError(f"sweep={settings.sampler} supports one objective. For several, use sweep=nsga2.")
+    if len(objectives) > 1 and space.over:
+        raise ConfigError("sweep.over supports one objective. Remove it, or set a single sweep.metric.")

@@ -1,4 +1,4 @@
-"""One sweep's Optuna study in `study.journal`: what was drawn, what came of it, and what is left to do."""
+"""The Optuna study of a sweep, stored in `study.journal`: its trials, their values and their outcomes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from launcher.config import SweepConfig
 from launcher.errors import RunError
-from launcher.sweeps import search
-from launcher.sweeps.syntax import SearchSpace, Value
+from launcher.sweeps import repeats, search
+from launcher.sweeps.repeats import Repeats
+from launcher.sweeps.space import SearchSpace, Value
 
 JOURNAL = "study.journal"
 _MOST_WORDS = 1000
@@ -35,33 +36,33 @@ STATES = {
 
 @dataclass(frozen=True)
 class Objective:
-    """A tag that the sweep makes as small (`min`) or as large (`max`) as it can."""
+    """A tag that the sweep minimizes (`min`) or maximizes (`max`)."""
 
     tag: str
     direction: str
 
     @property
-    def for_optuna(self) -> str:
-        return "MINIMIZE" if self.direction == "min" else "MAXIMIZE"
+    def for_optuna(self) -> StudyDirection:
+        return StudyDirection.MINIMIZE if self.direction == "min" else StudyDirection.MAXIMIZE
 
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What the journal holds of how a sweep was started."""
+    """The words and the configuration directory of a sweep, as recorded in its journal."""
 
     words: tuple[str, ...]
     config_dir: str | None
 
 
 def quiet() -> None:
-    """Optuna tells of each trial on standard error, and of what is experimental in it; we say what there is to say."""
+    """Silence Optuna's log messages and warnings; launch reports trials itself."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("cmaes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="optuna")
 
 
 def read_record(directory: Path) -> SweepRecord:
-    """Return how the sweep in `directory` was started.
+    """Return the words and the configuration directory of the sweep in `directory`.
 
     Raises:
         RunError: its journal cannot be read.
@@ -74,7 +75,10 @@ def read_record(directory: Path) -> SweepRecord:
         or not all(isinstance(word, str) for word in words)
         or not isinstance(config_dir, str | None)
     ):
-        raise RunError(f"{directory / JOURNAL} is damaged: it does not hold the words of a sweep. Restore it.")
+        raise RunError(
+            f"{directory / JOURNAL} is damaged: it does not contain the words of a sweep. Restore the file, or start "
+            "the sweep under another run.name."
+        )
     return SweepRecord(tuple(words), config_dir)
 
 
@@ -85,8 +89,8 @@ def _load(directory: Path, **options: Any) -> optuna.Study:
         return optuna.load_study(study_name=directory.name, storage=_storage(path), **options)
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, OSError) as error:
         raise RunError(
-            f"{path} cannot be read ({type(error).__name__}: {error}). Restore it, or start the sweep under another "
-            "run.name."
+            f"{path} cannot be read ({type(error).__name__}: {error}). Restore the file, or start the sweep under "
+            "another run.name."
         ) from error
 
 
@@ -95,23 +99,24 @@ def _storage(path: Path) -> JournalStorage:
 
 
 def repair(directory: Path) -> None:
-    """Take away what a killed driver has left: half a line at the journal's end, and the journal's lock."""
+    """Remove the leftovers of a killed driver: a truncated line at the end of the journal, and the journal's lock."""
     path = directory / JOURNAL
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
         with path.open("r+b") as file:
-            file.truncate(whole)
+            file.truncate(end)
     with suppress(FileNotFoundError):
         (directory / f"{JOURNAL}.lock").unlink()
 
 
 class Study:
-    """Draws trials and keeps their outcome. Everything is in the journal when a method returns.
+    """Samples trials and records their outcomes. All changes are in the journal when a method returns.
 
     Args:
-        total: how many trials there are in all; of a grid, all combinations.
-        evaluations: how many evaluations a whole trial has, None where that is not known beforehand.
+        total: number of trials; of a grid, the number of combinations.
+        evaluations: number of evaluations of a complete trial, None if unknown.
+        start: the record of a new sweep; None to load an existing one.
     """
 
     def __init__(
@@ -135,7 +140,7 @@ class Study:
             self._study = optuna.create_study(
                 study_name=directory.name,
                 storage=_storage(directory / JOURNAL),
-                directions=[StudyDirection[objective.for_optuna] for objective in objectives],
+                directions=[objective.for_optuna for objective in objectives],
                 pruner=pruner,
             )
             self._study.set_user_attr("words", list(start.words))
@@ -149,27 +154,37 @@ class Study:
 
     @property
     def inner(self) -> optuna.Study:
-        """Optuna's own study, for its pictures."""
+        """Optuna's study, for its plots."""
         return self._study
 
-    # ---- drawing ----------------------------------------------------------------------------------------------------
+    # ---- sampling ---------------------------------------------------------------------------------------------------
 
     def ask(self) -> optuna.Trial | None:
-        """Return the next trial, or None when there is none."""
+        """Return the next trial, or None if all trials have started."""
         begun = sum(trial.state is not TrialState.WAITING for trial in self.frozen())
         if begun >= self.total:
             return None
+        if self.space.over and not self._grid and begun == len(self.frozen()):
+            self._enqueue_repeat()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trial = self._study.ask(self._distributions)
+            trial = self._study.ask()
+            search.draw(trial, self.space, self._distributions)
         self._running[trial.number] = trial
         return trial
 
-    def again(self, number: int) -> optuna.Trial:
-        """Return a trial that was running when the driver went away, to be continued."""
-        frozen = self.frozen()[number]
-        self._running[number] = optuna.Trial(self._study, frozen._trial_id)
-        return self._running[number]
+    def _enqueue_repeat(self) -> None:
+        """Enqueue a missing repeat of an earlier trial; else the repeated keys of a new one, which is then sampled."""
+        groups = self._groups().values()
+        self._study.enqueue_trial(repeats.missing(self.space, groups) or next(repeats.combinations(self.space)))
+
+    def reopen(self, number: int) -> optuna.Trial:
+        """Return a trial that was running when the driver ended, to resume it."""
+        trial = self._running[number] = optuna.Trial(self._study, self.frozen()[number]._trial_id)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            search.draw(trial, self.space, self._distributions)  # the driver may have ended before this
+        return trial
 
     def frozen(self) -> list[FrozenTrial]:
         """Return all trials, by number."""
@@ -178,11 +193,11 @@ class Study:
     # ---- outcome ----------------------------------------------------------------------------------------------------
 
     def already_evaluated(self, number: int, steps: Sequence[int]) -> None:
-        """Note at which optimizer steps a trial that is continued was evaluated before."""
+        """Set the optimizer steps at which a resumed trial was evaluated before."""
         self._reported[number] = {step: index for index, step in enumerate(steps, start=1)}
 
     def report(self, number: int, step: int, value: float) -> bool:
-        """Note an evaluation; tell whether the trial should be pruned. The resource is the number of evaluations."""
+        """Report an evaluation of a trial; return whether to prune it. The resource is the number of evaluations."""
         if len(self.objectives) > 1:
             return False
         reported = self._reported.setdefault(number, {})
@@ -193,7 +208,7 @@ class Study:
         return trial.should_prune()
 
     def finish(self, number: int, state: str, values: Sequence[float] | None, facts: Mapping[str, Any]) -> None:
-        """Record how a trial ended: completed (with its objectives), pruned or failed."""
+        """Record the end of a trial: completed (with its objectives), pruned or failed."""
         trial = self._running.pop(number, None)
         if trial is not None:
             for key, value in facts.items():
@@ -202,33 +217,61 @@ class Study:
         self._study.tell(number, list(values) if state == "completed" and values else None, optuna_state)
 
     def note(self, number: int, key: str, value: Any) -> None:
+        """Store a fact about a running trial in the journal."""
         self._running[number].set_user_attr(key, value)
 
-    # ---- what is best -----------------------------------------------------------------------------------------------
+    # ---- results ----------------------------------------------------------------------------------------------------
 
     def best(self) -> FrozenTrial | None:
-        """Return the best completed trial; of several objectives, the one of the front that is best in the first."""
-        front = self.front()
-        if not front:
-            return None
+        """Return the best completed trial, or None.
+
+        With repeats it is the best trial of the combination with the best mean; combinations whose repeats are not all
+        completed are compared only if no combination is complete. With several objectives it is the Pareto-optimal
+        trial that is best in the first objective.
+        """
+        front = self._study.best_trials if len(self.objectives) > 1 else self._completed()
         sign = 1 if self.objectives[0].direction == "min" else -1
-        return min(front, key=lambda trial: (sign * trial.values[0], trial.number))
+        if self.space.over and front:
+            groups = self._groups()
+            complete = [trial for trial in front if groups[trial.number].complete]
+            mean = min(sign * groups[trial.number].mean for trial in complete or front)
+            front = [trial for trial in complete or front if sign * groups[trial.number].mean == mean]
+        return min(front, key=lambda trial: (sign * trial.values[0], trial.number), default=None)
 
     def front(self) -> list[FrozenTrial]:
-        """Return the best trial, or the trials of the Pareto front where there are several objectives."""
-        if not any(trial.state is TrialState.COMPLETE for trial in self.frozen()):
-            return []
+        """Return the best trial, or the Pareto-optimal trials if there are several objectives."""
         if len(self.objectives) > 1:
             return self._study.best_trials
-        return [self._study.best_trial]
+        best = self.best()
+        return [] if best is None else [best]
+
+    def _completed(self) -> list[FrozenTrial]:
+        return [trial for trial in self.frozen() if trial.state is TrialState.COMPLETE]
+
+    def repeats_of(self, number: int) -> Repeats | None:
+        """Return the repeats to which a trial belongs; None without `sweep.over`."""
+        return self._groups()[number] if self.space.over else None
+
+    def repeats(self) -> dict[int, Repeats]:
+        """Return the repeats of every trial by number; empty without `sweep.over`."""
+        return self._groups() if self.space.over else {}
+
+    def _groups(self) -> dict[int, Repeats]:
+        return repeats.group(
+            self.space,
+            (
+                (trial.number, self.values(trial), trial.values[0] if trial.state is TrialState.COMPLETE else None)
+                for trial in self.frozen()
+            ),
+        )
 
     def values(self, trial: FrozenTrial) -> dict[str, Value]:
-        """Return a trial's parameters, of a trial that waits those that it will have."""
-        params = trial.params or trial.system_attrs.get("fixed_params", {})
-        return {axis.key: params[axis.key] for axis in self.space.axes if axis.key in params}
+        """Return the values of a trial by key; of a waiting trial, those that it will have."""
+        values = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        return {axis.key: values[axis.key] for axis in self.space.axes if axis.key in values}
 
     def importances(self) -> dict[str, float]:
-        """Return how much each swept key matters for the first objective; empty where that cannot be known."""
+        """Return the importance of each swept key for the first objective; empty if it cannot be computed."""
         if sum(trial.state is TrialState.COMPLETE for trial in self.frozen()) < 4:
             return {}
         try:
@@ -236,6 +279,6 @@ class Study:
                 warnings.simplefilter("ignore")
                 target = None if len(self.objectives) == 1 else (lambda trial: trial.values[0])
                 found = optuna.importance.get_param_importances(self._study, target=target)
-        except (ValueError, RuntimeError, ImportError):  # all trials alike, or a key with one value
+        except (ValueError, RuntimeError, ImportError):  # all objectives are equal, or a key has one value
             return {}
         return {key: value for key, value in found.items() if math.isfinite(value)}

@@ -19,9 +19,9 @@ from launcher.errors import RunError, TrustError
 from launcher.jobs.prepare import Request
 from launcher.runs import user_state
 from launcher.sweeps import search
+from launcher.sweeps.space import IntervalAxis, SearchSpace
 from launcher.sweeps.specification import read_sweep, save_user_record
 from launcher.sweeps.study import JOURNAL, read_record
-from launcher.sweeps.syntax import IntervalAxis, SearchSpace
 
 
 def _journal(directory: Path, words: Any, config_dir: str | None = None) -> optuna.Study:

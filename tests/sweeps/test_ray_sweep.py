@@ -35,7 +35,7 @@ def test_a_killed_worker_costs_its_trial_one_retry_from_its_checkpoint(words: li
     assert len({trial["objective"] for trial in found["trials"]}) == 1
     restarts = [result(found["directory"], number)["restarts"] for number in range(3)]
     assert restarts == [0, 1, 0]
-    assert "It is continued (failure 1, of at most 3 in a row)" in (tmp_path / "s" / "log.txt").read_text()
+    assert "It resumes (consecutive failure 1 of at most 3)" in (tmp_path / "s" / "log.txt").read_text()
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from sweep_fixtures import HERE, PROJECT, Sweep
 
-from launcher import sweeps
 from launcher.errors import ConfigError
 from launcher.jobs.prepare import Request
 from launcher.jobs.remote.location import RunLocation
 from launcher.runs import RunDirectory
+from launcher.sweeps import api as sweeps
 from launcher.sweeps.observer import Headline, SweepObserver
 from launcher.sweeps.remote import ROWS, EventReceiver, EventSender
 

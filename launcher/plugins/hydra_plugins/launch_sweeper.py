@@ -59,7 +59,7 @@ class LaunchSweeper(Sweeper):
             RequestError: it cannot be done as asked; nothing was started.
             Stopped: it was ended at once by a signal.
         """
-        from launcher import sweeps
+        from launcher.sweeps import api as sweeps
 
         if self._taken is not None:
             return sweeps.drive(*self._taken)

@@ -206,6 +206,11 @@ def option(config: StrategyConfig, key: str) -> Any:
     return kind_of(config).options[key] if value is None else value
 
 
+def accepted_options(config: StrategyConfig, trust: list[str] | tuple[str, ...] = ()) -> frozenset[str]:
+    """Return the keys of the section `strategy` that the configured strategy accepts."""
+    return _COMMON | kind_of(config, trust).options.keys()
+
+
 def identity(config: StrategyConfig) -> tuple[Any, ...]:
     """Return the facts that must not change on resume, because the content of checkpoints depends on them."""
     kind = kind_of(config)
