@@ -24,6 +24,7 @@ CHECKED += [
     f"launcher/clusters/{module}.py"
     for module in ("base", "capacity", "conformance", "eviction", "gcs", "ray_process", "reaper")
 ]
+CHECKED += ["launcher/sweeps", "tests/sweeps", "tests/runs"]
 CHECKED += ["tests/models", "tests/azure", "tests/planning", "tests/clusters/kuberay", "tests/clusters/toy_kind.py"]
 CHECKED += [f"tests/clusters/test_{part}.py" for part in ("capacity", "catalogue", "eviction", "kinds", "nodes")]
 CHECKED += ["launcher/jobs", "launcher/runners", "launcher/ray_seam", "launcher/errors.py", "launcher/driver.py"]

@@ -1,4 +1,4 @@
-"""Models, data and schedules that are drawn at random, and the plain loop that their runs are compared with."""
+"""Random models, data and schedules, and the plain loop that their runs are compared with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ THEIRS = "torch.optim.lr_scheduler"
 
 
 class DrawnData:
-    """In memory: batches are (x (B, FEATURES), y (B, CLASSES), number (B,))."""
+    """Data in memory. Batches are (x (B, FEATURES), y (B, CLASSES), number (B,))."""
 
     def __init__(self, train: int, val: int, num_workers: int = 0) -> None:
         self.train, self.val = samples(train, 1), samples(val, 2)
@@ -38,7 +38,7 @@ def samples(count: int, seed: int) -> TensorDataset:
 
 
 class Drawn(nn.Module):
-    """A perceptron with whatever makes a model hard to train in parallel. Notes the samples of each training batch.
+    """A perceptron with properties that are difficult in data-parallel training. Records the samples of each batch.
 
     Args:
         norm: a BatchNorm behind each hidden layer.
@@ -112,7 +112,7 @@ class Drawn(nn.Module):
         return {"loss": ((loss * weights).sum(), weights.sum())}
 
 
-# What torch calls an optimizer: eps keeps a gradient that is 0 but for rounding from becoming a whole step.
+# Names of torch. eps prevents that a gradient which is 0 up to rounding becomes a full step.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "AdamW": {"lr": 0.02, "eps": 1e-2, "weight_decay": 0.1},
@@ -125,7 +125,7 @@ SCHEDULES = ("none", "ours", "cosine", "one cycle", "polynomial", "sequential", 
 
 @dataclass(frozen=True)
 class Draw:
-    """A run: `model` are arguments of `Drawn`. `stop` is the step at which it is stopped and resumed."""
+    """The settings of a run. `model`: arguments of `Drawn`. `stop`: the step at which it is stopped and resumed."""
 
     model: dict[str, Any]
     workers: int
@@ -155,7 +155,7 @@ class Draw:
 
     @property
     def length(self) -> int:
-        """Of the schedule."""
+        """Return the length of the schedule."""
         return self.epochs if self.by_epoch else self.steps
 
     def job(self) -> Job:
@@ -181,7 +181,7 @@ class Draw:
         return replace(job, trust=["tests.engine"])
 
     def _section(self) -> dict[str, Any]:
-        """The schedule without its length, which the engine fills in."""
+        """Return the schedule without its length, which the engine sets."""
         warm = {"_target_": f"{THEIRS}.LinearLR", "start_factor": 0.5, "total_iters": 2}
         sections: dict[str, dict[str, Any]] = {
             "none": {},
@@ -205,7 +205,7 @@ class Draw:
         return {**section, "interval": "epoch"} if section and self.by_epoch else section
 
     def plain_schedule(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The same in plain PyTorch, with its length written out."""
+        """Return the same schedule in plain PyTorch, with its length."""
         n = self.length
         if self.schedule == "none":
             return lr_scheduler.ConstantLR(optimizer, 1.0)
@@ -232,7 +232,7 @@ class Draw:
 
 @dataclass
 class Outcome:
-    """What a run has to show: per step the loss, the rate and the norm of the gradient; val/loss by step; the state."""
+    """The results of a run: loss, learning rate and gradient norm of each step; val/loss by step; the final state."""
 
     loss: list[float]
     rate: list[float]
@@ -242,7 +242,7 @@ class Outcome:
 
 
 class PlainLoop:
-    """Trains a draw as one would by hand, in this process: rank after rank, microbatch after microbatch.
+    """Trains a draw with a plain loop in this process: rank by rank, microbatch by microbatch.
 
     Args:
         shares: for each step and rank, the samples of its microbatches.
@@ -296,7 +296,7 @@ class PlainLoop:
         return found
 
     def _gradient(self, ranks: Sequence[Sequence[Sequence[int]]]) -> float:
-        """Leave the gradient of the mean over the global batch, and return the mean."""
+        """Compute the gradient of the mean over the global batch, and return the mean."""
         numbers = [number for parts in ranks for part in parts for number in part]
         count = sum(1 + number % 3 for number in numbers) if self.draw.model["weighted"] else len(numbers)
         total = 0.0
@@ -315,7 +315,7 @@ class PlainLoop:
         return loss[0] if isinstance(loss, tuple) else loss.sum()
 
     def _merge(self) -> None:
-        """Average what BatchNorm counts, and take the rest from rank 0."""
+        """Average the statistics of BatchNorm, and use the other buffers of rank 0."""
         first = self.buffers[0]
         merged = {
             name: torch.stack([own[name] for own in self.buffers]).mean(0)

@@ -1,4 +1,4 @@
-"""Networks of other people, for tests of what the engine does with a model: they change themselves as they compute."""
+"""Networks that change themselves while they compute, for tests that the engine preserves a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = __name__
 
 
 class Plain(nn.Module):
-    """A perceptron over batches of `Points` that notes nothing."""
+    """A perceptron for batches of `Points`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Plain(nn.Module):
 
 
 class Meddling(Plain):
-    """Changes, at every step, everything of a module that can be changed."""
+    """Changes everything in a module that can be changed, in every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Meddling(Plain):
         self.norm = nn.BatchNorm1d(FEATURES)
         self.calls = 0
         self.losses: list[float] = []
-        self.queue = torch.zeros(3)  # neither parameter nor buffer
+        self.queue = torch.zeros(3)  # a plain attribute
         self.codes: Tensor
         self.register_buffer("codes", torch.zeros(4))
         self.generator = torch.Generator().manual_seed(3)
@@ -54,9 +54,9 @@ class Meddling(Plain):
         self.losses.append(float(answer["loss"].detach().sum()))
         with torch.no_grad():
             for own, other in zip(self.teacher[0].parameters(), self.stem.parameters(), strict=True):
-                own.lerp_(other, 0.1)  # as BYOL and MoCo do
+                own.lerp_(other, 0.1)  # as in BYOL and MoCo
             self.queue[self.calls % 3] = self.dice.random() + float(torch.rand((), generator=self.generator))
-            self.codes = self.codes + torch.rand(4)  # another tensor under the same name
+            self.codes = self.codes + torch.rand(4)  # replaces the tensor
         self.register_forward_hook(lambda *_: None)
         if self.training and torch.is_grad_enabled():
             RECORD.append(("modes", self.teacher[1].training, self.head.training))
@@ -69,7 +69,7 @@ class Meddling(Plain):
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Return everything of a model and of the process that a look at it may not change, in comparable form."""
+    """Return the state of a model and of the process that checks must not change, in comparable form."""
     state: dict[str, Any] = {name: value.detach().clone() for name, value in model.state_dict().items()}
     state |= {f"identity of {name}": id(value) for name, value in model.state_dict(keep_vars=True).items()}
     for name, module in model.named_modules():
@@ -92,11 +92,11 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 class Collecting(Plain):
-    """Collects, in buffers, what each rank sees of its own data; some have an effect on training.
+    """Collects statistics of each rank's data in buffers; some affect training.
 
     Args:
         rules: its `merge_buffers`.
-        grows: whether one buffer has another size on every rank.
+        grows: whether one buffer has a different size on each rank.
     """
 
     def __init__(self, rules: dict[str, str] | None = None, grows: bool = False) -> None:
@@ -126,11 +126,11 @@ class Collecting(Plain):
 
 
 class Frozen(Plain):
-    """Its stem is frozen in the constructor. Trains the same with whatever number of workers.
+    """Freezes its stem in the constructor. Training does not depend on the number of workers.
 
     Args:
         inside: the step in which `training_step` itself trains the stem, on the rank `only`, or on all.
-        alone: whether rank 1 adds a gradient of its own in that step instead.
+        alone: whether rank 1 adds an extra gradient in that step instead.
     """
 
     def __init__(self, inside: int = 0, only: int | None = None, alone: bool = False) -> None:
@@ -152,10 +152,10 @@ class Frozen(Plain):
 
 
 class Switching:
-    """A callback that trains parts of the network, or no longer: {step: {part: whether}}, at a step of its hook.
+    """A callback that freezes and unfreezes parts of the network: {step: {part: trained}}.
 
     Args:
-        only: the rank that alone does it.
+        only: the only rank that does it.
     """
 
     def __init__(self, plan: dict[int, dict[str, bool]], hook: str = "on_step", only: int | None = None) -> None:
@@ -177,7 +177,7 @@ class Switching:
 
 
 class Waves(Plain):
-    """Complex weights, of one, two and no dimensions."""
+    """Complex weights with zero, one and two dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Waves(Plain):
 
 
 class Precise(Plain):
-    """Everything in float64."""
+    """A network in float64."""
 
     def __init__(self, mixed: bool = False) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Ranks that live on: one process each that takes run after run, so that a hundred runs need no hundred starts.
+"""A pool of rank processes that run job after job, so that a hundred runs do not start a hundred processes.
 
-Each run has a process group of its own. What the engine keeps in a process (threads, hooks, random states) is what a
-process of the test before left, as in a worker that trains trial after trial.
+Each run has its own process group. Threads, hooks and random states remain in a process from test to test, as in a
+worker that trains trial after trial.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _next(connection: Connection) -> Any:
 
 
 class RankPool:
-    """Up to `size` ranks; a context manager that ends them."""
+    """A pool of up to `size` ranks, as a context manager."""
 
     def __init__(self, size: int) -> None:
         self._members: list[tuple[Any, Connection]] = []
@@ -53,7 +53,7 @@ class RankPool:
     def run(
         self, job: Job, directory: Path, workers: int, script: Script | None = None, timeout: float = 120
     ) -> list[Rank]:
-        """Run the job as `engine_ranks.launch` does."""
+        """Run a job like `engine_ranks.launch`."""
         run_directory = RunDirectory(directory)
         run_directory.create()
         run_directory.clear_requests()
@@ -73,7 +73,7 @@ class RankPool:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for process, connection in self._members:
-            connection.close()  # a rank that waits for work ends
+            connection.close()  # ends a rank that waits for work
             process.join(5)
             process.kill()
             process.join()

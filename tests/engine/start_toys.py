@@ -1,4 +1,4 @@
-"""Models whose faults show at one batch size and not at another, for the tests of the start check."""
+"""Models with defects that appear only at some batch sizes, for the tests of the start check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 
 class Points:
-    """y is nearly the sum of the four parts of x.
+    """Points: y is approximately the sum of the four components of x.
 
     Args:
         collate_draws: random numbers are added in `collate`.
@@ -61,7 +61,7 @@ class Regression(nn.Module):
 
 
 class OwnNorm(nn.Module):
-    """Batch normalisation that no one can tell by its name."""
+    """Batch normalization that is not recognizable by its class name."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class OwnNorm(nn.Module):
 
 
 class Metric(Regression):
-    """Returns a metric in some form; `where` it does."""
+    """Returns a metric in the form `form`, from the method `where`."""
 
     def __init__(self, kind: str, where: str = "training_step") -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Named(Regression):
 
 
 class Contrastive(Regression):
-    """Each sample is contrasted with the others of its batch. noise: random numbers are drawn on the way."""
+    """Contrasts each sample with the others of its batch. noise: whether random numbers are drawn."""
 
     def __init__(self, noise: bool = False) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Contrastive(Regression):
 
 
 class Pairwise(Regression):
-    """Takes even batches alone."""
+    """Accepts only batches of even size."""
 
     def training_step(self, batch: Any) -> dict[str, Any]:
         if len(batch[0]) % 2:
@@ -156,7 +156,7 @@ class Pairwise(Regression):
 
 
 class Together(Regression):
-    """Calls collectives of `kind` where there is a process group."""
+    """Calls collectives of `kind` if there is a process group."""
 
     def __init__(self, kind: str = "all_gather") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which parameter is trained by which settings."""
+"""Parameter groups: the settings with which each parameter is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def network() -> nn.Module:
 
 
 def rates(groups: list[dict[str, Any]], **more: Any) -> dict[str, float | None]:
-    """Return name -> learning rate of every parameter, None where it is frozen."""
+    """Return name -> learning rate of every parameter, None if it is frozen."""
     model = network()
     optimizer = build_optimizer({**ADAM, "groups": groups, **more}, model)
     known = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -97,5 +97,5 @@ def test_frozen_parameters_stay_as_they_were_on_all_ranks(tmp_path: Path) -> Non
         ({"_target_": "torch.optim.Rprop", "lr": 0.1}, None),
     ],
 )
-def test_one_kernel_serves_all_parameters_where_the_optimizer_has_it(optimizer: Any, fused: bool | None) -> None:
+def test_one_fused_kernel_updates_all_parameters(optimizer: Any, fused: bool | None) -> None:
     assert build_optimizer(optimizer, network()).param_groups[0].get("fused") == fused

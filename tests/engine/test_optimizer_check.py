@@ -1,4 +1,4 @@
-"""What an optimizer, a schedule or another class refuses is an error of the request, before anything is started."""
+"""Values that an optimizer, a schedule or another class rejects are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THEIRS = "torch.optim.lr_scheduler"
 
 
 def refused(**how: Any) -> str:
-    """Return the one paragraph with which the start check refuses a job."""
+    """Return the one-paragraph error of the start check for a job."""
     with pytest.raises(ConfigError) as caught:
         estimate(make_job(**how))
     text = str(caught.value)
@@ -43,7 +43,7 @@ def refused(**how: Any) -> str:
         ({"_target_": "Stubborn"}, "wants a model of convolutions"),
     ],
 )
-def test_an_optimizer_that_refuses_its_values(optimizer: dict[str, Any], words: str) -> None:
+def test_values_that_an_optimizer_rejects(optimizer: dict[str, Any], words: str) -> None:
     if "." not in optimizer["_target_"]:
         optimizer = {**optimizer, "_target_": f"tests.support.engine_toys.{optimizer['_target_']}"}
     assert words in refused(optimizer=optimizer)
@@ -71,7 +71,7 @@ def test_an_optimizer_that_refuses_its_values(optimizer: dict[str, Any], words: 
         ({"_target_": f"{THEIRS}.CosineAnnealingLR", "interval": "minute"}, "scheduler.interval is 'minute'"),
     ],
 )
-def test_a_schedule_that_refuses_its_values(scheduler: dict[str, Any], words: str) -> None:
+def test_values_that_a_schedule_rejects(scheduler: dict[str, Any], words: str) -> None:
     assert words in refused(scheduler=scheduler, epochs=3)
 
 
@@ -81,13 +81,13 @@ def test_a_schedule_of_another_length_is_found_in_a_long_run() -> None:
     estimate(make_job(scheduler={**cycle, "total_steps": 100_000}, steps=100_000))
 
 
-def test_reduce_on_plateau_needs_something_to_look_at() -> None:
+def test_reduce_on_plateau_needs_a_metric() -> None:
     plateau = {"_target_": f"{THEIRS}.ReduceLROnPlateau"}
     assert "no validation data" in refused(scheduler=plateau, data={"_target_": "Flowless"})
     assert "checkpoint.monitor is null" in refused(scheduler=plateau, checkpoint={"monitor": None})
 
 
-def test_a_model_or_a_callback_that_refuses_its_values() -> None:
+def test_values_that_a_model_or_a_callback_rejects() -> None:
     assert "dropout=2" in refused(model={"_target_": "Net", "dropout": 2})
     assert "width=-3" in refused(model={"_target_": "Net", "width": -3})
     callback = {"drop": {"_target_": "Drop", "at": -1}}
@@ -100,8 +100,8 @@ def test_a_defect_of_the_users_class_keeps_its_traceback() -> None:
     assert "engine_toys" in caught.value.traceback_text
 
 
-def test_no_second_model_is_made() -> None:
-    """torch.optim.Adagrad makes its state in its constructor."""
+def test_the_check_builds_one_model() -> None:
+    """torch.optim.Adagrad creates its state in the constructor."""
     model = Net(width=400)
     job = make_job(optimizer={"_target_": "torch.optim.Adagrad", "groups": [{"match": "stem.*", "lr": 0.5}]})
     optimizer, nbytes = try_optimizer(job, model)

@@ -1,4 +1,4 @@
-"""Which samples, in which order: the same for any number of workers."""
+"""The order of samples, which is the same for any number of workers."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def test_shares_cover_a_batch_once_and_evenly(split: Split, size: int, workers: 
     unit = split.chunk or 1
     counts = [-(-sum(stop - start for start, stop in spans) // unit) for spans in shares]
     assert max(counts) - min(counts) <= 1
-    assert counts[0] == max(counts)  # the first rank goes without a sample only when all do
+    assert counts[0] == max(counts)  # the first rank has no sample only if no rank has one
     spans = [span for share in shares for span in share]
     assert all(stop - start <= (split.chunk or split.microbatch or size) for start, stop in spans)
-    if split.chunk:  # cut by position, whoever takes it
+    if split.chunk:  # cut by position, independent of the rank
         assert sorted(spans) == split.share(size, 0, 1)
 
 
 @pytest.mark.parametrize("start", [(0, 0, 0), (0, 4, 4), (1, 2, 13), (1, 10, 21)])
-def test_a_position_in_the_run_tells_what_comes_next(start: tuple[int, int, int]) -> None:
+def test_a_position_determines_the_next_samples(start: tuple[int, int, int]) -> None:
     order, split = Order(1037, 100, seed=4), Split(microbatch=9)
     epoch, batch, step = start
 
     def samples(workers: int, epoch: int, batch: int, step: int) -> list[tuple[int, int]]:
-        """Of all ranks, a step after the other."""
+        """Return the samples of all ranks, step by step."""
         readers = [keys_of_training(order, split, r, workers, epoch, batch, 30, step) for r in range(workers)]
         found = []
         for now in range(step, 30):
@@ -65,7 +65,7 @@ def test_a_position_in_the_run_tells_what_comes_next(start: tuple[int, int, int]
                 for _ in split.share(size, rank, workers):
                     key = next(reader)
                     expected = order.epoch(key.epoch)[key.first : key.first + len(key.indices)]
-                    assert torch.equal(key.indices, expected), "its position is not that in the epoch"
+                    assert torch.equal(key.indices, expected), "its position is not the position in the epoch"
                     found += [(key.epoch, int(index)) for index in key.indices]
         assert all(next(reader, None) is None for reader in readers)
         return found
@@ -76,11 +76,11 @@ def test_a_position_in_the_run_tells_what_comes_next(start: tuple[int, int, int]
         assert samples(workers, epoch, batch, step) == rest
 
 
-def test_every_epoch_is_another_permutation_that_the_seed_decides() -> None:
+def test_every_epoch_is_a_different_permutation_of_the_seed() -> None:
     orders = [Order(50, 10, seed).epoch(epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
-    assert Order(50, 7, 0).epoch(1).tolist() == orders[1]  # not the size of a batch
+    assert Order(50, 7, 0).epoch(1).tolist() == orders[1]  # independent of the batch size
     assert Order(50, 10, 2**63 - 1).epoch(2**40).unique().numel() == 50
 
 
@@ -114,7 +114,7 @@ def test_samples_of_similar_length_share_a_batch(count: int, batch: int, spread:
     lengths = some_lengths(count, spread)
     order = Order(count, batch, 5, lengths=lengths)
     indices = order.epoch(epoch)
-    assert torch.equal(indices.sort().values, torch.arange(count))  # each once
+    assert torch.equal(indices.sort().values, torch.arange(count))  # each sample once
     assert torch.equal(indices, Order(count, batch, 5, lengths=lengths).epoch(epoch))
     assert count < 3 * batch or not torch.equal(indices, order.epoch(epoch + 1))
     batches = lengths[indices].split(batch)
@@ -123,11 +123,11 @@ def test_samples_of_similar_length_share_a_batch(count: int, batch: int, spread:
         return sum(int(part.max()) * len(part) for part in parts)
 
     shuffled = padded(lengths[Order(count, batch, 5).epoch(epoch)].split(batch))
-    if count >= 100 * batch > 100:  # then a window has room to sort in
+    if count >= 100 * batch > 100:  # a window then has enough samples to sort
         waste, before = padded(batches) - int(lengths.sum()), shuffled - int(lengths.sum())
         assert waste < before / 4
     longest = [int(part.max()) for part in batches[:-1]]
-    assert len(set(longest)) < 3 or longest != sorted(longest)  # the batches do not come by length
+    assert len(set(longest)) < 3 or longest != sorted(longest)  # the batches are not sorted by length
 
 
 def test_the_smaller_last_batch_is_a_random_part_of_the_data() -> None:
@@ -167,7 +167,7 @@ def test_evaluation_by_length_takes_every_sample_once_in_blocks(count: int, bloc
 
 
 def seen(ranks: Sequence[Any]) -> tuple[list[int], int]:
-    """Return the samples that were trained with, and how much padding there was."""
+    """Return the samples of training, and the amount of padding."""
     noted = [entry for rank in ranks for entry in trained(rank) if entry[0] == "batch"]
     return sorted(number for entry in noted for number in entry[1]), sum(entry[2] for entry in noted)
 
@@ -239,7 +239,7 @@ def test_weights_draw_in_proportion() -> None:
     assert len({tuple(order.epoch(epoch).tolist()) for epoch in range(3)}) == 3
     assert torch.equal(order.epoch(1), Order(6000, 7, 0, weights=weights).epoch(1))
     assert not torch.equal(order.epoch(1), Order(6000, 50, 1, weights=weights).epoch(1))
-    # Where a sample has nearly all the weight it is drawn again and again.
+    # A sample with nearly all of the weight is drawn repeatedly.
     one = torch.full((100,), 1e-12, dtype=torch.float64)
     one[42] = 1.0
     assert Order(100, 10, 0, weights=one).epoch(0).tolist() == [42] * 100

@@ -1,4 +1,4 @@
-"""What the engine says of its own speed, which decides how late a run may leave a machine."""
+"""The measured speed of the engine, which determines how late a run may leave a machine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from launcher.engine.pace import Pace
 from tests.support.engine_ranks import make_job, succeed
 
 
-def test_ranks_tell_how_long_steps_saves_and_evaluations_take(tmp_path: Path) -> None:
-    """Figures that are too low would lose the race with the deadline; a save is the slowest thing of all."""
+def test_ranks_report_the_times_of_steps_saves_and_evaluations(tmp_path: Path) -> None:
+    """Values that are too low would miss the deadline of an eviction; saving is the slowest part."""
     job = make_job(model="Slow", steps=12, evaluate_every=4, checkpoint={"every": 2, "keep": 1})
     first, second = succeed(job, tmp_path, 2)
     told = [event for event in first.events if event["kind"] == "pace"]
     assert not [event for event in second.events if event["kind"] == "pace"]
-    assert told[0]["save_seconds"] is None, "nothing is saved yet: whoever asks must not wait"
+    assert told[0]["save_seconds"] is None, "nothing is saved yet, so a reader must not wait"
     assert told[0]["evaluation_seconds"] == 0
     last = told[-1]
     assert 0.02 <= last["step_seconds"] < 2
@@ -24,7 +24,7 @@ def test_ranks_tell_how_long_steps_saves_and_evaluations_take(tmp_path: Path) ->
     assert 0 < last["save_seconds"] < 10
 
 
-def test_only_news_are_told_and_a_slow_save_is_remembered_for_a_while() -> None:
+def test_only_changes_are_reported_and_a_slow_save_is_remembered() -> None:
     told: list[dict[str, Any]] = []
     pace = Pace(told.append)
 
@@ -36,15 +36,15 @@ def test_only_news_are_told_and_a_slow_save_is_remembered_for_a_while() -> None:
     for step, seconds in enumerate([2.0, 9.0, 2.0, 2.1, 2.0]):
         newest = saved(step, seconds)
         pace.update(1.0, newest)
-        pace.update(1.0, newest)  # logged again before the next save
+        pace.update(1.0, newest)  # another log interval before the next save
     assert [event["save_seconds"] for event in told] == [None, 2.0, 9.0, 2.1]
 
 
 def test_a_save_takes_until_it_is_on_the_object_store() -> None:
-    """Would be wrong: a machine that is left with the only copy of the newest checkpoint."""
+    """Would be wrong: leaving a machine that has the only copy of the newest checkpoint."""
     told: list[dict[str, Any]] = []
     pace = Pace(told.append)
     newest = SavedCheckpoint(4, Path(), 0, 0.0, 2.0)
-    pace.update(1.0, newest, None)  # nothing has been sent yet
+    pace.update(1.0, newest, None)  # nothing has been uploaded yet
     pace.update(1.0, newest, 30.0)
     assert [event["save_seconds"] for event in told] == [None, 32.0]

@@ -1,4 +1,4 @@
-"""Model FLOP utilisation: the peaks of devices by the names that they give themselves, and the tag."""
+"""Model FLOP utilisation: peaks of devices by their reported names, and the tag."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.support.engine_ranks import Puppet, Script, column, make_job
         ("NVIDIA GeForce RTX 4090", None, None, None),
     ],
 )
-def test_devices_are_known_by_the_names_that_they_give_themselves(
+def test_devices_are_recognized_by_their_reported_names(
     device: str, bfloat16: float | None, float16: float | None, float32: float | None
 ) -> None:
     for precision, rate in (("bfloat16", bfloat16), ("float16", float16), ("float32", float32)):
@@ -44,7 +44,7 @@ def test_devices_are_known_by_the_names_that_they_give_themselves(
         assert found == (None if rate is None else pytest.approx(rate * 1e12)), precision
 
 
-def test_every_peak_says_where_it_comes_from() -> None:
+def test_every_peak_has_a_source() -> None:
     assert all(peak.source.startswith("NVIDIA") for peak in peaks.PEAKS)
 
 
@@ -57,7 +57,7 @@ def test_the_share_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100 80GB PCIe")
     assert peaks.share_of_a_sample(Costly(), gpu, "bfloat16") == pytest.approx(5e9 / 312e12)
-    assert peaks.share_of_a_sample(nn.Linear(2, 2), gpu, "bfloat16") is None, "a model that does not say its cost"
+    assert peaks.share_of_a_sample(nn.Linear(2, 2), gpu, "bfloat16") is None, "a model that does not report its cost"
     assert peaks.share_of_a_sample(Costly(), torch.device("cpu"), "bfloat16") is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     assert peaks.share_of_a_sample(Costly(), gpu, "bfloat16") is None
@@ -77,7 +77,7 @@ def test_the_tag_is_there_where_the_peak_is_known(
 
 
 def test_every_gpu_of_the_catalogue_has_a_peak() -> None:
-    """Without one `launch plan` could say nothing of time."""
+    """Without a peak `launch plan` cannot predict times."""
     for size in catalogue.sizes().values():
         if size.status != "retired":
             assert peaks.peak_flops(size.gpu, "float16"), size.gpu

@@ -1,4 +1,4 @@
-"""Nothing that looks at a model changes it."""
+"""Checks, estimates and drawings leave a model unchanged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ LOOKS = {
 
 
 def _look(runtime: Runtime, kind: str) -> list[str]:
-    torch.manual_seed(1)  # the same weights on every rank, so that sending rank 0's changes nothing
+    torch.manual_seed(1)  # equal weights on all ranks, so broadcasting those of rank 0 changes nothing
     model = toys.Meddling()
     before = toys.snapshot(model)
     LOOKS[kind](model, runtime)
@@ -61,7 +61,7 @@ def _look(runtime: Runtime, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", LOOKS)
-def test_a_look_at_a_model_leaves_it_as_it_was_on_every_rank(kind: str) -> None:
+def test_checks_leave_a_model_unchanged_on_every_rank(kind: str) -> None:
     assert on_ranks(_look, 2, kind) == [[], []]
 
 
@@ -75,7 +75,7 @@ def _spoil(model: Any) -> None:
         raise KeyError("the user's own mistake")
 
 
-def test_what_fails_leaves_the_model_as_it_was_too() -> None:
+def test_a_failing_check_leaves_the_model_unchanged_too() -> None:
     model = toys.Meddling()
     model.head.weight.grad = torch.ones_like(model.head.weight)
     before = toys.snapshot(model)
@@ -86,7 +86,7 @@ def test_what_fails_leaves_the_model_as_it_was_too() -> None:
 
 
 def test_evaluating_calls_the_models_own_train_and_keeps_every_mode() -> None:
-    """A model may merge its LoRA weights in `eval()`, and must get the chance to take them apart."""
+    """A model may merge its LoRA weights in `eval()`, and must be able to split them again in `train()`."""
 
     class Merging(toys.Plain):
         merged = False
@@ -105,15 +105,15 @@ def test_evaluating_calls_the_models_own_train_and_keeps_every_mode() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_frozen_teacher_rests_and_only_microbatches_count(workers: int, tmp_path: Path) -> None:
+def test_a_frozen_teacher_is_not_called_outside_of_microbatches(workers: int, tmp_path: Path) -> None:
     logging = {"tensorboard": True, "graph": True}
     job = make_job(model=f"{toys.HERE}.Meddling", data={"_target_": "Points", "train": 300}, steps=6, logging=logging)
     ranks = succeed(replace(job, trust=[*job.trust, toys.HERE]), tmp_path, workers)
     for rank in ranks:
-        # What the notebook holds from the first step on: one entry a step, though the network was drawn in between.
+        # The list has one entry per step from the first step on, although the network was drawn in between.
         since = next(at for at, entry in enumerate(rank.record) if entry[0] == "step")
         modes = [entry for entry in rank.record[since:] if entry[0] == "modes"]
         assert modes == [("modes", False, True)] * 6
-        # Six steps and one microbatch of each validation: warming up, advice and drawing have left no trace.
+        # Six steps and one microbatch of each validation: warm-up, advice and drawing leave no trace.
         assert rank.weights["norm.num_batches_tracked"] == 6
     assert final_weights(tmp_path)["norm.num_batches_tracked"] == 6

@@ -1,7 +1,7 @@
-"""Models, data and schedules drawn at random train as a plain loop over the same batches does.
+"""Random models, data and schedules train like a plain loop over the same batches.
 
-Compared are the samples of each batch, the loss, the learning rate and the norm of the gradient of each step, val/loss,
-and the final parameters and buffers of every rank. What a draw has found becomes a case of `FOUND`.
+The tests compare the samples of each batch; the loss, the learning rate and the gradient norm of each step; val/loss;
+and the final parameters and buffers of every rank. A draw that finds a defect becomes a case of `FOUND`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def draws(draw: Any) -> Draw:
         "frozen": draw(st.lists(st.integers(0, depth - 1), max_size=1)),
         "teacher": draw(st.booleans()),
         "unused": unused,
-        # Under DDP a parameter that the first batch uses is needed in each, unless there is one that is never used.
+        # Under DDP every batch must use the parameters of the first batch, unless one parameter is never used.
         "gated": draw(st.booleans()) and (unused or deterministic or workers == 1),
         "buffers": draw(st.booleans()),
         "double": draw(st.booleans()),
@@ -81,7 +81,7 @@ def draws(draw: Any) -> Draw:
         drop_at=draw(st.none() | st.integers(1, 4)),
     )
     found = replace(found, stop=draw(st.none() | st.integers(1, max(1, found.steps - 1))))
-    # A BatchNorm cannot train on one sample, and makes much of the rounding of few. OneCycleLR sets all rates itself.
+    # BatchNorm cannot train on one sample, and amplifies rounding with few. OneCycleLR sets all rates itself.
     whole = replace(found, model={**model, "norm": model["norm"] and _has_no_small_part(found)})
     return replace(whole, slow_head=whole.slow_head and schedule != "one cycle")
 
@@ -99,7 +99,7 @@ def _has_no_small_part(draw: Draw) -> bool:
 
 
 def compare(draw: Draw, pool: RankPool) -> None:
-    """Run the draw and the plain loop, and compare everything that they have to show."""
+    """Run the draw and the plain loop, and compare their outcomes."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, "run")
         runs = []
@@ -120,7 +120,7 @@ def compare(draw: Draw, pool: RankPool) -> None:
         for name, value in expected.state.items():
             assert saved[name].dtype == value.dtype, name
             torch.testing.assert_close(saved[name], value, rtol=rtol, atol=atol, msg=partial(_named, name))
-        for rank in runs[-1]:  # one model on all ranks, to the last bit
+        for rank in runs[-1]:  # bit-identical models on all ranks
             for name, value in rank.weights.items():
                 assert torch.equal(value, saved[name]), f"{name} of a rank is not what was saved"
 
@@ -141,7 +141,7 @@ def _named(name: str, text: str) -> str:
 
 
 def shares_of(draw: Draw, runs: list[list[Rank]]) -> list[list[list[list[int]]]]:
-    """Return the samples of the microbatches of each rank in each step, of which each epoch has every sample once."""
+    """Return the samples of the microbatches by step and rank. Each epoch has every sample once."""
     shares: list[list[list[list[int]]]] = [[[] for _ in range(draw.workers)] for _ in range(draw.steps)]
     for ranks in runs:
         for number, rank in enumerate(ranks):
@@ -165,7 +165,7 @@ def shares_of(draw: Draw, runs: list[list[Rank]]) -> list[list[list[list[int]]]]
 
 
 FOUND = {
-    # A rank without samples gave zeros as the gradient of a layer that no rank used: Adam moved it by its momentum.
+    # A rank without samples had a zero gradient for a layer that no rank used, so Adam updated it by its momentum.
     "zeros of an idle rank": Draw(
         model={
             "width": 2,
@@ -202,7 +202,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_what_was_found_stays_mended(name: str, pool: RankPool) -> None:
+def test_found_defects_stay_fixed(name: str, pool: RankPool) -> None:
     compare(FOUND[name], pool)
 
 

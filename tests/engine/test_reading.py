@@ -1,4 +1,4 @@
-"""Random numbers while samples are read: bound to seed, epoch and position, in every process."""
+"""Random numbers of data sets depend only on seed, epoch and position, in every process."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def drawing_collate(samples: Any) -> Any:
 
 
 class Noisy(TensorDataset):
-    """Reads its tensors in a way of its own."""
+    """Has its own `__getitem__`."""
 
     def __getitem__(self, index: int) -> Any:
         return torch.tensor(draw())
@@ -82,7 +82,7 @@ WAYS: dict[str, tuple[Any, Any]] = {
 
 
 def drawn(way: str, num_workers: int, rank: int = 0, ranks: int = 1, seed: int = 0, from_batch: int = 0) -> list[Any]:
-    """Return the numbers that two epochs draw, from a batch of the first one on."""
+    """Return the random numbers of two epochs, starting at a batch of the first one."""
     dataset, collate = WAYS[way]
     keys = keys_of_training(Order(60, 20, seed), Split(microbatch=5), rank, ranks, 0, from_batch, 6, from_batch)
     batches = Loader(Fetch(dataset, collate, seed), CPU, num_workers).read(keys)
@@ -90,17 +90,17 @@ def drawn(way: str, num_workers: int, rank: int = 0, ranks: int = 1, seed: int =
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_reading_draws_is_bound_to_seed_epoch_and_position(way: str) -> None:
+def test_random_numbers_depend_on_seed_epoch_and_position(way: str) -> None:
     whole = drawn(way, 0)
     assert drawn(way, 2) == whole, "loader processes draw other numbers"
     assert drawn(way, 1) == whole
-    per_batch = len(whole) // 24  # 4 microbatches a step, 6 steps
+    per_batch = len(whole) // 24  # 4 microbatches per step, 6 steps
     assert drawn(way, 1, from_batch=2) == whole[8 * per_batch :], "a resume draws other numbers"
     assert drawn(way, 0, seed=1) != whole
     halves = [drawn(way, 1, rank, 2) for rank in (0, 1)]
     assert not any(one in halves[1] for one in halves[0]), "two ranks draw the same numbers"
     assert all(number in whole for half in halves for number in half)
-    # Nothing comes twice: not in another batch, nor in another epoch.
+    # No number occurs twice, within an epoch or across epochs.
     assert len({str(numbers) for numbers in whole}) == len(whole)
 
 
@@ -109,7 +109,7 @@ def test_what_reading_draws_is_bound_to_seed_epoch_and_position(way: str) -> Non
 def test_reading_leaves_the_random_states_as_they_were(way: str, num_workers: int) -> None:
     def seed() -> None:
         seed_everything(1)
-        np.random.randn()  # of a pair of normal numbers, the generator keeps the second
+        np.random.randn()  # the generator caches the second number of a pair
 
     seed()
     expected = [*draw(), np.random.randn(), np.random.randn()]
@@ -195,7 +195,7 @@ def test_a_stream_draws_other_numbers_on_each_rank_and_leaves_those_of_the_train
         found = []
         for batch in loader.read(keys, at):
             found.append(batch.tolist())
-            own.append(draw())  # the trainer's
+            own.append(draw())  # draws of the trainer
         return found
 
     own: list[Any] = []

@@ -1,4 +1,4 @@
-"""Faults of reading: samples that make no batch, loader processes that die, objects that are no data set."""
+"""Errors of data loading: samples that cannot be batched, loader processes that die, objects that are not data sets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Listed(Dataset[Any]):
-    """Every sample is `usual`, but the one with the number `bad` is `odd`."""
+    """Every sample is `usual`, except that the sample with index `bad` is `odd`."""
 
     def __init__(self, usual: Any, odd: Any, bad: int = 50) -> None:
         self.usual, self.odd, self.bad = usual, odd, bad
@@ -82,7 +82,7 @@ def test_samples_of_different_lengths_are_no_fault_where_collate_takes_them() ->
 
 
 class Buggy(Listed):
-    """`raises` an exception for its bad sample, by accident or in its own words."""
+    """Raises an exception for its bad sample: a bug, or a ValueError with its own message."""
 
     def __init__(self, raises: str) -> None:
         super().__init__(PAIR, None)
@@ -98,7 +98,7 @@ class Buggy(Listed):
         return PAIR
 
 
-def test_a_bug_is_shown_with_its_sample_and_bad_data_in_their_own_words() -> None:
+def test_a_bug_is_reported_with_its_sample_and_bad_data_with_their_message() -> None:
     with pytest.raises(DataError, match=r"^table\.csv, row 50: expected 4 numbers$"):
         read(Buggy("words"))
     for raises, line in (("number", 'float("four")'), ("key", '["label"]')):
@@ -121,7 +121,7 @@ def test_a_bug_is_shown_with_its_sample_and_bad_data_in_their_own_words() -> Non
     ],
 )
 def test_a_loader_process_that_dies_is_a_lost_worker(ends: int, words: str, tmp_path: Path) -> None:
-    """Case 11: `__getitem__` that kills its own process, two ranks."""
+    """Case 11: `__getitem__` kills its own process, with two ranks."""
     ranks = launch(make_job(data={"_target_": "Deadly", "ends": ends}), tmp_path, 2, timeout=50)
     found = {str(rank.error and rank.error[0]): number for number, rank in enumerate(ranks)}
     assert found.keys() == {"LoaderLost", "WorkerLost"}
@@ -131,7 +131,7 @@ def test_a_loader_process_that_dies_is_a_lost_worker(ends: int, words: str, tmp_
     assert words in error[1]
 
 
-def test_how_a_loader_process_ended_decides_what_is_advised() -> None:
+def test_the_remedy_depends_on_how_a_loader_process_ended() -> None:
     told = {status: translate(LoaderDied(status), 3) for status in (-9, -7, -11, 0, 3)}
     assert all(isinstance(error, LoaderLost) and error.exit_status == 1 for error in told.values())
     assert "of rank 3 was killed (signal 9, usually out of memory): lower data.num_workers" in str(told[-9])
@@ -141,7 +141,7 @@ def test_how_a_loader_process_ended_decides_what_is_advised() -> None:
 
 
 def test_a_dead_loader_process_interrupts_nothing() -> None:
-    """Would be wrong: an exception from a signal handler, in the middle of what all workers do together."""
+    """Would be wrong: an exception from a signal handler, in the middle of a collective."""
     before = signal.getsignal(signal.SIGCHLD)
     batches = Loader(Fetch(toys.DeadlySamples(1, -signal.SIGKILL, ""), None, 0), CPU, 1).read(
         iter([Key(0, 0, torch.arange(1)), Key(0, 1, torch.arange(1, 2))])
@@ -199,7 +199,7 @@ SET = TensorDataset(torch.arange(3))
         ({"train_dataloader": lambda: None}, "launch does not use `train_dataloader`"),
     ],
 )
-def test_what_is_no_data_set_is_refused_with_what_to_give(parts: dict[str, Any], words: str) -> None:
+def test_objects_that_are_not_data_sets_are_rejected_with_a_remedy(parts: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         Data.of(Given(**parts))
 
@@ -216,7 +216,7 @@ def test_lists_of_samples_and_joined_sets_are_data_sets() -> None:
         assert Data.of(Given(train=train)).train is train
 
 
-# ---- what the start check says of reading ---------------------------------------------------------------------------
+# ---- notes of the start check on data loading -----------------------------------------------------------------------
 
 
 def notes(**parts: Any) -> list[str]:
@@ -242,7 +242,7 @@ def test_attributes_without_effect_are_named_once() -> None:
 
 
 class Own(Listed):
-    """Draws from a generator of its own."""
+    """Draws from its own generator."""
 
     def __init__(self, generator: Any) -> None:
         super().__init__(PAIR, PAIR)
@@ -252,7 +252,7 @@ class Own(Listed):
         return {"x": self.generator.random(2), "name": str(index)}
 
 
-def test_samples_that_draw_from_elsewhere_are_noted_once() -> None:
+def test_samples_with_their_own_generator_are_noted_once() -> None:
     (note,) = notes(train=Own(np.random.default_rng(0)), val={"near": Own(np.random.default_rng(1)), "far": SET})
     assert "train, val/near differ" in note
     (note,) = notes(train=Listed(1, 1), val=Listed(1, 1), collate=lambda samples: np.random.default_rng().random(2))

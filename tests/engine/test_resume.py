@@ -1,4 +1,4 @@
-"""Killed, stopped, damaged: a run that goes on ends with the bits of one that was never interrupted."""
+"""A run that was killed, stopped or damaged and resumed is bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Whole = Callable[[Job, int], Path]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Gives the directory of a run that was never stopped; each is run once."""
+    """Return the directory of an uninterrupted run; each is run once per session."""
     known: dict[str, Path] = {}
 
     def run(job: Job, workers: int) -> Path:
@@ -65,7 +65,7 @@ def steps_done(directory: Path) -> int:
 
 
 def assert_one_value_a_step(directory: Path, never_stopped: Path) -> None:
-    """As TensorBoard reads it: the same values, each once."""
+    """As TensorBoard reads the file: the same values, each once."""
     found, expected = board(directory), board(never_stopped)
     assert found == expected
     for tag, values in found.items():
@@ -75,7 +75,7 @@ def assert_one_value_a_step(directory: Path, never_stopped: Path) -> None:
 
 
 def killed_twice(job: Job, directory: Path, workers: Sequence[int]) -> None:
-    """Kill the run between two logs, twice within the first epoch, then let it end."""
+    """Kill the run between two logs, twice within the first epoch, then let it complete."""
     first, second, last = workers
     kill(job, directory, first, after=5, once_saved=3)
     kill(job, directory, second, after=10, once_saved=9)
@@ -84,7 +84,7 @@ def killed_twice(job: Job, directory: Path, workers: Sequence[int]) -> None:
 
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["plain", "deterministic"])
-def test_killed_twice_and_resumed_is_never_stopped(
+def test_a_run_killed_twice_equals_an_uninterrupted_run(
     workers: int, deterministic: bool, whole: Whole, tmp_path: Path
 ) -> None:
     job = make_job(model="Tokens", deterministic=deterministic, **EVERYTHING)
@@ -100,7 +100,7 @@ def test_killed_twice_and_resumed_is_never_stopped(
     assert Path(result["checkpoint"]).name == "step-00000022"
 
 
-def test_deterministic_run_resumed_with_other_numbers_of_workers_is_never_stopped(whole: Whole, tmp_path: Path) -> None:
+def test_a_deterministic_run_with_other_numbers_of_workers_is_exact(whole: Whole, tmp_path: Path) -> None:
     job = make_job(model="Tokens", deterministic=True, **EVERYTHING)
     killed_twice(job, tmp_path, [2, 3, 1])
     assert_same_run(whole(job, 1), tmp_path)
@@ -108,8 +108,8 @@ def test_deterministic_run_resumed_with_other_numbers_of_workers_is_never_stoppe
     assert result_of(tmp_path)["world_sizes"] == [2, 3, 1]
 
 
-def test_random_layers_and_augmentation_go_on_where_they_were(tmp_path: Path) -> None:
-    # Loader processes are started anew by a resume; they must take nothing from the network's random numbers.
+def test_random_layers_and_augmentation_resume_exactly(tmp_path: Path) -> None:
+    # A resume starts new loader processes, which must not use the random numbers of the network.
     job = make_job(
         model={"_target_": "Net", "dropout": 0.5},
         data={"_target_": "Augmented", "num_workers": 1},
@@ -122,8 +122,8 @@ def test_random_layers_and_augmentation_go_on_where_they_were(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["plain", "deterministic"])
-def test_convolutions_go_on_where_they_were(deterministic: bool, tmp_path: Path) -> None:
-    # Their weights lie in another order in memory, and the optimizer's state must lie as they do.
+def test_convolutions_resume_exactly(deterministic: bool, tmp_path: Path) -> None:
+    # Their weights have another memory layout, which the optimizer's state must have too.
     job = make_job(
         model={"_target_": "models.vision.ConvNet", "width": 4},
         data={"_target_": "Pictures", "train": 500},
@@ -137,12 +137,12 @@ def test_convolutions_go_on_where_they_were(deterministic: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_low_precision_goes_on_where_it_was(precision: str, tmp_path: Path) -> None:
-    # The loss scale, which has been halved until it fitted, belongs to the state.
+def test_low_precision_resumes_exactly(precision: str, tmp_path: Path) -> None:
+    # The loss scale, which was halved until it fitted, is part of the state.
     job = make_job(model="Steep", precision=precision, **{**EVERYTHING, "logging": {}})
     ranks = succeed(job, tmp_path / "whole", 2)
     printed = [event["text"] for rank in ranks for event in rank.events if event["kind"] == "line"]
-    assert not printed, "PyTorch's warnings would puzzle the user"
+    assert not printed, "PyTorch's warnings would confuse the user"
     kill(job, tmp_path / "killed", 2, after=10, once_saved=9)
     succeed(job, tmp_path / "killed", 2)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
@@ -150,12 +150,12 @@ def test_low_precision_goes_on_where_it_was(precision: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("moment", [4, 9, 13])
 def test_killed_at_any_moment_of_a_save(moment: int, whole: Whole, tmp_path: Path) -> None:
-    """A save begins with every step, so that the kill meets one somewhere between its first byte and its name."""
+    """Every step starts a save, so the kill hits one between its first byte and its rename."""
     job = make_job(deterministic=True, epochs=2, checkpoint={"every": 1})
     directory = tmp_path / "killed"
     launch(job, directory, 2, kill_when=lambda: directory.exists() and steps_done(directory) >= moment)
     ranks = succeed(job, directory, 2)
-    assert "Skipped" not in ranks[0].notes  # half a checkpoint has no name, so there is nothing damaged to skip
+    assert "Skipped" not in ranks[0].notes  # an incomplete checkpoint has a temporary name
     assert_same_run(whole(job, 1), directory)
     assert not [path.name for path in (directory / "checkpoints").iterdir() if path.name.startswith(".")]
 
@@ -175,7 +175,7 @@ def test_restarts_without_a_checkpoint_between_them_are_all_counted(tmp_path: Pa
     assert result["world_sizes"] == [2, 3, 2]
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_says_so(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_restarts_with_a_note(tmp_path: Path) -> None:
     job = make_job(model="Tokens", **{**EVERYTHING, "log_every": 2, "checkpoint": {"every": "1ep"}})
     whole = succeed(job, tmp_path / "whole", 2)
     assert "Continuing" not in whole[0].notes
@@ -213,7 +213,7 @@ def test_a_run_that_is_complete_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [0, 2])
-def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_step(asked: int, whole: Whole, tmp_path: Path) -> None:
+def test_a_stop_request_on_one_rank_stops_all_after_the_same_step(asked: int, whole: Whole, tmp_path: Path) -> None:
     job = make_job(model="Tokens", **EVERYTHING)
     ranks = succeed(job, tmp_path, 3, scripts={asked: Script(stop_after=5)})
     assert [sum(entry[0] == "step" for entry in rank.record) for rank in ranks] == [5, 5, 5]
@@ -251,7 +251,7 @@ def lose_the_metadata(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, flip_a_bit, lose_the_metadata])
-def test_a_damaged_checkpoint_is_told_and_an_older_one_used(
+def test_a_damaged_checkpoint_is_reported_and_an_older_one_used(
     damage: Callable[[Path], None], whole: Whole, tmp_path: Path
 ) -> None:
     job = make_job(model="Tokens", deterministic=True, **EVERYTHING)
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_told_and_an_older_one_used(
     assert result_of(tmp_path)["lost_steps"] == 5
 
 
-def test_where_no_checkpoint_is_intact_the_run_begins_anew_and_says_so(whole: Whole, tmp_path: Path) -> None:
+def test_a_run_without_intact_checkpoint_restarts_with_a_note(whole: Whole, tmp_path: Path) -> None:
     job = make_job(model="Tokens", deterministic=True, **EVERYTHING)
     kill(job, tmp_path, 2, after=8, once_saved=6)
     for path in available(tmp_path / "checkpoints").values():
@@ -286,7 +286,7 @@ def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
     assert sorted(logged(tmp_path)) == list(range(1, 12))
 
 
-# ---- what may change on the way -------------------------------------------------------------------------------------
+# ---- what may change on resume -------------------------------------------------------------------------------------
 
 
 def test_another_learning_rate_takes_effect(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_another_learning_rate_takes_effect(tmp_path: Path) -> None:
     assert other[4:] == pytest.approx([rate / 2 for rate in one[4:]])
 
 
-def test_a_longer_run_goes_on_with_what_there_is(tmp_path: Path) -> None:
+def test_a_longer_run_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     job = make_job(epochs=1, deterministic=True)
     succeed(job, tmp_path / "longer", 2)
     longer = replace(job, trainer=replace(job.trainer, epochs=2))

@@ -1,4 +1,4 @@
-"""What the learning rate is at which step: lengths, intervals, metrics, longer runs, and callbacks that change it."""
+"""The learning rate of each step: lengths, intervals, metrics, longer runs, and callbacks that change it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHAINED = {
     "_target_": f"{THEIRS}.ChainedScheduler",
     "schedulers": [{"_target_": f"{THEIRS}.PolynomialLR"}, {"_target_": f"{THEIRS}.StepLR", "step_size": 5}],
 }
-# Schedules whose length is that of the run.
+# Schedules with the length of the run.
 SIZED: dict[str, dict[str, Any]] = {
     "ours": {"_target_": OURS, "warmup_ratio": 0.2},
     "cosine": {"_target_": f"{THEIRS}.CosineAnnealingLR"},
@@ -74,11 +74,11 @@ def rates(section: dict[str, Any], steps: int, per_epoch: int = 5, optimizer: An
         ({"_target_": f"{THEIRS}.CosineAnnealingLR", "T_max": 3}, [0.1, 0.075, 0.025, 0.0, 0.025, 0.075]),
         ({"_target_": f"{THEIRS}.CosineAnnealingLR", "T_max": None}, [0.1, 0.0933, 0.075, 0.05, 0.025, 0.0067]),
         ({"_target_": f"{THEIRS}.StepLR", "step_size": 2}, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]),
-        # total_iters is the run's in PolynomialLR, and that of a warm-up elsewhere.
+        # total_iters is the length of the run in PolynomialLR, and that of a warm-up in other schedules.
         ({"_target_": f"{THEIRS}.PolynomialLR"}, [0.1 * (1 - step / 6) for step in range(6)]),
         ({"_target_": f"{THEIRS}.LinearLR", "start_factor": 0.5}, [0.05, 0.06, 0.07, 0.08, 0.09, 0.1]),
         ({"_target_": f"{THEIRS}.ConstantLR", "factor": 0.5}, [0.05] * 5 + [0.1]),
-        # The cosine has the four steps that the warm-up leaves.
+        # The cosine has the four steps after the warm-up.
         (WARMUP_THEN_COSINE, [0.05, 0.075, 0.1, 0.0854, 0.05, 0.0146]),
         (CHAINED, [0.1 * (1 - step / 6) * 0.1 ** (step // 5) for step in range(6)]),
     ],
@@ -91,7 +91,7 @@ def test_an_interval_of_epochs_counts_epochs() -> None:
     cosine = {"_target_": f"{THEIRS}.CosineAnnealingLR", "interval": "epoch"}
     assert rates(cosine, 6, per_epoch=2) == pytest.approx([0.1, 0.1, 0.075, 0.075, 0.025, 0.025], abs=1e-4)
     assert rates({**cosine, "interval": "step"}, 6, 2) == rates({"_target_": f"{THEIRS}.CosineAnnealingLR"}, 6, 2)
-    # A run that ends within an epoch has begun it.
+    # A run that ends within an epoch has started that epoch.
     assert rates(cosine, 5, per_epoch=2) == pytest.approx([0.1, 0.1, 0.075, 0.075, 0.025], abs=1e-4)
     with pytest.raises(ConfigError, match=r"scheduler.interval is 'epochs'.*step or epoch"):
         rates({**cosine, "interval": "epochs"}, 6)
@@ -106,7 +106,7 @@ def test_one_cycle_ends_with_the_run_and_cycles_the_momentum() -> None:
 
 
 @pytest.mark.parametrize("nested", ["torch.nn.Linear", "os.system", "torch.optim.SGD"])
-def test_what_is_nested_in_a_schedule_is_judged(nested: str) -> None:
+def test_nested_schedules_are_checked(nested: str) -> None:
     with pytest.raises(TrustError):
         rates({**CHAINED, "schedulers": [{"_target_": nested}]}, 6)
 
@@ -116,7 +116,7 @@ def test_what_is_nested_in_a_schedule_is_judged(nested: str) -> None:
 
 @pytest.mark.parametrize("name", SIZED)
 @pytest.mark.parametrize("interval", ["step", "epoch"])
-def test_a_longer_run_goes_on_as_one_of_that_length(name: str, interval: str) -> None:
+def test_a_longer_run_resumes_like_a_run_of_that_length(name: str, interval: str) -> None:
     section, per_epoch = {**SIZED[name], "interval": interval}, 5 if interval == "step" else 1
     short, long = tuner(2), tuner(2)
     first = Schedule(section, short, 10, per_epoch)
@@ -138,7 +138,7 @@ def test_a_longer_run_goes_on_as_one_of_that_length(name: str, interval: str) ->
 
 
 @pytest.mark.parametrize("name", [*SIZED, "step"])
-def test_a_run_of_the_same_length_goes_on_to_the_bit(name: str) -> None:
+def test_a_run_of_the_same_length_resumes_bit_for_bit(name: str) -> None:
     section = SIZED.get(name, {"_target_": f"{THEIRS}.MultiStepLR", "milestones": [3, 7]})
     whole, first, second = (tuner() for _ in range(3))
     expected = rates(section, 10, optimizer=whole)
@@ -158,8 +158,8 @@ def test_a_run_of_the_same_length_goes_on_to_the_bit(name: str) -> None:
 
 @pytest.mark.parametrize("length", [20, 30])
 @pytest.mark.parametrize("name", ["ours", "cosine", "one cycle"])
-def test_a_checkpoint_that_holds_torchs_own_state_alone_goes_on(name: str, length: int) -> None:
-    """As launch wrote it until version 0.1."""
+def test_a_checkpoint_with_only_torchs_state_resumes(name: str, length: int) -> None:
+    """The format of launch until version 0.1."""
     before = tuner()
     schedule = Schedule(SIZED[name], before, 20, 5)
     for step in range(1, 9):
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_holds_torchs_own_state_alone_goes_on(name: str, lengt
     wanted = rates(SIZED[name], length)
     if (
         name == "ours" and length != 20
-    ):  # its state does not hold its length: the rate at step 9 is still the former one
+    ):  # its state does not contain its length, so the rate at step 9 is still the previous one
         found, wanted = found[1:], wanted[1:]
     assert found == pytest.approx(wanted[8:])
 
@@ -191,7 +191,7 @@ def test_a_resumed_run_that_is_longer_equals_one_of_that_length(tmp_path: Path) 
     assert ranks[0].notes.count("44 steps, not 22") == 1
 
 
-def test_a_rate_that_is_configured_otherwise_on_resume_takes_effect(tmp_path: Path) -> None:
+def test_a_rate_changed_on_resume_takes_effect(tmp_path: Path) -> None:
     adam, cosine = {"_target_": "torch.optim.AdamW"}, WARMUP_THEN_COSINE
     succeed(
         make_job(optimizer={**adam, "lr": 0.1}, scheduler=cosine, steps=6), tmp_path, 1, scripts=Script(stop_after=3)
@@ -228,11 +228,11 @@ def test_reduce_on_plateau_steps_after_each_evaluation(tmp_path: Path) -> None:
     plateau = {"_target_": f"{THEIRS}.ReduceLROnPlateau", "patience": 0, "threshold": 100.0, "threshold_mode": "abs"}
     job = make_job(scheduler=plateau, steps=6, evaluate_every=2)
     succeed(job, tmp_path, 2)
-    # The first evaluation is the best so far, and none is better by 100.
+    # The first evaluation is the best so far, and no other is better by 100.
     assert column(tmp_path, "train/learning_rate") == pytest.approx([0.01] * 4 + [0.001] * 2)
 
 
-def test_reduce_on_plateau_knows_what_is_better_and_goes_on() -> None:
+def test_reduce_on_plateau_compares_by_mode_and_resumes() -> None:
     section = {"_target_": f"{THEIRS}.ReduceLROnPlateau", "patience": 1}
     optimizer = tuner()
     schedule = Schedule(section, optimizer, 10, 5, "val/accuracy", "max")
@@ -259,7 +259,7 @@ def test_a_rate_that_is_set_multiplies_all_later_ones(name: str) -> None:
     found = []
     for step in range(1, 21):
         found.append(rate_of(optimizer.param_groups[0]))
-        if step == 8:  # as a checkpoint would hold it
+        if step == 8:  # as in a checkpoint
             kept, saved = optimizer.state_dict(), schedule.state_dict()
             optimizer = tuner(2)
             schedule = Schedule(section, optimizer, 20, 5)
@@ -272,7 +272,7 @@ def test_a_rate_that_is_set_multiplies_all_later_ones(name: str) -> None:
     assert found == pytest.approx([rate * factor for rate, factor in zip(expected, ratio, strict=True)])
 
 
-def test_a_rate_that_is_set_while_the_schedule_says_zero_holds_for_a_step() -> None:
+def test_a_rate_set_while_the_schedule_is_zero_holds_for_a_step() -> None:
     optimizer = tuner()
     schedule = Schedule({"_target_": f"{THEIRS}.CosineAnnealingLR", "T_max": 2}, optimizer, 6, 6)
     schedule.step(False)

@@ -1,4 +1,4 @@
-"""Ranks on several machines: whether they share the run, and checkpoints whose parts come from all of them."""
+"""Ranks on several machines: the check of a shared run directory, and checkpoints with parts of all machines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _probe(rank: int, group: Any, directories: list[Path], hosts: list[str]) -> 
     return None
 
 
-def test_a_directory_that_a_machine_does_not_share_is_told_by_every_rank(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_shared_is_reported_by_every_rank(tmp_path: Path) -> None:
     mine, other = tmp_path / "mine" / "run", tmp_path / "other" / "run"
     mine.mkdir(parents=True)
     other.mkdir(parents=True)
@@ -64,7 +64,7 @@ def test_a_machine_without_the_directory_is_named(tmp_path: Path) -> None:
 
 
 def _train(rank: int, group: Any, uri: str, environment: list[dict[str, str]], steps: list[int]) -> tuple[Any, ...]:
-    """Save at `steps` as a rank on a machine of its own, after what is there was taken up."""
+    """Resume from the newest checkpoint, then save at `steps`, as a rank on a separate machine."""
     os.environ.update(environment[rank])
     socket.gethostname = lambda: f"machine-{rank}"
     directory = RunDirectory(local(f"{uri}/run"))

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard's file, log.txt."""
+"""Sinks: metrics.jsonl, TensorBoard's file, log.txt."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def write(path: Path, steps: range, keep_until: int | None = None) -> None:
     sink.close(True)
 
 
-def test_what_lost_steps_had_written_is_removed_on_resume(tmp_path: Path) -> None:
+def test_values_of_lost_steps_are_removed_on_resume(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     write(tmp_path, range(1, 9))
     file.write_text(file.read_text() + '[1]\n{"no step": 1}\nnull\n{"step": 9, "tr')
     write(tmp_path, range(6, 8), keep_until=5)
     assert [line["step"] for line in lines(file)] == [1, 2, 3, 4, 5, 6, 7]
-    write(tmp_path, range(1, 3))  # a new run of this name
+    write(tmp_path, range(1, 3))  # a new run with this name
     assert [line["step"] for line in lines(file)] == [1, 2]
     file.unlink()
     write(tmp_path, range(4, 5), keep_until=3)
@@ -71,8 +71,8 @@ def test_every_line_is_on_the_disk_when_it_is_logged_and_is_json(tmp_path: Path)
 # ---- the protocol ---------------------------------------------------------------------------------------------------
 
 
-def test_a_sink_that_is_named_gets_what_the_others_get(tmp_path: Path) -> None:
-    """Would be wrong: another value than metrics.jsonl's, one after it was closed, or an end without a close."""
+def test_a_named_sink_receives_the_same_values(tmp_path: Path) -> None:
+    """Would be wrong: a value that differs from metrics.jsonl, a call after close, or a missing close."""
     job = make_job(model="Showing", epochs=1, log_every=4, evaluate_every=6, logging={"sinks": ["recording", "noop"]})
     directory = RunDirectory(tmp_path / "run")
     directory.create()
@@ -126,7 +126,7 @@ def test_a_sink_of_another_package_is_used_where_it_is_named_and_trusted(
 # ---- TensorBoard ----------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_shows_what_metrics_jsonl_holds(tmp_path: Path) -> None:
+def test_tensorboard_has_the_values_of_metrics_jsonl(tmp_path: Path) -> None:
     succeed(make_job(epochs=1, log_every=3, logging={"tensorboard": True, "graph": True}), tmp_path, 2)
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1  # one writer
     entries, shown = logged(tmp_path), board(tmp_path)
@@ -162,11 +162,11 @@ def test_examples_of_the_model_are_shown_at_every_evaluation(several: bool, tmp_
     job = make_job(model="Showing", data=data, epochs=1, evaluate_every=6, logging={"tensorboard": True})
     job.checkpoint.monitor = monitor
     ranks = succeed(job, tmp_path, 2)
-    # By rank 0 alone, with its first microbatch (of 50, and of the 2 of 3), as evaluation has the model.
+    # By rank 0 alone, with its first microbatch (of 50, and of the 2 of 3), in evaluation mode.
     asked = [[entry[1:4] for entry in rank.record if entry[0] == "examples"] for rank in ranks]
     each = [(50, False, False), (2, False, False)] if several else [(50, False, False)]
     assert asked == [each * 2, []]
-    assert len({entry[4] for entry in ranks[0].record if entry[0] == "examples"}) == 1  # the same random numbers
+    assert len({entry[4] for entry in ranks[0].record if entry[0] == "examples"}) == 1  # equal random numbers
     accumulator, tags = shown(tmp_path), shown(tmp_path).Tags()
     for prefix in ("val/near/", "val/far/") if several else ("val/",):
         assert {f"{prefix}{name}" for name in ("picture", "grid", "figure")} <= set(tags["images"])
@@ -175,7 +175,7 @@ def test_examples_of_the_model_are_shown_at_every_evaluation(several: bool, tmp_
         pictures = {name: accumulator.Images(f"{prefix}{name}") for name in ("picture", "grid", "figure")}
         assert [event.step for event in pictures["grid"]] == [6, 11]
         sizes = {name: (events[0].width, events[0].height) for name, events in pictures.items()}
-        # 11 pictures of 4 x 5 in rows of 8, two pixels apart; 3 x 2 inches of 100 dots.
+        # 11 images of 4 x 5 in rows of 8, two pixels apart; 3 x 2 inches with 100 dots per inch.
         assert sizes == {"picture": (8, 8), "grid": (8 * 6 - 2, 2 * 7 - 2), "figure": (300, 200)}
         assert accumulator.Audio(f"{prefix}sound")[0].sample_rate == 8000
 
@@ -197,7 +197,7 @@ def test_examples_change_nothing_in_training(tmp_path: Path) -> None:
         ("list", r"must return a mapping of names to examples; found a list"),
     ],
 )
-def test_examples_that_fail_are_told_once_and_end_nothing(kind: str, words: str, tmp_path: Path) -> None:
+def test_failing_examples_are_reported_once_and_training_continues(kind: str, words: str, tmp_path: Path) -> None:
     model = {"_target_": "Showing", "kind": kind}
     (rank,) = succeed(make_job(model=model, epochs=1, evaluate_every=2, logging={"tensorboard": True}), tmp_path)
     told = [event["text"] for event in rank.events if event["kind"] == "note" and "examples" in event["text"]]
@@ -223,7 +223,7 @@ class Untraceable(Plain):
 
 class Labelled(Plain):
     def training_step(self, batch: Any) -> Any:
-        assert (batch["rate"], batch["name"]) == (8000, "x"), "tracing knows tensors only"
+        assert (batch["rate"], batch["name"]) == (8000, "x"), "tracing supports only tensors"
         return super().training_step(batch["pair"])
 
 
@@ -238,7 +238,7 @@ PAIR = (torch.ones(3, toys.FEATURES), torch.zeros(3))
         (Untraceable(), PAIR, False),
     ],
 )
-def test_a_network_that_cannot_be_traced_is_not_drawn_and_no_harm_done(
+def test_a_network_that_cannot_be_traced_is_not_drawn_and_trains(
     model: nn.Module, batch: Any, drawn: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     state = torch.get_rng_state()
@@ -246,7 +246,7 @@ def test_a_network_that_cannot_be_traced_is_not_drawn_and_no_harm_done(
     traced = traced_step(model, batch, torch.device("cpu"))
     assert (traced is not None) is drawn
     sink.open(SinkContext(RunDirectory(tmp_path), make_job(), drawing=traced))
-    assert capfd.readouterr() == ("", ""), "it spoke to the user"
+    assert capfd.readouterr() == ("", ""), "it printed to the user"
     sink.scalars(Position(1, 0.1, 100, 0.0), {"train/loss": 0.5})
     sink.close(True)
     assert board(tmp_path) == {"train/loss": [(1, 0.5)]}
@@ -263,7 +263,7 @@ def test_a_network_that_cannot_be_traced_is_not_drawn_and_no_harm_done(
         (["a line\n"], [("a line", True)]),
         (["half ", "and half\n"], [("half and half", True)]),
         (["one\ntwo\nthr", "ee\n"], [("one", True), ("two", True), ("three", True)]),
-        (["10%\r", "20%\r", "30%\n"], [("30%", True)]),  # a bar that redraws itself
+        (["10%\r", "20%\r", "30%\n"], [("30%", True)]),  # a progress bar
         (["with carriage return\r\n"], [("with carriage return", True)]),
         (["\n"], [("", True)]),
     ],
@@ -286,7 +286,7 @@ def test_a_prompt_is_shown_before_its_line_ends() -> None:
 
 
 def test_a_logger_made_while_one_captures_writes_to_the_next(capsys: pytest.CaptureFixture[str]) -> None:
-    """A model may set up logging when it is imported, which the start check does; the run begins afterwards."""
+    """A model may configure logging on import, which the start check does before the run starts."""
     seen: list[str] = []
     logger = logging.Logger("mine")
     with capture_output(lambda text, whole: seen.append(f"check: {text}")):

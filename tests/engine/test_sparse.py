@@ -1,4 +1,4 @@
-"""Sparse gradients train as dense ones do, or are refused."""
+"""Sparse gradients train like dense ones, or are rejected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADAGRAD = {"_target_": "torch.optim.Adagrad", "lr": 0.1}
 
 
 def run(directory: Path, workers: int, model: dict[str, Any], optimizer: dict[str, Any], **how: Any) -> Path:
-    # The last batch of the epoch has one sample: a worker has none.
+    # The last batch of the epoch has one sample, so one worker has none.
     job = make_job(
         model={"_target_": "Table", **model},
         data={"_target_": "Points", "train": 201},
@@ -37,7 +37,7 @@ def run(directory: Path, workers: int, model: dict[str, Any], optimizer: dict[st
         (SGD, {"strategy": {"name": "local_sgd", "inner_steps": 2}}),
     ],
 )
-def test_they_train_as_dense_ones_do(optimizer: dict[str, Any], how: dict[str, Any], tmp_path: Path) -> None:
+def test_sparse_gradients_train_like_dense_ones(optimizer: dict[str, Any], how: dict[str, Any], tmp_path: Path) -> None:
     for workers in (1, 2):
         dense = run(tmp_path / f"dense{workers}", workers, {"sparse": False}, optimizer, **how)
         sparse = run(tmp_path / f"sparse{workers}", workers, {}, optimizer, **how)
@@ -69,7 +69,7 @@ def test_a_model_of_sparse_gradients_alone_trains_with_sparse_adam(tmp_path: Pat
         ({}, SGD, {"strategy": {"compression": "bf16"}}, "strategy.compression=bf16"),
     ],
 )
-def test_what_cannot_work_is_refused_at_the_start(
+def test_unsupported_settings_are_rejected_at_the_start(
     model: dict[str, Any], optimizer: dict[str, Any], how: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""The start check: what is refused or noted before anything starts, and that the model is the same afterwards."""
+"""The start check: errors and notes before anything starts, and a model that is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TOYS = "tests.engine.start_toys"
 
 
 def toy_job(model: str, n: int = 200, m: int = 40, batch: int = 20, **more: Any) -> Job:
-    """Return a job over the classes of `start_toys`; what is not of the trainer is given to the model."""
+    """Return a job with classes of `start_toys`; settings that are not of the trainer are arguments of the model."""
     data = {key: more.pop(key) for key in ("collate_draws",) if key in more}
     trainer = {key: more.pop(key) for key in ("microbatch_size", "deterministic", "steps") if key in more}
     job = make_job(
@@ -118,12 +118,12 @@ def test_a_loss_that_depends_on_batch_mates_is_noted_once() -> None:
     assert "validation_step" in note
 
 
-def test_a_loss_that_does_not_is_not() -> None:
+def test_a_loss_that_does_not_depend_on_batch_mates_is_not_noted() -> None:
     assert checked("Regression").notes == ()
     assert checked("Regression", dropout=0.5).notes == ()
-    assert checked("Regression", norm="BatchNorm1d").notes == (), "the note about the layer is another one"
-    assert checked("Regression", collate_draws=True).notes == (), "the parts are other batches than the whole"
-    assert checked("Contrastive", noise=True).notes == (), "random numbers hide what is to be compared"
+    assert checked("Regression", norm="BatchNorm1d").notes == (), "the note about the layer is a different one"
+    assert checked("Regression", collate_draws=True).notes == (), "the parts are different batches than the whole"
+    assert checked("Contrastive", noise=True).notes == (), "random numbers prevent the comparison"
     assert checked("Pairwise", n=200, m=40).notes == ()
     assert checked("Regression", n=2, m=1, batch=2).notes == ()
 
@@ -140,16 +140,16 @@ def test_a_share_of_one_sample_that_the_model_refuses_is_refused() -> None:
     assert checked("Regression", norm="BatchNorm1d", n=202, batch=advised).notes == ()
 
 
-def test_also_one_of_accumulation() -> None:
+def test_a_share_of_one_sample_of_accumulation_is_rejected() -> None:
     assert "one sample" in refused("Regression", norm="BatchNorm1d", microbatch_size=3)  # 10 = 3 + 3 + 3 + 1
     assert "one sample" in refused("Regression", 1, norm="BatchNorm1d", n=41)
 
 
-def test_a_share_that_does_not_occur_is_no_fault() -> None:
+def test_a_share_that_does_not_occur_is_accepted() -> None:
     checked("Regression", norm="BatchNorm1d", n=202, workers=1)
     checked("Regression", norm="BatchNorm1d", n=202, steps=10)
     checked("Regression", norm="BatchNorm1d", n=202, deterministic=True)
-    checked("Regression", norm="own", n=202)  # takes one sample
+    checked("Regression", norm="own", n=202)  # accepts one sample
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------------
@@ -164,9 +164,9 @@ def test_a_collective_under_unequal_shares_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["padded", "padded by maximum", "all_reduce"])
-def test_a_collective_whose_form_is_the_same_everywhere_is_none(kind: str) -> None:
+def test_a_collective_of_equal_shape_on_all_ranks_is_accepted(kind: str) -> None:
     checked("Together", kind=kind, n=501, m=41, batch=64)
-    assert "share as 1 and 0" in refused("Together", kind=kind, n=501, batch=20), "one worker calls it, the other not"
+    assert "share as 1 and 0" in refused("Together", kind=kind, n=501, batch=20), "one worker does not call it"
 
 
 def test_the_trial_group_is_gone_afterwards() -> None:

@@ -1,4 +1,4 @@
-"""Every strategy among real gloo ranks: what it computes, and that a run of it is stopped, resumed and resized."""
+"""Every strategy with real gloo ranks: its results, and runs that are stopped, resumed and resized."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "diloco": DILOCO,
     "diloco-overlapped": {**DILOCO, "compression": "bf16", "overlap_steps": 2},
 }
-# Unequal shares, several microbatches each, a mean over tokens, a norm that cuts most gradients.
+# Unequal shares, several microbatches each, a mean over tokens, a norm that clips most gradients.
 HARD: dict[str, Any] = {
     "model": {"_target_": "Tokens", "width": 40},
     "epochs": 1,
@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_one_worker(name: str, tolerance: float, workers
         assert torch.allclose(weights[key], value, atol=10 * tolerance), key
 
 
-def test_meeting_after_every_step_with_plain_sgd_is_ddp(tmp_path: Path) -> None:
+def test_synchronizing_after_every_step_with_plain_sgd_is_ddp(tmp_path: Path) -> None:
     job = make_job(epochs=1, optimizer=SGD, global_batch_size=101, microbatch_size=20)
     succeed(job, tmp_path / "ddp", 2)
     strategy = StrategyConfig("local_sgd", inner_steps=1)
@@ -97,7 +97,7 @@ def test_it_learns(name: str, tmp_path: Path) -> None:
     ranks = succeed(job, tmp_path, 2)
     losses = column(tmp_path, "train/loss")
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), losses
-    # Where the run ends the workers hold the weights that are exported.
+    # At the end of the run the workers hold the exported weights.
     for rank in ranks:
         assert_same_weights(rank.weights, final_weights(tmp_path))
 
@@ -113,8 +113,8 @@ def test_a_worker_without_samples_takes_part(tmp_path: Path) -> None:
     assert column(tmp_path / "fsdp", "val/loss") == pytest.approx(column(tmp_path / "one", "val/loss"), abs=1e-6)
 
 
-def test_divided_within_a_machine_and_repeated_on_each(tmp_path: Path) -> None:
-    # Two machines of two workers each; stopped there, it goes on undivided, and the other way round.
+def test_sharded_within_a_machine_and_replicated_across(tmp_path: Path) -> None:
+    # Two machines with two workers each; the stopped run resumes without sharding, and vice versa.
     job = job_of("fsdp")
     hybrid = replace(job, strategy=replace(job.strategy, hybrid=True))
     succeed(job_of("ddp"), tmp_path / "ddp", 4)
@@ -140,8 +140,8 @@ def test_divided_within_a_machine_and_repeated_on_each(tmp_path: Path) -> None:
         *((name, "float16") for name in ("powersgd", "fsdp-bf16", "diloco")),
     ],
 )
-def test_killed_and_resumed_is_never_stopped(name: str, precision: str, tmp_path: Path) -> None:
-    """Killed after step 6, between two meetings and, where they overlap, before the first has arrived."""
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(name: str, precision: str, tmp_path: Path) -> None:
+    """Killed after step 6, between two synchronizations; with overlap, before the first one is applied."""
     model = {"_target_": "Steep"} if precision == "float16" else {"_target_": "Tokens", "width": 40}
     job = job_of(name, precision=precision, model=model)
     succeed(job, tmp_path / "whole", 2)
@@ -152,8 +152,8 @@ def test_killed_and_resumed_is_never_stopped(name: str, precision: str, tmp_path
 
 
 @pytest.mark.parametrize("name", ["powersgd", "fsdp", "diloco-overlapped"])
-def test_convolutions_go_on_where_they_were(name: str, tmp_path: Path) -> None:
-    # Their weights lie in another order in memory, and FSDP takes only those that lie in the usual one.
+def test_convolutions_resume_exactly(name: str, tmp_path: Path) -> None:
+    # Their weights have another memory layout, and FSDP supports only contiguous ones.
     model = {"_target_": "models.vision.ConvNet", "width": 4}
     job = job_of(name, model=model, data={"_target_": "Pictures", "train": 500}, epochs=2)
     succeed(job, tmp_path / "whole", 2)
@@ -163,7 +163,7 @@ def test_convolutions_go_on_where_they_were(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["powersgd", "fsdp", "local_sgd", "diloco-overlapped"])
-def test_resumed_with_other_numbers_of_workers_goes_on_well(name: str, tmp_path: Path) -> None:
+def test_a_run_resumed_with_other_numbers_of_workers_learns(name: str, tmp_path: Path) -> None:
     job = job_of(name, epochs=2, checkpoint={"every": 3, "keep": 9})
     succeed(job, tmp_path / "whole", 2)
     succeed(job, tmp_path / "resized", 2, scripts=Script(stop_after=6))
@@ -171,7 +171,7 @@ def test_resumed_with_other_numbers_of_workers_goes_on_well(name: str, tmp_path:
     succeed(job, tmp_path / "resized", 1)
     result = result_of(tmp_path / "resized")
     assert (result["status"], result["world_sizes"], result["samples"]) == ("completed", [2, 3, 1], 2074)
-    # Those that train apart meet once more for each change, which their outer momentum feels for a while.
+    # Replica strategies synchronize once more for each change, which affects their outer momentum for a while.
     tolerance = 1e-5 if name == "fsdp" else 0.2 if "diloco" in name else 0.05
     assert column(tmp_path / "resized", "val/loss")[-1] == pytest.approx(
         column(tmp_path / "whole", "val/loss")[-1], rel=tolerance
@@ -197,13 +197,13 @@ def test_ddp_and_fsdp_continue_one_another(first: str, second: str, tmp_path: Pa
         (StrategyConfig(compression="powersgd"), False),
     ],
 )
-def test_a_run_is_continued_only_by_what_reads_its_checkpoint(strategy: StrategyConfig, continues: bool) -> None:
+def test_a_run_resumes_with_a_strategy_that_reads_its_checkpoint(strategy: StrategyConfig, continues: bool) -> None:
     with nullcontext() if continues else pytest.raises(RunError, match="another strategy"):
         check_continuation(Job(), Job(strategy=strategy), "x")
 
 
-def test_what_is_saved_and_evaluated_are_the_weights_that_the_workers_agree_on(tmp_path: Path) -> None:
-    # Step 6 lies between the meetings of steps 4 and 8: what is exported is what was agreed on after step 4.
+def test_the_shared_weights_are_saved_and_evaluated(tmp_path: Path) -> None:
+    # Step 6 is between the synchronizations at steps 4 and 8: the weights of step 4 are exported.
     job = job_of("diloco", evaluate_every=2, checkpoint={"every": 2, "keep": 9})
     ranks = succeed(job, tmp_path, 2, scripts=Script(stop_after=6))
     from launcher.engine.checkpoint import load_weights
@@ -217,8 +217,8 @@ def test_what_is_saved_and_evaluated_are_the_weights_that_the_workers_agree_on(t
     assert evaluated.result["val/loss"] == losses[6]
 
 
-def test_weights_to_begin_with_reach_every_strategy(tmp_path: Path) -> None:
-    # With a learning rate of zero what comes out is what went in.
+def test_initial_weights_reach_every_strategy(tmp_path: Path) -> None:
+    # With a learning rate of zero the weights do not change.
     succeed(job_of("ddp"), tmp_path / "source", 1)
     weights = final_weights(tmp_path / "source")
     torch.save(weights, tmp_path / "weights.pt")
@@ -229,7 +229,7 @@ def test_weights_to_begin_with_reach_every_strategy(tmp_path: Path) -> None:
 
 
 def prepared(runtime: Runtime, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Return what each strategy makes of a network that every rank has drawn for itself, and whether it drew since."""
+    """Return the state of a network that each rank initialized differently, and whether it drew since."""
     given = []
     for job in jobs:
         torch.manual_seed(runtime.rank)
@@ -248,8 +248,8 @@ def as_whole(value: torch.Tensor) -> torch.Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
 
 
-def test_all_ranks_begin_with_rank_0s_weights_and_buffers() -> None:
-    """Would be wrong: running statistics of rank 0 are saved, and the others have trained with their own."""
+def test_all_ranks_start_with_the_weights_and_buffers_of_rank_0() -> None:
+    """Would be wrong: running statistics of rank 0 are saved, but other ranks trained with their own."""
     names = ["ddp", "powersgd", "local_sgd", "fsdp"]
     jobs = [make_job(strategy=STRATEGIES[name]) for name in names] + [make_job(deterministic=True)]
     first, *others = on_ranks(prepared, 2, jobs)
@@ -282,7 +282,7 @@ def test_activation_checkpointing_changes_no_number(tmp_path: Path) -> None:
         ({"name": "fsdp", "cpu_offload": True}, "on CPUs"),
     ],
 )
-def test_what_cannot_be_is_told_before_training(strategy: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_reported_before_training(strategy: dict[str, Any], message: str, tmp_path: Path) -> None:
     import re
 
     ranks = launch(make_job(epochs=1, strategy=strategy), tmp_path, 2)
@@ -296,7 +296,7 @@ def test_what_cannot_be_is_told_before_training(strategy: dict[str, Any], messag
 # ---- beside the rest ------------------------------------------------------------------------------------------------
 
 
-def test_an_average_of_weights_that_are_divided_is_that_of_whole_ones(tmp_path: Path) -> None:
+def test_an_average_of_sharded_weights_equals_that_of_whole_ones(tmp_path: Path) -> None:
     ema = {"ema": {"_target_": "launcher.engine.callbacks.Ema", "decay": 0.9}}
     for name in ("ddp", "fsdp"):
         succeed(job_of(name, callbacks=ema, evaluate_every=4), tmp_path / name, 2)

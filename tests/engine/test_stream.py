@@ -1,4 +1,4 @@
-"""Training data that are read as a stream: what is promised of them, and what is refused."""
+"""Streaming training data: guarantees and rejected settings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_a_stream_is_trained_with_in_whole_batches(workers: int, tmp_path: Path)
     ranks = succeed(job, tmp_path, workers)
     seen = [[number for entry in trained(rank) if entry[0] == "losses" for number in entry[1]] for rank in ranks]
     assert sum(map(len, seen)) == 1200
-    # Every rank has its own part. Where ranks have equal shares of a batch, each sample comes once in a pass; where
-    # they have not, a few are repeated and left out.
+    # Every rank has its own part. If ranks have equal shares of a batch, each sample occurs once in a pass; otherwise
+    # a few samples are repeated or omitted.
     found = sorted(number for numbers in seen for number in numbers)
     assert len(set(found)) > 590
     assert workers == 3 or found == sorted(list(range(600)) * 2)
@@ -32,7 +32,7 @@ def test_a_stream_is_trained_with_in_whole_batches(workers: int, tmp_path: Path)
     assert (result["steps"], result["samples"], result["epochs"]) == (12, 1200, 2.0)
 
 
-def test_a_stream_that_is_resumed_goes_on_with_another_pass(tmp_path: Path) -> None:
+def test_a_resumed_stream_starts_another_pass(tmp_path: Path) -> None:
     job = make_job(data={"_target_": "Flowing"}, epochs=1)
     succeed(job, tmp_path, 2, scripts=Script(stop_after=5))
     succeed(job, tmp_path, 3)
@@ -47,7 +47,7 @@ def test_a_stream_that_is_resumed_goes_on_with_another_pass(tmp_path: Path) -> N
         ("empty", "DataError", "nothing"),
     ],
 )
-def test_a_stream_that_fails_is_told(raises: str, kind: str, words: str, tmp_path: Path) -> None:
+def test_a_failing_stream_is_reported(raises: str, kind: str, words: str, tmp_path: Path) -> None:
     (rank,) = launch(make_job(data={"_target_": "Flowing", "raises": raises}), tmp_path)
     assert rank.error is not None
     assert rank.error[0] == kind

@@ -1,8 +1,8 @@
-"""The host never waits for a GPU between two logs: steps are run on a device that holds no numbers at all.
+"""The host never waits for a GPU between two logs: steps run on PyTorch's meta device, which has no data.
 
-PyTorch's meta device stands in for the GPU: shapes and types are real, nothing is ever computed, and the engine takes
-it for what it is not a CPU. Whatever asks for a number (`.item()`, `if tensor:`, a copy to the host) would stop a GPU's
-queue, and is counted. On a GPU, benchmarks/gpu.py counts the waits themselves.
+The meta device replaces the GPU: it has shapes and dtypes but computes nothing, and the engine treats it as a device
+that is not a CPU. Every read of a value (`.item()`, `if tensor:`, a copy to the host) would synchronize a GPU, and is
+counted. On a GPU, benchmarks/gpu.py counts the synchronizations themselves.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from launcher.startup_timing import Marks
 from models.language import GPT
 from tests.support.engine_ranks import make_job
 
-GPU = torch.device("meta")  # the stand-in
+GPU = torch.device("meta")  # replaces the GPU
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 1e-3}
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for the device, and answers with a number of its own."""
+    """Counts operations that would make the host wait for the device, and returns a fixed number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Waits(TorchDispatchMode):
 
 
 class OnGpu(Runtime):
-    """One rank on a GPU. Its votes lie on the host and can be read there, which stand-ins cannot."""
+    """One rank on a GPU. Its votes are on the host, where they can be read, unlike tensors of the meta device."""
 
     def vote(self, count: torch.Tensor | float, flags: dict[str, bool]) -> PendingVote:
         pending = super().vote(count, flags)
@@ -69,7 +69,7 @@ class Read(PendingVote):
 
 
 class Watched(GPT):
-    """Looks at its loss in each step, as users' networks do: the count must see it."""
+    """Reads its loss in each step, as users' networks do. It must be counted."""
 
     def training_step(self, batch: Any) -> Any:
         answer = super().training_step(batch)
@@ -87,7 +87,7 @@ def waits_of(steps: int, kind: type[nn.Module] = GPT, microbatches: int = 1, **t
         optimizer = build_optimizer(ADAMW, model)
         sums = Sums(GPU)
         rows = torch.zeros(4 // microbatches, 16, dtype=torch.long, device=GPU)
-        waits.seen.clear()  # building may wait
+        waits.seen.clear()  # construction may wait
         for _ in range(steps):
             vote = strategy.accumulate([(rows, rows)] * microbatches, 4, {"stop": False}, sums.add)
             strategy.apply(optimizer, 4, vote)
@@ -96,11 +96,11 @@ def waits_of(steps: int, kind: type[nn.Module] = GPT, microbatches: int = 1, **t
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_steps_wait_for_nothing(clip_norm: float | None, microbatches: int) -> None:
+def test_steps_do_not_wait_for_the_gpu(clip_norm: float | None, microbatches: int) -> None:
     assert not waits_of(3, microbatches=microbatches, clip_norm=clip_norm)
 
 
-def test_a_network_that_looks_at_its_loss_is_noticed() -> None:
+def test_a_network_that_reads_its_loss_is_counted() -> None:
     assert waits_of(3, Watched) == {"_local_scalar_dense": 3}
 
 
@@ -108,11 +108,11 @@ def test_a_network_that_looks_at_its_loss_is_noticed() -> None:
 
 
 class Enough(Exception):
-    """So many steps are done."""
+    """Raised when enough steps are done."""
 
 
 class Asked:
-    """The engine's control: forgets what was counted before the first step, and ends the run when a step begins."""
+    """A control that resets the count before the first step, and ends the run at the start of a step."""
 
     def __init__(self, waits: Waits, steps: int) -> None:
         self._waits, self._left = waits, steps
@@ -129,7 +129,7 @@ class Asked:
 
 
 def waits_of_a_run(folder: Path, steps: int, **trainer: Any) -> Counter[str]:
-    """Train as every run does: loader, vote, sums, the note of the first bad loss, schedule, callbacks, records."""
+    """Train like every run: loader, vote, sums, first bad loss, schedule, callbacks, records."""
     job = make_job(
         global_batch_size=4,
         steps=100,
@@ -154,9 +154,9 @@ def waits_of_a_run(folder: Path, steps: int, **trainer: Any) -> Counter[str]:
 
 
 @pytest.mark.parametrize("trainer", [{}, {"clip_norm": 1.0, "microbatch_size": 2}])
-def test_a_run_waits_for_nothing_between_two_logs(trainer: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_does_not_wait_between_two_logs(trainer: dict[str, Any], tmp_path: Path) -> None:
     assert not waits_of_a_run(tmp_path, 5, log_every=50, **trainer)
 
 
-def test_a_log_waits_and_is_seen(tmp_path: Path) -> None:
+def test_a_log_waits_and_is_counted(tmp_path: Path) -> None:
     assert waits_of_a_run(tmp_path, 5, log_every=2)["copy to the host"] == 2

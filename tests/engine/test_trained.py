@@ -1,4 +1,4 @@
-"""What is trained may change between two steps, and never unseen: unfreezing, freezing, drift."""
+"""The set of trained parameters may change between two steps, and other changes are detected: unfreezing, drift."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def job_of(callback: dict[str, Any] | None = None, model: Any = "Frozen", **how:
 
 
 def by_hand(optimizer: dict[str, Any], plan: dict[int, dict[str, bool]], clip: float) -> dict[str, torch.Tensor]:
-    """The run of `Frozen` as a plain loop, with the group of the stem at another rate."""
+    """The run of `Frozen` as a plain loop, with another learning rate for the stem."""
     torch.manual_seed(0)
     model = toys.Frozen()
     kind = getattr(torch.optim, optimizer["_target_"].rsplit(".", 1)[1])
@@ -102,7 +102,7 @@ def test_a_run_that_changed_what_it_trains_is_resumed(workers: int, stop: int, t
 
 
 @pytest.mark.parametrize("hook", ["on_start", "on_evaluate"])
-def test_every_moment_between_two_steps_will_do(hook: str, tmp_path: Path) -> None:
+def test_every_hook_between_two_steps_may_change_it(hook: str, tmp_path: Path) -> None:
     at = 0 if hook == "on_start" else 4
     job = job_of({"plan": {at: {"stem": True}}, "hook": hook}, evaluate_every=4)
     ranks = succeed(job, tmp_path, 2)
@@ -115,14 +115,14 @@ def test_every_moment_between_two_steps_will_do(hook: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "strategy", [{"name": "fsdp"}, {"name": "local_sgd"}, {"name": "diloco"}, {"compression": "powersgd"}]
 )
-def test_a_strategy_that_cannot_follow_says_so(strategy: dict[str, str], tmp_path: Path) -> None:
+def test_a_strategy_that_cannot_follow_raises(strategy: dict[str, str], tmp_path: Path) -> None:
     for rank in launch(job_of({"plan": {2: {"stem": True}}}, strategy=strategy), tmp_path, 2):
         assert rank.error is not None
         assert rank.error[0] == "TrainingError"
         assert "at step 2 (stem.weight, stem.bias)" in rank.error[1]
 
 
-def test_one_rank_that_unfreezes_alone_is_found(tmp_path: Path) -> None:
+def test_unfreezing_on_one_rank_alone_is_an_error(tmp_path: Path) -> None:
     ranks = launch(job_of({"plan": {3: {"stem": True}}, "only": 1}, log_every=4), tmp_path, 2)
     assert ranks[1].error is not None
     assert ranks[1].error[0] == "TrainingError"
@@ -170,7 +170,7 @@ def _compare(runtime: Runtime, kind: str, kinds: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "kinds", "told", "noted"),
+    ("kind", "kinds", "message", "noted"),
     [
         ("same", ["T4", "T4", "T4"], "", 0),
         ("bit", ["T4", "T4", "T4"], "differ at step 8: b of rank 1 is not", 0),
@@ -179,13 +179,13 @@ def _compare(runtime: Runtime, kind: str, kinds: list[str]) -> Any:
         ("gradients", ["T4", "V100", "T4"], "gradient for the same parameter at step 8: b on rank 0, 2 only", 0),
     ],
 )
-def test_copies_are_compared_by_their_bits(kind: str, kinds: list[str], told: str, noted: int) -> None:
+def test_copies_are_compared_by_their_bits(kind: str, kinds: list[str], message: str, noted: int) -> None:
     answers = on_ranks(_compare, 3, kind, kinds)
     for error, notes, weights in answers:
-        assert told in error
-        assert bool(told) == bool(error)
+        assert message in error
+        assert bool(message) == bool(error)
         assert len(notes) == noted, "the note is logged once"
-        if not told:
+        if not message:
             assert_same_weights(weights, answers[0][2])
 
 

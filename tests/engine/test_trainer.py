@@ -1,4 +1,4 @@
-"""The training loop: what it does when, in which precision, and what it says when something goes wrong."""
+"""The training loop: intervals, precision, errors and records."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXPLOSIVE = {"_target_": "Explosive", "kind": "nan"}
 
 
 def only(ranks: list[Rank], name: str) -> tuple[str, str, str]:
-    """Return the error of this class; what other ranks have is no more than the loss of this one."""
+    """Return the error of this class; other ranks only report the loss of this rank."""
     errors = [rank.error for rank in ranks if rank.error is not None and rank.error[0] == name]
     assert errors, [rank.error for rank in ranks]
     assert {rank.error and rank.error[0] for rank in ranks} <= {name, "WorkerLost"}
@@ -45,7 +45,7 @@ def only(ranks: list[Rank], name: str) -> tuple[str, str, str]:
 
 
 def meeting(sample: int, workers: int, chunk: int | None = None) -> tuple[int, int]:
-    """Return the step and the rank that meet a sample, in batches of 100 of the 1,037 with seed 0."""
+    """Return the step and the rank that train with a sample, with batches of 100 of 1,037 samples and seed 0."""
     from launcher.engine.order import Order, Split
 
     order = Order(1037, 100, 0)
@@ -58,12 +58,12 @@ def meeting(sample: int, workers: int, chunk: int | None = None) -> tuple[int, i
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_loss_that_is_no_number_names_step_and_rank(kind: str, workers: int, tmp_path: Path) -> None:
+def test_a_non_finite_loss_is_reported_with_step_and_rank(kind: str, workers: int, tmp_path: Path) -> None:
     job = make_job(model={**EXPLOSIVE, "kind": kind}, epochs=2, log_every=50, checkpoint={"every": 1, "keep": 100})
     ranks = launch(job, tmp_path, workers)
     step, culprit = meeting(900, workers)
     assert 2 < step < 11
-    for rank in ranks:  # all of them know, and none waits for another
+    for rank in ranks:  # all ranks report it, and no rank waits for another
         assert rank.error is not None
         assert rank.error[0] == "NonFiniteLoss"
         assert f"at step {step} on rank {culprit};" in rank.error[1]
@@ -86,7 +86,7 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("how", GRADIENTS)
-def test_a_gradient_that_is_no_number_names_step_and_rank(how: str, workers: int, tmp_path: Path) -> None:
+def test_a_non_finite_gradient_is_reported_with_step_and_rank(how: str, workers: int, tmp_path: Path) -> None:
     # The loss is finite: the checkpoint of that step must not become the newest.
     checkpoint = {"every": 1, "keep": 100}
     job = make_job(model={**EXPLOSIVE, "kind": "gradient"}, epochs=2, checkpoint=checkpoint, **GRADIENTS[how])
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_no_number_names_step_and_rank(how: str, workers: int
     for rank in ranks:
         assert rank.error is not None
         assert rank.error[0] == "NonFiniteLoss"
-        # FSDP divides the sum among the ranks, which all are bad.
+        # FSDP shards the sum, so all ranks are bad.
         assert re.search(rf"The gradient of \S+ became NaN or infinite at step {step} on rank", rank.error[1])
         if how != "fsdp":
             assert f"at step {step} on rank {culprit}, while the loss was finite" in rank.error[1]
@@ -105,7 +105,7 @@ def test_a_gradient_that_is_no_number_names_step_and_rank(how: str, workers: int
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_first_gradient_that_is_no_number_is_that_of_the_first_step(workers: int, tmp_path: Path) -> None:
+def test_a_non_finite_first_gradient_is_reported_at_the_first_step(workers: int, tmp_path: Path) -> None:
     ranks = launch(make_job(model={**EXPLOSIVE, "kind": "gradient", "sample": None}), tmp_path, workers)
     everyone = ", ".join(f"step 1 on rank {rank}" for rank in range(workers))
     for rank in ranks:
@@ -119,7 +119,7 @@ def test_a_first_gradient_that_is_no_number_is_that_of_the_first_step(workers: i
 # ---- errors of the user's code --------------------------------------------------------------------------------------
 
 
-def test_an_exception_of_the_model_is_told_with_the_users_own_frames(tmp_path: Path) -> None:
+def test_an_exception_of_the_model_is_reported_with_the_users_frames(tmp_path: Path) -> None:
     ranks = launch(make_job(model={**EXPLOSIVE, "kind": "raise"}), tmp_path, 2, timeout=30)
     _, message, traceback = only(ranks, "UserCodeError")
     assert message.startswith("KeyError: 'no such thing among")
@@ -135,7 +135,7 @@ def test_a_killed_rank_does_not_leave_the_others_waiting(tmp_path: Path) -> None
     assert all("run.resume=true" in rank.error[1] for rank in ranks if rank.error)
 
 
-def test_a_parameter_that_a_later_batch_leaves_out_is_told(tmp_path: Path) -> None:
+def test_a_parameter_that_a_later_batch_does_not_use_is_reported(tmp_path: Path) -> None:
     model = {"_target_": "Branches", "residue": 30, "never": False}
     ranks = launch(make_job(model=model), tmp_path, 2, timeout=30)
     _, message, _ = only(ranks, "UserCodeError")
@@ -151,7 +151,7 @@ def test_prints_are_kept_with_their_rank_and_shown(tmp_path: Path) -> None:
         assert (tmp_path / "log.txt").read_text().count(f"[rank {number}] a step of 50") >= 2
 
 
-def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_saved_checkpoints_remain(tmp_path: Path) -> None:
     job = make_job(deterministic=True, epochs=1, log_every=5, checkpoint={"every": 1})
     full = tmp_path / "full"
     disk = {"_target_": f"{toys.__name__}.FullDisk", "file": "metrics.jsonl"}
@@ -164,7 +164,7 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(tmp_path: Path) -> None:
     assert_same_weights(final_weights(full), final_weights(tmp_path / "whole"))
 
 
-def test_a_print_that_finds_no_room_is_no_error(tmp_path: Path) -> None:
+def test_a_print_on_a_full_disk_is_not_an_error(tmp_path: Path) -> None:
     disk = {"_target_": "FullDisk", "file": "log.txt"}
     succeed(make_job(model="Loud", steps=2, callbacks={"disk": disk}), tmp_path)
     written = (tmp_path / "log.txt").read_text()
@@ -177,12 +177,12 @@ def test_a_print_that_finds_no_room_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_low_precision_learns_about_the_same(precision: str, workers: int, tmp_path: Path) -> None:
+def test_low_precision_learns_similarly(precision: str, workers: int, tmp_path: Path) -> None:
     succeed(make_job(epochs=2), tmp_path / "float32")
     ranks = succeed(make_job(epochs=2, precision=precision), tmp_path / precision, workers)
     full, low = (column(tmp_path / name, "train/loss") for name in ("float32", precision))
     assert low != full
-    # The first steps of float16 may be skipped, until the loss scale fits.
+    # The first float16 steps may be skipped until the loss scale fits.
     assert low[-1] == pytest.approx(full[-1], abs=0.05)
     assert all(value.dtype == torch.float32 for value in final_weights(tmp_path / precision).values())
     printed = [event["text"] for rank in ranks for event in rank.events if event["kind"] == "line"]
@@ -209,7 +209,7 @@ def test_ranks_draw_other_random_numbers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_compiled_is_what_it_was_before(deterministic: bool, tmp_path: Path) -> None:
+def test_a_compiled_network_has_the_same_results(deterministic: bool, tmp_path: Path) -> None:
     model = {"_target_": "models.vision.ConvNet", "width": 4}
     how: dict[str, Any] = {"model": model, "data": "Pictures", "epochs": 2, "deterministic": deterministic}
     succeed(make_job(**how), tmp_path / "plain", 2)
@@ -224,7 +224,7 @@ def test_compiled_is_what_it_was_before(deterministic: bool, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_what_was_compiled_is_found_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernels_are_reused_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     cache = tmp_path / ".cache" / "torchinductor"
 
@@ -258,7 +258,7 @@ def test_a_run_that_ends_within_the_trace_still_writes_it(tmp_path: Path) -> Non
     assert (tmp_path / "profile" / "rank0.pt.trace.json.gz").exists()
 
 
-# ---- what is said at the start --------------------------------------------------------------------------------------
+# ---- notes at the start --------------------------------------------------------------------------------------
 
 
 def test_layers_that_depend_on_the_split_are_named_once(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_trying_the_first_batch_leaves_no_trace_in_the_network(tmp_path: Path) -
     ],
     ids=["steps", "epochs", "seldom", "hours", "microseconds"],
 )
-def test_logs_and_validations_come_when_they_are_due(
+def test_logs_and_validations_occur_at_their_intervals(
     how: dict[str, Any], losses: list[int], validations: list[int], tmp_path: Path
 ) -> None:
     succeed(make_job(epochs=2, **how), tmp_path, 2)
@@ -309,7 +309,7 @@ def test_logs_and_validations_come_when_they_are_due(
         ({"every": 4, "keep": 3, "monitor": None}, [16, 20, 22]),
         ({"every": "1ep", "keep": 5, "monitor": None}, [11, 22]),
         ({"every": "1h", "keep": 5, "monitor": None}, [22]),
-        # The accuracy is kept where it is highest, the newest beside it.
+        # The checkpoint with the highest accuracy is kept, and the newest.
         ({"every": 4, "keep": 1, "monitor": "val/accuracy", "mode": "max"}, "best"),
         ({"every": 4, "keep": 1, "monitor": "val/loss", "mode": "max"}, "best"),
     ],
@@ -338,7 +338,7 @@ def test_overfitting_repeats_the_first_batches(tmp_path: Path) -> None:
     assert rank.result["steps"] == 6
 
 
-def test_result_json_says_what_the_run_was(tmp_path: Path) -> None:
+def test_result_json_describes_the_run(tmp_path: Path) -> None:
     ranks = succeed(make_job(epochs=2, log_every=5), tmp_path, 2)
     result = result_of(tmp_path)
     assert ranks[0].result == result
@@ -363,21 +363,21 @@ def weights_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_training_begins_with_weights_that_are_given(tmp_path: Path) -> None:
+def test_training_starts_with_the_given_weights(tmp_path: Path) -> None:
     sgd = {"_target_": "torch.optim.SGD", "lr": 0.0}
     file = weights_file(tmp_path)
     for workers in (1, 2):
         ranks = succeed(make_job(steps=1, optimizer=sgd), tmp_path / str(workers), workers, weights=file)
         for rank in ranks:
             assert_same_weights(rank.weights, torch.load(file))
-    # A resume has weights of its own.
+    # A resume ignores checkpoint.load.
     succeed(make_job(steps=2, optimizer={**sgd, "lr": 0.5}), tmp_path / "1")
     before = final_weights(tmp_path / "1")
     succeed(make_job(steps=2), tmp_path / "1", weights=file)
     assert_same_weights(final_weights(tmp_path / "1"), before)
 
 
-def test_weights_that_do_not_fit_are_told_or_left_out(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_reported_or_skipped(tmp_path: Path) -> None:
     file = weights_file(tmp_path)
     (rank,) = launch(make_job(model="Other", steps=1), tmp_path / "strict", weights=file)
     assert rank.error is not None

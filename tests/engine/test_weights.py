@@ -1,4 +1,4 @@
-"""Weights from other places: which names fit which, how they are reported, and which are refused."""
+"""Weights of other programs: how names are matched and reported, and which are rejected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weights_of(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
 
 
 class Wrapping(nn.Module):
-    """Has the network as a part."""
+    """Contains the network as a submodule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ RENAMED = [
     (lambda name: f"module.{name}", '"module."'),
     (lambda name: f"_orig_mod.{name}", '"_orig_mod."'),
     (lambda name: f"module._orig_mod.{name}", '"_orig_mod." and "module."'),
-    (lambda name: name.replace(".", "._orig_mod.", 1), '"_orig_mod."'),  # torch.compile of every block
+    (lambda name: name.replace(".", "._orig_mod.", 1), '"_orig_mod."'),  # every block compiled
     (lambda name: f"model.{name}", '"model."'),
     (lambda name: f"module.model.net.{name}", '"module.model.net."'),
 ]
@@ -58,7 +58,7 @@ RENAMED = [
 
 @pytest.mark.parametrize("wrap", [None, "state_dict", "model_state_dict", "model", "state_dict.model"])
 @pytest.mark.parametrize(("rename", "words"), RENAMED)
-def test_usual_prefixes_and_keys_are_taken_off_and_named(
+def test_usual_prefixes_and_keys_are_removed_and_named(
     rename: Any, words: str, wrap: str | None, tmp_path: Path
 ) -> None:
     expected = weights_of(net())
@@ -76,7 +76,7 @@ def test_usual_prefixes_and_keys_are_taken_off_and_named(
     assert bool(note) == bool(words or wrap)
 
 
-def test_weights_of_a_part_take_its_prefix() -> None:
+def test_weights_of_a_submodule_get_its_prefix() -> None:
     model, expected = Wrapping(), weights_of(net())
     note = load_weights_into(model, expected, "x")
     assert 'with the prefix "backbone."' in note
@@ -109,10 +109,10 @@ def test_safetensors_of_tied_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_weights_of_which_none_fits_are_refused_whatever_is_allowed(strict: bool) -> None:
+def test_weights_without_any_match_are_always_rejected(strict: bool) -> None:
     with pytest.raises(CheckpointError, match=r"missing: .*; unexpected: ") as caught:
         load_weights_into(net(), weights_of(Tied()), "x", strict)
-    assert "load_strict" not in str(caught.value), "it would not help"
+    assert "load_strict" not in str(caught.value), "it does not help"
 
 
 def test_what_does_not_fit_is_listed_with_the_prefix_that_fits_best() -> None:
@@ -137,7 +137,7 @@ def test_another_shape_is_refused_and_named() -> None:
         assert "load_strict" not in str(caught.value)
 
 
-def test_two_parts_that_fit_equally_are_not_chosen_between() -> None:
+def test_two_submodules_that_match_equally_are_ambiguous() -> None:
     weights = {f"{part}.{name}": value for part in ("a", "b") for name, value in weights_of(net()).items()}
     with pytest.raises(CheckpointError):
         load_weights_into(net(), weights, "x")

@@ -1,4 +1,4 @@
-"""A strategy of another package: one file, which registers itself."""
+"""A strategy of another package, in one file that registers itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import engine_toys
 
 
 class Summed(Strategy):
-    """Adds up the gradients of all ranks after the backward pass, without overlap."""
+    """Sums the gradients of all ranks after the backward pass, without overlap."""
 
     def prepare(self, batch: Any) -> dict[str, Any]:
         self._broadcast()
@@ -57,4 +57,4 @@ class Toy(StrategyKind):
 
 
 class Net(engine_toys.Net):
-    """A network of this file, so that every rank imports it."""
+    """A network in this file, so that every rank can import it."""

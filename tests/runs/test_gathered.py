@@ -1,4 +1,4 @@
-"""The file system behind run.root=head:///PATH: it has to behave as an object store does."""
+"""The file system of run.root=head:///PATH, which must behave like an object store."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_files_are_whole_or_absent(store: Store, tmp_path: Path, monkeypatch: py
         store.read("nothing")
 
 
-def test_what_fails_elsewhere_is_tried_again_and_then_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_of_the_head_are_retried_and_then_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = 2
 
     def call(name: str, *arguments: Any) -> Any:
@@ -63,6 +63,6 @@ def test_what_fails_elsewhere_is_tried_again_and_then_told(store: Store, monkeyp
 
 
 @pytest.mark.parametrize("uri", ["head://vm1/runs", "head:///", "head:////a", "head:///a?key=1"])
-def test_only_a_path_of_the_drivers_machine_is_meant(uri: str) -> None:
+def test_the_uri_must_be_a_path_on_the_head(uri: str) -> None:
     with pytest.raises(ConfigError, match="head:///PATH"):
         check_uri(uri)

@@ -1,4 +1,4 @@
-"""Runs whose root is an object store: Azure Blob storage, as its emulator serves it."""
+"""Runs on an object store: Azure Blob storage, served by its emulator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.stores import KEY, Container, FaultyProxy
 
 
 class Machine:
-    """A machine with a cache of its own, on which commands run in this process."""
+    """A machine with its own cache, on which commands run in this process."""
 
     def __init__(self, container: Container, here: Place, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         self.container, self.here, self.monkeypatch, self.cache = container, here, monkeypatch, cache
@@ -38,7 +38,7 @@ def machines(container: Container, here: Place, monkeypatch: pytest.MonkeyPatch,
     return [Machine(container, here, monkeypatch, tmp_path / name) for name in ("one", "two", "three")]
 
 
-def test_a_run_lies_on_the_store_and_goes_on_elsewhere(container: Container, machines: list[Machine]) -> None:
+def test_a_run_on_a_store_continues_on_another_machine(container: Container, machines: list[Machine]) -> None:
     one, two, three = machines
     done = one(*TOY, "run.name=a", "checkpoint.every=2", "checkpoint.keep=2")
     assert done.status == 0, done.err
@@ -56,7 +56,7 @@ def test_a_run_lies_on_the_store_and_goes_on_elsewhere(container: Container, mac
     steps = [json.loads(line)["step"] for line in container.read("a/metrics.jsonl").splitlines()]
     assert sorted(set(steps)) == [2, 4, 6, 8, 10, 12]
 
-    # The first machine has an old copy of what the second went on with.
+    # The first machine has an outdated copy of the run that the second continued.
     third = one("--config-dir", "own", "run.name=a", "run.resume=true", "trainer.epochs=4")
     assert "Continuing from step 12." in third.err
     assert container.intact("a")[-1] == 16
@@ -79,7 +79,7 @@ def test_a_run_lies_on_the_store_and_goes_on_elsewhere(container: Container, mac
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
-def test_requests_that_cannot_be_met_are_told_before_the_start(container: Container, machines: list[Machine]) -> None:
+def test_invalid_requests_are_rejected_before_the_start(container: Container, machines: list[Machine]) -> None:
     one = machines[0]
     sweep = one("-m", *TOY, "optimizer.lr=0.1,0.2")
     assert sweep.status == 2
@@ -91,14 +91,14 @@ def test_requests_that_cannot_be_met_are_told_before_the_start(container: Contai
     assert not any(one.cache.rglob("config.yaml"))
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(container: Container, machines: list[Machine]) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped(container: Container, machines: list[Machine]) -> None:
     one, two, _ = machines
     assert one(*TOY, "run.name=a", "checkpoint.every=2", "checkpoint.keep=3").status == 0
     damaged = "a/checkpoints/step-00000008/data-00000.bin"
     content = bytearray(container.read(damaged))
     content[5] ^= 1
     container.write(damaged, bytes(content))
-    container.write("a/checkpoints/step-00000006/manifest.json", b"")  # was being written: not there at all
+    container.write("a/checkpoints/step-00000006/manifest.json", b"")  # empty: incomplete
     again = two("--config-dir", "own", "run.name=a", "run.resume=true", "trainer.epochs=3")
     assert again.status == 0, again.err
     assert "Skipped 1 damaged checkpoint(s) (step-00000008: data-00000.bin was altered" in again.err
@@ -106,7 +106,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(container: Container, machin
 
 
 class Evil:
-    """Whoever unpickles it makes a file."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -115,7 +115,7 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
-def test_what_a_stranger_planted_on_the_store_executes_and_overwrites_nothing(
+def test_planted_files_on_the_store_execute_and_overwrite_nothing(
     container: Container, machines: list[Machine], tmp_path: Path
 ) -> None:
     one, two, _ = machines
@@ -144,10 +144,10 @@ def test_what_a_stranger_planted_on_the_store_executes_and_overwrites_nothing(
     assert {path for path in tmp_path.rglob("*") if two.cache not in path.parents} <= before | {two.cache}
     assert not any(path.name == ".metadata" for path in two.cache.rglob("*"))
     pickle.loads(evil)
-    assert mark.exists(), "the planted pickle does nothing, so that this test would prove nothing"
+    assert mark.exists(), "the planted pickle has no effect, so this test proves nothing"
 
 
-def test_killed_and_continued_from_an_empty_cache_and_stopped_from_afar(
+def test_a_killed_run_resumes_from_an_empty_cache_and_is_stopped_remotely(
     container: Container, machines: list[Machine], place: Place, tmp_path: Path
 ) -> None:
     root = f"run.root={container.uri}"
@@ -160,7 +160,7 @@ def test_killed_and_continued_from_an_empty_cache_and_stopped_from_afar(
     finally:
         first.close()
     left = container.read("k/result.json")
-    assert not left or json.loads(left)["status"] == "running"  # empty where it was just being written
+    assert not left or json.loads(left)["status"] == "running"  # empty if it was being written
 
     env = container.environment(tmp_path / "alive")
     second = place.start("--config-dir", "own", root, "run.name=k", "run.resume=true", env=env)
@@ -211,8 +211,8 @@ def test_one_request_in_ten_fails_on_ray_with_many_checkpoints(
     proxy.shutdown()
 
 
-@pytest.mark.slow  # the library that speaks to Azure has tries of its own
-def test_a_store_that_is_gone_at_the_end_is_told_and_the_copy_kept(
+@pytest.mark.slow  # the Azure client has its own retries
+def test_an_unreachable_store_at_the_end_is_reported_and_the_local_copy_remains(
     container: Container, place: Place, tmp_path: Path
 ) -> None:
     proxy = FaultyProxy(container.authority, every=10**9)

@@ -86,14 +86,14 @@ def test_logs_of_a_run_that_printed_nothing(here: Place) -> None:
 
 def test_a_heartbeat(tmp_path: Path) -> None:
     run = make(tmp_path, "a", status="running")
-    assert run.status() == "lost", "nobody has beaten yet"
+    assert run.status() == "lost", "there is no heartbeat yet"
     run.beat()
     assert run.status() == "running"
     heart = tmp_path / "a/.heartbeat"
     old = time.time() - runs.LOST_AFTER_SECONDS - 1
     os.utime(heart, (old, old))
     assert run.status() == "lost"
-    # A process that is gone is known at once, where it was one of this machine.
+    # The end of a process of this machine is detected immediately.
     runs.write_json(heart, {"host": socket.gethostname(), "pid": 2**22 + 1})
     assert run.status() == "lost"
     runs.write_json(heart, {"host": "elsewhere", "pid": 2**22 + 1})
@@ -101,15 +101,15 @@ def test_a_heartbeat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["..", "a/..", "/etc", "a//b", ".hidden", "", "a\nb", "../runs/a"])
-def test_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
+def test_invalid_names_are_rejected(tmp_path: Path, name: str) -> None:
     make(tmp_path / "runs", "a", status="completed")
     with pytest.raises(ConfigError):
         runs.find(tmp_path / "runs", name)
 
 
 @pytest.mark.parametrize("before", ["stopped", "failed", "running"])
-def test_of_many_who_continue_a_run_at_once_one_does(before: str, tmp_path: Path) -> None:
-    """Would be wrong: two drivers that write one directory."""
+def test_of_concurrent_resumes_one_succeeds(before: str, tmp_path: Path) -> None:
+    """Would be wrong: two drivers that write to one directory."""
     run = make(tmp_path, "a", status=before)
     together = Barrier(8)
 
@@ -121,12 +121,12 @@ def test_of_many_who_continue_a_run_at_once_one_does(before: str, tmp_path: Path
             return False
         return True
 
-    with ThreadPoolExecutor(8) as everybody:
-        assert sum(everybody.map(claims, range(8))) == 1
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(claims, range(8))) == 1
     assert run.status() == "running"
 
 
-def test_who_died_with_a_run_in_hand_keeps_nobody_from_it(tmp_path: Path) -> None:
+def test_a_lock_of_a_dead_process_is_released(tmp_path: Path) -> None:
     run = make(tmp_path, "a", status="running")
     code = """
 import os, sys
@@ -148,9 +148,7 @@ def test_the_nearest_name(tmp_path: Path) -> None:
         runs.find(tmp_path, "mnist-20261124")
 
 
-def test_a_full_disk_does_not_keep_the_record_from_being_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_result_is_written_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make(tmp_path, "a", status="running", steps=1234567)
 
     def full(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run root's URI means, and operations on a store that are tried again."""
+"""URIs of run roots, and retries of operations on a store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("uri", REFUSED)
-def test_a_uri_that_cannot_be_used_is_told_without_its_secret(uri: str) -> None:
+def test_an_invalid_uri_is_reported_without_its_secret(uri: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED[uri]) as caught:
         check_uri(uri)
     assert "geheim" not in str(caught.value)
@@ -53,12 +53,12 @@ def test_the_uri_of_a_directory_is_a_directory(tmp_path: Path) -> None:
         ("run/.", False),
     ],
 )
-def test_names_stay_below_the_place_that_they_are_copied_to(name: str, tame: bool) -> None:
+def test_names_outside_of_the_target_directory_are_rejected(name: str, tame: bool) -> None:
     assert is_tame(name) is tame
 
 
 class Flaky:
-    """Stands in for pyarrow's file system: fails so often, then deletes."""
+    """A fake of pyarrow's file system that fails a number of times, then deletes."""
 
     def __init__(self, failures: int, error: OSError) -> None:
         self.left, self.error, self.calls = failures, error, 0
@@ -76,14 +76,14 @@ def store_over(flaky: Any, patience: float = 60) -> Store:
 
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the store waited between its tries; no time passes."""
+    """Return the delays between retries; no time passes."""
     taken: list[float] = []
     monkeypatch.setattr(storage.time, "sleep", taken.append)
     monkeypatch.setattr(storage.time, "monotonic", lambda: sum(taken))
     return taken
 
 
-def test_what_fails_is_tried_again_after_growing_and_random_delays(naps: list[float]) -> None:
+def test_failures_are_retried_with_growing_random_delays(naps: list[float]) -> None:
     flaky = Flaky(5, OSError("Azure Error: [ServerBusy] 503 The server is busy."))
     store_over(flaky).remove("old")
     assert flaky.calls == 6
@@ -91,7 +91,7 @@ def test_what_fails_is_tried_again_after_growing_and_random_delays(naps: list[fl
     assert len({nap / 2**n for n, nap in enumerate(naps)}) == 5
 
 
-def test_patience_ends(naps: list[float]) -> None:
+def test_retries_end_after_the_patience(naps: list[float]) -> None:
     flaky = Flaky(10**6, OSError("Could not connect to server"))
     with pytest.raises(StorageError, match=r"tried \d+ times\): Could not connect") as caught:
         store_over(flaky).remove("old")
@@ -99,7 +99,7 @@ def test_patience_ends(naps: list[float]) -> None:
     assert caught.value.exit_status == 1
 
 
-def test_what_will_never_succeed_is_told_at_once_and_without_a_key(
+def test_permanent_errors_are_reported_immediately_and_without_a_key(
     naps: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AZURE_STORAGE_KEY", "geheim")

@@ -1,4 +1,4 @@
-"""The record of the user's runs: private, keyed by the run's path, and the only word on where a run was sent."""
+"""The user's own record of runs: private, keyed by path, and the only source of a run's location."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state" / "launch"
 
 
-def test_a_record_is_private_and_keeps_what_is_not_changed(state: Path, tmp_path: Path) -> None:
+def test_a_record_is_private_and_keeps_unchanged_fields(state: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs" / "a")
     state.mkdir(mode=0o755, parents=True)
     user_state.save(run, cluster={"kind": "existing"}, place={"job": "launch-1"})
@@ -32,7 +32,7 @@ def test_a_record_is_private_and_keeps_what_is_not_changed(state: Path, tmp_path
 
 
 def test_a_record_belongs_to_one_path(tmp_path: Path) -> None:
-    """A link among the parents is another name of the same run; a copy of the run is another run."""
+    """A symbolic link among the parents leads to the same run; a copy of the run is a different run."""
     run = RunDirectory(tmp_path / "runs" / "a")
     run.create()
     user_state.save(run, cluster={"kind": "ssh"})

@@ -1,4 +1,4 @@
-"""What the workers do in the tests of warm groups: functions of (task, runtime, control), like the engine's `run`."""
+"""Jobs of the workers in the tests of warm groups: functions of (task, runtime, control), like the engine's `run`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HERE = str(Path(__file__).resolve().parent)
 
 @dataclass
 class Task:
-    """`note` says what happens to the task."""
+    """A task. `note` is the name of the function in this module that runs it, with arguments."""
 
     note: str = ""
     python_path: list[str] = field(default_factory=lambda: [HERE])
@@ -25,7 +25,7 @@ def main(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
 
 
 def facts(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
-    """Return the processes of the group, having talked to all of them."""
+    """Return the process ids of the group, gathered from all ranks."""
     return {"pids": runtime.gather(os.getpid()), "world_size": runtime.world_size}
 
 
@@ -38,7 +38,7 @@ def fail_on_rank_1(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
 
 
 def hang_after_an_error(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
-    """Raise on one rank while the other is in the user's own endless loop."""
+    """Raise on one rank while the other sleeps in user code."""
     if runtime.rank == 1:
         raise ZeroDivisionError("mine")
     time.sleep(600)
@@ -54,7 +54,7 @@ def die_on_rank_1(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
 
 
 def train_a_little(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
-    """What each trial leaves behind in its process: groups of its own, a large network, reference cycles."""
+    """Leave the remains of a trial in the process: process groups, a large network, reference cycles."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 

@@ -1,4 +1,4 @@
-"""What the tests of sweeps share: a project of its own, called from its directory, and runs elsewhere."""
+"""Fixtures of the tests of sweeps: a project in this directory, and runs in a temporary directory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Sweep = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The fixed words of a sweep of milliseconds in this process."""
+    """Return the fixed words of a fast sweep in this process."""
     monkeypatch.chdir(HERE)
     return ["experiment=line", "cluster=none", f"run.root={tmp_path}"]
 
 
 @pytest.fixture
 def sweep(words: list[str]) -> Sweep:
-    """`launcher.sweep` with these words and more."""
+    """Return a function that calls `launcher.sweep` with these words and more."""
     import launcher
 
     def call(*more: str, **options: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A job of milliseconds for the tests of sweeps: a line through points, whose best learning rate is known."""
+"""A fast job for the tests of sweeps: linear regression with a known best learning rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Line(nn.Module):
-    """Linear regression by full batches. Under SGD the error shrinks fastest near lr = 0.5, and grows above 1.
+    """Linear regression with full batches. With SGD the error decreases fastest near lr = 0.5, and increases above 1.
 
     Args:
         nap: seconds that each step takes.
@@ -29,11 +29,11 @@ class Line(nn.Module):
 
 
 class Points:
-    """Whitened points, so that every direction is as steep as every other.
+    """Whitened points, so that the loss has the same curvature in every direction.
 
     Args:
-        trouble: "" for none; "raise" fails when it is built; "kill" kills the process of rank 1 once, at sample `at`.
-        flag: a file that remembers that the process was killed.
+        trouble: "" for none; "raise" fails on construction; "kill" kills the process of rank 1 once, at sample `at`.
+        flag: a file that is created before the process is killed.
     """
 
     def __init__(self, count: int = 40, trouble: str = "", at: int = 10, flag: str = "") -> None:

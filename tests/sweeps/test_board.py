@@ -1,4 +1,4 @@
-"""TensorBoard's HParams tab, looked at in a real browser while a sweep runs."""
+"""TensorBoard's HParams tab in a real browser while a sweep runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 from sweep_fixtures import HERE, PROJECT, table
 
-SECONDS = 60_000  # of Playwright: a page on a busy machine
+SECONDS = 60_000  # timeout of Playwright in milliseconds, for a busy machine
 SWEPT = ["optimizer.lr=0.1,0.2,0.3", "vars.note=1,x", "trainer.clip_norm=1,2", "model.nap=0.02"]
 
 
@@ -74,7 +74,7 @@ def test_the_hparams_tab_shows_every_trial_with_its_values(board: str, running: 
                 "val/loss",
                 "cluster/restarts",
                 "cluster/workers",
-            ):  # it ticks the first few
+            ):  # TensorBoard selects the first few
                 box = page.locator("paper-checkbox", has_text=tag).first
                 if (box.get_attribute("aria-checked") == "true") is not (tag == "val/loss"):
                     box.click()
@@ -89,7 +89,7 @@ def test_the_hparams_tab_shows_every_trial_with_its_values(board: str, running: 
         while len(table(running / "s")) < 12 or any(row["state"] != "completed" for row in table(running / "s")):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        page.wait_for_timeout(6000)  # TensorBoard reads anew every five seconds
+        page.wait_for_timeout(6000)  # TensorBoard reloads every five seconds
         cells = cells_now()
         picture = os.environ.get("LAUNCH_PICTURES")
         if picture:

@@ -1,4 +1,4 @@
-"""Whole sweeps in this process (`cluster=none`): what they leave, how they go on, how they prune and fail."""
+"""Complete sweeps in this process (`cluster=none`): files, resume, pruning and failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.waiting import wait_for
 
 
 def test_numbers_parameters_and_objective_agree_everywhere(sweep: Sweep, words: list[str], tmp_path: Path) -> None:
-    """A trial is what its overrides give alone, and trials.csv, result.json and TensorBoard say the same of it."""
+    """A trial equals a single run with its overrides, in trials.csv, result.json and TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -64,7 +64,7 @@ def test_asha_finds_the_same_region_in_half_of_the_steps(sweep: Sweep, trials: i
     assert grid["result"]["steps"] == trials * 9
     assert asha["result"]["steps"] <= grid["result"]["steps"] / 2
     best = [found["best"]["parameters"]["optimizer.lr"] for found in (grid, asha)]
-    assert 0.3 < best[0] < 0.8  # the minimum is known to be at 0.5
+    assert 0.3 < best[0] < 0.8  # the minimum is at 0.5
     assert best[1] == pytest.approx(best[0], rel=0.35)
     pruned = [trial for trial in asha["trials"] if trial["state"] == "pruned"]
     assert len(pruned) >= trials / 3
@@ -86,12 +86,12 @@ def test_each_search_runs(sweep: Sweep, sampler: str) -> None:
     assert all(0.001 <= trial["optimizer.lr"] <= 1 and trial["model.start"] in (1, 2, 3) for trial in found["trials"])
 
 
-def test_a_search_is_meant_where_so_many_trials_of_something_endless_are_asked_for(sweep: Sweep) -> None:
+def test_trials_over_an_interval_imply_a_search(sweep: Sweep) -> None:
     found = sweep("optimizer.lr=interval(0,1)", "logging.tensorboard=false", trials=2)
     assert len(found["trials"]) == 2
     more = sweep(f"run.name={Path(found['directory']).name}", "run.resume=true", trials=4)
     assert [trial["state"] for trial in more["trials"]] == ["completed"] * 4
-    assert len({trial["optimizer.lr"] for trial in more["trials"]}) == 4  # not the first two once more
+    assert len({trial["optimizer.lr"] for trial in more["trials"]}) == 4  # not the first two again
 
 
 def test_several_objectives(sweep: Sweep) -> None:
@@ -109,7 +109,7 @@ def test_several_objectives(sweep: Sweep) -> None:
     assert "val/size" in best
 
 
-def test_failed_trials_are_recorded_and_the_sweep_goes_on(sweep: Sweep, tmp_path: Path) -> None:
+def test_failed_trials_are_recorded_and_the_sweep_continues(sweep: Sweep, tmp_path: Path) -> None:
     found = sweep("run.name=s", "data.trouble='',raise", "optimizer.lr=0.1,1e30", "sweep.keep=best")
 
     assert [trial["state"] for trial in found["trials"]] == ["completed", "failed", "failed", "failed"]
@@ -140,7 +140,7 @@ def test_only_the_best_keeps_its_checkpoints(sweep: Sweep) -> None:
     assert result(found["directory"], 1)["checkpoint"] is not None
 
 
-def test_another_run_begins_with_the_weights_of_the_best(sweep: Sweep, words: list[str]) -> None:
+def test_another_run_starts_with_the_weights_of_the_best(sweep: Sweep, words: list[str]) -> None:
     import launcher
 
     found = sweep("optimizer.lr=0.1,0.5", "run.name=s")
@@ -155,8 +155,8 @@ def validations(run: Path) -> list[float]:
     return [entry["val/loss"] for entry in entries if "val/loss" in entry]
 
 
-def test_a_sweep_like_a_run_stays_like_it_when_it_is_continued(sweep: Sweep, words: list[str], tmp_path: Path) -> None:
-    """Would be wrong: trials after a resume that train the default job; weights looked for within the sweep."""
+def test_a_resumed_sweep_keeps_the_configuration_of_run_like(sweep: Sweep, words: list[str], tmp_path: Path) -> None:
+    """Would be wrong: trials after a resume that train the default job; weights searched for within the sweep."""
     import launcher
 
     launcher.launch(*words, "run.name=base", "trainer.epochs=2", config_dir=PROJECT, quiet=True)
@@ -190,10 +190,10 @@ def test_a_sweep_like_a_run_stays_like_it_when_it_is_continued(sweep: Sweep, wor
         (["sweep.pruner=hyper"], ConfigError, "hyperband"),
         (["scaling.workers=1,2"], ConfigError, "scaling.workers=2"),
         (["cluster=local", "scaling.workers=1,99"], RequestError, "99 workers"),
-        (["run.name=nobody", "run.resume=true"], RunError, 'no run "nobody"'),
+        (["run.name=absent", "run.resume=true"], RunError, 'no run "absent"'),
     ],
 )
-def test_impossible_requests_are_refused_before_anything_starts(
+def test_invalid_requests_are_rejected_before_anything_starts(
     sweep: Sweep, tmp_path: Path, more: list[str], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
@@ -201,7 +201,7 @@ def test_impossible_requests_are_refused_before_anything_starts(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_sweep_resumed_does_nothing_and_other_words_are_refused(sweep: Sweep) -> None:
+def test_resuming_a_finished_sweep_does_nothing_and_other_words_are_rejected(sweep: Sweep) -> None:
     first = sweep("run.name=s", "optimizer.lr=0.1,0.2")
     before = {path: path.stat().st_mtime_ns for path in Path(first["directory"]).rglob("metrics.jsonl")}
 
@@ -221,7 +221,7 @@ def command(tmp_path: Path, *more: str) -> list[str]:
 
 
 def test_a_killed_driver_loses_no_finished_trial(sweep: Sweep, tmp_path: Path) -> None:
-    """12 trials, SIGKILL in the middle, resume: 12 finished, none run twice to the end, numbers unchanged."""
+    """12 trials, SIGKILL in the middle, resume: 12 completed, none trained twice, equal objectives."""
     swept = ("optimizer.lr=range(0.05,0.65,0.05)", "model.nap=0.005", "checkpoint.every=1", "logging.tensorboard=false")
     driver = subprocess.Popen(command(tmp_path, *swept), cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     journal = tmp_path / "s" / "study.journal"
@@ -233,7 +233,7 @@ def test_a_killed_driver_loses_no_finished_trial(sweep: Sweep, tmp_path: Path) -
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     with journal.open("ab") as file:
-        file.write(b'{"op_code": 5, "half')  # a line that the driver was writing
+        file.write(b'{"op_code": 5, "half')  # a truncated line
     os.symlink(journal, f"{journal}.lock")
     done = {n: result(tmp_path / "s", n) for n in range(5)}
     assert all(own["status"] == "completed" for own in done.values())
@@ -248,7 +248,7 @@ def test_a_killed_driver_loses_no_finished_trial(sweep: Sweep, tmp_path: Path) -
         assert (one["objective"], one["optimizer.lr"]) == (other["objective"], other["optimizer.lr"])
 
 
-def test_ctrl_c_stops_in_order_and_the_sweep_goes_on_from_the_checkpoint(sweep: Sweep, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_sweep_resumes_from_the_checkpoint(sweep: Sweep, tmp_path: Path) -> None:
     more = ("optimizer.lr=0.1,0.2,0.3", "model.nap=0.01", "trainer.epochs=5")
     driver = subprocess.Popen(
         command(tmp_path, *more), cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -304,7 +304,7 @@ def test_sweeper_parameters_of_a_file(words: list[str], tmp_path: Path) -> None:
     assert [axis.key for axis in spec.space.axes] == ["optimizer.lr", "trainer.epochs"]
 
 
-def test_stop_from_elsewhere_and_what_listing_shows(sweep: Sweep, tmp_path: Path) -> None:
+def test_a_stop_request_and_the_listing(sweep: Sweep, tmp_path: Path) -> None:
     from launcher.cli.listing import rows
 
     more = ("optimizer.lr=0.1,0.2,0.3", "model.nap=0.01", "trainer.epochs=5")

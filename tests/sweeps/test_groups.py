@@ -1,4 +1,4 @@
-"""Warm worker groups with real Ray Train workers: what is kept between tasks, what is not, and what errors leave."""
+"""Warm worker groups with real Ray Train workers: reuse of processes, and recovery from errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SINGLE = Shape(1, 1.0, 0.0)
 
 
 class Driver:
-    """The groups of one cluster, and all events that came."""
+    """The groups of one cluster, and all of their events."""
 
     def __init__(self, cluster: EmbeddedRay) -> None:
         from launcher.runners.groups import Groups
@@ -72,7 +72,7 @@ def test_fifty_tasks_share_two_processes_which_do_not_grow(driver: Driver) -> No
 
 
 def test_an_error_on_one_rank_leaves_the_processes_usable(driver: Driver) -> None:
-    """Would be wrong: ten seconds for a new group after each bad trial, or a next task that meets the remains."""
+    """Would be wrong: ten seconds for a new group after each failed trial, or remains that affect the next task."""
     before = driver.do("facts").result
 
     failed = driver.do("fail_on_rank_1")
@@ -83,8 +83,8 @@ def test_an_error_on_one_rank_leaves_the_processes_usable(driver: Driver) -> Non
     assert driver.do("facts").result == before
 
 
-def test_requests_reach_the_task_they_are_meant_for(driver: Driver) -> None:
-    """Would be wrong: the next task inherits the request that ended the one before."""
+def test_requests_reach_only_their_task(driver: Driver) -> None:
+    """Would be wrong: the next task receives the request that ended the previous one."""
     for what in ("prune", "stop"):
         driver.start(what, f"until_stopped {what}")
         seen = len(driver.events)
@@ -115,8 +115,8 @@ def test_a_rank_that_hangs_does_not_hold_up_the_sweep(driver: Driver) -> None:
     assert driver.do("facts").result is not None
 
 
-def test_groups_of_another_size_end_when_they_stand_in_the_way(driver: Driver) -> None:
-    """Would be wrong: a task that waits for ever, or two groups where one fits."""
+def test_idle_groups_of_another_size_end_when_their_cpus_are_needed(driver: Driver) -> None:
+    """Would be wrong: a task that waits forever, or two groups where one fits."""
     assert driver.do("facts").result is not None  # the pair is idle, and holds both CPUs
 
     driver.start("a", "until_stopped stop", SINGLE)
@@ -140,7 +140,7 @@ def test_groups_of_another_size_end_when_they_stand_in_the_way(driver: Driver) -
         ([Shape(1, 0.5, 0.25)] * 4, 2, 1, True),
         ([Shape(1, 0.1, 0.25)] * 5, 2, 1, False),
         ([Shape(1, 0.1, 0.6)] * 2, 2, 1, False),
-        ([Shape(1, 0.1, 0.6)] * 3, 8, 2, False),  # 1.8 of 2, but no GPU has room for a second one
+        ([Shape(1, 0.1, 0.6)] * 3, 8, 2, False),  # 1.8 of 2, but no GPU has enough capacity for a second one
         ([Shape(2, 1.0, 1.0), Shape(1, 1.0, 2.0)], 8, 4, True),
         ([Shape(2, 1.0, 1.0), Shape(1, 1.0, 2.0)], 8, 3, False),
         ([Shape(1, 1.0, 1.0)], 8, 0, False),

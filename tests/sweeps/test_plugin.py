@@ -1,4 +1,4 @@
-"""`hydra/sweeper=launch`: Hydra finds the plugin, makes it from what was judged, and hands it the sweep."""
+"""`hydra/sweeper=launch`: Hydra finds the plugin, instantiates it from a checked configuration, and runs the sweep."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_it_is_the_sweeper_of_every_configuration(capsys: pytest.CaptureFixture[
 
 
 def test_hydra_makes_the_sweeper_that_runs(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were the plugin passed by, `-m` would still work, and nobody would notice."""
+    """Would be wrong: `-m` works without the plugin, and no other test fails."""
     from hydra.core.plugins import Plugins
 
     made = []
@@ -71,7 +71,9 @@ def test_hydra_makes_the_sweeper_that_runs(sweep: Sweep, monkeypatch: pytest.Mon
     assert [type(sweeper).__module__ for sweeper in made] == ["hydra_plugins.launch_sweeper"]
 
 
-def test_naming_it_changes_nothing_and_another_is_refused(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_naming_the_sweeper_changes_nothing_and_another_is_rejected(
+    words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     asked = ["plan", "-m", "--config-dir", str(PROJECT), *words, "optimizer.lr=0.1,0.2"]
     assert cli.run([*asked, "hydra/sweeper=launch"]) == 0
     assert "2 trials" in capfd.readouterr().out
@@ -80,7 +82,7 @@ def test_naming_it_changes_nothing_and_another_is_refused(words: list[str], capf
 
 
 @pytest.mark.parametrize("target", ["hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "os.system"])
-def test_a_file_cannot_put_another_in_its_place(
+def test_a_file_cannot_replace_the_sweeper(
     target: str, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     project = tmp_path / "project"
@@ -92,8 +94,8 @@ def test_a_file_cannot_put_another_in_its_place(
     assert [path.name for path in tmp_path.iterdir()] == ["project"]
 
 
-def test_a_program_of_ones_own_under_hydra_main_sweeps_with_it(tmp_path: Path) -> None:
-    """Hydra's own `multirun` finds the plugin, and gives it the words and `hydra.sweeper.params`."""
+def test_a_program_under_hydra_main_sweeps_with_it(tmp_path: Path) -> None:
+    """Hydra's `multirun` finds the plugin, and passes it the words and `hydra.sweeper.params`."""
     shutil.copytree(PROJECT, tmp_path / "own")
     shutil.copy(HERE / "sweep_toys.py", tmp_path)
     (tmp_path / "own" / "config.yaml").write_text(CONFIG)

@@ -1,4 +1,4 @@
-"""Whole sweeps on Ray Train workers: a worker that is killed, a driver that is killed, a cluster that grows."""
+"""Complete sweeps on Ray Train workers: a killed worker, a killed driver, a cluster that grows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.smoke
 def test_a_killed_worker_costs_its_trial_one_retry_from_its_checkpoint(words: list[str], tmp_path: Path) -> None:
-    """Would be wrong: a trial that is lost or begun anew, others that fail with it, numbers that differ afterwards."""
+    """Would be wrong: a trial that is lost or restarted, other trials that fail, objectives that differ."""
     trouble = ["data.trouble='',kill,ok", "data.at=70", f"data.flag={tmp_path / 'killed'}"]
 
     found = launcher.sweep(*words, *trouble, config_dir=PROJECT, quiet=True)
@@ -40,15 +40,15 @@ def test_a_killed_worker_costs_its_trial_one_retry_from_its_checkpoint(words: li
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_killed_driver_and_its_ray_leave_a_sweep_that_goes_on(words: list[str], tmp_path: Path) -> None:
-    """12 trials, SIGKILL in the middle, resume: 12 finished, none run twice to the end, numbers unchanged."""
+def test_a_sweep_resumes_after_its_driver_and_ray_were_killed(words: list[str], tmp_path: Path) -> None:
+    """12 trials, SIGKILL in the middle, resume: 12 completed, none trained twice, equal objectives."""
     swept = ["optimizer.lr=range(0.05,0.65,0.05)", "model.nap=0.01"]
     command = [sys.executable, "-m", "launcher", "-m", "--config-dir", str(PROJECT), *words, *swept]
     driver = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for((tmp_path / "s" / "5" / "metrics.jsonl").exists, 120)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    time.sleep(3)  # its Ray goes away with it
+    time.sleep(3)  # its Ray ends with it
     done = [n for n in range(6) if result(tmp_path / "s", n)["status"] == "completed"]
     assert len(done) >= 5
     ended = {n: (tmp_path / "s" / str(n) / "metrics.jsonl").stat().st_mtime_ns for n in done}
@@ -59,14 +59,14 @@ def test_a_killed_driver_and_its_ray_leave_a_sweep_that_goes_on(words: list[str]
     assert {n: (tmp_path / "s" / str(n) / "metrics.jsonl").stat().st_mtime_ns for n in done} == ended
     alone = [w for w in words if not w.startswith("run.name")]
     whole = launcher.sweep(*alone, "run.name=whole", swept[0], "cluster=none", config_dir=PROJECT, quiet=True)
-    # Two workers and one: deterministic mode is bit-identical for any number.
+    # Two workers and one: deterministic mode is bit-identical for any number of workers.
     assert [t["objective"] for t in again["trials"]] == [t["objective"] for t in whole["trials"]]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_new_groups_start_on_a_cluster_that_grows(words: list[str], tmp_path: Path) -> None:
-    """Would be wrong: new CPUs that nobody uses."""
+    """Would be wrong: new CPUs that no group uses."""
     from concurrent.futures import ThreadPoolExecutor
 
     import ray
@@ -76,7 +76,7 @@ def test_new_groups_start_on_a_cluster_that_grows(words: list[str], tmp_path: Pa
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-        with ThreadPoolExecutor() as other:  # Ray starts nodes in the main thread alone
+        with ThreadPoolExecutor() as other:  # Ray starts nodes only in the main thread
             sweep = other.submit(lambda: launcher.sweep(*words, *more, config_dir=PROJECT, quiet=True))
             wait_for((tmp_path / "s" / "1").exists, 120)
             cluster.add_node(num_cpus=2)
@@ -91,7 +91,7 @@ def test_new_groups_start_on_a_cluster_that_grows(words: list[str], tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sizes_are_swept(words: list[str]) -> None:
-    """Would be wrong: a trial of two workers that waits for ever behind those of one, or other numbers."""
+    """Would be wrong: a trial of two workers that waits forever behind those of one, or other objectives."""
     found = launcher.sweep(*words, "optimizer.lr=0.1,0.2", "scaling.workers=1,2", config_dir=PROJECT, quiet=True)
     assert [trial["state"] for trial in found["trials"]] == ["completed"] * 4
     sizes = [result(found["directory"], number)["workers"] for number in range(4)]

@@ -1,4 +1,4 @@
-"""Hydra's sweep grammar: each form to Optuna's distribution, and a clear error for what cannot be searched."""
+"""Hydra's sweep grammar: the distribution of each form, and errors for unsupported forms."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read(*words: str, params: dict[str, Any] | None = None) -> SearchSpace:
         # glob over a group
         ("model=glob(*)", Choice(GROUPS["model"]), Choice(GROUPS["model"])),
         ("model=glob([c*,r*],exclude=resnet*)", Choice(["convnet"]), Choice(["convnet"])),
-        # ranges: the stop is left out
+        # ranges: the end is excluded
         ("scaling.workers=range(1,5)", Int(1, 4), Choice([1, 2, 3, 4])),
         ("trainer.epochs=range(3)", Int(0, 2), Choice([0, 1, 2])),
         ("trainer.epochs=range(1,10,3)", Int(1, 7, step=3), Choice([1, 4, 7])),
@@ -103,7 +103,7 @@ def test_each_form_of_the_grammar(word: str, searched: Any, gridded: Any) -> Non
         ("hydra.sweeper.params=3", "must be a mapping"),
     ],
 )
-def test_what_cannot_be_swept_is_told(word: str, message: str) -> None:
+def test_unsupported_sweeps_are_rejected(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(word)
 
@@ -141,8 +141,8 @@ def test_a_mixture_of_everything() -> None:
         "model=mlp,convnet",
     ],
 )
-def test_a_trials_words_say_what_was_swept(word: str) -> None:
-    """Would be wrong: a value that Hydra reads as another one than it was given."""
+def test_the_words_of_a_trial_have_the_swept_values(word: str) -> None:
+    """Would be wrong: a value that Hydra parses differently from the given one."""
     words = read(word)
     key, expected = word.partition("=")[0], syntax.parse(word)
     values = list(search.grid(words))
@@ -154,13 +154,13 @@ def test_a_trials_words_say_what_was_swept(word: str) -> None:
 
 
 def test_trials_of_one_size_follow_each_other() -> None:
-    """Would be wrong: a warm group is ended and started anew after every trial."""
+    """Would be wrong: a warm group that is restarted after every trial."""
     words = read("optimizer.lr=1,2", "scaling.workers=1,2")
     assert [values["scaling.workers"] for values in search.grid(words)] == [1, 1, 2, 2]
 
 
 def test_a_shuffle_is_the_same_each_time() -> None:
-    """A grid that is resumed must be the grid that was begun."""
+    """A resumed grid must equal the grid at the start."""
     words = [read("vars.a=shuffle(range(0,20))", "vars.b=shuffle(1,2,3,4)") for _ in range(2)]
     assert words[0] == words[1]
     assert words[0].axes[0].values != tuple(range(20))  # type: ignore[union-attr]
@@ -178,7 +178,7 @@ def test_a_shuffle_is_the_same_each_time() -> None:
     ],
 )
 def test_one_key_has_one_type(word: str, values: list[Any], shown: list[Any]) -> None:
-    """Would be wrong: TensorBoard takes a key's type from the first trial, and shows the others wrongly."""
+    """Would be wrong: TensorBoard uses the type of the first trial, and shows the others incorrectly."""
     words = read(word)
     assert [search.display_values({"vars.a": value}, words)["vars.a"] for value in values] == shown
 
