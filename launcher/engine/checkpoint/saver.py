@@ -111,14 +111,14 @@ class Checkpointer:
             raise ValueError(f"the sections of a checkpoint cannot be called {bad}")
         start = time.perf_counter()
         self.wait()
-        from launcher.engine.checkpoint.nest import Encoder
-        from launcher.engine.checkpoint.writer import CheckpointWriter, Planner, part_of
+        from launcher.engine.checkpoint import nest, writer
 
-        shared, private = Encoder(), Encoder()
+        shared, private = nest.Encoder(), nest.Encoder()
         skeleton = {key: shared.encode(value, str(key)) for key, value in state.items()}
         own_skeleton = private.encode(own, f"own/{self._rank}")
-        parts = [part_of(name, tensor) for name, tensor in shared.tensors.items() if self._writes(tensor)]
-        parts += [part_of(name, tensor) for name, tensor in private.tensors.items()]
+        # Of replicated tensors, rank 0 saves its own: buffers (batch statistics) may differ between ranks.
+        saved = {name: one for name, one in shared.tensors.items() if self._rank == 0 or writer.is_sharded(one)}
+        parts = [writer.part_of(name, tensor) for name, tensor in (*saved.items(), *private.tensors.items())]
         present = [part for part in parts if part is not None]
         devices = {part.source.device for part in present if part.source.is_cuda}
         if asynchronous:
@@ -127,11 +127,14 @@ class Checkpointer:
             # Wait for copies, or for computation if nothing is copied: the thread uses another stream.
             torch.cuda.current_stream(device).synchronize()
         scattered = self._uploads is not None and self._uploads.scattered
-        writer = CheckpointWriter(self.directory, step, skeleton if self._rank == 0 else None, scattered)
-        planner = Planner(present, own_skeleton)
+        destination = writer.CheckpointWriter(self.directory, step, skeleton if self._rank == 0 else None, scattered)
+        planner = writer.Planner(present, own_skeleton)
         blocked = time.perf_counter() - start if asynchronous else None
         self._thread = threading.Thread(
-            target=self._write, args=(step, writer, planner, start, blocked), name=f"checkpoint-{step}", daemon=True
+            target=self._write,
+            args=(step, destination, planner, start, blocked),
+            name=f"checkpoint-{step}",
+            daemon=True,
         )
         self._thread.start()
         if not asynchronous:
@@ -183,13 +186,6 @@ class Checkpointer:
         """Return the checkpoint that rank 0 found, with its path on this machine, downloaded if it is not there."""
         return newest if self._uploads is None or self._rank == 0 else self._uploads.local_copy(newest)
 
-    def _writes(self, tensor: Tensor) -> bool:
-        from torch.distributed.tensor import DTensor
-
-        # Replicated tensors are not distributed over the ranks for writing: buffers (batch statistics) may differ, and
-        # those of rank 0 are saved.
-        return self._rank == 0 or isinstance(tensor, DTensor)
-
     def _stage(self, parts: list[Part]) -> list[Part]:
         """Copy all sources to CPU memory that is reused by the next save."""
         buffers: dict[str, Tensor] = {}
@@ -205,7 +201,7 @@ class Checkpointer:
     def _write(
         self, step: int, writer: CheckpointWriter, planner: Planner, start: float, blocked: float | None
     ) -> None:
-        from launcher.engine.checkpoint.collective_save import write
+        from launcher.engine.checkpoint.collective_save import RanksFailed, describe_error, write
 
         try:
             write(writer, planner, self._group)
@@ -221,18 +217,15 @@ class Checkpointer:
             )
         except BaseException as error:
             writer.discard()
-            self._failure = self._explain(step, error)
+            causes = error.causes if isinstance(error, RanksFailed) else {self._rank: describe_error(error)}
+            self._failure = self._explain(step, causes)
+            self._failure.__cause__ = error
 
-    def _explain(self, step: int, error: BaseException) -> CheckpointError:
-        from launcher.engine.checkpoint.collective_save import RanksFailed, describe_error
-
-        causes = error.causes if isinstance(error, RanksFailed) else {self._rank: describe_error(error)}
+    def _explain(self, step: int, causes: dict[int, str]) -> CheckpointError:
         rank, cause = min(causes.items())
         previous = f"the checkpoint {self.last.path} is intact" if self.last else "earlier checkpoints are intact"
-        failure = CheckpointError(
+        return CheckpointError(
             f"The checkpoint of step {step} could not be written to {self.directory}: rank {rank}: "
             f"{cause.rstrip('.')}; {previous}. Check that the disk has free space and that all workers run and share "
             "this directory, then continue with run.resume=true."
         )
-        failure.__cause__ = error
-        return failure

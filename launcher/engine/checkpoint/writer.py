@@ -36,6 +36,7 @@ from torch.futures import Future
 from launcher.engine.checkpoint import files
 from launcher.engine.checkpoint.reader import DTYPE_NAMES, bytes_of
 from launcher.errors import CheckpointError
+from launcher.formatting import size
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Part:
 
     item: WriteItem
     source: Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether each rank saves its shard of a tensor."""
+    return isinstance(tensor, DTensor)
 
 
 def part_of(name: str, tensor: Tensor) -> Part | None:
@@ -138,7 +144,7 @@ class CheckpointWriter(StorageWriter):
         self.nbytes = sum(_nbytes(item) for plan in plans for item in plan.items)
         free = shutil.disk_usage(self.directory).free
         if free < self.nbytes:
-            raise CheckpointError(f"no space left: it needs {amount(self.nbytes)}, and {amount(free)} are free")
+            raise CheckpointError(f"no space left: it needs {size(self.nbytes)}, and {size(free)} are free")
         self.temporary = self.directory / files.new_name(self.step, "tmp")
         self.temporary.mkdir()
         names = [f"{self.temporary.name}/{files.data_file(rank)}" for rank in range(len(plans))]
@@ -207,12 +213,8 @@ def _disk_errors(directory: Path) -> Iterator[None]:
     except OSError as error:
         free = ""
         with contextlib.suppress(OSError):
-            free = f", {amount(shutil.disk_usage(directory).free)} are free there"
+            free = f", {size(shutil.disk_usage(directory).free)} are free there"
         raise CheckpointError(f"{error.strerror or error}{free}") from error
-
-
-def amount(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def _nbytes(item: WriteItem) -> int:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import time
-import warnings
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from launcher.config import Job
-from launcher.engine.drawing import quietly
 from launcher.engine.sinks.base import Position, Sink, SinkContext, register
 
-_FORMS = (
-    "an example is an image (a tensor (C, H, W) or (N, C, H, W) of bytes or of floats from 0 to 1, with 1 or 3 "
-    "channels), audio (a pair of a float tensor (T,) and its sample rate), a text, or a matplotlib figure"
-)
-_GAP = 2  # pixels between the images of a grid
+if TYPE_CHECKING:
+    from launcher.engine.event_file import EventFile
 
 
 @register("tensorboard")
@@ -29,137 +18,30 @@ class TensorBoard(Sink):
 
     visual = True
     opens_late = True
+    _file: EventFile
 
     @classmethod
     def is_on(cls, job: Job) -> bool:
         return job.logging.tensorboard
 
     def open(self, context: SinkContext) -> None:
-        # Importing TensorBoard takes about a second, which would delay the first step.
-        from torch.utils.tensorboard import SummaryWriter
+        from launcher.engine.event_file import EventFile  # imports TensorBoard, which would delay the first step
 
         purge_step = None if context.resumed_at is None else context.resumed_at + 1  # later values are dropped
-        self._writer = SummaryWriter(str(context.directory.path), purge_step=purge_step, flush_secs=30)
-        self._file: Any = self._writer.file_writer
-        self._has_hyperparameters = False
+        self._file = EventFile(context.directory.path, purge_step)
         if context.drawing is not None:
-            self._graph(*context.drawing)
+            self._file.graph(*context.drawing)
         if context.hyperparameters:
-            self._hyperparameters(context.hyperparameters)
+            self._file.hyperparameters(context.hyperparameters)
 
     def scalars(self, at: Position, values: Mapping[str, float]) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, at.step)
-        self._writer.flush()
+        self._file.scalars(values, at.step)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        self._writer.add_text(tag, text, step)
+        self._file.text(tag, text, step)
 
     def figures(self, values: Mapping[str, Any], step: int) -> None:
-        """Show images, audio, text and figures, by their type.
-
-        An image is a tensor (C, H, W), several are (N, C, H, W), with one or three channels: bytes, or floats between 0
-        (black) and 1. Audio is a pair of a float tensor (T,) between -1 and 1 and its samples per second. Text is
-        Markdown. A figure is a matplotlib figure.
-
-        Raises:
-            ValueError: a value has none of these types.
-        """
-        for tag, value in values.items():
-            if isinstance(value, str):
-                self._writer.add_text(tag, value, step)
-            elif isinstance(value, torch.Tensor):
-                self._writer.add_image(tag, _pixels(tag, value), step, dataformats="HWC")
-            elif isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], torch.Tensor):
-                self._writer.add_audio(tag, _sound(tag, *value), step, sample_rate=int(value[1]))
-            elif callable(getattr(value, "savefig", None)):
-                self._figure(tag, value, step)
-            else:
-                raise ValueError(f"{tag} is a {type(value).__name__}; {_FORMS}")
-        self._writer.flush()
-
-    def _figure(self, tag: str, figure: Any, step: int) -> None:
-        """Write a figure as PNG. PyTorch's `add_figure` would import pyplot, with its global state and windows."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        file = io.BytesIO()
-        figure.savefig(file, format="png")
-        png = file.getvalue()
-        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # in the first chunk of a PNG
-        picture = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
-        self._file.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
-
-    def _hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Write the entry of the HParams tab into this event file; `add_hparams` would create another run.
-
-        No summary with the keys of the experiment is written: TensorBoard would use the summary of one run, and hide
-        the keys of all other sweeps. Without a summary it shows all keys of all runs.
-        """
-        from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
-
-        start = SessionStartInfo(start_time_secs=time.time())
-        for key, value in values.items():
-            if isinstance(value, bool):
-                start.hparams[key].bool_value = value
-            elif isinstance(value, (int, float)):
-                start.hparams[key].number_value = value
-            else:  # None is written as text, because TensorBoard hides runs with a null value
-                start.hparams[key].string_value = "null" if value is None else str(value)
-        self._has_hyperparameters = True
-        self._hparams("SESSION_START_INFO_TAG", session_start_info=start)
-
-    def _hparams(self, tag: str, **content: Any) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-        from tensorboard.plugins.hparams import metadata
-        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-        data = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content).SerializeToString()
-        plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data)
-        value = Summary.Value(tag=getattr(metadata, tag), metadata=SummaryMetadata(plugin_data=plugin))
-        self._file.add_summary(Summary(value=[value]))
-
-    def _graph(self, traced: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-        """Write the graph of a network that `drawing.traced_step` has traced, if torch can convert it."""
-        from torch.utils.tensorboard._pytorch_graph import graph
-
-        with warnings.catch_warnings(), quietly(), contextlib.suppress(Exception):
-            warnings.simplefilter("ignore")
-            self._file.add_graph(graph(traced, arguments))  # tracing a traced network returns it unchanged
+        self._file.figures(values, step)
 
     def close(self, ended_well: bool) -> None:
-        if self._has_hyperparameters:
-            from tensorboard.plugins.hparams.api_pb2 import Status
-            from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo
-
-            status = Status.Value("STATUS_SUCCESS" if ended_well else "STATUS_FAILURE")
-            self._hparams(
-                "SESSION_END_INFO_TAG", session_end_info=SessionEndInfo(status=status, end_time_secs=time.time())
-            )
-        self._writer.close()
-
-
-def _pixels(tag: str, value: torch.Tensor) -> np.ndarray:
-    """Return one image, or a grid of several, as bytes (H, W, 3)."""
-    many = value.detach().cpu()
-    many = many[None] if many.ndim == 3 else many
-    bytes_ = many.dtype == torch.uint8
-    if many.ndim != 4 or many.shape[1] not in (1, 3) or not many.numel() or not (bytes_ or many.is_floating_point()):
-        found = f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
-        raise ValueError(f"{tag} is {found}; {_FORMS}")
-    if not bytes_:
-        many = (many.float().nan_to_num().clamp(0, 1) * 255).round().byte()
-    count, _, height, width = many.shape
-    columns = min(8, count)
-    rows = -(-count // columns)
-    grid = torch.zeros(3, rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, dtype=torch.uint8)
-    for number, picture in enumerate(many):
-        top, left = number // columns * (height + _GAP), number % columns * (width + _GAP)
-        grid[:, top : top + height, left : left + width] = picture
-    return grid.permute(1, 2, 0).numpy()
-
-
-def _sound(tag: str, wave: torch.Tensor, rate: Any) -> torch.Tensor:
-    """Return audio as a float32 tensor (1, T) on the CPU."""
-    if wave.ndim != 1 or not wave.numel() or not wave.is_floating_point() or not float(rate) >= 1:
-        raise ValueError(f"{tag} is audio {tuple(wave.shape)} of {wave.dtype} at {rate} samples a second; {_FORMS}")
-    return wave.detach().float().cpu().nan_to_num().clamp(-1, 1)[None]
+        self._file.close(ended_well)

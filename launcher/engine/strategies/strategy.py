@@ -253,7 +253,7 @@ class Strategy(ABC):
             torch.distributed._broadcast_coalesced(self.runtime.group, tensors, _BROADCAST_BYTES, 0)
 
     def _warm_up(self, network: nn.Module, batch: Any) -> dict[str, Any]:
-        """Run forward and backward on a batch and return the result of the model. Call it within `untouched`."""
+        """Run forward and backward on a batch and return the result of the model. Call it within `preserve_model`."""
         with self.cast():
             answer = network(batch)
         loss_of(answer)[0].backward()
