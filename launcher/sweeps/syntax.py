@@ -33,24 +33,24 @@ def read(
     """Parse the words of a sweep.
 
     Args:
-        words: words of the command line; `hydra.sweeper.params.KEY=SWEEP` is treated as `KEY=SWEEP`.
-        params: `hydra.sweeper.params` of the configuration; words have precedence.
+        words: words of the command line; `hydra.sweeper.params.KEY=SWEEP` is treated as `KEY=SWEEP`. Fixed words for
+            one key are kept in order, as without `-m`; a sweep and a fixed word for the same key replace each other.
+        params: `hydra.sweeper.params` of the configuration; a word for the same key replaces it.
         groups: the options of every configuration group, for `glob`.
         seed: seed of `shuffle`.
 
     Raises:
         ConfigError: a word cannot be parsed, or its key cannot be swept.
     """
-    given = plain_words(words)
-    from_params = words_of(params)
-    overrides: dict[str, tuple[str, Any]] = {}
-    for word in [*from_params, *given]:
-        override = parse(word)
-        name = override.get_key_element().lstrip("+")
-        overrides.pop(name, None)  # the last word for a key has precedence, at its position
-        overrides[name] = (word, override)
+    given = [_keyed(word) for word in plain_words(words)]
+    typed = {key for key, _, _ in given}
+    found: list[tuple[str, str, Any]] = []
+    for key, word, override in [*(one for one in map(_keyed, words_of(params)) if one[0] not in typed), *given]:
+        sweeps = override.is_sweep_override()
+        found = [one for one in found if one[0] != key or not (sweeps or one[2].is_sweep_override())]
+        found.append((key, word, override))
     fixed, axes = [], []
-    for word, override in overrides.values():
+    for _, word, override in found:
         if override.is_sweep_override():
             axes.append(_axis(override, word, groups, seed))
         else:
@@ -58,9 +58,22 @@ def read(
     return SearchSpace(tuple(fixed), tuple(axes))
 
 
+def _keyed(word: str) -> tuple[str, str, Any]:
+    """Return (key, word, Hydra's override) of a word."""
+    override = parse(word)
+    return override.get_key_element().lstrip("+"), word, override
+
+
 def words_of(params: Mapping[str, Any]) -> list[str]:
     """Return `hydra.sweeper.params` as words of the command line."""
-    return [f"{key}={value}" for key, value in _flat(params).items()]
+    return [f"{key}={_param_text(value)}" for key, value in _flat(params).items()]
+
+
+def _param_text(value: Any) -> str:
+    """Return a value of a file in Hydra's grammar. Text is a sweep or a value in this grammar already."""
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_param_text, value))}]"
+    return plain_text(value)
 
 
 def plain_words(words: Sequence[str]) -> list[str]:

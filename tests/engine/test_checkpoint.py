@@ -512,7 +512,7 @@ def test_a_full_disk_is_reported_and_the_last_good_checkpoint_is_kept(tmp_path: 
     assert message.startswith("The checkpoint of step 20 could not be written")  # without a traceback of DCP
     assert message.count("\n") == 0
     assert str(directory) in message
-    assert re.search(r"rank 0: File too large, \S+ [GM]iB are free there;", message)
+    assert re.search(r"rank 0: File too large, \S+ [KMGT]iB are free there;", message)
     assert "step-00000010 is intact" in message
     assert [path.name for path in directory.iterdir()] == ["step-00000030"]
     checkpoint.verify(directory / "step-00000030")

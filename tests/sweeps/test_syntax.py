@@ -131,6 +131,26 @@ def test_a_mixture_of_everything() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "params", "fixed", "swept"),
+    [
+        (["model={width: 8}", "model={channels: 1}"], {}, ["model={width: 8}", "model={channels: 1}"], []),
+        (["optimizer=sgd", "optimizer={momentum: 0.5}"], {}, ["optimizer=sgd", "optimizer={momentum: 0.5}"], []),
+        (["vars.a=1", "vars.a=2,3"], {}, [], ["vars.a"]),
+        (["vars.a=2,3", "vars.a=1"], {}, ["vars.a=1"], []),
+        (["model=mlp"], {"model": "convnet"}, ["model=mlp"], []),
+        ([], {"vars": {"a": None, "b": True, "c": [1, None], "d": "0,1"}}, None, ["vars.d"]),
+    ],
+)
+def test_fixed_words_are_kept_in_order(
+    words: list[str], params: dict[str, Any], fixed: list[str] | None, swept: list[str]
+) -> None:
+    """Would be wrong: `-m` drops a fixed word, or a null of a file becomes the text None."""
+    space = read(*words, params=params)
+    assert list(space.fixed) == (["vars.a=null", "vars.b=true", "vars.c=[1,null]"] if fixed is None else fixed)
+    assert space.keys == swept
+
+
+@pytest.mark.parametrize(
     "word",
     [
         "vars.a='a,b','c d'",
