@@ -194,16 +194,16 @@ def test_examples_change_nothing_in_training(tmp_path: Path) -> None:
         ("number", r"val/odd is a int; an example is an image"),
         ("shape", r"val/odd is a tensor \(5, 5\) of float32; an example"),
         ("metric", r"loss is the name of a metric"),
-        ("list", r"must return a mapping of names to examples; found a list"),
+        ("list", r"must return a mapping of names to examples, but returned a list"),
     ],
 )
 def test_failing_examples_are_reported_once_and_training_continues(kind: str, words: str, tmp_path: Path) -> None:
     model = {"_target_": "Showing", "kind": kind}
     (rank,) = succeed(make_job(model=model, epochs=1, evaluate_every=2, logging={"tensorboard": True}), tmp_path)
-    told = [event["text"] for event in rank.events if event["kind"] == "note" and "examples" in event["text"]]
-    assert len(told) == 1
-    assert re.search(words, told[0])
-    assert "is not called again" in told[0]
+    notes = [event["text"] for event in rank.events if event["kind"] == "note" and "examples" in event["text"]]
+    assert len(notes) == 1
+    assert re.search(words, notes[0])
+    assert "is not called again" in notes[0]
     assert max(logged(tmp_path)) == 11
 
 
