@@ -147,6 +147,107 @@ def test_a_connection_without_answers_is_dead(
         cut.close()
 
 
+# ---- configurations of users ----------------------------------------------------------------------------------------
+
+
+def configured(server: servers.Server, tmp_path: Path, *options: str, jump: str = "") -> Shell:
+    """Return the shell of `here` with more options, behind the jump host `jump` at HOST:PORT."""
+    hosts = {"here": f"127.0.0.1:{server.port}"} | ({"jump": jump} if jump else {})
+    (tmp_path / "known").write_text(server.known_hosts.read_text())
+    servers.write_client(tmp_path / "config", hosts, server.directory / "key", tmp_path / "known", options)
+    if jump:
+        text = (tmp_path / "config").read_text()
+        (tmp_path / "config").write_text(text.replace("Host jump", "  ProxyJump jump\nHost jump", 1))
+    return Shell(["ssh", "-F", str(tmp_path / "config"), "here"])
+
+
+def test_options_for_interactive_sessions_do_not_break_commands_and_tunnels(
+    server: servers.Server, tmp_path: Path, web: int
+) -> None:
+    """The user's own session forwards the port already."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        forward = f"LocalForward {taken.getsockname()[1]} 127.0.0.1:1"
+        options = (forward, "ExitOnForwardFailure yes", "RemoteCommand tmux", "RequestTTY force")
+        found = configured(server, tmp_path, *options)
+        assert found.run("cat", stdin="a\nb\n") == "a\nb\n"
+        (tmp_path / "a.py").write_text("x")
+        found.send(tmp_path, ["a.py"], str(tmp_path / "copy"))
+        with found.tunnel(web) as port:
+            assert _ask(port) == b"it is me"
+        found.close()
+
+
+def test_a_shell_that_prints(server: servers.Server, tmp_path: Path, web: int) -> None:
+    """Its output is no answer of a command, and the error of rsync quotes it."""
+    (server.home / ".bashrc").write_text("echo Welcome to vm2\n")
+    found = configured(server, tmp_path)
+    try:
+        assert found.run("echo there") == "there\n"
+        with found.tunnel(web) as port:
+            assert _ask(port) == b"it is me"
+        (tmp_path / "a.py").write_text("x")
+        with pytest.raises(HostError, match="The shell of here prints 'Welcome to vm2' to commands") as caught:
+            found.send(tmp_path, ["a.py"], str(tmp_path / "copy"))
+        assert caught.value.cause == "shell"
+        (server.home / ".bashrc").write_text("echo This account is locked; exit 0\n")
+        with pytest.raises(HostError, match="This account is locked"):
+            found.run("echo there")
+    finally:
+        (server.home / ".bashrc").unlink()
+        found.close()
+
+
+def test_a_directory_without_permission_is_not_an_error_of_the_key(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x")
+    with pytest.raises(HostError, match=r"cannot create directory .*/proc/a") as caught:
+        shell.send(tmp_path, ["a.py"], "/proc/a")
+    assert caught.value.cause == "failed"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("port", r"connect to host 127\.0\.0\.1 port \d+: Connection refused"),
+        ("key", r"Permission denied \(publickey"),
+        ("forgotten", r"Host key verification failed"),
+        ("name", r"Could not resolve hostname no-such-host\.invalid"),
+        ("destination", r"open failed: connect failed: Connection refused"),
+        ("", ""),
+    ],
+)
+def test_a_failure_of_the_jump_host_is_reported_with_its_own_line(
+    change: str, line: str, server: servers.Server, tmp_path: Path
+) -> None:
+    place = f"127.0.0.1:{server.port}"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nothing listens
+        closed = taken.getsockname()[1]
+        if change == "port":
+            place = f"127.0.0.1:{closed}"
+        elif change == "name":
+            place = "no-such-host.invalid:22"
+        found = configured(server, tmp_path, jump=place)
+        config = (tmp_path / "config").read_text()
+        if change == "key":
+            another = servers.make_key(tmp_path / "another")
+            config = config.replace("Host jump", f"Host jump\n  IdentityFile {another}")
+            config = config.replace(f"  IdentityFile {server.directory / 'key'}\n", "").replace(
+                "Host here", f"Host here\n  IdentityFile {server.directory / 'key'}"
+            )
+        elif change == "forgotten":
+            config = config.replace("Host jump", f"Host jump\n  UserKnownHostsFile {tmp_path / 'empty'}")
+        elif change == "destination":
+            config = config.replace(f"  Port {server.port}\n", f"  Port {closed}\n", 1)
+        (tmp_path / "config").write_text(config)
+        if not change:
+            assert found.run("echo there") == "there\n"
+            found.close()
+            return
+        with pytest.raises(HostError, match=f"through its jump host jump: .*{line}") as caught:
+            found.run("true")
+    assert caught.value.cause == "jump"
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 HARD = ["plain.py", "a/b/deep.py", "with space.txt", "star*[x]?.txt", "back\\slash", "ümlaut.txt", "-dash"]

@@ -7,15 +7,18 @@
     with shell.tunnel(8265) as port: ...                # 127.0.0.1:port is 127.0.0.1:8265 of the machine
 
 OpenSSH reads ~/.ssh/config and uses its agents, so aliases and jump hosts work. Commands to one host share a connection
-(ControlMaster), which stays open for `PERSIST_SECONDS` after the last command. ssh never prompts on the terminal
-(BatchMode), because several hosts are contacted in parallel.
+(ControlMaster), which stays open for `PERSIST_SECONDS` after the last command. ssh never prompts on the terminal, not
+even for a jump host, because several hosts are contacted in parallel. Options of the user's configuration for
+interactive sessions (`_SESSION`) are overridden.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
+import secrets
 import shlex
 import socket
 import subprocess
@@ -35,16 +38,29 @@ ALIVE_SECONDS, ALIVE_COUNT = 5, 3
 _SOCKET_BYTES = 103  # the shortest limit of a Unix socket's path among systems
 _RECONNECT_SECONDS = 0.5
 
+# Options of the user's configuration that would change or break commands: a terminal, another command, forwarded ports.
+_SESSION = ("RequestTTY=no", "RemoteCommand=none", "PermitLocalCommand=no", "ForwardX11=no")
+# Messages of ssh when a jump host or ProxyCommand has failed: a proxied connection has no address.
+_PROXY_FAILED = re.compile(r"UNKNOWN port 65535|stdio forwarding failed|kex_exchange_identification")
+# Lines of ssh that follow from another line.
+_CONSEQUENCE = re.compile(
+    r"UNKNOWN port 65535|kex_exchange_identification|stdio forwarding failed|^\*+$|banner exchange"
+)
 # Messages of OpenSSH when it exits with status 255, and their HostError.cause. The first match wins.
 _CAUSES = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", "changed"),
     (r"host key is known|Host key verification failed|authenticity of host", "unknown"),
-    (r"Permission denied|Too many authentication failures|No more authentication methods", "key"),
+    (r"Permission denied \([a-z,-]+\)|Too many authentication failures|No more authentication methods", "key"),
     (r"UNPROTECTED PRIVATE KEY|Bad owner or permissions|Can't open user config|Bad configuration", "settings"),
     (r"Connection refused", "closed"),
     (r"Could not resolve hostname|Name or service not known", "name"),
     (r"timed out|No route to host|Network is unreachable|Host is down|not responding", "dead"),
+    (r"closed by remote host|Connection (?:reset|closed) by|Broken pipe|connection unexpectedly closed", "lost"),
+)
+# Messages of rsync, or of the shell that starts it, whatever the exit status.
+_RSYNC_CAUSES = (
     (r"command not found|rsync: not found|failed to exec rsync|No such file or directory.*rsync", "rsync"),
+    (r"is your shell clean|protocol version mismatch", "shell"),
 )
 _MESSAGES = {
     "changed": "The host key of {host} has changed. Either the machine was reinstalled, or another machine answers at "
@@ -58,7 +74,11 @@ _MESSAGES = {
     "another port as HOST:PORT.",
     "name": "The host name {host} cannot be resolved ({output}). Use a name that `ssh` knows, or an address.",
     "dead": "{host} does not answer ({output}). Check that the machine is running and reachable from this network.",
+    "jump": "{host} cannot be reached through {proxy}: {output}. Test it with: {command}.",
     "lost": "The connection to {host} was lost ({output}). Processes that were started on it may still run.",
+    "ssh": "ssh cannot connect to {host}: {output}. Test it with: {command}.",
+    "shell": "The shell of {host} prints {output} to commands, which breaks rsync. Remove this output from its startup "
+    "files, such as ~/.bashrc, or print it only in interactive shells.",
     "time": "{host} did not finish within {seconds:g} s: {what}.",
     "rsync": "rsync, which launch uses to send files, is not installed on {host}. Install it (Debian and Ubuntu: "
     "apt-get install rsync).",
@@ -89,7 +109,7 @@ class Shell:
         alive = ("-o", f"ServerAliveInterval={ALIVE_SECONDS}", "-o", f"ServerAliveCountMax={ALIVE_COUNT}")
         # After the options of the caller: if an option is repeated, ssh uses the first value.
         self._options = [*words[:-1], "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *alive]
-        self._options += ["-o", "LogLevel=ERROR"]
+        self._options += ["-o", "LogLevel=ERROR", *(word for option in _SESSION for word in ("-o", option))]
         self._destination = words[-1]
 
     def run(self, script: str, *, stdin: str | None = None, seconds: float = 60, what: str = "a command") -> str:
@@ -104,9 +124,24 @@ class Shell:
                 may continue to run.
         """
         code = script.encode()
-        # Standard input has the script, followed by the script's own input.
-        words = [*self._shared(), "--", self._destination, f"exec sh -c 'eval \"$(head -c {len(code)})\"'"]
-        return self._do(words, code + (stdin or "").encode(), seconds, what)
+        mark = f"launch-{secrets.token_hex(6)}"
+        # Standard input has the script, followed by the script's own input. Startup files of the user's shell may print
+        # something before the mark.
+        command = f"echo {mark}; exec sh -c 'eval \"$(head -c {len(code)})\"'"
+        printed = self._do(
+            [*self._shared(), "--", self._destination, command], code + (stdin or "").encode(), seconds, what
+        )
+        before, found, output = printed.partition(f"{mark}\n")
+        if not found:
+            text = f"its shell ran no command, and printed: {before.strip()[-300:] or 'nothing'}"
+            raise self._error("failed", text, 0, what)
+        return output
+
+    def startup_output(self) -> str:
+        """Return the text that the user's shell prints before it runs a command; raises HostError."""
+        mark = f"launch-{secrets.token_hex(6)}"
+        words = [*self._shared(), "--", self._destination, f"echo {mark}"]
+        return self._do(words, b"", 60, "starting a shell").partition(mark)[0].strip()
 
     def send(self, directory: Path, files: Sequence[str] | None, to: str, *, seconds: float = 600) -> None:
         """Copy `files` of a local directory to the directory `to`, and delete all other files in it.
@@ -157,9 +192,11 @@ class Shell:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             local = probe.getsockname()[1]
-        options = ["-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{local}:{to}:{port}"]
-        # `cat`, and with it ssh, exits when this process exits, even if it is killed.
-        words = [*self._options, *options, "--", self._destination, "exec cat >/dev/null"]
+        # The user's configuration may forward ports that another connection forwards already: that is no failure.
+        options = ["-o", "ControlPath=none", "-o", "ExitOnForwardFailure=no", "-L", f"127.0.0.1:{local}:{to}:{port}"]
+        # ssh forwards ports before it runs the command. `cat`, and with it ssh, exits when this process exits, even if
+        # it is killed.
+        words = [*self._options, *options, "--", self._destination, f"echo {_Tunnel.READY}; exec cat >/dev/null"]
         tunnel = _Tunnel(self, words, local)
         tunnel.open()
         try:
@@ -176,27 +213,80 @@ class Shell:
 
     def failed(self, output: str, status: int = 255, what: str = "a command", seconds: float = 0) -> HostError:
         """Return the error for the standard error of ssh (status 255) or of a command."""
-        cause = next((cause for text, cause in _CAUSES if re.search(text, output)), None) if status == 255 else None
         if status != 255:
-            cause = "failed"
-        return self._error(cause or "lost", output, status, what, seconds)
+            return self._error("failed", output, status, what, seconds)
+        proxy = self._proxy() if _PROXY_FAILED.search(output) else ""
+        if proxy:
+            return self._error("jump", self._proxy_output(output), status, what, seconds, proxy)
+        cause = next((cause for text, cause in (*_RSYNC_CAUSES, *_CAUSES) if re.search(text, output)), None)
+        return self._error(cause or ("ssh" if output.strip() else "lost"), output, status, what, seconds)
 
-    def _error(self, cause: str, output: str = "", status: int = 255, what: str = "", seconds: float = 0) -> HostError:
-        lines = [line.strip() for line in output.splitlines() if line.strip()]
-        # The last line of ssh has the reason; a command may need several lines.
-        shown = (lines[-1].rstrip(".\r") if lines else "no output") if cause != "failed" else _tail(lines)
+    def _error(
+        self,
+        cause: str,
+        output: str = "",
+        status: int = 255,
+        what: str = "",
+        seconds: float = 0,
+        proxy: str = "",
+    ) -> HostError:
+        lines = [line.strip().rstrip(".\r") for line in output.splitlines() if line.strip()]
+        if cause == "failed":  # a command may need several lines
+            shown = _tail([line.strip() for line in output.splitlines() if line.strip()])
+        elif cause in ("jump", "ssh"):
+            shown = "; ".join([line for line in lines if not _CONSEQUENCE.search(line)] or lines)[-600:]
+        else:  # the last line of ssh has the reason
+            shown = lines[-1] if lines else "no output"
         text = _MESSAGES[cause].format(
-            host=self.name, output=shown, status=status, what=what, seconds=seconds, command=shlex.join(self._plain)
+            host=self.name,
+            output=shown,
+            status=status,
+            what=what,
+            seconds=seconds,
+            proxy=proxy,
+            command=shlex.join(self._plain),
         )
         return HostError(text[0].upper() + text[1:] if cause == "failed" else text, self.name, cause)
 
+    def _proxy_output(self, output: str) -> str:
+        """Return the lines of the jump host. With ControlPersist ssh discards them, so connect once without it."""
+        if "timed out" in output or any(not _CONSEQUENCE.search(line) for line in output.split("\n") if line.strip()):
+            return output
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            words = [*self._options, "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes"]
+            done = subprocess.run(
+                [*words, "--", self._destination, "true"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=3 * CONNECT_SECONDS,
+                start_new_session=True,
+                env=_environment(),
+                check=False,
+            )
+            return done.stderr or output
+        return output
+
+    def _proxy(self) -> str:
+        """Return the jump host or ProxyCommand of the user's configuration in words; empty if there is none."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            words = [*self._plain[:-1], "-G", "--", self._destination]
+            printed = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False).stdout
+            settings = dict(line.partition(" ")[::2] for line in printed.splitlines())
+            for key, words_of in (("proxyjump", "its jump host {}"), ("proxycommand", "its ProxyCommand `{}`")):
+                if settings.get(key, "none") != "none":
+                    return words_of.format(settings[key])
+        return ""
+
     def _shared(self) -> list[str]:
         """Return the ssh command with the shared connection, or without it if there is no place for its socket."""
+        options = [*self._options, "-o", "ClearAllForwardings=yes"]
         path = _socket_path(self._plain)
         if path is None:
-            return self._options
+            return options
         persist = f"ControlPersist={PERSIST_SECONDS}"
-        return [*self._options, "-o", "ControlMaster=auto", "-o", f"ControlPath={path}", "-o", persist]
+        return [*options, "-o", "ControlMaster=auto", "-o", f"ControlPath={path}", "-o", persist]
 
     def _remote(self) -> str:
         """Return the destination for rsync, which requires brackets around an IPv6 address."""
@@ -212,7 +302,14 @@ class Shell:
         # Standard error is a file, since the shared connection stays in the background and keeps it open.
         with tempfile.TemporaryFile() as errors:
             try:
-                process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+                process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    start_new_session=True,  # without a terminal: the ssh of a jump host would prompt on it
+                    env=_environment(),
+                )
             except FileNotFoundError:
                 raise self._error(f"no {words[0]} here") from None
             with process:
@@ -229,17 +326,29 @@ class Shell:
             errors.seek(0)
             output = errors.read().decode(errors="replace")
         status = process.returncode
-        if words[0] == "rsync":  # rsync has exit statuses of its own for an error of ssh
-            status = 255 if any(re.search(text, output) for text, _ in _CAUSES) or status in (12, 255) else status
-        error = self.failed(output, status, what)
+        error = self._rsync_error(output, status, what) if words[0] == "rsync" else self.failed(output, status, what)
         silent = ALIVE_SECONDS * ALIVE_COUNT
         if error.cause == "lost" and time.monotonic() - begun >= silent:  # ssh prints nothing after this timeout
             error = self._error("dead", f"no answer for {silent} s")
         raise error
 
+    def _rsync_error(self, output: str, status: int, what: str) -> HostError:
+        """Return the error for the standard error of rsync, which contains that of ssh."""
+        cause = next((cause for text, cause in _RSYNC_CAUSES if re.search(text, output)), None)
+        if cause == "shell":
+            with contextlib.suppress(HostError):
+                return self._error("shell", repr(self.startup_output()[:200]))
+        if cause is not None:
+            return self._error(cause, output, status, what)
+        # ssh ends with 255, and rsync with 12 when the connection is lost or the command could not be started.
+        of_ssh = status == 255 or (status == 12 and any(re.search(text, output) for text, _ in _CAUSES[:-1]))
+        return self.failed(output, 255 if of_ssh else status, what)
+
 
 class _Tunnel:
     """A forwarded port, and the thread that reconnects it."""
+
+    READY = "launch-tunnel-is-ready"
 
     def __init__(self, shell: Shell, words: Sequence[str], local: int) -> None:
         self._shell, self._words, self._local = shell, words, local
@@ -252,14 +361,21 @@ class _Tunnel:
         self._start()
         latest = time.monotonic() + 2 * CONNECT_SECONDS
         try:
-            while not self._listens():
-                assert self._process is not None
-                if self._process.poll() is not None:
-                    self._errors.seek(0)
-                    raise self._shell.failed(self._errors.read().decode(errors="replace"))
+            assert self._process is not None
+            assert self._process.stdout is not None
+            os.set_blocking(self._process.stdout.fileno(), False)
+            printed = b""
+            while self.READY.encode() not in printed or not self._listens():
+                printed += self._process.stdout.read() or b""
+                ended = self._process.poll() is not None
+                output = self._output() if ended else ""
+                if ended:
+                    raise self._shell.failed(output)
                 if time.monotonic() > latest:
                     raise self._shell.failed("timed out")
                 time.sleep(0.02)
+            if f"cannot listen to port: {self._local}" in self._output():
+                raise self._shell.failed(f"the local port {self._local} is in use")
         except BaseException:
             self.close()
             raise
@@ -273,17 +389,27 @@ class _Tunnel:
             self._end()  # the thread may have started another process
         self._errors.close()
 
+    def _output(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")
+
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            self._words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._errors, start_new_session=True
+            self._words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+            env=_environment(),
         )
 
     def _end(self) -> None:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            for stream in (self._process.stdin, self._process.stdout):
+                assert stream is not None
+                stream.close()
 
     def _listens(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._local), timeout=1):
@@ -318,6 +444,11 @@ def destination(host: str, user: str | None = None, key: str | None = None, conf
     words += ["-p", port] if port else []
     chosen = own_user if at else user
     return [*words, f"{chosen}@{name}" if chosen else name]
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of ssh: without a program that asks for a password in a window."""
+    return {**os.environ, "SSH_ASKPASS_REQUIRE": "never"}
 
 
 def _socket_path(words: Sequence[str]) -> Path | None:
