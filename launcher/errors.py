@@ -62,7 +62,7 @@ class HostError(ClusterError):
 
     Attributes:
         host: its name as the user wrote it.
-        cause: closed, dead, key, unknown, changed, name, settings, jump, ssh, lost, shell, time, rsync or failed.
+        cause: closed, dead, key, unknown, changed, name, settings, jump, client, lost, shell, time, rsync or failed.
     """
 
     def __init__(self, message: str, host: str, cause: str) -> None:

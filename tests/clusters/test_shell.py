@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -272,6 +273,45 @@ def test_send_copies_exactly_the_given_files(shell: Shell, tmp_path: Path) -> No
     shell.send(here, [name for name in HARD if name != "-dash"], str(there))
     assert _files(there) == set(HARD) - {"-dash"} | {"a/__pycache__/deep.pyc"}
     assert (there / "plain.py").read_text() == "changed, and of another length"
+
+
+THROTTLE = """
+import socket, sys, threading, time
+there = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+def back():
+    while block := there.recv(65536):
+        sys.stdout.buffer.write(block)
+        sys.stdout.buffer.flush()
+threading.Thread(target=back, daemon=True).start()
+while block := sys.stdin.buffer.raw.read(65536):
+    there.sendall(block)
+    time.sleep(len(block) / float(sys.argv[3]))
+"""
+
+
+def test_a_large_file_resumes_and_reports_progress(
+    server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt is too short for the whole file."""
+    monkeypatch.setattr(shells, "PROGRESS_SECONDS", 0.2)
+    (tmp_path / "throttle.py").write_text(THROTTLE)
+    command = f"ProxyCommand {sys.executable} {tmp_path}/throttle.py %h %p 2e6"
+    slow = configured(server, tmp_path, command, "Compression no")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "big.bin").write_bytes(os.urandom(9_000_000))
+    lines: list[str] = []
+    failures: list[str] = []
+    while len(failures) < 8:
+        try:
+            slow.send(tmp_path / "here", ["big.bin"], str(tmp_path / "copy"), seconds=2.5, progress=lines.append)
+            break
+        except HostError as error:
+            failures.append(error.cause)
+            slow.close()
+    assert 1 <= len(failures) < 8
+    assert set(failures) == {"time"}
+    assert (tmp_path / "copy/big.bin").read_bytes() == (tmp_path / "here/big.bin").read_bytes()
+    assert any(re.fullmatch(r"\d+ %, \S+/s", line) for line in lines), lines
 
 
 def test_fetch_copies_a_directory(shell: Shell, tmp_path: Path) -> None:

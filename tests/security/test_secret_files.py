@@ -116,7 +116,7 @@ def test_no_secret_is_sent_over_ssh(calling: Path, monkeypatch: pytest.MonkeyPat
     sent: dict[str, list[str]] = {}
 
     class Recorder:
-        def send(self, directory: Path, files: list[str], to: str) -> None:
+        def send(self, directory: Path, files: list[str], to: str, **options: object) -> None:
             sent[to] = list(files)
 
     host: Any = ssh._Host("vm1", Recorder(), [], facts={"directory": "/there"})  # type: ignore[arg-type]

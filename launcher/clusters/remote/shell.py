@@ -15,6 +15,7 @@ interactive sessions (`_SESSION`) are overridden.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -25,8 +26,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from launcher.clusters.local import ray_session
 from launcher.errors import ConfigError, HostError
@@ -37,6 +39,9 @@ PERSIST_SECONDS = 120
 ALIVE_SECONDS, ALIVE_COUNT = 5, 3
 _SOCKET_BYTES = 103  # the shortest limit of a Unix socket's path among systems
 _RECONNECT_SECONDS = 0.5
+IDLE_SECONDS = 60  # without data, after which a transfer has failed
+TRANSFER_SECONDS = 24 * 3600.0
+PROGRESS_SECONDS = 10.0  # between two reports of a transfer
 
 # Options of the user's configuration that would change or break commands: a terminal, another command, forwarded ports.
 _SESSION = ("RequestTTY=no", "RemoteCommand=none", "PermitLocalCommand=no", "ForwardX11=no")
@@ -76,7 +81,7 @@ _MESSAGES = {
     "dead": "{host} does not answer ({output}). Check that the machine is running and reachable from this network.",
     "jump": "{host} cannot be reached through {proxy}: {output}. Test it with: {command}.",
     "lost": "The connection to {host} was lost ({output}). Processes that were started on it may still run.",
-    "ssh": "ssh cannot connect to {host}: {output}. Test it with: {command}.",
+    "client": "ssh cannot connect to {host}: {output}. Test it with: {command}.",
     "shell": "The shell of {host} prints {output} to commands, which breaks rsync. Remove this output from its startup "
     "files, such as ~/.bashrc, or print it only in interactive shells.",
     "time": "{host} did not finish within {seconds:g} s: {what}.",
@@ -143,28 +148,39 @@ class Shell:
         words = [*self._shared(), "--", self._destination, f"echo {mark}"]
         return self._do(words, b"", 60, "starting a shell").partition(mark)[0].strip()
 
-    def send(self, directory: Path, files: Sequence[str] | None, to: str, *, seconds: float = 600) -> None:
+    def send(
+        self,
+        directory: Path,
+        files: Sequence[str] | None,
+        to: str,
+        *,
+        seconds: float = TRANSFER_SECONDS,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
         """Copy `files` of a local directory to the directory `to`, and delete all other files in it.
 
-        Only differences are sent. `__pycache__` in `to` is not deleted.
+        Only differences are sent, and an interrupted transfer resumes within a file. `__pycache__` in `to` is not
+        deleted. Links out of the directory are replaced by the files that they refer to.
 
         Args:
             files: relative paths; None for all files.
             to: an absolute path on the machine.
+            progress: called every `PROGRESS_SECONDS` with the percentage and the rate of a transfer.
 
         Raises:
             HostError: no connection, no rsync on one of the machines, or no space.
         """
-        options = ["--delete", "--filter=P __pycache__/", f"--rsync-path=mkdir -p {shlex.quote(to)} && rsync"]
+        options = ["--delete", "--partial", "--copy-unsafe-links", "--filter=P __pycache__/"]
+        options += ["--info=progress2"] if progress is not None and _reports_progress() else []
+        options += [f"--rsync-path=mkdir -p {shlex.quote(to)} && rsync"]
         rules = b""
         if files is not None:
             # Include the files and their parent directories; exclude, and so delete, everything else.
             parents = {str(parent) for file in files for parent in Path(file).parents} - {"."}
             options += ["--delete-excluded", "--from0", "--include-from=-", "--exclude=*"]
             rules = b"".join(f"/{_literal(name)}\0".encode() for name in [*sorted(parents), *files])
-        self._rsync(
-            [*options, "--", f"{directory}/", f"{self._remote()}:{to}/"], rules, seconds, f"sending files to {to}"
-        )
+        words = [*options, "--", f"{directory}/", f"{self._remote()}:{to}/"]
+        self._rsync(words, rules, seconds, f"sending files to {to}", progress)
 
     def fetch(self, remote: str, local: Path, options: Sequence[str] = (), *, seconds: float = 600) -> None:
         """Copy a file of the machine, or the content of a directory if `remote` ends with a slash; only differences.
@@ -219,7 +235,7 @@ class Shell:
         if proxy:
             return self._error("jump", self._proxy_output(output), status, what, seconds, proxy)
         cause = next((cause for text, cause in (*_RSYNC_CAUSES, *_CAUSES) if re.search(text, output)), None)
-        return self._error(cause or ("ssh" if output.strip() else "lost"), output, status, what, seconds)
+        return self._error(cause or ("client" if output.strip() else "lost"), output, status, what, seconds)
 
     def _error(
         self,
@@ -233,7 +249,7 @@ class Shell:
         lines = [line.strip().rstrip(".\r") for line in output.splitlines() if line.strip()]
         if cause == "failed":  # a command may need several lines
             shown = _tail([line.strip() for line in output.splitlines() if line.strip()])
-        elif cause in ("jump", "ssh"):
+        elif cause in ("jump", "client"):
             shown = "; ".join([line for line in lines if not _CONSEQUENCE.search(line)] or lines)[-600:]
         else:  # the last line of ssh has the reason
             shown = lines[-1] if lines else "no output"
@@ -273,10 +289,12 @@ class Shell:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             words = [*self._plain[:-1], "-G", "--", self._destination]
             printed = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False).stdout
-            settings = dict(line.partition(" ")[::2] for line in printed.splitlines())
-            for key, words_of in (("proxyjump", "its jump host {}"), ("proxycommand", "its ProxyCommand `{}`")):
-                if settings.get(key, "none") != "none":
-                    return words_of.format(settings[key])
+            for pattern, text in (
+                (r"^proxyjump (?!none$)(.+)$", "its jump host {}"),
+                (r"^proxycommand (?!none$)(.+)$", "its ProxyCommand `{}`"),
+            ):
+                if found := re.search(pattern, printed, re.MULTILINE):
+                    return text.format(found[1])
         return ""
 
     def _shared(self) -> list[str]:
@@ -293,39 +311,59 @@ class Shell:
         user, at, host = self._destination.rpartition("@")
         return f"{user}{at}[{host}]" if ":" in host and not host.startswith("[") else self._destination
 
-    def _rsync(self, words: Sequence[str], rules: bytes, seconds: float, what: str) -> None:
-        command = ["rsync", "--archive", "--compress", "-s", "-e", shlex.join(self._shared()), *words]
-        self._do(command, rules, seconds, what)
+    def _rsync(
+        self,
+        words: Sequence[str],
+        rules: bytes,
+        seconds: float,
+        what: str,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        command = ["rsync", "--archive", "--compress", "-s", f"--timeout={IDLE_SECONDS}"]
+        self._do([*command, "-e", shlex.join(self._shared()), *words], rules, seconds, what, progress)
 
-    def _do(self, words: Sequence[str], given: bytes, seconds: float, what: str) -> str:
+    def _do(
+        self,
+        words: Sequence[str],
+        given: bytes,
+        seconds: float,
+        what: str,
+        progress: Callable[[str], None] | None = None,
+    ) -> str:
         begun = time.monotonic()
-        # Standard error is a file, since the shared connection stays in the background and keeps it open.
-        with tempfile.TemporaryFile() as errors:
+        # Files, since the shared connection stays in the background and keeps them open.
+        with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+            source.write(given)
+            source.seek(0)
             try:
                 process = subprocess.Popen(
                     words,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
+                    stdin=source,
+                    stdout=out,
                     stderr=errors,
                     start_new_session=True,  # without a terminal: the ssh of a jump host would prompt on it
                     env=_environment(),
                 )
             except FileNotFoundError:
                 raise self._error(f"no {words[0]} here") from None
-            with process:
-                try:
-                    out, _ = process.communicate(given, timeout=seconds)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    raise self._error("time", what=what, seconds=seconds) from None
-                except BaseException:
-                    process.kill()
-                    raise
+            try:
+                while process.poll() is None:
+                    left = begun + seconds - time.monotonic()
+                    if left <= 0:
+                        raise self._error("time", what=what, seconds=seconds)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(min(left, PROGRESS_SECONDS))
+                    if progress is not None and process.poll() is None and (text := _progress(_content(out))):
+                        progress(text)
+            finally:
+                process.kill()
+                process.wait()
             if process.returncode == 0:
-                return out.decode(errors="replace")
-            errors.seek(0)
-            output = errors.read().decode(errors="replace")
+                return _content(out)
+            output = _content(errors)
         status = process.returncode
+        if words[0] == "rsync" and status == 30:
+            raise self._error("dead", f"no data for {IDLE_SECONDS} s")
         error = self._rsync_error(output, status, what) if words[0] == "rsync" else self.failed(output, status, what)
         silent = ALIVE_SECONDS * ALIVE_COUNT
         if error.cause == "lost" and time.monotonic() - begun >= silent:  # ssh prints nothing after this timeout
@@ -444,6 +482,27 @@ def destination(host: str, user: str | None = None, key: str | None = None, conf
     words += ["-p", port] if port else []
     chosen = own_user if at else user
     return [*words, f"{chosen}@{name}" if chosen else name]
+
+
+def _content(file: IO[bytes]) -> str:
+    """Return the content of a file that another process writes to, without moving its position."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
+
+
+def _progress(printed: str) -> str:
+    """Return the last progress that rsync printed, such as `34 %, 1.20MB/s`; empty if there is none."""
+    found = re.findall(r"[\d,.]+[KMGT]?\s+(\d+)%\s+(\S+/s)", printed[-300:])
+    return f"{found[-1][0]} %, {found[-1][1]}" if found else ""
+
+
+@functools.cache
+def _reports_progress() -> bool:
+    """Return whether the local rsync is 3.1 or newer; that of macOS is not."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        printed = subprocess.run(["rsync", "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+        found = re.search(r"version (\d+)\.(\d+)", printed)
+        return found is not None and (int(found[1]), int(found[2])) >= (3, 1)
+    return False
 
 
 def _environment() -> dict[str, str]:

@@ -77,6 +77,7 @@ def up(cluster: SshCluster, report: Report, calling: Path | None = None) -> Head
     """
     name = cluster.name or KIND.name
     registry.check_name(name)
+    project.check(calling or Path.cwd())
     known = next((head for head in registry.all_heads() if head.name == name), None)
     hosts = _requested_hosts(cluster, name, known)
     first = hosts[0]
@@ -285,7 +286,8 @@ def _send(each: _Hosts, calling: Path, report: Report) -> None:
 
     def send(host: _Host) -> dict[str, Any]:
         host.shell.send(project.HOME, own, f"{host.facts['directory']}/launch")
-        host.shell.send(calling, files, f"{host.facts['directory']}/{copy_directory(calling)}")
+        to = f"{host.facts['directory']}/{copy_directory(calling)}"
+        host.shell.send(calling, files, to, progress=lambda text: report(f"{host.name}: sent {text}"))
         return {}
 
     each.do(send)

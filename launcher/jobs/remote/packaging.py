@@ -199,5 +199,8 @@ def _copy(source: Path, names: Sequence[str], target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source / name, target / name)
+        if (source / name).is_dir():  # a link to a folder of the directory
+            (target / name).symlink_to(os.readlink(source / name))
+        else:
+            shutil.copy2(source / name, target / name)
     return target

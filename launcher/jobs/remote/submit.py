@@ -92,6 +92,7 @@ class Submission:
             Stopped: a second signal was received; the run continues to stop on the cluster.
         """
         cluster = self._prepared.job.cluster
+        project.check(self._request.calling)
         values = packaging.environment(cluster.env)
         mounted = mounts.setup_lines(mounts.read(cluster.mounts))
         self._setup = asdict(NodeSetup.of(self._request.calling, [*mounted, *cluster.setup], cluster.env))
