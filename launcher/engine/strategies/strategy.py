@@ -72,6 +72,7 @@ class Strategy(ABC):
         self.model = model
         self.optimized: list[nn.Parameter] = []
         self._probed: list[nn.Parameter] = []
+        self._probes_plain_tensors = True
         self._found, self._one = torch.zeros(1, device=runtime.device), torch.ones(1, device=runtime.device)
         self.runtime = runtime
         self.clip_norm = trainer.clip_norm
@@ -137,6 +138,8 @@ class Strategy(ABC):
             if self._probed and numbers > self.PROBED:
                 break
             self._probed.append(parameter)
+        # Asking each gradient in each step would take as long as looking at its numbers.
+        self._probes_plain_tensors = not any(p.is_complex() or hasattr(p, "device_mesh") for p in self._probed)
 
     def rewrap(self, batch: Any) -> None:
         """Wrap the model again after the set of trained parameters has changed; see `prepare`.
@@ -197,7 +200,9 @@ class Strategy(ABC):
         """
         if self._scaler.is_enabled():
             return None
-        grads = [_values(p.grad) for p in self._probed if p.grad is not None]
+        grads = [p.grad for p in self._probed if p.grad is not None]
+        if self.sparse or not self._probes_plain_tensors:
+            grads = [_values(grad) for grad in grads]
         if not grads:
             return None
         self._found.zero_()
