@@ -50,6 +50,7 @@ class DataParallel(Strategy):
         self._wrapped: nn.Module = self._steps
         self._keeps_gradients = False
         self._views: list[tuple[nn.Parameter, torch.Tensor]] = []  # views of DDP's buckets, for the first step
+        self._weight: tuple[float, torch.Tensor] | None = None
         self._idle = False  # whether this rank had no sample of the last batch
 
     @property
@@ -155,13 +156,21 @@ class DataParallel(Strategy):
                     flags["bad"] = True
                 if last:
                     pending = self.runtime.vote(total, flags)
-                self._scaler.scale(loss * weight).backward()
+                scaled = self._scaler.scale(loss)
+                scaled.backward(self._weight_of(scaled, weight))
             if last:
                 self._require_all_gradients()
             if batch is not None:
                 record({**answer, "loss": (loss.detach(), count)})
         assert pending is not None
         return pending.wait()
+
+    def _weight_of(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
+        """Return the gradient of `weight * loss` with respect to `loss`, which saves computing the product."""
+        known = self._weight
+        if known is None or (known[0], known[1].dtype) != (weight, loss.dtype):
+            known = self._weight = (weight, torch.full_like(loss.detach(), weight))
+        return known[1]
 
     def _require_all_gradients(self) -> None:
         """Raise if this rank lacks a gradient that other ranks wait for, before its next collective is mistaken for it.

@@ -379,11 +379,11 @@ def loss_of(answer: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
     return total, count
 
 
-def scale_by_count(grads: list[torch.Tensor], size: int, count: torch.Tensor) -> None:
+def scale_by_count(grads: list[torch.Tensor], size: int, count: torch.Tensor | float) -> None:
     """Convert means over `size` samples to means over `count` samples, tokens or weights, in place."""
     # Gradients in host memory cannot be multiplied by a tensor on the device; the device was synchronized already.
-    if count.device.type == "cpu" or all(grad.device.type == "cpu" for grad in grads):
-        number = count.item()
+    if not isinstance(count, torch.Tensor) or all(grad.device.type == "cpu" for grad in grads):
+        number = float(count)
         if number != size:
             torch._foreach_mul_(grads, size / max(number, 1e-30))
     else:
