@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                       forty rounds of everything, about six minutes
     python benchmarks/throughput.py --only launch plain   some of the systems
     python benchmarks/throughput.py --network gpt         a small GPT, where computation dominates
+    python benchmarks/throughput.py --only launch --beside CHECKOUT   an older commit, checked out there, in turn
 
 The convolutional network and the digits of `experiment=mnist`, AdamW, TensorBoard written every 50 steps by each of
 them; with `--network gpt` the GPT, text and precision of `experiment=language` and a plain DDP script over them,
@@ -25,7 +26,7 @@ from benchmarks.peers import plain_gpt
 
 LOG_EVERY = 50
 SKIPPED = 10  # steps of a turn before its timing starts
-LAUNCH, BY_RAY = "launch (torchrun)", "launch (Ray Train)"
+LAUNCH, BY_RAY, BESIDE = "launch (torchrun)", "launch (Ray Train)", "launch of the other checkout"
 # The peers, and the required speed-up of `launch` over each. The last two are plain scripts with the optimizations that
 # `launch` applies by default; they are reported without a requirement.
 DEMANDS = {
@@ -65,6 +66,12 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, help="steps before the first turn (default 100; 4)")
     parser.add_argument("--turn", type=int, help="steps in a turn that are timed (default 50; 5)")
     parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), help="systems to measure")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        metavar="CHECKOUT",
+        help="measure the launcher of another checkout as well",
+    )
     options = parser.parse_args()
     for name, value in USUAL[options.network].items():
         if getattr(options, name, None) is None:
@@ -73,8 +80,11 @@ def main() -> None:
     options.only = options.only or list(known)
     if not set(options.only) <= set(known):
         parser.error(f"with --network {options.network} there are {', '.join(known)}")
-    turns = Turns(options.rounds, options.warm_up, options.skipped, options.turn, len(options.only))
+    count = len(options.only) + (options.beside is not None)
+    turns = Turns(options.rounds, options.warm_up, options.skipped, options.turn, count)
     started = systems(options, turns.total)
+    if options.beside is not None:
+        started[BESIDE] = in_checkout(options.beside.resolve(), launch(options, turns.total, by_ray=False))
     found, facts = harness.take_turns(
         started, turns, harness.progress, lambda folder: losses(folder, options.log_every)
     )
@@ -131,6 +141,11 @@ def launch(options: argparse.Namespace, steps: int, by_ray: bool) -> Command:
     return command
 
 
+def in_checkout(checkout: Path, command: Command) -> Command:
+    """Return the command run with the modules of another checkout."""
+    return lambda turns, folder: ["env", "-C", str(checkout), f"PYTHONPATH={checkout}", *command(turns, folder)]
+
+
 def peer(options: argparse.Namespace, steps: int, module: str, *words: str) -> Command:
     def command(turns: str, folder: Path) -> list[str]:
         arguments = ["--steps", steps, "--batch", options.batch, "--workers", options.workers]
@@ -180,7 +195,7 @@ def report(options: argparse.Namespace, found: dict[str, list[Figures]], facts: 
     }
     result = Report("throughput", settings)
     result.content = {"systems": {}, "ratios": {}}
-    demands = DEMANDS if options.network == "convnet" else GPT_DEMANDS
+    demands = (DEMANDS if options.network == "convnet" else GPT_DEMANDS) | {BESIDE: Demand(least=0.99)}
     for name, turns in found.items():
         rate = Spread([options.turn / turn["seconds"] for turn in turns])
         busy = Spread([1000 * turn["cpu"] / options.turn for turn in turns])

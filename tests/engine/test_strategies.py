@@ -276,7 +276,7 @@ def test_activation_checkpointing_changes_no_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        ({"activation_checkpointing": True}, "none were found"),
+        ({"activation_checkpointing": True}, "no blocks were found"),
         ({"activation_checkpointing": True, "blocks": ["Linaer"]}, 'Linaer.*"Linear"'),
         ({"name": "fsdp", "hybrid": True}, "Use several machines"),
         ({"name": "fsdp", "cpu_offload": True}, "on CPUs"),
