@@ -1,4 +1,4 @@
-"""Numbers and positions as people read them: on the terminal, in log.txt and in tables."""
+"""Formats numbers, durations and progress for the terminal, log.txt and tables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def goes_on(name: str) -> str:
-    """Return what is told when somebody leaves a run that is driven elsewhere."""
-    return f"{name} goes on without this command. Follow it with: launch logs {name}; stop it with: launch stop {name}"
+def detached(name: str) -> str:
+    """Return the line that is printed when the user detaches from a remote run."""
+    return f"Detached. {name} continues to run. Follow it with: launch logs {name}. Stop it with: launch stop {name}"
 
 
 def duration(seconds: float) -> str:
@@ -39,12 +39,12 @@ def size(number_of_bytes: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return a metric with four digits after the point, or in scientific form where those would say nothing."""
+    """Return a metric with four digits after the point, or in scientific notation if it is very small or large."""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3e}"
 
 
 def facts(event: Mapping[str, Any], brief: bool = False) -> str:
-    """Return where a run stands by a progress event: epoch, loss and, unless `brief`, speed and time left."""
+    """Return the facts of a progress event: epoch, loss and, unless `brief`, speed and time left."""
     parts = [f"epoch {event['epoch']:.2f}"]
     if event.get("loss") is not None:
         parts.append(f"loss {number(event['loss'])}")
@@ -58,13 +58,13 @@ def facts(event: Mapping[str, Any], brief: bool = False) -> str:
 
 
 def step_line(event: Mapping[str, Any], brief: bool = False) -> str:
-    """Return one line for a step that was logged, with what was evaluated. brief: without speed and time left."""
+    """Return one line for a logged step, with its evaluation. brief: without speed and time left."""
     begin = f"step {event['step']}/{event['total_steps']}"
-    return "  ".join([begin, facts(event, brief), *evaluated(event["values"])])
+    return "  ".join([begin, facts(event, brief), *evaluation(event["values"])])
 
 
-def evaluated(values: Mapping[str, float | None]) -> list[str]:
-    """Return the metrics of the validation and test sets, one text each, losses first."""
+def evaluation(values: Mapping[str, float | None]) -> list[str]:
+    """Return `tag value` for each metric of the validation and test sets, losses first."""
     tags = [tag for tag in values if tag.startswith(("val/", "test/"))]
     tags.sort(key=lambda tag: not tag.endswith("/loss"))
     return [f"{tag} {number(value)}" for tag in tags if (value := values[tag]) is not None]

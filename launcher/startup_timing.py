@@ -1,8 +1,8 @@
-"""Where the time between the command and the first step goes: a list of phases, each with the moment it began.
+"""Measures the time between the command and the first step: a list of phases, each with its start time.
 
-In their order: configuration, imports (PyTorch, in the driver), check (data, network and a small batch), ray, workers
-(Ray Train starts their processes), worker_imports, process_group, data, model, first_step. Without Ray those between
-check and data are missing. Of several workers rank 0's are told.
+The phases in order: configuration, imports (PyTorch, in the driver), check (data, network and a small batch), ray,
+workers (Ray Train starts their processes), worker_imports, process_group, data, model, first_step. Without Ray the
+phases between check and data are missing. With several workers, the phases of rank 0 are reported.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Marks:
-    """Moments at which phases began, by the wall clock: they travel from the driver to the workers."""
+    """Start times of the phases, by the wall clock. The driver sends them to the workers."""
 
     begun: list[tuple[str, float]] = field(default_factory=list)
 
     def begin(self, phase: str, at: float | None = None) -> None:
-        """The phase begins, and the one before it ends."""
+        """Start a phase and end the one before it. at: the start time; now by default."""
         self.begun.append((phase, time.time() if at is None else at))
 
     def seconds(self, end: float) -> dict[str, float]:
-        """Return the length of each phase, where the last one ended at `end`; they add up to the whole.
+        """Return the length of each phase in seconds; the last phase ends at `end`.
 
-        On another machine the clock may go differently: no phase is shorter than nothing.
+        The clocks of two machines may differ, so a negative length is replaced by 0.
         """
         ends = [at for _, at in self.begun[1:]] + [end]
         lengths: dict[str, float] = {}
@@ -34,6 +34,6 @@ class Marks:
 
 
 def describe(seconds: dict[str, float]) -> str:
-    """Return the phases in one line: `first step after 11.3s: configuration 0.4, imports 1.1, …`."""
+    """Return the phases as one line: `first step after 11.3s: configuration 0.4, imports 1.1, …`."""
     parts = ", ".join(f"{phase.replace('_', ' ')} {length:.1f}" for phase, length in seconds.items())
     return f"first step after {sum(seconds.values()):.1f}s: {parts}"

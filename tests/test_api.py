@@ -1,4 +1,4 @@
-"""`from launcher import launch`, as a notebook uses it."""
+"""The Python API, `from launcher import launch`, as a notebook uses it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_import_is_light() -> None:
     assert done.stdout == "set()\n"
 
 
-def test_it_returns_what_result_json_holds(here: Place) -> None:
+def test_launch_returns_the_content_of_result_json(here: Place) -> None:
     result = launch(*TOY, "run.name=a", config_dir="own")
     assert result == here.result("a")
     assert (result["status"], result["steps"]) == ("completed", 8)
@@ -34,7 +34,7 @@ def test_it_returns_what_result_json_holds(here: Place) -> None:
     assert launch(*TOY, "run.name=a", "run.resume=true", config_dir="own") == result
 
 
-def test_quiet_and_again_in_one_process(here: Place) -> None:
+def test_two_quiet_runs_in_one_process(here: Place) -> None:
     losses = [launch(*TOY, config_dir=Path("own"), quiet=True)["metrics"]["train/loss"] for _ in range(2)]
     assert losses[0] == losses[1]
     assert here.capture.readouterr() == ("", "")
@@ -53,8 +53,8 @@ def test_errors_are_raised(here: Place) -> None:
         launch(*TOY, "run.name=a", config_dir="own", quiet=True)
 
 
-def test_outside_of_the_main_thread(here: Place) -> None:
-    """Python allows signal handlers in the main thread alone."""
+def test_launch_outside_of_the_main_thread(here: Place) -> None:
+    """Python allows signal handlers only in the main thread."""
     results: list[dict] = []
     thread = threading.Thread(target=lambda: results.append(launch(*TOY, config_dir="own", quiet=True)))
     thread.start()
@@ -68,14 +68,14 @@ from launcher import launch
 ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 words = ["experiment=toy", "cluster=local", "logging.tensorboard=false"]
 result = launch(*words, "scaling.workers=3", config_dir="own")
-seven = ray.get(ray.remote(num_cpus=3)(lambda: 7).remote(), timeout=30)  # it has its CPUs back
+seven = ray.get(ray.remote(num_cpus=3)(lambda: 7).remote(), timeout=30)  # the CPUs of the job are free again
 print(json.dumps([result["status"], result["workers"], ray.is_initialized(), seven]))
 """
 
 
 @pytest.mark.timeout(150)
-def test_a_ray_that_runs_already_is_used_and_left_running(place: Place) -> None:
-    """Three workers need the three CPUs of that Ray, whatever this machine has."""
+def test_an_initialized_ray_is_used_and_left_running(place: Place) -> None:
+    """Three workers use the three CPUs of that Ray, independent of the CPUs of this machine."""
     done = subprocess.run(
         [sys.executable, "-c", NOTEBOOK], cwd=place.directory, capture_output=True, text=True, timeout=140
     )

@@ -25,10 +25,10 @@ SAME = {"batch": [8, 1, 28, 28], "dtype": "float32", "workers": 2, "threads": 1,
 
 
 def run_benchmark(name: str, words: Sequence[str], folder: Path, environment: dict[str, str] | None = None) -> Any:
-    """Run benchmarks/`name`.py as a user does and return what it wrote as JSON and printed as a table."""
+    """Run benchmarks/`name`.py as a user does. Return its JSON and its printed table."""
     file = folder / "result.json"
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *words, "--json", str(file)]
-    # From another directory: the command must not depend on where it is given.
+    # From another directory, because the command must not depend on the current directory.
     harness_environment = harness.surroundings() | (environment or {})
     done = subprocess.run(
         command, cwd=folder, env=harness_environment, capture_output=True, text=True, timeout=280, check=False
@@ -79,7 +79,7 @@ def test_throughput_compares_the_same_with_the_same(tmp_path: Path) -> None:
         assert {fact: found["facts"][fact] for fact in SAME} == SAME, name
         assert found["facts"]["logged"] >= 1
         assert 0 < found["facts"]["last_loss"] < 2.3, f"{name} does not learn"
-    # What is shown is the median of the rounds' own ratios.
+    # The printed ratio is the median of the ratios of the rounds.
     rates = [systems[name]["steps_per_second"]["values"] for name in (throughput.LAUNCH, "plain DDP")]
     ratios = [ours / plain for ours, plain in zip(*rates, strict=True)]
     assert content["ratios"]["plain DDP"]["values"] == pytest.approx(ratios)
@@ -103,7 +103,7 @@ def test_startup_of_one_process(tmp_path: Path) -> None:
         assert is_spread(found["first_step"], 1), name
         assert found["first_step"]["median"] < found["whole"]["median"], name
     ours = content["systems"]["launch cluster=none"]
-    # Two clocks of the same thing: the run's own starts a little after the process, and stops a little after the step.
+    # Both clocks measure the start: that of the run starts shortly after the process and stops shortly after the step.
     assert abs(ours["first_step"]["median"] - ours["seconds_to_first_step"]["median"]) < 2
     assert [one["of"] for one in content["ratios"]] == ["launch cluster=none"] * 2
 
@@ -137,12 +137,12 @@ def test_checkpoints(tmp_path: Path) -> None:
         assert one["block"] <= one["write"]
 
 
-def test_waiting_is_a_share_of_the_time_and_not_a_mean_of_shares(tmp_path: Path) -> None:
+def test_data_wait_is_a_fraction_of_the_total_time(tmp_path: Path) -> None:
     points = [(20, 50.0, 0.9), (40, 100.0, 0.0), (60, 50.0, 0.3), (67, 10.0, 1.0)]
     names = ("step", "throughput/samples_per_second", "throughput/data_wait_fraction")
     lines = [json.dumps(dict(zip(names, point, strict=True))) for point in points]
     (tmp_path / "log").write_text("\n".join([json.dumps({"step": 20, "val/loss": 1.0}), *lines]))
-    # Two intervals of as many samples, of one and of two seconds; the first and the unfinished one are left out.
+    # Two intervals with equal counts of samples, of one and two seconds; the first and the unfinished one do not count.
     found = waiting.waits(tmp_path / "log")
     assert (found["waiting"], found["first"]) == (pytest.approx(0.2), 0.9)
 
@@ -165,7 +165,7 @@ def test_exactness(tmp_path: Path) -> None:
 # ---- the harness ----------------------------------------------------------------------------------------------------
 
 
-def test_rounds_hold_every_system_once_and_begin_with_another(tmp_path: Path) -> None:
+def test_each_round_has_every_system_once_and_starts_with_another(tmp_path: Path) -> None:
     order: list[str] = []
 
     def measure(name: str) -> harness.Measure:
@@ -200,14 +200,14 @@ def test_a_ratio_is_taken_within_each_round() -> None:
         (Demand(), 1.0, ""),
     ],
 )
-def test_what_was_asked_is_shown_beside_what_was_found(demand: Demand, value: float, text: str) -> None:
+def test_the_demand_is_printed_next_to_the_result(demand: Demand, value: float, text: str) -> None:
     assert demand.text(value) == text
 
 
 @pytest.mark.parametrize(
     ("fact", "value"), [("batch", [4, 1, 28, 28]), ("threads", 2), ("parameters", 7), ("workers", 1), ("logged", 0)]
 )
-def test_unequal_work_is_refused(fact: str, value: Any) -> None:
+def test_unequal_work_is_rejected(fact: str, value: Any) -> None:
     same = SAME | {"logged": 3}
     throughput.check_like_for_like({"one": same, "other": same | {"channels_last": True}})
     with pytest.raises(Failed, match=f"other and one .*{fact}"):
@@ -246,14 +246,14 @@ def test_systems_compute_in_turn() -> None:
     assert [line.split()[2].rstrip(":") for line in said[2:]] == ["one", "other", "other", "one", "one", "other"]
 
 
-def test_a_system_that_makes_too_few_steps_for_its_turns_is_noticed() -> None:
+def test_a_system_with_too_few_steps_for_its_turns_is_detected() -> None:
     turns = Turns(rounds=3, warm_up=4, skipped=1, steps=2)
     with pytest.raises(Failed, match="broke off"):
         harness.take_turns({"one": stand_in(turns.total // 2)}, turns, lambda text: None, lambda folder: {})
 
 
 @pytest.mark.parametrize(("dies_at", "what"), [(2, "before its first turn"), (8, "broke off")])
-def test_a_system_that_dies_is_told_with_what_it_said(dies_at: int, what: str) -> None:
+def test_the_error_about_a_dead_system_contains_its_output(dies_at: int, what: str) -> None:
     turns = Turns(rounds=3, warm_up=4, skipped=1, steps=2)
     with pytest.raises(Failed, match=f"(?s){what}.*gone"):
         harness.take_turns({"one": stand_in(turns.total, dies_at)}, turns, lambda text: None, lambda folder: {})
@@ -275,6 +275,6 @@ def test_the_spread_of_one_round() -> None:
     assert Spread([2.0]).to_dict() == {"median": 2.0, "low": 2.0, "high": 2.0, "values": [2.0]}
 
 
-def test_what_comparing_copies_costs_is_measured(tmp_path: Path) -> None:
+def test_the_cost_of_comparing_replicas_is_measured(tmp_path: Path) -> None:
     content = run_benchmark("copies", ["--rounds", "2", "--steps", "2", "--networks", "MLP"], tmp_path)
     assert content["networks"]["MLP"]["comparing"]["median"] > 0

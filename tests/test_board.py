@@ -1,4 +1,4 @@
-"""Who gets an answer from `launch board`: a page of another site does not."""
+"""`launch board` responds to the user's browser, and rejects requests of pages of other sites."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from tests.support.stores import free_port
         ("[", False),
     ],
 )
-def test_names_that_are_answered(host: str, known: bool) -> None:
+def test_accepted_host_names(host: str, known: bool) -> None:
     assert is_known(host, {"node-1"}) is known
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root, port = tmp_path_factory.mktemp("runs"), free_port()
-    (root / "tensorboard").mkdir()  # the calling directory takes the place of no module
+    (root / "tensorboard").mkdir()  # the calling directory replaces no module
     (root / "tensorboard" / "__init__.py").write_text("raise SystemExit('shadowed')")
     command = [sys.executable, "-m", "launcher", "board", f"run.root={root}", "--port", str(port)]
     with (root / "output").open("w+") as output:
@@ -63,7 +63,7 @@ def _with_launcher() -> dict[str, str]:
 
 
 def status(address: str, host: str | None = None) -> int | None:
-    """Return the status of the answer; None where nothing listens."""
+    """Return the status of the response; None if no server listens."""
     try:
         request = urllib.request.Request(address, headers={"Host": host} if host else {})
         with urllib.request.urlopen(request, timeout=10) as answer:
@@ -74,13 +74,13 @@ def status(address: str, host: str | None = None) -> int | None:
         return None
 
 
-def test_the_address_has_a_path_that_other_pages_do_not_know(url: str) -> None:
+def test_the_address_has_a_secret_path(url: str) -> None:
     root = "/".join(url.split("/")[:3])
     assert len(url) - len(root) > 20
     assert status(f"{url}data/environment") == 200
     assert status(f"{root}/data/environment") == 404
 
 
-def test_a_name_that_was_rebound_to_loopback_gets_no_answer(url: str) -> None:
+def test_a_host_name_rebound_to_loopback_is_rejected(url: str) -> None:
     assert status(f"{url}data/environment", "localhost") == 200
     assert status(f"{url}data/environment", "evil.example") == 403

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run, looked at in a real browser: `launch board` as a user starts it."""
+"""TensorBoard in a real browser: `launch board` shows the curves, text, graph and HParams of runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _launch(cwd: Path, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run root with a run of 20 steps, and a copy of it that lost all behind step 8 and was continued."""
+    """Return a run root with a run of 20 steps, and a copy that lost the steps after 8 and was resumed."""
     cwd = tmp_path_factory.mktemp("project")
     root = cwd / "runs"
     _launch(
@@ -58,7 +58,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Board:
-    """A TensorBoard that serves, and a browser; `foreign` are the requests that would have left this machine."""
+    """Return a TensorBoard server with a browser. `foreign` lists the requests to other machines."""
 
     url: str
     browser: Browser
@@ -94,7 +94,7 @@ def board(root: Path, chromium: str) -> Iterator[Board]:
         assert server.stderr is not None
         url = next(word for word in server.stderr.readline().split() if word.startswith(f"http://127.0.0.1:{port}/"))
         _wait_for(url, server)
-        # Chromium's sandbox needs a user namespace, which root in a container does not get.
+        # Chromium's sandbox needs a user namespace, which root in a container does not have.
         options = ["--no-sandbox"] if os.geteuid() == 0 else []
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=options)
@@ -106,7 +106,7 @@ def board(root: Path, chromium: str) -> Iterator[Board]:
 
 
 def _wait_for(url: str, server: subprocess.Popen[str]) -> None:
-    """Wait until TensorBoard answers and has read both runs."""
+    """Wait until TensorBoard responds and has read both runs."""
     end = time.monotonic() + 90
     while time.monotonic() < end:
         assert server.poll() is None, server.stderr.read() if server.stderr else ""
@@ -133,28 +133,28 @@ def test_time_series_shows_the_losses_of_training_and_validation(board: Board, r
         page.locator("button.group-toolbar", has=page.locator(f'[title="{group}"]')).click()
         card = page.locator("card-view", has=page.locator(f'[title="{group}/loss"]'))
         card.scroll_into_view_if_needed()
-        # The table under the chart: a row a run with its last value, as TensorBoard rounds it.
+        # The table below the chart has one row for each run, with its last value as TensorBoard rounds it.
         value = f"{_last(root, f'{group}/loss'):.4f}".rstrip("0").rstrip(".")
         card.get_by_text(RUN, exact=True).first.wait_for()
         card.get_by_text(value, exact=True).first.wait_for()
-        page.wait_for_timeout(1500)  # the line is drawn after the table, on a canvas that says nothing when it is done
+        page.wait_for_timeout(1500)  # the line is drawn after the table, on a canvas without an event for its end
         assert _colourful(card.locator(".series-view").screenshot()) > 50, f"no line is drawn for {group}/loss"
     assert board.foreign == []
 
 
 def _colourful(picture: bytes) -> int:
-    """Return how many pixels are neither black nor white nor grey: TensorBoard's lines are, its axes are not."""
+    """Return the number of coloured pixels: the lines of TensorBoard are coloured, its axes are grey."""
     saturations = Image.open(io.BytesIO(picture)).convert("HSV").getchannel("S").tobytes()
     return sum(saturation > 60 for saturation in saturations)
 
 
 def test_only_runs_are_listed(board: Board) -> None:
-    # A folder within a run (checkpoints, a second writer's) would be one more line in every legend.
+    # A folder inside a run (checkpoints, another writer) would be a further line in every legend.
     assert sorted(board.ask("data/runs")) == [RUN, RESUMED]
 
 
 @pytest.mark.parametrize("tag", ["train/loss", "train/grad_norm", "val/loss"])
-def test_a_continued_run_has_one_value_a_step_and_the_same(board: Board, tag: str) -> None:
+def test_a_resumed_run_has_one_value_per_step_and_the_same_values(board: Board, tag: str) -> None:
     def values(run: str) -> list[list[float]]:
         points = board.ask("data/plugin/scalars/scalars", run=run, tag=tag)
         return [[step, value] for _, step, value in points]
@@ -174,17 +174,17 @@ def test_graph_draws_the_network(board: Board) -> None:
     page = board.open(f"#graphs&run={RUN}")
     whole = page.locator('g.node[data-name="TrainingStep"]')
     whole.wait_for(state="attached")
-    page.wait_for_timeout(1500)  # the drawing is moved into the middle first
+    page.wait_for_timeout(1500)  # the drawing is centred first
     whole.locator("text", has_text="TrainingStep").first.dblclick(force=True)
     page.locator('g.node[data-name="TrainingStep/ConvNet[model]"]').wait_for(state="attached")
     assert board.foreign == []
 
 
-def test_hparams_show_what_was_chosen(board: Board, root: Path) -> None:
+def test_hparams_show_the_configured_keys(board: Board, root: Path) -> None:
     page = board.open("#hparams")
     page.get_by_text("optimizer.lr").first.wait_for()
     metric = page.locator("paper-checkbox", has_text="val/loss").first
-    if metric.get_attribute("aria-checked") != "true":  # TensorBoard ticks the first few of the alphabet
+    if metric.get_attribute("aria-checked") != "true":  # TensorBoard selects the first metrics of the alphabet
         metric.click()
     for text in (RUN, f"{RATE:.7f}", f"{_last(root, 'val/loss'):.4f}"):
         page.locator("vaadin-grid").get_by_text(text).first.wait_for()

@@ -1,4 +1,4 @@
-"""The command line: what is understood, what is refused and how it is told, and where things are written."""
+"""The command line: parsing, help, errors, exit statuses, and the files that are written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import line
-from launcher.cli.verbs import VERBS, Verb
+from launcher.cli.verbs import FLAGS, VERBS, Verb
 from launcher.errors import ConfigError
 from tests.support.command import LAUNCH, TOY, Place
 
-# ---- taking a command line apart ------------------------------------------------------------------------------------
+# ---- parsing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_parse(words: list[str], verb: str, name: str | None, overrides: list[st
         (["mnist_tiny"], r"Did you mean experiment=mnist_tiny\?"),
         (["train", "plan"], r'"plan" is neither'),
         (["--json"], r"--json belongs to launch plan and launch runs"),
-        (["--jsno"], r'"--jsno" is no flag.*"--json"'),
+        (["--jsno"], r'"--jsno" is not a flag.*"--json"'),
         (["--port", "1"], r"--port belongs to launch board"),
         (["runs", "--json=yes"], r"--json takes no value"),
         (["--config-dir"], r"--config-dir needs a value"),
         (["--config-dir", "--json"], r"--config-dir needs a value"),
         (["stop"], r"launch stop NAME.*launch runs"),
-        (["logs", "a", "b"], r'"a" is one, and "b" another'),
+        (["logs", "a", "b"], r'two: "a" and "b"'),
     ],
 )
 def test_parse_refuses(words: list[str], message: str) -> None:
@@ -73,7 +73,7 @@ def test_parse_refuses(words: list[str], message: str) -> None:
 
 
 def test_help_is_quick_and_light(tmp_path: Path) -> None:
-    """Slower help, or one that needs a GPU's libraries, is the first thing that a newcomer meets."""
+    """Help needs neither PyTorch nor Ray nor Hydra, because it is the first command that a new user runs."""
     code = "import sys; from launcher import cli; cli.run(['--help']); print(sorted(sys.modules))"
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
@@ -83,21 +83,30 @@ def test_help_is_quick_and_light(tmp_path: Path) -> None:
     assert seconds < 1
 
 
-def test_help_of_a_verb_is_hydras(here: Place) -> None:
-    shown = here.here("train", "--help", "trainer.epochs=7", "trainer.log_every=${trainer.epochs}")
-    assert shown.status == 0
-    assert "== Configuration groups ==" in shown.out
-    assert re.search(r"^experiment: .*\bmnist, mnist_tiny\b", shown.out, re.MULTILINE)
-    assert "epochs: 7" in shown.out
-    assert "log_every: ${trainer.epochs}" in shown.out
+@pytest.mark.parametrize("words", [["--help"], ["help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+def test_help_fits_one_screen(here: Place, words: list[str]) -> None:
+    shown = here.here(*words)
+    lines = shown.out.splitlines()
+    assert (shown.status, shown.err) == (0, "")
+    assert 2 < len(lines) <= 24
+    assert max(map(len, lines)) <= 80
     assert not here.runs.exists()
 
 
-def test_help_knows_the_groups_of_the_user(here: Place) -> None:
-    shown = here.here("train", *TOY, "--help")
-    options = next(line for line in shown.out.splitlines() if line.startswith("data: "))
-    assert {"mnist", "numbers"} <= set(options.removeprefix("data: ").split(", "))
-    assert "_target_: toy.Line" in shown.out
+@pytest.mark.parametrize("verb", VERBS.values(), ids=lambda verb: verb.name)
+def test_help_of_a_verb_lists_its_flags(here: Place, verb: Verb) -> None:
+    shown = here.here(verb.name, "-h").out
+    for flag in FLAGS:
+        assert verb.accepts(flag) == bool(re.search(rf"(?<![\w-]){flag.spellings[0]}\b", shown)), flag.name
+    assert ("experiment " in shown) == verb.composes
+
+
+def test_help_lists_the_groups_of_the_user(here: Place) -> None:
+    """The user's options are listed, even if the words next to --help are invalid."""
+    shown = here.here("train", *TOY, "no.such=1", "--help")
+    options = next(line for line in shown.out.splitlines() if line.startswith("  optimizer "))
+    assert {"sgd", "adamw"} <= set(options.replace(",", "").split())
+    assert any(line.startswith("  data ") and "mnist" in line for line in shown.out.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -114,28 +123,29 @@ def test_help_knows_the_groups_of_the_user(here: Place) -> None:
         (["--info", "searchpath", *TOY], "/own"),
         (["--hydra-help"], "== Flags =="),
         (["--version"], "launch-train "),
-        (["runs", "--help"], "launch [VERB [NAME]]"),
+        (["runs", "--help"], "launch runs [FLAGS]"),
+        (["--cfg", "job", "trainer.epochs=7", "trainer.log_every=${trainer.epochs}"], "log_every: ${trainer.epochs}"),
     ],
 )
-def test_what_hydras_flags_show(here: Place, words: list[str], expected: str) -> None:
+def test_output_of_hydras_flags(here: Place, words: list[str], expected: str) -> None:
     shown = here.here(*words)
     assert (shown.status, shown.err) == (0, "")
     assert expected in shown.out
 
 
-def test_help_acts_on_nothing_that_a_file_says_under_hydra(here: Place, tmp_path: Path) -> None:
-    """Hydra's own `--help` configures logging from the files, and a handler's factory may be any function."""
+def test_hydras_flags_do_not_apply_the_hydra_section_of_a_file(here: Place, tmp_path: Path) -> None:
+    """Hydra itself configures logging from the files, and the factory of a handler may be any function."""
     (tmp_path / "local").mkdir()
     handlers = "handlers:\n      x:\n        (): os.mkdir\n        path: planted\n"
     (tmp_path / "local/default.yaml").write_text(
         f"# @package _global_\nhydra:\n  hydra_logging:\n    version: 1\n    root:\n      handlers: [x]\n    {handlers}"
     )
-    for flag in (["--help"], ["--cfg", "all"], ["--info", "all"], ["--hydra-help"]):
+    for flag in (["--cfg", "all"], ["--info", "all"], ["--hydra-help"]):
         here.here("train", "--config-dir", str(tmp_path), *flag)
         assert not Path("planted").exists()
 
 
-# ---- wrong requests: exit 2, one paragraph, nothing written ---------------------------------------------------------
+# ---- invalid requests: exit 2, one paragraph, nothing written -------------------------------------------------------
 
 WRONG = [
     ("foo=1", r'there is no key "foo"'),
@@ -170,8 +180,8 @@ WRONG = [
     ("run.name=", r"run.name"),
     ("run.resume=true", r"run.name=NAME"),
     ("run.root=ftp://host/x", r"scheme, ftp://.*abfss://"),
-    ("run.like=nobody", r'There is no run "nobody"'),
-    ("checkpoint.load=nobody", r"checkpoint.load=nobody: there is no such run"),
+    ("run.like=missing", r'There is no run "missing"'),
+    ("checkpoint.load=missing", r"checkpoint.load=missing: there is no such run"),
     ("trainer.epochs=1,2", r"several values.*-m"),
     ("data=idx", r"data.root has no value yet"),
     ("data.bad=0", r"numbers.csv, row 0: not a number"),
@@ -180,7 +190,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("words", "message"), WRONG, ids=[words for words, _ in WRONG])
-def test_a_wrong_request(here: Place, words: str, message: str) -> None:
+def test_an_invalid_request(here: Place, words: str, message: str) -> None:
     given = [words] if "{" in words else words.split(" ")
     refused = here.here(*TOY, *given)
     assert refused.status == 2
@@ -194,7 +204,7 @@ def test_a_wrong_request(here: Place, words: str, message: str) -> None:
 
 
 def test_too_many_workers_for_this_machine(here: Place) -> None:
-    """An endless wait for resources is what Ray does by itself."""
+    """Ray itself would wait for the resources forever."""
     refused = here.here(*TOY, "cluster=local", "scaling.workers=4000")
     assert refused.status == 2
     assert "4000 workers" in refused.err
@@ -214,7 +224,7 @@ def test_too_many_workers_for_this_machine(here: Place) -> None:
         ),
     ],
 )
-def test_damaged_data_is_told_with_its_file(
+def test_an_error_about_damaged_data_names_the_file(
     here: Place, tmp_path: Path, kind: str, content: bytes | None, message: str
 ) -> None:
     root = tmp_path / ("nowhere" if content is None else "data")
@@ -237,26 +247,26 @@ def test_verbose_shows_the_traceback_of_an_error(here: Place) -> None:
     assert "row 0: not a number" in refused.err
 
 
-def test_a_bug_of_ours_is_told_as_one(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_launch_is_reported_as_such(here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Verb, "run", lambda verb, line: 1 // 0)
-    told = here.here("runs")
-    assert told.status == 1
-    assert "ZeroDivisionError" in told.err
-    assert "bug in launch" in told.err
+    failed = here.here("runs")
+    assert failed.status == 1
+    assert "ZeroDivisionError" in failed.err
+    assert "bug in launch" in failed.err
 
 
 @pytest.mark.parametrize("words", ["runs foo=1", "board trainer.epochs=1", "stop a model=mlp"])
-def test_words_that_mean_nothing_to_a_verb(here: Place, words: str) -> None:
+def test_words_without_effect_on_a_verb_are_rejected(here: Place, words: str) -> None:
     refused = here.here(*words.split())
     assert refused.status == 2
-    assert "means nothing to launch" in refused.err
+    assert "has no effect on launch" in refused.err
 
 
 # ---- where things are written ---------------------------------------------------------------------------------------
 
 
-def test_standard_output_holds_the_directory_alone(place: Place) -> None:
-    """Scripts read it: what the user's code, its children and its C++ write must not come between."""
+def test_standard_output_contains_only_the_directory(place: Place) -> None:
+    """Output of the user's code, its child processes and C++ goes to standard error: scripts read standard output."""
     done = place.launch(*TOY, "run.name=a", "model.speak=true", "data.speak=true", "model.failure=raw", "model.at=3")
     assert (done.status, done.out) == (0, f"{place.runs / 'a'}\n")
     for text in ("a line is built", "row 3 is read", "a child speaks", "raw bytes"):
@@ -269,11 +279,11 @@ def test_standard_output_holds_the_directory_alone(place: Place) -> None:
     assert not os.listdir(place.home)
 
 
-def test_plan_prints_a_value_and_creates_nothing(here: Place) -> None:
-    told = here.here("plan", *TOY, "--json", "model.speak=true")
-    plan = json.loads(told.out)
-    assert told.status == 0
-    assert "a line is built" in told.err
+def test_plan_prints_the_plan_and_creates_nothing(here: Place) -> None:
+    printed = here.here("plan", *TOY, "--json", "model.speak=true")
+    plan = json.loads(printed.out)
+    assert printed.status == 0
+    assert "a line is built" in printed.err
     assert plan["machines"]["workers"] == 1
     assert plan["batches"]["steps"] == 8
     assert plan["parameters"] == 2

@@ -1,4 +1,4 @@
-"""benchmarks/communication.py: steps to a target, and the table; the whole of it over a link is slow."""
+"""benchmarks/communication.py: steps to a target, the table, and one slow test over a limited link."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_first_evaluation_at_the_target_counts() -> None:
     assert [steps_to(losses, target) for target in (1.0, 0.4, 0.35, 0.1)] == [5, 10, 20, None]
 
 
-def test_ratios_are_taken_seed_by_seed_and_what_was_asked_is_judged() -> None:
+def test_ratios_are_computed_per_seed_and_compared_with_the_demand() -> None:
     rows = [row("ddp", seed, 150, 40.0 + seed) for seed in range(3)]
     rows += [row("diloco", seed, 165, (40.0 + seed) / 4) for seed in range(3)]
     rows += [row("ddp, bf16", seed, 150, (40.0 + seed) / 1.2) for seed in range(3)]
@@ -41,7 +41,7 @@ def test_a_target_that_is_not_reached_is_not_met() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_a_run_over_a_link_waits_for_it() -> None:
-    # 22 MB of gradients at 100 Mbit/s are 1.8 s in every step; workers that meet after 20 steps do not wait in most.
+    # 22 MB of gradients at 100 Mbit/s take 1.8 s in every step; workers that synchronize after 20 steps rarely wait.
     plain = measure("ddp", 0, 6, "100mbit", 0, 1e-3)["seconds"]
     apart = measure("diloco", 0, 18, "100mbit", 0, 1e-3)["seconds"]
     assert min(plain[2:]) > 1.5

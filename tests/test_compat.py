@@ -1,4 +1,4 @@
-"""The page of supported releases: its rows are the corners of what is allowed, and results survive a rewrite."""
+"""The page of supported releases: its rows are the oldest and newest pairs, and results survive a rewrite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools import compat
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_corners_are_the_ends_of_what_is_allowed() -> None:
+def test_the_corners_are_the_oldest_and_newest_allowed_releases() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     allowed = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
     for name, (oldest, newest) in (("ray", compat.RAY), ("torch", compat.TORCH)):

@@ -1,4 +1,4 @@
-"""The Dockerfile, without Docker: hadolint reads it, and what the linter does not know is read here."""
+"""The Dockerfile, without Docker: hadolint checks it, and tests here check rules that hadolint does not have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUILD_TOOLS = r"build-essential|gcc|g\+\+|clang|make|cmake|\S+-dev|python3-venv|
 
 
 def lint(text: str) -> tuple[int, str]:
-    """Run hadolint on a Dockerfile's text; return its exit status and what it printed."""
+    """Run hadolint on the text of a Dockerfile. Return its exit status and its output."""
     done = subprocess.run([HADOLINT, "--no-color", "-"], input=text, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout + done.stderr
 
@@ -39,7 +39,7 @@ def stages(text: str) -> list[list[tuple[str, str]]]:
 
 
 def check(text: str) -> list[str]:
-    """Return what is wrong with a Dockerfile beyond what hadolint looks for."""
+    """Return the violations of rules that hadolint does not have."""
     first, *_, last = stages(text)
     everything = instructions(text)
     origins = [rest.split() for name, rest in everything if name == "FROM"]
@@ -67,7 +67,7 @@ def test_hadolint_finds_nothing() -> None:
     assert lint(TEXT) == (0, "")
 
 
-def test_the_rules_of_ours_hold() -> None:
+def test_our_own_rules_hold() -> None:
     assert check(TEXT) == []
 
 
@@ -85,7 +85,7 @@ def test_the_rules_of_ours_hold() -> None:
         ("WORKDIR /src", "FOLDER /src", "unexpected 'F'"),
     ],
 )
-def test_hadolint_finds_what_is_planted(old: str, new: str, code: str) -> None:
+def test_hadolint_detects_a_planted_error(old: str, new: str, code: str) -> None:
     assert old in TEXT
     status, output = lint(TEXT.replace(old, new))
     assert status != 0
@@ -96,7 +96,7 @@ def test_hadolint_finds_what_is_planted(old: str, new: str, code: str) -> None:
     ("old", "new", "rule"),
     [
         ("FROM ${BASE}\n", "FROM ubuntu:24.04\n", "every stage"),
-        ("ARG BASE=nvidia/cuda:", "ARG BASE=somebody/cuda:", "BASE is"),
+        ("ARG BASE=nvidia/cuda:", "ARG BASE=other/cuda:", "BASE is"),
         ("USER 10001", "USER 0", "not root"),
         ("USER 10001\n", "", "not root"),
         ("ca-certificates git", "ca-certificates gcc git", "no build tool"),
@@ -106,13 +106,13 @@ def test_hadolint_finds_what_is_planted(old: str, new: str, code: str) -> None:
         ('ENTRYPOINT ["launch"]', 'ENTRYPOINT ["bash"]', "entry point"),
     ],
 )
-def test_our_rules_find_what_is_planted(old: str, new: str, rule: str) -> None:
+def test_our_own_rules_detect_a_planted_error(old: str, new: str, rule: str) -> None:
     assert old in TEXT
     assert any(rule in broken for broken in check(TEXT.replace(old, new)))
 
 
-def test_what_is_copied_is_sent() -> None:
-    """A file that .dockerignore keeps back, or that is not there, fails the build only where there is Docker."""
+def test_copied_files_are_part_of_the_build_context() -> None:
+    """A file that is missing or excluded by .dockerignore would make `docker build` fail."""
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert ignored[ignored.index("*") :][0] == "*"
     sources = [

@@ -1,4 +1,4 @@
-"""What the documentation says is so: links lead somewhere, commands are understood, keys exist, examples run."""
+"""The documentation is correct: links have targets, commands parse, keys exist, and examples run."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ PAGES = [
     *(ROOT / "docs").glob("*.md"),
 ]
 README, EXTENDING, USAGE = ROOT / "README.md", ROOT / "docs/extending.md", ROOT / "docs/usage.md"
-# Keys that are shown because they are wrong.
+# Keys that the pages show as examples of errors.
 WRONG_KEYS = {"trainer.max_epochs"}
-# A verb that is spoken of, and no command.
+# A verb in running text, not a command.
 NAMED_ALONE = [["evaluate"], ["predict"], ["export"], ["logs"], ["stop"]]
 # Set by choosing an option of their group.
 BY_GROUP = {"strategy.name", "cluster.kind"}
@@ -48,7 +48,7 @@ def prose(page: Path) -> str:
 
 
 def write_files(page: Path, directory: Path) -> None:
-    """Write every block that says in its first lines which file it is (`# conf/model/softmax.yaml`)."""
+    """Write every block whose first lines name a file (`# conf/model/softmax.yaml`) to that file."""
     for _, text in blocks(page):
         named = [re.fullmatch(r"# ([\w/]+\.(?:py|yaml))", line) for line in text.splitlines()[:2]]
         for match in filter(None, named):
@@ -58,7 +58,7 @@ def write_files(page: Path, directory: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Yield the words behind `launch` of every command on the page, in blocks and in the text."""
+    """Yield the arguments of every `launch` command on a page, in blocks and in the text."""
     candidates = [line for language, text in blocks(page) if language in ("bash", "") for line in text.splitlines()]
     candidates += [line[2:] for language, text in blocks(page) if language == "diff" for line in text.splitlines()]
     candidates += re.findall(r"(?<!`)`(launch [^`]+)`(?!`)", prose(page))
@@ -73,7 +73,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def slugs(page: Path) -> set[str]:
-    """Return the anchors that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub creates for the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -83,7 +83,7 @@ def ids(pages: list[Path]) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"https?://|mailto:", target):
@@ -96,7 +96,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
-def test_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source in (README, EXTENDING, page):
         write_files(source, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -111,7 +111,7 @@ def test_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def is_axis(word: str) -> bool:
-    """Whether a word of a sweep names several values."""
+    """Return whether a word of a sweep has several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(word).is_sweep_override()
@@ -139,13 +139,13 @@ def test_keys_exist(page: Path) -> None:
     assert unknown == []
 
 
-def test_every_key_is_told() -> None:
+def test_every_key_is_documented() -> None:
     told = "".join(page.read_text() for page in PAGES)
     missing = [key for key in keys.leaves() if key not in BY_GROUP and not re.search(rf"\b{re.escape(key)}\b", told)]
     assert missing == []
 
 
-def test_pictures_are_small_and_leave_nothing_to_fetch() -> None:
+def test_pictures_are_small_and_refer_to_nothing_outside() -> None:
     for picture in (ROOT / "docs/images").iterdir():
         assert picture.stat().st_size < 300 * 1024, picture.name
         if picture.suffix == ".svg":
@@ -163,11 +163,11 @@ def test_examples_import_names_that_exist(page: Path) -> None:
                     assert all(hasattr(launcher, alias.name) for alias in node.names)
 
 
-# ---- what a reader would copy ---------------------------------------------------------------------------------------
+# ---- commands and examples -----------------------------------------------------------------------------------------
 
 
 def run_all(lines: list[list[str]], directory: Path) -> list[dict[str, object]]:
-    """Run commands one after the other in one process, and return what each run's result.json says."""
+    """Run commands in one process, one after the other, and return the result.json of each run."""
     each = "[cli.run(words) and sys.exit(str(words)) for words in json.load(sys.stdin)]"
     program = f"import json, sys; from launcher import cli; {each}"
     done = subprocess.run(
@@ -185,7 +185,7 @@ def run_all(lines: list[list[str]], directory: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.timeout(600)
-def test_the_first_example_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_first_example_runs_unchanged(tmp_path: Path) -> None:
     write_files(EXTENDING, tmp_path)
     sources = [text for language, text in blocks(EXTENDING)[:2] if language in ("python", "yaml")]
     assert len([line for text in sources for line in text.splitlines() if line.strip()]) <= 30
@@ -201,7 +201,7 @@ def test_the_first_example_runs_as_it_stands(tmp_path: Path) -> None:
 def test_the_other_examples_run(tmp_path: Path) -> None:
     write_files(EXTENDING, tmp_path)
     _, *rest = commands(EXTENDING)
-    # For as long as it takes to see each of their parts once.
+    # Long enough to execute each part once.
     trained = [[*words, "trainer.epochs=1"] for words in rest if "--config-dir" in words and "cluster=none" in words]
     assert len(trained) >= 12
     (tmp_path / "points.csv").write_text("0,1,2\n0.5,0,-1\n")
@@ -220,8 +220,8 @@ def test_the_other_examples_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_the_hook_for_mlflow_sends_what_is_logged(tmp_path: Path) -> None:
-    """Would be wrong: values of another step, a metric twice, a second record for a resumed run."""
+def test_the_mlflow_hook_sends_the_logged_values(tmp_path: Path) -> None:
+    """Errors would be values of another step, a repeated metric, or a second record for a resumed run."""
     write_files(EXTENDING, tmp_path)
     (tmp_path / "mlflow.py").write_text(MLFLOW)
     (words,) = [words for words in commands(EXTENDING) if any("tracking.Mlflow" in word for word in words)]
@@ -238,7 +238,7 @@ def test_the_hook_for_mlflow_sends_what_is_logged(tmp_path: Path) -> None:
 
 
 MLFLOW = """
-# A stand-in for the package: writes down how it is called.
+# A fake of the package, which records its calls.
 import json
 from types import SimpleNamespace
 

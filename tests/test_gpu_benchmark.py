@@ -1,4 +1,4 @@
-"""The GPU benchmark on its stand-in, the CPU: every section runs, and fails when the engine is broken in its way."""
+"""The GPU benchmark on the CPU: every section runs, and fails if the part of the engine that it checks is broken."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def run_command(folder: Path, *words: str, **environment: str) -> tuple[Any, str
 
 
 @pytest.mark.timeout(400)
-def test_every_section_runs_on_the_stand_in(tmp_path: Path) -> None:
+def test_every_section_runs_on_the_cpu(tmp_path: Path) -> None:
     found, printed, status = run_command(tmp_path, "--device", "cpu", "--tiny")
     assert list(found["sections"]) == list(gpu.SECTIONS)
     for name, section in found["sections"].items():
         assert all(row["check"] in printed for row in section["rows"]), name
-        if name != "fast":  # how long something takes is not judged on a machine with other work
+        if name != "fast":  # durations are not compared on a machine with other work
             assert section["failures"] == [], name
     assert {name for name in found["sections"]["fast"]["figures"] if name.endswith("ratio")} == {
         "GPT, ratio",
@@ -87,7 +87,7 @@ def test_without_a_gpu_every_table_is_empty_and_the_reason_is_printed(tmp_path: 
     assert all(section["rows"] == [] and section["figures"] == {} for section in found["sections"].values())
 
 
-def test_a_section_that_raises_keeps_no_other_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_that_raises_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(session: Session) -> Section:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -100,7 +100,7 @@ def test_a_section_that_raises_keeps_no_other_from_running(monkeypatch: pytest.M
     assert found["fits"]["failures"] == []
 
 
-def test_the_page_is_that_of_the_recorded_figures() -> None:
+def test_the_page_shows_the_recorded_figures() -> None:
     recorded = json.loads((ROOT / "benchmarks" / "gpu.json").read_text())
     assert gpu.PAGE.read_text() == gpu.page(recorded)
 
@@ -116,11 +116,11 @@ def test_the_page_shows_every_check() -> None:
     assert "H100" in shown
 
 
-# ---- each section fails where the engine is broken ------------------------------------------------------------------
+# ---- each section fails if the engine is broken - ------------------------------------------------------------------
 
 
 def noisy(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A network whose numbers differ each time, as kernels do that add atomically."""
+    """A network whose results differ in each call, as those of kernels with atomic additions do."""
     return lambda self, x: forward(self, x) + 1e-2 * torch.randn(10, generator=_from_the_clock())
 
 
@@ -202,19 +202,19 @@ BROKEN: dict[str, tuple[Any, Any, str, Any]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_right_fails_where_the_engine_is_wrong(what: str, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_fails_if_the_engine_is_wrong(what: str, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     check, owner, name, replacement = BROKEN[what]
     plain = session.train(session.job(), "plain")
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, replacement)
-        if check is correctness._memory_format:  # it looks at the run that the others are compared with
+        if check is correctness._memory_format:  # it checks the reference run
             plain = session.train(session.job(), "plain-broken")
         section = Section("right")
         check(section, session, plain)
     assert section.failures, [check.to_row() for check in section.checks]
 
 
-def test_what_is_left_on_another_device_is_named() -> None:
+def test_a_tensor_on_another_device_is_named() -> None:
     model = nn.BatchNorm1d(3)
     model.running_mean = torch.zeros(3, device="meta")
     observer = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(model.parameters()))
@@ -224,7 +224,7 @@ def test_what_is_left_on_another_device_is_named() -> None:
     assert correctness._left_behind(observer, torch.device("cpu")) == "optimizer exp_avg, running_mean"
 
 
-def test_never_waits_fails_where_a_step_reads_the_loss(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_never_waits_fails_if_a_step_reads_the_loss(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     step = vision.Classifier.training_step
 
     def looks(self: Any, batch: Any) -> Any:
@@ -237,7 +237,7 @@ def test_never_waits_fails_where_a_step_reads_the_loss(session: Session, monkeyp
     assert synchronization.run(session).failures == ["ddp: reads a step"]
 
 
-def test_fits_fails_where_the_prediction_forgets_a_part(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fits_fails_if_the_prediction_omits_a_part(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     one = memory.networks(True)[0]
     monkeypatch.setattr(memory, "networks", lambda tiny: [(one[0], one[1], (16,))])
     predict = nodes.make_node_plan
@@ -250,7 +250,7 @@ def test_fits_fails_where_the_prediction_forgets_a_part(session: Session, monkey
     assert memory.run(session).failures == ["perceptron, float32, batch 16", "perceptron, bfloat16, batch 16"]
 
 
-def test_fast_fails_where_a_step_is_slow(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_fails_if_a_step_is_slow(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     apply = DataParallel.apply
 
     def slow(self: Any, *how: Any) -> None:
@@ -263,7 +263,7 @@ def test_fast_fails_where_a_step_is_slow(session: Session, monkeypatch: pytest.M
     assert section.failures == ["GPT, launch is faster by"]
 
 
-def test_fast_fails_where_a_checkpoint_blocks(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_fails_if_a_checkpoint_blocks(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Checkpointer.save
 
     def slow(self: Any, *how: Any) -> None:
@@ -286,7 +286,7 @@ def event(name: str, start: float, end: float | None = None) -> SimpleNamespace:
 def test_waits_are_counted_between_the_marks_only() -> None:
     waits = "cudaStreamSynchronize"
     events = [
-        event("cudaDeviceSynchronize", 1),  # the profiler's own, when it starts
+        event("cudaDeviceSynchronize", 1),  # a synchronization of the profiler, at its start
         event(synchronization.BEGIN, 2, 3),
         *(event(waits, at) for at in (4, 5)),
         event("cudaEventSynchronize", 6),
@@ -315,6 +315,6 @@ def test_every_item_call_is_seen_by_the_profiler() -> None:
     assert synchronization.count(profiler.events()) == {"aten::_local_scalar_dense": 6}
 
 
-def test_lost_marks_are_no_zero() -> None:
+def test_missing_marks_are_not_counted_as_zero() -> None:
     with pytest.raises(Failed, match="marks"):
         synchronization.count([event("cudaStreamSynchronize", 1)])

@@ -1,7 +1,7 @@
-"""Who may import whom: `cli -> sweeps -> jobs -> planning, runners -> {clusters, engine}`, all use the leaves.
+"""The allowed imports: `cli -> sweeps -> jobs -> planning, runners -> {clusters, engine}`, all use the leaves.
 
-The imports are read, not run, so that one inside a function, in a branch that this machine never takes, or under
-TYPE_CHECKING counts like any other.
+Imports are read from the source, so that those inside functions, in branches that are not executed, or under
+TYPE_CHECKING count as well.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"cli", "sweeps", "jobs"} | LEAVES,
     "driver": {"sweeps", "jobs", "planning", "clusters"} | LEAVES,
     "cli": {"sweeps", "jobs", "planning", "clusters"} | LEAVES,
+    "api": {"sweeps", "jobs", "cli"} | LEAVES,
     "__main__": {"cli"},
-    "__init__": {"sweeps", "jobs", "cli", "errors"},
+    "__init__": {"api"},
 }
 # The rooms of a package, where their order matters: each may import those before it.
 WITHIN: dict[str, tuple[str, ...]] = {
@@ -50,12 +51,15 @@ WITHIN: dict[str, tuple[str, ...]] = {
             "secret_forms",
             "masking",
             "keys",
+            "hydra_settings",
+            "literal_text",
             "key_help",
             "limits",
             "authority",
             "checks",
             "overrides",
             "search_path",
+            "yaml_files",
         ),
         *(
             "settings",
@@ -64,6 +68,7 @@ WITHIN: dict[str, tuple[str, ...]] = {
             "own_hydra",
             "calling_directory",
             "targets",
+            "resolvers",
             "composition",
             "__init__",
         ),
@@ -126,7 +131,8 @@ RULES = (
             "launcher.config.own_hydra",
             "launcher.config.guarded_hydra",
             "launcher.config.replacing",
-            "launcher.config.search_path",
+            "launcher.config.resolvers",
+            "launcher.config.yaml_files",
             "launcher.cli.hydra_help",
             "launcher.plugins",
             "launcher.sweeps.plugin",
@@ -224,7 +230,7 @@ def find_violations(files: dict[str, str]) -> list[str]:
 
 
 def check_direction(path: str, imports: list[Import], modules: set[str]) -> list[str]:
-    """Return the imports of one file of launcher that go against MAY_IMPORT; `modules` tells modules from functions."""
+    """Return the imports of one file of launcher that go against MAY_IMPORT. `modules`: the names of all modules."""
     part = path.split("/")[1].removesuffix(".py")
     if part not in MAY_IMPORT:
         return [f"{path}: {part!r} has no line in MAY_IMPORT of {Path(__file__).name}; add it where it belongs"]
@@ -236,7 +242,7 @@ def check_direction(path: str, imports: list[Import], modules: set[str]) -> list
         other = words[1]
         is_module = any(under(module, f"launcher.{other}") for module in modules) or other in MAY_IMPORT
         if not is_module:
-            # A name that launcher/__init__ offers leads to cli: for people, not for the layers below it.
+            # Names that launcher/__init__ exports import cli; they are for users, not for the layers below.
             if other.startswith("__") or part in ("cli", "__main__", "__init__"):
                 continue
             broken.append(f"{path}:{seen.line} imports {seen.name}: the package itself is for users of the API")

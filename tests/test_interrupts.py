@@ -1,4 +1,4 @@
-"""Stopping a run: Ctrl-C, SIGTERM, `launch stop`, and the death of its process."""
+"""Stopping a run: Ctrl-C, SIGTERM, `launch stop`, and a killed process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def has_steps(place: Place, at_least: int = 3) -> Callable[[], bool]:
 
 @pytest.fixture
 def running(place: Place) -> Iterator[Running]:
-    """A long run in one process, some steps old."""
+    """Start a long run in one process, and wait for its first steps."""
     started = place.start(*LONG)
     try:
         started.wait_until(has_steps(place))
@@ -55,7 +55,7 @@ def test_one_signal_saves_and_stops(place: Place, running: Running, number: sign
 
 
 def test_two_signals_stop_at_once(place: Place, request: pytest.FixtureRequest) -> None:
-    """In the middle of a step that takes a minute."""
+    """The second signal arrives during a step that takes a minute."""
     running = place.start(*LONG[:-1], "run.name=a", "model.delay=60")
     request.addfinalizer(running.close)
     running.wait_until(lambda: (place.runs / "a/log.txt").exists() and (place.runs / "a/.step").exists())
@@ -84,8 +84,8 @@ def test_before_training_one_signal_is_enough(place: Place, request: pytest.Fixt
     assert place.files() == set()
 
 
-def test_stop_from_elsewhere(place: Place, running: Running) -> None:
-    """`launch logs` follows meanwhile, and ends with the run."""
+def test_launch_stop_from_another_process(place: Place, running: Running) -> None:
+    """`launch logs` follows the run meanwhile, and exits when the run ends."""
     follower = place.start("logs", "a")
     shown = json.loads(place.launch("runs", "--json").out)
     assert [(run["name"], run["status"], run["workers"]) for run in shown] == [("a", "running", 1)]
@@ -109,7 +109,7 @@ def test_stop_from_elsewhere(place: Place, running: Running) -> None:
     assert resumed.status == 0, resumed.err
 
 
-def test_a_killed_run_is_lost_and_goes_on(place: Place, running: Running) -> None:
+def test_a_killed_run_is_lost_and_can_be_resumed(place: Place, running: Running) -> None:
     os.kill(running.process.pid, signal.SIGKILL)
     running.process.wait()
     [row] = json.loads(place.launch("runs", "--json").out)
@@ -128,7 +128,7 @@ def test_a_killed_run_is_lost_and_goes_on(place: Place, running: Running) -> Non
 
 @pytest.mark.timeout(150)
 def test_ctrl_c_at_a_terminal_under_ray(place: Place, request: pytest.FixtureRequest) -> None:
-    """The terminal signals all processes of the foreground; Ray's are out of its reach and end in order."""
+    """The terminal signals all foreground processes. Those of Ray are in another session and are stopped in order."""
     running = place.start(*LONG, "cluster=local", terminal=True)
     request.addfinalizer(running.close)
     running.wait_until(has_steps(place), 90)

@@ -1,4 +1,4 @@
-"""The laboratory of the communication benchmarks: its links have the speed that was asked for, and nothing stays."""
+"""The network namespaces of the communication benchmarks: links have the requested speed, and all are removed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def possible() -> bool:
 
 needs_namespaces = pytest.mark.skipif(not possible(), reason=why_not() or "the kernel makes no network namespaces here")
 
-# Rank 1 sends 4 MB to rank 0, which says how many seconds passed between the first and the last byte.
+# Rank 1 sends 4 MB to rank 0, which prints the seconds between the first and the last byte.
 _TRANSFER = """
 import os, socket, time
 rank, address = int(os.environ["RANK"]), os.environ["MASTER_ADDR"]
@@ -57,13 +57,13 @@ def transfer(rate: str) -> float:
 
 
 @needs_namespaces
-def test_a_link_has_the_speed_that_was_asked_for() -> None:
-    # The bucket lets 256 KiB through at once; the rest goes at the rate, headers included.
+def test_a_link_has_the_requested_speed() -> None:
+    # The token bucket passes 256 KiB immediately, and the rest, headers included, at the rate.
     assert 0.9 * 0.30 < transfer("100mbit") < 1.3 * 0.33
 
 
 @needs_namespaces
-def test_two_laboratories_do_not_meet_and_leave_nothing_behind() -> None:
+def test_two_laboratories_are_separate_and_are_removed() -> None:
     before = names()
     with network(2) as one, network(2) as other:
         assert not {host.name for host in one} & {host.name for host in other}
@@ -75,7 +75,7 @@ def test_two_laboratories_do_not_meet_and_leave_nothing_behind() -> None:
 
 
 @needs_namespaces
-def test_what_a_killed_process_left_is_removed() -> None:
+def test_namespaces_of_a_killed_process_are_removed() -> None:
     code = "import benchmarks.namespaces as n, os\nwith n.network(1) as hosts: os.kill(os.getpid(), 9)"
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent)
     killed.wait(20)
@@ -86,7 +86,7 @@ def test_what_a_killed_process_left_is_removed() -> None:
 
 
 @needs_namespaces
-def test_a_rank_that_fails_is_told_and_the_others_are_ended() -> None:
+def test_a_failed_rank_is_reported_and_the_others_are_stopped() -> None:
     code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no data here')\ntime.sleep(100)"
     with network(2) as hosts, pytest.raises(RankFailed, match=r"rank 1 ended with 1:\nno data here"):
         run(hosts, [sys.executable, "-c", code], timeout=30)
@@ -99,7 +99,7 @@ def test_rates_are_read() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="as root it is possible")
-def test_without_root_it_says_so() -> None:
+def test_without_root_the_error_names_the_reason() -> None:
     with pytest.raises(NoNamespaces, match="need root"), network(1):
         pass
 
@@ -107,7 +107,7 @@ def test_without_root_it_says_so() -> None:
 @needs_namespaces
 @pytest.mark.timeout(120)
 def test_the_cost_model_is_fitted_and_predicts() -> None:
-    """All of benchmarks/scaling.py on a small scale; how near its predictions lie is for a quiet machine to say."""
+    """benchmarks/scaling.py on a small scale. The accuracy of its predictions is measured on an idle machine only."""
     from benchmarks import scaling
 
     options = argparse.Namespace(rates=["1gbit"], workers=[1, 2], steps=2)
@@ -116,6 +116,6 @@ def test_the_cost_model_is_fitted_and_predicts() -> None:
     assert 0 <= overlap <= 1
     assert [point["workers"] for point in points] == [1, 2]
     assert points[0]["predicted"] == points[0]["step"]
-    # 125 MB/s, were it not for what passes in a burst, and for two steps timed on cores that others use.
+    # 125 MB/s nominally; bursts, and other processes on the cores during two timed steps, change the result.
     assert 20e6 < points[1]["bandwidth"] < 300e6
     assert points[1]["communication"] > 0

@@ -1,4 +1,4 @@
-"""A project of one's own needs no change to this repository: its files, its modules, its names that we use as well."""
+"""A user's project needs no change to this repository: its files, its modules, and names that launch uses as well."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.support.command import Place
 
 FILES = {
-    # Packages called like ours. Theirs win file by file, and ours stay reachable below them.
+    # Packages with the names of ours. The user's files win one by one, and our other files stay importable.
     "models/__init__.py": "",
     "models/parts.py": "from torch import nn\n\n\ndef layer(width):\n    return nn.Linear(4, width)\n",
     "models/flowers.py": """\
@@ -41,7 +41,7 @@ class Flowers:
         self.val = {"near": self.train, "far": torch.utils.data.TensorDataset(x[:7] * 3, y[:7])}
 """,
     "conf/__init__.py": "raise ImportError('the user keeps settings of their own here')\n",
-    # Their configuration.
+    # The user's configuration.
     "settings/model/flowers.yaml": "_target_: models.flowers.Net\n",
     "settings/data/flowers.yaml": "_target_: models.flowers.Flowers\n",
     "settings/experiment/flowers.yaml": """\
@@ -52,9 +52,9 @@ defaults:
 trainer: {epochs: 2, global_batch_size: 10}
 checkpoint: {monitor: val/near/loss}
 """,
-    # Called like one of ours: theirs wins.
+    # A file with the name of one of ours: the user's wins.
     "settings/experiment/mnist_tiny.yaml": "# @package _global_\nvars: {whose: mine}\n",
-    # This machine's own settings.
+    # Settings of this machine.
     "settings/local/default.yaml": """\
 # @package _global_
 run: {root: "${vars.root}"}
@@ -85,7 +85,7 @@ def test_an_own_project(project: Place, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("planted")) == []
 
 
-def test_its_directory_by_the_environment(project: Place) -> None:
+def test_the_environment_names_the_configuration_directory(project: Place) -> None:
     shown = project.launch("--cfg", "job", "experiment=mnist_tiny", LAUNCH_CONFIG_DIR="settings")
     assert "whose: mine" in shown.out, "the file called like one of ours is the user's"
     listed = project.launch("runs", "--json", LAUNCH_CONFIG_DIR="settings")
@@ -97,7 +97,7 @@ def test_its_directory_by_the_environment(project: Place) -> None:
 
 @pytest.mark.timeout(150)
 def test_an_own_project_on_ray(project: Place) -> None:
-    """Workers import the caller's modules, and know the names that the driver knows."""
+    """Workers import the user's modules, under the same names as the driver."""
     done = project.launch(
         "--config-dir", "settings", "experiment=flowers", "run.name=a", "scaling.workers=2", seconds=120
     )
@@ -119,8 +119,8 @@ def test_an_own_project_on_ray(project: Place) -> None:
         ("models/flowers.py", "1 / 0\n", r"ZeroDivisionError.*flowers.py, line 1"),
     ],
 )
-def test_mistakes_in_an_own_project(project: Place, file: str, text: str, message: str) -> None:
-    """In one process each, since a module is imported once."""
+def test_errors_in_an_own_project(project: Place, file: str, text: str, message: str) -> None:
+    """Each case runs in its own process, because a module is imported once."""
     (project.directory / file).write_text(text)
     refused = project.launch("--config-dir", "settings", "experiment=flowers", "cluster=none")
     assert refused.status == 2, refused.err

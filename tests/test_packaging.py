@@ -1,4 +1,4 @@
-"""What is installed: the wheel, the pins, and the scripts that set everything up."""
+"""Installation: the wheel, the pinned versions, and the scripts that create the environment."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pins() -> Iterator[Requirement]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged, since setuptools writes beside the sources."""
+    """Return a copy of the packaged files, because setuptools writes next to the sources."""
     source = tmp_path_factory.mktemp("source")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -60,7 +60,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(source: Path, wheel: Path) -> None:
+def test_the_wheel_contains_exactly_the_files_of_the_packages(source: Path, wheel: Path) -> None:
     expected = {
         path.relative_to(source).as_posix()
         for name in PACKAGES
@@ -72,7 +72,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(source: Pat
     assert any(name.startswith("conf/") and name.endswith(".yaml") for name in names)
 
 
-def test_the_installed_wheel_answers_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_runs_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--target", target, wheel], check=True, timeout=100)
@@ -95,7 +95,7 @@ def test_the_installed_wheel_answers_outside_the_repository(wheel: Path, tmp_pat
 # --- dependencies ---------------------------------------------------------------------------------------------------
 
 
-def test_the_declared_dependencies_are_the_promised_ones() -> None:
+def test_declared_dependencies() -> None:
     promised = ["torch>=2.11,<2.14", "ray[default,train]>=2.58,<2.61", "hydra-core>=1.3.8,<1.4", "tensorboard>=2.21"]
     assert set(promised) <= set(PROJECT["dependencies"])
     assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(">=3.11,<3.14")
@@ -103,7 +103,7 @@ def test_the_declared_dependencies_are_the_promised_ones() -> None:
 
 
 def third_party(package: str) -> Iterator[tuple[str, str, bool]]:
-    """Yield (module, where, whether it runs at import) of every import that is neither ours nor Python's."""
+    """Yield (module, location, whether it runs at import time) of every import of a third-party module."""
     for path in sorted((ROOT / package).rglob("*.py")):
         tree = ast.parse(path.read_text())
         inner = {
@@ -125,8 +125,8 @@ def third_party(package: str) -> Iterator[tuple[str, str, bool]]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_what_is_imported_is_declared(package: str) -> None:
-    """Or is a direct requirement of something declared, as omegaconf is of hydra-core.
+def test_imported_packages_are_declared(package: str) -> None:
+    """A direct requirement of a declared package counts as well, as omegaconf does for hydra-core.
 
     What only the extras `examples` and `azure` bring may be imported inside functions.
     """
@@ -155,7 +155,7 @@ def test_every_pin_is_one_version_for_every_machine() -> None:
     lines = [line for line in CONSTRAINTS.splitlines() if not line.startswith("#")]
     assert CONSTRAINTS.startswith("#")
     assert "make lock" in CONSTRAINTS
-    # A local version, a path, an address or an option would tie the others to the machine that made the file.
+    # A local version, a path, an address or an option would work only on the machine that wrote the file.
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[0-9a-z.!]+( ; [^/@+]+)?", line)] == []
     assert lines == sorted(lines)
     names = [pin.name for pin in pins()]
@@ -167,12 +167,12 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     for text in [*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)], prereleases=True), text
-    # What PyTorch's GPU build needs is there although this machine may have no GPU.
+    # Packages of PyTorch's GPU build are included, although this machine may have no GPU.
     assert {"triton", "nvidia-nccl-cu13", "nvidia-cudnn-cu13"} <= set(pinned)
 
 
-def test_what_is_tested_is_what_is_pinned() -> None:
-    """The tests ran with other versions than constraints.txt promises: `make lock`, or a fresh .venv."""
+def test_installed_versions_are_the_pinned_ones() -> None:
+    """The tests run with the versions of constraints.txt. Otherwise run `make lock`, or create .venv again."""
     differing = []
     for pin in pins():
         try:
@@ -202,7 +202,7 @@ def test_the_lock_keeps_pins_only(resolved: str, expected: list[str] | None) -> 
         assert lock.normalise(resolved) == expected
 
 
-# --- locks/: what images and hosts install ---------------------------------------------------------------------------
+# --- locks/: packages of images and hosts -----------------------------------------------------------------------------
 
 
 def locked() -> dict[str, tuple[Requirement, list[str]]]:
@@ -227,11 +227,11 @@ def test_every_locked_package_has_hashes_and_the_tested_version() -> None:
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), name
     stated = [*PROJECT["dependencies"], *EXTRAS["examples"]]
     assert {canonicalize_name(Requirement(text).name) for text in stated} <= found.keys(), "make lock"
-    # What a wheel is built with, without a look at an index.
+    # The packages that build a wheel without access to an index.
     assert "setuptools" in found
 
 
-def test_the_base_image_is_pinned_by_what_the_registry_answers() -> None:
+def test_the_base_image_is_pinned_by_digest() -> None:
     digest = "sha256:" + "0" * 64
     text = "ARG BASE=nvidia/cuda:13.0.2-runtime\nFROM ${BASE}\n"
     pinned = lock.pin_base(text, lambda name, tag: digest)
@@ -249,7 +249,7 @@ def test_actions_are_pinned_by_commit() -> None:
         assert used
         for action, comment in used:
             assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action), f"{file.name}: {action}"
-            assert re.search(r"# v\d", comment), f"{file.name}: {action} does not say which version it is"
+            assert re.search(r"# v\d", comment), f"{file.name}: {action} has no version in its comment"
 
 
 # --- scripts --------------------------------------------------------------------------------------------------------
@@ -268,17 +268,17 @@ def fake_interpreter(folder: Path, name: str, body: str) -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A directory with the Makefile alone."""
+    """Return a directory that contains only the Makefile."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     return tmp_path
 
 
-# Before a real interpreter on PATH: one that does not run, as a version manager's shim, and one that is too old.
+# PATH has an interpreter that does not run (a shim of a version manager) and one that is too old before a valid one.
 SHIM = 'echo "shim: command not found" >&2; exit 127'
 OLD = 'case "$*" in *ensurepip*) exit 1;; *) echo 3.9.2;; esac'
 
 
-def test_make_passes_over_interpreters_that_do_not_fit(clone: Path) -> None:
+def test_make_skips_interpreters_that_do_not_fit(clone: Path) -> None:
     for name, body in {"python3": OLD, "python3.13": SHIM, "python3.12": f'exec "{sys.executable}" "$@"'}.items():
         fake_interpreter(clone / "bin", name, body)
     done = make(".venv/.created", directory=clone, path=f"{clone}/bin:/usr/bin:/bin")
@@ -289,7 +289,7 @@ def test_make_passes_over_interpreters_that_do_not_fit(clone: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["run"], ["test", "PYTHON=python3"]])
-def test_make_says_what_is_missing(clone: Path, words: list[str]) -> None:
+def test_make_names_the_missing_requirement(clone: Path, words: list[str]) -> None:
     for name in ("python3", "python3.13", "python3.12", "python3.11"):
         fake_interpreter(clone / "bin", name, OLD if name == "python3" else SHIM)
     (clone / "pyproject.toml").touch()
@@ -318,7 +318,7 @@ def test_make_installs_again_only_when_the_requirements_change(clone: Path) -> N
     assert make(*plan, directory=clone, path="/usr/bin:/bin").stdout.count("pip --disable") == 2
 
 
-def test_make_refuses_another_python_than_the_environment_holds(clone: Path) -> None:
+def test_make_rejects_a_python_that_differs_from_the_environment(clone: Path) -> None:
     (clone / ".venv").mkdir()
     fake_interpreter(clone / ".venv" / "bin", "python", f'exec "{sys.executable}" "$@"')
     (clone / ".venv" / ".created").touch()
@@ -328,14 +328,14 @@ def test_make_refuses_another_python_than_the_environment_holds(clone: Path) -> 
     assert "make clean" in done.stderr
 
 
-def test_make_help_names_what_the_documents_name() -> None:
+def test_make_help_lists_the_documented_targets() -> None:
     listed = make("help", directory=ROOT, path="/usr/bin:/bin").stdout
     for target in re.findall(r"`make ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text()):
         assert f"make {target} " in listed, target
 
 
 def test_the_ci_script_fails_when_the_tests_fail(tmp_path: Path) -> None:
-    """With a `make` that fails, and every other program there, so that nothing is installed."""
+    """`make` fails, and all other programs exist, so that nothing is installed."""
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     for name in ("git", "chromium"):

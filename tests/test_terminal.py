@@ -1,4 +1,4 @@
-"""What is shown while a run goes on."""
+"""The display of a run: formatted numbers, lines and the progress bar."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_count() -> None:
     assert [count(1, "step"), count(1.5, "epoch"), count(1037, "sample")] == ["1 step", "1.5 epochs", "1,037 samples"]
 
 
-def test_lines_where_there_is_no_terminal() -> None:
-    """One line a log interval; what is not logged is for the bar alone."""
+def test_lines_without_a_terminal() -> None:
+    """One line for each log interval; events between them update only the bar."""
     stream = io.StringIO()
     with Display(workers=2, stream=stream) as display:
         display.show({"kind": "phase", "name": "workers"})
@@ -77,7 +77,7 @@ def test_a_terminal_has_a_bar_and_the_debugger(place: Place, request: pytest.Fix
     assert (done.status, done.out) == (0, f"{place.runs / 'a'}\n")
     lines = running.plain.splitlines()
     assert lines[0].startswith("a: 1 CPU worker (this process), global batch 10 = 1 x 10, 8 steps")
-    assert "step 4/8  epoch 1.00  loss 3.4254  val/loss 3.8872" in lines, "the bar says the rest"
+    assert "step 4/8  epoch 1.00  loss 3.4254  val/loss 3.8872" in lines, "the bar shows the rest"
     assert any("100%" in line for line in lines)
     assert lines[-1] == "Watch it in TensorBoard with: launch board"
     assert running.shown.rstrip().count("\x1b[?25l") == running.shown.count("\x1b[?25h"), "the cursor is shown again"

@@ -1,25 +1,28 @@
-"""Runs and sweeps that are handed to a scheduler as a whole: `plan` prints the request, `train` submits and follows."""
+"""Jobs for a scheduler such as Kubernetes: `plan` prints the manifest, `train` submits it and follows the job."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING
 
+from launcher.cli.line import Line
 from launcher.cli.output import say
+from launcher.cli.requests import request_of
+from launcher.clusters.base import Batch, kind_of
+from launcher.config.cluster_kinds import find
+from launcher.config.overrides import masked
+from launcher.config.schema import default_run_name
+from launcher.config.settings import user_settings
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.cli.line import Line
-    from launcher.clusters.base import Batch
+from launcher.jobs.prepare import composed, key_of
 
 
-def is_meant(line: Line) -> bool:
-    """Whether the last word about the cluster, or the user's own settings, choose a kind that uses a scheduler."""
-    from launcher.config.cluster_kinds import find
-    from launcher.config.settings import user_settings
+def uses_scheduler(line: Line) -> bool:
+    """Return whether the cluster of a command line is of a kind that submits jobs to a scheduler.
 
+    The last word about the cluster decides, then the user's own settings.
+    """
     pairs = [word.partition("=") for word in line.words]
     chosen = [value for key, _, value in pairs if key in ("cluster", "cluster.kind")]
     kind = find((chosen[-1] if chosen else user_settings().choice) or "")
@@ -27,7 +30,7 @@ def is_meant(line: Line) -> bool:
 
 
 def plan(line: Line, result: Callable[[str], None]) -> int:
-    """Print what the scheduler is given, as `train` would give it."""
+    """Print the manifest that `train` would submit."""
     run, batch = _batch(line)
     if "json" in line.flags:
         result(json.dumps({"run": run, "directory": batch.directory, **batch.facts()}, indent=2))
@@ -37,7 +40,7 @@ def plan(line: Line, result: Callable[[str], None]) -> int:
 
 
 def train(line: Line, result: Callable[[str], None]) -> int:
-    """Submit the run and follow it to its end."""
+    """Submit the job, follow it to its end, and return its exit status."""
     _, batch = _batch(line)
     follow = batch.submit(say)
     result(batch.directory)
@@ -45,46 +48,44 @@ def train(line: Line, result: Callable[[str], None]) -> int:
 
 
 def _batch(line: Line) -> tuple[str, Batch]:
-    from launcher.clusters.base import kind_of
-    from launcher.config.schema import default_run_name
-    from launcher.jobs.prepare import composed
-
-    request, ask = line.request(), "offline" not in line.flags
+    """Return the name of the run or the sweep, and its batch job."""
+    request, ask = request_of(line), "offline" not in line.flags
     if "multirun" in line.flags:
-        from launcher.sweeps.planning import check_trials
+        from launcher.sweeps.planning import check_trials  # imports Optuna
         from launcher.sweeps.specification import read_sweep
 
         spec = read_sweep(request)
         check_trials(spec)
         cluster, run, root = spec.cluster, spec.directory.name, str(spec.directory.path.parent)
-        words = ["-m", *_words(line)]
+        words = ["-m", *_words_for_head(line)]
     else:
         composition = composed(request)
         job = composition.job
-        cluster, root, words = job.cluster, job.run.root, _words(line)
+        cluster, root, words = job.cluster, job.run.root, _words_for_head(line)
         run = job.run.name or default_run_name(composition.choices, datetime.now())
     return run, kind_of(cluster).batch(cluster, run, root, words, ask)
 
 
-def _words(line: Line) -> list[str]:
-    """Return the words for the command on the head: all but those about where it runs."""
-    from launcher.config.overrides import masked
-    from launcher.jobs.prepare import key_of
+def _words_for_head(line: Line) -> list[str]:
+    """Return the words of the command that the head of the cluster runs: all except those about its location.
 
-    request = line.request()
-    kept = [word for word in request.words if key_of(word).split(".")[0] != "cluster"]
-    kept = [word for word in kept if key_of(word) not in ("run.name", "run.root")]
-    for word in kept:
+    Raises:
+        ConfigError: a word contains a secret, or the configuration directory is not part of the image.
+    """
+    request = request_of(line)
+    words = [word for word in request.words if key_of(word).split(".")[0] != "cluster"]
+    words = [word for word in words if key_of(word) not in ("run.name", "run.root")]
+    for word in words:
         if masked(word) != word:
             raise ConfigError(
-                f"{masked(word)} holds a secret, and a manifest is kept by Kubernetes, where others may read it. Say "
+                f"{masked(word)} contains a secret, and Kubernetes stores manifests where others may read them. Write "
                 "KEY=${oc.env:NAME} instead, with cluster.env=[NAME] and cluster.secret=SECRET."
             )
     if request.config_dir is None:
-        return kept
+        return words
     if not request.config_dir.is_relative_to(request.calling):
         raise ConfigError(
-            f"--config-dir {request.config_dir} lies outside of the calling directory; in the image of cluster.image "
-            "the project is the working directory. Name a directory inside of it."
+            f"--config-dir {request.config_dir} is outside of the calling directory, which is the working directory in "
+            "the image of cluster.image. Choose a directory inside of it."
         )
-    return ["--config-dir", str(request.config_dir.relative_to(request.calling)), *kept]
+    return ["--config-dir", str(request.config_dir.relative_to(request.calling)), *words]

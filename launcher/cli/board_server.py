@@ -1,9 +1,9 @@
-"""TensorBoard behind a secret path and a check of the Host header; a program of its own, which imports no launcher.
+"""TensorBoard behind a secret path and a check of the Host header. A separate program, which does not import launcher.
 
     python -P board_server.py [--launch_open URL] TENSORBOARD'S OPTIONS
 
-Any page that a browser shows may send requests to loopback. It does not know the path (`--path_prefix`), and a name
-whose address an attacker changes to loopback (DNS rebinding) is not among the names that are answered.
+Any web page can make a browser send requests to loopback. Such a page does not know the path (`--path_prefix`), and a
+host name that an attacker points to loopback (DNS rebinding) is not among the accepted names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _START_SECONDS = 60.0
 
 
 def is_known(host: str, names: Iterable[str]) -> bool:
-    """Whether a Host header names this server: an address (which cannot be rebound), localhost, or one of `names`."""
+    """Return whether a Host header names this server: an IP address, localhost, or one of `names`."""
     try:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:
@@ -35,7 +35,7 @@ def is_known(host: str, names: Iterable[str]) -> bool:
 
 
 def guarded(application: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
-    """Return a WSGI application that answers requests to known hosts alone."""
+    """Return a WSGI application that rejects requests whose Host header names another server."""
     known = frozenset(name.lower() for name in names)
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
@@ -43,22 +43,22 @@ def guarded(application: Callable[..., Any], names: Iterable[str]) -> Callable[.
         if is_known(host.lower(), known):
             return application(environ, start_response)
         start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
-        text = f"This server does not answer as {host!r}. Use its address, or name it: launch board --host NAME.\n"
+        text = f"{host!r} is not a name of this server. Use its address, or start it with: launch board --host NAME.\n"
         return [text.encode()]
 
     return answer
 
 
 def _open_when_ready(url: str) -> None:
-    where = urlsplit(url)
+    parts = urlsplit(url)
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
         try:
-            socket.create_connection((where.hostname or "", where.port or 80), timeout=1).close()
+            socket.create_connection((parts.hostname or "", parts.port or 80), timeout=1).close()
         except OSError:
             time.sleep(0.1)
             continue
-        import webbrowser  # imports subprocess, before the calling directory is guarded
+        import webbrowser  # late: it imports subprocess
 
         webbrowser.open(url)
         return

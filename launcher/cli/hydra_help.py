@@ -1,7 +1,7 @@
-"""What Hydra shows of a configuration: `launch VERB --help`, `--cfg`, `--info` and their like.
+"""What Hydra's own flags print: `--cfg`, `--info`, `--package`, `--resolve` and `--hydra-help`.
 
-`hydra.main` would do all of it, and act on what a configuration file says under `hydra`: logging handlers, callbacks,
-launchers. Here the configuration is composed and judged first, as for a run, and Hydra only writes it down.
+`hydra.main` would do the same, but would also apply what a configuration file sets under `hydra`: logging handlers,
+callbacks, launchers. Here the configuration is composed and validated first, as for a run; Hydra only formats it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,22 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.config import Composition, hydra_for, sources
+from hydra._internal import hydra as hydra_module
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from launcher import runs
+from launcher.cli.line import Line
+from launcher.cli.requests import request_of
+from launcher.cli.verbs import VERBS
+from launcher.config import Composition, hydra_for
 from launcher.errors import ConfigError, did_you_mean
+from launcher.jobs import prepare
 from launcher.jobs.prepare import Request
 
 CFG = ("job", "hydra", "all")
@@ -21,88 +32,89 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What Hydra's own flags ask for: --help, --hydra-help, --cfg WHAT, --info WHAT, --package P, --resolve."""
+class HydraFlags:
+    """The values of Hydra's flags: --hydra-help, --cfg WHAT, --info WHAT, --package SECTION, --resolve."""
 
-    help: bool = False
     hydra_help: bool = False
     cfg: str | None = None
     info: str | None = None
     package: str | None = None
     resolve: bool = False
 
-    def __bool__(self) -> bool:
-        return self != Asked()
+    @classmethod
+    def of(cls, line: Line) -> HydraFlags:
+        """Read the flags of a command line.
 
-    def check(self) -> None:
-        """Raise ConfigError for flags that go with nothing, and for unknown things to show."""
-        for flag, value, known in (("--cfg", self.cfg, CFG), ("--info", self.info, INFO)):
-            if value is not None and value not in known:
-                raise ConfigError(f"{flag} {value}: there are {', '.join(known)}.{did_you_mean(value, known)}")
-        if (self.package or self.resolve) and not (self.cfg or self.help):
-            raise ConfigError("--package and --resolve say how --cfg shows the configuration: add --cfg job.")
+        Raises:
+            ConfigError: the verb composes no job, a value is unknown, or a flag lacks the flag that it modifies.
+        """
+        flags = line.flags
+        if not VERBS[line.verb].composes:
+            raise ConfigError(
+                f"launch {line.verb} composes no job. Use --cfg, --info and --hydra-help with launch train."
+            )
+        for flag, known in (("cfg", CFG), ("info", INFO)):
+            if (value := flags.get(flag)) is not None and value not in known:
+                raise ConfigError(f"--{flag} {value} is not one of {', '.join(known)}.{did_you_mean(value, known)}")
+        if flags.keys() & {"package", "resolve"} and "cfg" not in flags:
+            raise ConfigError("--package and --resolve select what --cfg prints. Add --cfg job.")
+        return cls("hydra_help" in flags, flags.get("cfg"), flags.get("info"), flags.get("package"), "resolve" in flags)
 
 
-def text(asked: Asked, composition: Composition, request: Request) -> str:
-    """Return what was asked for. `composition` is what a run would use; the rest is read from where it comes from."""
-    asked.check()
+def show(line: Line) -> str:
+    """Return what Hydra's flags of a command line print.
+
+    Raises:
+        ConfigError: the flags are invalid (see `HydraFlags.of`), or the configuration is.
+    """
+    asked = HydraFlags.of(line)
+    request = request_of(line)
+    if "multirun" in line.flags:
+        from launcher.sweeps.specification import read_sweep  # imports Optuna
+
+        composition = read_sweep(request).first
+        request = replace(request, words=composition.words)
+    elif line.name is None:
+        composition = prepare.composed(request)
+    else:
+        run = runs.find(prepare.root_of(prepare.run_section(request).root), line.name)
+        composition = prepare.over_the_run(request, run)[0]
+    return _text(asked, composition, request)
+
+
+def _text(asked: HydraFlags, composition: Composition, request: Request) -> str:
     if asked.cfg == "job":
         return _yaml(composition.tree(asked.resolve), asked.package)
     with hydra_for(_words_of(composition, request), request.config_dir) as (hydra, primary, overrides):
         if asked.hydra_help:
-            composed = _compose(hydra, None, [])
-            return _fill(hydra, composed.hydra.hydra_help, hydra.get_sanitized_hydra_cfg(composed))
-        if asked.help:
-            # Hydra lists the options of its first directory alone, and a user's own comes before ours.
-            groups = sources(request.config_dir).groups()
-            listing = "".join(f"{group}: {', '.join(options)}\n" for group, options in groups.items())
-            hydra.format_config_groups = lambda predicate, compact=True: listing
-            return _fill(hydra, _compose(hydra, primary, overrides).hydra.help, composition.tree(asked.resolve))
+            composed = hydra.compose_config(None, [], RunMode.RUN)
+            HydraConfig.instance().set_config(composed)
+            shown = OmegaConf.create(hydra.get_sanitized_hydra_cfg(composed))
+            text = hydra.get_help(composed.hydra.hydra_help, shown, get_args_parser(), resolve=False)
+            return str(text).rstrip("\n") + "\n"
         return _by_hydra(asked, hydra, primary, overrides)
 
 
 def _words_of(composition: Composition, request: Request) -> Sequence[str]:
-    """What stands over a run's own configuration need not make sense without it."""
+    """Return the words for a composition without a run. Words that change a run may be invalid without it."""
     return request.words if list(composition.words) == list(request.words) else []
 
 
-def _compose(hydra: Any, primary: str | None, overrides: list[str]) -> Any:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    composed = hydra.compose_config(primary, overrides, RunMode.RUN)
-    HydraConfig.instance().set_config(composed)
-    return composed
-
-
-def _fill(hydra: Any, template: Any, shown: Any) -> str:
-    from hydra._internal.utils import get_args_parser
-    from omegaconf import OmegaConf
-
-    text = hydra.get_help(template, OmegaConf.create(shown), get_args_parser(), resolve=False)
-    return str(text).rstrip("\n") + "\n"
-
-
-def _by_hydra(asked: Asked, hydra: Any, primary: str, overrides: list[str]) -> str:
-    from hydra._internal import hydra as internals
-    from hydra.types import RunMode
-
+def _by_hydra(asked: HydraFlags, hydra: Any, primary: str, overrides: list[str]) -> str:
     written = io.StringIO()
     with contextlib.redirect_stdout(written):
         if asked.cfg is not None:
             hydra.show_cfg(primary, overrides, asked.cfg, asked.package, asked.resolve)
         else:
-            before = internals.log
+            log = hydra_module.log
             try:
                 hydra.show_info(asked.info, primary, overrides, RunMode.RUN)
             finally:
-                internals.log = before
+                hydra_module.log = log
     return written.getvalue()
 
 
 def _yaml(tree: dict[str, Any], package: str | None) -> str:
-    from omegaconf import OmegaConf
-
     whole = OmegaConf.create(tree)
     if package in (None, "_global_"):
         return OmegaConf.to_yaml(whole)

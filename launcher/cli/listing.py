@@ -1,4 +1,4 @@
-"""`launch runs`, `logs` and `stop`: what a run root tells without training anything."""
+"""Lists the runs of a run root, follows a log, and stops a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from launcher.errors import RunError
+from launcher.formatting import duration
+from launcher.jobs.remote.states import states_of
 from launcher.runs import FINAL, SENT, RunDirectory, list_runs
 from launcher.runs.mirror import Mirrored, following
 from launcher.runs.plain_files import open_file, problem_at
@@ -20,20 +26,20 @@ _STOP_SECONDS = 600.0
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
-    """Return one mapping a run under `root`, oldest first. The states of runs that were sent are asked for."""
+    """Return one mapping for each run under `root`, oldest first. The states of remote runs are fetched."""
     found: list[dict[str, Any]] = []
-    silent = []
+    remote = []
     for run in list_runs(root):
         result: dict[str, Any] = {}
         why = ""
         try:
             why = problem_at(run.path, deep=False) or ""
             result, status = ({}, UNREADABLE) if why else (run.result(), run.status())
-        except (RunError, OSError) as error:  # one damaged file must not hide the other runs
+        except (RunError, OSError) as error:  # a damaged run must not hide the others
             why = str(error) if isinstance(error, RunError) else f"{run.path} cannot be read: {error.strerror}."
             status = UNREADABLE
         if status == SENT:
-            silent.append((run, len(found)))
+            remote.append((run, len(found)))
         metrics = result.get("metrics") or {}
         found.append(
             {
@@ -50,25 +56,17 @@ def rows(root: Path) -> list[dict[str, Any]]:
                 "directory": run.told(),
             }
         )
-    if silent:
-        from launcher.jobs.remote.states import states_of  # with ssh and Ray's client
-
-        states = states_of([run for run, _ in silent])
-        for run, number in silent:
+    if remote:
+        states = states_of([run for run, _ in remote])
+        for run, number in remote:
             if run.path in states:
                 state = states[run.path]
                 found[number].update(status=state.word, error=found[number]["error"] or state.reason or None)
     return found
 
 
-def table(found: list[dict[str, Any]], root: Path) -> None:
-    """Print the runs for people."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from launcher.formatting import duration
-
+def print_table(found: list[dict[str, Any]], root: Path) -> None:
+    """Print the rows of `rows` as a table, and the errors of runs without a result below it."""
     if not found:
         print(f"No runs in {RunDirectory(root / 'run').root}.", file=sys.stderr)
         return
@@ -96,9 +94,9 @@ def table(found: list[dict[str, Any]], root: Path) -> None:
             duration(row["seconds"]) if row["seconds"] else "",
             "" if row["cost_usd"] is None else f"{row['cost_usd']:.2f}",
         )
-        # As `Text`: a plain one would be read as rich's markup.
+        # As `Text`, because rich interprets markup in plain strings.
         grid.add_row(*(Text(printable(cell).replace("\n", "\\n")) for cell in cells))
-    # Not on a terminal: as wide as it needs, so that nothing is cut off in a pipe.
+    # Wide enough that no cell is truncated in a pipe.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=400)
     console.print(grid)
     for row in found:
@@ -107,7 +105,7 @@ def table(found: list[dict[str, Any]], root: Path) -> None:
 
 
 def strict_json(value: Any) -> Any:
-    """Return rows as JSON knows them: a loss that is not finite becomes null."""
+    """Return plain data as valid JSON: numbers that are not finite become None."""
     if isinstance(value, dict):
         return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -122,52 +120,56 @@ def _text(value: Any) -> str:
 def follow(
     run: RunDirectory,
     until_the_end: bool = True,
-    still: Callable[[], bool] = lambda: False,
-    bring: Callable[[], None] = lambda: None,
+    is_active: Callable[[], bool] = lambda: False,
+    fetch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Print log.txt and, while the run goes on, what is added to it.
+    """Print log.txt and, while the run is active, the lines that are added to it.
 
     Args:
-        still: of a run that was sent and whose files are old: whether its cluster works on it.
-        bring: copies the files of a run that was sent; its result may be newer here than its log.
+        until_the_end: follow the log until the run ends; otherwise print its present content only.
+        is_active: whether the cluster of a remote run is still working on it.
+        fetch: copies the files of a remote run; the local log may be older than the local result.
+
+    Raises:
+        RunError: the run has ended without a log.
     """
     refresh = following(run)
     refresh()
     if not run.log.exists() and run.status() != "running":
-        raise RunError(f'The run "{run.name}" has printed nothing: there is no {run.log}.')
+        raise RunError(f'The run "{run.name}" has no log: {run.log} does not exist.')
     while not run.log.exists():
         time.sleep(0.2)
         refresh()
-    place = 0
+    position = 0
     while True:
         refresh()
         status = run.status()
-        # Asked before reading: what is written last is still read.
-        going_on = until_the_end and (status == "running" or (status == SENT and still()))
-        if until_the_end and not going_on:
-            bring()
-        with open_file(run.log, errors="replace") as log:  # the copy of one on a store is replaced as a whole
-            log.seek(place)
+        # Checked before reading, so that the last lines are read as well.
+        active = until_the_end and (status == "running" or (status == SENT and is_active()))
+        if until_the_end and not active:
+            fetch()
+        with open_file(run.log, errors="replace") as log:  # opened each time: the copy of a log on a store is replaced
+            log.seek(position)
             sys.stdout.write(printable(log.read()))
-            place = log.tell()
+            position = log.tell()
         sys.stdout.flush()
-        if not going_on:
+        if not active:
             return
         time.sleep(0.3)
 
 
 def stop(run: RunDirectory) -> str:
-    """Have a run save a checkpoint and stop, and wait for it. Returns what came of it.
+    """Request that a run saves a checkpoint and stops, wait for it, and return a line about its status.
 
     Raises:
-        RunError: it does not run, or did not stop in ten minutes.
+        RunError: the run is not running, or did not stop within ten minutes.
     """
     refresh = following(run)
     refresh()
     status = run.status()
     if status == "lost":
         raise RunError(
-            f'The run "{run.name}" says that it is running, but nothing works on it any more. '
+            f'The run "{run.name}" is lost: its status is running, but its process no longer exists. '
             f"Continue it with: launch run.name={run.name} run.resume=true."
         )
     if status != "running":
@@ -184,6 +186,6 @@ def stop(run: RunDirectory) -> str:
             return f"{run.name} is {status} at step {run.result().get('steps')}."
         time.sleep(0.2)
     raise RunError(
-        f'The run "{run.name}" did not stop within {_STOP_SECONDS:.0f} s; it may be in a long step. The request stays; '
-        f"see: launch logs {run.name}."
+        f'The run "{run.name}" did not stop within {_STOP_SECONDS:.0f} s; a step may take long. The request remains; '
+        f"follow the run with: launch logs {run.name}."
     )

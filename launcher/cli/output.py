@@ -1,4 +1,4 @@
-"""What a command prints: results to standard output, everything else to standard error."""
+"""What a command prints: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from launcher.cli.streams import QuietStream
 from launcher.errors import LaunchError, UserCodeError
+from launcher.jobs import ranks
 from launcher.terminal_text import printable
 
 
 def say(text: str) -> None:
-    """Print a line to standard error."""
-    print(printable(text), file=sys.stderr)
+    """Print a line to standard error, if it can be written."""
+    print(printable(text), file=QuietStream(sys.stderr), flush=True)
 
 
-def tell(error: LaunchError, verbose: bool) -> int:
-    """Print an error, and return the exit status. Of several ranks only the first prints."""
-    from launcher.jobs import ranks
+def report(error: LaunchError, verbose: bool) -> int:
+    """Print an error and return its exit status. With several ranks only the first one prints.
 
+    Args:
+        verbose: print the traceback as well.
+    """
     if not ranks.prints():
         return error.exit_status
     if verbose:
@@ -33,28 +37,36 @@ def tell(error: LaunchError, verbose: bool) -> int:
 
 
 @contextmanager
-def results_alone() -> Iterator[Callable[[str], None]]:
-    """Give a function that prints to standard output; all else that is written there goes to standard error.
+def results_only(is_required: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield a function that prints to standard output, and redirect all other output there to standard error.
 
-    The file descriptor itself is redirected: what the user's C++ code, a child process or PyTorch writes does not pass
+    The file descriptor itself is redirected, because the user's C++ code, child processes and PyTorch do not write
     through `sys.stdout`.
+
+    Args:
+        is_required: raise OSError if a result cannot be written. Otherwise it is printed to standard error.
     """
     try:
         descriptor = sys.stdout.fileno()
-    except (OSError, ValueError, AttributeError):  # replaced by a test, say: then there is nothing to mix
+    except (OSError, ValueError, AttributeError):  # replaced, for example by a test: nothing to separate
         yield print
         return
     sys.stdout.flush()
-    kept = os.dup(descriptor)
+    original = os.dup(descriptor)
     os.dup2(2, descriptor)
 
     def result(text: str) -> None:
-        with os.fdopen(os.dup(kept), "w") as out:
-            out.write(text + "\n")
+        try:
+            with os.fdopen(os.dup(original), "w") as out:
+                out.write(text + "\n")
+        except OSError as error:
+            if is_required:
+                raise
+            say(f"Standard output cannot be written ({error.strerror}). The result is: {text}")
 
     try:
         yield result
     finally:
         sys.stdout.flush()
-        os.dup2(kept, descriptor)
-        os.close(kept)
+        os.dup2(original, descriptor)
+        os.close(original)

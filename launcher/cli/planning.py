@@ -1,91 +1,71 @@
-"""Plan: what training would do, on this machine, on VMs, as a sweep. Nothing is created."""
+"""`launch plan`: what training would do, on this machine, on SSH hosts or on VMs. Nothing is created."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from launcher.cli import batch
-from launcher.cli.output import results_alone
-
-if TYPE_CHECKING:
-    from launcher.cli.line import Line
-    from launcher.jobs.prepare import Prepared
-    from launcher.planning.hosts import HostPlan
-    from launcher.planning.nodes import NodePlan
-    from launcher.planning.plan import Plan
-
-
-def _plan_of_sweep(line: Line) -> int:
-    from launcher.cli.sweep_display import SweepDisplay
-    from launcher.planning.nodes import NodePlan
-    from launcher.sweeps import api as sweeps
-
-    with results_alone() as result:
-        with SweepDisplay() as display:
-            planned = sweeps.plan(line.request(), display, ask="offline" not in line.flags)
-        if "json" in line.flags:
-            result(json.dumps(sweeps.describe(*planned), indent=2))
-            return 0
-        rows = sweeps.lines(*planned)
-        width = max(len(what) for what, _ in rows)
-        result("\n".join(f"{what:<{width}}  {value}".rstrip() for what, value in rows))
-        if isinstance(planned[1], NodePlan):
-            _show_nodes(planned[1], f"{planned[0].directory.path}/0", result)
-        return 0
+from launcher.cli.display import RunDisplay
+from launcher.cli.line import Line
+from launcher.cli.output import results_only
+from launcher.cli.requests import request_of
+from launcher.cli.terminal import Display
+from launcher.clusters.base import kind_of
+from launcher.jobs.prepare import Prepared, prepare
+from launcher.jobs.training import checked_host_plan, checked_node_plan, checked_plan
+from launcher.jobs.weights import weights_of
+from launcher.planning.hosts import HostPlan
+from launcher.planning.nodes import NodePlan
+from launcher.planning.plan import Plan
+from launcher.planning.tables import text
 
 
 def plan(line: Line) -> int:
-    if "multirun" in line.flags and not batch.is_meant(line):
-        return _plan_of_sweep(line)
-    from launcher.cli.display import Shown
-    from launcher.cli.terminal import Display
-    from launcher.clusters.base import kind_of
-    from launcher.jobs.prepare import prepare
-    from launcher.jobs.training import checked_host_plan, checked_plan
-    from launcher.jobs.weights import weights_of
-
-    with results_alone() as result:
-        if batch.is_meant(line):
+    """Run `launch plan`."""
+    with results_only() as result:
+        if batch.uses_scheduler(line):
             return batch.plan(line, result)
-        prepared = prepare(line.request())
+        if "multirun" in line.flags:
+            from launcher.cli import sweeping  # imports Optuna
+
+            return sweeping.plan(line, result)
+        prepared = prepare(request_of(line))
         if prepared.job.cluster.size is not None:
-            return _plan_of_nodes(line, prepared, result)
+            return _plan_nodes(line, prepared, result)
         with Display() as display:
             plan: Plan | HostPlan
             if kind_of(prepared.job.cluster).names_hosts:
-                plan = checked_host_plan(prepared.job, Shown(display))
+                plan = checked_host_plan(prepared.job, RunDisplay(display))
             else:
                 weights = None if prepared.resumes else weights_of(prepared.job)
-                plan = checked_plan(prepared.job, Shown(display), weights=weights)
+                plan = checked_plan(prepared.job, RunDisplay(display), weights=weights)
         if "json" in line.flags:
             facts = {"run": prepared.directory.name, "directory": prepared.directory.told()}
             result(json.dumps({**facts, **plan.to_dict()}, indent=2))
-            return 0
-        rows = [("run", prepared.directory.told()), *plan.lines()]
-        width = max(len(what) for what, _ in rows)
-        result("\n".join(f"{what:<{width}}  {value}" for what, value in rows))
+        else:
+            result(two_columns([("run", prepared.directory.told()), *plan.lines()]))
     return 0
 
 
-def _plan_of_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]) -> int:
-    from launcher.cli.display import Shown
-    from launcher.cli.terminal import Display
-    from launcher.jobs.training import checked_node_plan
+def two_columns(rows: list[tuple[str, str]]) -> str:
+    """Return rows of (label, value) as aligned text."""
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value}".rstrip() for label, value in rows)
 
+
+def print_nodes(plan: NodePlan, path: str, result: Callable[[str], None]) -> None:
+    """Print a plan for VMs, whose run would be written to `path`, as tables as wide as the terminal."""
+    result(text(plan, path, width=shutil.get_terminal_size((120, 24)).columns))
+
+
+def _plan_nodes(line: Line, prepared: Prepared, result: Callable[[str], None]) -> int:
     with Display() as display:
-        plan = checked_node_plan(prepared, Shown(display), ask="offline" not in line.flags)
+        plan = checked_node_plan(prepared, RunDisplay(display), ask="offline" not in line.flags)
     path = str(prepared.directory.path)
     if "json" in line.flags:
         result(json.dumps({"run": prepared.directory.name, "directory": path, **plan.to_dict()}, indent=2))
     else:
-        _show_nodes(plan, path, result)
+        print_nodes(plan, path, result)
     return 0
-
-
-def _show_nodes(plan: NodePlan, path: str, result: Callable[[str], None]) -> None:
-    from launcher.planning.tables import text
-
-    result(text(plan, path, width=shutil.get_terminal_size((120, 24)).columns))

@@ -1,4 +1,4 @@
-"""Runs that are there: list, follow, stop, show in TensorBoard."""
+"""`launch runs`, `logs`, `stop` and `board`: list, follow and stop runs, and show them in TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,124 +7,117 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from launcher.cli import board_server
+from launcher import runs as run_roots
+from launcher.cli import board_server, listing
+from launcher.cli.line import Line
 from launcher.cli.output import say
+from launcher.cli.requests import request_of
+from launcher.cli.terminal import Display
+from launcher.clusters.remote.ray_jobs import own_token
+from launcher.config.overrides import masked
 from launcher.errors import ConfigError, RunError
-from launcher.runs import RunDirectory
+from launcher.jobs.prepare import key_of, root_of, run_section
+from launcher.jobs.remote import control
+from launcher.jobs.remote.location import confirm, why_not_confirmed
+from launcher.jobs.remote.states import Waiting
+from launcher.runs import RunDirectory, mirror
 from launcher.terminal_text import printable
-
-if TYPE_CHECKING:
-    from launcher.cli.line import Line
 
 ADDRESS = "cluster.address"
 
 
-def _root(line: Line) -> Path:
-    """Return the run root for a verb that composes no job; other words than `run.root` would mean nothing to it."""
-    from launcher.config.overrides import masked
-    from launcher.jobs.prepare import key_of, root_of, run_section
-
-    taken = ("run.root", ADDRESS) if line.verb in ("logs", "stop") else ("run.root",)
-    for word in line.words:
-        if key_of(word) not in taken:
-            raise ConfigError(f'"{masked(word)}" means nothing to launch {line.verb}; it takes run.root=DIRECTORY.')
-    return root_of(run_section(line.request()).root)
-
-
-def _confirm_address(line: Line, sent: RunDirectory) -> None:
-    """Record the cluster of a run that was sent where the command line names its address."""
-    for word in line.words:
-        key, _, address = word.partition("=")
-        if key == ADDRESS:
-            from launcher.clusters.remote.ray_jobs import own_token
-            from launcher.jobs.remote.location import confirm
-
-            confirm(sent, address, own_token())
-
-
 def runs(line: Line) -> int:
-    from launcher.cli.listing import rows, strict_json, table
-
+    """Run `launch runs`."""
     root = _root(line)
-    found = rows(root)
+    rows = listing.rows(root)
     if "json" in line.flags:
-        print(json.dumps(strict_json(found), indent=2))
+        print(json.dumps(listing.strict_json(rows), indent=2))
     else:
-        table(found, root)
+        listing.print_table(rows, root)
     return 0
 
 
 def logs(line: Line) -> int:
-    from launcher import runs
-    from launcher.cli.listing import follow
-
+    """Run `launch logs`: print the log of a run, and follow it while the run is active."""
     assert line.name is not None
-    run = runs.find(_root(line), line.name)
+    run = run_roots.find(_root(line), line.name)
     until_the_end = "no_follow" not in line.flags
     sent = run.sent
     if sent is None:
-        follow(run, until_the_end)
+        listing.follow(run, until_the_end)
         return 0
-    from launcher.cli.terminal import Display
-    from launcher.jobs.remote import control
-    from launcher.jobs.remote.location import why_not_confirmed
-    from launcher.jobs.remote.states import Waiting
-
     _confirm_address(line, sent)
     if run.log.exists() and (why := why_not_confirmed(sent)):
         say(why)
-        follow(run, until_the_end=False)
+        listing.follow(run, until_the_end=False)
         return 0
     with control.copied(sent, say) as copies:
-        still = Waiting(sent, say)
+        is_active = Waiting(sent, say)
         try:
             with Display() as display:
-                control.until_it_begins(sent, display.show, copies, still)
-            follow(run, until_the_end, still, copies.try_fetch if copies is not None else lambda: None)
+                control.until_it_begins(sent, display.show, copies, is_active)
+            listing.follow(run, until_the_end, is_active, copies.try_fetch if copies is not None else lambda: None)
         except KeyboardInterrupt:
-            say(f"{run.name} goes on without this command.")
+            say(f"Detached. {run.name} continues to run.")
     return 0
 
 
 def stop(line: Line) -> int:
-    from launcher import runs
-    from launcher.cli.listing import stop
-
+    """Run `launch stop`: print the directory of the run."""
     assert line.name is not None
-    run = runs.find(_root(line), line.name)
+    run = run_roots.find(_root(line), line.name)
     sent = run.sent
     if sent is None:
-        say(stop(run))
+        say(listing.stop(run))
     else:
-        from launcher.jobs.remote import control
-
         _confirm_address(line, sent)
-        say(control.stop(run) if sent == run else control.stop_trial(run, sent, stop))
+        say(control.stop(run) if sent == run else control.stop_trial(run, sent, listing.stop))
     print(printable(run.told()))
     return 0
 
 
 def board(line: Line) -> int:
+    """Run `launch board`: serve TensorBoard over the run root until Ctrl-C."""
     root = _root(line)
     port, host = line.flags.get("port", "6006"), line.flags.get("host", "127.0.0.1")
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--port {port}: a port is a number from 1 to 65535, such as 6006.")
     if not root.is_dir():
-        raise RunError(f"There is no run root {root} yet. Train something first, or name another: run.root=DIRECTORY.")
-    shown = RunDirectory(root / "run").root
+        raise RunError(f"There is no run root {root} yet. Train a job first, or choose another: run.root=DIRECTORY.")
+    displayed = RunDirectory(root / "run").root
     prefix = f"/{secrets.token_urlsafe(16)}"
-    own = f"[{host}]" if ":" in host else host
-    url = f"http://{own}:{port}{prefix}/"
-    say(f"TensorBoard over {shown}: {url} (Ctrl-C ends it)")
+    url_host = f"[{host}]" if ":" in host else host
+    url = f"http://{url_host}:{port}{prefix}/"
+    say(f"TensorBoard for {displayed}: {url} (stop it with Ctrl-C)")
     options = ["--logdir", str(root), "--host", host, "--port", port, "--reload_multifile=true", "--reload_interval=5"]
     opening = [board_server.OPEN, url] if "open" in line.flags else []
-    # `-P`: no file of the calling directory takes the place of a module.
+    # `-P`: files of the calling directory are not imported in place of modules.
     command = [sys.executable, "-P", board_server.__file__, *opening, *options, f"--path_prefix={prefix}"]
-    if shown != str(root):
-        from launcher.runs.mirror import board
-
-        return board(root, command, say)
-    # One process less, and Ctrl-C reaches TensorBoard itself.
+    if displayed != str(root):
+        return mirror.board(root, command, say)
+    # Replace this process, so that Ctrl-C reaches TensorBoard directly.
     os.execv(sys.executable, command)
+
+
+def _root(line: Line) -> Path:
+    """Return the run root for a verb that composes no job.
+
+    Raises:
+        ConfigError: a word sets a key that has no effect on the verb.
+    """
+    accepted = ("run.root", ADDRESS) if line.verb in ("logs", "stop") else ("run.root",)
+    for word in line.words:
+        if key_of(word) not in accepted:
+            raise ConfigError(
+                f'"{masked(word)}" has no effect on launch {line.verb}, which accepts run.root=DIRECTORY. Leave it out.'
+            )
+    return root_of(run_section(request_of(line)).root)
+
+
+def _confirm_address(line: Line, sent: RunDirectory) -> None:
+    """Record the cluster of a remote run if the command line contains its address."""
+    for word in line.words:
+        key, _, address = word.partition("=")
+        if key == ADDRESS:
+            confirm(sent, address, own_token())

@@ -1,32 +1,61 @@
-"""`launch sizes`: the catalogue of NC sizes with what they cost, for people and for programs."""
+"""`launch sizes`: the catalogue of Azure NC sizes with their prices, as a table or as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from launcher.cli.line import Line
+from launcher.cli.output import say
+from launcher.clusters.pricing import catalogue
 from launcher.clusters.pricing.catalogue import Price, Size
+from launcher.clusters.pricing.prices import SOURCE, PricesUnavailable, refreshed
+from launcher.errors import ConfigError
 
 REGION = "eastus"
 
 
-def known(region: str, ask: bool) -> tuple[Mapping[str, Size], str]:
-    """Return the sizes, and one line about where their prices come from. ask: Azure's public list, if it answers."""
-    from launcher.clusters.pricing.catalogue import sizes
-    from launcher.clusters.pricing.prices import SOURCE, PricesUnavailable, refreshed
+def sizes(line: Line) -> int:
+    """Run `launch sizes`."""
+    if line.words:
+        raise ConfigError(
+            f'launch sizes takes no overrides, but found "{line.words[0]}". --region NAME chooses a region.'
+        )
+    region = line.flags.get("region", REGION)
+    if not region.isalnum():
+        raise ConfigError(f"--region {region}: the name of an Azure region is letters and digits, such as eastus.")
+    found, source = known(region.lower(), ask="offline" not in line.flags)
+    if "json" in line.flags:
+        say(source)
+        print(json.dumps(rows(found, region.lower()), indent=2))
+    else:
+        print_table(found, region.lower(), source)
+    return 0
 
-    shipped = sizes()
+
+def known(region: str, ask: bool) -> tuple[Mapping[str, Size], str]:
+    """Return the sizes by name, and one line about the source of their prices.
+
+    Args:
+        ask: fetch today's prices from Azure's public price list, if it responds.
+    """
+    shipped = catalogue.sizes()
     if not ask:
-        return shipped, "Prices from the table that launch ships; their dates stand beside them."
+        return shipped, "Prices are from the table that launch ships, each with its date."
     try:
-        return refreshed(shipped, region), f"Prices of today from the {SOURCE} where it has them, else with their date."
+        return refreshed(shipped, region), f"Prices of today are from the {SOURCE}; others have their date."
     except PricesUnavailable as error:
-        return shipped, f"Prices from the table that launch ships, since today's could not be had: {error}."
+        return shipped, f"Prices are from the table that launch ships, because today's are unavailable: {error}."
 
 
 def rows(found: Mapping[str, Size], region: str) -> list[dict[str, Any]]:
-    """Return one mapping a size; `usd_per_hour` and `spot_usd_per_hour` are the newest of the region, or None."""
+    """Return one mapping for each size. `usd_per_hour` and `spot_usd_per_hour` are the region's newest, or None."""
     return [
         {
             **dataclasses.asdict(size),
@@ -42,18 +71,12 @@ def _dollars(price: Price | None) -> float | None:
     return None if price is None else price.usd_per_hour
 
 
-def table(found: Mapping[str, Size], region: str, source: str) -> None:
-    """Print the sizes that can be had, then the retired ones."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from launcher.clusters.pricing.catalogue import as_of
-
+def print_table(found: Mapping[str, Size], region: str, source: str) -> None:
+    """Print the available sizes as a table, then the retired ones."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"NC series, {region}", title_justify="left")
     for heading in ("size", "GPUs", "vCPU", "RAM GiB", "Gbit/s", "local disk", "USD/h", "spot", "quota family"):
         number = heading in ("vCPU", "RAM GiB", "Gbit/s", "USD/h", "spot")
-        # A size's name is what people copy: it is never folded.
+        # Names of sizes are copied from the table, so they are never folded.
         grid.add_column(heading, justify="right" if number else "left", no_wrap=heading == "size", overflow="fold")
     for size in found.values():
         if size.status == "retired":
@@ -71,19 +94,19 @@ def table(found: Mapping[str, Size], region: str, source: str) -> None:
         )
     out = Console(highlight=False, markup=False)
     if not out.is_terminal:
-        out.width = 200  # a file is not as narrow as the terminal that rich assumes
+        out.width = 200  # rich assumes 80 columns for a file
     out.print(grid)
     for note, names in _notes(found).items():
         out.print(f"{note}: {', '.join(names)}", soft_wrap=True)
-    out.print(f"Catalogue of {as_of()}. {source}", soft_wrap=True)
+    out.print(f"Catalogue of {catalogue.as_of()}. {source}", soft_wrap=True)
 
 
 def _notes(found: Mapping[str, Size]) -> dict[str, list[str]]:
-    """Return what has to be said of some sizes, with the sizes."""
+    """Return notes about sizes -> the names of the sizes that they apply to."""
     notes: dict[str, list[str]] = {}
     for size in found.values():
         if size.status == "retired":
-            notes.setdefault(f"Retired {size.retired}, take {size.successor}", []).append(size.name)
+            notes.setdefault(f"Retired {size.retired}, use {size.successor}", []).append(size.name)
         elif size.status != "current":
             notes.setdefault(size.status.capitalize(), []).append(size.name)
         if size.note:

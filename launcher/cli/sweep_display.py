@@ -1,40 +1,43 @@
-"""What the user sees of a sweep: a live table on a terminal, a line per trial elsewhere. All on standard error."""
+"""Shows the progress of a sweep on standard error: a live table on a terminal, otherwise one line per trial."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from launcher.cli.streams import QuietStream, log_failure
 from launcher.cli.terminal import PHASES, stop_or_detach
 from launcher.config.overrides import masked
-from launcher.formatting import duration, goes_on, number
+from launcher.formatting import detached, duration, number
 from launcher.money import BUDGET, larger_budget
 from launcher.runs import RunDirectory
 from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.space import plain_text
 from launcher.terminal_text import printable
 
-_ROWS = 12  # of the table: those that run, and the newest ended
+_ROWS = 12  # of the table: the running trials, and the newest that have ended
 _STYLES = {"completed": "green", "failed": "red", "pruned": "yellow", "running": "cyan"}
 
 
 class SweepDisplay(SweepObserver):
-    """Shows a sweep.
+    """Shows the events of a sweep.
 
     Attributes:
-        directory: the sweep's, once it is known.
-        finished: it had nothing left to do.
+        directory: the directory of the sweep, once it is known.
+        finished: whether all trials had ended before, so that there is nothing to do.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self.stream = QuietStream(stream or sys.stderr)
+        self.stream.on_failure = self._log_failure
+        self._console = Console(file=cast(Any, self.stream), highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._table: list[dict[str, Any]] = []
         self._facts: Mapping[str, Any] = {}
@@ -104,6 +107,10 @@ class SweepDisplay(SweepObserver):
     def say(self, text: str) -> None:
         self._console.print(Text(printable(text)))
 
+    def _log_failure(self, reason: str) -> None:
+        if self.directory is not None and self.directory.exists():
+            log_failure(self.directory.log, reason)
+
     # ---- the table --------------------------------------------------------------------------------------------------
 
     def _draw(self, now: bool = False) -> None:
@@ -113,7 +120,7 @@ class SweepDisplay(SweepObserver):
         self._live.update(self.picture(), refresh=True)
 
     def picture(self) -> RenderableType:
-        """Return the table with the sums below it."""
+        """Return the table of trials with the summary below it."""
         if not self._table:
             return Text(self._phase)
         table = Table(box=None, pad_edge=False)
@@ -160,10 +167,10 @@ class SweepDisplay(SweepObserver):
 
 
 def conclusion(outcome: SweepOutcome) -> list[str]:
-    """Return the lines that end a sweep: what came of it, and what to do next."""
+    """Return the last lines about a sweep: its status, its best trial, and the command to continue with."""
     result, name = outcome.result, outcome.directory.name
     if outcome.detached:
-        return [goes_on(name)]
+        return [detached(name)]
     counts = {state: count for state, count in result["trials"].items() if state != "total"}
     summary = ", ".join(f"{count} {state}" for state, count in counts.items())
     lines = [

@@ -1,75 +1,69 @@
-"""What is done with a run's best checkpoint: evaluate, predict, export."""
+"""`launch evaluate`, `predict` and `export`: use a run's best checkpoint."""
 
 from __future__ import annotations
 
 import json
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from launcher.cli.output import results_alone
-from launcher.errors import ConfigError, Stopped
-
-if TYPE_CHECKING:
-    from launcher.cli.line import Line
+from launcher.cli.display import RunDisplay
+from launcher.cli.line import Line
+from launcher.cli.output import results_only
+from launcher.cli.requests import request_of
+from launcher.cli.terminal import Display
+from launcher.errors import ConfigError, ExportError, Stopped
+from launcher.jobs import ranks, trained, training
+from launcher.runs import RunDirectory
 
 
 def evaluate(line: Line) -> int:
-    from launcher.cli.display import Shown
-    from launcher.cli.terminal import Display
-    from launcher.jobs import ranks, trained, training
-
+    """Run `launch evaluate`: print the metrics as one JSON object."""
     assert line.name is not None
-    with results_alone() as result:
+    with results_only() as result:
         if not ranks.prints():
-            trained.evaluate(line.name, line.request(), training.Observer())
+            trained.evaluate(line.name, request_of(line), training.Observer())
             return 0
         with Display() as display:
-            metrics = trained.evaluate(line.name, line.request(), Shown(display))
+            metrics = trained.evaluate(line.name, request_of(line), RunDisplay(display))
         result(json.dumps(metrics))
     return 0
 
 
 def predict(line: Line) -> int:
-    from launcher.cli.display import Shown
-    from launcher.cli.terminal import Display
-    from launcher.jobs import ranks, trained
-
+    """Run `launch predict`: print one JSON object for each input. With several ranks only the first one predicts."""
     assert line.name is not None
     if line.input is None:
-        wanted = f"launch predict {line.name} input=PATH"
-        raise ConfigError(f"launch predict needs the inputs: {wanted}, a file or folder that the run's data can read.")
-    if not ranks.prints():  # of several ranks one is enough
+        raise ConfigError(
+            f"launch predict needs inputs: launch predict {line.name} input=PATH, a file or folder that the run's data "
+            "can read."
+        )
+    if not ranks.prints():
         return 0
-    with results_alone() as result, Display() as display:
+    with results_only() as result, Display() as display:
 
-        def take(prediction: dict[str, Any]) -> None:
+        def print_prediction(prediction: dict[str, Any]) -> None:
             try:
                 result(json.dumps(prediction))
-            except BrokenPipeError:  # `launch predict … | head`: nobody listens any more
+            except BrokenPipeError:  # `launch predict ... | head`: no reader is left
                 raise Stopped(signal.SIGPIPE) from None
 
-        trained.predict(line.name, line.request(), line.input, Shown(display), take)
+        trained.predict(line.name, request_of(line), line.input, RunDisplay(display), print_prediction)
     return 0
 
 
 def export(line: Line) -> int:
-    from launcher import runs
-    from launcher.cli.display import Shown
-    from launcher.cli.terminal import Display
-    from launcher.errors import ExportError
-    from launcher.jobs import ranks, trained
-
+    """Run `launch export`: print the folder of the exported weights and network. Only the first rank exports."""
     assert line.name is not None
     if not ranks.prints():
         return 0
-    with results_alone() as result:
+    with results_only() as result:
         folders: list[Path] = []
         try:
             with Display() as display:
-                trained.export(line.name, line.request(), Shown(display), folders.append)
+                trained.export(line.name, request_of(line), RunDisplay(display), folders.append)
         except ExportError:
-            result(runs.RunDirectory(folders[-1].parent).told(folders[-1]))  # the weights are there
+            result(RunDirectory(folders[-1].parent).told(folders[-1]))  # it contains the weights
             raise
-        result(runs.RunDirectory(folders[-1].parent).told(folders[-1]))
+        result(RunDirectory(folders[-1].parent).told(folders[-1]))
     return 0

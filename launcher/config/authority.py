@@ -42,7 +42,7 @@ _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
+class ComposedFile:
     """A composed file: its path without `.yaml`, its package, its plain content, the options it chooses."""
 
     name: str
@@ -70,13 +70,13 @@ def claims(cluster: Any, root: Any) -> dict[str, Any]:
 def without_claims(content: Mapping[str, Any], decided: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Remove the keys from a run's stored configuration that it may not set.
 
-    A section `cluster` of another kind than local or none describes that cluster, and goes as a whole.
+    A section `cluster` of another kind than local or none describes that cluster, and is removed as a whole.
 
     Args:
         decided: the section `cluster` that the user's own record has for the run; it replaces the stored one.
 
     Returns:
-        The content, and what was taken out without a replacement, by dotted key.
+        The content, and the keys that were removed without a replacement, with their values.
     """
     kept = {key: value for key, value in content.items() if key != "trust"}
     run, cluster = kept.get("run"), kept.get("cluster")
@@ -115,7 +115,7 @@ def is_guarded_word(key: str, value: Any) -> bool:
 def word_for(key: str, value: Any) -> str:
     """Return the word that sets a key on the command line, quoted for the shell."""
     name = "cluster" if key == "cluster.kind" else key
-    if _REFERENCE.search(str(value)):  # to what may be decided by a file as well
+    if _REFERENCE.search(str(value)):  # it may refer to a key that a file sets
         return f"{name}=..."
     return shlex.quote(f"{name}={_text(masking.mask(value, key.rpartition('.')[2]))}")
 
@@ -126,7 +126,7 @@ def words_for(found: Mapping[str, Any]) -> str:
 
 def refusal(
     found: Mapping[str, Any],
-    files: Sequence[File],
+    files: Sequence[ComposedFile],
     primary: str,
     directory: str,
     settings: str,
@@ -135,9 +135,9 @@ def refusal(
 
     Args:
         found: the keys with their values as they were written.
-        files: what was composed, in order.
+        files: the composed files, in order.
         primary: the name of the primary configuration among them.
-        directory: where the files lie, or the file of a run's own configuration.
+        directory: the directory of the files, or the file of a run's own configuration.
         settings: the file of the user's own settings.
     """
     places: dict[str, list[str]] = {}
@@ -158,7 +158,7 @@ def refusal(
     )
 
 
-def _file_that_decides(key: str, value: Any, files: Sequence[File]) -> str | None:
+def _file_that_decides(key: str, value: Any, files: Sequence[ComposedFile]) -> str | None:
     """Return the name of the file that sets a key, or that sets a value to which the key refers."""
     for wanted in (*_REFERENCE.findall(str(value)), key):
         names = [one.name for one in files if _sets(one.content, wanted.split("."), [*one.package])]

@@ -18,8 +18,10 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import DistributionFinder, MetadataPathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +32,7 @@ SHARED = ("models", "conf")  # our top-level packages whose names users are like
 _OWN = frozenset({"launcher", "hydra_plugins"})
 _DISTRIBUTION = "launch-train"
 _EXTRAS = ("", "examples", "azure")  # what a command may import
-# Where launch is not installed, as on the nodes of a cluster that it was sent to: what it depends on (pyproject.toml).
+# The dependencies in pyproject.toml, for nodes of a cluster where launch is copied and not installed.
 DEPENDENCIES = (
     *("torch", "ray[default,train]", "hydra-core", "tensorboard", "rich", "optuna", "cmaes", "pyarrow", "xxhash"),
     *("scipy", "matplotlib", "detect-secrets", "pathspec"),
@@ -73,16 +75,16 @@ def add_calling_directory(directory: str | Path) -> None:
 
 
 def shadows(name: str) -> str | None:
-    """Return what the module `name` of a guarded directory is not imported for: the owner of the name; else None."""
+    """Return who owns the name of a module that is therefore not imported from a guarded directory; None otherwise."""
     if PathFinder.find_spec(name, [str(path) for path in _guarded]) is None:
         return None
     if name in sys.stdlib_module_names:
         return "Python's standard library"
-    return "launch or a package that it depends on" if _is_protected(name) and _find_elsewhere(name) else None
+    return "launch or a package that it depends on" if _is_protected(name) and _find_installed(name) else None
 
 
 class Entrance:
-    """Adds the calling directories of one process in another, which unpickles it: put it before what needs them."""
+    """Adds the calling directories of one process to another, when that process unpickles it."""
 
     def __reduce__(self) -> tuple[Any, tuple[list[str]]]:
         return _enter, ([str(path) for path in reversed(_calling)],)
@@ -105,16 +107,16 @@ class CallingDirectoryFinder(MetaPathFinder):
         if own is None:
             return None
         if own.loader is None:  # a folder without __init__.py: any real module comes before it
-            other = _find_elsewhere(fullname)
+            other = _find_installed(fullname)
             merges = other is None or other.loader is not None or not _is_protected(fullname)
             return None if merges else other
         if fullname in sys.stdlib_module_names:
-            other = _find_elsewhere(fullname)
+            other = _find_installed(fullname)
             if other is None:  # a module of another system, which packages try to import
                 raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
             return other
         # Whether a name is protected takes reading the metadata of all packages, and matters for two modules alone.
-        other = _find_elsewhere(fullname)
+        other = _find_installed(fullname)
         if other is not None and _is_protected(fullname):
             return other
         return PathFinder.find_spec(fullname, [str(directory) for directory in _calling])
@@ -130,13 +132,13 @@ def _find_shared(name: str) -> ModuleSpec | None:
 
 
 def _shared_locations(name: str, found: list[str]) -> list[str]:
-    wanted = [str(directory / name) for directory in [*_calling, HOME] if (directory / name).is_dir()]
-    return list(dict.fromkeys([*wanted, *found]))
+    own = [str(directory / name) for directory in [*_calling, HOME] if (directory / name).is_dir()]
+    return list(dict.fromkeys([*own, *found]))
 
 
-def _find_elsewhere(name: str) -> ModuleSpec | None:
+def _find_installed(name: str) -> ModuleSpec | None:
     """Find a module as if the guarded directories were not on the path."""
-    path = _path_elsewhere()
+    path = _installed_path()
     for finder in sys.meta_path:
         if isinstance(finder, CallingDirectoryFinder):
             continue
@@ -148,33 +150,31 @@ def _find_elsewhere(name: str) -> ModuleSpec | None:
     return None
 
 
-def _path_elsewhere() -> list[str]:
+def _installed_path() -> list[str]:
     return [entry for entry in sys.path if Path(os.path.realpath(entry or ".")) not in _guarded]
 
 
 def _find_distributions(*arguments: Any, **options: Any) -> Iterator[Any]:
     """Exclude guarded directories when all packages are listed: `import torch` loads the plugins that they name."""
-    from importlib.metadata import DistributionFinder, MetadataPathFinder
-
     context = arguments[0] if arguments else options.get("context", DistributionFinder.Context())
     if context.name is None and "path" not in vars(context):
-        context = DistributionFinder.Context(path=_path_elsewhere())
+        context = DistributionFinder.Context(path=_installed_path())
     return iter(MetadataPathFinder.find_distributions(context))
 
 
 def _holds_packages(path: Path) -> bool:
-    """Whether a directory holds installed packages, launch itself or Python: those modules are the real ones."""
+    """Return whether a directory holds installed packages, launch itself or Python: those modules are the real ones."""
     return path in (HOME, Path(os.__file__).resolve().parent) or path.name in ("site-packages", "dist-packages")
 
 
-# ---- what launch depends on -----------------------------------------------------------------------------------------
+# ---- dependencies of launch -----------------------------------------------------------------------------------------
 
 _reading: Any = threading.local()
 
 
 def _is_protected(name: str) -> bool:
-    """Whether a top-level name belongs to launch or to what it depends on."""
-    if name in _OWN or getattr(_reading, "now", False):  # what reads the metadata is not shadowed either
+    """Return whether a top-level name belongs to launch or to one of its dependencies."""
+    if name in _OWN or getattr(_reading, "now", False):  # modules that read the metadata are protected as well
         return True
     _reading.now = True
     try:
@@ -190,8 +190,6 @@ def dependency_modules() -> frozenset[str]:
 
 
 def _dependencies() -> Iterator[Any]:
-    from importlib import metadata
-
     from packaging.requirements import Requirement
 
     left = [(_DISTRIBUTION, extra) for extra in _EXTRAS]

@@ -1,4 +1,4 @@
-"""The registry of cluster kinds, and what the configuration has to know of a kind.
+"""The registry of cluster kinds, and the attributes of a kind that the configuration uses.
 
 A kind is an object. Each folder of `launcher/clusters` with a module `kind` has one, named `KIND` there; other packages
 name theirs in the entry point group `launch.clusters`. They are found by folder and by entry point, so this module
@@ -8,7 +8,6 @@ imports none of them by name, and nothing outside a kind's folder compares names
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import pkgutil
 from functools import cache
@@ -20,7 +19,7 @@ OBJECT = "KIND"
 
 
 class KeysOfKind:
-    """What the configuration knows of a kind. `launcher.clusters.base.ClusterKind` adds what a cluster does.
+    """The attributes of a cluster kind that the configuration uses. `launcher.clusters.base.ClusterKind` adds methods.
 
     Attributes:
         name: the value of `cluster.kind`, and of the word `cluster=NAME`.
@@ -28,7 +27,7 @@ class KeysOfKind:
         is_default: the kind of a configuration that names none.
         in_process: the job runs in the process of the command, or in ranks that another program started.
         attaches: its clusters run already and are reached by `cluster.address`; a driver on a head uses this kind.
-        on_this_machine: code runs where the command was given, so that any configuration file may choose it.
+        on_this_machine: code runs on the machine of the command, so any configuration file may choose the kind.
         is_rented: its machines may be paid by the hour.
         makes_mounts: `cluster.mounts` are made on its nodes.
         free_keys: own keys that a configuration file may set; all others only the user (`launcher.config.authority`).
@@ -60,7 +59,9 @@ def all_kinds() -> dict[str, Any]:
         if folder.ispkg and importlib.util.find_spec(f"{PACKAGE}.{folder.name}.kind") is not None:
             kind = getattr(importlib.import_module(f"{PACKAGE}.{folder.name}.kind"), OBJECT)
             found[kind.name] = kind
-    for entry in importlib.metadata.entry_points(group=GROUP):
+    from importlib.metadata import entry_points  # slow to import, and not needed for tab completion
+
+    for entry in entry_points(group=GROUP):
         kind = entry.load()
         found.setdefault(kind.name, kind)
     return found
@@ -77,6 +78,6 @@ def one_with(attribute: str) -> Any:
 
 
 def may_be_chosen_by_a_file(name: Any) -> bool:
-    """Whether a configuration file may choose the kind; see `launcher.config.authority`."""
+    """Return whether a configuration file may choose the kind; see `launcher.config.authority`."""
     kind = find(name) if isinstance(name, str) else None
     return kind is not None and kind.on_this_machine

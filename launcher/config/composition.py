@@ -1,9 +1,9 @@
 """Composition of a `Job` from `conf/`, a user's own directory and the words of the command line, with Hydra.
 
-Few modules know Hydra and OmegaConf (`tests/test_imports.py` lists them), and all import them on use: everything else
-that imports a dataclass from this package stays light. Composition reads files and the environment; it instantiates
-nothing, writes nothing, and does not change a Hydra that the caller uses. Hydra's own logging configuration, callbacks
-and launchers have no effect in any file, and its sweeper is always launch's.
+Few modules use Hydra and OmegaConf (`tests/test_imports.py` lists them). The package imports this one on use, so that
+modules which only need a dataclass of the configuration do not import Hydra. Composition reads files and the
+environment; it instantiates nothing, writes nothing, and does not change a Hydra that the caller uses. Hydra's own
+logging configuration, callbacks and launchers have no effect in any file, and its sweeper is always launch's.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from launcher.config import authority, keys, limits, masking, schema, targets
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from launcher.config import authority, cluster_kinds, keys, limits, masking, resolvers, schema, targets
 from launcher.config.checks import check_foreign_keys, check_values
+from launcher.config.guarded_hydra import composed_files, without_environment
 from launcher.config.overrides import ParsedOverrides, masked, not_an_override, parse_overrides
 from launcher.config.own_hydra import (
     PRIMARY,
@@ -30,12 +38,10 @@ from launcher.config.own_hydra import (
     wrong_type,
 )
 from launcher.config.schema import Job
-from launcher.config.search_path import Sources, read_stored, sources, where_trusted
+from launcher.config.search_path import Sources, sources
 from launcher.config.settings import Settings, settings_file, user_settings
+from launcher.config.yaml_files import read_first, read_stored, where_trusted
 from launcher.errors import ConfigError, TrustError
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 # The `_target_`s that a hydra section may name. Only the sweeper is ever built, for `-m` (`launcher.sweeps.plugin`).
 _HYDRA_TARGETS = frozenset(
@@ -48,9 +54,8 @@ class Composition:
     """The result of `compose`.
 
     job: complete, typed, interpolations resolved. words: as given. choices: configuration group -> chosen option.
-    given: dotted keys and groups that the words name, without prefixes such as `+`. sweeper: `hydra.sweeper`, judged;
-    its `params` are what files want to be swept. dropped: what the stored configuration set and may not decide, with
-    its values.
+    given: dotted keys and groups in the words, without prefixes such as `+`. sweeper: `hydra.sweeper`, validated; its
+    `params` are the sweeps of files. dropped: the keys of a stored configuration that it may not set, with values.
     """
 
     job: Job
@@ -64,10 +69,8 @@ class Composition:
     def to_yaml(self, run_name: str | None = None) -> str:
         """Return the configuration as YAML for the run's directory, to be read again through `stored`.
 
-        run_name: the name that the run was given in the end.
+        run_name: the final name of the run.
         """
-        from omegaconf import OmegaConf
-
         tree = self.tree()
         if run_name is not None:
             tree["run"] = {**tree["run"], "name": run_name}
@@ -84,7 +87,7 @@ class Composition:
         assert isinstance(masked, dict)
         return masked
 
-    def shown_words(self) -> list[str]:
+    def masked_words(self) -> list[str]:
         """Return the words with literal secrets as ***, for `overrides.yaml` and for the terminal."""
         return [masked(word) for word in self.words]
 
@@ -109,20 +112,20 @@ def compose(
     settings. own: the words that the user typed, where others come from a recorded sweep.
 
     Raises ConfigError for what cannot be understood or breaks a rule, TrustError for a `_target_` outside the
-    allow-list, and for what a file may not decide.
+    allow-list, and for keys that a file may not set.
     """
     where, settings = sources(config_dir), user_settings() if settings is None else settings
-    plan = _read_words(words, where, stored is not None, own)
+    plan = _parse_words(words, where, stored is not None, own)
     dropped: dict[str, Any] = {}
     if stored is None:
         node, decided = primary_node(where, settings), decided_node(settings, None)
     else:
         content, dropped = authority.without_claims(read_stored(Path(stored)), cluster or {})
-        dropped = _in_force(dropped, plan)
+        dropped = _not_replaced(dropped, plan)
         node = stored_node(content, plan.groups)
         decided = decided_node(settings, {} if "cluster" in plan.groups else cluster or {})
     with own_hydra():
-        composed, tree, unresolved = _judged(plan, where, node, decided, settings, stored)
+        composed, tree, unresolved = _compose_validated(plan, where, node, decided, settings, stored)
         hydra_tree = _hydra_node(composed)
         choices = _choices(composed)
     if tree.get("trust"):
@@ -130,9 +133,10 @@ def compose(
             f"trust is set to {tree['trust']} {where_trusted(where, stored)}. A configuration cannot vouch for "
             "itself: give it on the command line, trust=[PACKAGE], if you know and trust that code."
         )
+    unresolved = resolvers.with_values(unresolved, tree)
     tree["trust"] = unresolved["trust"] = list(plan.trust)
     for part in (tree, unresolved):
-        _drop_wishes(part, plan.given)
+        _drop_if_taken(part, plan.given)
     for section, target in targets.find_targets(hydra_tree, "hydra"):
         if target not in _HYDRA_TARGETS:
             raise TrustError(f"{section}._target_ is {target!r}, but launch runs nothing that a hydra section names.")
@@ -155,35 +159,33 @@ def compose(
 def peek(words: Sequence[str], config_dir: Path | None, section: str) -> Any:
     """Return one section of what the words compose to (`run`: a RunConfig), where the rest may still lack values.
 
-    For what has to be known before it is known which configuration the words apply to. Raises ConfigError.
+    Used before it is known to which configuration the words apply. Raises ConfigError.
     """
     where, settings = sources(config_dir), user_settings()
-    plan, node = _read_words(words, where, of_a_run=False), primary_node(where, settings)
+    plan, node = _parse_words(words, where, of_a_run=False), primary_node(where, settings)
     with own_hydra():
-        _, tree, _ = _judged(plan, where, node, decided_node(settings, None), settings, None, section)
+        _, tree, _ = _compose_validated(plan, where, node, decided_node(settings, None), settings, None, section)
     return schema.section(section, tree[section])
 
 
 @contextmanager
 def hydra_for(words: Sequence[str], config_dir: Path | None = None) -> Iterator[tuple[Any, str, list[str]]]:
-    """Give (Hydra's own `Hydra`, name of the primary configuration, overrides) for what only Hydra can show."""
+    """Yield (Hydra's `Hydra` object, name of the primary configuration, overrides), for output that Hydra formats."""
     where, settings = sources(config_dir), user_settings()
     with own_hydra():
-        plan = _read_words(words, where, of_a_run=False)
+        plan = _parse_words(words, where, of_a_run=False)
         overrides = initialize(plan.overrides, where, primary_node(where, settings), settings)
-        from hydra.core.global_hydra import GlobalHydra
-
         yield GlobalHydra.instance().hydra, PRIMARY, overrides
 
 
-def _drop_wishes(tree: Mapping[str, Any], given: frozenset[str]) -> None:
-    """Drop the wishes of an overlay for keys that the command line sets."""
+def _drop_if_taken(tree: Mapping[str, Any], given: frozenset[str]) -> None:
+    """Drop an overlay's `_if_taken_` values for keys that the command line sets."""
     for key in given:
         section, _, name = key.partition(".")
         holder = tree.get(section)
-        wishes = holder.get(targets.IF_TAKEN) if isinstance(holder, dict) else None
-        if isinstance(wishes, dict):
-            wishes.pop(name, None)
+        optional = holder.get(targets.IF_TAKEN) if isinstance(holder, dict) else None
+        if isinstance(optional, dict):
+            optional.pop(name, None)
 
 
 def _drop_foreign_keys(unresolved: dict[str, Any], cluster: Mapping[str, Any]) -> None:
@@ -197,12 +199,9 @@ def _drop_foreign_keys(unresolved: dict[str, Any], cluster: Mapping[str, Any]) -
 # --- the words of the command line ------------------------------------------------------------------------------------
 
 
-def _read_words(
+def _parse_words(
     words: Sequence[str], where: Sources, of_a_run: bool, own: Collection[str] | None = None
 ) -> ParsedOverrides:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     parser = OverridesParser.create()
     groups = where.groups()
     parsed = []
@@ -212,12 +211,27 @@ def _read_words(
             parsed.append((word, parser.parse_override(word)))
         except HydraException as error:
             raise ConfigError(not_an_override(word, groups, str(error).splitlines()[0])) from None
-    return parse_overrides(parsed, groups, None if of_a_run else _listed_groups(where), own)
+    found = parse_overrides(parsed, groups, None if of_a_run else _listed_groups(where), own)
+    kinds = [
+        _kind_of_option(override.value(), where) for _, override in parsed if override.get_key_element() == "cluster"
+    ]
+    # An overlay may set `cluster.kind` after the option; the word of the user takes precedence.
+    return replace(found, overrides=[*(f"++cluster.kind={kind}" for kind in kinds if kind), *found.overrides])
+
+
+def _kind_of_option(option: Any, where: Sources) -> str | None:
+    """Return the kind that an option of the group `cluster` chooses."""
+    if cluster_kinds.find(str(option)) is not None:
+        return str(option)
+    content = read_first(where, f"cluster/{option}.yaml") if isinstance(option, str) else None
+    return (
+        kind if content is not None and isinstance(kind := content.get("kind"), str) and kind.isidentifier() else None
+    )
 
 
 def _listed_groups(where: Sources) -> frozenset[str]:
     """Return the groups in the defaults list of the primary config.yaml."""
-    content = where.read("config.yaml") or {}
+    content = read_first(where, "config.yaml") or {}
     found = set()
     for item in content.get("defaults") or []:
         for name in item if isinstance(item, Mapping) else []:
@@ -226,10 +240,10 @@ def _listed_groups(where: Sources) -> frozenset[str]:
     return frozenset(found)
 
 
-# --- what a file may not decide --------------------------------------------------------------------------------------
+# --- keys that a file may not set ------------------------------------------------------------------------------------
 
 
-def _judged(
+def _compose_validated(
     plan: ParsedOverrides,
     where: Sources,
     node: Mapping[str, Any],
@@ -238,22 +252,26 @@ def _judged(
     stored: Path | None,
     only: str | None = None,
 ) -> tuple[DictConfig, dict[str, Any], dict[str, Any]]:
-    """Compose within `own_hydra`; see `_resolve` for what is returned.
+    """Compose within `own_hydra`; returns the values of `_resolve` after the composed node.
 
-    node: the primary configuration. decided: the one that holds what the user decided, and nothing else.
-    Raises TrustError for what a file may not decide.
+    node: the primary configuration. decided: a primary configuration with only the settings that the user made.
+    Raises TrustError for keys that a file may not set.
     """
     composed = compose_with_hydra(plan.overrides, where, node, settings)
     if composed["hydra"]["job"]["env_copy"]:
         raise ConfigError("hydra.job.env_copy copies variables of the environment; launch does not use it. Remove it.")
+    if stored is None:
+        resolvers.import_for(OmegaConf.to_container(composed, resolve=False), plan.trust)
     tree, unresolved = _resolve(composed, only)
-    found = _undecided(composed, tree, unresolved, lambda: compose_with_hydra(plan.decided, where, decided, settings))
+    found = _without_authority(
+        composed, tree, unresolved, lambda: compose_with_hydra(plan.decided, where, decided, settings)
+    )
     if found:
         raise TrustError(_refusal(found, initialize(plan.overrides, where, node, settings), where, stored))
     return composed, tree, unresolved
 
 
-def _in_force(dropped: Mapping[str, Any], plan: ParsedOverrides) -> dict[str, Any]:
+def _not_replaced(dropped: Mapping[str, Any], plan: ParsedOverrides) -> dict[str, Any]:
     """Return the dropped keys that no word replaces."""
     replaced = {*plan.given, *(["trust"] if plan.trust else [])}
     return {
@@ -261,12 +279,12 @@ def _in_force(dropped: Mapping[str, Any], plan: ParsedOverrides) -> dict[str, An
     }
 
 
-def _undecided(
+def _without_authority(
     composed: DictConfig, tree: Mapping[str, Any], unresolved: Mapping[str, Any], decide: Callable[[], DictConfig]
 ) -> dict[str, Any]:
     """Return the keys, as they were written, whose values need the user's authority and do not have it.
 
-    decide: composes what the user decided, and nothing else.
+    decide: composes only the settings that the user made.
     """
     run = tree.get("run", {})
     claimed = authority.claims(tree.get("cluster"), run.get("root"))
@@ -276,20 +294,17 @@ def _undecided(
         return {}
     trusted = _trusted(decide, [*claimed, *(f"run.{key}" for key in referring)])
     found = {key for key, value in claimed.items() if key not in trusted or trusted[key] != value}
-    from_files = [key for key in referring if trusted.get(f"run.{key}", _NOTHING) != run[key]]
+    from_files = [key for key in referring if trusted.get(f"run.{key}", _MISSING) != run[key]]
     if from_files:
-        found.update(f"run.{key}" for key in _on_environment(composed, from_files))
+        found.update(f"run.{key}" for key in _read_from_environment(composed, from_files))
     return {key: _written(unresolved, key) for key in sorted(found, key=lambda key: (key != "cluster.kind", key))}
 
 
-_NOTHING = object()
+_MISSING = object()
 
 
 def _trusted(decide: Callable[[], DictConfig], wanted: Sequence[str]) -> dict[str, Any]:
-    """Return the values of keys as far as they follow from what the user decided."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
+    """Return the values of keys that follow from the user's own settings alone."""
     try:
         typed = _typed(decide())
     except (ConfigError, OmegaConfBaseException):
@@ -300,17 +315,13 @@ def _trusted(decide: Callable[[], DictConfig], wanted: Sequence[str]) -> dict[st
         try:
             value = typed[section][name]
             found[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException:  # it depends on what the user did not decide
+        except OmegaConfBaseException:  # it depends on a setting of a file
             continue
     return found
 
 
-def _on_environment(composed: DictConfig, names: Sequence[str]) -> list[str]:
+def _read_from_environment(composed: DictConfig, names: Sequence[str]) -> list[str]:
     """Return which keys of the section `run` depend on variables of the environment."""
-    from omegaconf.errors import OmegaConfBaseException
-
-    from launcher.config.guarded_hydra import without_environment
-
     typed, found = _typed(composed), []
     for name in names:
         with without_environment() as asked, suppress(OmegaConfBaseException):
@@ -327,8 +338,6 @@ def _written(unresolved: Mapping[str, Any], key: str) -> Any:
 
 
 def _refusal(found: Mapping[str, Any], overrides: list[str], where: Sources, stored: Path | None) -> str:
-    from launcher.config.guarded_hydra import composed_files
-
     files = composed_files(overrides, PRIMARY, SCHEMA)
     return authority.refusal(found, files, PRIMARY, str(stored or where.directories[0]), str(settings_file()))
 
@@ -341,9 +350,6 @@ def _resolve(composed: DictConfig, only: str | None = None) -> tuple[dict[str, A
 
     only: the one section whose interpolations are resolved.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
-
     try:
         typed = _typed(composed)
         unresolved = OmegaConf.to_container(typed, resolve=False)
@@ -373,9 +379,6 @@ def _resolve(composed: DictConfig, only: str | None = None) -> tuple[dict[str, A
 
 
 def _typed(composed: DictConfig) -> DictConfig:
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
-
     HydraConfig.instance().set_config(composed)  # for ${hydra:runtime.cwd}
     own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     # Typed once more: a config.yaml of the user's own may have left out the schema.
@@ -387,14 +390,10 @@ def _typed(composed: DictConfig) -> DictConfig:
 
 
 def _hydra_node(composed: DictConfig) -> Any:
-    from omegaconf import OmegaConf
-
     return OmegaConf.to_container(composed["hydra"], resolve=False)
 
 
 def _choices(composed: DictConfig) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
     found = OmegaConf.to_container(composed["hydra"]["runtime"]["choices"])
     assert isinstance(found, dict)
     return {str(k): v for k, v in found.items() if not str(k).startswith("hydra/") and v is not None}

@@ -1,13 +1,15 @@
 """Restricts Hydra and OmegaConf while they compose an untrusted configuration.
 
 Files are checked against `launcher.config.limits` before they are parsed, references are resolved within a budget, and
-what ships with launch is found before any file of the same name in a directory of the user's own.
+files of launch take precedence over files of the same name in a user's directory.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.config_repository import CachingConfigRepository
@@ -16,13 +18,14 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.base import Container, Node
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.resolvers import oc
 
-from launcher.config import limits
-from launcher.config.authority import File
+from launcher.config import hydra_settings, limits, literal_text
+from launcher.config.authority import ComposedFile
 from launcher.config.search_path import CONF
 from launcher.config.settings import Settings
 from launcher.errors import ConfigError
@@ -36,17 +39,36 @@ _COST = 200  # of a reference itself, whose text is parsed each time
 
 
 class LimitedFiles(FileConfigSource):
-    """Hydra's source of files, which checks the limits before a file is parsed."""
+    """Hydra's source of files, which checks the limits before a file is parsed, and then the settings of Hydra in it.
+
+    Attributes:
+        checks_hydra_settings: False while another program's Hydra is active, which uses these settings itself.
+    """
+
+    checks_hydra_settings = True
 
     def load_config(self, config_path: str) -> ConfigResult:
-        from pathlib import Path
-
         file = Path(self.path) / self._normalize_file_name(config_path)
         try:
-            limits.check_yaml(limits.read_text(file), str(file))
+            text = limits.read_text(file)
+            limits.check_yaml(text, str(file))
         except UnicodeDecodeError as error:
             raise ConfigError(f"{file} cannot be read: {error}.") from error
-        return super().load_config(config_path)
+        loaded = super().load_config(config_path)
+        package = (loaded.header.get("package") or "_group_").replace("_group_", config_path.rpartition("/")[0])
+        parts = [part for part in re.split(r"[./]", package) if part not in ("_global_", "")]
+        if self.checks_hydra_settings:
+            _check_hydra_settings(loaded, parts, file)
+        literal_text.restore(loaded.config, text, parts)
+        return loaded
+
+
+def _check_hydra_settings(loaded: ConfigResult, package: list[str], file: Path) -> None:
+    content: Any = OmegaConf.to_container(loaded.config, resolve=False)
+    defaults = content.get("defaults") if isinstance(content, dict) else None
+    for part in reversed(package):
+        content = {part: content}
+    hydra_settings.check_file(content.get("hydra") if isinstance(content, dict) else None, defaults, file)
 
 
 class _Exhausted(BaseException):
@@ -117,7 +139,7 @@ def _size(node: Node | None, most: int) -> int:
 
 
 def find_ours_first(settings: Settings) -> None:
-    """Have the schema and the shipped options of `cluster` found before files of the same names.
+    """Give the schema and the shipped options of `cluster` precedence over files of the same names.
 
     settings: the user's, whose keys for a cluster are added to those options.
     """
@@ -148,10 +170,8 @@ def without_environment() -> Iterator[list[str]]:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
-def composed_files(overrides: list[str], primary: str, schema: str) -> list[File]:
+def composed_files(overrides: list[str], primary: str, schema: str) -> list[ComposedFile]:
     """Return the files that Hydra composes for these overrides, in order."""
-    from hydra.types import RunMode
-
     loader = GlobalHydra.instance().config_loader()
     defaults = loader.compute_defaults_list(primary, overrides, RunMode.RUN).defaults
     found = []
@@ -167,5 +187,5 @@ def composed_files(overrides: list[str], primary: str, schema: str) -> list[File
         }
         content = OmegaConf.to_container(loaded.config, resolve=False)
         parts = str(package).split(".") if package else []
-        found.append(File(str(default.config_path), parts, content, frozenset(options)))
+        found.append(ComposedFile(str(default.config_path), parts, content, frozenset(options)))
     return found

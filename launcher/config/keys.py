@@ -61,7 +61,7 @@ FOREIGN: dict[str, str] = {
 
 @cache
 def leaves() -> dict[str, Any]:
-    """Dotted key -> type, for every key of the schema with a type of its own."""
+    """Return dotted key -> type, for every key of the schema with a type of its own."""
     keys: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(job_schema()).items():
         if dataclasses.is_dataclass(kind):
@@ -77,19 +77,19 @@ def sections() -> tuple[str, ...]:
     return tuple(dict.fromkeys(key.partition(".")[0] for key in leaves() if "." in key))
 
 
-# Keys that runs of earlier versions have in their config.yaml, and that had no other effect than how they ran.
+# Keys in the config.yaml of runs of earlier versions that did not affect their result.
 REMOVED = frozenset(["scaling.heal"])
 
 
 def is_known(key: str) -> bool:
-    """Whether a dotted key is in the schema, or inside a section that is open."""
+    """Return whether a dotted key is in the schema, or inside a section that is open."""
     return key in leaves() or key in sections() or key.partition(".")[0] in OPEN_SECTIONS
 
 
 def explain_unknown(key: str, others: Iterable[str] = ()) -> str:
     """Return a suggestion for an unknown key: one or two sentences, or an empty text.
 
-    others: further names that may stand at the key's place, such as configuration groups.
+    others: further valid names, such as configuration groups.
     """
     last = key.rpartition(".")[2]
     if last in FOREIGN:
@@ -108,15 +108,15 @@ def explain_unknown(key: str, others: Iterable[str] = ()) -> str:
     inside = [name for name in leaves() if name.startswith(f"{section}.")]
     if inside:
         return f" {section} has: {', '.join(name.partition('.')[2] for name in inside)}."
-    return " Values of your own, for interpolation, may stand under vars."
+    return " Put values of your own, for interpolation, under vars."
 
 
 def type_name(key: str) -> str:
     """Return the type of a key of the schema in words."""
     hint = leaves().get(key)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
     if typing.get_origin(hint) in (list, dict):
         return "a list" if typing.get_origin(hint) is list else "a mapping"
-    text = words.get(kinds[0], "something else")
+    text = words.get(kinds[0], "any value")
     return f"{text}, or null" if type(None) in typing.get_args(hint) else text

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
+
 from launcher.errors import ConfigError
 
 MOST_CHARACTERS = 256 << 10  # of a file
@@ -39,8 +41,6 @@ def check_yaml(text: str, name: str) -> None:
         ConfigError: it exceeds a limit.
         YAMLError: it is not valid YAML.
     """
-    import yaml
-
     if len(text) > MOST_CHARACTERS:
         raise too_large(name, f"has {len(text):,} characters", f"{MOST_CHARACTERS:,} characters")
     total, sizes = 0, dict[str, int]()  # anchor -> number of values

@@ -26,7 +26,7 @@ _SECRET_PARTS = (
     *("password", "passwd", "passphrase", "secret", "credential", "contraseña"),
     *("apikey", "privatekey", "accesskey", "accountkey", "authkey", "signingkey", "encryptionkey"),
 )
-# `eos_token`, `label_key`, `forward_pass` and their like are names of things in the data, not keys to a door.
+# `eos_token`, `label_key`, `forward_pass` and similar names are about data, and contain no secrets.
 _HARMLESS_BEFORE_TOKEN = frozenset(
     ["bos", "eos", "pad", "unk", "mask", "sep", "cls", "start", "stop", "end", "special", "blank"]
 )
@@ -77,7 +77,7 @@ def is_secret_name(name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _is_strong(name: str) -> bool:
-    """Return whether a name means nothing but a secret; a `sort_order_key` may be a word like any other."""
+    """Return whether a name is certainly that of a secret; `sort_order_key` may be an ordinary key."""
     words = _words(name)
     if _SECRET_WORDS.intersection(words) or "connection_string" in "_".join(words):
         return True
@@ -91,13 +91,13 @@ def _is_strong(name: str) -> bool:
 
 # ---- values that are known to be secret -----------------------------------------------------------------------------
 
-_SHORTEST = 6  # a shorter value is a word that other texts hold as well
+_SHORTEST = 6  # shorter values occur in other texts as well
 _known: set[str] = set()
 
 
 def remember(values: Iterable[str]) -> None:
     """Register values that `hide` replaces in this process from now on."""
-    _known.update(value for value in values if _is_telling(value))
+    _known.update(value for value in values if _is_distinctive(value))
 
 
 def secrets_in(value: Any, name: str = "", inherited: bool = False) -> Iterator[str]:
@@ -119,18 +119,18 @@ def hide(text: str) -> str:
 
 
 def hider() -> Callable[[str], str]:
-    """Return `hide` for the values that are known now, for texts by the thousand."""
+    """Return `hide` for the values that are known now, which is faster for many texts."""
     pattern = _pattern(frozenset(_known).union(_of_environment()))
     return (lambda text: text) if pattern is None else lambda text: pattern.sub(MASK, text)
 
 
 def _of_environment() -> Iterator[str]:
     for name, value in os.environ.items():
-        if _is_strong(name) and not _PLACE.search(name) and _is_telling(value):
+        if _is_strong(name) and not _PLACE.search(name) and _is_distinctive(value):
             yield value
 
 
-def _is_telling(value: str) -> bool:
+def _is_distinctive(value: str) -> bool:
     return len(value) >= _SHORTEST and MASK not in value and not value.isdigit() and value[0] not in "/~."
 
 
@@ -236,7 +236,7 @@ def _mask_reference(reference: str, secret: bool) -> str:
     resolver, first, rest = found[1], found[2], found[3]
     if resolver in ("oc.env", "oc.select"):
         secret = secret or is_secret_name(first.rpartition(".")[2])
-    elif secret and first:  # what else a resolver is given under such a key may be the secret itself
+    elif secret and first:  # another argument of a resolver under such a key may be the secret itself
         first = _mask_text(first, True)
     if rest is not None and rest.strip() not in ("", "null", "''", '""'):
         rest = _mask_text(rest, secret)

@@ -1,7 +1,7 @@
 """Parses the words of a command line: options of groups, values of keys, and trusted packages.
 
 Each word is checked before Hydra receives it, so that an error names the nearest valid word. Plain Python: the
-words come parsed (`hydra.core.override_parser.types.Override`) from `launcher.config`.
+words arrive parsed (`hydra.core.override_parser.types.Override`) from `launcher.config`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.config import keys, masking
+from launcher.config import hydra_settings, keys, literal_text, masking
 from launcher.errors import ConfigError, TrustError, did_you_mean
 
 
@@ -29,7 +29,7 @@ class ParsedOverrides:
 
 
 def masked(word: str) -> str:
-    """Return a word fit for the terminal and for files: a literal secret as ***, control characters escaped."""
+    """Return a word for the terminal and for files: with literal secrets as ***, and control characters escaped."""
     text = masking.mask_word(word)
     return text if text.isprintable() else repr(text)[1:-1]
 
@@ -58,29 +58,31 @@ def parse_overrides(
                 f"write {key}=[...] for a list, or quote the value for a text with a comma in it."
             )
         if word == "hydra/sweeper=launch":
-            continue  # the one that there is
+            continue  # it is always used
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-            raise ConfigError(_about_hydra(word, key))
+            raise ConfigError(f'"{masked(word)}" has no effect: {hydra_settings.explain(key)}. Leave it out.')
         typed = own is None or word in own
         if key == "trust":
             if not typed:
                 raise TrustError(f'"{masked(word)}" comes from a file. If you trust that code, type it: {masked(word)}')
             trust = _read_trust(override, word)
         elif key in groups and not isinstance(override.value(), dict):
-            chosen.append(key)
+            if not override.package:
+                chosen.append(key)
             overrides.append(_group_word(override, word, groups, listed))
             if typed and key.partition("/")[0] == "cluster":
                 decided.append(overrides[-1] if key == "cluster" else f"+{overrides[-1].lstrip('+')}")
         else:
             _check_key(override, word, groups)
-            # `++` sets a key that is there and adds one that is not: whether an open section takes the key is
-            # decided by the signature of its class, not by what its YAML happens to mention.
-            overrides.append(word if override.is_delete() else f"++{word.lstrip('+')}")
+            # `++` overrides an existing key and adds a missing one. The signature of the class decides whether an
+            # open section accepts the key, independent of the keys in its YAML file.
+            overrides.append(
+                word if override.is_delete() else f"++{literal_text.quote(word.lstrip('+'), key, override.value())}"
+            )
             if typed and not override.is_delete():
                 decided.append(overrides[-1])
-    return ParsedOverrides(
-        overrides, chosen, trust, frozenset(override.key_or_group for _, override in parsed), decided
-    )
+    given = frozenset(override.package or override.key_or_group for _, override in parsed)
+    return ParsedOverrides(overrides, chosen, trust, given, decided)
 
 
 def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
@@ -98,19 +100,6 @@ def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
         f'"{masked(word)}" cannot be read ({reason}). A value with special characters needs quotes of its own inside '
         f"those of the shell, such as '{masked(f'{name}=')}\"VALUE\"'."
     )
-
-
-def _about_hydra(word: str, key: str) -> str:
-    hints = {
-        "hydra/sweeper": "launch -m has its own sweeper, and sweep=grid, random, tpe, gp, cmaes or nsga2 selects it",
-        "hydra.run.dir": "run.root and run.name set the directory of a run",
-        "hydra.sweep.dir": "run.root and run.name set the directory of a run",
-        "hydra.verbose": "verbose=true shows more",
-        "hydra.searchpath": "--config-dir DIR adds a directory of your own",
-        "hydra.job.chdir": "the working directory is never changed",
-    }
-    hint = hints.get(key, "launch uses Hydra for composition alone")
-    return f'"{masked(word)}" has no effect: {hint}. Leave it out.'
 
 
 def _read_trust(override: Any, word: str) -> list[str]:
@@ -145,8 +134,10 @@ def _group_word(override: Any, word: str, groups: Mapping[str, list[str]], liste
                 f"There are: {', '.join(groups[group])}."
             )
     body = word.lstrip("+")
-    # With and without `+` mean the same: a group of the defaults list is chosen, another one added.
-    return body if override.package or listed is None or group in listed else f"+{body}"
+    # `+` is optional: a group of the defaults list is overridden, any other group is added.
+    if override.package:
+        return word
+    return body if listed is None or group in listed else f"+{body}"
 
 
 def _check_key(override: Any, word: str, groups: Mapping[str, list[str]]) -> None:

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
-from launcher.config import cluster_kinds, keys
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobRuntime, setup_globals
+from hydra.errors import HydraException, MissingConfigException
+from hydra.version import VersionBase
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from yaml import YAMLError
+
+from launcher.config import cluster_kinds, hydra_settings, keys
+from launcher.config.guarded_hydra import LimitedFiles, find_ours_first, within_limits
+from launcher.config.replacing import ReplacingConfigLoader
 from launcher.config.schema import job_schema
 from launcher.config.search_path import Sources
 from launcher.config.settings import Settings
+from launcher.config.yaml_files import read_first
 from launcher.errors import ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 SCHEMA = "launch_schema"  # the name of the typed schema in a defaults list
 PRIMARY = "launch_primary"
@@ -27,17 +39,11 @@ def own_hydra() -> Iterator[None]:
     Without this, a schema that a notebook keeps in the ConfigStore under the name `config` would be applied to our
     config.yaml, and a Hydra that is initialised already would refuse ours.
     """
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.plugins import Plugins
-    from hydra.core.utils import JobRuntime
-    from hydra.version import VersionBase
-    from omegaconf import OmegaConf
-
     # Scans once per process and fills the ConfigStore: before ours is put in its place.
     plugins = Plugins.instance()
-    plugins.register(import_module("hydra_plugins.launch_sweeper").LaunchSweeper)  # had it scanned before us
+    plugins.register(
+        import_module("hydra_plugins.launch_sweeper").LaunchSweeper
+    )  # in case the caller's Hydra scanned before ours
     store = ConfigStore.instance()
     own = {name: store.repo[name] for name in ("hydra", "_dummy_empty_config_.yaml")}
     new: list[tuple[Any, str, Any]] = [
@@ -47,31 +53,26 @@ def own_hydra() -> Iterator[None]:
         (VersionBase.instance(), "version_base", VersionBase.instance().version_base),
         (store, "repo", own),
     ]
+    LimitedFiles.checks_hydra_settings = not GlobalHydra.instance().is_initialized()
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in new]
     for owner, name, value in new:
         setattr(owner, name, value)
-    from launcher.config.guarded_hydra import within_limits
-
     try:
         with within_limits():
             yield
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+        setup_globals()  # registers Hydra's own resolvers again
 
 
 def compose_with_hydra(
     overrides: Sequence[str], where: Sources, primary: Mapping[str, Any], settings: Settings
 ) -> DictConfig:
-    """Compose within `own_hydra`; `hydra` is a part of the answer. Raises ConfigError in our own terms.
+    """Compose within `own_hydra`; the result contains `hydra`. Raises ConfigError in our own terms.
 
     primary: the primary configuration, see `primary_node` and its like.
     """
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     try:
         given = initialize(overrides, where, primary, settings)
         return hydra.compose(PRIMARY, given, return_hydra_config=True)
@@ -85,27 +86,25 @@ def compose_with_hydra(
 
 def initialize(overrides: Sequence[str], where: Sources, primary: Mapping[str, Any], settings: Settings) -> list[str]:
     """Configure Hydra's search path and schema. Returns the overrides for Hydra."""
-    import hydra
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
-
-    from launcher.config.guarded_hydra import find_ours_first
-    from launcher.config.replacing import ReplacingConfigLoader
-
-    if "searchpath" in (primary.get("hydra") or {}):
-        raise ConfigError("hydra.searchpath in config.yaml is not supported: --config-dir names the one directory.")
     ConfigStore.instance().store(name=SCHEMA, node=job_schema())
     ConfigStore.instance().store(name=PRIMARY, node=primary)
     GlobalHydra.instance().clear()  # of an earlier composition of ours
     hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
+    OmegaConf.register_new_resolver("hydra", _hydra_value, replace=True)
     current = GlobalHydra.instance().hydra
     assert current is not None
     current.config_loader = ReplacingConfigLoader(current.config_loader.get_search_path())
     find_ours_first(settings)
-    others = [directory.as_uri() for directory in where.directories[1:]]
+    others = [f"file://{directory}" for directory in where.directories[1:]]  # not percent-encoded, as Hydra expects
     # A `pkg://` among the search paths would import that package: the list is ours alone.
     ours = ["hydra/sweeper=launch", *([f"hydra.searchpath={_quoted(others)}"] if others else [])]
     return [*overrides, *ours]
+
+
+def _hydra_value(name: str) -> Any:
+    """Resolve `${hydra:NAME}`. Raises ValueError for values that launch does not have."""
+    hydra_settings.check_reference(name)
+    return OmegaConf.select(cast(DictConfig, HydraConfig.get()), name)
 
 
 def _quoted(values: Sequence[str]) -> str:
@@ -117,7 +116,9 @@ def primary_node(where: Sources, settings: Settings) -> dict[str, Any]:
 
     Hydra looks for it in its first directory alone, and a user's need not have one.
     """
-    node = dict(where.read("config.yaml") or {})
+    node = dict(read_first(where, "config.yaml") or {})
+    if not GlobalHydra.instance().is_initialized():
+        hydra_settings.check_file(node.get("hydra"), node.get("defaults"), f"{where.directories[0]}/config.yaml")
     if settings.root is not None:
         run = node.get("run") or {}
         node["run"] = {"root": settings.root, **run} if isinstance(run, Mapping) else run
@@ -133,7 +134,7 @@ def _chooses_cluster(item: Any) -> bool:
 
 
 def decided_node(settings: Settings, cluster: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a primary configuration with nothing in it but what the user decided, for words to apply over.
+    """Return a primary configuration with only the settings that the user made; words apply over it.
 
     cluster: the section that the user's record has for a run that is stored; None for a new run.
     """
@@ -156,10 +157,7 @@ def stored_node(content: Mapping[str, Any], groups: Sequence[str]) -> dict[str, 
 
 
 def _explain(error: BaseException, where: Sources) -> str:
-    """Turn what Hydra or OmegaConf raised into one paragraph in our own terms."""
-    from hydra.errors import MissingConfigException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationError
-
+    """Convert an exception of Hydra or OmegaConf into one paragraph in terms of launch."""
     groups = where.groups()
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -188,7 +186,7 @@ def _explain(error: BaseException, where: Sources) -> str:
 
 
 def wrong_type(key: str, error: BaseException) -> str:
-    """Return what a key must be, and what was found."""
+    """Return the error for a value of the wrong type: the expected type, and the value."""
     found = " ".join(str(error).splitlines()[0].split()).rstrip(".")
     expected = f"{key} must be {keys.type_name(key)}" if key in keys.leaves() else key
     return f"{expected}: {found}."

@@ -1,4 +1,4 @@
-"""A section that names another class starts from the keys that were written for that class.
+"""Drops the keys of a section's previous class when a file or a word names another class.
 
 Hydra merges the files of a configuration key by key. Without this module the `weight_decay` that `optimizer/adamw.yaml`
 has for AdamW would also reach the `torch.optim.Adam` of a later file or word, whose user never wrote it.

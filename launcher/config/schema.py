@@ -1,6 +1,6 @@
-"""The typed schema of the configuration. Plain Python: no Hydra, no torch. What its values may be is in `checks.py`.
+"""The typed schema of the configuration. Plain Python: no Hydra, no torch. `checks.py` validates the values.
 
-Everything beyond the entry point is handed the dataclass `Job`; `launcher.config` composes one from `conf/`.
+`launcher.config` composes the dataclass `Job` from `conf/`; all other code receives a `Job`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from launcher.config import cluster_kinds
 from launcher.errors import ConfigError
 
-# Sections that are as open as the class that they name; their keys are checked against its signature.
+# Sections whose keys are arguments of a class; they are checked against its signature.
 OPEN_SECTIONS = ("model", "data", "optimizer", "scheduler", "callbacks", "vars")
 
 
@@ -108,18 +108,18 @@ class ClusterConfig:
     name: str | None = None  # of a cluster that `launch up` makes; default: its kind
     size: str | None = None  # of the GPU VMs, one of `launch sizes`
     nodes: int = 1  # GPU VMs
-    min_nodes: int | None = None  # with which work begins, default all; the others come when a job asks for them
+    min_nodes: int | None = None  # VMs that `launch up` waits for, default all; others are added when a job needs them
     head_size: str = "Standard_D4s_v5"  # of the small VM beside them
     region: str = "eastus"
     spot: Any = False  # true, false or "prefer"
     idle_minutes: float = 10.0  # after which a GPU VM without work is deleted
-    node_usd_per_hour: float | None = None  # what a machine with workers costs; default: by size, region and spot
-    head_usd_per_hour: float | None = None  # and one beside them that only leads; needs node_usd_per_hour
+    node_usd_per_hour: float | None = None  # price of a machine with workers; default: by size, region and spot
+    head_usd_per_hour: float | None = None  # price of a head without workers; needs node_usd_per_hour
     budget_usd: float | None = None  # that the run may cost over its whole life
     mounts: dict[str, Any] = field(default_factory=dict)  # path on every node -> abfss://… (read-only) or claim://NAME
     setup: list[str] = field(default_factory=list)  # shell lines for every node, before a run
-    env: list[str] = field(default_factory=list)  # names of variables that the workers get from here
-    detach: bool = False  # do not wait for a run elsewhere
+    env: list[str] = field(default_factory=list)  # names of environment variables that are passed to the workers
+    detach: bool = False  # do not wait for a remote run
 
     @property
     def of_kind(self) -> Any:

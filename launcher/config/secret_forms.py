@@ -1,6 +1,6 @@
 """The forms of tokens and keys: those that `detect-secrets` knows, and some that it does not know yet.
 
-Nothing is judged by its entropy: that would find hashes and paths, which a run needs when it is resumed.
+Entropy is not used: it would match hashes and paths, which a run needs when it is resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FORMS = re.compile(
 )
 # Only texts with such a run, an upper case letter and a digit in it, are given to detect-secrets.
 _RUN = re.compile(r"[A-Za-z0-9_+/=-]{20,}")
-# Plugins that look for something else than secrets, or whose patterns match ordinary words.
+# Plugins that find other things than secrets, or whose patterns match ordinary words.
 _NOT_USED = frozenset(("IPPublicDetector", "ArtifactoryDetector", "Base64HighEntropyString", "HexHighEntropyString"))
 
 
@@ -49,7 +49,7 @@ def may_hold_token(text: str) -> bool:
 
 
 def tokens(text: str) -> Iterator[tuple[int, int]]:
-    """Yield where tokens are in a text."""
+    """Yield (start, end) of each token in a text."""
     for found in _FORMS.finditer(text):
         yield found.span()
     if may_hold_token(text):

@@ -1,4 +1,4 @@
-"""The user's own settings, $XDG_CONFIG_HOME/launch/default.yaml (~/.config): where this user's runs go.
+"""The user's own settings, $XDG_CONFIG_HOME/launch/default.yaml (~/.config): cluster and run root of all runs.
 
     cluster:                       # of every run, unless a word or a configuration chooses local or none
       kind: ssh
@@ -20,7 +20,7 @@ from typing import Any
 
 from launcher.config.authority import guarded
 from launcher.config.cluster_kinds import may_be_chosen_by_a_file
-from launcher.config.search_path import read_yaml
+from launcher.config.yaml_files import read_yaml
 from launcher.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ class Settings:
 
     @property
     def section(self) -> dict[str, Any]:
-        """Return the section `cluster` of what was `decided`."""
+        """Return the section `cluster` of `decided` settings."""
         return {"kind": self.choice, **self.cluster} if self.choice is not None else {}
 
     def keys_for(self, option: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Settings:
 
 
 def settings_file() -> Path:
-    """Return the place of the user's own settings, whether or not there are any."""
+    """Return the path of the user's own settings, which may not exist."""
     given = os.environ.get("XDG_CONFIG_HOME")
     base = Path(given) if given and Path(given).is_absolute() else Path("~/.config").expanduser()
     return base / "launch" / "default.yaml"
@@ -72,7 +72,7 @@ def user_settings() -> Settings:
     unknown += [f"run.{key}" for key in run if key != "root"] if isinstance(run, Mapping) else ["run"]
     if unknown:
         raise ConfigError(
-            f"{file} sets {', '.join(unknown)}, but it holds `cluster` and `run.root` alone: where your runs go. Put "
+            f"{file} sets {', '.join(unknown)}, but it may contain only `cluster` and `run.root`. Put "
             "settings of a job into an experiment, or into local/default.yaml of a --config-dir."
         )
     root = run.get("root")

@@ -1,11 +1,11 @@
 """The classes that a configuration may name under `_target_`, and their instantiation.
 
-A configuration may come from a stranger, so that a name in it must not be able to call things. A name is judged three
-times: by itself, before anything is imported (`check`); by what it turns out to be, a class of the kind that its
-section expects, defined in a module that is itself allowed (`resolve`); and by the keys beside it (`check_signature`).
+A configuration may come from a stranger, so a name in it must not be able to execute code. A name is checked three
+times: by itself, before anything is imported (`check`); by the imported object, which must be a class of the kind that
+its section expects, defined in an allowed module (`resolve`); and by its keys (`check_signature`).
 
-Allowed are `launcher.engine`, `models`, `torch.nn`, `torch.optim`, the modules that lie directly in the calling
-directory, and what `trust=[...]` names on the command line. All functions take plain dictionaries and lists.
+Allowed are `launcher.engine`, `models`, `torch.nn`, `torch.optim`, the modules directly in the calling
+directory, and the packages of `trust=[...]` on the command line. All functions take plain dictionaries and lists.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from launcher.errors import ConfigError, TrustError, did_you_mean
 __all__ = ["accepts", "add_calling_directory", "build", "check", "check_signature", "find_targets", "resolve"]
 
 KINDS = ("model", "data", "optimizer", "scheduler", "callback")
-# What a callback has at least one of.
+# A callback has at least one of these methods.
 HOOKS = ("on_start", "on_step", "on_evaluate", "on_log", "on_end")
-# Of our own package only the engine holds things to be configured: a `launcher.cli` in a configuration is an attack.
+# Of our own package only the engine has configurable classes; a `launcher.cli` in a configuration is an attack.
 ALLOWED = ("launcher.engine", "models", "torch.nn", "torch.optim")
 # Keys that the engine reads itself and that never reach the constructor.
 RESERVED: dict[str, frozenset[str]] = {"optimizer": frozenset({"groups"}), "scheduler": frozenset({"interval"})}
 # Arguments that only the engine can pass, and those that it passes to classes that accept them.
 SUPPLIED: dict[str, frozenset[str]] = {"optimizer": frozenset({"params"}), "scheduler": frozenset({"optimizer"})}
 OFFERED: dict[str, frozenset[str]] = {"scheduler": frozenset({"total_steps", "T_max"})}
-# What an overlay such as `debug=pdb` wishes for whatever class the section names: taken where the class takes it.
+# Optional arguments of an overlay such as `debug=pdb`, for any class: passed to classes that accept them.
 IF_TAKEN = "_if_taken_"
-HYDRA_WORDS = ("_partial_", "_args_", "_convert_", "_recursive_", "_mode_")
+HYDRA_KEYS = ("_partial_", "_args_", "_convert_", "_recursive_", "_mode_")
 
 
 def find_targets(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
@@ -60,14 +60,14 @@ def check(tree: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
     """
     for section, target in find_targets(tree):
         _check_name(target, section, trust)
-    for key in _hydra_words(tree):
+    for key in _hydra_keys(tree):
         raise ConfigError(
             f"{key} is not understood: launch builds the class under `_target_` itself, from the keys beside it. "
             "Leave the key out."
         )
 
 
-def _hydra_words(tree: Any, at: str = "") -> Iterator[str]:
+def _hydra_keys(tree: Any, at: str = "") -> Iterator[str]:
     items: Iterator[tuple[Any, Any]] = iter(())
     if isinstance(tree, Mapping):
         items = iter(tree.items())
@@ -75,9 +75,9 @@ def _hydra_words(tree: Any, at: str = "") -> Iterator[str]:
         items = iter(enumerate(tree))
     for key, value in items:
         name = f"{at}.{key}" if at else str(key)
-        if key in HYDRA_WORDS:
+        if key in HYDRA_KEYS:
             yield name
-        yield from _hydra_words(value, name)
+        yield from _hydra_keys(value, name)
 
 
 def _check_name(target: Any, section: str, trust: Sequence[str]) -> None:
@@ -109,19 +109,17 @@ def _is_allowed(name: str, trust: Sequence[str]) -> bool:
     """Return whether a dotted name (of a module or an object in it) is in the allow-list; imports nothing."""
     if any(name == prefix or name.startswith(f"{prefix}.") for prefix in (*ALLOWED, *trust)):
         return True
-    return _is_of_calling_directory(name)
+    return is_of_calling_directory(name)
 
 
-def _is_of_calling_directory(name: str) -> bool:
-    """Whether the top-level module of `name` is loaded from the calling directory itself.
+def is_of_calling_directory(name: str) -> bool:
+    """Return whether the top-level module of `name` is loaded from the calling directory itself.
 
-    Where it is really loaded from counts: a folder `torch` or a file `os.py` gives no trust to the installed module,
-    and neither does a virtual environment that happens to lie in the calling directory.
+    The actual location counts: a folder `torch` or a file `os.py` gives no trust to the installed module,
+    and neither does a virtual environment inside the calling directory.
     """
     top, _, rest = name.partition(".")
-    if (
-        top == __name__.partition(".")[0]
-    ):  # called in our own source tree: the launcher's insides are no more trusted than elsewhere
+    if top == __name__.partition(".")[0]:  # called in our own source tree, where launcher is not trusted either
         return False
     try:
         spec = importlib.util.find_spec(top)  # a top-level name: the import system only looks
@@ -132,16 +130,16 @@ def _is_of_calling_directory(name: str) -> bool:
     if spec.origin is not None and spec.has_location:
         file = Path(spec.origin)
         entry = file.parent if file.stem == "__init__" else file
-        return _lies_in_calling(entry)
+        return _is_in_calling_directory(entry)
     # A folder without __init__.py may be spread over several places: ask whether this part of it is the caller's.
     child = rest.partition(".")[0]
     for location in spec.submodule_search_locations or []:
-        if _lies_in_calling(Path(location)):
+        if _is_in_calling_directory(Path(location)):
             return any((Path(location) / file).exists() for file in (child, f"{child}.py")) if child else True
     return False
 
 
-def _lies_in_calling(entry: Path) -> bool:
+def _is_in_calling_directory(entry: Path) -> bool:
     return Path(os.path.realpath(entry.parent)) in calling_directories()
 
 
@@ -157,9 +155,9 @@ def resolve(path: str, kind: str, trust: Sequence[str] = (), *, nested: bool = F
     if not isinstance(found, type):
         raise TrustError(f'_target_ names "{path}", which is not a class. {_expected(kind, nested)}')
     module = getattr(found, "__module__", "")
-    if not _is_allowed(f"{module}.{name}", trust) or not _is_at_home(module):
+    if not _is_allowed(f"{module}.{name}", trust) or not _is_from_known_place(module):
         raise TrustError(
-            f'_target_ names "{path}", which is really {module}.{name} and outside of what a configuration may use. '
+            f'_target_ names "{path}", which is defined as {module}.{name}, outside of the allowed modules. '
             f"If you know this code and trust it, add trust=[{module.partition('.')[0]}] to the command line."
         )
     if not _is_of_kind(found, kind, nested):
@@ -208,8 +206,8 @@ def _import_module(name: str, path: str) -> ModuleType:
         ) from error
 
 
-def _is_at_home(module: str) -> bool:
-    """Whether a module called `models...` is ours or the caller's, and not an installed package of the same name."""
+def _is_from_known_place(module: str) -> bool:
+    """Return whether a module called `models...` is ours or the caller's, not an installed package."""
     top = module.partition(".")[0]
     if top not in SHARED:
         return True
@@ -270,9 +268,9 @@ def _check_section(section: Mapping[str, Any], kind: str, trust: Sequence[str], 
     supplied = SUPPLIED.get(kind, frozenset()) if engines else frozenset()
     offered = OFFERED.get(kind, frozenset()) if engines else frozenset()
     names, open_ended, required = _parameters(cls)
-    wished = section.get(IF_TAKEN, {})
-    if not isinstance(wished, Mapping):
-        raise ConfigError(f"{at}.{IF_TAKEN} must be a mapping of arguments to values, but is {wished!r}.")
+    optional = section.get(IF_TAKEN, {})
+    if not isinstance(optional, Mapping):
+        raise ConfigError(f"{at}.{IF_TAKEN} must be a mapping of arguments to values, but is {optional!r}.")
     keys = [str(key) for key in section if key not in ("_target_", IF_TAKEN) and key not in reserved]
     for key in keys:
         if key in supplied:
@@ -333,7 +331,7 @@ def build(section: Mapping[str, Any], kind: str, trust: Sequence[str] = (), **ex
 
     extra: arguments that the engine gives (`params`; `optimizer`, `total_steps`). `total_steps` goes only to a class
     that takes it, and a value in the section wins over it. Keys in RESERVED[kind] are left out.
-    What the constructors themselves raise is passed on as it is.
+    Exceptions of the constructors are passed on unchanged.
     """
     check({kind: section}, trust)
     check_signature(section, kind, trust)
@@ -342,8 +340,8 @@ def build(section: Mapping[str, Any], kind: str, trust: Sequence[str] = (), **ex
     offered = OFFERED.get(kind, frozenset())
     given = {name: value for name, value in extra.items() if name not in offered or open_ended or name in names}
     left_out = RESERVED.get(kind, frozenset()) | {"_target_", IF_TAKEN}
-    wished = {name: value for name, value in section.get(IF_TAKEN, {}).items() if name in names}
-    section = {**section, **wished}
+    optional = {name: value for name, value in section.get(IF_TAKEN, {}).items() if name in names}
+    section = {**section, **optional}
     shared = {name: given[name] for name in SUPPLIED.get(kind, ()) if name in given} if kind == "scheduler" else {}
     keys = {
         str(key): _build_nested(value, kind, trust, shared) for key, value in section.items() if key not in left_out

@@ -186,7 +186,7 @@ class Record:
                 runs.user_state.record_cluster(directory, asdict(prepared.job.cluster))
         runs.write_text(directory.config, composition.to_yaml(directory.name))
         directory.clear_requests()
-        _write_words(directory, composition.shown_words(), append=prepared.resumes)
+        _write_words(directory, composition.masked_words(), append=prepared.resumes)
         origin = self._origin or Origin.of(self._request.calling)
         runs.write_text(directory.path / "code.patch", origin.patch)
         facts = origin.facts

@@ -171,7 +171,7 @@ def _append(trained: Trained, metrics: dict[str, float], observer: Observer) -> 
     entry = {
         "time": time.time(),
         "step": int(trained.checkpoint.name.rpartition("-")[2]),
-        "words": trained.composition.shown_words(),
+        "words": trained.composition.masked_words(),
         **{tag: value if value == value and abs(value) != float("inf") else None for tag, value in metrics.items()},
     }
     try:

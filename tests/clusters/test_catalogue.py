@@ -247,7 +247,7 @@ def test_sizes_prints_the_catalogue(server: PriceList, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "Standard_NC64as_T4_v3" in printed
     assert "Prices of today" in printed
-    assert "Retired 2025-03-31, take Standard_NC96ads_A100_v4: Standard_NC24rs_v3" in printed
+    assert "Retired 2025-03-31, use Standard_NC96ads_A100_v4: Standard_NC24rs_v3" in printed
 
 
 def test_without_the_price_list_the_catalogue_is_shown_with_dates(

@@ -72,7 +72,7 @@ def test_what_is_sent_of_a_project(tmp_path: Path) -> None:
         (["cluster=local", "cluster.hosts=[a]"], "cluster.hosts belongs to cluster=ssh"),
         (["cluster=ssh", "cluster.hosts=[a]", "cluster.python=python3"], "must be an absolute path on the hosts"),
         (["cluster=ssh"], "cluster=ssh needs hosts"),
-        (["cluster=local"], "launch up makes a cluster on other machines"),
+        (["cluster=local"], "launch up creates clusters on other machines"),
         (["cluster=ssh", "cluster.hosts=[a]", "cluster.name=a/b"], '"a/b" is not a valid name'),
     ],
 )

@@ -1,4 +1,4 @@
-"""Composition: the right job comes out of files and words, and everything wrong is told before anything happens."""
+"""Composition: files and overrides produce the expected job, and errors are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def experiments() -> list[str]:
     return sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- composed jobs ----------------------------------------------------------------------------------------------------
 
 
 def test_the_default_job_is_mnist() -> None:
@@ -114,7 +114,7 @@ def test_the_files_that_show_the_keys_agree_with_the_schema(group: str) -> None:
         (["+trust=mypackage"], "trust", ["mypackage"]),
     ],
 )
-def test_words(words: list[str], key: str, value: Any) -> None:
+def test_overrides(words: list[str], key: str, value: Any) -> None:
     found: Any = compose(words).job
     for part in key.split("."):
         found = found[part] if isinstance(found, dict) else getattr(found, part)
@@ -123,7 +123,7 @@ def test_words(words: list[str], key: str, value: Any) -> None:
     assert found == value
 
 
-def test_an_overlay_wishes_and_a_word_commands() -> None:
+def test_an_override_takes_precedence_over_an_overlay() -> None:
     assert compose(["debug=pdb"]).job.data["_if_taken_"] == {"num_workers": 0}
     commanded = compose(["debug=pdb", "data.num_workers=2"])
     assert commanded.job.data["num_workers"] == 2
@@ -139,10 +139,10 @@ def test_choices_and_given() -> None:
     assert composed.given == {"experiment", "trainer.epochs", "optimizer.eps", "model"}
 
 
-# --- what is wrong ----------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, str]] = [
-    # unknown keys: nearest, and what other tools call it
+    # unknown keys: the nearest key, and the names of other tools
     ("trainer.epoch=1", r'no key "trainer.epoch".*"trainer.epochs"'),
     ("epochs=1", r'"trainer.epochs"'),
     ("+trainer.epoch=1", r'"trainer.epochs"'),
@@ -184,8 +184,8 @@ WRONG: list[tuple[str, str]] = [
     # Hydra's own
     ("hydra.run.dir=x", r"run.root"),
     ("hydra.verbose=true", r"verbose=true"),
-    ("hydra/launcher=basic", r"composition alone"),
-    ("+hydra.searchpath=[pkg://os]", r"composition alone|config-dir"),
+    ("hydra/launcher=basic", r"cluster=NAME"),
+    ("+hydra.searchpath=[pkg://os]", r"composition only|config-dir"),
     # sweeps without -m
     ("trainer.epochs=1,2", r"add -m"),
     ("optimizer.lr=interval(0,1)", r"add -m"),
@@ -264,7 +264,7 @@ WRONG: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("word", "message"), WRONG, ids=[word for word, _ in WRONG])
-def test_what_is_wrong_is_told(word: str, message: str) -> None:
+def test_an_invalid_word_is_reported(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         compose([word])
     assert "\n" not in str(caught.value)
@@ -289,7 +289,7 @@ def test_what_is_wrong_is_told(word: str, message: str) -> None:
         ),
     ],
 )
-def test_what_contradicts_is_told(words: list[str], message: str) -> None:
+def test_contradicting_words_are_reported(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose(words)
 
@@ -313,7 +313,7 @@ def test_intervals(value: Any, interval: Interval) -> None:
 @pytest.mark.parametrize(
     "value", [0, -1, "0", "0ep", "1.5ep", "1.5", 1.5, True, None, "", "10 parsecs", "ep", "1e3", []]
 )
-def test_no_intervals(value: Any) -> None:
+def test_invalid_intervals(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.log_every"):
         parse_interval(value, "trainer.log_every")
 
@@ -325,10 +325,10 @@ def test_default_run_name() -> None:
     assert default_run_name({"experiment": ["mnist", "own/thing"]}, now) == "mnist-own-thing-20260304-050607"
 
 
-# --- a directory of one's own -----------------------------------------------------------------------------------------
+# --- a user's own directory ------------------------------------------------------------------------------------------
 
 
-def test_own_files_win_and_ours_remain(tmp_path: Path) -> None:
+def test_own_files_take_precedence_and_ours_remain(tmp_path: Path) -> None:
     own = write(
         tmp_path,
         {
@@ -346,7 +346,7 @@ def test_own_files_win_and_ours_remain(tmp_path: Path) -> None:
     assert compose(["experiment=mnist", "model=resnet18"], own).job.model["_target_"] == "models.vision.ResNet18"
 
 
-def test_own_primary_configuration_wins_and_is_typed_all_the_same(tmp_path: Path) -> None:
+def test_an_own_primary_configuration_takes_precedence_and_is_typed(tmp_path: Path) -> None:
     text = "defaults:\n  - model: convnet\n  - data: mnist\n  - optimizer: adamw\n  - _self_\ntrainer:\n  epochs: 9\n"
     own = write(tmp_path, {"config.yaml": text})
     job = compose([], own).job
@@ -378,7 +378,9 @@ def test_own_primary_configuration_wins_and_is_typed_all_the_same(tmp_path: Path
         ({A: f"{GLOBAL}scheduler: null\n"}, ["experiment=a"], r"scheduler"),
     ],
 )  # fmt: skip
-def test_mistakes_in_own_files_are_told(files: dict[str, str], words: list[str], message: str, tmp_path: Path) -> None:
+def test_errors_in_own_files_are_reported(
+    files: dict[str, str], words: list[str], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         compose(words, write(tmp_path, files))
 
@@ -389,21 +391,21 @@ def test_directories_with_odd_names(name: str, tmp_path: Path) -> None:
     assert compose(["model=mine"], own).job.model == {"_target_": "models.vision.MLP"}
 
 
-def test_a_directory_that_is_not_there() -> None:
+def test_a_missing_directory() -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         compose([], Path("/does/not/exist"))
 
 
-def test_groups_are_listed_with_those_of_ones_own(tmp_path: Path) -> None:
+def test_groups_include_those_of_the_user(tmp_path: Path) -> None:
     own = write(tmp_path, {"model/mine.yaml": "", "paths/here.yaml": ""})
     groups = sources(own).groups()
     assert {"convnet", "mine"} <= set(groups["model"])
     assert groups["paths"] == ["here"]
 
 
-# --- a configuration from a stranger ----------------------------------------------------------------------------------
+# --- an untrusted configuration ---------------------------------------------------------------------------------------
 
-# Where code could hide; each would create the file `pwned` if anything were called.
+# Places for code. Each would create the file `pwned` if it were called.
 PLANTED: list[tuple[str, str]] = [
     ("model", "_target_: os.system\ncommand: touch pwned\n"),
     ("model", "_target_: models.vision.ConvNet\nwidth:\n  _target_: os.system\n  command: touch pwned\n"),
@@ -467,7 +469,7 @@ def test_planted_hydra_sections(text: str, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "pwned").exists()
 
 
-def test_logging_configuration_is_never_acted_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logging_configuration_is_never_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     handler = "hydra:\n  job_logging:\n    handlers:\n      x:\n        (): os.system\n        command: touch pwned\n"
     compose(["experiment=evil"], write(tmp_path, {"experiment/evil.yaml": f"# @package _global_\n{handler}"}))
@@ -481,7 +483,7 @@ def test_planted_words(word: str) -> None:
     assert caught.value.exit_status == 2
 
 
-def test_hydras_own_targets_are_exactly_those_that_are_let_through() -> None:
+def test_hydras_own_targets_are_exactly_the_allowed_ones() -> None:
     from launcher.config.targets import find_targets
 
     where = sources()
@@ -498,16 +500,16 @@ def test_hydras_own_targets_are_exactly_those_that_are_let_through() -> None:
         {"experiment/evil.yaml": "# @package _global_\ntrust: ['${vars.x}']\nvars: {x: os}\n"},
     ],
 )
-def test_trust_is_not_for_files(files: dict[str, str], tmp_path: Path) -> None:
+def test_a_file_cannot_set_trust(files: dict[str, str], tmp_path: Path) -> None:
     own = write(tmp_path / "own", files)
     with pytest.raises(LaunchError, match=r"trust|mapping|list") as caught:
         compose(["experiment=evil"], own)
     assert caught.value.exit_status == 2
-    with pytest.raises(LaunchError):  # a word beside it does not launder it
+    with pytest.raises(LaunchError):  # not even together with a word
         compose(["experiment=evil", "trust=[mine]"], own)
 
 
-def test_trust_is_not_for_a_stored_configuration(tmp_path: Path) -> None:
+def test_a_stored_configuration_cannot_set_trust(tmp_path: Path) -> None:
     trusting = compose(["trust=[mine]", "model._target_=mine.Net"])
     assert "trust" not in OmegaConf.create(trusting.to_yaml())
     stored = write(tmp_path, {"config.yaml": trusting.to_yaml()}) / "config.yaml"
@@ -522,7 +524,7 @@ def test_trust_is_not_for_a_stored_configuration(tmp_path: Path) -> None:
 # --- the stored configuration -----------------------------------------------------------------------------------------
 
 
-def test_what_is_stored_is_read_again(tmp_path: Path) -> None:
+def test_a_stored_configuration_is_read_again(tmp_path: Path) -> None:
     first = compose(["experiment=resnet", "trainer.epochs=3", "optimizer.lr=1e-5", "run.name=a", "run.resume=auto"])
     stored = write(tmp_path, {"config.yaml": first.to_yaml(run_name="b")}) / "config.yaml"
     assert OmegaConf.load(stored).run.name == "b"
@@ -532,12 +534,12 @@ def test_what_is_stored_is_read_again(tmp_path: Path) -> None:
     assert again == first.job
 
 
-def test_words_apply_over_what_is_stored(tmp_path: Path) -> None:
+def test_words_apply_over_a_stored_configuration(tmp_path: Path) -> None:
     own = write(tmp_path / "own", {"data/mine.yaml": "_target_: models.vision_data.Idx\nroot: /x\n"})
     first = compose(["experiment=mnist_tiny", "data.split_seed=3", "optimizer.foreach=true"])
     stored = write(tmp_path, {"config.yaml": first.to_yaml()}) / "config.yaml"
     job = compose(["data=mine", "trainer.epochs=8", "+model.width=5", "scheduler=cosine"], own, stored).job
-    assert job.data == {"_target_": "models.vision_data.Idx", "root": "/x"}  # nothing of the stored section is left
+    assert job.data == {"_target_": "models.vision_data.Idx", "root": "/x"}  # the stored section is replaced
     assert job.optimizer == first.job.optimizer
     assert (job.trainer.epochs, job.trainer.log_every, job.model["width"]) == (8, 1, 5)
     assert job.scheduler["warmup_steps"] is None
@@ -545,8 +547,8 @@ def test_words_apply_over_what_is_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [False, True, "x"])
-def test_a_key_of_an_earlier_version_is_ignored_where_it_is_stored(value: Any, tmp_path: Path) -> None:
-    """A run of an earlier version could no longer be resumed, evaluated or listed."""
+def test_a_removed_key_is_ignored_in_a_stored_configuration(value: Any, tmp_path: Path) -> None:
+    """Otherwise runs of earlier versions could not be resumed, evaluated or listed."""
     content = OmegaConf.create(compose(["scaling.workers=3"]).to_yaml())
     content.scaling.heal = value
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(content))
@@ -573,7 +575,7 @@ def test_a_key_of_an_earlier_version_is_ignored_where_it_is_stored(value: Any, t
         ("model: [1]\n", [], "model"),
     ],
 )
-def test_mistakes_over_what_is_stored(text: str, words: list[str], message: str, tmp_path: Path) -> None:
+def test_errors_over_a_stored_configuration(text: str, words: list[str], message: str, tmp_path: Path) -> None:
     content = OmegaConf.to_container(OmegaConf.create(compose([]).to_yaml()))
     assert isinstance(content, dict)
     content.update(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
@@ -607,16 +609,16 @@ def test_the_environment_stays_unresolved(monkeypatch: pytest.MonkeyPatch) -> No
     assert text.count("${oc.env:HIDDEN}") == 3
 
 
-def test_literal_secrets_are_masked_and_missed(tmp_path: Path) -> None:
+def test_literal_secrets_are_masked_and_requested_again(tmp_path: Path) -> None:
     words = ["vars.hf_token=hunter2", "data.account_key=hunter2", "data.root='abfss://a?sv=1&sig=hunter2'"]
     composed = compose(words)
     assert "hunter2" not in composed.to_yaml()
-    assert "hunter2" not in " ".join(composed.shown_words())
+    assert "hunter2" not in " ".join(composed.masked_words())
     stored = write(tmp_path, {"config.yaml": composed.to_yaml()}) / "config.yaml"
     with pytest.raises(ConfigError, match=r"data\.account_key"):
         compose([], stored=stored)
     job = compose(["data.account_key=again", "data.root=/x"], stored=stored).job
-    assert job.data["account_key"] == "again"  # vars.hf_token is masked still, but nothing needs it
+    assert job.data["account_key"] == "again"  # vars.hf_token is still masked, but is not used
     with pytest.raises(ConfigError, match=r"vars\.hf_token"):
         compose(["data.account_key=again", "data.root=${vars.hf_token}"], stored=stored)
 
@@ -666,10 +668,10 @@ def test_values_that_are_secrets(value: str, masked: bool) -> None:
     assert (masking.mask({"root": value}) == {"root": "***"}) is masked
 
 
-# --- a good guest -----------------------------------------------------------------------------------------------------
+# --- no side effects -------------------------------------------------------------------------------------------------
 
 
-def test_the_callers_own_hydra_is_left_as_it_was(tmp_path: Path) -> None:
+def test_the_hydra_of_the_caller_is_unchanged(tmp_path: Path) -> None:
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra

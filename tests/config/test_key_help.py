@@ -1,4 +1,4 @@
-"""`launch help KEY`: every key of the schema is explained, and the page that is named describes it."""
+"""`launch help KEY` explains every key of the schema, and the page that it names exists."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support.command import Place
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_key_has_one_sentence_and_no_other_has() -> None:
+def test_exactly_the_keys_of_the_schema_have_a_sentence() -> None:
     assert set(leaves()) <= set(key_help.MEANING)
     assert all(is_known(key) for key in key_help.MEANING)
     for key, sentence in key_help.MEANING.items():
         assert sentence.endswith("."), key
 
 
-def test_each_page_has_the_section_that_is_named() -> None:
+def test_each_page_has_the_named_section() -> None:
     for page in (*key_help.PAGES.values(), key_help.SETTINGS):
         path, _, anchor = page.partition("#")
         titles = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.MULTILINE)
@@ -52,6 +52,6 @@ def test_all_open_sections_are_explained() -> None:
         assert "_target_" in key_help.text(section) or section == "vars"
 
 
-def test_a_key_that_is_not_there() -> None:
+def test_an_unknown_key() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.epochs"):
         key_help.text("trainer.epoch")

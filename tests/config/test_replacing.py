@@ -1,4 +1,4 @@
-"""A section that names another class has only the keys that were written for it."""
+"""A section that names another class drops the keys of the previous class."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ GROUPS: dict[str, Any] = {"groups": []}
     ("words", "expected"),
     [
         ([f"optimizer._target_={ADAM}"], {"_target_": ADAM, **GROUPS}),
-        # The order of words does not matter: all of them were written by the user.
+        # The order of words does not matter, because the user wrote all of them.
         (["optimizer.lr=0.1", f"optimizer._target_={SGD}"], {"_target_": SGD, "lr": 0.1, **GROUPS}),
         ([f"optimizer={{_target_: {SGD}, lr: 0.2}}"], {"_target_": SGD, "lr": 0.2, **GROUPS}),
         (["optimizer=sgd", f"optimizer._target_={ADAM}"], {"_target_": ADAM, **GROUPS}),
-        # What users wrote while keys were inherited.
+        # Deletions that were needed when keys were inherited.
         ([f"optimizer._target_={ADAM}", "~optimizer.betas", "~optimizer.eps"], {"_target_": ADAM, **GROUPS}),
     ],
 )
@@ -74,26 +74,26 @@ def test_a_file_that_names_another_class_drops_them_too(tmp_path: Path) -> None:
     )
     job = compose(["experiment=mine", "trust=[mine]"], own).job
     assert job.model == {"_target_": "mine.Net"}
-    # What the user wrote in a file without naming a class stays; a later file and the words win over it.
+    # Keys in a user's file without a class stay; later files and words take precedence.
     assert job.optimizer == {"_target_": SGD, "lr": 0.3, "momentum": 0.5, **GROUPS}
     again = compose(["experiment=mine", "trust=[mine]", f"optimizer._target_={ADAM}"], own).job
     assert again.optimizer["_target_"] == ADAM
     assert "weight_decay" not in again.optimizer
 
 
-def test_what_an_experiment_of_ones_own_asks_for_stays(tmp_path: Path) -> None:
+def test_keys_of_an_own_experiment_stay(tmp_path: Path) -> None:
     rules = "[{match: 'stem.*', freeze: true}]"
     own = write(tmp_path, {"experiment/mine.yaml": f"{GLOBAL}optimizer: {{lr: 0.3, groups: {rules}}}\n"})
     optimizer = compose(["experiment=mine", f"optimizer._target_={ADAM}"], own).job.optimizer
     assert optimizer == {"_target_": ADAM, "lr": 0.3, "groups": [{"match": "stem.*", "freeze": True}]}
 
 
-def test_what_an_overlay_asks_of_any_class_stays() -> None:
+def test_keys_that_an_overlay_sets_for_any_class_stay() -> None:
     data = compose(["debug=pdb", "data._target_=models.text.Text"]).job.data
     assert data == {"_target_": "models.text.Text", "_if_taken_": {"num_workers": 0}}
 
 
-def test_a_stored_configuration_is_a_default_like_others(tmp_path: Path) -> None:
+def test_a_stored_configuration_is_treated_as_a_default(tmp_path: Path) -> None:
     stored = tmp_path / "config.yaml"
     stored.write_text(compose([f"optimizer._target_={SGD}", "optimizer.momentum=0.5"]).to_yaml())
     assert compose([], stored=stored).job.optimizer == {"_target_": SGD, "momentum": 0.5, **GROUPS}

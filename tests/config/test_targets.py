@@ -1,4 +1,4 @@
-"""What a configuration may name, and that nothing else is ever imported or called."""
+"""The names that a configuration may use; all others are neither imported nor called."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOME = Path(targets.__file__).resolve().parents[2]
 
 @pytest.fixture
 def calling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
-    """A calling directory: the fixture writes files into it, makes it known, and forgets all of it afterwards."""
+    """Return a function that writes a calling directory and registers it; all traces are removed afterwards."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     modules = dict(sys.modules)
@@ -111,7 +111,7 @@ def test_allowed_names(name: str) -> None:
         "antigravity.geohash",
     ],
 )
-def test_refused_names(name: str) -> None:
+def test_rejected_names(name: str) -> None:
     before = set(sys.modules)
     for tree in ({"model": {"_target_": name}}, {"a": [{"b": ({"_target_": name},)}]}):
         with pytest.raises(TrustError, match="_target_"):
@@ -121,31 +121,31 @@ def test_refused_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["launcher.cli.main", "launcher.config.compose", "launcher.errors.LaunchError"])
 def test_called_in_our_own_source_tree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever tries the project in its own clone trusts `models`, not what `launcher` is made of."""
+    """A user who runs launch in its own clone trusts `models`, but not the modules of `launcher`."""
     monkeypatch.setattr(calling_directory, "_calling", [HOME])
     with pytest.raises(TrustError, match="outside"):
         targets.check({"model": {"_target_": name}})
 
 
 @pytest.mark.parametrize("name", [None, 3, ["models.vision.ConvNet"], {"a": 1}, True, b"models.vision.ConvNet"])
-def test_a_name_is_a_text(name: Any) -> None:
+def test_a_target_must_be_text(name: Any) -> None:
     with pytest.raises(TrustError, match=r"model\._target_"):
         targets.check({"model": {"_target_": name}})
 
 
 @pytest.mark.parametrize("word", ["_partial_", "_args_", "_convert_", "_recursive_", "_mode_"])
-def test_hydras_words_are_refused(word: str) -> None:
+def test_hydras_own_keys_are_rejected(word: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.body\.{word}"):
         targets.check({"model": {"_target_": "models.vision.ConvNet", "body": {word: True}}})
 
 
-def test_the_key_of_the_offender_is_named() -> None:
+def test_the_error_names_the_key() -> None:
     tree = {"data": {"_target_": "models.vision_data.Mnist", "transforms": [{"a": 1}, {"_target_": "os.system"}]}}
     with pytest.raises(TrustError, match=r"data\.transforms\.1\._target_.*os\.system.*trust=\[os\]"):
         targets.check(tree)
 
 
-def test_trust_is_for_whole_names() -> None:
+def test_trust_applies_to_whole_names() -> None:
     targets.check({"model": {"_target_": "mine.deep.Net"}}, ["mine"])
     targets.check({"model": {"_target_": "mine.deep.Net"}}, ["mine.deep"])
     for trust in (["min"], ["mine.deeper"], ["deep"]):
@@ -162,7 +162,7 @@ def test_checking_imports_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HOME, timeout=60)
 
 
-# --- by what it is ----------------------------------------------------------------------------------------------------
+# --- by its type ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_classes_of_the_kind(name: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        # detours through what other modules have imported
+        # through modules that other modules have imported
         ("models.vision.torch.load", "model"),
         ("models.vision.nn.Linear", "model"),
         ("models.os.system", "data"),
@@ -211,7 +211,7 @@ def test_classes_of_the_kind(name: str, kind: str) -> None:
         ("torch.optim.SGD", "data"),
     ],
 )
-def test_classes_that_are_refused(name: str, kind: str) -> None:
+def test_rejected_classes(name: str, kind: str) -> None:
     with pytest.raises((TrustError, ConfigError)) as caught:
         targets.resolve(name, kind)
     assert isinstance(caught.value, TrustError) or "no module" in str(caught.value) or "has no" in str(caught.value)
@@ -226,7 +226,7 @@ def test_classes_that_are_refused(name: str, kind: str) -> None:
         ("torch.nnn.Linear", "outside"),
     ],
 )
-def test_names_of_nothing(name: str, message: str) -> None:
+def test_names_that_do_not_exist(name: str, message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         targets.resolve(name, "model")
 
@@ -258,7 +258,7 @@ def test_modules_of_the_calling_directory_are_trusted(calling: Callable[..., Pat
         ("mynet.Net", "optimizer"),
     ],
 )
-def test_a_trusted_module_opens_no_detour(name: str, kind: str, calling: Callable[..., Path]) -> None:
+def test_a_trusted_module_does_not_expose_its_imports(name: str, kind: str, calling: Callable[..., Path]) -> None:
     calling({"mynet.py": NET})
     targets.check({kind: {"_target_": name}})
     with pytest.raises(TrustError):
@@ -279,14 +279,16 @@ def test_a_trusted_module_opens_no_detour(name: str, kind: str, calling: Callabl
         ({".venv/lib/python3/site-packages/foreign.py": ""}, "foreign.Net"),
     ],
 )
-def test_a_borrowed_name_gives_no_trust(files: dict[str, str], name: str, calling: Callable[..., Path]) -> None:
+def test_the_name_of_another_package_is_not_trusted(
+    files: dict[str, str], name: str, calling: Callable[..., Path]
+) -> None:
     calling(files)
     with pytest.raises(TrustError):
         targets.check({"data": {"_target_": name}})
 
 
-def test_packages_inside_the_calling_directory_are_not_of_it(calling: Callable[..., Path]) -> None:
-    """A virtual environment in the project holds other people's code."""
+def test_packages_inside_the_calling_directory_are_not_trusted(calling: Callable[..., Path]) -> None:
+    """A virtual environment in the project contains code of other authors."""
     project = calling({"venv/foreign.py": NET})
     sys.path.append(str(project / "venv"))
     with pytest.raises(TrustError, match="foreign"):
@@ -295,10 +297,10 @@ def test_packages_inside_the_calling_directory_are_not_of_it(calling: Callable[.
     assert targets.resolve("foreign.Net", "model", ["foreign"]).__name__ == "Net"
 
 
-def test_a_class_that_only_passes_through_is_judged_by_its_home(calling: Callable[..., Path]) -> None:
+def test_an_imported_class_is_checked_by_its_defining_module(calling: Callable[..., Path]) -> None:
     project = calling({"venv/foreign.py": NET, "mine.py": "from foreign import Net\n"})
     sys.path.append(str(project / "venv"))
-    with pytest.raises(TrustError, match=r"really foreign\.Net.*trust=\[foreign\]"):
+    with pytest.raises(TrustError, match=r"defined as foreign\.Net.*trust=\[foreign\]"):
         targets.resolve("mine.Net", "model")
     assert targets.resolve("mine.Net", "model", ["foreign"])
 
@@ -329,7 +331,7 @@ def test_a_module_that_cannot_be_imported(text: str, message: str, calling: Call
     ids=["package", "folder", "file", "package that uses ours"],
 )
 @pytest.mark.parametrize("ours_first", [False, True])
-def test_models_of_ones_own_beside_ours(files: dict[str, str], ours_first: bool, calling: Callable[..., Path]) -> None:
+def test_own_models_next_to_ours(files: dict[str, str], ours_first: bool, calling: Callable[..., Path]) -> None:
     if ours_first:
         if "models.py" in files:
             pytest.skip("a module that is loaded already cannot become another one")
@@ -344,13 +346,13 @@ def test_models_of_ones_own_beside_ours(files: dict[str, str], ours_first: bool,
     assert getattr(conf, "x", None) == (1 if "conf/__init__.py" in files else None)
 
 
-def test_ones_own_file_wins_over_ours(calling: Callable[..., Path]) -> None:
+def test_an_own_file_takes_precedence_over_ours(calling: Callable[..., Path]) -> None:
     calling({"models/vision.py": NET})
     assert targets.resolve("models.vision.Net", "model").__name__ == "Net"
     assert targets.resolve("models.vision_data.Mnist", "data").__name__ == "Mnist"
 
 
-def test_a_strangers_models_package_is_not_taken_for_ours(calling: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_installed_models_package_is_not_ours(calling: Callable[..., Path], tmp_path: Path) -> None:
     stranger = tmp_path / "site"
     (stranger / "models").mkdir(parents=True)
     (stranger / "models" / "__init__.py").write_text("raise SystemExit('a stranger ran')")
@@ -362,8 +364,8 @@ def test_a_strangers_models_package_is_not_taken_for_ours(calling: Callable[...,
         targets.resolve("models.evil.Net", "model")
 
 
-def test_everything_again_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """As the command line does it: our directory on the path, the project's `models` beside it."""
+def test_own_models_in_another_process(tmp_path: Path) -> None:
+    """As with the command line: our directory is on the path, and the project has `models` as well."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("from models.vision import ConvNet\nclass Mine(ConvNet): ...\n")
     code = (
@@ -377,7 +379,7 @@ def test_everything_again_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.stdout == "models.vision\n", done.stderr
 
 
-# --- the keys beside it -----------------------------------------------------------------------------------------------
+# --- keys of a section ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -408,10 +410,10 @@ def test_keys_are_checked(section: dict[str, Any], kind: str, message: str, call
         ({"_target_": "torch.optim.AdamW", "lr": 1, "groups": [{"match": "a"}]}, "optimizer"),
         ({"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 1}, "scheduler"),
         ({"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1}, "scheduler"),
-        ({"_target_": "mynet.Digits", "root": "x", "_if_taken_": {"nobody": 1}}, "data"),
+        ({"_target_": "mynet.Digits", "root": "x", "_if_taken_": {"unknown": 1}}, "data"),
     ],
 )
-def test_keys_that_are_right(section: dict[str, Any], kind: str, calling: Callable[..., Path]) -> None:
+def test_valid_keys(section: dict[str, Any], kind: str, calling: Callable[..., Path]) -> None:
     calling({"mynet.py": NET})
     targets.check_signature(section, kind)
 
@@ -433,12 +435,12 @@ def test_build_with_nested_sections(calling: Callable[..., Path]) -> None:
     section = {
         "_target_": "mynet.Digits",
         "root": {"plain": [1, {"_target_": "mynet.Digits", "root": "inner"}]},
-        "_if_taken_": {"size": 9, "nobody": 1},
+        "_if_taken_": {"size": 9, "unknown": 1},
     }
     data = targets.build(section, "data")
     assert data.size == 9
     assert data.root["plain"][1].root == "inner"
-    assert section["root"]["plain"][1]["_target_"] == "mynet.Digits"  # type: ignore[index]  # left as it was
+    assert section["root"]["plain"][1]["_target_"] == "mynet.Digits"  # type: ignore[index]  # unchanged
 
 
 def test_build_optimizer_and_scheduler() -> None:
@@ -466,7 +468,7 @@ def test_build_optimizer_and_scheduler() -> None:
         {"_target_": "mynet.Net", "_if_taken_": {"body": {"_target_": "mynet.Popen", "args": ["touch", "pwned"]}}},
     ],
 )
-def test_build_judges_before_it_builds(
+def test_build_validates_before_it_builds(
     section: dict[str, Any], calling: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calling({"mynet.py": NET})
@@ -476,7 +478,7 @@ def test_build_judges_before_it_builds(
     assert not (tmp_path / "pwned").exists()
 
 
-def test_what_a_constructor_raises_is_passed_on(calling: Callable[..., Path]) -> None:
+def test_an_exception_of_a_constructor_is_passed_on(calling: Callable[..., Path]) -> None:
     calling({"mydata.py": "class Digits:\n    def __init__(self): raise ValueError('row 3')\n"})
     with pytest.raises(ValueError, match="row 3"):
         targets.build({"_target_": "mydata.Digits"}, "data")

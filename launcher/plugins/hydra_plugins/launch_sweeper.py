@@ -1,8 +1,9 @@
-"""`hydra/sweeper=launch`: the sweeper that Hydra makes for `-m`. A thin shell around `launcher.sweeps`.
+"""The Hydra sweeper plugin `hydra/sweeper=launch`, which Hydra uses for `-m`. A thin layer over `launcher.sweeps`.
 
-Hydra looks for plugins in a namespace package of this very name, so this folder has no `__init__.py` and its parent is
-put on `sys.path` (`launcher/__init__.py`). Heavy imports wait until a sweep runs: Hydra imports every plugin at its
-start, and before `sys.modules` knows it, so that annotations are no strings here (dataclasses would look them up).
+Hydra looks for plugins in the namespace package `hydra_plugins`, so this folder has no `__init__.py` and its parent is
+added to `sys.path` (`launcher/__init__.py`). Hydra imports all plugins at its start, so heavy modules are imported when
+a sweep runs. It does so before the module is in `sys.modules`, where dataclasses would look up string annotations;
+so `from __future__ import annotations` is not used.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LaunchSweeperConf:
-    """`hydra.sweeper`. params: key -> what it is swept over, as on the command line. The rest stands under `sweep`."""
+    """The node `hydra.sweeper`. params: key -> its values, as on the command line. Other settings are under `sweep`."""
 
     _target_: str = "hydra_plugins.launch_sweeper.LaunchSweeper"
     params: dict[str, Any] | None = field(default_factory=dict)
@@ -34,9 +35,9 @@ ConfigStore.instance().store(group="hydra/sweeper", name="launch", node=LaunchSw
 class LaunchSweeper(Sweeper):
     """Runs sweeps with Optuna's search over warm groups of Ray Train workers.
 
-    `launch -m` hands it a sweep that is sweep_plan already (`take`). Under another program's `hydra.main` the
-    configuration directory is that program's, and what runs is the `launch` job in it: the program's own function is
-    not called, since a trial lives in worker processes.
+    `launch -m` passes it a sweep that is planned already (`take`). Under another program's `hydra.main`, the
+    configuration directory is that program's, and each trial is the `launch` job described there; the program's own
+    function is not called, because trials run in worker processes.
     """
 
     def __init__(self, params: dict[str, Any] | None = None) -> None:
@@ -49,15 +50,15 @@ class LaunchSweeper(Sweeper):
         self._config_dir = next((Path(s.path) for s in sources if s.provider == "main" and s.schema == "file"), None)
 
     def take(self, sweep_plan: "SweepPlan", observer: "SweepObserver") -> None:
-        """Run this sweep, and tell this observer of it."""
+        """Use this plan and observer in the next call of `sweep`."""
         self._taken = (sweep_plan, observer)
 
     def sweep(self, arguments: list[str]) -> "SweepOutcome":
-        """Run the sweep that the words ask for, to its end or until somebody stops it.
+        """Run the sweep that the overrides describe, until it ends or is stopped.
 
         Raises:
-            RequestError: it cannot be done as asked; nothing was started.
-            Stopped: it was ended at once by a signal.
+            RequestError: the request is invalid or cannot be met; nothing was started.
+            Stopped: a signal ended the sweep immediately.
         """
         from launcher.sweeps import api as sweeps
 
