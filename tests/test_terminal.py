@@ -79,5 +79,5 @@ def test_a_terminal_has_a_bar_and_the_debugger(place: Place, request: pytest.Fix
     assert lines[0].startswith("a: 1 CPU worker (this process), global batch 10 = 1 x 10, 8 steps")
     assert "step 4/8  epoch 1.00  loss 3.4254  val/loss 3.8872" in lines, "the bar shows the rest"
     assert any("100%" in line for line in lines)
-    assert lines[-1] == "Watch it in TensorBoard with: launch board"
+    assert lines[-1] == "View it in TensorBoard with: launch board"
     assert running.shown.rstrip().count("\x1b[?25l") == running.shown.count("\x1b[?25h"), "the cursor is shown again"

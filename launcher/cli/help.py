@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from launcher.cli.line import Line
 from launcher.cli.verbs import FLAGS, VERBS, Flag, Verb
 from launcher.config.key_help import text
-from launcher.config.search_path import sources
+from launcher.config.search_path import Sources, sources
 
 WIDTH = 80
 
@@ -21,8 +21,8 @@ launch [VERB [NAME]] [KEY=VALUE ...] [FLAGS]
 
 {verbs}
 
-  launch experiment=mnist scaling.workers=4    train the digits on four workers
-  launch -m optimizer.lr=1e-3,1e-2             run a sweep: one trial for each value
+  launch experiment=mnist scaling.workers=4    train on four workers
+  launch -m optimizer.lr=1e-3,1e-2             run a sweep over the values
   launch run.name=NAME run.resume=true         continue a run that stopped
   launch --config-dir DIR experiment=MINE      train your own model and data
 
@@ -62,9 +62,11 @@ def help(line: Line) -> int:
 
 
 def groups_of(line: Line) -> dict[str, list[str]]:
-    """Return the groups of which a user may choose an option: those with more than one."""
-    groups = sources(line.config_dir).groups()
-    return {group: options for group, options in groups.items() if options != ["default"]}
+    """Return the groups with options to choose from. Options of the user's own directory come first."""
+    where = sources(line.config_dir)
+    own = Sources(where.directories[:-1]).groups()
+    found = {group: list(dict.fromkeys([*own.get(group, []), *options])) for group, options in where.groups().items()}
+    return {group: options for group, options in found.items() if options != ["default"]}
 
 
 def _both(flag: Flag) -> str:

@@ -65,7 +65,7 @@ def check_file(content: Any, defaults: Any, file: Path | str) -> None:
         file: the file, for the message.
 
     Raises:
-        ConfigError: the file sets something that has no effect.
+        ConfigError: the file sets something that has no effect. A `_target_` has an error of its own.
     """
     chosen = [
         group
@@ -74,7 +74,10 @@ def check_file(content: Any, defaults: Any, file: Path | str) -> None:
         if (group := str(name).split()[-1].lstrip("/")).startswith("hydra/")
         and (group, option) != ("hydra/sweeper", "launch")
     ]
-    for key in [*chosen, *_keys(content, "hydra")]:
+    keys = list(_keys(content, "hydra"))
+    if any(key.endswith("._target_") for key in keys):
+        return
+    for key in [*chosen, *keys]:
         raise ConfigError(f"{file}: {key} has no effect: {explain(key)}. Remove it.")
 
 

@@ -472,7 +472,8 @@ def test_planted_hydra_sections(text: str, tmp_path: Path, monkeypatch: pytest.M
 def test_logging_configuration_is_never_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     handler = "hydra:\n  job_logging:\n    handlers:\n      x:\n        (): os.system\n        command: touch pwned\n"
-    compose(["experiment=evil"], write(tmp_path, {"experiment/evil.yaml": f"# @package _global_\n{handler}"}))
+    with pytest.raises(ConfigError, match=r"hydra\.job_logging"):
+        compose(["experiment=evil"], write(tmp_path, {"experiment/evil.yaml": f"# @package _global_\n{handler}"}))
     assert not (tmp_path / "pwned").exists()
 
 
