@@ -1,4 +1,4 @@
-"""A model and data of somebody who knows nothing of launch, with every failure that the tests need."""
+"""A user's model and data, which import nothing of launch, with all failures that the tests inject."""
 
 from __future__ import annotations
 
