@@ -1,4 +1,4 @@
-"""The Python API: `launch` runs one job, `sweep` runs a sweep. Exported by the package `launcher`."""
+"""The implementation of the Python API in `launcher/__init__.py`, which imports this module on use."""
 
 from __future__ import annotations
 
@@ -18,22 +18,7 @@ from launcher.sweeps.observer import SweepObserver
 
 
 def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Run one training job as `launch WORDS…` does on the command line, and return the content of its `result.json`.
-
-    If Ray is initialized in this process, the job uses it and leaves it running; otherwise Ray is started for the job.
-    The first Ctrl-C saves a checkpoint and returns, with `status` "stopped".
-
-    Args:
-        words: Hydra overrides, such as "experiment=mnist" and "trainer.epochs=1".
-        config_dir: a directory with your own configuration; by default the environment variable LAUNCH_CONFIG_DIR.
-        quiet: print nothing. Otherwise progress goes to standard error.
-
-    Raises:
-        launcher.errors.RequestError: the request is invalid or cannot be met; nothing was started.
-        launcher.errors.TrainingError: the job failed after its start; `UserCodeError.traceback_text` contains the
-            traceback of your code.
-        KeyboardInterrupt: Ctrl-C was pressed twice, or before training began.
-    """
+    """Implement `launcher.launch`, which documents the arguments, the result and the errors."""
     note = _ignore if quiet else _note
     request = Request(words, _directory(config_dir), note=note)
     try:
@@ -53,25 +38,7 @@ def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bo
 def sweep(
     *words: str, trials: int | None = None, config_dir: str | PathLike[str] | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Run a sweep as `launch -m WORDS…` does on the command line.
-
-        found = sweep("model=mlp", "optimizer.lr=tag(log,interval(1e-4,1e-1))", trials=20)
-        found["best"]["overrides"]          # ["optimizer.lr=0.0021"]
-
-    Args:
-        words: Hydra overrides, in Hydra's sweep syntax.
-        trials: the number of trials of a search (`sweep.trials`); not needed for a grid.
-        config_dir, quiet: as for `launch`.
-
-    Returns:
-        `trials`: one mapping for each trial, with the columns of trials.csv; `best`: number, objective, overrides and
-        parameters of the best trial, or None; `result`: the content of the sweep's result.json; `directory`: the
-        directory of the sweep.
-
-    Raises:
-        launcher.errors.RequestError: the request is invalid or cannot be met; nothing was started.
-        KeyboardInterrupt: Ctrl-C was pressed twice, or before the first trial began.
-    """
+    """Implement `launcher.sweep`, which documents the arguments, the result and the errors."""
     request = sweeps.as_request(words, trials, _directory(config_dir), _ignore if quiet else _note)
     try:
         if quiet:
