@@ -147,7 +147,7 @@ def test_two_submodules_that_match_equally_are_ambiguous() -> None:
 
 def test_a_state_dict_under_another_key_is_named(tmp_path: Path) -> None:
     torch.save({"generator": weights_of(net()), "epoch": 1}, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match="it holds tensors under generator"):
+    with pytest.raises(CheckpointError, match="it contains tensors under generator"):
         load_weights(tmp_path / "w.pt")
 
 

@@ -207,7 +207,7 @@ def test_no_trial_fails_with_a_machine_that_is_lost(ssh_machines: SshLab) -> Non
     wait_until(ssh_machines, sweep / "1", 40, 150)
     ssh_machines.machines[1].kill()
     assert driver.wait(200) == 0, ssh_machines.laptop.log()[-3000:]
-    assert "It is continued (failure 1" in ssh_machines.laptop.log()
+    assert "It resumes (consecutive failure 1" in ssh_machines.laptop.log()
     alone = ssh_machines.launch(*swept, "run.name=here", "cluster=none", seconds=100)
     assert alone.status == 0, alone.err
     for number in range(4):
