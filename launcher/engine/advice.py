@@ -136,7 +136,7 @@ def advise(
     if measured is None:
         return None
     link, seconds = measured.link, measured.seconds
-    nbytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    nbytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     n = runtime.world_size
     network = Network(nbytes, nbytes, passes=passes)
     configs = [StrategyConfig(), StrategyConfig(compression="bf16")]

@@ -101,8 +101,8 @@ def _decide(
     cast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[str, str, Measured | None]:
     """Return the name of the strategy and the reason, the same on every rank, and the measurements of this rank."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in model.parameters())
     with preserve_random_states():
         optimizer = optimizer_bytes(job, model)
     whole = {"parameters": weights, "gradients": trained, "optimizer": optimizer}

@@ -99,7 +99,7 @@ class Drift:
         if len(set(self._kinds)) > 1 and self._even_out(own, odd):
             return
         raise TrainingError(
-            f"The workers' copies of the model differ at step {step}: {_listed(odd)} of rank "
+            f"The workers' copies of the model differ at step {step}: {abbreviated(odd)} of rank "
             f"{', '.join(map(str, ranks))} {'differs' if len(odd) == 1 else 'differ'} from rank 0. A callback may "
             "change weights on some ranks only, or training_step may compute gradients itself, which the workers do "
             "not all-reduce. Make callbacks act in the same way on every rank, and return the loss from training_step."
@@ -161,10 +161,11 @@ def _odd(sets: Sequence[Sequence[str]]) -> list[str]:
 
 def _describe(names: Sequence[str], sets: Sequence[Sequence[str] | None]) -> str:
     having = [str(rank) for rank, own in enumerate(sets) if names[0] in (own or ())]
-    return f"{_listed(names)} on rank {', '.join(having)} only"
+    return f"{abbreviated(names)} on rank {', '.join(having)} only"
 
 
-def _listed(names: Sequence[str]) -> str:
+def abbreviated(names: Sequence[str]) -> str:
+    """Return the first names and the number of further names, for a message."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
@@ -173,7 +174,7 @@ def _changed_inside(sets: Sequence[Sequence[str]], step: int) -> TrainingError:
     names = sorted({name for own in sets for name in own})
     ranks = ", ".join(str(rank) for rank, own in enumerate(sets) if own)
     return TrainingError(
-        f"requires_grad of {_listed(names)} has changed inside a step, by step {step} on rank {ranks}. The optimizer "
-        "and the gradient reduction cannot follow that. Change it between steps, in on_start, on_step or on_evaluate "
-        "of a callback (see docs/extending.md)."
+        f"requires_grad of {abbreviated(names)} has changed inside a step, by step {step} on rank {ranks}. The "
+        "optimizer and the gradient reduction cannot follow that. Change it between steps, in on_start, on_step or "
+        "on_evaluate of a callback (see docs/extending.md)."
     )

@@ -188,11 +188,9 @@ def _build_trainer(
 
 def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDirectory) -> dict[str, Any]:
     job = task.job
-    data = build_data(job)
-    model = build_model(job, runtime)
     if task.weights is None:
         raise ConfigError("There are no weights to evaluate. Name a run with a checkpoint.")
-    load_weights_into(model, checkpoint.load_weights(task.weights), task.weights)
+    data, model = inference.load_trained(job, runtime, task.weights)
     strategy = build_strategy(job, model, runtime)
     metrics: dict[str, float] = {}
     for tag in ("val", "test"):

@@ -72,7 +72,6 @@ class Estimate:
     val_samples: dict[str, int]
     test_samples: dict[str, int]
     parameters: int
-    trained_parameters: int
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -81,11 +80,6 @@ class Estimate:
     tags: tuple[str, ...]
     notes: tuple[str, ...] = ()
     device_sizes: DeviceSizes | None = None
-
-    @property
-    def resident_bytes(self) -> int:
-        """The bytes of the parameters, gradients and optimizer state of one worker."""
-        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 def estimate(job: Job, device_sizes: bool = False, workers: int = 1, weights: str | None = None) -> Estimate:
@@ -145,9 +139,8 @@ def _estimate(job: Job, device_sizes: bool, workers: int, weights: str | None) -
         val_samples={name: len(dataset) for name, dataset in data.val.items()},
         test_samples={name: len(dataset) for name, dataset in data.test.items()},
         parameters=sum(p.numel() for p in model.parameters()),
-        trained_parameters=sum(p.numel() for p in trained),
-        parameter_bytes=_bytes(model.parameters()),
-        gradient_bytes=_bytes(trained),
+        parameter_bytes=sum(p.nbytes for p in model.parameters()),
+        gradient_bytes=sum(p.nbytes for p in trained),
         optimizer_bytes=optimizer_state_bytes,
         activation_bytes_per_sample=check.saved.total // SAMPLES,
         flops_per_sample=flops_per_sample(model),
@@ -163,10 +156,6 @@ def _flop_counter() -> FlopCounterMode:
     from torch.utils.flop_counter import FlopCounterMode
 
     return FlopCounterMode(display=False)
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _device_sizes(

@@ -32,7 +32,7 @@ _MAX_BATCH = 64  # inputs per batch of predictions
 _EXPORT_SAMPLES = 3  # of the example batch of an export; torch.export specialises for batches of 0 and 1
 
 
-def _trained(job: Job, runtime: Runtime, weights: str) -> tuple[Data, nn.Module]:
+def load_trained(job: Job, runtime: Runtime, weights: str) -> tuple[Data, nn.Module]:
     """Return the data and the network with its weights, in evaluation mode."""
     data = build_data(job)
     model = build_model(job, runtime)
@@ -56,7 +56,7 @@ def predict(job: Job, runtime: Runtime, control: Control, weights: str, path: st
         DataError: no input was found, or an input is damaged; has the message of the data.
         UserCodeError: `predict_step` raised an exception, or did not return one JSON value per input.
     """
-    data, model = _trained(job, runtime, weights)
+    data, model = load_trained(job, runtime, weights)
     if not callable(getattr(model, "predict_step", None)):
         raise ConfigError(
             f"model._target_={job.model['_target_']} has no method predict_step(batch), which returns one JSON value "
@@ -145,7 +145,7 @@ def export(job: Job, runtime: Runtime, control: Control, weights: str, folder: P
         raise ConfigError(
             "Package safetensors, which writes weights, is not installed: pip install 'launch-train[examples]'."
         ) from error
-    data, model = _trained(job, runtime, weights)
+    data, model = load_trained(job, runtime, weights)
     for tensor in (*model.parameters(), *model.buffers()):  # callers of the program pass contiguous tensors
         tensor.data = tensor.data.contiguous()
     folder.mkdir(parents=True, exist_ok=True)

@@ -149,5 +149,10 @@ class WarmupCosine(LambdaLR):
 def learning_rate(optimizer: Optimizer) -> float:
     """Return the learning rate of the first group that has parameters."""
     groups = optimizer.param_groups
-    rate = next((group for group in groups if group["params"]), groups[0])["lr"]
+    return rate_of(next((group for group in groups if group["params"]), groups[0]))
+
+
+def rate_of(group: Mapping[str, Any]) -> float:
+    """Return the learning rate of a parameter group."""
+    rate = group["lr"]
     return float(rate.item() if isinstance(rate, torch.Tensor) else rate)

@@ -59,7 +59,7 @@ def try_optimizer(job: Job, model: nn.Module) -> tuple[Optimizer, int]:
             )
     _step(optimizer, section, job)
     each = {
-        small: sum(_bytes(value) for value in _state(optimizer, small) if value.ndim > 0) / max(1, small.numel())
+        small: sum(value.nbytes for value in _state(optimizer, small) if value.ndim > 0) / max(1, small.numel())
         for small in numels
     }
     return optimizer, math.ceil(sum(each[small] * numel for small, numel in numels.items()))
@@ -188,7 +188,3 @@ def _step(optimizer: Optimizer, section: Mapping[str, Any], job: Job) -> None:
 
 def _state(optimizer: Optimizer, parameter: nn.Parameter) -> Iterable[torch.Tensor]:
     return [value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, torch.Tensor)]
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

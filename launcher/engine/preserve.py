@@ -97,7 +97,7 @@ def _exceeds_gpu_share(tensors: list[Tensor]) -> bool:
     if not on_gpu:
         return False
     free, _ = torch.cuda.mem_get_info(on_gpu[0].device)
-    return sum(tensor.numel() * tensor.element_size() for tensor in on_gpu) > _MAX_SHARE * free
+    return sum(tensor.nbytes for tensor in on_gpu) > _MAX_SHARE * free
 
 
 def _contents(attributes: dict[str, Any]) -> Callable[[], None]:

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import (
 
 from launcher.config import targets
 from launcher.engine.construct import construct
+from launcher.engine.optim import rate_of
 from launcher.errors import ConfigError, did_you_mean
 
 INTERVALS = ("step", "epoch")
@@ -187,12 +188,6 @@ class Schedule:
         for _ in range(min(count, self._length)):
             self._scheduler.step()
         self._rates = self._current_rates()
-
-
-def rate_of(group: Mapping[str, Any]) -> float:
-    """Return the learning rate of a parameter group."""
-    rate = group["lr"]
-    return float(rate.item() if isinstance(rate, torch.Tensor) else rate)
 
 
 def interval_of(section: Mapping[str, Any]) -> str:

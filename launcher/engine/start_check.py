@@ -7,7 +7,6 @@ directory exists.
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from launcher.engine import checkpoint
 from launcher.engine.build import build_data, build_model, converter
 from launcher.engine.datasets import Data
 from launcher.engine.evaluation import summarize, validation_answer
-from launcher.engine.failures import is_foreign
+from launcher.engine.failures import is_raised_by_user
 from launcher.engine.metrics import Sums, check_answer, check_names
 from launcher.engine.preserve import evaluation_mode, preserve_model
 from launcher.engine.runtime import Runtime
@@ -256,8 +255,7 @@ def call_user_step(step: Any, *arguments: Any) -> Any:
     try:
         return step(*arguments)
     except ValueError as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        if is_foreign(last.filename) or not (last.line or "").startswith("raise "):
+        if not is_raised_by_user(error):
             raise
         raise ConfigError(str(error)) from error
 

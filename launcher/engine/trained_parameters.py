@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from launcher.engine.drift import Copy
+from launcher.engine.drift import Copy, abbreviated
 from launcher.engine.optim import destinations
 from launcher.engine.runtime import Runtime
 from launcher.engine.strategies.strategy import Strategy
@@ -73,7 +73,7 @@ class TrainedParameters:
         if not changed:
             return None
         names = [self._named[index][0] for index in changed]
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        listed = abbreviated(names)
         if not self._strategy.follows:
             raise TrainingError(
                 f"{who} changed which parameters are trained at step {step} ({listed}). "

@@ -41,7 +41,6 @@ def network(parameters: int, per_sample: float, flops: float | None, **more: Any
         val_samples={"": 1_000},
         test_samples={},
         parameters=parameters,
-        trained_parameters=parameters,
         parameter_bytes=nbytes,
         gradient_bytes=nbytes,
         optimizer_bytes=2 * nbytes,
