@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.metadata
 import os
 import platform
@@ -42,8 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
     device.choose(config.getoption("--device"))
 
 
+@pytest.hookimpl(trylast=True)  # the tests that -m leaves out are gone
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --device cuda, skip what cannot compute there: every test without a GPU, and those without the marker."""
+    """Run the files of long tests first, so that no process is left with one of them at the end.
+
+    With --device cuda, skip what cannot compute there: every test without a GPU, and those without the marker.
+    """
+    longest: dict[Path, float] = {}
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0]) if marker is not None else 0.0
+        longest[item.path] = max(longest.get(item.path, 0.0), seconds)
+    items.sort(key=lambda item: -longest[item.path])
     if config.getoption("--device") == "cpu":
         return
     import torch
@@ -54,6 +65,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="PyTorch finds no usable GPU here; check it with nvidia-smi"))
         elif item.get_closest_marker("gpu") is None:
             item.add_marker(pytest.mark.skip(reason="the test computes on the CPU; -m gpu leaves it out"))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the imports have created from garbage collection: a full collection, which ends each run of a test in
+    this process, takes 0.03 s of CPU instead of 0.26 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
