@@ -102,7 +102,12 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "how", [["cluster=none"], ["cluster=local", "scaling.workers=2", "data.stream=true"]], ids=["none", "local"]
+    "how",
+    [
+        pytest.param(["cluster=none"], id="none"),
+        # tests/runners/test_ray_train.py reads a stream through Ray in every run of the suite.
+        pytest.param(["cluster=local", "scaling.workers=2", "data.stream=true"], id="local", marks=pytest.mark.slow),
+    ],
 )
 def test_launch_trains_with_shards(how: list[str], root: Path, place: Place) -> None:
     root.rename(place.directory / "shards")  # relative paths must also work in the reading processes

@@ -221,13 +221,13 @@ def command(tmp_path: Path, *more: str) -> list[str]:
 
 
 def test_a_killed_driver_loses_no_finished_trial(sweep: Sweep, tmp_path: Path) -> None:
-    """12 trials, SIGKILL in the middle, resume: 12 completed, none trained twice, equal objectives."""
-    swept = ("optimizer.lr=range(0.05,0.65,0.05)", "model.nap=0.005", "checkpoint.every=1", "logging.tensorboard=false")
+    """6 trials, SIGKILL in the middle, resume: 6 completed, none trained twice, equal objectives."""
+    swept = ("optimizer.lr=range(0.1,0.7,0.1)", "model.nap=0.005", "checkpoint.every=1", "logging.tensorboard=false")
     driver = subprocess.Popen(command(tmp_path, *swept), cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     journal = tmp_path / "s" / "study.journal"
     wait_for(
         lambda: (
-            (tmp_path / "s" / "5" / ".step").exists() and int((tmp_path / "s" / "5" / ".step").read_text() or 0) >= 1
+            (tmp_path / "s" / "2" / ".step").exists() and int((tmp_path / "s" / "2" / ".step").read_text() or 0) >= 1
         )
     )
     driver.send_signal(signal.SIGKILL)
@@ -235,13 +235,13 @@ def test_a_killed_driver_loses_no_finished_trial(sweep: Sweep, tmp_path: Path) -
     with journal.open("ab") as file:
         file.write(b'{"op_code": 5, "half')  # a truncated line
     os.symlink(journal, f"{journal}.lock")
-    done = {n: result(tmp_path / "s", n) for n in range(5)}
+    done = {n: result(tmp_path / "s", n) for n in range(2)}
     assert all(own["status"] == "completed" for own in done.values())
-    ended = {path: path.stat().st_mtime_ns for n in range(5) for path in [tmp_path / "s" / str(n) / "metrics.jsonl"]}
+    ended = {path: path.stat().st_mtime_ns for n in range(2) for path in [tmp_path / "s" / str(n) / "metrics.jsonl"]}
 
     found = sweep("run.name=s", "run.resume=true")
 
-    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 12
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 6
     assert {path: path.stat().st_mtime_ns for path in ended} == ended
     whole = sweep("run.name=whole", swept[0], "logging.tensorboard=false")
     for one, other in zip(found["trials"], whole["trials"], strict=True):
