@@ -198,11 +198,11 @@ def forecast(
     if kind.divides and workers > 1:
         memory["gathered"] = sizes.gathered
     elif sizes.saved_once:
-        memory["kept once"] = sizes.saved_once
+        memory["cast weights"] = sizes.saved_once
     resident = sum(memory.values())
     each = sizes.saved_per_sample + sizes.largest_per_sample
     memory["activations"] = sizes.saved_per_sample * batches.microbatch_size
-    memory["their gradient"] = sizes.largest_per_sample * batches.microbatch_size
+    memory["activation gradient"] = sizes.largest_per_sample * batches.microbatch_size
     needs = sum(memory.values())
     room = int(ROOM * nodes.size.device_memory_gib * 2**30 * min(1.0, plan.machines.gpus_per_worker))
     most = max(0, (room - resident) // each) if each else batches.per_worker

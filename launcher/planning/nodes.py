@@ -183,7 +183,7 @@ def node_plan_of(
     chosen, best, best_exact = choices(job, forecasts)
     step = next(one for one in forecasts if one.strategy == chosen).seconds_per_step
     batches = plan.batches
-    made = NodePlan(
+    node_plan = NodePlan(
         plan=replace(plan, usd_per_hour=nodes.usd_per_hour or 0.0),
         nodes=nodes,
         workers_per_node=workers_per_node,
@@ -198,26 +198,26 @@ def node_plan_of(
         budget_usd=job.cluster.budget_usd,
         notes=(),
     )
-    return replace(made, notes=tuple(_notes(job, made)))
+    return replace(node_plan, notes=tuple(_notes(job, node_plan)))
 
 
-def _notes(job: Job, made: NodePlan) -> list[str]:
+def _notes(job: Job, node_plan: NodePlan) -> list[str]:
     """Return facts that the figures do not show, one sentence each."""
-    nodes, computing, batches = made.nodes, made.computing, made.plan.batches
+    nodes, computing, batches = node_plan.nodes, node_plan.computing, node_plan.plan.batches
     vm, precision = nodes.size, job.trainer.precision
     found = []
-    if not made.forecast.fits:
-        found.append(_too_large(made))
+    if not node_plan.forecast.fits:
+        found.append(_too_large(node_plan))
     if vm.status == "preview":
         found.append(f"{vm.name} is a preview size.")
     if vm.note:
         found.append(f"{vm.name}: {vm.note}.")
-    if vm.network_gbit is None and made.link is not None and nodes.nodes > 1:
+    if vm.network_gbit is None and node_plan.link is not None and nodes.nodes > 1:
         found.append(
             f"The network bandwidth of {vm.name} is unknown. The plan assumes {ASSUMED_GBIT:g} Gbit/s, the "
             "lowest of the catalogue."
         )
-    idle = made.workers_per_node.count(0)
+    idle = node_plan.workers_per_node.count(0)
     if idle:
         found.append(f"{count(idle, 'node')} would have no worker. Set cluster.nodes={nodes.nodes - idle}.")
     if computing.peak_flops is None:
@@ -235,21 +235,21 @@ def _notes(job: Job, made: NodePlan) -> list[str]:
     if job.trainer.compile or job.trainer.compile_blocks:
         found.append("A compiled model needs less memory than this estimate.")
     found += nodes.missing()
-    if made.budget is not None and made.budget.enough is False and made.usd is not None:
+    budget, usd = node_plan.budget, node_plan.usd
+    if budget is not None and budget.enough is False and usd is not None:
         found.append(
-            f"cluster.budget_usd={made.budget.usd:g} is less than the cost of the run, {made.usd:,.2f} USD. It pays "
-            f"for {made.budget.epochs:.4g} of {count(batches.epochs, 'epoch')}; then the run saves a checkpoint and "
-            "stops."
+            f"cluster.budget_usd={budget.usd:g} is less than the cost of the run, {usd:,.2f} USD. It pays for "
+            f"{budget.epochs:.4g} of {count(batches.epochs, 'epoch')}; then the run saves a checkpoint and stops."
         )
     return found
 
 
-def _too_large(made: NodePlan) -> str:
-    one = made.forecast
+def _too_large(node_plan: NodePlan) -> str:
+    one = node_plan.forecast
     problem = f"The run does not fit: with {one.words} a worker needs {size(one.needs)} and may use {size(one.room)}."
     if one.largest_microbatch > 0:
         return f"{problem} It fits with trainer.microbatch_size={one.largest_microbatch}."
-    others = [one for one in made.forecasts if one.largest_microbatch > 0]
+    others = [one for one in node_plan.forecasts if one.largest_microbatch > 0]
     if others:
         words = f"{others[0].words} trainer.microbatch_size={others[0].largest_microbatch}"
         return f"{problem} It fits with {words}."

@@ -127,6 +127,8 @@ def test_alternatives_are_in_order() -> None:
     [
         ({}, "needs cluster.size"),
         ({"size": "Standard_NC6s_v3"}, "2025-09-30"),
+        ({"size": "NC144ds_xl_RTXPRO6000BSE_v6"}, "GRID v20 driver"),
+        ({"size": "NC8ads_A10_v4"}, "GRID driver"),
         ({"size": "NC24ads_A100_v4", "mounts": {"/data": "claim://images"}}, "a volume claim of Kubernetes"),
         ({"size": "NC24ads_A100_v4", "min_nodes": 2}, "cluster.min_nodes=2"),
         ({"size": "NC24ads_A100_v4", "alternatives": [{"sise": "x"}]}, "'sise'"),

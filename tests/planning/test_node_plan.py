@@ -110,7 +110,16 @@ def test_memory_is_that_of_one_worker() -> None:
     assert memory["parameters"] == GPT2.parameter_bytes // 4
     assert memory["gathered"] == 91_226_112
     assert memory["activations"] == 16 * 728 * MIB
-    assert "kept once" not in memory, "FSDP casts gathered parameters, so there is no second copy"
+    assert "cast weights" not in memory, "FSDP casts gathered parameters, so there is no second copy"
+
+
+def test_a_fraction_of_a_gpu_has_a_part_of_its_memory_and_peak() -> None:
+    quarter, whole = "NC24lds_xl_RTXPRO6000BSE_v6", "NC144ds_xl_RTXPRO6000BSE_v6"
+    small, large = (planned(SMALL, job_for({"size": size, "nodes": 2})) for size in (quarter, whole))
+    assert small.plan.machines.workers == large.plan.machines.workers == 2
+    assert small.forecast.room == pytest.approx(large.forecast.room / 4, rel=1e-6)
+    assert small.computing.peak_flops == pytest.approx((large.computing.peak_flops or 0) / 4)
+    assert any("network bandwidth" in note for note in small.notes), "the bandwidth of these sizes is unknown"
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from launcher.clusters.azure.spec import ClusterSpec
 
 DEPLOYMENT = "launch-base"
 CONTRIBUTOR = "b24988ac-6180-42a0-ab88-20f7382dd24c"  # built-in roles of Azure
-BLOB_DATA_CONTRIBUTOR = "ba92f5b4-2d11-453d-a403-e96b0029c9fe"
 ADDRESSES = "10.77.0.0/16"
 ROLE_API = "2022-04-01"
 _NETWORK_API = "2024-10-01"
