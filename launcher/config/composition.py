@@ -127,7 +127,7 @@ def compose(
     with own_hydra():
         composed, tree, unresolved = _compose_validated(plan, where, node, decided, settings, stored)
         hydra_tree = _hydra_node(composed)
-        choices = _choices(composed)
+        choices = _choices(composed, plan, node)
     if tree.get("trust"):
         raise TrustError(
             f"trust is set to {tree['trust']} {where_trusted(where, stored)}. A configuration cannot vouch for "
@@ -393,7 +393,11 @@ def _hydra_node(composed: DictConfig) -> Any:
     return OmegaConf.to_container(composed["hydra"], resolve=False)
 
 
-def _choices(composed: DictConfig) -> dict[str, Any]:
+def _choices(composed: DictConfig, plan: ParsedOverrides, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return group -> chosen option, or a list of options, which Hydra itself does not record."""
     found = OmegaConf.to_container(composed["hydra"]["runtime"]["choices"])
     assert isinstance(found, dict)
+    defaults = [item for item in node.get("defaults") or [] if isinstance(item, Mapping)]
+    lists = {group: option for item in [*defaults, plan.options] for group, option in item.items()}
+    found |= {group: option for group, option in lists.items() if isinstance(option, list)}
     return {str(k): v for k, v in found.items() if not str(k).startswith("hydra/") and v is not None}

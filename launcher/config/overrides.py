@@ -16,9 +16,15 @@ from launcher.errors import ConfigError, TrustError, did_you_mean
 
 @dataclass(frozen=True)
 class ParsedOverrides:
-    """overrides: what Hydra is given. groups: the groups chosen among them. trust: packages trusted by the user.
-    given: every key and group that was named. decided: the overrides that may choose where code runs: values of keys,
-    and options of `cluster`, in words of the user.
+    """Checked words in Hydra's form.
+
+    Attributes:
+        overrides: the overrides for Hydra.
+        groups: the groups for which an option is chosen.
+        trust: the packages that the user trusts.
+        given: every key and group in the words, without prefixes such as `+`.
+        decided: the overrides of the user that may choose where code runs: values of keys, and options of `cluster`.
+        options: group -> the chosen option, or a list of them.
     """
 
     overrides: list[str]
@@ -26,6 +32,7 @@ class ParsedOverrides:
     trust: list[str]
     given: frozenset[str]
     decided: list[str] = field(default_factory=list)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def masked(word: str) -> str:
@@ -50,6 +57,7 @@ def parse_overrides(
     overrides: list[str] = []
     chosen: list[str] = []
     trust: list[str] = []
+    options: dict[str, Any] = {}
     for word, override in parsed:
         key = override.key_or_group
         if override.is_sweep_override():
@@ -69,6 +77,7 @@ def parse_overrides(
         elif key in groups and not isinstance(override.value(), dict):
             if not override.package:
                 chosen.append(key)
+                options[key] = override.value()
             overrides.append(_group_word(override, word, groups, listed))
             if typed and key.partition("/")[0] == "cluster":
                 decided.append(overrides[-1] if key == "cluster" else f"+{overrides[-1].lstrip('+')}")
@@ -82,7 +91,7 @@ def parse_overrides(
             if typed and not override.is_delete():
                 decided.append(overrides[-1])
     given = frozenset(override.package or override.key_or_group for _, override in parsed)
-    return ParsedOverrides(overrides, chosen, trust, given, decided)
+    return ParsedOverrides(overrides, chosen, trust, given, decided, options)
 
 
 def not_an_override(word: str, groups: Mapping[str, Any], reason: str) -> str:
