@@ -14,8 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SUPPORTED := (3, 11) <= sys.version_info[:2] < (3, 14)
 
-# Two processes take the files of tests between them: most of the suite waits for other processes to start.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Four processes share the files of tests, also on two cores: much of the suite waits for other processes.
+PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 
 # Folders with Python in them, so that a new one is linted from its first file on.
 SOURCES := $(sort $(patsubst %/,%,$(dir $(wildcard launcher/*.py models/*.py conf/*.py tests/*.py benchmarks/*.py tools/*.py))))
