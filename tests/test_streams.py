@@ -72,7 +72,14 @@ def test_a_quiet_stream_reports_the_first_failure_only() -> None:
     assert QuietStream(None).write("ab") == 2
 
 
-@pytest.mark.parametrize("cluster", ["cluster=none", pytest.param("cluster=local", marks=pytest.mark.timeout(150))])
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        "cluster=none",
+        "cluster=none data.speak=true data.num_workers=1",  # the loader process prints as well
+        pytest.param("cluster=local", marks=pytest.mark.timeout(150)),
+    ],
+)
 def test_a_run_survives_head(place: Place, cluster: str) -> None:
     done = shell(place, f"$L {' '.join(RUN)} {cluster} 2>&1 | head -3", 90)
     assert done.returncode == 0, done.stdout

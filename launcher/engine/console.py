@@ -107,8 +107,9 @@ class _ProcessStream(CapturedStream):
             return
         stream = sys.__stderr__ if sys.stderr is cast(Any, self) else sys.stderr
         if stream is not None:
-            stream.write(text + ("\n" if whole else ""))
-            stream.flush()
+            with suppress(OSError, ValueError):  # a closed terminal must not turn the user's print into an error
+                stream.write(text + ("\n" if whole else ""))
+                stream.flush()
 
 
 _process_stream = _ProcessStream()
@@ -163,7 +164,8 @@ class Console:
             text = self._log.line(text)
         if os.getpid() != self._process:
             # A forked loader process: its events would be lost, and a lock may have been held during the fork.
-            os.write(2, (text + ("\n" if whole else "")).encode(errors="replace"))
+            with suppress(OSError):  # as above
+                os.write(2, (text + ("\n" if whole else "")).encode(errors="replace"))
             return
         self._control.emit({"kind": "line", "rank": self._rank, "text": text, "whole": whole})
 

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from launcher.config import masking
@@ -43,7 +44,7 @@ class EventWriter:
         # It begins with a newline, since other code may have printed an unfinished line. Secrets are masked, since
         # Ray writes the output of a job to a file on the head.
         text = f"\n{self._mark}{masking.hide(json.dumps(event, default=str))}\n".encode()
-        with self._lock:
+        with self._lock, suppress(OSError):  # a full disk of the head must not end the run
             while text:
                 text = text[os.write(self._descriptor, text) :]
 
