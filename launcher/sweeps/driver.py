@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-from launcher.clusters import base
 from launcher.engine.checkpoint import available
 from launcher.engine.control import PRUNE, Heartbeat
 from launcher.errors import LaunchError, OutOfMemory, RequestError, RunError, Stopped, UserCodeError, WorkerLost
 from launcher.formatting import duration, number
 from launcher.jobs.prepare import Prepared
 from launcher.jobs.record import Origin, Record
-from launcher.money import BUDGET, Bill, Rate, mark_budget_spent
+from launcher.money import BUDGET, Bill, mark_budget_spent
 from launcher.planning.plan import machines_of
 from launcher.runners.signals import Interrupts
 from launcher.runners.tasks import Shape, TaskOutcome
@@ -28,27 +27,14 @@ from launcher.runs.mirror import OWNER
 from launcher.sweeps import records
 from launcher.sweeps.observer import SweepObserver, SweepOutcome
 from launcher.sweeps.planning import SweepPlan, shape_of
+from launcher.sweeps.runner import Runner, open_runner
 from launcher.sweeps.search import display_values
+from launcher.sweeps.space import Value
 from launcher.sweeps.specification import save_user_record
 from launcher.sweeps.study import Study
-from launcher.sweeps.syntax import Value
 
 Event = dict[str, Any]
 POLL_SECONDS = 0.05
-
-
-class Runner(Protocol):
-    """Runs trials: `runners.groups.Groups` or `runners.sequential.Sequential`."""
-
-    @property
-    def running(self) -> set[str]: ...
-    def ready(self, shape: Shape) -> bool: ...
-    def submit(self, key: str, task: Any, shape: Shape) -> None: ...
-    def request(self, key: str, what: str) -> None: ...
-    def poll(self) -> list[TaskOutcome]: ...
-    def release(self) -> None: ...
-    def interrupt(self) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -104,7 +90,10 @@ class Driver:
                 self._show()
                 return self._outcome(None)
             self._observer.begun(self._directory, self._sweep_plan.headline())
-            with Heartbeat(self._directory) as watch, self._open_runner() as (self._runner, interrupts):
+            with (
+                Heartbeat(self._directory) as watch,
+                open_runner(self._sweep_plan, self._observer, self._event) as (self._runner, interrupts),
+            ):
                 self._loop(self._runner, interrupts, watch)
                 signal_number = interrupts.signal_number
             self._conclude(signal_number, watch.stop_requested)
@@ -164,28 +153,6 @@ class Driver:
     def _left(self) -> int:
         """Return the number of trials that have not ended."""
         return max(0, self._spec.total - sum(trial.state.is_finished() for trial in self._study.frozen()))
-
-    @contextmanager
-    def _open_runner(self) -> Iterator[tuple[Runner, Interrupts]]:
-        spec = self._spec
-        if self._sweep_plan.plan.machines.in_process:
-            from launcher.runners.sequential import Sequential
-
-            with Interrupts() as interrupts:
-                yield Sequential(interrupts, self._event), interrupts
-            return
-        self._observer.event({"kind": "phase", "name": "ray"})
-        calling, verbose = [str(spec.request.calling)], "verbose=true" in spec.space.fixed
-        use = base.Use(calling, spec.task_directory(self._directory), verbose, "launcher.runners.groups", is_sweep=True)
-        place = base.kind_of(spec.cluster).connect(spec.cluster, use)
-        with Interrupts() as interrupts, place as cluster:
-            from launcher.runners.groups import Groups
-
-            groups = Groups(cluster, self._event, spec.settings.concurrency)
-            try:
-                yield groups, interrupts
-            finally:
-                groups.close()
 
     def _conclude(self, signal_number: int | None, requested: bool) -> None:
         if self._failure is not None:
@@ -292,7 +259,7 @@ class Driver:
     def _begin(self, runner: Runner, trial: Trial) -> None:
         trial.started = time.time()
         try:
-            task = trial.record.begin(None, self._rate_of(trial.shape), self._spec.root)
+            task = trial.record.begin(None, self._sweep_plan.rate_of(trial.shape), self._spec.root)
         except RequestError as error:  # weights of checkpoint.load are missing, or the disk is full
             trial.directory.create()
             trial.directory.update_result(status="failed", error=f"{type(error).__name__}: {error}")
@@ -306,16 +273,6 @@ class Driver:
         self._log.line(f"trial {trial.number} begins: {words}")
         self._changed()
         runner.submit(str(trial.number), task, trial.shape)
-
-    def _rate_of(self, shape: Shape) -> Rate | None:
-        """Return the rate of a trial: its share of the machines, without the budget, which applies to the sweep."""
-        rate, machines = self._sweep_plan.plan.rate, self._sweep_plan.plan.machines
-        if rate is None:
-            return None
-        has, needs = (
-            (machines.gpus, shape.gpus_per_worker) if shape.gpus_per_worker else (machines.cpus, shape.cpus_per_worker)
-        )
-        return replace(rate, budget=None, share=min(1.0, shape.workers * needs / has) if has else 1.0)
 
     def _event(self, key: str, event: Event) -> None:
         """Process an event of a trial. After an evaluation the trial may be pruned."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.config import Composition, SweepConfig, parse_interval
@@ -13,6 +13,7 @@ from launcher.errors import ConfigError, did_you_mean
 from launcher.jobs.record import check_budget
 from launcher.jobs.training import Observer, checked_plan
 from launcher.jobs.weights import weights_of
+from launcher.money import Rate
 from launcher.planning.plan import Placement, Plan, machines_of
 from launcher.runners.tasks import Shape, fits
 from launcher.sweeps.conditions import check_signatures
@@ -46,6 +47,16 @@ class SweepPlan:
         each = f"{m.workers} {'GPU' if m.device == 'cuda' else 'CPU'} worker{'s' if m.workers > 1 else ''}"
         text = spec.summary(f"{self.concurrency} at a time on {each} each ({m.description})")
         return Headline(text, spec.space.keys, spec.total)
+
+    def rate_of(self, shape: Shape) -> Rate | None:
+        """Return the rate of a trial: its share of the machines, without the budget, which applies to the sweep."""
+        rate, machines = self.plan.rate, self.plan.machines
+        if rate is None:
+            return None
+        total, used = (
+            (machines.gpus, shape.gpus_per_worker) if shape.gpus_per_worker else (machines.cpus, shape.cpus_per_worker)
+        )
+        return replace(rate, budget=None, share=min(1.0, shape.workers * used / total) if total else 1.0)
 
 
 def plan_sweep(spec: SweepSpec, observer: Observer) -> SweepPlan:
