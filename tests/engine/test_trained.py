@@ -148,7 +148,7 @@ def test_weights_that_drift_apart_are_an_error_within_a_log_interval(tmp_path: P
     for rank in launch(job, tmp_path, 2):
         assert rank.error is not None
         assert rank.error[0] == "TrainingError"
-        assert "copies of the model differ at step 4: head.weight of rank 1 is not" in rank.error[1]
+        assert "copies of the model differ at step 4: head.weight of rank 1 differs from rank 0" in rank.error[1]
 
 
 def _compare(runtime: Runtime, kind: str, kinds: list[str]) -> Any:
@@ -173,9 +173,9 @@ def _compare(runtime: Runtime, kind: str, kinds: list[str]) -> Any:
     ("kind", "kinds", "message", "noted"),
     [
         ("same", ["T4", "T4", "T4"], "", 0),
-        ("bit", ["T4", "T4", "T4"], "differ at step 8: b of rank 1 is not", 0),
+        ("bit", ["T4", "T4", "T4"], "differ at step 8: b of rank 1 differs from rank 0", 0),
         ("bit", ["T4", "V100", "T4"], "", 1),
-        ("far", ["T4", "V100", "T4"], "differ at step 8: b of rank 1 is not", 0),
+        ("far", ["T4", "V100", "T4"], "differ at step 8: b of rank 1 differs from rank 0", 0),
         ("gradients", ["T4", "V100", "T4"], "gradient for the same parameter at step 8: b on rank 0, 2 only", 0),
     ],
 )
