@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from launcher import config
+from launcher.cli.filters import take_filter
 from launcher.cli.line import parse
 from launcher.config import calling_directory, keys, targets
 from launcher.engine.checkpoint import load_weights
@@ -107,6 +108,8 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         line = parse(words)
         sweeps = "multirun" in line.flags
         plain = [word for word in line.words if not (sweeps and is_axis(word))]
+        if line.verb == "runs":
+            _, plain = take_filter(plain)
         config.compose(plain, line.config_dir)  # raises, and the message names the word
 
 

@@ -130,7 +130,7 @@ def _words(before: Sequence[str], verb: str | None, word: str) -> Iterator[str]:
     if verb is None and not word.startswith(("+", "~")):
         yield from VERBS
     named = [each for each in before if each != verb and not each.startswith("-") and "=" not in each]
-    if chosen.named == "run" and not named:
+    if len(named) < {"run": 1, "runs": 2}.get(chosen.named or "", 0):
         yield from _runs(before)
     if chosen.named == "key":
         yield from (*VERBS, *_keys(word, directories))

@@ -25,7 +25,6 @@ launch [VERB [NAME]] [KEY=VALUE ...] [FLAGS]
   launch -m optimizer.lr=1e-3,1e-2             run a sweep over the values
   launch run.name=NAME run.resume=true         continue a run that stopped
   launch --config-dir DIR experiment=MINE      train your own model and data
-
 launch VERB --help lists flags and groups; launch help KEY explains a key.
 """
 

@@ -34,6 +34,7 @@ class Line:
     Attributes:
         verb: the name of the verb; `train` if none was given.
         name: the run, the cluster or the key that the verb applies to.
+        other: the second run, of `launch diff` only.
         words: the overrides, in order.
         input: the path after `input=`, of `launch predict` only.
         flags: the name of each flag -> its value, "yes" for a switch.
@@ -45,6 +46,7 @@ class Line:
     name: str | None
     words: list[str] = field(default_factory=list)
     input: str | None = None
+    other: str | None = None
     flags: dict[str, str] = field(default_factory=dict)
     explicit: bool = True
     started: float = field(default_factory=time.time)
@@ -91,8 +93,14 @@ def parse(arguments: Sequence[str]) -> Line:
             line.explicit = True
         elif VERBS[line.verb].named is not None and line.name is None:
             line.name = word
+        elif VERBS[line.verb].named == "runs" and line.other is None:
+            line.other = word
         else:
             raise ConfigError(_explain_word(word, line))
+    if VERBS[line.verb].named == "runs" and line.other is None and "help" not in line.flags:
+        raise ConfigError(
+            f"launch {line.verb} needs the names of two runs: launch {line.verb} A B. `launch runs` lists the runs."
+        )
     if VERBS[line.verb].named == "run" and line.name is None and "help" not in line.flags:
         raise ConfigError(
             f"launch {line.verb} needs the name of a run: launch {line.verb} NAME. `launch runs` lists the runs."
@@ -138,6 +146,8 @@ def _read_flag(line: Line, spelling: str, value: str | None, rest: list[str]) ->
 
 def _explain_word(word: str, line: Line) -> str:
     """Return the error for a word that is neither a verb nor an override."""
+    if VERBS[line.verb].named == "runs":
+        return f'launch {line.verb} takes two names, but found a third: "{word}".'
     if VERBS[line.verb].named == "run":
         return f'launch {line.verb} takes one name, but found two: "{line.name}" and "{word}".'
     nearest = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.0)[0]

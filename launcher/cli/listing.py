@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,11 @@ def rows(root: Path) -> list[dict[str, Any]]:
     return found
 
 
-def print_table(found: list[dict[str, Any]], root: Path) -> None:
+def print_table(found: list[dict[str, Any]], root: Path, columns: Sequence[str] = ()) -> None:
     """Print the rows of `rows` as a table, and the errors of runs without a result below it."""
     if not found:
-        print(f"No runs in {RunDirectory(root / 'run').root}.", file=sys.stderr)
+        what = "No matching runs" if any(list_runs(root)) else "No runs"
+        print(f"{what} in {RunDirectory(root / 'run').root}.", file=sys.stderr)
         return
     grid = Table(box=None, pad_edge=False)
     for heading, justify in (
@@ -80,6 +81,7 @@ def print_table(found: list[dict[str, Any]], root: Path) -> None:
         ("workers", "right"),
         ("time", "right"),
         ("USD", "right"),
+        *((column, "right") for column in columns),
     ):
         grid.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in found:
@@ -93,6 +95,7 @@ def print_table(found: list[dict[str, Any]], root: Path) -> None:
             _text(row["workers"]),
             duration(row["seconds"]) if row["seconds"] else "",
             "" if row["cost_usd"] is None else f"{row['cost_usd']:.2f}",
+            *(_text(row["columns"][column]) for column in columns),
         )
         # As `Text`, because rich interprets markup in plain strings.
         grid.add_row(*(Text(printable(cell).replace("\n", "\\n")) for cell in cells))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher import runs as run_roots
 from launcher.cli import board_server, listing
+from launcher.cli.filters import take_filter
 from launcher.cli.line import Line
 from launcher.cli.output import say
 from launcher.cli.requests import request_of
@@ -29,19 +30,20 @@ ADDRESS = "cluster.address"
 
 def runs(line: Line) -> int:
     """Run `launch runs`."""
-    root = _root(line)
-    rows = listing.rows(root)
+    chosen, line.words = take_filter(line.words)
+    root = run_root(line)
+    rows = chosen.apply(listing.rows(root), root)
     if "json" in line.flags:
         print(json.dumps(listing.strict_json(rows), indent=2))
     else:
-        listing.print_table(rows, root)
+        listing.print_table(rows, root, chosen.columns)
     return 0
 
 
 def logs(line: Line) -> int:
     """Run `launch logs`: print the log of a run, and follow it while the run is active."""
     assert line.name is not None
-    run = run_roots.find(_root(line), line.name)
+    run = run_roots.find(run_root(line), line.name)
     until_the_end = "no_follow" not in line.flags
     sent = run.sent
     if sent is None:
@@ -66,7 +68,7 @@ def logs(line: Line) -> int:
 def stop(line: Line) -> int:
     """Run `launch stop`: print the directory of the run."""
     assert line.name is not None
-    run = run_roots.find(_root(line), line.name)
+    run = run_roots.find(run_root(line), line.name)
     sent = run.sent
     if sent is None:
         say(listing.stop(run))
@@ -79,7 +81,7 @@ def stop(line: Line) -> int:
 
 def board(line: Line) -> int:
     """Run `launch board`: serve TensorBoard over the run root until Ctrl-C."""
-    root = _root(line)
+    root = run_root(line)
     port, host = line.flags.get("port", "6006"), line.flags.get("host", "127.0.0.1")
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--port {port}: a port is a number from 1 to 65535, such as 6006.")
@@ -100,7 +102,7 @@ def board(line: Line) -> int:
     os.execv(sys.executable, command)
 
 
-def _root(line: Line) -> Path:
+def run_root(line: Line) -> Path:
     """Return the run root for a verb that composes no job.
 
     Raises:

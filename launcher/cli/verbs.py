@@ -76,7 +76,8 @@ class Verb:
     Attributes:
         module: the module of launcher.cli that holds a function with the verb's name, `(Line) -> exit status`.
         summary: its line of `launch --help`.
-        named: what NAME is: a run, which is required; a cluster or a key, which are optional; None without a name.
+        named: what NAME is: a run, or two runs, which are required; a cluster or a key, which are optional; None
+            without a name.
         composes: whether it composes the configuration of a job, and so accepts groups, keys and Hydra's flags.
         flags: the names of the flags that only some verbs accept.
         details: further lines of `launch VERB --help`.
@@ -85,7 +86,7 @@ class Verb:
     name: str
     module: str
     summary: str
-    named: Literal["run", "cluster", "key"] | None = None
+    named: Literal["run", "runs", "cluster", "key"] | None = None
     composes: bool = False
     flags: tuple[str, ...] = ()
     details: str = ""
@@ -98,7 +99,7 @@ class Verb:
     @property
     def usage(self) -> str:
         """Return the verb with its name, as `launch --help` shows it."""
-        return self.name + {"run": " NAME", "cluster": " [NAME]", "key": " [KEY]", None: ""}[self.named]
+        return self.name + {"run": " NAME", "runs": " A B", "cluster": " [NAME]", "key": " [KEY]", None: ""}[self.named]
 
     def accepts(self, flag: Flag) -> bool:
         """Return whether the flag belongs to this verb."""
@@ -132,9 +133,17 @@ _ALL = (
         details="One JSON line for each input in the file or folder PATH.",
     ),
     Verb("export", "trained", "write a run's best weights and its network", named="run", composes=True),
-    Verb("runs", "runs", "list runs with state, step, loss, workers, time, cost", flags=("json",)),
+    Verb(
+        "runs",
+        "runs",
+        "list runs with state, step, loss, workers, time, cost",
+        flags=("json",),
+        details="state=failed,lost  last=7d  sort=best or sort=-KEY  columns=KEY,TAG",
+    ),
+    Verb("diff", "diff", "compare two runs: configuration, code, results", named="runs", flags=("json",)),
     Verb("logs", "runs", "print the log of a run and follow it", named="run", flags=("no_follow",)),
     Verb("stop", "runs", "save a checkpoint of a run and stop the run", named="run"),
+    Verb("rm", "rm", "remove a run and its files, unless it is active", named="run"),
     Verb("board", "runs", "serve TensorBoard for all runs", flags=("port", "host", "open")),
     Verb("sizes", "sizes", "list Azure NC sizes: GPUs, network, quota, price", flags=("region", "offline", "json")),
     Verb(
