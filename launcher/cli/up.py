@@ -9,7 +9,7 @@ from launcher.cli.line import Line
 from launcher.cli.open_port import confirmed
 from launcher.cli.output import say
 from launcher.cli.requests import request_of
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, MachineError
 from launcher.jobs import prepare
 from launcher.jobs.training import ended_by_signals
 
@@ -22,6 +22,11 @@ def up(line: Line) -> int:
     cluster = prepare.composed(request_of(line)).job.cluster
     with ended_by_signals():  # SIGTERM as well as Ctrl-C: what was created is removed again, and reported
         head = machines.up(cluster, say)
+    if (missing := head.missing_hosts()) and "partial" not in line.flags:
+        raise MachineError(
+            f"The cluster {head.name} is up without {', '.join(missing)}. Repeat `launch up` when the hosts can be used, "
+            "or accept the cluster without them with --partial."
+        )
     words = f"cluster={head.kind}" + (f" cluster.name={head.name}" if head.name != head.kind else "")
     say(f"The cluster {head.name} is up. Train on it with: launch {words} ... SSH to its head: {shlex.join(head.ssh)}")
     print(head.name)

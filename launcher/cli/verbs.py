@@ -52,6 +52,7 @@ FLAGS = (
     Flag("host", ("--host",), "address to listen on (127.0.0.1)", "HOST"),
     Flag("open", ("--open",), "open the page in a browser"),
     Flag("region", ("--region",), "Azure region of the prices (eastus)", "NAME"),
+    Flag("partial", ("--partial",), "accept a cluster without the hosts that cannot be used"),
     Flag("save", ("--save",), "save a checkpoint of each active run first"),
     Flag("force", ("--force",), "do not wait for active runs, and save nothing"),
     Flag("forget", ("--forget",), "delete only the local record; leave the machines as they are"),
@@ -151,6 +152,7 @@ _ALL = (
         "up",
         "create a cluster: cluster=ssh cluster.hosts=[HEAD,HOST]",
         composes=True,
+        flags=("partial",),
         details="Idempotent: parts of the cluster that are running already are left unchanged.",
     ),
     Verb(

@@ -48,6 +48,11 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 # host needs the environment's folder of scripts on its PATH.
 COMMAND = ("-m", "ray.scripts.scripts")
 
+# A program that exits with 0 if `ray start --head` starts the server of Ray Client, which needs gRPC.
+# Why: its default port is fixed, and an explicit one is an error without gRPC. Since: 2.44 or older. Without: a second
+# cluster cannot start on a host.
+HAS_CLIENT = "import importlib.util, sys; sys.exit(importlib.util.find_spec('grpc') is None)"
+
 # A program that prints the nodes of the cluster at its first argument, lost ones included, as one line of JSON.
 # Why: the public state API needs the dashboard. Since: 2.44 or older. Without: `launch status` cannot name the lost
 # hosts of cluster=ssh.

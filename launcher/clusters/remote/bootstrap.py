@@ -70,6 +70,7 @@ def run_on_host(
         f'[ -n "$python" ] || exit {_NO_PYTHON}; exec "$python" -I -S -c {shlex.quote(_LOADER)}'
     )
     what = {"make_environment": "creating the Python environment", "start": "starting Ray", "stop": "stopping Ray"}
+    what["probe"] = "running a test job"
     try:
         printed = shell.run(script, stdin=given, seconds=seconds, what=what.get(command, "inspecting the host"))
         answer: dict[str, Any] = json.loads(printed.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""The commands that launch runs on a host of a cluster: look, make_environment, start and stop.
+"""The commands that launch runs on a host of a cluster: look, make_environment, start, probe and stop.
 
 This file is sent over SSH and run by the host's own Python (`bootstrap.run_on_host`), version 3.8 or newer. It imports
 only the standard library, `reaper` and `ray_seam.settings`, and uses newer syntax only in annotations. A command is a
@@ -24,7 +24,9 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ from launcher.clusters import reaper
 from launcher.ray_seam import settings
 
 MARK = "LAUNCH_CLUSTER"
-GCS_PORT, DASHBOARD_PORT = 6379, 8265  # or the next ones that are free
+GCS_PORT, DASHBOARD_PORT, AGENT_PORT, CLIENT_PORT = 6379, 8265, 52365, 10001  # or others that are free
 START_SECONDS = 90.0
+PROBE_SECONDS = 60.0
 LOCK_SECONDS = 120.0
 STARTED = "Ray runtime started."
 _VERSIONS = """
@@ -64,6 +67,7 @@ def look(command: dict[str, Any]) -> dict[str, Any]:
         "address": address,
         "interface": interface_of(address),
         "node": node,
+        "unwritable": _why_unwritable(base),
         "token": _digest(directory / "token"),
         "rsync": shutil.which("rsync") is not None,
         "cpus": len(os.sched_getaffinity(0)),
@@ -111,7 +115,7 @@ def start(command: dict[str, Any]) -> dict[str, Any]:
 
     A node that belongs to an earlier start of the head (`generation`) is stopped first.
     """
-    _, directory = _directories(command)
+    base, directory = _directories(command)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     head = command.get("head")  # None on the head itself
     with _locked(directory / "lock", LOCK_SECONDS):
@@ -123,7 +127,46 @@ def start(command: dict[str, Any]) -> dict[str, Any]:
         _write_private(directory / "token", command["token"])
         if head is not None:
             _check_connection(head)
-        return _start_ray(command, directory)
+        # Of two clusters that start at the same time, each must see the ports of the other.
+        with _locked(base / "start.lock", LOCK_SECONDS):
+            return _start_ray(command, directory)
+
+
+def probe(command: dict[str, Any]) -> dict[str, Any]:
+    """Run a job through the Jobs API of the Ray on this host, the head, and return when it has succeeded."""
+    _, directory = _directories(command)
+    node = _node(directory)
+    if node is None:
+        raise CommandFailed(f"Ray is not running any more: {_tail(directory / 'ray.log')}")
+    headers = {"Authorization": f"Bearer {(directory / 'token').read_text()}", "Content-Type": "application/json"}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without the proxies of the environment
+    latest = time.monotonic() + PROBE_SECONDS
+
+    def ask(path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        url = f"http://127.0.0.1:{node['dashboard']}{path}"
+        while True:
+            try:
+                with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=10) as answer:
+                    found: dict[str, Any] = json.loads(answer.read())
+                    return found
+            except (OSError, ValueError) as error:
+                if time.monotonic() > latest:
+                    text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else error
+                    raise CommandFailed(f"Ray's Jobs API at {url} does not answer: {str(text)[:300]}") from None
+            time.sleep(0.2)
+
+    job = ask("/api/jobs/", {"entrypoint": "true"})["submission_id"]
+    while True:
+        found = ask(f"/api/jobs/{job}")
+        if found["status"] not in ("PENDING", "RUNNING"):
+            break
+        if time.monotonic() > latest:
+            raise CommandFailed(f"a test job did not end within {PROBE_SECONDS:g} s ({found['status']})")
+        time.sleep(0.1)
+    if found["status"] != "SUCCEEDED":
+        raise CommandFailed(f"a test job ended as {found['status']}: {str(found.get('message'))[:300]}")
+    return {"job": job}
 
 
 def stop(command: dict[str, Any]) -> dict[str, Any]:
@@ -148,13 +191,17 @@ def _start_ray(command: dict[str, Any], directory: Path) -> dict[str, Any]:
     node = {"address": address, "head": head is None, "python": python, "scratch": str(scratch)}
     words = ["--head", "--dashboard-host=127.0.0.1", "--include-dashboard=true", "--no-monitor"]
     if head is None:
-        port = _free_port(address, GCS_PORT)
-        node.update(port=port, dashboard=_free_port("127.0.0.1", DASHBOARD_PORT), generation=os.urandom(6).hex())
+        port = _free_port(GCS_PORT)
+        node.update(port=port, dashboard=_free_port(DASHBOARD_PORT), generation=os.urandom(6).hex())
+        if _succeeds([python, "-c", settings.HAS_CLIENT]):
+            # Behind the ports of Ray's workers, 10002 to 19999.
+            words += [f"--ray-client-server-port={_free_port(CLIENT_PORT, [CLIENT_PORT, *range(20001, 20101)])}"]
         words += [f"--port={port}", f"--dashboard-port={node['dashboard']}", f"--temp-dir={scratch}/r"]
     else:
         words = [f"--address={head['address']}:{head['port']}"]
         node.update(port=head["port"], generation=head["generation"])
-    words += [f"--node-ip-address={address}", "--disable-usage-stats", "--block"]
+    words += [f"--node-ip-address={address}", f"--dashboard-agent-listen-port={_free_port(AGENT_PORT)}"]
+    words += ["--disable-usage-stats", "--block"]
     log = directory / "ray.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -275,9 +322,8 @@ def _venv(version: str, place: Path) -> list[str]:
     homes = [f"~/.pyenv/versions/{version}*/bin/python3", "/opt/conda/bin/python3", "/anaconda/envs/*/bin/python3"]
     near = [path for home in homes for path in sorted(glob.glob(os.path.expanduser(home)), reverse=True)]
     for python in [f"python{version}", "python3", "python", *near]:
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            if subprocess.run([python, "-c", test], capture_output=True, timeout=20, check=False).returncode == 0:
-                return [python, "-m", "venv", str(place)]
+        if _succeeds([python, "-c", test]):
+            return [python, "-m", "venv", str(place)]
     uv = shutil.which("uv", path=os.pathsep.join([os.environ.get("PATH", ""), os.path.expanduser("~/.local/bin")]))
     if uv is not None:
         return [uv, "venv", "--seed", "--python", version, str(place)]
@@ -302,6 +348,12 @@ def _run(words: list[str], sink: Any, log: Path) -> None:
             f"cluster.python=/PATH/TO/python. The log is {log}"
         )
     raise CommandFailed(f"the Python environment could not be created (log: {log}): {_tail(log)}")
+
+
+def _succeeds(words: list[str]) -> bool:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(words, capture_output=True, timeout=20, check=False).returncode == 0
+    return False
 
 
 def _versions(python: str) -> dict[str, str]:
@@ -345,13 +397,23 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def _free_port(address: str, first: int) -> int:
-    for port in range(first, first + 100):
+def _free_port(first: int, candidates: Iterable[int] | None = None) -> int:
+    """Return the first port on which no process listens on any address. candidates: default: 100 from `first` on."""
+    for port in candidates or range(first, first + 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((address, port))
+            probe.bind(("0.0.0.0", port))
             return port
-    raise CommandFailed(f"no port from {first} to {first + 99} is free on {address}")
+    raise CommandFailed(f"no port is free from {first} on")
+
+
+def _why_unwritable(directory: Path) -> str:
+    """Return the reason why a directory cannot be created or written; empty if it can."""
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if os.access(str(nearest), os.W_OK | os.X_OK):
+        return ""
+    read_only = os.statvfs(str(nearest)).f_flag & os.ST_RDONLY
+    return f"{nearest}: {'Read-only file system' if read_only else 'Permission denied'}"
 
 
 def _mark(directory: Path) -> str:
@@ -404,6 +466,7 @@ COMMANDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "look": look,
     "make_environment": make_environment,
     "start": start,
+    "probe": probe,
     "stop": stop,
 }
 
@@ -417,5 +480,5 @@ def main(command: dict[str, Any]) -> None:
     except CommandFailed as problem:
         answer = {"failed": str(problem)}
     except OSError as error:
-        answer = {"failed": f"{command['command']} failed: {error}"}
+        answer = {"failed": f"{command['command']} failed: {error.filename or ''} {error.strerror or error}"}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

@@ -48,6 +48,10 @@ class Head:
     def shell(self) -> Shell:
         return Shell(self.ssh)
 
+    def missing_hosts(self) -> list[str]:
+        """Return the names of the hosts that could not be used when they were last contacted."""
+        return [host["name"] for host in self.hosts if host.get("state") == "dead" and not host.get("leaving")]
+
 
 def directory() -> Path:
     """Return the directory of the records."""

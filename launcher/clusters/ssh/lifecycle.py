@@ -89,10 +89,16 @@ def up(cluster: SshCluster, report: Report, calling: Path | None = None) -> Head
     except HostError as error:
         raise ClusterError(f"The head of the cluster {name} (its first host) cannot be used. {error}") from None
     _check_same_python(name, first.facts, environment)
+    if len(hosts) > 1 and first.facts["address"].startswith("127."):
+        raise ClusterError(
+            f"The head {first.name} has only the address {first.facts['address']}, which other hosts cannot reach. "
+            "Connect it to their network, and name it by an address of that network in cluster.hosts."
+        )
     # The paths of the head are used on every host.
     place["base"] = first.facts["base"]
     each = _Hosts(name, hosts, report)
     each.do(lambda host: run_on_host(host.shell, "look", python, **place), but=first)
+    each.do(lambda host: _check_writable(host, place["base"], first))
     each.do(lambda host: _ensure_python(host, python, environment, place, report))
     for host in each.usable():
         host.touched = True
@@ -100,6 +106,7 @@ def up(cluster: SshCluster, report: Report, calling: Path | None = None) -> Head
     _send(each, calling or Path.cwd(), report)
 
     token = secrets.token_hex(32)
+    running = first.facts["node"]
     node = _start(first, token, place, None, report)
     rest = [host for host in each.usable() if host is not first]
     if any((host.facts["node"] or {}).get("generation") != node["generation"] for host in rest):
@@ -107,6 +114,8 @@ def up(cluster: SshCluster, report: Report, calling: Path | None = None) -> Head
         each.do(lambda host: {"node": _start(host, token, place, node, report)}, but=first)
     head = _head(name, [*hosts, *_stop_removed(hosts, known, report)], known)
     registry.save(head)
+    if running is None or running["since"] != node["since"]:
+        _probe(first, place)
     return head
 
 
@@ -251,6 +260,28 @@ def _check_same_python(name: str, facts: dict[str, Any], environment: Environmen
             f"{made or 'one that does not exist'}: other versions, or another cluster.python. Stop the cluster and its "
             f"runs first (launch down {name}), or choose another cluster.name."
         )
+
+
+def _check_writable(host: _Host, base: str, head: _Host) -> dict[str, Any]:
+    """Raise HostError if the host's user cannot write launch's directory, which has the same path on all hosts."""
+    reason = host.facts.get("unwritable")
+    if reason:
+        differ = ""
+        if host is not head:
+            differ = (
+                f" Every host uses the path of the head {head.name}: use a user with the same home directory on all."
+            )
+        raise HostError(f"{host.name} cannot write {base} ({reason}).{differ}", host.name, "failed")
+    return {}
+
+
+def _probe(head: _Host, place: dict[str, Any]) -> None:
+    """Raise ClusterError unless the head's Ray runs a test job."""
+    facts = {"base": place["base"], "cluster": place["cluster"]}
+    try:
+        run_on_host(head.shell, "probe", head.facts["python"], seconds=START_SECONDS, **facts)
+    except HostError as error:
+        raise ClusterError(f"The cluster {place['cluster']} was started, but cannot run jobs. {error}") from None
 
 
 def _ensure_python(
