@@ -24,8 +24,8 @@ def up(line: Line) -> int:
         head = machines.up(cluster, say)
     if (missing := head.missing_hosts()) and "partial" not in line.flags:
         raise MachineError(
-            f"The cluster {head.name} is up without {', '.join(missing)}. Repeat `launch up` when the hosts can be used, "
-            "or accept the cluster without them with --partial."
+            f"The cluster {head.name} is up without {', '.join(missing)}. Repeat `launch up` when the hosts can be "
+            "used, or accept the cluster without them with --partial."
         )
     words = f"cluster={head.kind}" + (f" cluster.name={head.name}" if head.name != head.kind else "")
     say(f"The cluster {head.name} is up. Train on it with: launch {words} ... SSH to its head: {shlex.join(head.ssh)}")

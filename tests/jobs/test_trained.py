@@ -142,7 +142,7 @@ def test_missing_or_damaged_inputs_are_errors(run: Place, words: str, rows: list
     [
         ("unfit", 2, r"a line takes one number, not 3 of them"),
         ("few", 1, r"list of one value for each of its 3 inputs; found 1"),
-        ("object", 1, r"returned a object, for which JSON has no form"),
+        ("object", 1, r"returned a object, which has no JSON form"),
         ("raise", 1, r"KeyError: 'label'"),
     ],
 )
