@@ -24,13 +24,14 @@ import shlex
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from launcher.clusters.local import ray_session
+from launcher.clusters.remote import host_errors
+from launcher.clusters.remote.tunnel import Tunnel, ssh_environment
 from launcher.errors import ConfigError, HostError
 
 CONNECT_SECONDS = 10
@@ -38,61 +39,12 @@ PERSIST_SECONDS = 120
 # A connection is dead after ALIVE_SECONDS * ALIVE_COUNT without an answer.
 ALIVE_SECONDS, ALIVE_COUNT = 5, 3
 _SOCKET_BYTES = 103  # the shortest limit of a Unix socket's path among systems
-_RECONNECT_SECONDS = 0.5
 IDLE_SECONDS = 60  # without data, after which a transfer has failed
 TRANSFER_SECONDS = 24 * 3600.0
 PROGRESS_SECONDS = 10.0  # between two reports of a transfer
 
 # Options of the user's configuration that would change or break commands: a terminal, another command, forwarded ports.
 _SESSION = ("RequestTTY=no", "RemoteCommand=none", "PermitLocalCommand=no", "ForwardX11=no")
-# Messages of ssh when a jump host or ProxyCommand has failed: a proxied connection has no address.
-_PROXY_FAILED = re.compile(r"UNKNOWN port 65535|stdio forwarding failed|kex_exchange_identification")
-# Lines of ssh that follow from another line.
-_CONSEQUENCE = re.compile(
-    r"UNKNOWN port 65535|kex_exchange_identification|stdio forwarding failed|^\*+$|banner exchange"
-)
-# Messages of OpenSSH when it exits with status 255, and their HostError.cause. The first match wins.
-_CAUSES = (
-    (r"REMOTE HOST IDENTIFICATION HAS CHANGED", "changed"),
-    (r"host key is known|Host key verification failed|authenticity of host", "unknown"),
-    (r"Permission denied \([a-z,-]+\)|Too many authentication failures|No more authentication methods", "key"),
-    (r"UNPROTECTED PRIVATE KEY|Bad owner or permissions|Can't open user config|Bad configuration", "settings"),
-    (r"Connection refused", "closed"),
-    (r"Could not resolve hostname|Name or service not known", "name"),
-    (r"timed out|No route to host|Network is unreachable|Host is down|not responding", "dead"),
-    (r"closed by remote host|Connection (?:reset|closed) by|Broken pipe|connection unexpectedly closed", "lost"),
-)
-# Messages of rsync, or of the shell that starts it, whatever the exit status.
-_RSYNC_CAUSES = (
-    (r"command not found|rsync: not found|failed to exec rsync|No such file or directory.*rsync", "rsync"),
-    (r"is your shell clean|protocol version mismatch", "shell"),
-)
-_MESSAGES = {
-    "changed": "The host key of {host} has changed. Either the machine was reinstalled, or another machine answers at "
-    "its address. If it was reinstalled, remove the old key with ssh-keygen -R {host}.",
-    "unknown": "The host key of {host} is unknown, and ssh cannot ask you to confirm it. Connect once by hand and "
-    "compare the fingerprint ({command}), or set `StrictHostKeyChecking accept-new` in your SSH configuration.",
-    "key": "{host} rejects this user ({output}). Load the right key into ssh-agent, or name it with "
-    "cluster.ssh_key=FILE and the user with cluster.user=NAME. Test it with: {command}.",
-    "settings": "ssh rejects your settings for {host}: {output}.",
-    "closed": "{host} refuses connections to its SSH port ({output}). Check that sshd is running, and the port: write "
-    "another port as HOST:PORT.",
-    "name": "The host name {host} cannot be resolved ({output}). Use a name that `ssh` knows, or an address.",
-    "dead": "{host} does not answer ({output}). Check that the machine is running and reachable from this network.",
-    "jump": "{host} cannot be reached through {proxy}: {output}. Test it with: {command}.",
-    "lost": "The connection to {host} was lost ({output}). Processes that were started on it may still run.",
-    "client": "ssh cannot connect to {host}: {output}. Test it with: {command}.",
-    "shell": "The shell of {host} prints {output} to commands, which breaks rsync. Remove this output from its startup "
-    "files, such as ~/.bashrc, or print it only in interactive shells.",
-    "time": "{host} did not finish within {seconds:g} s: {what}.",
-    "rsync": "rsync, which launch uses to send files, is not installed on {host}. Install it (Debian and Ubuntu: "
-    "apt-get install rsync).",
-    "no rsync here": "rsync, which launch uses to send files, is not installed on this machine. Install it (Debian and "
-    "Ubuntu: apt-get install rsync; macOS: brew install rsync).",
-    "no ssh here": "ssh is not installed on this machine. Install the OpenSSH client (Debian and Ubuntu: apt-get "
-    "install openssh-client).",
-    "failed": "{what} failed on {host} with status {status}: {output}",
-}
 
 
 class Shell:
@@ -212,8 +164,8 @@ class Shell:
         options = ["-o", "ControlPath=none", "-o", "ExitOnForwardFailure=no", "-L", f"127.0.0.1:{local}:{to}:{port}"]
         # ssh forwards ports before it runs the command. `cat`, and with it ssh, exits when this process exits, even if
         # it is killed.
-        words = [*self._options, *options, "--", self._destination, f"echo {_Tunnel.READY}; exec cat >/dev/null"]
-        tunnel = _Tunnel(self, words, local)
+        words = [*self._options, *options, "--", self._destination, f"echo {Tunnel.READY}; exec cat >/dev/null"]
+        tunnel = Tunnel(words, local, self.failed, CONNECT_SECONDS)
         tunnel.open()
         try:
             yield local
@@ -231,42 +183,20 @@ class Shell:
         """Return the error for the standard error of ssh (status 255) or of a command."""
         if status != 255:
             return self._error("failed", output, status, what, seconds)
-        proxy = self._proxy() if _PROXY_FAILED.search(output) else ""
+        proxy = self._proxy() if host_errors.may_be_of_a_proxy(output) else ""
         if proxy:
             return self._error("jump", self._proxy_output(output), status, what, seconds, proxy)
-        cause = next((cause for text, cause in (*_RSYNC_CAUSES, *_CAUSES) if re.search(text, output)), None)
-        return self._error(cause or ("client" if output.strip() else "lost"), output, status, what, seconds)
+        return self._error(host_errors.cause_of(output), output, status, what, seconds)
 
     def _error(
-        self,
-        cause: str,
-        output: str = "",
-        status: int = 255,
-        what: str = "",
-        seconds: float = 0,
-        proxy: str = "",
+        self, cause: str, output: str = "", status: int = 255, what: str = "", seconds: float = 0, proxy: str = ""
     ) -> HostError:
-        lines = [line.strip().rstrip(".\r") for line in output.splitlines() if line.strip()]
-        if cause == "failed":  # a command may need several lines
-            shown = _tail([line.strip() for line in output.splitlines() if line.strip()])
-        elif cause in ("jump", "client"):
-            shown = "; ".join([line for line in lines if not _CONSEQUENCE.search(line)] or lines)[-600:]
-        else:  # the last line of ssh has the reason
-            shown = lines[-1] if lines else "no output"
-        text = _MESSAGES[cause].format(
-            host=self.name,
-            output=shown,
-            status=status,
-            what=what,
-            seconds=seconds,
-            proxy=proxy,
-            command=shlex.join(self._plain),
-        )
-        return HostError(text[0].upper() + text[1:] if cause == "failed" else text, self.name, cause)
+        facts = {"status": status, "what": what, "seconds": seconds, "proxy": proxy, "command": shlex.join(self._plain)}
+        return host_errors.host_error(cause, self.name, output, **facts)
 
     def _proxy_output(self, output: str) -> str:
         """Return the lines of the jump host. With ControlPersist ssh discards them, so connect once without it."""
-        if "timed out" in output or any(not _CONSEQUENCE.search(line) for line in output.split("\n") if line.strip()):
+        if "timed out" in output or host_errors.has_reason(output):
             return output
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             words = [*self._options, "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes"]
@@ -278,7 +208,7 @@ class Shell:
                 errors="replace",
                 timeout=3 * CONNECT_SECONDS,
                 start_new_session=True,
-                env=_environment(),
+                env=ssh_environment(),
                 check=False,
             )
             return done.stderr or output
@@ -342,7 +272,7 @@ class Shell:
                     stdout=out,
                     stderr=errors,
                     start_new_session=True,  # without a terminal: the ssh of a jump host would prompt on it
-                    env=_environment(),
+                    env=ssh_environment(),
                 )
             except FileNotFoundError:
                 raise self._error(f"no {words[0]} here") from None
@@ -372,97 +302,13 @@ class Shell:
 
     def _rsync_error(self, output: str, status: int, what: str) -> HostError:
         """Return the error for the standard error of rsync, which contains that of ssh."""
-        cause = next((cause for text, cause in _RSYNC_CAUSES if re.search(text, output)), None)
+        cause = host_errors.cause_of_rsync(output)
         if cause == "shell":
             with contextlib.suppress(HostError):
                 return self._error("shell", repr(self.startup_output()[:200]))
         if cause is not None:
             return self._error(cause, output, status, what)
-        # ssh ends with 255, and rsync with 12 when the connection is lost or the command could not be started.
-        of_ssh = status == 255 or (status == 12 and any(re.search(text, output) for text, _ in _CAUSES[:-1]))
-        return self.failed(output, 255 if of_ssh else status, what)
-
-
-class _Tunnel:
-    """A forwarded port, and the thread that reconnects it."""
-
-    READY = "launch-tunnel-is-ready"
-
-    def __init__(self, shell: Shell, words: Sequence[str], local: int) -> None:
-        self._shell, self._words, self._local = shell, words, local
-        self._closing = threading.Event()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._keeper = threading.Thread(target=self._keep, name="launch-tunnel", daemon=True)
-
-    def open(self) -> None:
-        self._start()
-        latest = time.monotonic() + 2 * CONNECT_SECONDS
-        try:
-            assert self._process is not None
-            assert self._process.stdout is not None
-            os.set_blocking(self._process.stdout.fileno(), False)
-            printed = b""
-            while self.READY.encode() not in printed or not self._listens():
-                printed += self._process.stdout.read() or b""
-                ended = self._process.poll() is not None
-                output = self._output() if ended else ""
-                if ended:
-                    raise self._shell.failed(output)
-                if time.monotonic() > latest:
-                    raise self._shell.failed("timed out")
-                time.sleep(0.02)
-            if f"cannot listen to port: {self._local}" in self._output():
-                raise self._shell.failed(f"the local port {self._local} is in use")
-        except BaseException:
-            self.close()
-            raise
-        self._keeper.start()
-
-    def close(self) -> None:
-        self._closing.set()
-        self._end()
-        if self._keeper.ident is not None:
-            self._keeper.join()
-            self._end()  # the thread may have started another process
-        self._errors.close()
-
-    def _output(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace")
-
-    def _start(self) -> None:
-        self._process = subprocess.Popen(
-            self._words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            start_new_session=True,
-            env=_environment(),
-        )
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                assert stream is not None
-                stream.close()
-
-    def _listens(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._local), timeout=1):
-            return True
-        return False
-
-    def _keep(self) -> None:
-        assert self._process is not None
-        while not self._closing.is_set():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_RECONNECT_SECONDS)
-                self._closing.wait(_RECONNECT_SECONDS)
-                if not self._closing.is_set():
-                    self._end()
-                    self._start()
+        return self.failed(output, 255 if host_errors.is_of_ssh(output, status) else status, what)
 
 
 def destination(host: str, user: str | None = None, key: str | None = None, config: str | None = None) -> list[str]:
@@ -505,11 +351,6 @@ def _reports_progress() -> bool:
     return False
 
 
-def _environment() -> dict[str, str]:
-    """Return the environment of ssh: without a program that asks for a password in a window."""
-    return {**os.environ, "SSH_ASKPASS_REQUIRE": "never"}
-
-
 def _socket_path(words: Sequence[str]) -> Path | None:
     directory = ray_session.runtime_directory()
     if directory is None:
@@ -521,7 +362,3 @@ def _socket_path(words: Sequence[str]) -> Path | None:
 def _literal(path: str) -> str:
     """Return an rsync pattern that matches only this path."""
     return re.sub(r"([\[*?\\])", r"\\\1", path) if re.search(r"[\[*?]", path) else path
-
-
-def _tail(lines: Sequence[str]) -> str:
-    return " ".join(lines[-5:])[-600:] or "no output"
