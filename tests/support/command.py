@@ -42,7 +42,7 @@ class Result:
 
 
 class Running:
-    """A command that goes on. It has a process group of its own, as a shell gives it."""
+    """A running command with its own process group, like a command of a shell."""
 
     def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str], terminal: bool) -> None:
         self.shown = ""  # what came on standard error, or on the terminal
@@ -148,7 +148,7 @@ class Place:
         before: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> Running:
-        """Start the command. before: what stands in its place, for torchrun."""
+        """Start the command. `before`: the command to start instead of launch, such as torchrun."""
         environment = {**os.environ, "HOME": str(self.home), "PYTHONUNBUFFERED": "1", **(env or {})}
         arguments = [*before, *words] if before else [str(LAUNCH), *words]
         return Running(arguments, self.directory, environment, terminal)
@@ -167,7 +167,7 @@ class Place:
         return content
 
     def files(self) -> set[str]:
-        """What lies in the directory beside what the project brought, two levels deep."""
+        """Return the files of the directory, two levels deep, without those of the project."""
         found = {path.relative_to(self.directory).as_posix() for path in self.directory.glob("*")}
         found |= {path.relative_to(self.directory).as_posix() for path in self.directory.glob("*/*")}
         brought = {path.relative_to(PROJECT).as_posix() for path in (*PROJECT.glob("*"), *PROJECT.glob("*/*"))}

@@ -1,4 +1,4 @@
-"""Runs a task as real processes, one a rank, joined by gloo over loopback; and reads what a run left on the disk."""
+"""Runs a task as real processes, one per rank, connected by gloo over loopback; and reads the files of a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support import engine_toys as toys
 from tests.support.device import device
 from tests.support.waiting import PATIENCE
 
-# A server that has imported torch forks every rank: a process of its own for each, without seconds of importing.
+# A server that has imported torch forks every rank, so that no rank spends seconds importing it.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
@@ -60,7 +60,8 @@ def make_job(
     strategy: Mapping[str, Any] | None = None,
     **trainer: Any,
 ) -> Job:
-    """Return a job over the classes of `engine_toys`: a name, or a mapping that says more. The rest is `trainer`."""
+    """Return a job with classes of `engine_toys`, given by name or as a mapping; other arguments belong to "
+    "`trainer`."""
 
     def section(value: str | Mapping[str, Any]) -> dict[str, Any]:
         given = {"_target_": value} if isinstance(value, str) else dict(value)
@@ -84,7 +85,7 @@ def make_job(
 
 @dataclass(frozen=True)
 class Script:
-    """What happens to a rank from outside. Steps are counted over the whole run, as in the logs.
+    """The requests and signals that a rank receives. Steps are counted over the whole run, as in the logs.
 
     `stop_after`, `kill_after`: asked to stop, or killed, when that step is done (the next one has just begun).
     `once_saved`: it is killed as soon as the checkpoint of that step is complete, no matter how fast the disk is.
@@ -96,7 +97,7 @@ class Script:
 
 
 class Puppet:
-    """The engine's control, that follows a script and keeps the events."""
+    """A control of the engine that follows a script and records the events."""
 
     def __init__(self, script: Script, directory: RunDirectory, began_at: int) -> None:
         self._script = script
@@ -105,7 +106,7 @@ class Puppet:
         self.events: list[dict[str, Any]] = []
 
     def requests(self) -> frozenset[str]:
-        self._done += 1  # asked when a step begins
+        self._done += 1  # called when a step begins
         toys.RECORD.append(("step", self._done + 1))
         script = self._script
         if script.kill_after is not None and self._done >= script.kill_after:
@@ -116,7 +117,7 @@ class Puppet:
         return frozenset({"stop"} if asked else ())
 
     def emit(self, event: dict[str, Any]) -> None:
-        json.dumps(event)  # which is how an event travels
+        json.dumps(event)  # events are sent as JSON
         self.events.append(event)
 
 
@@ -125,7 +126,7 @@ class Puppet:
 
 @dataclass
 class Rank:
-    """What one rank gave back. `error`: (class name, message, traceback of the user's code) of what it raised.
+    """The result of one rank. `error`: (class name, message, traceback of the user's code) of its exception.
 
     `record`: what the toys noted; `weights`: those of its own network at the end; `exit_code`: below zero where a
     signal ended it, and then nothing else is known.
@@ -146,7 +147,7 @@ class Rank:
 
 
 def _facts(rank: int, workers: int, machines: int) -> tuple[int, int, int, int]:
-    """As if the ranks were spread over so many machines, the first of them on the first."""
+    """Simulate ranks that are distributed over several machines, the first ranks on the first machine."""
     here = workers // machines
     return rank, workers, rank % here, here
 
@@ -160,8 +161,8 @@ def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, sc
     puppet = Puppet(script, directory, int(newest.name[5:]) if newest is not None else 0)
     try:
         if workers == 1:
-            # It would compute with as many threads as there are cores, which stand in each other's way when others
-            # work here too: networks this small took ten times as long.
+            # With one thread per core, the threads wait for each other on a busy machine: small networks took ten
+            # times as long.
             os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
             runtime = Runtime.single(device())
         else:
@@ -186,7 +187,7 @@ def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, sc
     given.events, given.record = puppet.events, toys.RECORD
     if toys.MODELS:
         given.weights = {name: value.detach().clone() for name, value in toys.MODELS[-1].state_dict().items()}
-    # Into a file: tensors in a queue would go as handles of this process, which is about to end.
+    # To a file: a queue would send tensors as handles of this process, which is about to exit.
     Path(f"{answer}.part").write_bytes(pickle.dumps(given))
     os.replace(f"{answer}.part", answer)
 
@@ -211,7 +212,8 @@ def _call(
 def on_ranks(
     function: Callable[..., Any], workers: int, *arguments: Any, timeout: float = 60, machines: int = 1
 ) -> list[Any]:
-    """Call `function(runtime, *arguments)`, a module's own, as `workers` processes; return what each gave, by rank."""
+    """Call `function(runtime, *arguments)` in `workers` processes; return the results by rank. Needs a module "
+    "function."""
     with tempfile.TemporaryDirectory() as scratch:
         processes = [
             _SERVER.Process(
@@ -248,13 +250,13 @@ def launch(
     kill_when: Callable[[], bool] | None = None,
     machines: int = 1,
 ) -> list[Rank]:
-    """Run the job's task as `workers` processes and return what they gave, by rank. One `Script` goes to all ranks.
+    """Run the job's task as `workers` processes and return the results by rank. A single `Script` applies to all ranks.
 
     The directory is used as it is: with checkpoints in it, the run is continued. All ranks are killed at whatever
     moment `kill_when` becomes true.
     """
     while any(int(file.name.split(".")[3]) >= int(time.time()) for file in directory.glob("events.*")):
-        time.sleep(0.05)  # TensorBoard puts the files of one directory in order by the second in their names
+        time.sleep(0.05)  # TensorBoard sorts the files of a directory by the second in their names
     run_directory = RunDirectory(directory)
     run_directory.create()
     run_directory.clear_requests()
@@ -290,7 +292,7 @@ def launch(
 
 
 def succeed(job: Job, directory: Path, workers: int = 1, **how: Any) -> list[Rank]:
-    """`launch`, for a run in which nothing may go wrong."""
+    """Call `launch`, and assert that no rank fails."""
     ranks = launch(job, directory, workers, **how)
     for number, rank in enumerate(ranks):
         assert rank.error is None, f"rank {number} of {workers}: {rank.error[0]}: {rank.error[1]}\n{rank.error[2]}"
@@ -304,14 +306,14 @@ def kill(job: Job, directory: Path, workers: int, after: int, once_saved: int | 
     assert [rank.exit_code for rank in ranks] == [-signal.SIGKILL] * workers, ranks
 
 
-# ---- what a run left ------------------------------------------------------------------------------------------------
+# ---- files of a run -------------------------------------------------------------------------------------------------
 
-# What depends on the clock, the memory or the number of workers, which nobody promises to be the same.
+# Tags that depend on the clock, the memory or the number of workers, and so differ between equal runs.
 _OF_THE_MACHINE = ("throughput/", "memory/", "cluster/", "time")
 
 
 def logged(directory: Path, machine: bool = False) -> dict[int, dict[str, float]]:
-    """Return step -> {name: value} of metrics.jsonl. No step may be there twice."""
+    """Return step -> {name: value} of metrics.jsonl. Asserts that no step occurs twice."""
     entries: dict[int, dict[str, float]] = {}
     for line in (directory / "metrics.jsonl").read_text().splitlines():
         entry_ = json.loads(line)
@@ -371,6 +373,6 @@ def close(one: float, other: float, tolerance: float) -> bool:
 
 
 def trained(rank: Any) -> list[Any]:
-    """Return what a rank noted from its first step on; trials before it see samples too."""
+    """Return the record of a rank from its first step on, without the trials before it."""
     first = next(at for at, entry in enumerate(rank.record) if entry[0] == "step")
     return list(rank.record[first:])

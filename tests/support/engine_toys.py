@@ -1,4 +1,4 @@
-"""Small networks and data sets for the engine's tests, and a notebook (`RECORD`) in which they note what they saw."""
+"""Small networks and data sets for tests of the engine, and `RECORD`, the list of their observations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEATURES, CLASSES, LONGEST = 12, 4, 7
 
 
 def living_children() -> list[int]:
-    """Return the processes that this one has started and that still live."""
+    """Return the running child processes of this process."""
     found = []
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # a thread that has just ended
@@ -68,14 +68,14 @@ class Pictures:
 
 
 class Flowless:
-    """`Points` to train on, and nothing to validate with."""
+    """`Points` for training, without validation data."""
 
     def __init__(self) -> None:
         self.train = TensorDataset(*points(100, 1))
 
 
 class Samples(Dataset[Any]):
-    """Read one by one. Every sample is changed at random by torch, random and NumPy.
+    """A data set that is read sample by sample. torch, random and NumPy each change every sample at random.
 
     Args:
         bad: the sample that cannot be read: `raises` "value", "os" or "bug" there.
@@ -102,7 +102,7 @@ class Samples(Dataset[Any]):
 
 
 class Augmented:
-    """`Samples` to train on and to validate with."""
+    """`Samples` for training and validation."""
 
     def __init__(self, train: int = 1037, val: int = 203, num_workers: int = 0, **how: Any) -> None:
         self.train, self.val = Samples(train, **how), Samples(val, noise=False)
@@ -110,7 +110,7 @@ class Augmented:
 
 
 class Drawing(Points):
-    """`Points`, of which every batch is changed at random: in `collate`, or in `__getitems__`."""
+    """`Points` with a random change of every batch, in `collate` or in `__getitems__`."""
 
     def __init__(self, collates: bool, num_workers: int, train: int = 450) -> None:
         super().__init__(train)
@@ -132,7 +132,7 @@ class DrawingBatches(TensorDataset):
 
 
 class Chosen(Points):
-    """Read one by one; `weighted`: samples with even numbers alone. `weights`: whatever is given as such."""
+    """Data that is read sample by sample. `weighted`: draw even samples only. `weights`: the attribute `weights`."""
 
     def __init__(
         self, weighted: bool = False, weights: Any = None, streams: bool = False, num_workers: int = 0
@@ -146,7 +146,7 @@ class Chosen(Points):
 
 
 class Deadly(Points):
-    """Read one by one; the process that reads sample `bad` ends: by a signal, or with a status above 0.
+    """Data that is read sample by sample; the process that reads sample `bad` exits by a signal or with a status.
 
     Args:
         once: a file that is made then; where it is there already nothing happens.
@@ -174,7 +174,7 @@ class DeadlySamples(Samples):
 
 
 class Sequences(Dataset[Any]):
-    """Of 1 to 23 tokens: (x (T, FEATURES), y, number). `lengths` says of how many, where `sort` is set."""
+    """Samples of 1 to 23 tokens: (x (T, FEATURES), y, number). With `sort` it has `lengths`, the numbers of tokens."""
 
     def __init__(self, count: int, seed: int, sort: bool) -> None:
         self.x, self.y, self.number = points(count, seed)
@@ -206,7 +206,7 @@ class Ragged:
 
 
 class Flow(TensorDataset):
-    """`Points` as a stream: pieces of 50 samples, dealt out to the ranks."""
+    """`Points` as a stream: pieces of 50 samples, distributed over the ranks."""
 
     def __init__(self, count: int, raises: str) -> None:
         super().__init__(*points(count, 1))
@@ -223,7 +223,7 @@ class Flow(TensorDataset):
 
 
 class Flowing:
-    """`Flow` to train on."""
+    """`Flow` as training data."""
 
     def __init__(self, train: int = 600, raises: str = "") -> None:
         self.train, self.val = Flow(train, raises), TensorDataset(*points(50, 2))
@@ -262,7 +262,7 @@ class Net(nn.Module):
 
 
 class Slow(Net):
-    """Takes its time over each batch: less in training than in evaluation."""
+    """A slow network: each batch takes a fixed time, longer in evaluation than in training."""
 
     def training_step(self, batch: Any) -> dict[str, Any]:
         time.sleep(0.02)
@@ -274,7 +274,7 @@ class Slow(Net):
 
 
 class Summary(Net):
-    """Also counts by class: a confusion matrix, and what becomes of it on the global totals."""
+    """Also returns a confusion matrix, and summarizes its global total."""
 
     def validation_step(self, batch: Any) -> dict[str, Any]:
         x, y, _ = batch
@@ -305,7 +305,7 @@ class Tokens(Net):
 
 
 class Padded(Net):
-    """A network over `Ragged`. The loss is a mean over tokens, and what is padding counts for nothing.
+    """A network over `Ragged`. The loss is a mean over tokens without the padding.
 
     Notes the numbers of the samples of a microbatch, and how many tokens of it were padding.
     """
@@ -320,7 +320,7 @@ class Padded(Net):
 
 
 class Tied(Net):
-    """One weight under two names, one frozen, one in half precision."""
+    """A network with a tied, a frozen and a half-precision weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ class Tied(Net):
 
 
 class Watching:
-    """A callback that notes what it is given. `fails_in`: the method that fails; `stop_at`: the step after which `rank`
+    """A callback that records its calls. `fails_in`: the method that fails; `stop_at`: the step after which `rank`
     wants to stop.
     """
 
@@ -398,14 +398,14 @@ class Drop:
 
 
 class Stubborn(torch.optim.SGD):
-    """Refuses the parameters that it finds."""
+    """Rejects the parameters."""
 
     def step(self, closure: Any = None) -> Any:
         raise ValueError("this optimizer wants a model of convolutions")
 
 
 class Defective(torch.optim.SGD):
-    """Has a mistake in its constructor."""
+    """Raises an exception in its constructor."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)
@@ -437,7 +437,7 @@ class Table(nn.Module):
 
 
 class Branches(Net):
-    """Some parameters are used by no batch, and those of `rare` by certain samples alone.
+    """A network with parameters that no batch uses, and parameters (`rare`) that only certain samples use.
 
     Args:
         residue: of the numbers of those samples, by 50. With seed 0 and 100 samples a step, 14 is in no microbatch of
@@ -460,7 +460,7 @@ class Branches(Net):
 
 
 class Odd(Net):
-    """Breaks the contract of `training_step`, from the sample with number 900 on where it can wait (`kind`)."""
+    """Violates the contract of `training_step` in the way `kind`, if possible from sample 900 on."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -484,7 +484,7 @@ class Odd(Net):
 
 
 class Uneven(Net):
-    """Its answers on the first half of the validation samples and on the second differ: `kind` says in what."""
+    """Returns different results for the first and the second half of the validation samples; `kind`: the difference."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -499,7 +499,7 @@ class Uneven(Net):
 
 
 class Masked(Net):
-    """The loss of the first 107 samples of the order alone counts; later batches have no token at all."""
+    """Only the first 107 samples of the order have tokens; later batches have none."""
 
     def training_step(self, batch: Any) -> dict[str, Any]:
         x, y, number = batch
@@ -508,7 +508,7 @@ class Masked(Net):
 
 
 class Resting(Net):
-    """Keeps one part in evaluation mode, and notes the modes in which the parts of the network are when they train."""
+    """Keeps one part in evaluation mode, and records the modes of its parts during training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -522,7 +522,7 @@ class Resting(Net):
 
 
 class Showing(Net):
-    """Shows examples; `kind` says of what form. Notes what it was asked with."""
+    """Returns examples of the form `kind`. Records the arguments of the calls."""
 
     def __init__(self, kind: str = "good", dropout: float = 0.0) -> None:
         super().__init__(dropout=dropout)
@@ -548,14 +548,14 @@ class Showing(Net):
 
 
 class Talkative(Net):
-    """Its `summarize` returns words."""
+    """Its `summarize` returns text instead of numbers."""
 
     def summarize(self, totals: dict[str, Any]) -> Any:
         return "all went well"
 
 
 class Explosive(Net):
-    """Goes wrong where a certain sample is in the batch while it is trained.
+    """Fails in training on a batch with a certain sample.
 
     Args:
         kind: "nan" or "inf": the loss of that sample; "gradient": the loss is finite and its gradient is not; "raise":
@@ -594,7 +594,7 @@ class Normed(Net):
 
 
 class Other(Net):
-    """One layer more than `Net`, and one of another name."""
+    """`Net` with one more layer, and one layer with another name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -607,7 +607,7 @@ class Other(Net):
 
 
 class Noisy(Net):
-    """Notes the random numbers that a training step draws."""
+    """Records the random numbers that a training step draws."""
 
     def training_step(self, batch: Any) -> Any:
         if torch.is_grad_enabled():
@@ -629,7 +629,7 @@ class Loud(Net):
 
 
 class FullDisk:
-    """A callback after which a file of the run cannot be written any more: the disk has no room."""
+    """A callback that makes a file of the run unwritable, like a full disk."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -643,7 +643,7 @@ class FullDisk:
 
 
 class Steep(Net):
-    """Its gradients are too large for float16 at the loss scale that training begins with."""
+    """Its gradients overflow float16 with the initial loss scale."""
 
     def training_step(self, batch: Any) -> Any:
         answer = super().training_step(batch)
@@ -651,7 +651,7 @@ class Steep(Net):
 
 
 class Weighted(Net):
-    """The loss is a weighted mean, whose weights are no multiples of anything."""
+    """The loss is a weighted mean with fractional weights."""
 
     def training_step(self, batch: Any) -> Any:
         x, y, number = batch

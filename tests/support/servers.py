@@ -20,7 +20,7 @@ from tests.support.waiting import wait_for
 
 
 class HttpServer(ThreadingHTTPServer):
-    """A server whose threads say nothing of clients that have gone: it would stand among what the next test prints."""
+    """A server whose threads do not print errors of disconnected clients, which would be output of the next test."""
 
     daemon_threads = True
 

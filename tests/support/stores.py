@@ -136,7 +136,7 @@ class Container:
         return {info.path.removeprefix(start) for info in infos if info.type == fs.FileType.File}
 
     def has_checkpoint(self, run: str) -> bool:
-        """Tell whether a checkpoint is complete: while a manifest is being written the store shows an empty file."""
+        """Return whether a checkpoint is complete. While a manifest is being written, the store shows an empty file."""
         from pyarrow import fs
 
         selector = fs.FileSelector(f"{self.name}/runs/{run}/checkpoints", recursive=True, allow_not_found=True)
@@ -155,7 +155,7 @@ class Container:
         return content
 
     def intact(self, run: str) -> list[int]:
-        """Return the steps whose checkpoints are there; AssertionError where one is not what its manifest says."""
+        """Return the steps that have a checkpoint. Asserts that each checkpoint matches its manifest."""
         steps = []
         for name in sorted(self.names(f"{run}/checkpoints")):
             folder, _, last = name.rpartition("/")

@@ -14,6 +14,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20.0, complaint: Cal
     latest = time.monotonic() + PATIENCE * seconds
     while not condition():
         if time.monotonic() > latest:
-            said = complaint if isinstance(complaint, str) else complaint()
-            raise AssertionError(f"it did not happen within {seconds:g} s: {said}")
+            reason = complaint if isinstance(complaint, str) else complaint()
+            raise AssertionError(f"it did not happen within {seconds:g} s: {reason}")
         time.sleep(0.05)
