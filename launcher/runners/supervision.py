@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import ray
 from launcher.clusters.existing.existing_ray import ExistingRay
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import LaunchError, OutOfMemory, ResourceError, Stopped, TrainingError, WorkerLost, last_line
+from launcher.formatting import count
 from launcher.ray_seam import kv, private
 from launcher.ray_seam.train_controller import ControllerError, WorkerGroupError, WorkerGroupStartupTimeoutError
 from launcher.runners import controller_policy, preemption
@@ -80,6 +82,7 @@ class Supervision:
         self._errors: list[Event] = []
         self._suspects: dict[int, str] = {}
         self._training = False
+        self._size = 0  # workers that trained last
         self._controllers_lost = 0
         self._pace: Event | None = None  # of the engine
         # An embedded Ray has only this machine, and is never drained.
@@ -208,6 +211,10 @@ class Supervision:
             else:
                 self._training = self._training or kind == "progress" or event.get("name") == "training"
                 self._on_event(event)
+        if self._training and self._size != len(self._workers):
+            if self._size:
+                self._note(size_note(len(self._workers), self._size))
+            self._size = len(self._workers)
 
     def _on_verdict(self, verdict: Event) -> None:
         self._suspects = {int(rank): how for rank, how in verdict["suspects"].items()}
@@ -245,6 +252,11 @@ def waiting_note(seconds: float) -> str:
     )
 
 
+def size_note(now: int, before: int) -> str:
+    """Return the note about a group with another number of workers than the group before."""
+    return f"Training continues with {count(now, 'worker')} instead of {before}."
+
+
 def describe_loss(suspects: dict[int, str], workers: dict[int, Event], limits: Limits) -> str:
     """Return a sentence about the workers that were lost, without a full stop."""
     if not suspects:
@@ -269,6 +281,18 @@ def describe_loss(suspects: dict[int, str], workers: dict[int, Event], limits: L
     return f"{who} died without an error message. It was killed, perhaps because its machine ran out of memory"
 
 
+def with_hosts(event: Event, workers: dict[int, Event]) -> Event:
+    """Return the event of an error with the host of each rank in its message, if there are several hosts."""
+    if len({worker["host"] for worker in workers.values()}) < 2:
+        return event
+    message = re.sub(
+        r"\brank (\d+)\b(?! on )",
+        lambda rank: f"{rank[0]} on {workers[int(rank[1])]['host']}" if int(rank[1]) in workers else rank[0],
+        event["error"]["message"],
+    )
+    return {**event, "error": {**event["error"], "message": message}}
+
+
 def explain(
     outcome: BaseException,
     workers: dict[int, Event],
@@ -286,7 +310,7 @@ def explain(
     """
     genuine = [event for event in errors if not event["aftermath"]]
     if genuine:
-        return rebuild(min(genuine, key=lambda event: event["time"]))
+        return rebuild(with_hosts(min(genuine, key=lambda event: event["time"]), workers))
     suspects = suspects or (
         controller_policy.suspects(outcome.worker_failures) if isinstance(outcome, WorkerGroupError) else {}
     )

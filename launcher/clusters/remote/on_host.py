@@ -203,6 +203,7 @@ def _start_ray(command: dict[str, Any], directory: Path) -> dict[str, Any]:
     words += [f"--node-ip-address={address}", f"--dashboard-agent-listen-port={_free_port(AGENT_PORT)}"]
     words += ["--disable-usage-stats", "--block"]
     log = directory / "ray.log"
+    (scratch / "tmp").mkdir(mode=0o700, exist_ok=True)
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [python, *settings.COMMAND, "start", *words],
@@ -240,6 +241,7 @@ def _environment(command: dict[str, Any], directory: Path, scratch: Path) -> dic
             "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": f"{scratch}/r",
+            "TMPDIR": f"{scratch}/tmp",  # temporary folders of killed processes are removed with it
             **settings.NO_METRICS,
         }
     )
