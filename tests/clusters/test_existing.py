@@ -78,7 +78,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.mark.smoke
 @pytest.mark.timeout(240)
-def test_two_machines_train_as_one_process_does_and_the_cluster_stays(cluster: Lab, directory: Path) -> None:
+def test_two_machines_train_like_one_process_and_the_cluster_keeps_running(cluster: Lab, directory: Path) -> None:
     plan = launch(cluster, directory, "plan", *TINY, "--json")
     assert plan.status == 0, plan.err
     machines = json.loads(plan.out)["machines"]

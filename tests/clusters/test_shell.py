@@ -322,7 +322,7 @@ def test_fetch_copies_a_directory(shell: Shell, tmp_path: Path) -> None:
     assert _files(tmp_path / "copy") == {"result.json", "log.txt"}
 
 
-def test_rsync_is_missing_here_or_there(
+def test_rsync_is_missing_on_either_machine(
     shell: Shell, server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = tmp_path / "bin"

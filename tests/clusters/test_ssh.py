@@ -210,9 +210,7 @@ def test_down_without_clusters_and_with_a_wrong_name(here: Place) -> None:
     assert here.here("status", "pair").status == 2
 
 
-def test_down_of_a_host_that_is_gone_can_be_repeated_or_forgotten(
-    here: Place, server: servers.Server, tmp_path: Path
-) -> None:
+def test_down_of_a_lost_host_can_be_repeated_or_forgotten(here: Place, server: servers.Server, tmp_path: Path) -> None:
     servers.write_client(tmp_path / "config", {"vm1": "127.0.0.1:1"}, server.directory / "key", server.known_hosts)
     gone = {"name": "vm1", "ssh": ["ssh", "-F", str(tmp_path / "config"), "vm1"], "python": None, "state": "lives"}
     fine = {"name": "here", "ssh": server.words, "python": None, "state": "lives"}

@@ -1,1 +1,1 @@
-"""What happens to machines, and what has to come of a run: see `harness.py` and `table.py`."""
+"""Faults of machines and processes, and the expected result of a run: see `harness.py` and `table.py`."""

@@ -165,7 +165,7 @@ def test_a_batch_keeps_its_type_from_the_start_check_on(num_workers: int, projec
     ("data", "names"),
     [("Loads", "DataLoader"), ("Streams", "stream(rank, world_size, seed, apply)"), ("Several", "mapping")],
 )
-def test_what_is_no_data_set_is_refused_before_a_run_exists(data: str, names: str, project: Place) -> None:
+def test_an_invalid_data_set_is_rejected_before_a_run_exists(data: str, names: str, project: Place) -> None:
     """Case 14."""
     done = project.here(*words(data))
     assert done.status == 2

@@ -77,7 +77,7 @@ def test_the_name_exists(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", CALLS)
-def test_the_function_takes_what_launch_passes(path: str) -> None:
+def test_the_function_accepts_the_arguments_of_launch(path: str) -> None:
     positional, keywords = CALLS[path]
     inspect.signature(found(path)).bind(*range(positional), **dict.fromkeys(keywords))
 
@@ -167,7 +167,7 @@ def test_the_class_has_the_attributes(path: str) -> None:
     assert [name for name in ATTRIBUTES[path] if name not in source] == []
 
 
-def test_the_policy_has_what_the_controller_asks() -> None:
+def test_the_policy_implements_the_protocol() -> None:
     policy = controller_policy.RunPolicy(controller_policy.Rules("run", workers=2, min_workers=1, share={"CPU": 1.0}))
     asked = {name for name in vars(train_controller.Policy) if not name.startswith("_")}
     asked |= train_controller.Policy.__annotations__.keys()
@@ -252,7 +252,7 @@ def test_a_missing_name_is_an_error_of_the_version() -> None:
     assert not hasattr(owner, "ConsolePopen")
 
 
-def test_a_ray_that_lacks_a_part_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_without_a_required_part_is_rejected_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private import services
 
     monkeypatch.delattr(services, "ConsolePopen")
@@ -345,7 +345,7 @@ def entries() -> list[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.__name__)
-def test_an_entry_says_why_since_when_and_what_is_lost_without_it(entry: Callable[..., Any]) -> None:
+def test_an_entry_has_reason_first_release_and_consequence(entry: Callable[..., Any]) -> None:
     for word in ("why", "since", "without"):
         assert f"{word}" in (entry.__doc__ or "").lower(), f"the docstring of {entry.__name__} has no {word.title()}:"
 

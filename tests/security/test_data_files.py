@@ -46,7 +46,7 @@ def test_an_eps_file_under_another_name_starts_no_program(tmp_path: Path, monkey
     assert not mark.exists()
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+def test_a_picture_of_too_many_pixels_is_rejected_before_it_is_decoded(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png_header(100_000, 100_000))
     with pytest.raises(ValueError, match="max_pixels"):
         decode(str(tmp_path / "a.png"), 8, 3)
@@ -98,7 +98,7 @@ def test_a_row_group_that_repeats_one_number_is_measured_decoded(tmp_path: Path)
     assert len(Parquet(str(tmp_path), target="y").train) == rows // 2
 
 
-def test_a_sound_file_of_days_is_refused_by_its_header(tmp_path: Path) -> None:
+def test_a_sound_file_of_days_is_rejected_by_its_header(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.flac", np.zeros(16000, np.float32), 16000)
     content = bytearray((tmp_path / "a.flac").read_bytes())
     content[21] = content[21] & 0xF0 | 0x0F  # the stated number of samples has 36 bits, from the middle of this byte on

@@ -96,7 +96,7 @@ def test_an_experiment_names_no_address_for_the_token(
     assert heard == []
 
 
-def test_a_run_of_a_stranger_names_no_address(
+def test_the_address_of_another_persons_run_is_ignored(
     here: Place, address: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new run uses this machine, and one line names the ignored keys."""
@@ -215,7 +215,7 @@ def test_a_word_that_refers_to_a_file_is_not_a_choice(tmp_path: Path) -> None:
         "hydra: {job: {env_copy: [HIDDEN]}}\nrun: {root: '/tmp/${hydra:job.env_set.HIDDEN}'}\n",
     ],
 )
-def test_the_environment_stays_out_of_names(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_do_not_interpolate_the_environment(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HIDDEN", SECRET)
     own = write(tmp_path, {EVIL: GLOBAL + text})
     with pytest.raises(LaunchError) as caught:
@@ -244,7 +244,7 @@ def _stored(directory: Path, text: str) -> RunDirectory:
     return RunDirectory(directory)
 
 
-def test_a_strangers_run_is_used_here_with_one_line(tmp_path: Path) -> None:
+def test_another_persons_run_is_used_on_this_machine_with_one_note(tmp_path: Path) -> None:
     run = _stored(tmp_path / "runs" / "theirs", THEIRS)
     lines: list[str] = []
     request = prepare.Request([], note=lines.append)
@@ -313,7 +313,7 @@ def test_the_users_own_settings(user_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["trainer: {epochs: 3}\n", "trust: [os]\n", "run: {name: a}\n", "cluster: [a]\n", "- a\n"]
 )
-def test_the_users_own_settings_are_about_places_alone(text: str, user_file: Path) -> None:
+def test_the_users_own_settings_accept_only_locations(text: str, user_file: Path) -> None:
     user_file.write_text(text)
     with pytest.raises(LaunchError, match=r"default\.yaml"):
         compose([])
@@ -329,7 +329,7 @@ def test_help_still_shows_the_configuration_directory(here: Place) -> None:
     assert cli.run(["train", "--help", "--config-dir", "own"]) == 0
 
 
-def test_a_head_uses_what_the_sender_decided(tmp_path: Path) -> None:
+def test_a_head_uses_the_cluster_section_of_the_submitting_command(tmp_path: Path) -> None:
     """The user's settings and records are on the user's machine; files on the head must not decide."""
     cluster = SshCluster(hosts=["ada@vm1"], env=["HOME"])
     settings = Settings.decided(asdict(cluster))

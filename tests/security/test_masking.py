@@ -118,7 +118,7 @@ def test_values_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) -
     assert masking.mask({"x": "plantedtwo"}) == {"x": "***"}
 
 
-def test_a_run_is_resumed_with_what_was_not_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_never_uses_a_masked_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask of a secret in config.yaml is never used as a value."""
     monkeypatch.setenv("A_TOKEN", "planted-one")
     words = ["+vars.note=hf_hunter2hunter2hunter2hunter2", "+data.token=${oc.env:A_TOKEN,hunter2}"]

@@ -219,7 +219,7 @@ class _Terminal(io.StringIO):
         ("cluster.ssh_from=8.0.0.0/6", "y\n", None),
     ],
 )
-def test_every_address_is_asked_about_on_a_terminal_alone(
+def test_opening_ssh_to_all_addresses_needs_a_confirmation_on_a_terminal(
     word: str, typed: str, becomes: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))

@@ -140,7 +140,7 @@ def environment(project: Place, scratch: Path, **more: str) -> dict[str, str]:
     return {**ENVIRONMENT, "TMPDIR": str(scratch), "FOUND": str(project.directory / "found.txt"), **more}
 
 
-def test_a_run_keeps_none(project: Place, scratch: Path) -> None:
+def test_a_run_records_no_secret(project: Place, scratch: Path) -> None:
     words = ["--config-dir", "own", "experiment=planted", "cluster=none", *WORDS]
     done = project.launch(*words, "run.name=a", seconds=200, **environment(project, scratch))
     assert done.status == 0, done.err[-3000:]
@@ -153,7 +153,7 @@ def test_a_run_keeps_none(project: Place, scratch: Path) -> None:
     assert "again with ***" in log
 
 
-def test_a_run_that_fails_keeps_none(project: Place, scratch: Path) -> None:
+def test_a_run_that_fails_records_no_secret(project: Place, scratch: Path) -> None:
     words = ["--config-dir", "own", "experiment=planted", "cluster=none", "run.name=a", *WORDS]
     done = project.launch(*words, seconds=200, **environment(project, scratch, FAILS="1"))
     assert done.status == 1, done.err[-3000:]
@@ -161,7 +161,7 @@ def test_a_run_that_fails_keeps_none(project: Place, scratch: Path) -> None:
     assert found(project, scratch) == []
 
 
-def test_a_run_of_two_ray_workers_keeps_none(project: Place, scratch: Path) -> None:
+def test_a_run_of_two_ray_workers_records_no_secret(project: Place, scratch: Path) -> None:
     """Each worker searches the command lines of all processes and all files of Ray's session during training."""
     words = ["--config-dir", "own", "experiment=planted", "cluster=local", "scaling.workers=2", *WORDS]
     words += ["scaling.cpus_per_worker=0.5", "run.name=r"]
@@ -176,7 +176,7 @@ def test_a_run_of_two_ray_workers_keeps_none(project: Place, scratch: Path) -> N
     assert all(f"[rank {rank}] connecting with" in log for rank in range(2))
 
 
-def test_a_sweep_keeps_none(project: Place, scratch: Path) -> None:
+def test_a_sweep_records_no_secret(project: Place, scratch: Path) -> None:
     words = ["-m", "--config-dir", "own", "experiment=planted", "cluster=none", "run.name=s", *WORDS]
     words += ["optimizer.lr=0.1,0.01"]
     done = project.launch(*words, seconds=230, **environment(project, scratch))

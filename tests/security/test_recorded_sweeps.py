@@ -69,7 +69,7 @@ def test_the_users_own_sweep_keeps_its_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("params", ["trust: '[os]'", "cluster: ssh", "cluster.env: '[HOME]'"])
-def test_a_sweep_in_a_file_chooses_neither(params: str, tmp_path: Path) -> None:
+def test_a_sweep_in_a_file_chooses_neither_code_nor_a_cluster(params: str, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     text = f"# @package _global_\nhydra: {{sweeper: {{params: {{optimizer.lr: '1e-3,1e-2', {params}}}}}}}\n"
     (tmp_path / "experiment/evil.yaml").write_text(text)

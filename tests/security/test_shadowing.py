@@ -89,12 +89,14 @@ def _marks(mark: Path) -> list[str]:
     ("words", "status"),
     [(("runs",), 0), (("logs", "a"), 0), (("stop", "a"), 2), (("evaluate", "a"), 2), (("plan",), 0)],
 )
-def test_a_verb_executes_none(hostile: Place, mark: Path, words: tuple[str, ...], status: int) -> None:
+def test_a_verb_executes_no_file_of_the_directory(
+    hostile: Place, mark: Path, words: tuple[str, ...], status: int
+) -> None:
     done = hostile.launch(*words)
     assert (done.status, _marks(mark)) == (status, []), done.err
 
 
-def test_python_m_launch_executes_none(hostile: Place, mark: Path) -> None:
+def test_python_m_launcher_executes_no_file_of_the_directory(hostile: Place, mark: Path) -> None:
     """`python -m` puts the current directory first, before launch is imported."""
     environment = {**os.environ, "HOME": str(hostile.home), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "launcher", "runs"]
@@ -102,7 +104,7 @@ def test_python_m_launch_executes_none(hostile: Place, mark: Path) -> None:
     assert (done.returncode, _marks(mark)) == (0, []), done.stderr
 
 
-def test_an_empty_pythonpath_entry_executes_none(hostile: Place, mark: Path) -> None:
+def test_an_empty_pythonpath_entry_executes_no_file_of_the_directory(hostile: Place, mark: Path) -> None:
     """`PYTHONPATH=$PYTHONPATH:…` without a value puts the current directory on the path."""
     for name in ("json", "argparse", "difflib"):  # Python itself imports these before launch is
         (hostile.directory / f"{name}.py").unlink()
@@ -153,7 +155,9 @@ def test_training_uses_the_modules_of_both(hostile: Place, mark: Path, tmp_path:
 # ---- the finder -----------------------------------------------------------------------------------------------------
 
 
-def test_a_name_of_another_owner_is_refused_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_with_a_protected_name_is_rejected_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", sys.path.copy())
     for name in ("code", "optuna"):
         (tmp_path / f"{name}.py").write_text("class Net: ...\n")
