@@ -200,6 +200,7 @@ def start_driver(job: str, note: str, home: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow  # tests/test_interrupts.py presses Ctrl-C under Ray in every run of the suite
 def test_ctrl_c_in_a_terminal_stops_gracefully(tmp_path: Path) -> None:
     """A terminal signals the whole process group. Guards against: Ray's own signal handler, Ray's processes that die
     before the checkpoint, a rank without the request, other output, and files or processes that are left."""
