@@ -47,10 +47,10 @@ def rates(groups: list[dict[str, Any]], **more: Any) -> dict[str, float | None]:
     ],
 )
 def test_the_first_pattern_that_matches_decides(groups: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    wanted = {
+    expected = {
         f"{layer}.{kind}": pair[i] for layer, pair in expected.items() for i, kind in enumerate(("weight", "bias"))
     }
-    assert rates(groups) == wanted
+    assert rates(groups) == expected
 
 
 def test_any_setting_of_the_optimizer_may_differ_by_group() -> None:

@@ -132,12 +132,12 @@ def test_a_loader_process_that_dies_is_a_lost_worker(ends: int, words: str, tmp_
 
 
 def test_the_remedy_depends_on_how_a_loader_process_ended() -> None:
-    told = {status: translate(LoaderDied(status), 3) for status in (-9, -7, -11, 0, 3)}
-    assert all(isinstance(error, LoaderLost) and error.exit_status == 1 for error in told.values())
-    assert "of rank 3 was killed (signal 9, usually out of memory): lower data.num_workers" in str(told[-9])
-    assert "(signal 7, usually out of shared memory)" in str(told[-7])
-    assert "(signal 11, a crash in native code)" in str(told[-11])
-    assert "exited with status 0" in str(told[0])
+    errors = {status: translate(LoaderDied(status), 3) for status in (-9, -7, -11, 0, 3)}
+    assert all(isinstance(error, LoaderLost) and error.exit_status == 1 for error in errors.values())
+    assert "of rank 3 was killed (signal 9, usually out of memory): lower data.num_workers" in str(errors[-9])
+    assert "(signal 7, usually out of shared memory)" in str(errors[-7])
+    assert "(signal 11, a crash in native code)" in str(errors[-11])
+    assert "exited with status 0" in str(errors[0])
 
 
 def test_a_dead_loader_process_interrupts_nothing() -> None:

@@ -172,12 +172,10 @@ def test_a_checkpoint_with_only_torchs_state_resumes(name: str, length: int) -> 
     for step in range(9, length + 1):
         found.append(rate_of(optimizer.param_groups[0]))
         resumed.step(step % 5 == 0)
-    wanted = rates(SIZED[name], length)
-    if (
-        name == "ours" and length != 20
-    ):  # its state does not contain its length, so the rate at step 9 is still the previous one
-        found, wanted = found[1:], wanted[1:]
-    assert found == pytest.approx(wanted[8:])
+    expected = rates(SIZED[name], length)
+    if name == "ours" and length != 20:  # its state does not contain its length: step 9 has the previous rate
+        found, expected = found[1:], expected[1:]
+    assert found == pytest.approx(expected[8:])
 
 
 def test_a_resumed_run_that_is_longer_equals_one_of_that_length(tmp_path: Path) -> None:
@@ -260,10 +258,10 @@ def test_a_rate_that_is_set_multiplies_all_later_ones(name: str) -> None:
     for step in range(1, 21):
         found.append(rate_of(optimizer.param_groups[0]))
         if step == 8:  # as in a checkpoint
-            kept, saved = optimizer.state_dict(), schedule.state_dict()
+            optimizer_state, saved = optimizer.state_dict(), schedule.state_dict()
             optimizer = tuner(2)
             schedule = Schedule(section, optimizer, 20, 5)
-            optimizer.load_state_dict(kept)
+            optimizer.load_state_dict(optimizer_state)
             schedule.load_state_dict(saved, 7, 1)
         schedule.step(step % 5 == 0)
         if step in (2, 11):

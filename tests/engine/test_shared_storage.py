@@ -39,11 +39,11 @@ def test_a_directory_that_is_not_shared_is_reported_by_every_rank(tmp_path: Path
     mine, other = tmp_path / "mine" / "run", tmp_path / "other" / "run"
     mine.mkdir(parents=True)
     other.mkdir(parents=True)
-    told = run(3, _probe, [mine, mine, other], ["head", "head", "far"], tmp_path=tmp_path)
-    assert all(told)
-    assert "run.root is not shared by all machines" in told[0]
-    assert "machines: far (rank 2) does not see the file of head (rank 0). Mount" in told[0]
-    assert f"Mount the same directory at {mine.parent}" in told[0]
+    messages = run(3, _probe, [mine, mine, other], ["head", "head", "far"], tmp_path=tmp_path)
+    assert all(messages)
+    assert "run.root is not shared by all machines" in messages[0]
+    assert "machines: far (rank 2) does not see the file of head (rank 0). Mount" in messages[0]
+    assert f"Mount the same directory at {mine.parent}" in messages[0]
     assert not list(tmp_path.rglob(".probe*"))
 
 
@@ -59,8 +59,8 @@ def test_a_shared_directory_and_a_single_machine_pass(
 
 def test_a_machine_without_the_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    told = run(2, _probe, [tmp_path / "here", tmp_path / "gone"], ["head", "far"], tmp_path=tmp_path)
-    assert "far (rank 1) cannot write to it: No such file or directory" in told[0]
+    messages = run(2, _probe, [tmp_path / "here", tmp_path / "gone"], ["head", "far"], tmp_path=tmp_path)
+    assert "far (rank 1) cannot write to it: No such file or directory" in messages[0]
 
 
 def _train(rank: int, group: Any, uri: str, environment: list[dict[str, str]], steps: list[int]) -> tuple[Any, ...]:

@@ -80,11 +80,11 @@ def _resident() -> float:
 def until_stopped(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
     """Emit progress until all ranks have seen the request that the note names."""
     control.emit({"kind": "phase", "name": "training"})
-    wanted = task.note.split()[1]
+    request = task.note.split()[1]
     step = 0
     while True:
         step += 1
         control.emit({"kind": "progress", "step": step, "rank": runtime.rank})
-        if all(runtime.gather(wanted in control.requests())):
-            return {"stopped": wanted}
+        if all(runtime.gather(request in control.requests())):
+            return {"stopped": request}
         time.sleep(0.02)

@@ -158,13 +158,13 @@ def _parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     ]
 
 
-def _compare_groups(here: list[list[str]], saved: list[list[str]]) -> None:
-    if len(here) != len(saved):
+def _compare_groups(current: list[list[str]], saved: list[list[str]]) -> None:
+    if len(current) != len(saved):
         raise CheckpointError(
-            f"The checkpoint's optimizer has {len(saved)} groups of parameters and this one has {len(here)}. Use the "
-            "optimizer.groups that it was saved with."
+            f"The checkpoint's optimizer has {len(saved)} groups of parameters and this one has {len(current)}. Use "
+            "the optimizer.groups that it was saved with."
         )
-    for index, (own, other) in enumerate(zip(here, saved, strict=True)):
+    for index, (own, other) in enumerate(zip(current, saved, strict=True)):
         if difference := sorted(set(own) ^ set(other)):
             raise CheckpointError(
                 f"Group {index} of the checkpoint's optimizer and of this one differ in {', '.join(difference[:5])}"
