@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import io
 import os
 import pty
@@ -70,6 +71,18 @@ def test_a_quiet_stream_reports_the_first_failure_only() -> None:
     assert [stream.write("ab"), stream.write("c")] == [2, 1]
     assert (reasons, stream.failure, stream.isatty()) == (["Broken pipe"], "Broken pipe", False)
     assert QuietStream(None).write("ab") == 2
+
+
+def test_a_quiet_stream_that_is_deleted_after_its_stream_was_closed() -> None:
+    """A notebook replaces its streams; that is no failure of a run that has ended."""
+    reasons: list[str] = []
+    inner = io.StringIO()
+    stream = QuietStream(inner)
+    stream.on_failure = reasons.append
+    inner.close()
+    del stream
+    gc.collect()
+    assert reasons == []
 
 
 @pytest.mark.parametrize(

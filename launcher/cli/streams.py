@@ -68,6 +68,9 @@ class QuietStream(io.TextIOBase):
             except (OSError, ValueError) as error:
                 self._fail(error)
 
+    def close(self) -> None:
+        """Do nothing: the stream belongs to the caller. The destructor of the base class calls this method as well."""
+
     def _fail(self, error: OSError | ValueError) -> None:
         self.failure = getattr(error, "strerror", None) or str(error)
         discard(self._stream)
