@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.support.command import LAUNCH, PROJECT, TOY
 from tests.support.sockets import Listener, descendants, listeners
 
 pytestmark = pytest.mark.timeout(600)  # on a busy machine a run takes minutes to its first step
@@ -116,10 +116,10 @@ class LocalRun:
 @pytest.fixture(scope="module")
 def local_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRun]:
     root = tmp_path_factory.mktemp("runs")
-    words = ["experiment=mnist_tiny", "cluster=local", f"run.root={root}", "run.name=run", "scaling.workers=2"]
-    words += ["scaling.cpus_per_worker=0.5", "trainer.steps=1000000", "trainer.log_every=1s", "logging.graph=false"]
+    words = [*TOY, "cluster=local", f"run.root={root}", "run.name=run", "scaling.workers=2"]
+    words += ["scaling.cpus_per_worker=0.5", "trainer.steps=1000000", "model.delay=0.1", "logging.tensorboard=false"]
     with (root / "output").open("w") as output:
-        driver = subprocess.Popen([sys.executable, "-m", "launcher", *words], stdout=output, stderr=output)
+        driver = subprocess.Popen([str(LAUNCH), *words], stdout=output, stderr=output, cwd=PROJECT)
     try:
         end = time.monotonic() + 400
         while not (root / "run" / "metrics.jsonl").exists() or not (root / "run" / "metrics.jsonl").read_text():
