@@ -70,7 +70,7 @@ def test_a_text_file_is_read_as_bytes(tmp_path: Path) -> None:
 
 
 def test_prompts_come_from_a_file_or_a_directory(tmp_path: Path) -> None:
-    for name, content in (("a.txt", "And God"), ("b.txt", "spake"), ("c.md", "no")):
+    for name, content in (("a.txt", "And God"), ("b.txt", "sang"), ("c.md", "no")):
         (tmp_path / name).write_text(content)
     data = KingJames()
     one = data.inputs(str(tmp_path / "a.txt"))
