@@ -49,7 +49,7 @@ def test_errors_are_raised(here: Place) -> None:
         launch(*TOY, "model.failure=raise", "model.at=3", "run.name=a", config_dir="own", quiet=True)
     assert "in stumble" in caught.value.traceback_text
     assert here.result("a")["status"] == "failed"
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match="already exists"):
         launch(*TOY, "run.name=a", config_dir="own", quiet=True)
 
 
