@@ -135,9 +135,9 @@ class Copies:
             part = top / place.parent / f".{place.name}.part"
             part.parent.mkdir(parents=True, exist_ok=True)
             if self._copy(f"{self._directory}/{place}/", part) and (part / "manifest.json").is_file():
-                os.replace(part, top / place)
-            else:
-                shutil.rmtree(part, ignore_errors=True)
+                with suppress(OSError):  # another command has copied it at the same time
+                    os.replace(part, top / place)
+            shutil.rmtree(part, ignore_errors=True)
         if remote:
             for place in local - remote:
                 shutil.rmtree(top / place, ignore_errors=True)

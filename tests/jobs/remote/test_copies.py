@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +100,25 @@ def test_a_sweep_is_copied_with_its_trials_and_their_checkpoints(shell: Shell, t
     assert changed == ["2"], "an unchanged file was copied again"
     assert (steps(trials[0].path), trials[2].status()) == ([], "completed")
     assert trials[2].result()["checkpoint"] == str(trials[2].checkpoints / "step-00000007")
+
+
+def test_two_commands_may_copy_a_checkpoint_at_the_same_time(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    trained(there, 5)
+    copy = Copies._copy
+
+    def copied_twice(self: Copies, remote: str, local: Path, options: Any = ()) -> bool:
+        found = copy(self, remote, local, options)
+        if local.name.endswith(".part"):
+            shutil.copytree(local, local.parent / "step-00000005")
+        return found
+
+    monkeypatch.setattr(Copies, "_copy", copied_twice)
+    _, run = copied(shell, there, here)
+    assert steps(run.path) == ["step-00000005"]
+    assert (run.checkpoints / "step-00000005" / "manifest.json").is_file()
 
 
 def test_folders_in_a_run_belong_to_the_user(shell: Shell, tmp_path: Path) -> None:
