@@ -52,8 +52,8 @@ def test_trials_of_a_grid_with_conditions_run(sweep: Sweep) -> None:
 
 def test_a_search_samples_the_key_only_for_options_that_have_it(sweep: Sweep) -> None:
     swept = ("optimizer.momentum=interval(0.1,0.9)", "optimizer=sgd,adamw")
-    found = sweep("experiment=plain", "sweep=random", *swept, trials=8)
-    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 8
+    found = sweep("experiment=plain", "sweep=random", *swept, trials=5)
+    assert [trial["state"] for trial in found["trials"]] == ["completed"] * 5
     sampled = {trial["optimizer"]: "optimizer.momentum" in trial for trial in found["trials"]}
     assert sampled == {"sgd": True, "adamw": False}
 
