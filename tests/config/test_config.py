@@ -700,10 +700,11 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_neither_torch_nor_ray_is_imported() -> None:
+def test_composition_imports_neither_torch_nor_ray_and_the_schema_not_even_hydra() -> None:
     code = (
-        "import sys; from launcher.config import compose;"
+        "import sys; from launcher.config import Job, check_values, sources;"
         "assert not {'hydra', 'omegaconf'} & set(sys.modules);"
+        "from launcher.config import compose;"
         "compose(['trainer.epochs=2']); assert not {'torch', 'ray', 'models', 'conf'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONF.parent, timeout=60)
