@@ -71,7 +71,7 @@ def test_a_run_on_a_store_continues_on_another_machine(container: Container, mac
     assert (like.status, like.last) == (0, f"{container.uri}/b")
     taken = three(*TOY, "run.name=a")
     assert taken.status == 2
-    assert f"exists already in {container.uri}" in taken.err
+    assert f"already exists in {container.uri}" in taken.err
 
     for name in container.names():
         assert KEY.encode() not in container.read(name), name
