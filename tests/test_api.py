@@ -13,6 +13,7 @@ import pytest
 from launcher import launch
 from launcher.errors import ConfigError, DataError, RunError, UserCodeError
 from tests.support.command import Place
+from tests.support.waiting import PATIENCE
 
 TOY = ("experiment=toy", "logging.tensorboard=false")
 
@@ -65,20 +66,20 @@ def test_launch_outside_of_the_main_thread(here: Place) -> None:
 NOTEBOOK = """
 import json, ray
 from launcher import launch
-ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 words = ["experiment=toy", "cluster=local", "logging.tensorboard=false"]
-result = launch(*words, "scaling.workers=3", config_dir="own")
-seven = ray.get(ray.remote(num_cpus=3)(lambda: 7).remote(), timeout=30)  # the CPUs of the job are free again
+result = launch(*words, config_dir="own")
+seven = ray.get(ray.remote(num_cpus=1)(lambda: 7).remote(), timeout=30)  # the CPUs of the job are free again
 print(json.dumps([result["status"], result["workers"], ray.is_initialized(), seven]))
 """
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_an_initialized_ray_is_used_and_left_running(place: Place) -> None:
-    """Three workers use the three CPUs of that Ray, independent of the CPUs of this machine."""
+    """One worker uses the one CPU of that Ray, independent of the CPUs of this machine."""
     done = subprocess.run(
-        [sys.executable, "-c", NOTEBOOK], cwd=place.directory, capture_output=True, text=True, timeout=140
+        [sys.executable, "-c", NOTEBOOK], cwd=place.directory, capture_output=True, text=True, timeout=PATIENCE * 90
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == ["completed", 3, True, 7]
-    assert "3 CPU workers (the Ray of this session), global batch 10 = 3 x at most 4" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["completed", 1, True, 7]
+    assert "1 CPU worker (the Ray of this session), global batch 10" in done.stderr

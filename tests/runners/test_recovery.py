@@ -21,27 +21,26 @@ def accidents(*happen: tuple[int, int, str]) -> str:
     return f"+callbacks.accidents={{_target_: toy.Accidents, happen: [{each}]}}"
 
 
-def same_weights(place: Place, one: dict[str, Any], other: dict[str, Any]) -> bool:
+def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
     first, second = (load_weights(result["checkpoint"]) for result in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow  # tests/faults covers much of it in every run of the suite
 @pytest.mark.timeout(170)
-def test_killed_workers_are_replaced(place: Place) -> None:
+def test_killed_workers_are_replaced(place: Place, here: Place) -> None:
     """Guards against: a consequence reported as the cause, a wrong count of steps, another order of samples, and a rank
     that waits for one of an earlier group."""
     words = ("cluster=local", "scaling.workers=2", "model.delay=0.3", accidents((1, 6, "KILL"), (0, 10, "KILL")))
     done = place.launch(*JOB, *words, "run.name=a", seconds=160)
     assert done.status == 0, done.err
-    undisturbed = place.launch(*JOB, "run.name=b")
-    assert undisturbed.status == 0, undisturbed.err
+    assert here.here(*JOB, "run.name=b").status == 0
 
     result = place.result("a")
     assert (result["status"], result["steps"], result["world_sizes"]) == ("completed", 16, [2])
     assert (result["restarts"], result["preemptions"]) == (2, 0)
     assert 2 <= result["lost_steps"] < 2 * (4 + 3)  # a save takes up to three steps
-    assert same_weights(place, result, place.result("b"))
+    assert same_weights(result, here.result("b"))
     lines = [line for line in done.err.splitlines() if "died without an error message" in line]
     assert [line.split("(process")[0].split("Worker")[1] for line in lines] == [" 1 of 2 ", " 0 of 2 "]
     assert "Traceback" not in done.err
@@ -49,19 +48,18 @@ def test_killed_workers_are_replaced(place: Place) -> None:
 
 @pytest.mark.smoke
 @pytest.mark.timeout(170)
-def test_a_stopped_worker_is_replaced_and_the_group_is_as_large_as_fits(place: Place) -> None:
+def test_a_stopped_worker_is_replaced_and_the_group_is_as_large_as_fits(place: Place, here: Place) -> None:
     """Guards against: an endless wait for a process that hangs, and the rejection of four workers on two CPUs with
     `scaling.min_workers=1`."""
     words = ("cluster=local", "scaling.workers=4", "scaling.min_workers=1", f"scaling.cpus_per_worker={CPUS / 2}")
     halted = ("model.delay=0.2", "scaling.timeout=8", accidents((1, 6, "STOP")))
     done = place.launch(*JOB, *words, *halted, "run.name=a", seconds=160)
     assert done.status == 0, done.err
-    undisturbed = place.launch(*JOB, "run.name=b")
-    assert undisturbed.status == 0, undisturbed.err
+    assert here.here(*JOB, "run.name=b").status == 0
 
     result = place.result("a")
     assert (result["status"], result["world_sizes"], result["restarts"]) == ("completed", [2], 1)
-    assert same_weights(place, result, place.result("b"))
+    assert same_weights(result, here.result("b"))
     assert "Worker 1 of 2 (process" in done.err
     assert "did not answer" in done.err
     pid = int((place.runs / "a/accident-0").read_text().split()[0])
