@@ -349,12 +349,12 @@ def small_disk(place: Path, megabytes: int = 16) -> Iterator[Callable[[], Path]]
 
 
 ROWS = (
-    Row("newest checkpoint truncated", "none", damaged(truncate), DAMAGED, core=True),
+    Row("newest checkpoint truncated", "none", damaged(truncate), DAMAGED),
     Row("newest checkpoint with one byte flipped", "none", damaged(flip), DAMAGED, core=True),
-    Row("newest checkpoint without its metadata", "none", damaged(without_metadata), DAMAGED, core=True),
+    Row("newest checkpoint without its metadata", "none", damaged(without_metadata), DAMAGED),
     Row("disk full while saving", "none", disk_full),
     Row("driver killed", "local", driver_killed),
-    Row("worker killed", "local", worker_killed(1), core=True),
+    Row("worker killed", "local", worker_killed(1)),
     Row(
         "worker killed, without deterministic mode",
         "local",
@@ -362,9 +362,9 @@ ROWS = (
         words=("trainer.deterministic=false",),
         alike=True,
     ),
-    Row("rank 0 killed", "local", worker_killed(0), core=True),
+    Row("rank 0 killed", "local", worker_killed(0)),
     Row("worker halted (SIGSTOP)", "local", worker_halted, words=("scaling.timeout=6",)),
-    Row("two faults in a row", "local", killed_twice, 2 * UNANNOUNCED),
+    Row("two faults in a row", "local", killed_twice, 2 * UNANNOUNCED, core=True),
     Row("controller killed", "local", controller_killed),
     Row("node lost, another one is there", "machines", node_killed, core=True, nodes=3),
     Row("node lost, fewer workers continue", "machines", node_killed, words=ELASTIC),
@@ -372,7 +372,7 @@ ROWS = (
     Row("link of a machine cut for 20 s", "machines", link_cut(20), words=ELASTIC),
     Row("link of a machine cut for good", "machines", link_cut(None), words=ELASTIC),
     Row("eviction notice of 30 s", "machines", noticed(30), ANNOUNCED, words=ELASTIC),
-    Row("eviction notice of 3 s", "machines", noticed(3), ANNOUNCED, words=ELASTIC),
+    Row("eviction notice of 3 s", "machines", noticed(3), ANNOUNCED, words=ELASTIC, core=True),
     Row("eviction notice withdrawn", "machines", noticed(30, withdrawn=True), 0, words=ELASTIC),
     Row("node drained by Ray with 30 s notice", "machines", drained(30), ANNOUNCED, words=ELASTIC),
     Row("node drained by Ray with 3 s notice", "machines", drained(3), ANNOUNCED, words=ELASTIC),

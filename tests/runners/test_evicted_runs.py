@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.command import Place
 from tests.support.engine_ranks import assert_same_weights, final_weights
 
 DRIVE = Path(__file__).with_name("eviction_drive.py")
@@ -32,7 +33,8 @@ class Slow(ConvNet):
 JOB = ["experiment=mnist_tiny", "data.limit=1000", "trainer.deterministic=true", "logging.tensorboard=false"]
 ON_RAY = ["scaling.workers=2", "scaling.cpus_per_worker=1", "checkpoint.every=2", "model._target_=slow.Slow"]
 
-pytestmark = pytest.mark.timeout(240)
+# The row "eviction notice of 3 s" of tests/faults covers an eviction in every run of the suite.
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
 
 def evicted(how: str, directory: Path) -> tuple[dict[str, Any], str]:
@@ -51,28 +53,15 @@ def evicted(how: str, directory: Path) -> tuple[dict[str, Any], str]:
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-def undisturbed(directory: Path) -> Path:
-    words = [*JOB, "cluster=none", "scaling.device=cpu", "run.name=calm"]
-    subprocess.run(
-        [sys.executable, "-m", "launcher", *words],
-        cwd=directory,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=100,
-    )
-    return directory / "runs/calm"
+@pytest.fixture
+def undisturbed(here: Place) -> Path:
+    """Train the job in this process, and return the directory of the run."""
+    assert here.here(*JOB, "cluster=none", "scaling.device=cpu", "run.name=calm").status == 0
+    return here.runs / "calm"
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "azure:7",
-        pytest.param("azure:2", marks=pytest.mark.slow),
-        pytest.param("sigterm:7", marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_leaves_a_node_before_its_eviction(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["azure:7", "azure:2", "sigterm:7"])
+def test_a_run_leaves_a_node_before_its_eviction(how: str, tmp_path: Path, undisturbed: Path) -> None:
     """No step is lost, no worker is placed on the node again, and the weights are bit-identical."""
     found, shown = evicted(how, tmp_path)
     result = found["result"]
@@ -82,15 +71,14 @@ def test_a_run_leaves_a_node_before_its_eviction(how: str, tmp_path: Path) -> No
     assert result["lost_steps"] <= 1
     assert len(found["lost"]) == 1
     assert shown.count(f"{found['lost'][0]} will be evicted") == 1
-    assert_same_weights(final_weights(tmp_path / "runs/evicted"), final_weights(undisturbed(tmp_path)))
+    assert_same_weights(final_weights(tmp_path / "runs/evicted"), final_weights(undisturbed))
 
 
-@pytest.mark.slow
-def test_a_withdrawn_notice_changes_nothing(tmp_path: Path) -> None:
+def test_a_withdrawn_notice_changes_nothing(tmp_path: Path, undisturbed: Path) -> None:
     found, shown = evicted("withdrawn:9", tmp_path)
     result = found["result"]
     assert result["status"] == "completed"
     assert (result["preemptions"], result["restarts"], result["lost_steps"]) == (0, 0, 0)
     assert found["lost"] == [], "a node was drained, which cannot be undone"
     assert "was withdrawn" in shown
-    assert_same_weights(final_weights(tmp_path / "runs/evicted"), final_weights(undisturbed(tmp_path)))
+    assert_same_weights(final_weights(tmp_path / "runs/evicted"), final_weights(undisturbed))
