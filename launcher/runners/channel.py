@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from launcher.ray_seam import kv
+from launcher.runners import clock
 
 INTERVAL = 0.3  # seconds between two accesses to the store
 
@@ -70,6 +71,15 @@ class WorkerEnd:
     def emit(self, event: dict[str, Any]) -> None:
         self._events.append(event)
 
+    def send(self, event: dict[str, Any]) -> None:
+        """Emit an event, and send it and all earlier ones immediately."""
+        self.emit(event)
+        self.flush()
+
+    def clock_difference(self) -> clock.ClockDifference:
+        """Start to measure the difference between this machine's clock and the driver's."""
+        return clock.ClockDifference(self._run, self._attempt, self.send)
+
     def flush(self) -> None:
         """Send the emitted events."""
         with self._lock:
@@ -108,7 +118,11 @@ class DriverEnd:
         for key in kv.keys(f"{self.run}/event/"):
             batch = kv.get(key)
             kv.delete(key)
-            events += json.loads(batch) if batch else []
+            for event in json.loads(batch) if batch else ():
+                if event.get("kind") == "clock":
+                    clock.answer(event)
+                else:
+                    events.append(event)
         return events
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ from launcher.config.calling_directory import add_calling_directory
 from launcher.errors import Regroup
 from launcher.ray_seam import kv
 from launcher.ray_seam.trainer import RayTrainer
-from launcher.runners import controller_policy, ray_data
+from launcher.runners import clock, controller_policy, ray_data
 from launcher.runners.channel import DriverEnd, WorkerEnd, wait_for
 from launcher.runners.controller_policy import ATTEMPT, LOST, REGROUP, Rules, RunPolicy
 from launcher.runners.signals import Interrupts
@@ -201,17 +201,20 @@ def work(spec: WorkerSpec) -> dict[str, Any] | None:
     rank = context.get_world_rank()
     attempt, cause = group_facts()
     with WorkerEnd(spec.run, rank, attempt=attempt) as control:
-        control.emit({"kind": "worker", "rank": rank, "attempt": attempt, **_process_facts()})
-        control.flush()
+        control.send({"kind": "worker", "rank": rank, "attempt": attempt, **_process_facts()})
+        difference = control.clock_difference() if rank == 0 else None
         try:
             for path in spec.python_path:
                 add_calling_directory(path)
             main, task = cloudpickle.loads(spec.job)
             function = function_of(main)  # with what it imports
-            if hasattr(task, "marks"):
-                task.marks.begin("worker_imports", began)
-                task.marks.begin("process_group")
+            imported = time.time()
             with joined(spec, context) as runtime:
+                if difference is not None:  # rank 0 records durations and costs
+                    clock.convert(task, difference.seconds())
+                if hasattr(task, "marks"):
+                    task.marks.begin("worker_imports", began)
+                    task.marks.begin("process_group", imported)
                 runtime.attempt, runtime.cause, runtime.machines = attempt, cause, machine_count()
                 result = function(task, runtime, control)
         except BaseException as error:
