@@ -188,6 +188,7 @@ def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(ssh_machines: SshLab
 # ---- a run on them --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ssh_machines", [(3,)], indirect=True)  # one machine replaces the lost one
 @pytest.mark.timeout(1200)
 def test_weights_are_bit_identical_after_the_loss_of_a_machine(ssh_machines: SshLab) -> None:
     """One worker per machine; one process and two local workers have the same weights; no secret is visible."""
