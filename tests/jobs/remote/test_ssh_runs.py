@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.command import Result
+from tests.support.command import Place
 from tests.support.engine_ranks import assert_same_weights, final_weights
 from tests.support.vmlab.ssh_lab import SshLab
 from tests.support.waiting import wait_for
@@ -35,7 +35,7 @@ def wait_until(ssh_machines: SshLab, run: Path, step: int, seconds: float = 60) 
 
 
 @pytest.mark.timeout(900)
-def test_a_run_on_two_hosts_equals_a_local_run(ssh_machines: SshLab) -> None:
+def test_a_run_on_two_hosts_equals_a_local_run(ssh_machines: SshLab, here: Place) -> None:
     words = ssh_machines.words()
     done = ssh_machines.launch(*TINY, *words, "run.name=two", "checkpoint.every=5", PLANTED="sEcReT-94", seconds=180)
     assert done.status == 0, done.err
@@ -46,10 +46,8 @@ def test_a_run_on_two_hosts_equals_a_local_run(ssh_machines: SshLab) -> None:
     assert found["checkpoint"] == str(runs / "two" / "checkpoints" / "step-00000010")
     assert any((runs / "two").glob("events.out.tfevents*"))
     assert "step 10/10" in done.err
-    for kind in (["cluster=none"], ["cluster=local", "scaling.workers=2", "scaling.cpus_per_worker=0.5"]):
-        alone: Result = ssh_machines.launch(*TINY, *kind)
-        assert alone.status == 0, alone.err
-        assert_same_weights(final_weights(Path(alone.last)), final_weights(runs / "two"))
+    assert here.here(*TINY, "cluster=none", "run.name=two").status == 0
+    assert_same_weights(final_weights(here.runs / "two"), final_weights(runs / "two"))
     evaluated = ssh_machines.launch("evaluate", "two", "data=mnist", seconds=100)
     assert evaluated.status == 0, evaluated.err
 
@@ -57,8 +55,7 @@ def test_a_run_on_two_hosts_equals_a_local_run(ssh_machines: SshLab) -> None:
     assert again.status == 0, again.err
     assert "Continuing from step 10." in again.err
     assert result(runs / "two")["steps"] == 20
-    like = ssh_machines.launch("run.like=two", *words, "run.name=like", "trainer.epochs=1", seconds=120)
-    assert (like.status, like.last) == (0, str(runs / "like")), like.err
+    assert ssh_machines.launch("plan", "run.like=two", "run.name=like", seconds=60).status == 0
     assert ssh_machines.launch("down", "ssh", seconds=60).status == 0
     log = ssh_machines.launch("logs", "two", "--no-follow", seconds=60)
     assert (log.status, log.out) == (0, (runs / "two" / "log.txt").read_text()), log.err
