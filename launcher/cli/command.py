@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from launcher.cli import completion, help
-from launcher.cli.line import Line, find_verb, is_verbose, parse
+from launcher.cli.line import Line, is_verbose, parse
 from launcher.cli.output import report, say
 from launcher.cli.verbs import VERBS
 from launcher.errors import LaunchError, Stopped
@@ -17,10 +17,12 @@ from launcher.runs.provenance import versions
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit status."""
+    trains = False
     try:
         line = parse(arguments)
         if _show(line):
             return 0
+        trains = line.verb == "train"
         return VERBS[line.verb].run(line)
     except LaunchError as error:
         return report(error, is_verbose(arguments))
@@ -29,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if _is_output_error(error) and find_verb(arguments) not in (None, "train"):
+        if _is_output_error(error) and not trains:
             if isinstance(error, BrokenPipeError):  # `launch logs NAME | head`
                 return 0
             say(f"launch: Standard output cannot be written: {error}.")

@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str]) -> Line:
         ConfigError: a word is neither a verb nor an override, or a flag is unknown or lacks its value.
     """
     rest = list(arguments)
-    line = Line(find_verb(rest) or "train", None, explicit=False)
+    line = Line(_find_verb(rest) or "train", None, explicit=False)
     while rest:
         word = rest.pop(0)
         spelling, equals, value = word.partition("=")
@@ -108,7 +108,7 @@ def parse(arguments: Sequence[str]) -> Line:
     return line
 
 
-def find_verb(words: Sequence[str]) -> str | None:
+def _find_verb(words: Sequence[str]) -> str | None:
     """Return the first word that is neither a flag nor an override, if it is a verb."""
     is_value = False
     for word in words:

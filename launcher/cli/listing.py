@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launcher.cli.output import ResultConsole
 from launcher.errors import RunError
 from launcher.formatting import duration
 from launcher.jobs.remote.states import states_of
@@ -100,7 +100,7 @@ def print_table(found: list[dict[str, Any]], root: Path, columns: Sequence[str] 
         # As `Text`, because rich interprets markup in plain strings.
         grid.add_row(*(Text(printable(cell).replace("\n", "\\n")) for cell in cells))
     # Wide enough that no cell is truncated in a pipe.
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=400)
+    console = ResultConsole(highlight=False) if sys.stdout.isatty() else ResultConsole(highlight=False, width=400)
     console.print(grid)
     for row in found:
         if row["status"] in (UNREADABLE, "lost", "unreachable") and row["error"]:

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from launcher.cli.line import Line
-from launcher.cli.output import say
+from launcher.cli.output import ResultConsole, say
 from launcher.clusters.pricing import catalogue
 from launcher.clusters.pricing.catalogue import Price, Size
 from launcher.clusters.pricing.prices import SOURCE, PricesUnavailable, refreshed
@@ -92,7 +91,7 @@ def print_table(found: Mapping[str, Size], region: str, source: str) -> None:
             _shown(size.price(region, spot=True)),
             size.quota_family,
         )
-    out = Console(highlight=False, markup=False)
+    out = ResultConsole(highlight=False, markup=False)
     if not out.is_terminal:
         out.width = 200  # rich assumes 80 columns for a file
     out.print(grid)
