@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from launcher.clusters.base import kinds, named
-from launcher.clusters.conformance import Harness, check
+from launcher.clusters.conformance import Harness, Reference, check, check_requests, check_run, record
 from launcher.clusters.existing.kind import ExistingCluster
 from launcher.clusters.local.kind import LocalCluster
 from launcher.clusters.ssh.kind import SshCluster
 from launcher.config import compose
 from launcher.config.schema import Job, cluster_schema, cluster_section
 from launcher.errors import ConfigError
-from tests.support.command import Place
+from tests.support.command import PROJECT, Place
+from tests.support.vmlab.lab import Lab
 
-JOB = ("--config-dir", "own", "experiment=toy", "scaling.workers=2", "trainer.deterministic=true")
+JOB = ("--config-dir", "own", "experiment=toy", "trainer.deterministic=true")
 LONG = ("trainer.steps=1000000", "checkpoint.every=1000", "trainer.log_every=50")
 FAILING = ("data.bad=15",)
-RAY = """
-import sys
-from launcher.clusters.local.embedded_ray import EmbeddedRay
-with EmbeddedRay(2, 0) as ray:
-    print(ray.address, ray.token, flush=True)
-    sys.stdin.read()
-"""
 
 
 def harness(place: Path, words: list[str], bad: list[list[str]], **environment: str) -> Harness:
@@ -40,11 +33,12 @@ def harness(place: Path, words: list[str], bad: list[list[str]], **environment: 
     return Harness(words, bad, place, JOB, LONG, FAILING, environment=home)
 
 
-@pytest.fixture
-def reference(place: Place, tmp_path: Path) -> Harness:
-    directory = tmp_path / "reference"
-    shutil.copytree(place.directory, directory)
-    return harness(directory, ["cluster=local"], [])
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Run the job in one process, for comparison with the runs on all kinds."""
+    directory = tmp_path_factory.mktemp("reference") / "project"
+    shutil.copytree(PROJECT, directory)
+    return record(harness(directory, ["cluster=none"], []))
 
 
 @pytest.fixture
@@ -59,50 +53,72 @@ def toy(tmp_path: Path) -> str:
     return str(site)
 
 
+@dataclass(frozen=True)
+class LabHarness(Harness):
+    """Runs the commands on the head of a laboratory. Ray clients reach no Ray that listens only on 127.0.0.1."""
+
+    lab: Lab = field(kw_only=True)
+
+    def _call(self, words: Sequence[str]) -> dict[str, Any]:
+        command = [sys.executable, "-m", "launcher", *words]
+        head = self.lab.head
+        return {"args": head.command(command, self.directory), "env": head.environment(self.environment)}
+
+
+@pytest.fixture(params=["none", "local", "toy", pytest.param("existing", marks=pytest.mark.slow)])
+def kind(request: pytest.FixtureRequest, place: Place) -> Harness:
+    """Return the harness of a kind that needs no other machines."""
+    if request.param == "none":
+        return harness(place.directory, ["cluster=none"], [["scaling.workers=2"], ["cluster.hosts=[a]"]])
+    if request.param == "local":
+        rejected = [["cluster.keep_minutes=-1"], ["cluster.hosts=[a]"]]
+        return harness(place.directory, ["cluster=local", "scaling.workers=2"], rejected)
+    if request.param == "toy":
+        made: Harness = request.getfixturevalue("toy_harness")
+        return made
+    lab: Lab = request.getfixturevalue("cluster")
+    words = ["cluster=existing", f"cluster.address={lab.address}", "scaling.workers=2"]
+    rejected = [["cluster.address=nowhere"], [f"cluster.address={lab.head.address}:9"]]
+    home = {"HOME": str(place.home)}
+    return LabHarness(words, rejected, place.directory, JOB, LONG, FAILING, environment=home, lab=lab)
+
+
 @pytest.fixture
-def ray() -> Iterator[tuple[str, str]]:
-    """Start a Ray cluster, and return its address and token."""
-    process = subprocess.Popen([sys.executable, "-c", RAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        address, token = process.stdout.readline().split()
-        yield address, token
-    finally:
-        process.communicate(timeout=60)
+def toy_harness(place: Place, toy: str) -> Harness:
+    rejected = [["cluster.toy_cpus=0"], ["cluster.toy_cpu=1"]]
+    return harness(place.directory, ["cluster.kind=toy", "scaling.workers=2"], rejected, PYTHONPATH=toy)
+
+
+def test_a_kind_plans_and_rejects_bad_keys(kind: Harness) -> None:
+    check_requests(kind)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_local_conforms(place: Place, reference: Harness) -> None:
-    check(harness(place.directory, ["cluster=local"], [["cluster.keep_minutes=-1"], ["cluster.hosts=[a]"]]), reference)
+def test_a_kind_conforms(kind: Harness, reference: Reference) -> None:
+    check(kind, reference)
+
+
+@pytest.mark.timeout(300)
+def test_a_kind_from_another_package_trains(toy_harness: Harness, reference: Reference) -> None:
+    """A new kind needs no change to launch."""
+    check_run(toy_harness, reference)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_existing_conforms(place: Place, reference: Harness, ray: tuple[str, str]) -> None:
-    address, token = ray
-    with socket.socket() as nothing:
-        nothing.bind(("127.0.0.1", 0))
-        bad = [["cluster.address=nowhere"], [f"cluster.address=127.0.0.1:{nothing.getsockname()[1]}"]]
-        words = ["cluster=existing", f"cluster.address={address}"]
-        check(harness(place.directory, words, bad, RAY_AUTH_TOKEN=token), reference)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_kind_from_another_package_conforms(place: Place, reference: Harness, toy: str) -> None:
-    """A new kind needs no change to launch. Sweeps work as well."""
-    toy_harness = harness(
-        place.directory, ["cluster.kind=toy"], [["cluster.toy_cpus=0"], ["cluster.toy_cpu=1"]], PYTHONPATH=toy
-    )
-    check(toy_harness, reference)
+@pytest.mark.timeout(300)
+def test_a_kind_from_another_package_sweeps(toy_harness: Harness) -> None:
     swept = toy_harness.launch("-m", *JOB, *toy_harness.words, "run.name=swept", "optimizer.lr=0.1,0.2")
     assert swept.returncode == 0, swept.stderr
     assert (toy_harness.directory / "runs/swept/1/result.json").is_file()
+
+
+def test_a_file_cannot_choose_a_kind_from_another_package(toy_harness: Harness) -> None:
+    """A configuration file must not choose where code runs."""
     own = toy_harness.directory / "own/experiment/evil.yaml"
     own.write_text("# @package _global_\ndefaults: [toy]\ncluster: {kind: toy}\n")
     rejected = toy_harness.launch("train", "--config-dir", "own", "experiment=evil", "run.name=evil")
-    assert rejected.returncode == 2, "a configuration file chose where code runs"
+    assert rejected.returncode == 2, rejected.stderr
 
 
 # ---- the keys -------------------------------------------------------------------------------------------------------
