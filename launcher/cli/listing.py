@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from launcher.cli.output import ResultConsole
+from launcher.cli.tables import ResultConsole
 from launcher.errors import RunError
 from launcher.formatting import duration
 from launcher.jobs.remote.states import states_of

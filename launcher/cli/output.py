@@ -8,8 +8,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 from launcher.cli.streams import QuietStream
 from launcher.errors import LaunchError, UserCodeError
 from launcher.jobs import ranks
@@ -36,13 +34,6 @@ def report(error: LaunchError, verbose: bool) -> int:
     else:
         say(f"launch: {error}")
     return error.exit_status
-
-
-class ResultConsole(Console):
-    """A console for tables on standard output. Raises BrokenPipeError, where rich itself exits with status 1."""
-
-    def on_broken_pipe(self) -> None:
-        raise  # noqa: PLE0704 (called while the exception is handled)
 
 
 @contextmanager

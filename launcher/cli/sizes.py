@@ -11,7 +11,8 @@ from rich import box
 from rich.table import Table
 
 from launcher.cli.line import Line
-from launcher.cli.output import ResultConsole, say
+from launcher.cli.output import say
+from launcher.cli.tables import ResultConsole
 from launcher.clusters.pricing import catalogue
 from launcher.clusters.pricing.catalogue import Price, Size
 from launcher.clusters.pricing.prices import SOURCE, PricesUnavailable, refreshed
