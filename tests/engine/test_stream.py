@@ -44,7 +44,7 @@ def test_a_resumed_stream_starts_another_pass(tmp_path: Path) -> None:
     [
         ("value", "DataError", "shard-3.parquet, row 7"),
         ("bug", "UserCodeError", "KeyError"),
-        ("empty", "DataError", "nothing"),
+        ("empty", "DataError", "no samples for rank"),
     ],
 )
 def test_a_failing_stream_is_reported(raises: str, kind: str, words: str, tmp_path: Path) -> None:

@@ -263,8 +263,8 @@ def test_a_run_that_ends_within_the_trace_still_writes_it(tmp_path: Path) -> Non
 
 def test_layers_that_depend_on_the_split_are_named_once(tmp_path: Path) -> None:
     ranks = succeed(make_job(model="Normed", steps=2), tmp_path, 2)
-    assert "BatchNorm1d: its statistics are those of a worker's microbatch" in ranks[0].notes
-    assert "Dropout: random numbers are drawn by each worker" in ranks[0].notes
+    assert "BatchNorm1d: its statistics are computed from one worker's microbatch" in ranks[0].notes
+    assert "Dropout: each worker draws its own random numbers" in ranks[0].notes
     assert ranks[1].notes == ""
     assert succeed(make_job(steps=2), tmp_path / "plain")[0].notes == ""
 
