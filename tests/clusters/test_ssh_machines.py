@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import servers
-from tests.support.command import Place
-from tests.support.engine_ranks import assert_same_weights, final_weights
-from tests.support.vmlab.ssh_lab import SshLab
+from tests.support.vmlab.ssh_lab import SshLab, processes_left, seen_everywhere
 from tests.support.waiting import wait_for
 
 
@@ -21,36 +19,6 @@ def status(ssh_machines: SshLab) -> dict[str, str]:
     """Return the state of every host."""
     (found,) = json.loads(ssh_machines.launch("status", "--json").out)
     return {host["name"]: host["state"] for host in found["hosts"]}
-
-
-def left(ssh_machines: SshLab) -> dict[str, list[str]]:
-    """Return the processes of clusters by machine, without machines that have none."""
-    found = {host.name: ssh_machines.of_clusters(host) for host in ssh_machines.machines}
-    return {name: words for name, words in found.items() if words}
-
-
-def seen_everywhere(ssh_machines: SshLab, secret: str, environments: bool = True) -> list[str]:
-    """Return where a secret is visible: command lines and environments of processes, and files.
-
-    A file `token` that only its user can read is not a finding.
-    """
-    found = []
-    for host in ssh_machines.hosts:
-        for pid, words in host.processes().items():
-            if secret in words:
-                found.append(f"command line on {host.name}: {words}")
-            try:
-                if environments and secret.encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                    found.append(f"environment on {host.name}: {words}")
-            except OSError:
-                continue
-    for folder, _, names in os.walk(ssh_machines.directory):
-        for path in (Path(folder, name) for name in names):
-            if path.is_file() and secret.encode() in path.read_bytes():
-                mode = path.stat().st_mode & 0o777
-                if path.name != "token" or mode != 0o600:
-                    found.append(f"{path} ({mode:o})")
-    return found
 
 
 @pytest.mark.parametrize("ssh_machines", [(3,)], indirect=True)
@@ -81,7 +49,7 @@ def test_up_starts_the_hosts_that_answer_and_down_leaves_nothing(ssh_machines: S
     assert interrupted.wait() == -signal.SIGKILL, "down was not interrupted"
     done = ssh_machines.launch("down")
     assert done.status == 0, done.err
-    assert left(ssh_machines) == {}
+    assert processes_left(ssh_machines) == {}
     assert not list(ssh_machines.scratch.glob("lr-*"))
     assert "No process of the cluster ssh is left on vm1, vm2" in done.err
 
@@ -115,7 +83,7 @@ def test_a_restarted_host_rejoins_and_a_host_that_is_removed_from_the_list_is_st
     assert ssh_machines.launch("up", *ssh_machines.words("vm1", "vm2"), seconds=200).status == 0
     assert status(ssh_machines) == {"vm1": "lives", "vm2": "lives"}
     assert ssh_machines.launch("down", "ssh").status == 0
-    assert left(ssh_machines) == {}
+    assert processes_left(ssh_machines) == {}
 
 
 @pytest.mark.slow
@@ -134,7 +102,7 @@ def test_an_interrupted_up_can_be_repeated_and_ended(ssh_machines: SshLab, runni
     ssh_machines.machines[0].restore_link()
     done = ssh_machines.launch("down", "ssh")
     assert done.status == 0, done.err
-    assert left(ssh_machines) == {}
+    assert processes_left(ssh_machines) == {}
 
     interrupted = ssh_machines.start("up", *ssh_machines.words())
     wait_for(lambda: ssh_machines.machines[0].find(running), 60, "Ray was not started")
@@ -144,7 +112,7 @@ def test_an_interrupted_up_can_be_repeated_and_ended(ssh_machines: SshLab, runni
     assert done.status == 0, done.err
     assert status(ssh_machines) == {"vm1": "lives", "vm2": "lives"}
     assert ssh_machines.launch("down").status == 0
-    assert left(ssh_machines) == {}
+    assert processes_left(ssh_machines) == {}
 
 
 @pytest.mark.timeout(900)
@@ -164,7 +132,7 @@ def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(ssh_machines: SshLab
     refused = ssh_machines.launch("up", *ssh_machines.words())
     assert refused.status == 2
     assert "vm1 rejects this user" in refused.err
-    assert left(ssh_machines) == {}
+    assert processes_left(ssh_machines) == {}
     ssh_machines.config.write_text(config)
 
     (ssh_machines.calling / ".gitignore").write_text("data/\n")
@@ -183,49 +151,4 @@ def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(ssh_machines: SshLab
     assert ssh_machines.launch("up", *ssh_machines.words(), seconds=200).status == 0
     assert status(ssh_machines) == {"vm1": "lives", "vm2": "lives"}
     assert ssh_machines.launch("down").status == 0
-    assert left(ssh_machines) == {}
-
-
-# ---- a run on them --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ssh_machines", [(3,)], indirect=True)  # one machine replaces the lost one
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("ssh_machines", [(3,)], indirect=True)
-def test_weights_are_bit_identical_after_the_loss_of_a_machine(ssh_machines: SshLab, here: Place) -> None:
-    """One worker per machine; one process has the same weights; no secret is visible."""
-    job = ["experiment=mnist", "trainer.epochs=6", "trainer.deterministic=true", "logging.graph=false"]
-    runs, planted = ssh_machines.calling / "runs", "pl4nted-" + "5ec7e7"
-    assert ssh_machines.launch("up", *ssh_machines.words(), seconds=200).status == 0
-    workers = ["scaling.workers=2", "scaling.cpus_per_worker=2", "checkpoint.every=20", "cluster.env=[PLANTED]"]
-    training = ssh_machines.start(*job, "cluster=ssh", "run.name=two", *workers, PLANTED=planted)
-
-    def steps() -> int:
-        assert training.poll() is None, ssh_machines.laptop.log()[-3000:]
-        return len((runs / "two" / "metrics.jsonl").read_text().splitlines()) if (runs / "two").exists() else 0
-
-    wait_for(lambda: (runs / "two" / "metrics.jsonl").exists() and steps() >= 4, 120, "it does not train")
-    assert seen_everywhere(ssh_machines, planted, environments=False) == []
-    lost = next(host for host in ssh_machines.machines[1:] if host.find("RayTrainWorker"))
-    lost.kill()
-    assert training.wait(150) == 0, ssh_machines.laptop.log()[-3000:]
-    found = json.loads((runs / "two" / "result.json").read_text())
-    assert (found["status"], found["restarts"], found["workers"]) == ("completed", 1, 2)
-
-    def notes() -> list[str]:
-        (cluster,) = json.loads(ssh_machines.launch("status", "--json").out)
-        return list(cluster["notes"])
-
-    # Ray declares a node lost late: the run may have ended by then.
-    wait_for(lambda: any(note.startswith(f"Ray lost {lost.name} at ") for note in notes()), 60, "Ray lost no node")
-    assert any(f"{lost.name} refuses connections" in note for note in notes())
-    done = ssh_machines.launch("up", *ssh_machines.words())
-    assert f"{lost.name} is left out" in done.err
-    assert any(note.startswith(f"Ray lost {lost.name} at ") for note in notes()), "its name is missing"
-
-    assert here.here(*job, "cluster=none", "run.name=two").status == 0
-    assert_same_weights(final_weights(here.runs / "two"), final_weights(runs / "two"))
-    ssh_machines.start_sshd(lost)
-    assert ssh_machines.launch("down").status == 0
-    assert left(ssh_machines) == {}
-    assert seen_everywhere(ssh_machines, planted) == []
+    assert processes_left(ssh_machines) == {}

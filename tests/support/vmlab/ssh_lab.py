@@ -179,3 +179,33 @@ class SshLab(Lab):
 def _listened(log: Path) -> int:
     """Return how often the server has started to listen."""
     return log.read_text().count("Server listening on") if log.exists() else 0
+
+
+def processes_left(ssh_machines: SshLab) -> dict[str, list[str]]:
+    """Return the processes of clusters by machine, without machines that have none."""
+    found = {host.name: ssh_machines.of_clusters(host) for host in ssh_machines.machines}
+    return {name: words for name, words in found.items() if words}
+
+
+def seen_everywhere(ssh_machines: SshLab, secret: str, environments: bool = True) -> list[str]:
+    """Return where a secret is visible: command lines and environments of processes, and files.
+
+    A file `token` that only its user can read is not a finding.
+    """
+    found = []
+    for host in ssh_machines.hosts:
+        for pid, words in host.processes().items():
+            if secret in words:
+                found.append(f"command line on {host.name}: {words}")
+            try:
+                if environments and secret.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(f"environment on {host.name}: {words}")
+            except OSError:
+                continue
+    for folder, _, names in os.walk(ssh_machines.directory):
+        for path in (Path(folder, name) for name in names):
+            if path.is_file() and secret.encode() in path.read_bytes():
+                mode = path.stat().st_mode & 0o777
+                if path.name != "token" or mode != 0o600:
+                    found.append(f"{path} ({mode:o})")
+    return found
