@@ -34,10 +34,10 @@ def test_a_word_and_a_file(word: str, text: str, remedy: str, tmp_path: Path) ->
         path = tmp_path / file.partition("/")[0] / file
         path.parent.mkdir(parents=True)
         path.write_text(f"# @package _global_\n{text}\n")
-        with pytest.raises(LaunchError) as raised:
+        with pytest.raises(LaunchError) as rejected:
             compose(["experiment=a"] if "experiment" in file else [], tmp_path / file.partition("/")[0])
-        assert remedy in str(raised.value), file
-        assert str(path) in str(raised.value), file
+        assert remedy in str(rejected.value), file
+        assert str(path) in str(rejected.value), file
 
 
 def test_the_sweep_of_a_file_is_allowed(tmp_path: Path) -> None:

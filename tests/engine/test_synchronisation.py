@@ -65,6 +65,7 @@ class OnGpu(Runtime):
 
 class Read(PendingVote):
     def wait(self) -> Vote:
+        assert self.count is not None
         return Vote(self.count, dict.fromkeys(self.names, 0))
 
 

@@ -43,7 +43,12 @@ def test_the_difference_is_measured(
     worker.emit({"kind": "worker"})
     difference = worker.clock_difference()
     events: list[dict] = []
-    wait_for(lambda: events.extend(driver.drain()) or difference._measured.is_set())
+
+    def is_measured() -> bool:
+        events.extend(driver.drain())
+        return difference._measured.is_set()
+
+    wait_for(is_measured)
     assert difference.seconds() == pytest.approx(expected, abs=clock.TOLERANCE_SECONDS)
     assert (difference.seconds() == 0.0) == (expected == 0.0)
     assert [event["kind"] for event in events] == ["worker"]

@@ -29,12 +29,15 @@ def study_of(directory: Path, settings: SweepConfig, total: int = 6, new: bool =
 
 def run(study: Study, objectives: Mapping[tuple[float, int], float | None], most: int = 99) -> list[dict[str, Any]]:
     """Run trials of a study with these objectives by (lr, seed), None for a failure; return their values."""
-    seen = []
+    seen: list[dict[str, Any]] = []
     while len(seen) < most and (trial := study.ask()) is not None:
         values = study.values(study.frozen()[trial.number])
         objective = objectives[values["lr"], values["seed"]]  # type: ignore[index]
         seen.append(values)
-        study.finish(trial.number, *(("failed", None) if objective is None else ("completed", [objective])), {})
+        if objective is None:
+            study.finish(trial.number, "failed", None, {})
+        else:
+            study.finish(trial.number, "completed", [objective], {})
     return seen
 
 
