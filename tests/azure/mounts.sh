@@ -3,7 +3,7 @@ command -v blobfuse2 > /dev/null || { { apt-cache show blobfuse2 > /dev/null 2>&
 if [ ! -e /var/cache/launch-blobfuse ]; then
   place=/mnt
   for disk in $(lsblk -dnpo NAME | grep nvme); do
-    # One word for the disk itself and nothing else: no partition, no file system, mounted nowhere.
+    # lsblk prints one word for a disk without partitions, file system and mount point.
     [ "$(lsblk -npo NAME,FSTYPE,MOUNTPOINT "$disk" | wc -w)" = 1 ] || continue
     sudo mkfs.ext4 -q "$disk" && sudo mkdir -p /mnt/launch-nvme && sudo mount "$disk" /mnt/launch-nvme || continue
     place=/mnt/launch-nvme
