@@ -143,8 +143,8 @@ def test_keys_exist(page: Path) -> None:
 
 
 def test_every_key_is_documented() -> None:
-    told = "".join(page.read_text() for page in PAGES)
-    missing = [key for key in keys.leaves() if key not in BY_GROUP and not re.search(rf"\b{re.escape(key)}\b", told)]
+    text = "".join(page.read_text() for page in PAGES)
+    missing = [key for key in keys.leaves() if key not in BY_GROUP and not re.search(rf"\b{re.escape(key)}\b", text)]
     assert missing == []
 
 

@@ -92,9 +92,9 @@ def test_launch_stop_from_another_process(place: Place, running: Running) -> Non
     refused = place.launch(*TOY, "run.name=a", "run.resume=true")
     assert refused.status == 2
     assert "is running" in refused.err
-    told = place.launch("stop", "a")
-    assert (told.status, told.out) == (0, f"{place.runs / 'a'}\n")
-    assert "a is stopped at step" in told.err
+    answer = place.launch("stop", "a")
+    assert (answer.status, answer.out) == (0, f"{place.runs / 'a'}\n")
+    assert "a is stopped at step" in answer.err
     done = running.finish(10)
     assert done.status == 0
     result = place.result("a")

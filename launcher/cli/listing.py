@@ -53,7 +53,7 @@ def rows(root: Path) -> list[dict[str, Any]]:
                 "seconds": result.get("seconds"),
                 "cost_usd": result.get("cost_usd"),
                 "error": why or result.get("error"),
-                "directory": run.told(),
+                "directory": run.display_path(),
             }
         )
     if remote:

@@ -42,10 +42,10 @@ def plan(line: Line) -> int:
                 weights = None if prepared.resumes else weights_of(prepared.job)
                 plan = checked_plan(prepared.job, RunDisplay(display), weights=weights)
         if "json" in line.flags:
-            facts = {"run": prepared.directory.name, "directory": prepared.directory.told()}
+            facts = {"run": prepared.directory.name, "directory": prepared.directory.display_path()}
             result(json.dumps({**facts, **plan.to_dict()}, indent=2))
         else:
-            result(two_columns([("run", prepared.directory.told()), *plan.lines()]))
+            result(two_columns([("run", prepared.directory.display_path()), *plan.lines()]))
     return 0
 
 

@@ -28,7 +28,7 @@ def rm(line: Line) -> int:
             f"launch rm {sweep}."
         )
     run = runs.find(run_root(line), line.name)
-    place = run.told()
+    place = run.display_path()
     freed = remove(run)
     say(f"Removed {place} ({size(freed)}).")
     return 0

@@ -75,7 +75,7 @@ def stop(line: Line) -> int:
     else:
         _confirm_address(line, sent)
         say(control.stop(run) if sent == run else control.stop_trial(run, sent, listing.stop))
-    print(printable(run.told()))
+    print(printable(run.display_path()))
     return 0
 
 

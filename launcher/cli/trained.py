@@ -63,7 +63,7 @@ def export(line: Line) -> int:
             with Display() as display:
                 trained.export(line.name, request_of(line), RunDisplay(display), folders.append)
         except ExportError:
-            result(RunDirectory(folders[-1].parent).told(folders[-1]))  # it contains the weights
+            result(RunDirectory(folders[-1].parent).display_path(folders[-1]))  # it contains the weights
             raise
-        result(RunDirectory(folders[-1].parent).told(folders[-1]))
+        result(RunDirectory(folders[-1].parent).display_path(folders[-1]))
     return 0

@@ -45,7 +45,7 @@ def train(line: Line) -> int:
         if not run_display.finished:
             for text in display.conclusion(outcome, sys.stderr.isatty()):
                 say(text)
-        result(outcome.directory.told())
+        result(outcome.directory.display_path())
         return _status(outcome)
 
 
@@ -60,7 +60,7 @@ def _conclude_failure(
         status = report(error, verbose)
     for text in display.after_failure(directory, error):
         say(text)
-    result(directory.told())
+    result(directory.display_path())
     return status
 
 

@@ -185,7 +185,7 @@ class Recorder:
             else {"tag": self._job.checkpoint.monitor, "value": progress.best_value, "step": progress.best_step},
         }
         if checkpoint is not None:
-            changes["checkpoint"] = self._directory.told(checkpoint)
+            changes["checkpoint"] = self._directory.display_path(checkpoint)
         self._ended_well = status != "running"
         if self._ended_well:  # before result.json has that status, because `launch logs` then stops reading
             self._control.emit({"kind": "log", "text": f"{status} after {count(progress.step, 'step')}"})

@@ -141,7 +141,7 @@ class Record:
         return Task(
             action="train",
             job=replace(prepared.job, run=replace(prepared.job.run, name=directory.name)),
-            directory=directory.told(),
+            directory=directory.display_path(),
             python_path=[str(self._request.calling)],
             started=self._request.started,
             weights=weights,
@@ -254,7 +254,7 @@ def _newest_checkpoint(directory: RunDirectory, mirrored: Mirrored | None) -> st
         with suppress(StorageError):
             return mirrored.newest_checkpoint()
     newest = newest_intact(directory.checkpoints).path
-    return None if newest is None else directory.told(newest)
+    return None if newest is None else directory.display_path(newest)
 
 
 def _check_space(directory: RunDirectory, plan: Plan) -> None:

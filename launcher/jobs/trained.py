@@ -60,10 +60,10 @@ class Trained:
         return Task(
             action=action,
             job=job,
-            directory=self.run.told(),
+            directory=self.run.display_path(),
             python_path=[str(request.calling)],
             started=request.started,
-            weights=self.run.told(self.checkpoint),
+            weights=self.run.display_path(self.checkpoint),
             **more,
         )
 
@@ -84,7 +84,7 @@ def find(name: str, request: Request, observer: Observer, doing: str) -> Trained
         other_data = not same_section(stored.data, composition.job.data)
         observer.event({"kind": "note", "text": over_text(changes)})
     checkpoint = best_checkpoint(run)
-    observer.event({"kind": "note", "text": doing + " " + run.told(checkpoint)})
+    observer.event({"kind": "note", "text": doing + " " + run.display_path(checkpoint)})
     return Trained(run, composition, checkpoint, other_data)
 
 

@@ -35,7 +35,7 @@ def weights_of(job: Job, root: str | None = None) -> str | None:
         pass
     else:
         found = best_checkpoint(run)
-        return disk_uri(found) if is_gathered(root) else run.told(found)
+        return disk_uri(found) if is_gathered(root) else run.display_path(found)
     known = [other.name for other in runs.list_runs(others)]
     raise RunError(
         f"checkpoint.load={source} is neither a run in {others} nor a file.{did_you_mean(source, known)} Use the name "

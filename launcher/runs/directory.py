@@ -73,7 +73,7 @@ class RunDirectory:
         uri = self.uri
         return str(self.path.parent) if uri is None else uri.rpartition("/")[0]
 
-    def told(self, path: Path | None = None) -> str:
+    def display_path(self, path: Path | None = None) -> str:
         """Return the run, or a path below it, for display: its URI if it is on an object store."""
         uri = self.uri
         if uri is None:

@@ -278,18 +278,18 @@ def board(root: Path, command: list[str], say: Callable[[str], None]) -> int:
 
     refresh(root, shown)
     process = subprocess.Popen(command)
-    told = False
+    reported = False
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(_BOARD_SECONDS)
             try:
                 refresh(root, shown)
-                told = False
+                reported = False
             except RunError as error:
-                if not told:
+                if not reported:
                     say(f"{error} It is tried again.")
-                told = True
+                reported = True
     except KeyboardInterrupt:  # TensorBoard received the signal as well
         return process.wait()
     finally:

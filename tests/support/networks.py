@@ -22,10 +22,10 @@ def check_configuration(file: Path) -> None:
     module, _, name = section.pop("_target_").rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     defaults = {key: "???" if p.default is p.empty else p.default for key, p in parameters.items()}
-    told = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
     # What follows from another section is written as such.
-    follows = {key: value for key, value in section.items() if key in told and str(value).startswith("${")}
-    assert section == told | follows
+    follows = {key: value for key, value in section.items() if key in settings and str(value).startswith("${")}
+    assert section == settings | follows
 
 
 def check_two_workers_equal_one(job: Job, directory: Path, tags: Sequence[str]) -> None:

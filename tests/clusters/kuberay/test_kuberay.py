@@ -387,7 +387,10 @@ def test_a_sweep_is_a_rayjob_on_a_shared_volume(here: Place, state: Path) -> Non
         (("-m", "optimizer.lr=0.1,0.2"), "a sweep keeps its study in a directory"),
         (("-m", "optimizer.lr=0.1,0.2", "run.root=runs"), "is a directory in a pod"),
         (("cluster.namespace=My NS",), "cluster.namespace is 'My NS'"),
-        (("cluster.mounts={/data: 'https://ada.blob.core.windows.net/x?sig=hunter2'}",), "without a key or a signature"),
+        (
+            ("cluster.mounts={/data: 'https://ada.blob.core.windows.net/x?sig=hunter2'}",),
+            "without a key or a signature",
+        ),
     ],
 )
 def test_invalid_arguments_are_rejected(here: Place, state: Path, more: tuple[str, ...], message: str) -> None:
