@@ -124,11 +124,15 @@ def third_party(package: str) -> Iterator[tuple[str, str, bool]]:
                     yield top, f"{path.relative_to(ROOT)}:{node.lineno}", node not in inner
 
 
+# Loaded by `azure/kind.py` alone, which reports a missing extra; see test_cluster_azure_without_its_extra_is_reported.
+LOADED_WITH_THE_EXTRA = tuple(f"launcher/clusters/azure/{module}.py" for module in ("api", "provider"))
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imported_packages_are_declared(package: str) -> None:
     """A direct requirement of a declared package counts as well, as omegaconf does for hydra-core.
 
-    What only the extras `examples` and `azure` bring may be imported inside functions.
+    What only the extras `examples` and `azure` bring may be imported inside functions, and by LOADED_WITH_THE_EXTRA.
     """
     declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     for text in PROJECT["dependencies"]:
@@ -143,9 +147,36 @@ def test_imported_packages_are_declared(package: str) -> None:
     wrong = []
     for module, where, at_import in third_party(package):
         owners = {canonicalize_name(name) for name in distributions.get(module, [])}
+        at_import = at_import and not where.startswith(LOADED_WITH_THE_EXTRA)
         if not owners & declared and (at_import or not owners & optional):
             wrong.append(f"{where} imports {module}")
     assert wrong == []
+
+
+def test_cluster_azure_without_its_extra_is_reported() -> None:
+    """The modules of all verbs load without Azure's packages; `up` names the extra to install."""
+    script = """
+import importlib, pkgutil, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("azure", "msrest", "msrestazure"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import launcher.cli
+from launcher.config.cluster_kinds import find
+from launcher.errors import ClusterError
+
+for module in pkgutil.iter_modules(launcher.cli.__path__, "launcher.cli."):
+    importlib.import_module(module.name)
+try:
+    find("azure").remove("a", print)
+except ClusterError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "launch-train[azure]" in done.stdout
 
 
 # --- constraints.txt ------------------------------------------------------------------------------------------------
