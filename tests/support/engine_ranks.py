@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -224,18 +224,22 @@ def on_ranks(
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + PATIENCE * timeout
-        for process in processes:
-            process.join(timeout=max(0.0, deadline - time.monotonic()))
-        late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for process in processes:
-            process.kill()
-            process.join()
-        assert not late, f"ranks {late} of {workers} had not ended after {timeout} s"
+        _join(processes, time.monotonic() + PATIENCE * timeout, timeout)
         given = [torch.load(Path(scratch, str(rank)), weights_only=False) for rank in range(workers)]
     for rank, answer in enumerate(given):
         assert not (isinstance(answer, str) and answer.startswith("Traceback")), f"rank {rank}: {answer}"
     return given
+
+
+def _join(processes: Sequence[Any], deadline: float, timeout: float) -> None:
+    """Wait for the processes until the deadline and kill the others, which fails the test."""
+    for process in processes:
+        process.join(timeout=max(0.0, deadline - time.monotonic()))
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not late, f"ranks {late} of {len(processes)} had not ended after {timeout} s"
 
 
 def launch(
@@ -276,13 +280,7 @@ def launch(
                 time.sleep(0.0005)
             for process in processes:
                 process.kill()
-        for process in processes:
-            process.join(timeout=max(0.0, deadline - time.monotonic()))
-        late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for process in processes:
-            process.kill()
-            process.join()
-        assert not late, f"ranks {late} of {workers} had not ended after {timeout} s"
+        _join(processes, deadline, timeout)
         ranks = []
         for rank, process in enumerate(processes):
             file = Path(scratch, str(rank))
