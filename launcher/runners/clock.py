@@ -1,6 +1,6 @@
 """The difference between the wall clocks of a worker's machine and the driver's machine.
 
-The start of the command and the startup phases are times on the driver's clock. A worker on a machine with another
+The start of a run or trial and its startup phases are times on the driver's clock. A worker on a machine with another
 clock converts them to its own clock, so that durations and costs are never differences between two clocks.
 """
 

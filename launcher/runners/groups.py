@@ -32,7 +32,7 @@ from launcher.engine.hardware import release_memory
 from launcher.errors import LaunchError
 from launcher.ray_seam import kv
 from launcher.ray_seam.trainer import ABORT_SECONDS
-from launcher.runners import ray_train
+from launcher.runners import clock, ray_train
 from launcher.runners.channel import DriverEnd, WorkerEnd, wait_for
 from launcher.runners.free_capacity import alive_nodes, unreachable
 from launcher.runners.ray_train import Event, WorkerSpec
@@ -306,6 +306,8 @@ class _Group:
 def work(spec: WorkerSpec) -> None:
     """Run tasks on a worker of a group until an empty parcel arrives. The main function of each worker."""
     context = ray_train.own_context()
+    # Rank 0 records durations and costs. The driver answers while this process imports modules.
+    ahead = WorkerEnd(f"{spec.run}/0", 0, attempt=0).clock_difference() if context.get_world_rank() == 0 else None
     for path in spec.python_path:
         add_calling_directory(path)
     number, joined = 0, contextlib.ExitStack()
@@ -321,19 +323,21 @@ def work(spec: WorkerSpec) -> None:
             # After an error the ranks may have stopped in different collectives: they join a new process group.
             _leave(runtime)
             runtime = joined.enter_context(ray_train.joined(replace(spec, run=f"{spec.run}/{number}/again"), context))
-        _do(spec, number, job, runtime)
+        _do(spec, number, job, runtime, ahead)
         number += 1
     with contextlib.suppress(Exception):
         joined.close()
 
 
-def _do(spec: WorkerSpec, number: int, job: bytes, runtime: Any) -> None:
+def _do(spec: WorkerSpec, number: int, job: bytes, runtime: Any, ahead: clock.ClockDifference | None) -> None:
     rank = runtime.rank
     with WorkerEnd(f"{spec.run}/{number}", rank, CHANNEL_SECONDS) as control:
         control.emit({"kind": "worker", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
         failed = False
         try:
             main, task = cloudpickle.loads(job)
+            if ahead is not None:
+                clock.convert(task, ahead.seconds())
             result = ray_train.function_of(main)(task, runtime, control)
             runtime.end_task()
             event = {"kind": "done", "rank": rank, "result": result if rank == 0 else None}

@@ -9,17 +9,9 @@ import pytest
 
 from launcher.runners import clock
 from launcher.runners.channel import DriverEnd, WorkerEnd
+from tests.support.clock_ahead import AHEAD, SITE
 from tests.support.command import TOY, Place
 from tests.support.waiting import wait_for
-
-AHEAD = 180.0  # seconds
-# Python imports this module at the start of every process. In processes of Ray's workers the clock is ahead.
-SITE = f"""
-import sys, time
-if any("default_worker" in word for word in sys.orig_argv):
-    real = time.time
-    time.time = lambda: real() + {AHEAD}
-"""
 
 
 @pytest.fixture

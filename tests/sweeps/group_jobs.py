@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.startup_timing import Marks
+
 HERE = str(Path(__file__).resolve().parent)
 
 
@@ -18,6 +20,8 @@ class Task:
 
     note: str = ""
     python_path: list[str] = field(default_factory=lambda: [HERE])
+    started: float = field(default_factory=time.time)
+    marks: Marks = field(default_factory=Marks)
 
 
 def main(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
@@ -27,6 +31,11 @@ def main(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
 def facts(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
     """Return the process ids of the group, gathered from all ranks."""
     return {"pids": runtime.gather(os.getpid()), "world_size": runtime.world_size}
+
+
+def age(task: Task, runtime: Any, control: Any) -> dict[str, Any]:
+    """Return how long ago the task was started by the clock of each rank."""
+    return {"ages": runtime.gather(time.time() - task.started)}
 
 
 def fail_on_rank_1(task: Task, runtime: Any, control: Any) -> dict[str, Any]:

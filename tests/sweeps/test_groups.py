@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from group_jobs import Task
 from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import UserCodeError, WorkerLost
 from launcher.runners.tasks import Shape, TaskOutcome, fits
+from tests.support.clock_ahead import AHEAD, SITE
 
 CPUS = 2
 PAIR = Shape(2, 1.0, 0.0)
@@ -48,11 +50,24 @@ class Driver:
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    with EmbeddedRay(CPUS, 0, preload=("launcher.runners.groups",)) as cluster:
-        driver = Driver(cluster)
-        yield driver
-        driver.groups.close()
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """The clocks of all workers are ahead."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(SITE)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        with EmbeddedRay(CPUS, 0, preload=("launcher.runners.groups",)) as cluster:
+            driver = Driver(cluster)
+            yield driver
+            driver.groups.close()
+
+
+def test_a_clock_that_is_ahead_changes_the_age_of_no_task(driver: Driver) -> None:
+    """Otherwise the difference of the clocks is added to the duration and the cost of every trial."""
+    for _ in range(2):  # the group measures the difference once
+        result = driver.do("age").result
+        assert result is not None
+        assert 0 <= result["ages"][0] < AHEAD / 2, "rank 0 records durations and costs"
 
 
 def test_fifty_tasks_share_two_processes_which_do_not_grow(driver: Driver) -> None:
