@@ -33,7 +33,7 @@ class Driver:
         self.until(lambda: self.groups.ready(shape), f"no room for {key}")
         self.groups.submit(key, Task(note), shape)
 
-    def until(self, done: Any, what: str, seconds: float = 60.0) -> list[TaskOutcome]:
+    def until(self, done: Any, what: str, seconds: float = 180.0) -> list[TaskOutcome]:
         ended: list[TaskOutcome] = []
         deadline = time.monotonic() + seconds
         while not done():
