@@ -46,7 +46,18 @@ class RequestError(LaunchError):
 
 
 class ConfigError(RequestError):
-    pass
+    """The configuration is invalid.
+
+    Attributes:
+        key: the configuration key, or the word of the command line, that is invalid; empty if it is not a single one.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str]]:
+        return type(self), (str(self), self.key)
 
 
 class DataError(RequestError):
@@ -153,7 +164,11 @@ class Stopped(BaseException):
 
 
 # The data of an error besides its message: the names of the other arguments of its class.
-_DATA: dict[type[LaunchError], tuple[str, ...]] = {HostError: ("host", "cause"), UserCodeError: ("traceback_text",)}
+_DATA: dict[type[LaunchError], tuple[str, ...]] = {
+    ConfigError: ("key",),
+    HostError: ("host", "cause"),
+    UserCodeError: ("traceback_text",),
+}
 
 
 def to_dict(error: BaseException) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,16 @@ from launcher.clusters.existing.kind import ExistingCluster
 from launcher.clusters.local.kind import LocalCluster
 from launcher.clusters.remote.ray_jobs import Unreachable, checked_url
 from launcher.config.schema import ClusterConfig
-from launcher.errors import ClusterError, DataError, HostError, UserCodeError, WorkerLost, from_dict, to_dict
+from launcher.errors import (
+    ClusterError,
+    ConfigError,
+    DataError,
+    HostError,
+    UserCodeError,
+    WorkerLost,
+    from_dict,
+    to_dict,
+)
 from launcher.jobs.remote import follow
 from launcher.jobs.remote.location import RunLocation, is_remote, location_of
 from launcher.jobs.remote.wire import EventReader, EventWriter
@@ -118,10 +128,13 @@ def test_errors_keep_class_data_and_exit_status() -> None:
     """A corrupt row that is found during training has exit status 1 at both ends."""
     row = DataError("row 7")
     row.exit_status = 1  # as the engine sets it once training has begun
-    for error in (row, DataError("no file"), HostError("no route", "vm1", "lost"), UserCodeError("KeyError: 1", "T…")):
-        back = from_dict(json.loads(json.dumps(to_dict(error))))
-        assert type(back) is type(error)
-        assert (str(back), back.exit_status, vars(back)) == (str(error), error.exit_status, vars(error) | vars(back))
+    key = ConfigError("no such key", key="trainer.x")
+    host = HostError("no route", "vm1", "lost")
+    for error in (row, DataError("no file"), key, host, UserCodeError("KeyError: 1", "T…")):
+        for back in (from_dict(json.loads(json.dumps(to_dict(error)))), pickle.loads(pickle.dumps(error))):
+            assert type(back) is type(error)
+            assert (str(back), back.exit_status) == (str(error), error.exit_status)
+            assert vars(back) == vars(error) | vars(back)
     bug = from_dict(to_dict(AssertionError("mine")))
     assert isinstance(bug, UserCodeError)
     assert "mine" in bug.traceback_text
