@@ -9,13 +9,14 @@ from datetime import datetime
 from launcher.cli.line import Line
 from launcher.cli.output import say
 from launcher.cli.requests import request_of
-from launcher.clusters.base import Batch, kind_of
+from launcher.clusters.base import Batch, ClusterKind, WaitingRun, kind_of, kinds
 from launcher.config.cluster_kinds import find
 from launcher.config.overrides import masked
 from launcher.config.schema import default_run_name
 from launcher.config.settings import user_settings
 from launcher.errors import ConfigError
-from launcher.jobs.prepare import composed, key_of
+from launcher.jobs.prepare import composed, key_of, prepare
+from launcher.runs import RunDirectory
 
 
 def uses_scheduler(line: Line) -> bool:
@@ -23,10 +24,21 @@ def uses_scheduler(line: Line) -> bool:
 
     The last word about the cluster decides, then the user's own settings.
     """
+    kind = _kind_of(line)
+    return kind is not None and kind.is_batch
+
+
+def waiting(run: RunDirectory) -> WaitingRun | None:
+    """Return a run that waits in a scheduler of any kind; None if it does not wait."""
+    found = (kind.waiting(run) for kind in kinds())
+    return next((each for each in found if each is not None), None)
+
+
+def _kind_of(line: Line) -> ClusterKind | None:
     pairs = [word.partition("=") for word in line.words]
     chosen = [value for key, _, value in pairs if key in ("cluster", "cluster.kind")]
-    kind = find((chosen[-1] if chosen else user_settings().choice) or "")
-    return kind is not None and kind.is_batch
+    kind: ClusterKind | None = find((chosen[-1] if chosen else user_settings().choice) or "")
+    return kind
 
 
 def plan(line: Line, result: Callable[[str], None]) -> int:
@@ -49,7 +61,8 @@ def train(line: Line, result: Callable[[str], None]) -> int:
 
 def _batch(line: Line) -> tuple[str, Batch]:
     """Return the name of the run or the sweep, and its batch job."""
-    request, ask = request_of(line), "offline" not in line.flags
+    request, ask, kind = request_of(line), "offline" not in line.flags, _kind_of(line)
+    shares_files = kind is not None and kind.shares_files
     if "multirun" in line.flags:
         from launcher.sweeps.planning import check_trials  # imports Optuna
         from launcher.sweeps.specification import read_sweep
@@ -57,16 +70,20 @@ def _batch(line: Line) -> tuple[str, Batch]:
         spec = read_sweep(request)
         check_trials(spec)
         cluster, run, root = spec.cluster, spec.directory.name, str(spec.directory.path.parent)
-        words = ["-m", *_words_for_head(line)]
+        words = ["-m", *_words_for_head(line, shares_files)]
+    elif shares_files:
+        prepared = prepare(request)
+        cluster, words = prepared.job.cluster, _words_for_head(line, shares_files)
+        run, root = prepared.directory.name, prepared.directory.root
     else:
         composition = composed(request)
         job = composition.job
-        cluster, root, words = job.cluster, job.run.root, _words_for_head(line)
+        cluster, root, words = job.cluster, job.run.root, _words_for_head(line, shares_files)
         run = job.run.name or default_run_name(composition.choices, datetime.now())
     return run, kind_of(cluster).batch(cluster, run, root, words, ask)
 
 
-def _words_for_head(line: Line) -> list[str]:
+def _words_for_head(line: Line, shares_files: bool) -> list[str]:
     """Return the words of the command that the head of the cluster runs: all except those about its location.
 
     Raises:
@@ -78,11 +95,13 @@ def _words_for_head(line: Line) -> list[str]:
     for word in words:
         if masked(word) != word:
             raise ConfigError(
-                f"{masked(word)} contains a secret, and Kubernetes stores manifests where others may read them. Write "
-                "KEY=${oc.env:NAME} instead, with cluster.env=[NAME] and cluster.secret=SECRET."
+                f"{masked(word)} contains a secret, and a scheduler stores jobs where others may read them. Write "
+                "KEY=${oc.env:NAME} instead, with cluster.env=[NAME], and on Kubernetes cluster.secret=SECRET."
             )
     if request.config_dir is None:
         return words
+    if shares_files:
+        return ["--config-dir", str(request.config_dir.absolute()), *words]
     if not request.config_dir.is_relative_to(request.calling):
         raise ConfigError(
             f"--config-dir {request.config_dir} is outside of the calling directory, which is the working directory in "

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 from launcher import runs as run_roots
-from launcher.cli import board_server, listing
+from launcher.cli import batch, board_server, listing
 from launcher.cli.filters import take_filter
 from launcher.cli.line import Line
 from launcher.cli.output import say
 from launcher.cli.requests import request_of
 from launcher.cli.terminal import Display
+from launcher.clusters.base import WaitingRun
 from launcher.clusters.remote.ray_jobs import own_token
 from launcher.config.overrides import masked
 from launcher.errors import ConfigError, RunError
@@ -43,8 +44,14 @@ def runs(line: Line) -> int:
 def logs(line: Line) -> int:
     """Run `launch logs`: print the log of a run, and follow it while the run is active."""
     assert line.name is not None
-    run = run_roots.find(run_root(line), line.name)
     until_the_end = "no_follow" not in line.flags
+    if until_the_end and (waiting := _waiting(line)) is not None:
+        try:
+            waiting.await_start(say)
+        except KeyboardInterrupt:
+            say(f"Detached. {line.name} continues to wait.")
+            return 0
+    run = run_roots.find(run_root(line), line.name)
     sent = run.sent
     if sent is None:
         listing.follow(run, until_the_end)
@@ -68,6 +75,10 @@ def logs(line: Line) -> int:
 def stop(line: Line) -> int:
     """Run `launch stop`: print the directory of the run."""
     assert line.name is not None
+    if (waiting := _waiting(line)) is not None:
+        say(waiting.cancel())
+        print(printable(RunDirectory(run_root(line) / line.name).display_path()))
+        return 0
     run = run_roots.find(run_root(line), line.name)
     sent = run.sent
     if sent is None:
@@ -115,6 +126,12 @@ def run_root(line: Line) -> Path:
                 f'"{masked(word)}" has no effect on launch {line.verb}, which accepts run.root=DIRECTORY. Leave it out.'
             )
     return root_of(run_section(request_of(line)).root)
+
+
+def _waiting(line: Line) -> WaitingRun | None:
+    """Return the run of a command line if it waits in a scheduler."""
+    assert line.name is not None
+    return batch.waiting(RunDirectory(run_root(line) / line.name))
 
 
 def _confirm_address(line: Line, sent: RunDirectory) -> None:

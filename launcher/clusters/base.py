@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from launcher.clusters.existing.existing_ray import ExistingRay
     from launcher.clusters.local.embedded_ray import EmbeddedRay
     from launcher.clusters.remote.registry import Head
+    from launcher.runs import RunDirectory
 
 Report = Callable[[str], None]
 
@@ -92,11 +93,22 @@ class Batch(Protocol):
         """
 
 
+class WaitingRun(Protocol):
+    """A run that a scheduler has accepted and that does not train: it has not started yet, or it waits to continue."""
+
+    def await_start(self, report: Report) -> None:
+        """Report the state until the run trains, or is not waiting any more."""
+
+    def cancel(self) -> str:
+        """Remove the run from the scheduler, and return a line that describes the result."""
+
+
 class ClusterKind(KeysOfKind):
     """The base class of cluster kinds. A kind overrides the methods that it supports; the defaults raise an error.
 
     Attributes:
         is_batch: runs are submitted to a scheduler; see `batch`.
+        shares_files: the nodes of a scheduler see the files of this machine under the same paths.
         provisions: `launch up`, `status` and `down` create, show and remove clusters of this kind.
         names_hosts: the hosts are named in the configuration and recorded, so that `launch plan` needs no connection;
             see `known_hosts`.
@@ -104,6 +116,7 @@ class ClusterKind(KeysOfKind):
     """
 
     is_batch = False
+    shares_files = False
     provisions = False
     names_hosts = False
     copies_project = False
@@ -151,6 +164,10 @@ class ClusterKind(KeysOfKind):
             ConfigError: a key that the scheduler needs is missing or wrong.
         """
         raise NotImplementedError(f"cluster={self.name} does not implement batch()")
+
+    def waiting(self, run: RunDirectory) -> WaitingRun | None:
+        """Return a run that waits in the scheduler, for `launch logs` and `launch stop`; None if it does not wait."""
+        return None
 
     # ---- clusters that launch creates ----
 

@@ -202,7 +202,8 @@ def _check_cluster(cluster: ClusterConfig) -> None:
     _check_mounts(cluster)
     # A user's configuration may contain cluster.region and cluster.head_size although they have no effect yet.
     if cluster.size is None:
-        for key, default in (("nodes", 1), ("spot", False)):
+        sized = (("spot", False),) if cluster.of_kind.counts_own_nodes else (("nodes", 1), ("spot", False))
+        for key, default in sized:
             if (value := getattr(cluster, key)) != default:
                 shown = str(value).lower() if isinstance(value, bool) else value
                 raise ConfigError(

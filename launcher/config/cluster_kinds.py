@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 GROUP = "launch.clusters"
@@ -32,6 +34,8 @@ class KeysOfKind:
         makes_mounts: `cluster.mounts` are made on its nodes.
         free_keys: own keys that a configuration file may set; all others only the user (`launcher.config.authority`).
         exclusive_keys: own keys that are an error with another kind; all others are ignored there.
+        counts_own_nodes: `cluster.nodes` counts nodes that exist already, so it needs no `cluster.size`.
+        key_help: own key -> its sentence in `launch help`.
     """
 
     name: str
@@ -44,6 +48,8 @@ class KeysOfKind:
     makes_mounts = False
     free_keys: tuple[str, ...] = ()
     exclusive_keys: tuple[str, ...] = ()
+    counts_own_nodes = False
+    key_help: Mapping[str, str] = MappingProxyType({})
 
     def check(self, cluster: Any) -> None:
         """Check the values of the kind's own keys. Raises ConfigError with key, value and rule."""

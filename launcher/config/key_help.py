@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from launcher.config.cluster_kinds import all_kinds
 from launcher.config.keys import explain_unknown, is_known, leaves, type_name
 from launcher.config.schema import job_schema
 from launcher.errors import ConfigError
@@ -143,6 +144,12 @@ PAGES = {
 }
 
 
+def meanings() -> dict[str, str]:
+    """Return the sentence of every key, including those that cluster kinds bring along."""
+    own = {f"cluster.{key}": text for kind in all_kinds().values() for key, text in kind.key_help.items()}
+    return MEANING | own
+
+
 def text(key: str) -> str:
     """Return what is shown of a key: type, default, meaning and the page that describes it.
 
@@ -150,18 +157,18 @@ def text(key: str) -> str:
         ConfigError: there is no such key.
     """
     section, _, last = key.partition(".")
-    page = PAGES.get(section, SETTINGS)
+    page, meaning_of = PAGES.get(section, SETTINGS), meanings()
     if key in leaves():
         default: Any = getattr(job_schema()(), section)
         default = getattr(default, last) if last else default
         shown = json.dumps(default, default=str)
         kind = type_name(key)
         first = f"{key}: default {shown}" if leaves()[key] is Any else f"{key}: {kind}, default {shown}"
-        return f"{first}\n  {MEANING.get(key, 'No description.')}\n  {page}"
+        return f"{first}\n  {meaning_of.get(key, 'No description.')}\n  {page}"
     if inside := [name for name in leaves() if name.startswith(f"{key}.")]:
-        lines = (f"  {name:<34} {MEANING.get(name, '')}" for name in inside)
+        lines = (f"  {name:<34} {meaning_of.get(name, '')}" for name in inside)
         return "\n".join([f"{key}: a section", *lines, f"  {page}"])
     if is_known(key):
-        meaning = MEANING.get(key, MEANING[section])
+        meaning = meaning_of.get(key, meaning_of[section])
         return f"{key}: an argument of the class that {section}._target_ names\n  {meaning}\n  {page}"
     raise ConfigError(f'"{key}" is no key of the configuration.{explain_unknown(key)}')
