@@ -282,7 +282,7 @@ OTHER_MEANING = {
     ("launcher/engine/strategies/kinds/auto.py", "none"): "of strategy.compression",
     ("launcher/engine/strategies/kinds/base.py", "none"): "of strategy.compression",
     ("launcher/engine/strategies/ddp.py", "none"): "of strategy.compression",
-    ("launcher/sweeps/specification.py", "none"): "of sweep.pruner",
+    ("launcher/sweeps/settings.py", "none"): "of sweep.pruner",
     ("launcher/runs/gathered.py", "none"): "no file",
     ("launcher/cli/machines.py", "ssh"): "a column of `launch status`",
     ("launcher/clusters/remote/shell.py", "ssh"): "the program",

@@ -115,6 +115,7 @@ MEANING: dict[str, str] = {
     "sweep.fail_fast": "true: end the sweep at the first failed trial.",
     "sweep.exit": "Exit status 1 if all trials failed (all_failed), or if any trial failed (any_failed).",
     "sweep.over": "A swept key whose values repeat each trial, such as trainer.seed; the best has the best mean.",
+    "sweep.warm_start": "Another sweep over the same keys, from whose completed trials the sampler learns.",
     "sweep.concurrency": "Maximum number of trials at a time; null: as many as fit.",
     "model": "The network: a class by _target_ and its arguments; choose one with model=NAME.",
     "data": "The data sets: a class by _target_ and its arguments; choose one with data=NAME.",

@@ -195,6 +195,7 @@ class SweepConfig:
     fail_fast: bool = False
     exit: str = "all_failed"
     over: Any = None  # a swept key, or a list of them, whose values repeat a trial
+    warm_start: str | None = None
     concurrency: int | None = None
 
 

@@ -91,6 +91,7 @@ def describe(spec: SweepSpec, sweep_plan: SweepPlan | HostPlan | NodePlan, most:
         "concurrency": sweep_plan.concurrency if isinstance(sweep_plan, SweepPlan) else None,
         "keys": spec.space.keys,
         "over": list(spec.space.over),
+        "warm_start": None if spec.warm_start is None else spec.warm_start.name,
         "plan": (sweep_plan.plan if isinstance(sweep_plan, SweepPlan) else sweep_plan).to_dict(),
     }
     if spec.settings.sampler == "grid":

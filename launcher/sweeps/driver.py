@@ -126,6 +126,7 @@ class Driver:
             spec.total,
             self._sweep_plan.evaluations,
             None if spec.resumes else spec.recorded,
+            spec.prior,
         )
         self._seconds_before = float(directory.result().get("seconds") or 0.0) if spec.resumes else 0.0
         self._meter = Bill(self._seconds_before, self._sweep_plan.plan.rate).meter(directory.result(), self._began)
@@ -230,31 +231,31 @@ class Driver:
         """Sample the next trial, or return one to resume. Trials that cannot be composed are recorded as failed."""
         while True:
             if self._to_resume:
-                drawn = self._study.reopen(self._to_resume.pop(0))
+                number = self._to_resume.pop(0)
+                self._study.reopen(number)
+            elif (fresh := self._study.ask()) is not None:
+                number = fresh
             else:
-                fresh = self._study.ask()
-                if fresh is None:
-                    return None
-                drawn = fresh
-            values = self._study.values(self._study.frozen()[drawn.number])
-            run = RunDirectory(self._directory.path / str(drawn.number))
+                return None
+            values = self._study.values(self._study.frozen()[number])
+            run = RunDirectory(self._directory.path / str(number))
             try:
                 composition = self._spec.compose(values)
                 shape = shape_of(machines_of(composition.job))
             except RequestError as error:
                 run.create()
                 run.write_result({"status": "failed", "error": f"{type(error).__name__}: {error}"})
-                self._finish(drawn.number, run, run.result())
+                self._finish(number, run, run.result())
                 continue
             job = composition.job
-            job.run.name, job.run.root = str(drawn.number), str(self._directory.path)
+            job.run.name, job.run.root = str(number), str(self._directory.path)
             job.logging.hparams = display_values(values, self._spec.space)
             resumes = run.config.is_file()
             if resumes:
                 composition = replace(composition, words=[])  # overrides.yaml exists already
             prepared = Prepared(composition, run, resumes=resumes)
             record = Record(replace(self._spec.request, started=time.time()), prepared, self._origin)
-            return Trial(drawn.number, values, shape, record, run)
+            return Trial(number, values, shape, record, run)
 
     def _begin(self, runner: Runner, trial: Trial) -> None:
         trial.started = time.time()

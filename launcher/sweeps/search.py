@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from optuna import Trial, pruners, samplers
@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
 
 from launcher.config import SweepConfig, masking
 from launcher.errors import ConfigError
@@ -86,11 +87,12 @@ def grid(space: SearchSpace) -> Iterator[dict[str, Value]]:
         yield values
 
 
-def sampler(settings: SweepConfig, space: SearchSpace, drawn: int) -> BaseSampler:
+def sampler(settings: SweepConfig, space: SearchSpace, drawn: int, prior: Sequence[FrozenTrial] = ()) -> BaseSampler:
     """Return Optuna's sampler.
 
     Args:
         drawn: number of trials so far, so that a resumed sweep does not sample the same values again.
+        prior: trials of another sweep in the study, from which the sampler learns.
 
     Raises:
         ConfigError: the sampler does not support the search space.
@@ -111,6 +113,8 @@ def sampler(settings: SweepConfig, space: SearchSpace, drawn: int) -> BaseSample
     if name == "nsga2" and settings.trials:
         # With Optuna's default of 50, a sweep of 40 trials would only have its first, random generation.
         options["population_size"] = max(4, min(50, settings.trials // 4))
+    if name == "cmaes" and prior:
+        options["source_trials"] = list(prior)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kinds[name](seed=seed, **options)

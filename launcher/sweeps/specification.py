@@ -5,12 +5,12 @@ Nothing is written, except that the journal of a resumed sweep is repaired if it
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+
+from optuna.trial import FrozenTrial
 
 from launcher import runs
 from launcher.config import Composition, SweepConfig, authority, compose, default_run_name, peek, sources, targets
@@ -18,7 +18,7 @@ from launcher.config.checks import check_run
 from launcher.config.keys import REMOVED
 from launcher.config.overrides import masked
 from launcher.config.schema import ClusterConfig
-from launcher.errors import ConfigError, RunError, did_you_mean
+from launcher.errors import ConfigError, RunError
 from launcher.jobs import ranks
 from launcher.jobs.prepare import (
     Request,
@@ -36,12 +36,17 @@ from launcher.runs import RunDirectory, plain_files, user_state
 from launcher.runs.storage import disk_uri, is_gathered, is_uri
 from launcher.sweeps import syntax
 from launcher.sweeps.conditions import find_conditions, without_candidates
-from launcher.sweeps.repeats import combinations
-from launcher.sweeps.search import distributions, grid, sampler
-from launcher.sweeps.space import ChoiceAxis, Condition, SearchSpace, Value
+from launcher.sweeps.settings import (
+    check_searchable,
+    number_of_trials,
+    objectives_of,
+    repeated_keys,
+    settings_of,
+    warm_start_of,
+)
+from launcher.sweeps.space import SearchSpace, Value
 from launcher.sweeps.study import JOURNAL, Objective, SweepRecord, read_record, repair
-
-_MOST_TRIALS = 100_000
+from launcher.sweeps.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class SweepSpec:
         root: `run.root` as given. With `head:///PATH` the sweep is on the disk of the machine that drives it, which
             the machines of its workers do not share.
         resumes: whether an existing sweep is resumed.
+        warm_start: the trials with which a new sweep starts; those of a resumed sweep are in its journal.
     """
 
     request: Request
@@ -72,6 +78,12 @@ class SweepSpec:
     recorded: SweepRecord
     root: str
     resumes: bool = False
+    warm_start: WarmStart | None = None
+
+    @property
+    def prior(self) -> tuple[FrozenTrial, ...]:
+        """The trials of `sweep.warm_start`."""
+        return () if self.warm_start is None else self.warm_start.trials
 
     @property
     def cluster(self) -> ClusterConfig:
@@ -95,7 +107,8 @@ class SweepSpec:
         trials = f"{self.total} trial{'s' if self.total > 1 else ''}, a {kind} {keys}"
         if self.space.over:
             trials += f", each repeated over {', '.join(self.space.over)}"
-        return "; ".join(part for part in (trials, how, goal) if part)
+        start = None if self.warm_start is None else self.warm_start.summary()
+        return "; ".join(part for part in (trials, start, how, goal) if part)
 
     def task_directory(self, run: RunDirectory) -> str:
         """Return the path or URI under which workers access a trial's directory."""
@@ -167,7 +180,7 @@ def _continued(request: Request, words: list[str], directory: RunDirectory, root
     merged = _merged([*(word for word in recorded if key_of(word) not in REMOVED), *(own or ())], words, name)
     trust = [word for word in merged if key_of(word) == "trust" and word not in words]  # the head needs it too
     request = replace(request, words=[*request.words, *trust])
-    return replace(_build_spec(request, merged, directory, root, (*(own or ()), *words)), resumes=True)
+    return _build_spec(request, merged, directory, root, (*(own or ()), *words), resumes=True)
 
 
 def _user_record(directory: RunDirectory, request: Request) -> tuple[list[str] | None, str | None]:
@@ -222,12 +235,13 @@ def _merged(before: Sequence[str], given: Sequence[str], name: str) -> list[str]
             words[words.index(masked(word))] = word
         elif key == "cluster":  # its keys belong to the previous kind
             words = [other for other in words if key_of(other).partition(".")[0] != key] + [word]
-        elif key.partition(".")[0] in ("sweep", "cluster", "verbose", "trust"):
+        elif key.partition(".")[0] in ("sweep", "cluster", "verbose", "trust") and key != "sweep.warm_start":
             words = [other for other in words if key_of(other) != key] + [word]
         elif not key.startswith("run."):
             raise RunError(
                 f'The sweep "{name}" cannot be continued with {masked(word)}: its trials would no longer be '
-                "comparable. Leave it out (sweep.*, cluster.*, trust and verbose may change), or start a new sweep."
+                "comparable. Leave it out (cluster.*, other keys of sweep.*, trust and verbose may change), or start a "
+                "new sweep."
             )
     return words
 
@@ -238,6 +252,7 @@ def _build_spec(
     directory: RunDirectory | None,
     root: str,
     own: tuple[str, ...] | None = None,
+    resumes: bool = False,
 ) -> SweepSpec:
     like = _like(words, root)
     recorded = SweepRecord(tuple(masked(word) for word in words), str(request.config_dir or "") or None)
@@ -254,13 +269,14 @@ def _build_spec(
         space = syntax.read(words, params, groups, seed)
         own = tuple(words) if own is None else own  # `hydra.sweeper.params` of files are not words of the user
     conditions = find_conditions(space, groups, lambda trial: _compose(request, trial, like, own).job)
-    space = replace(space, conditions=conditions, over=_over(first.job.sweep, space, conditions))
+    space = replace(space, conditions=conditions, over=repeated_keys(first.job.sweep, space, conditions))
     if (space.first(), own) != composed:
         first = _compose(request, space.first(), like, own)
-    settings = _settings(first, space)
-    objectives = _objectives(first, settings)
-    total = _total(settings, space)
-    _check_searchable(settings, space, objectives)
+    settings = settings_of(first, space)
+    objectives = objectives_of(first, settings)
+    total = number_of_trials(settings, space)
+    check_searchable(settings, space, objectives)
+    start = None if resumes else warm_start_of(settings, space, objectives, root)
     if directory is None:
         directory = unused(RunDirectory(where_others_are(root) / default_run_name(first.choices, datetime.now())))
     return SweepSpec(
@@ -275,6 +291,8 @@ def _build_spec(
         own=own,
         recorded=recorded,
         root=root,
+        resumes=resumes,
+        warm_start=start,
     )
 
 
@@ -303,85 +321,3 @@ def _names_run(word: str) -> bool:
 def _of_trials(words: Sequence[str]) -> list[str]:
     """Return the words without `run.*`: the name of a trial is its number."""
     return [word for word in words if not key_of(word).startswith("run.")]
-
-
-def _settings(first: Composition, space: SearchSpace) -> SweepConfig:
-    settings = first.job.sweep
-    chosen = {"sweep", "sweep.sampler"} & first.given
-    if settings.sampler == "grid" and settings.trials is not None and not space.finite and not chosen:
-        return replace(settings, sampler="tpe")  # a number of trials over an interval implies a search
-    return settings
-
-
-def _over(settings: SweepConfig, space: SearchSpace, conditions: Mapping[str, Condition]) -> tuple[str, ...]:
-    """Return the keys of `sweep.over`. Raises ConfigError if one is not swept over a list of values in every trial."""
-    keys = [settings.over] if isinstance(settings.over, str) else list(settings.over or ())
-    axes = {axis.key: axis for axis in space.axes}
-    for key in keys:
-        if key not in axes:
-            raise ConfigError(
-                f"sweep.over={key} repeats trials over a swept key, but {key} is not swept. Add for example "
-                f"{key}=range(3).{did_you_mean(key, list(axes))}"
-            )
-        if not isinstance(axes[key], ChoiceAxis):
-            raise ConfigError(
-                f"sweep.over={key} needs a list of values, but {key} is swept over an interval. Use {key}=A,B or "
-                f"{key}=range(3)."
-            )
-        if key in conditions:
-            raise ConfigError(
-                f"sweep.over={key} cannot be used, because not every option of {conditions[key].parent} has {key}. Use "
-                "a key that all trials have, such as trainer.seed."
-            )
-    return tuple(keys)
-
-
-def _objectives(first: Composition, settings: SweepConfig) -> tuple[Objective, ...]:
-    checkpoint = first.job.checkpoint
-    tags = settings.metric if isinstance(settings.metric, list) else [settings.metric or checkpoint.monitor]
-    given = settings.direction
-    directions: list[Any] = list(given) if isinstance(given, list) else [given] * len(tags)
-    if not tags or not all(isinstance(tag, str) for tag in tags):
-        raise ConfigError("The sweep has no objective, because checkpoint.monitor is null. Set sweep.metric=TAG.")
-    if len(directions) != len(tags):
-        raise ConfigError(
-            f"sweep.metric has {len(tags)} tags, but sweep.direction has {len(directions)}. Set one for each tag."
-        )
-    default = [checkpoint.mode if tag == checkpoint.monitor else "min" for tag in tags]
-    found = zip(tags, directions, default, strict=True)
-    return tuple(Objective(tag, direction or usual) for tag, direction, usual in found)
-
-
-def _total(settings: SweepConfig, space: SearchSpace) -> int:
-    distributions(space, settings.sampler == "grid")  # raises an error for an interval in a grid
-    repeats = sum(1 for _ in combinations(space))
-    if settings.sampler == "grid":
-        if settings.trials is not None:
-            raise ConfigError(
-                f"sweep.trials={settings.trials} does not apply to a grid, which has one trial per combination. Remove "
-                "it, or search: sweep=random, tpe, gp or cmaes."
-            )
-        total = sum(1 for _ in itertools.islice(grid(space), _MOST_TRIALS + 1))
-        if total > _MOST_TRIALS:
-            raise ConfigError(
-                f"The grid has more than {_MOST_TRIALS:,} trials. Search instead: sweep=tpe sweep.trials=100."
-            )
-        return total
-    if settings.trials is None:
-        raise ConfigError(f"sweep={settings.sampler} needs the number of trials. Add for example sweep.trials=20.")
-    if len(space.axes) == len(space.over):
-        raise ConfigError(
-            f"sweep={settings.sampler} has no key to search over. Sweep a key, such as "
-            "'optimizer.lr=tag(log,interval(1e-4,1e-1))'."
-        )
-    return settings.trials * repeats
-
-
-def _check_searchable(settings: SweepConfig, space: SearchSpace, objectives: Sequence[Objective]) -> None:
-    sampler(settings, space, 0)
-    if len(objectives) > 1 and settings.pruner != "none":
-        raise ConfigError("sweep.pruner supports one objective. Remove it, or set a single sweep.metric.")
-    if len(objectives) > 1 and settings.sampler in ("cmaes", "gp"):
-        raise ConfigError(f"sweep={settings.sampler} supports one objective. For several, use sweep=nsga2.")
-    if len(objectives) > 1 and space.over:
-        raise ConfigError("sweep.over supports one objective. Remove it, or set a single sweep.metric.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import logging
 import math
 import warnings
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -24,6 +27,7 @@ from launcher.sweeps.repeats import Repeats
 from launcher.sweeps.space import SearchSpace, Value
 
 JOURNAL = "study.journal"
+PRIOR = "prior"  # attribute of the trials of another sweep (`sweep.warm_start`): the name of that sweep
 _MOST_WORDS = 1000
 STATES = {
     TrialState.COMPLETE: "completed",
@@ -40,6 +44,10 @@ class Objective:
 
     tag: str
     direction: str
+
+    @classmethod
+    def of_optuna(cls, tag: str, direction: StudyDirection) -> Objective:
+        return cls(tag, "min" if direction == StudyDirection.MINIMIZE else "max")
 
     @property
     def for_optuna(self) -> StudyDirection:
@@ -67,7 +75,7 @@ def read_record(directory: Path) -> SweepRecord:
     Raises:
         RunError: its journal cannot be read.
     """
-    attributes = _load(directory).user_attrs
+    attributes = load(directory).user_attrs
     words, config_dir = attributes.get("words", []), attributes.get("config_dir")
     if (
         not isinstance(words, list)
@@ -82,7 +90,8 @@ def read_record(directory: Path) -> SweepRecord:
     return SweepRecord(tuple(words), config_dir)
 
 
-def _load(directory: Path, **options: Any) -> optuna.Study:
+def load(directory: Path, **options: Any) -> optuna.Study:
+    """Load Optuna's study of the sweep in `directory`. Raises RunError if its journal cannot be read."""
     quiet()
     path = directory / JOURNAL
     try:
@@ -113,10 +122,14 @@ def repair(directory: Path) -> None:
 class Study:
     """Samples trials and records their outcomes. All changes are in the journal when a method returns.
 
+    Trials are numbered from 0. The prior trials of `sweep.warm_start` precede them in the journal, where samplers find
+    them; they are not among the trials of this class.
+
     Args:
         total: number of trials; of a grid, the number of combinations.
         evaluations: number of evaluations of a complete trial, None if unknown.
         start: the record of a new sweep; None to load an existing one.
+        prior: the trials of another sweep with which a new sweep starts.
     """
 
     def __init__(
@@ -128,6 +141,7 @@ class Study:
         total: int,
         evaluations: int | None,
         start: SweepRecord | None,
+        prior: Sequence[FrozenTrial] = (),
     ) -> None:
         quiet()
         self.space, self.total, self.objectives = space, total, tuple(objectives)
@@ -135,7 +149,7 @@ class Study:
         self._distributions = search.distributions(space, self._grid)
         pruner = search.pruner(settings, evaluations)
         if start is None:
-            self._study = _load(directory, pruner=pruner)
+            self._study = load(directory, pruner=pruner)
         else:
             self._study = optuna.create_study(
                 study_name=directory.name,
@@ -145,7 +159,10 @@ class Study:
             )
             self._study.set_user_attr("words", list(start.words))
             self._study.set_user_attr("config_dir", start.config_dir)
-        self._study.sampler = search.sampler(settings, space, len(self.frozen()))
+            self._study.set_user_attr("tags", [objective.tag for objective in objectives])
+            self._study.add_trials(prior)
+        self._prior = list(itertools.takewhile(lambda trial: PRIOR in trial.user_attrs, self._all()))
+        self._study.sampler = search.sampler(settings, space, len(self.frozen()), self._prior)
         if self._grid:
             for values in list(search.grid(space))[len(self.frozen()) :]:
                 self._study.enqueue_trial(dict(values))
@@ -159,8 +176,8 @@ class Study:
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
-    def ask(self) -> optuna.Trial | None:
-        """Return the next trial, or None if all trials have started."""
+    def ask(self) -> int | None:
+        """Sample the next trial, and return its number; None if all trials have started."""
         begun = sum(trial.state is not TrialState.WAITING for trial in self.frozen())
         if begun >= self.total:
             return None
@@ -170,25 +187,35 @@ class Study:
             warnings.simplefilter("ignore")
             trial = self._study.ask()
             search.draw(trial, self.space, self._distributions)
-        self._running[trial.number] = trial
-        return trial
+        number = trial.number - len(self._prior)
+        self._running[number] = trial
+        return number
 
     def _enqueue_repeat(self) -> None:
         """Enqueue a missing repeat of an earlier trial; else the repeated keys of a new one, which is then sampled."""
         groups = self._groups().values()
         self._study.enqueue_trial(repeats.missing(self.space, groups) or next(repeats.combinations(self.space)))
 
-    def reopen(self, number: int) -> optuna.Trial:
-        """Return a trial that was running when the driver ended, to resume it."""
+    def reopen(self, number: int) -> None:
+        """Continue a trial that was running when the driver ended."""
         trial = self._running[number] = optuna.Trial(self._study, self.frozen()[number]._trial_id)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             search.draw(trial, self.space, self._distributions)  # the driver may have ended before this
-        return trial
 
     def frozen(self) -> list[FrozenTrial]:
         """Return all trials, by number."""
+        if not self._prior:
+            return self._all()
+        return [self._renumbered(trial) for trial in self._all()[len(self._prior) :]]
+
+    def _all(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
+
+    def _renumbered(self, trial: FrozenTrial) -> FrozenTrial:
+        own = copy.copy(trial)  # the original belongs to Optuna
+        own.number = trial.number - len(self._prior)
+        return own
 
     # ---- outcome ----------------------------------------------------------------------------------------------------
 
@@ -214,7 +241,9 @@ class Study:
             for key, value in facts.items():
                 trial.set_user_attr(key, value)
         optuna_state = {name: state for state, name in STATES.items()}[state]
-        self._study.tell(number, list(values) if state == "completed" and values else None, optuna_state)
+        self._study.tell(
+            number + len(self._prior), list(values) if state == "completed" and values else None, optuna_state
+        )
 
     def note(self, number: int, key: str, value: Any) -> None:
         """Store a fact about a running trial in the journal."""
@@ -229,7 +258,7 @@ class Study:
         completed are compared only if no combination is complete. With several objectives it is the Pareto-optimal
         trial that is best in the first objective.
         """
-        front = self._study.best_trials if len(self.objectives) > 1 else self._completed()
+        front = self._pareto_front() if len(self.objectives) > 1 else self._completed()
         sign = 1 if self.objectives[0].direction == "min" else -1
         if self.space.over and front:
             groups = self._groups()
@@ -241,9 +270,20 @@ class Study:
     def front(self) -> list[FrozenTrial]:
         """Return the best trial, or the Pareto-optimal trials if there are several objectives."""
         if len(self.objectives) > 1:
-            return self._study.best_trials
+            return self._pareto_front()
         best = self.best()
         return [] if best is None else [best]
+
+    def _pareto_front(self) -> list[FrozenTrial]:
+        """Return the completed trials that no other one is at least as good as in all objectives and better in one."""
+        trials = self._completed()
+        signs = [1 if objective.direction == "min" else -1 for objective in self.objectives]
+        losses = numpy.array([trial.values for trial in trials]).reshape(len(trials), len(signs)) * signs
+        return [
+            trial
+            for trial, own in zip(trials, losses, strict=True)
+            if not ((losses <= own).all(axis=1) & (losses < own).any(axis=1)).any()
+        ]
 
     def _completed(self) -> list[FrozenTrial]:
         return [trial for trial in self.frozen() if trial.state is TrialState.COMPLETE]

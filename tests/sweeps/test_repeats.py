@@ -30,14 +30,14 @@ def study_of(directory: Path, settings: SweepConfig, total: int = 6, new: bool =
 def run(study: Study, objectives: Mapping[tuple[float, int], float | None], most: int = 99) -> list[dict[str, Any]]:
     """Run trials of a study with these objectives by (lr, seed), None for a failure; return their values."""
     seen: list[dict[str, Any]] = []
-    while len(seen) < most and (trial := study.ask()) is not None:
-        values = study.values(study.frozen()[trial.number])
+    while len(seen) < most and (number := study.ask()) is not None:
+        values = study.values(study.frozen()[number])
         objective = objectives[values["lr"], values["seed"]]  # type: ignore[index]
         seen.append(values)
         if objective is None:
-            study.finish(trial.number, "failed", None, {})
+            study.finish(number, "failed", None, {})
         else:
-            study.finish(trial.number, "completed", [objective], {})
+            study.finish(number, "completed", [objective], {})
     return seen
 
 
