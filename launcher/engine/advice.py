@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,7 @@ class Measured:
     activations: int
 
 
-def measure(
-    model: nn.Module, batch: Any, passes: int, runtime: Runtime, cast: Callable[[], AbstractContextManager[Any]]
-) -> Measured | None:
+def measure(model: nn.Module, compute: Callable[[], Any], passes: int, runtime: Runtime) -> Measured | None:
     """Measure the link and one forward and backward pass. A collective; see `advise` for the arguments.
 
     Returns None on every rank if any rank runs out of memory during the pass.
@@ -94,7 +92,7 @@ def measure(
     link = probe.measure(runtime.group, runtime.device)
     runtime.barrier()
     try:
-        own: tuple[float, int] | None = _pass(model, batch, runtime.device, cast)
+        own: tuple[float, int] | None = _pass(model, compute, runtime.device)
     except torch.OutOfMemoryError:
         own = None
     found = runtime.gather(own)
@@ -106,10 +104,9 @@ def measure(
 def advise(
     job: Job,
     model: nn.Module,
-    batch: Any,
+    compute: Callable[[], Any],
     passes: int,
     runtime: Runtime,
-    cast: Callable[[], AbstractContextManager[Any]],
     measured: Measured | None = None,
 ) -> Advice | None:
     """Predict the step of each strategy for the advice that is printed at the start. A collective.
@@ -117,9 +114,8 @@ def advise(
     Call it before the model is wrapped. Weights, buffers, gradients and random states are restored afterwards.
 
     Args:
-        batch: a microbatch on the device.
+        compute: calls `training_step` for a microbatch and returns its result.
         passes: microbatches in a worker's step.
-        cast: returns the autocast context in which the network computes.
         measured: the result of `measure`, if it has been called already.
 
     Returns:
@@ -132,7 +128,7 @@ def advise(
         return None
     if not kind_of(strategy, job.trust).advises(strategy):
         return None
-    measured = measured or measure(model, batch, passes, runtime, cast)
+    measured = measured or measure(model, compute, passes, runtime)
     if measured is None:
         return None
     link, seconds = measured.link, measured.seconds
@@ -150,17 +146,15 @@ def advise(
     return Advice(link, steps, label(strategy))
 
 
-def _pass(
-    model: nn.Module, batch: Any, device: torch.device, cast: Callable[[], AbstractContextManager[Any]]
-) -> tuple[float, int]:
+def _pass(model: nn.Module, compute: Callable[[], Any], device: torch.device) -> tuple[float, int]:
     """Return the seconds of the fastest of several forward and backward passes, and the bytes that autograd saves."""
     saved = SavedTensorBytes(model)
     times = []
     with preserve_model(model, device):
         for timed in range(1 + _TIMED_PASSES):
             began = time.perf_counter()
-            with cast(), nullcontext() if timed else saved.recording():
-                answer = model.training_step(batch)  # type: ignore[operator]
+            with nullcontext() if timed else saved.recording():
+                answer = compute()
             loss_of(answer)[0].backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -8,7 +8,7 @@ memory. The selection is stored in result.json, so a resumed run uses the same s
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,12 +59,11 @@ def choose(candidates: list[Candidate], room: float) -> Candidate:
 def resolve_strategy(
     job: Job,
     model: nn.Module,
-    batch: Any,
+    compute: Callable[[], Any],
     passes: int,
     runtime: Runtime,
     directory: RunDirectory,
     control: Control,
-    cast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Job, Measured | None]:
     """Replace `strategy=auto` of a job with the selected strategy; return other jobs unchanged. A collective.
 
@@ -85,7 +84,7 @@ def resolve_strategy(
     else:
         if job.strategy.activation_checkpointing:
             recompute(model, job.strategy.blocks)
-        name, why, measured = _decide(job, model, batch, passes, runtime, cast)
+        name, why, measured = _decide(job, model, compute, passes, runtime)
     if runtime.is_first:
         directory.update_result(**{RESULT_KEY: name})
         control.emit({"kind": "note", "text": f"strategy=auto selects {name}: {why}."})
@@ -95,10 +94,9 @@ def resolve_strategy(
 def _decide(
     job: Job,
     model: nn.Module,
-    batch: Any,
+    compute: Callable[[], Any],
     passes: int,
     runtime: Runtime,
-    cast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[str, str, Measured | None]:
     """Return the name of the strategy and the reason, the same on every rank, and the measurements of this rank."""
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -109,7 +107,7 @@ def _decide(
     rooms = runtime.gather(hardware.memory_of_a_worker(runtime, job.scaling.gpus_per_worker))
     room = ROOM * min(rooms)
     # A pass needs at least the memory of the weights and their gradients.
-    measured = measure(model, batch, passes, runtime, cast) if weights + trained <= room else None
+    measured = measure(model, compute, passes, runtime) if weights + trained <= room else None
     n, precision = runtime.world_size, job.trainer.precision
     network = Network(weights, trained, blocks=len(blocks_of(model, job.strategy.blocks)), passes=passes)
     candidates = []

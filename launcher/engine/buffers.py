@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launcher.engine.runtime import Runtime
+from launcher.engine.tensors import as_real
 from launcher.errors import ConfigError, TrainingError, did_you_mean
 
 RULES = ("mean", "max", "first")
@@ -98,7 +99,7 @@ class Buffers:
         return merged
 
     def _mean(self, value: Tensor) -> Tensor:
-        parts = torch.view_as_real(value) if value.is_complex() else value
+        parts = as_real(value)
         total = self._runtime.add_up(parts.double()) / self._runtime.world_size
         if value.is_complex():
             return torch.view_as_complex(total).to(value.dtype)

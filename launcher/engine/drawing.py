@@ -12,6 +12,7 @@ from torch import nn
 
 from launcher.engine.batches import leaves, tree_map
 from launcher.engine.preserve import preserve_model
+from launcher.engine.steps import StepInfo, call_training_step
 
 
 class TrainingStep(nn.Module):
@@ -20,29 +21,33 @@ class TrainingStep(nn.Module):
     Numbers and text of the batch are constants of the trace. The name of this class is the title of the graph.
     """
 
-    def __init__(self, model: nn.Module, batch: Any) -> None:
+    def __init__(self, model: nn.Module, batch: Any, info: StepInfo) -> None:
         super().__init__()
-        self.model, self._batch = model, batch
+        self.model, self._batch, self._info = model, batch, info
         self.tensors = tuple(leaves(batch))
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         following = iter(tensors)
         batch = tree_map(lambda _: next(following), self._batch)
-        loss = self.model.training_step(batch)["loss"]  # type: ignore[operator]
+        loss = call_training_step(self.model, batch, self._info)["loss"]
         return loss[0] if isinstance(loss, tuple) else loss
 
 
-def traced_step(model: nn.Module, batch: Any, device: torch.device) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
-    """Return the traced training step and its arguments, or None if the model cannot be traced. The model is restored.
+def traced_step(
+    model: nn.Module | None, batch: Any, device: torch.device, info: StepInfo | None = None
+) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
+    """Return the traced training step and its arguments, or None if the model is None or cannot be traced.
 
+    The model is restored afterwards.
     `training_step` is called once, in evaluation mode. Every rank must call this function, although only rank 0 uses
-    the
-    result: the training step may contain collectives.
+    the result: the training step may contain collectives.
     """
+    if model is None:
+        return None
     with warnings.catch_warnings(), preserve_model(model, device), torch.no_grad(), quietly():
         warnings.simplefilter("ignore")
         try:
-            step = TrainingStep(model, batch).eval()
+            step = TrainingStep(model, batch, info or StepInfo()).eval()
             return torch.jit.trace(step, step.tensors, strict=False, check_trace=False), step.tensors
         # A failure under the tracer is not an error of the training step: only the graph is missing.
         except Exception:

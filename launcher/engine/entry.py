@@ -14,6 +14,7 @@ from launcher.engine.build import (
     build_data,
     build_evaluator,
     build_model,
+    build_order,
     build_strategy,
     caveats,
     check_batch,
@@ -22,8 +23,10 @@ from launcher.engine.checkpoint.uploads import Uploads
 from launcher.engine.console import Console
 from launcher.engine.control import Control, Heartbeat
 from launcher.engine.failures import translate
+from launcher.engine.progress import Progress
 from launcher.engine.runtime import Runtime
 from launcher.engine.shared_storage import Outputs, open_outputs
+from launcher.engine.steps import takes_step
 from launcher.engine.trainer import Trainer
 from launcher.engine.weights import load_weights_into, on_this_machine
 from launcher.errors import ConfigError, RequestError
@@ -192,6 +195,11 @@ def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDire
         raise ConfigError("There are no weights to evaluate. Name a run with a checkpoint.")
     data, model = inference.load_trained(job, runtime, task.weights)
     strategy = build_strategy(job, model, runtime)
+    if takes_step(model) and Path(task.weights).is_dir():
+        order = build_order(job, data)
+        total_steps = job.trainer.steps or job.trainer.epochs * order.steps_per_epoch
+        progress = checkpoint.inspect(task.weights).state["progress"]
+        strategy.stand_at(Progress.of(progress), total_steps)
     metrics: dict[str, float] = {}
     for tag in ("val", "test"):
         evaluator = build_evaluator(job, strategy, runtime, data, tag)

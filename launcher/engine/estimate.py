@@ -29,6 +29,7 @@ from launcher.engine.start_check import (
     check_monitor,
     without_sync_batchnorm,
 )
+from launcher.engine.steps import StepInfo, call_training_step
 from launcher.engine.strategies.blocks import blocks_of, recompute
 from launcher.engine.strategies.compression import powersgd_bytes
 from launcher.engine.strategies.kinds.base import DEFAULT, kind_of, option
@@ -122,7 +123,7 @@ def _estimate(job: Job, device_sizes: bool, workers: int, weights: str | None) -
     counter = _flop_counter() if device_sizes else None
     if device_sizes and job.strategy.activation_checkpointing:
         recompute(model, job.strategy.blocks)
-    check = StartCheck(job, model, data, workers)
+    check = StartCheck(job, model, data, workers, total_steps)
     with counter or nullcontext(), _as_trained(job, runtime) if device_sizes else nullcontext():
         check.train()
     if weights is not None:
@@ -175,7 +176,7 @@ def _device_sizes(
         _as_trained(job, runtime),
         one.recording(),
     ):  # some layers reject a batch of one sample
-        model.training_step(batch)  # type: ignore[operator]
+        call_training_step(model, batch, StepInfo())
         once = max(0, 2 * one.total - whole.total)
         largest = max(0, whole.largest - one.largest)  # 0 if it does not grow with the number of samples
     strategy, trained = job.strategy, [p for p in model.parameters() if p.requires_grad]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from launcher.engine.metrics import Sums, check_answer, means
 from launcher.engine.order import Split, keys_of_evaluation
 from launcher.engine.preserve import evaluation_mode
 from launcher.engine.runtime import Runtime
+from launcher.engine.steps import StepInfo, call_training_step
 from launcher.engine.strategies.strategy import Strategy
 from launcher.errors import TrainingError, UserCodeError
 
@@ -79,7 +81,7 @@ class Evaluator:
         with torch.no_grad():
             for number, batch in enumerate(evaluated.loader.read(keys_of_evaluation(order, [*spans, *idle]))):
                 with self._strategy.cast():
-                    answer = self._strategy.call(validation_answer, batch)
+                    answer = self._strategy.call(partial(validation_answer, info=self._strategy.info), batch)
                     if number < len(spans):
                         sums.add(answer)
                     if number == 0 and getattr(model, "examples", None) is not None:
@@ -113,12 +115,12 @@ class Evaluator:
             sums.declare_shapes(everyone[0])
 
 
-def validation_answer(model: nn.Module, batch: Any) -> dict[str, Any]:
+def validation_answer(model: nn.Module, batch: Any, info: StepInfo) -> dict[str, Any]:
     """Return the answer of `validation_step` for a batch, or of `training_step` if the model has no other."""
     step = getattr(model, "validation_step", None)
     if step is not None:
         return check_answer(step(batch), "validation_step")
-    return check_answer(model.training_step(batch))  # type: ignore[operator]
+    return check_answer(call_training_step(model, batch, info))
 
 
 def summarize(model: nn.Module, totals: Mapping[str, tuple[torch.Tensor, float]]) -> dict[str, float]:

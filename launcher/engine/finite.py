@@ -18,6 +18,7 @@ from torch import Tensor
 from launcher.engine.metrics import as_pair
 from launcher.engine.preserve import preserve_model
 from launcher.engine.runtime import Runtime
+from launcher.engine.steps import call_training_step
 from launcher.engine.strategies.strategy import Strategy, loss_of
 from launcher.errors import NonFiniteLoss
 
@@ -147,7 +148,7 @@ class Finite:
         with preserve_model(strategy.model, self._runtime.device):
             for batch in self._again():
                 with strategy.cast():
-                    loss, _ = loss_of(strategy.model.training_step(batch))  # type: ignore[operator]
+                    loss, _ = loss_of(call_training_step(strategy.model, batch, strategy.info))
                 grads = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
                 for (name, _), grad in zip(parameters, grads, strict=True):
                     if grad is not None and not bool(torch.isfinite(grad.to_dense()).all()):

@@ -25,6 +25,7 @@ from launcher.engine.preserve import evaluation_mode, preserve_model
 from launcher.engine.runtime import Runtime
 from launcher.engine.saved_tensors import SavedTensorBytes
 from launcher.engine.shares import training_shares, validation_shares
+from launcher.engine.steps import StepInfo, call_training_step, takes_step
 from launcher.engine.strategies.strategy import loss_of
 from launcher.engine.trial_world import TrialWorld
 from launcher.engine.trials import BatchReader, Pair, Trials, as_pairs
@@ -41,6 +42,7 @@ class StartCheck:
     Args:
         model: the network on the CPU; its state is preserved.
         workers: number of workers of the run.
+        total_steps: number of optimizer steps of the run.
 
     Attributes:
         saved: the tensors that autograd saves for the two samples of `train`.
@@ -48,8 +50,10 @@ class StartCheck:
         notes: notes for the user, one line each.
     """
 
-    def __init__(self, job: Job, model: nn.Module, data: Data, workers: int) -> None:
+    def __init__(self, job: Job, model: nn.Module, data: Data, workers: int, total_steps: int) -> None:
         _check_signatures(model)
+        _check_compile(model, job)
+        self._info = StepInfo(total_steps=total_steps, world_size=workers)
         self._job, self._model, self._data, self._workers = job, model, data, workers
         self._world = TrialWorld(workers)
         self.saved = SavedTensorBytes(model)
@@ -75,7 +79,7 @@ class StartCheck:
         self.tags += [f"train/{name}" for name in sorted(answer)]
 
     def _training_step(self, batch: Any) -> dict[str, Any]:
-        answer = check_answer(call_user_step(self._model.training_step, batch))
+        answer = check_answer(call_user_step(call_training_step, self._model, batch, self._info))
         check_names(answer, "training_step")
         return answer
 
@@ -112,7 +116,7 @@ class StartCheck:
         name = "validation_step" if hasattr(self._model, "validation_step") else "training_step (in evaluation)"
 
         def call(batch: Any) -> dict[str, Any]:
-            answer = validation_answer(self._model, batch)
+            answer = validation_answer(self._model, batch, self._info)
             check_names(answer, "validation_step")
             return answer
 
@@ -227,12 +231,25 @@ def _check_signatures(model: nn.Module) -> None:
         except (TypeError, ValueError):
             continue
         plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        needed = [one.name for one in parameters[1:] if one.kind in plain and one.default is one.empty]
+        given = 2 if name == "training_step" else 1
+        needed = [one.name for one in parameters[given:] if one.kind in plain and one.default is one.empty]
         if needed:
+            call = "training_step(batch, step)" if given == 2 else f"{name}(batch)"
             raise ConfigError(
-                f"{type(model).__name__}.{name} requires {', '.join(needed)} besides the batch, but launch calls "
-                f"{name}(batch). Remove the parameter, or give it a default value."
+                f"{type(model).__name__}.{name} also requires {', '.join(needed)}, but launch calls {call}. Remove the "
+                "parameter, or give it a default value."
             )
+
+
+def _check_compile(model: nn.Module, job: Job) -> None:
+    """Raise ConfigError if the whole training step would be compiled again for the numbers of every step."""
+    if job.trainer.compile and not job.trainer.compile_blocks and takes_step(model):
+        raise ConfigError(
+            f"trainer.compile=true compiles {type(model).__name__}.training_step, whose second parameter has other "
+            "numbers in every step, so it would be compiled again in each. Add trainer.compile_blocks=true, which "
+            "compiles the layers only, or remove the parameter.",
+            key="trainer.compile",
+        )
 
 
 def check_monitor(job: Job, tags: list[str], data: Data) -> None:
@@ -267,7 +284,8 @@ def check_fit(job: Job, name: str) -> None:
     for dataset in (*data.val.values(), *data.test.values()):
         try:
             with torch.no_grad():
-                validation_answer(model, BatchReader(job, data, dataset, "", converter(model))(0, _FIT_SAMPLES))
+                batch = BatchReader(job, data, dataset, "", converter(model))(0, _FIT_SAMPLES)
+                validation_answer(model, batch, StepInfo())
         except RequestError:
             raise
         except Exception as error:

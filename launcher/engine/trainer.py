@@ -2,8 +2,7 @@
 
 The constructor builds in the order of dependence: data, strategy, optimizer, schedule, state. Then, for each global
 batch: step, log, evaluate, save. Two rules hold throughout: the share of a rank is computed when a step begins, from
-the rank facts of that moment, and the update is applied after all ranks have voted on the step. Requests to stop or to
-save travel with the same vote.
+the rank facts of that moment, and the update is applied after all ranks have voted on the step.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from launcher.engine.runtime import Runtime
 from launcher.engine.schedules import Schedule
 from launcher.engine.sinks.base import chosen_sinks
 from launcher.engine.state import State
+from launcher.engine.steps import StepInfo, call_training_step
 from launcher.engine.strategies.strategy import DTYPES, casting
 from launcher.engine.stream import StreamLoader
 from launcher.engine.throughput import Throughput
@@ -95,11 +95,14 @@ class Trainer:
         self.first_batch = self.batches.first()
 
         parameter_groups(model, groups)  # freezes parameters, which must precede wrapping
+        first_step = StepInfo.following(self.progress, self.total_steps, runtime)
         cast, passes = partial(casting, runtime.device, DTYPES[trainer.precision]), self.batches.passes
-        job, measured = resolve_strategy(job, model, self.first_batch, passes, runtime, directory, control, cast)
+        compute = partial(call_training_step, model, self.first_batch, first_step, cast)
+        job, measured = resolve_strategy(job, model, compute, passes, runtime, directory, control)
         self.job = job
         self.strategy = build_strategy(job, model, runtime)
-        self.advice = advise(job, model, self.first_batch, passes, runtime, cast, measured)
+        self.advice = advise(job, model, compute, passes, runtime, measured)
+        self.strategy.begin(self.progress, self.total_steps)
         self.sums = Sums(runtime.device, trainer.deterministic)
         self.sums.add(self.strategy.prepare(self.first_batch))  # declares the names of the metrics on every rank
         self.sums.reset()
@@ -178,6 +181,7 @@ class Trainer:
         """Do one optimizer step over a global batch."""
         step = self.progress.step + 1
         self.trace.before(step)
+        self.strategy.begin(self.progress, self.total_steps)
         flags = self.requests.flags()
         if self.trained.stale:
             self.trained.rewrap(self.runtime, flags, self.batches.first, self.progress.step)
@@ -318,11 +322,8 @@ class Trainer:
         batch, self.first_batch = self.first_batch, None  # free its memory
         if batch is None or not (self.shows_figures and self.job.logging.graph):
             return None
-        network = self.strategy.drawable()
-        if network is None:
-            return None
         with self.throughput.pause():
-            return traced_step(network, batch, self.runtime.device)
+            return traced_step(self.strategy.drawable(), batch, self.runtime.device, self.strategy.info)
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

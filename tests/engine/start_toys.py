@@ -197,9 +197,17 @@ class Lightning(Regression):
         raise AssertionError
 
 
-class Indexed(Regression):
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:  # type: ignore[override]
-        return super().training_step(batch)
+class Stepping(Regression):
+    """Needs a run of 7 steps on 3 workers."""
+
+    def training_step(self, batch: Any, step: Any) -> dict[str, Any]:  # type: ignore[override]
+        assert (step.total_steps, step.world_size) == (7, 3)
+        return {**super().training_step(batch), "share": (float(step.step), step.total_steps)}
+
+
+class Demanding(Regression):
+    def training_step(self, batch: Any, step: Any, extra: int) -> dict[str, Any]:  # type: ignore[override]
+        raise AssertionError
 
 
 class ForwardOnly(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -61,7 +60,13 @@ def resolved(runtime: Runtime, room: float, folder: str) -> tuple[str, list[str]
     batch = (torch.zeros(20, FEATURES), torch.zeros(20, dtype=torch.int64), torch.arange(20))
     with patch.object(hardware, "memory_of_a_worker", lambda *_: room * (1 + runtime.rank)):
         job, _ = resolve_strategy(
-            make_job(strategy=AUTO), model, batch, 1, runtime, RunDirectory(Path(folder)), notes, nullcontext
+            make_job(strategy=AUTO),
+            model,
+            lambda: model.training_step(batch),
+            1,
+            runtime,
+            RunDirectory(Path(folder)),
+            notes,
         )
     same = all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     unchanged = same and torch.equal(random, torch.get_rng_state()) and all(p.grad is None for p in model.parameters())

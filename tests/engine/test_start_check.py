@@ -26,7 +26,7 @@ _TOYS = "tests.engine.start_toys"
 def toy_job(model: str, n: int = 200, m: int = 40, batch: int = 20, **more: Any) -> Job:
     """Return a job with classes of `start_toys`; settings that are not of the trainer are arguments of the model."""
     data = {key: more.pop(key) for key in ("collate_draws",) if key in more}
-    trainer = {key: more.pop(key) for key in ("microbatch_size", "deterministic", "steps") if key in more}
+    trainer = {key: more.pop(key) for key in ("microbatch_size", "deterministic", "steps", "compile") if key in more}
     job = make_job(
         model={"_target_": f"{_TOYS}.{model}", **more},
         data={"_target_": f"{_TOYS}.Points", "n": n, "m": m, **data},
@@ -189,7 +189,3 @@ def test_methods_of_other_trainers_are_named_once() -> None:
 def test_a_model_without_a_training_step_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"has no method training_step\(batch\)"):
         checked("ForwardOnly")
-
-
-def test_a_step_that_needs_more_than_a_batch_is_refused() -> None:
-    assert "batch_idx" in refused("Indexed")

@@ -657,3 +657,13 @@ class Weighted(Net):
         x, y, number = batch
         weights = 0.001 + (number % 17).float() / 700
         return {"loss": ((weights * F.cross_entropy(self(x), y, reduction="none")).sum(), weights.sum())}
+
+
+class Annealed(Net):
+    """Its loss depends on the step, which it records. Validation uses `training_step`."""
+
+    def training_step(self, batch: Any, step: Any) -> dict[str, Any]:  # type: ignore[override]
+        if self.training and self.note:
+            RECORD.append(("position", step.step, step.epoch, step.total_steps, step.rank, step.world_size))
+        answer = super().training_step(batch)
+        return {**answer, "loss": answer["loss"] * (step.step / step.total_steps)}

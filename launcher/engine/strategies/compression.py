@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launcher.engine.runtime import Runtime
+from launcher.engine.tensors import as_real
 
 WIRE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +28,7 @@ def cast_hook(wire: torch.dtype) -> Callable[[Runtime, Any], torch.futures.Futur
 
     def hook(runtime, bucket):  # type: ignore[no-untyped-def]  # DDP rejects annotations that are strings
         buffer = bucket.buffer()
-        buffer = torch.view_as_real(buffer) if buffer.is_complex() else buffer
+        buffer = as_real(buffer)
         small = buffer.div(runtime.world_size).to(wire)
         future = dist.all_reduce(small, group=runtime.group, async_op=True).get_future()
 
@@ -138,7 +139,7 @@ class PowerSGD:
 
     def _dense(self, index: int, grad: Tensor | None) -> Tensor:
         values = self._parameters[index].detach() if grad is None else grad
-        values = torch.view_as_real(values) if values.is_complex() else values
+        values = as_real(values)
         values = values.to(_wide(values))
         return torch.zeros_like(values) if grad is None else values
 

@@ -21,7 +21,8 @@ from launcher.engine.metrics import LIMBS, from_limbs, to_limbs
 from launcher.engine.preserve import preserve_model
 from launcher.engine.runtime import Runtime, Vote
 from launcher.engine.strategies.sparse import refuse_sparse
-from launcher.engine.strategies.strategy import Record, Strategy, as_real, loss_of
+from launcher.engine.strategies.strategy import Record, Strategy, loss_of
+from launcher.engine.tensors import as_real
 from launcher.errors import TrainingError
 
 _UNIT = 2.0**-40

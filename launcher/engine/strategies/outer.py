@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from launcher.engine.runtime import Runtime
+from launcher.engine.tensors import as_real
 
 
 class OuterOptimizer:
@@ -60,12 +61,12 @@ class OuterOptimizer:
         total_steps: int | None = None,
         synchronized: Callable[[], None] | None = None,
     ) -> None:
-        self._replica: list[Tensor] = [_as_real(tensor.detach()) for tensor in replica]
+        self._replica: list[Tensor] = [as_real(tensor.detach()) for tensor in replica]
         self._runtime, self._every, self._lr, self._mu = runtime, every, lr, momentum
         self._delay, self._wire, self._total, self._synchronized = delay, wire, total_steps, synchronized
         self.steps = 0
         self._shown = [tensor.detach().clone() for tensor in replica]
-        self.weights = [_as_real(tensor) for tensor in self._shown]
+        self.weights = [as_real(tensor) for tensor in self._shown]
         self.momentum = [torch.zeros_like(tensor) for tensor in self._replica] if momentum else []
         self._sent: list[Tensor] = []  # a copy of the replica at the start of the all-reduce of Δ
         self._delta: Tensor | None = None  # Δ during its all-reduce, and until it is applied
@@ -196,7 +197,3 @@ class OuterOptimizer:
     @property
     def _device(self) -> torch.device:
         return self._replica[0].device
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

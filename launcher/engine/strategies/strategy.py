@@ -20,36 +20,17 @@ from launcher.config import TrainerConfig
 from launcher.engine.buffers import Buffers
 from launcher.engine.metrics import ContractError, as_pair, check_answer
 from launcher.engine.order import Split
+from launcher.engine.progress import Progress
 from launcher.engine.runtime import Runtime, Vote
+from launcher.engine.steps import StepInfo, Steps
 from launcher.engine.strategies.kinds.base import DEFAULT
 from launcher.engine.strategies.sparse import dense_parts
+from launcher.engine.tensors import as_real
 from launcher.errors import ConfigError, TrainingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Record = Callable[[Mapping[str, Any]], None]
 _BROADCAST_BYTES = 250 * 2**20  # per message, as in DDP
-
-
-class Steps(nn.Module):
-    """Calls the model's step methods through `forward`, so that hooks of wrappers (DDP, FSDP) run.
-
-    Attributes:
-        used: the parameters that had a gradient in every batch so far.
-        needed: the parameters that get a zero gradient on a rank without samples, for which the other ranks wait.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.used: list[nn.Parameter] = []
-        self.needed: list[nn.Parameter] = []
-
-    def forward(self, batch: Any, method: Callable[[nn.Module, Any], Any] | None = None) -> Any:
-        if method is not None:
-            return method(self.model, batch)
-        if batch is None:  # no samples on this rank: zero loss, which still runs the hooks of gradients on other ranks
-            return {"loss": (sum(as_real(p).sum() * 0.0 for p in self.needed), 0.0)}
-        return self.model.training_step(batch)  # type: ignore[operator]
 
 
 class Strategy(ABC):
@@ -89,6 +70,20 @@ class Strategy(ABC):
             dynamic = False if trainer.deterministic else None
             for part in repeated_blocks(model) if trainer.compile_blocks else [self._steps]:
                 part.compile(dynamic=dynamic)
+
+    @property
+    def info(self) -> StepInfo:
+        """The current step, for models whose `training_step` has a second parameter."""
+        return self._steps.info
+
+    def begin(self, progress: Progress, total_steps: int) -> None:
+        """Note which step follows. Called before each step."""
+        if self._steps.takes_step:
+            self._steps.info = StepInfo.following(progress, total_steps, self.runtime)
+
+    def stand_at(self, progress: Progress, total_steps: int) -> None:
+        """Note the last step of a checkpoint, for an evaluation without training."""
+        self._steps.info = StepInfo.last(progress, total_steps, self.runtime)
 
     def cast(self) -> AbstractContextManager[Any]:
         """Return the context in which the network computes in `trainer.precision`."""
@@ -330,11 +325,6 @@ def _values(tensor: torch.Tensor) -> torch.Tensor:
     own = own.to_local() if hasattr(own, "device_mesh") else own
     own = own._values() if own.is_sparse else own
     return as_real(own)
-
-
-def as_real(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view of a complex tensor (…) as pairs of real numbers (…, 2); return any other tensor unchanged."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
