@@ -37,6 +37,13 @@ FOREIGN = [
     *("LAUNCH_CONFIG_DIR", "RAY_ADDRESS", "HYDRA_FULL_ERROR"),
     *("AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "LAUNCH_AZURE_BLOB_AUTHORITY", "LAUNCH_STORE_PATIENCE"),
 ]
+# The files of tests that take longest in all, in that order: they start Ray, SSH servers or browsers.
+_LONGEST = [
+    *("test_ssh_runs", "test_ray_jobs", "test_ray_train", "test_faults", "test_docs", "test_interrupts"),
+    *("test_ssh_machines", "test_kinds", "test_rendezvous", "test_groups", "test_ray_sweep", "test_existing"),
+    *("test_streams", "test_api", "test_shared_storage", "test_benchmarks", "test_planted_secrets", "test_recovery"),
+    *("test_ports_of_hosts", "test_driver", "test_browser", "test_board", "test_cli", "test_config", "test_trainer"),
+]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -52,16 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # the tests that -m leaves out are gone
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the files of long tests first, so that no process is left with one of them at the end.
+    """Run the longest files first, so that no process is left with one of them at the end.
 
     With --device cuda, skip what cannot compute there: every test without a GPU, and those without the marker.
     """
-    longest: dict[Path, float] = {}
-    for item in items:
-        marker = item.get_closest_marker("timeout")
-        seconds = float(marker.args[0]) if marker is not None else 0.0
-        longest[item.path] = max(longest.get(item.path, 0.0), seconds)
-    items.sort(key=lambda item: -longest[item.path])
+    items.sort(key=lambda item: _LONGEST.index(name) if (name := item.path.stem) in _LONGEST else len(_LONGEST))
     if config.getoption("--reworded"):
         golden = [item for item in items if item.get_closest_marker("golden") is not None]
         config.hook.pytest_deselected(items=golden)

@@ -66,7 +66,6 @@ def is_spread(value: dict[str, Any], rounds: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_throughput_compares_the_same_with_the_same(tmp_path: Path) -> None:
     peers = [name for name in ("accelerate", "lightning") if harness.available(name)]
     words = ["--rounds", "2", "--warm-up", "10", "--turn", "20", "--batch", "16", "--only", "launch", "plain", *peers]
@@ -86,7 +85,6 @@ def test_throughput_compares_the_same_with_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_throughput_of_a_gpt(tmp_path: Path) -> None:
     words = ["--network", "gpt", "--rounds", "1", "--warm-up", "2", "--turn", "8", "--batch", "2"]
     content = run_benchmark("throughput", [*words, "--only", "launch", "plain"], tmp_path)
@@ -96,7 +94,6 @@ def test_throughput_of_a_gpt(tmp_path: Path) -> None:
     assert content["ratios"]["plain DDP"]["asked"] == 0.99
 
 
-@pytest.mark.timeout(300)
 def test_startup_of_one_process(tmp_path: Path) -> None:
     content = run_benchmark("startup", ["--rounds", "1", "--only", "alone", "--experiment", "mnist_tiny"], tmp_path)
     for name, found in content["systems"].items():
@@ -109,7 +106,6 @@ def test_startup_of_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_startup_of_two_workers(tmp_path: Path) -> None:
     content = run_benchmark("startup", ["--rounds", "1", "--only", "ray"], tmp_path)
     assert is_spread(content["ratios"][0], 1)
@@ -117,7 +113,6 @@ def test_startup_of_two_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_waiting_for_pictures(tmp_path: Path) -> None:
     content = run_benchmark("input", ["--rounds", "1", "--steps", "60", "--workers", "1"], tmp_path)
     assert len(content["pipelines"]) == 3
@@ -148,7 +143,6 @@ def test_data_wait_is_a_fraction_of_the_total_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_exactness(tmp_path: Path) -> None:
     words = ["--rounds", "2", "--warm-up", "5", "--turn", "5", "--batch", "32", "--networks", "mlp"]
     content = run_benchmark("exactness", words, tmp_path)

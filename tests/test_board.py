@@ -46,7 +46,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (root / "output").open("w+") as output:
         server = subprocess.Popen(command, cwd=root, stdout=output, stderr=output, env=_with_launcher())
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 240
             while status(f"http://127.0.0.1:{port}/") is None:
                 assert server.poll() is None, (root / "output").read_text()
                 assert time.monotonic() < end
@@ -55,7 +55,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield next(word for word in text.split() if word.startswith("http://"))
         finally:
             server.terminate()
-            server.wait(timeout=20)
+            server.wait(timeout=240)
 
 
 def _with_launcher() -> dict[str, str]:

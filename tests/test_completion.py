@@ -137,7 +137,7 @@ def test_bash(line: str, expected: list[str], tmp_path: Path) -> None:
         env={**environment(), "SCRIPT": str(tmp_path / "script")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.stdout.split() == expected, done.stderr
 
@@ -155,7 +155,7 @@ def test_fish(line: str, expected: str, tmp_path: Path) -> None:
         env={**environment(), "XDG_CONFIG_HOME": str(tmp_path), "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.stdout.split() == [expected], done.stderr
 
@@ -171,6 +171,6 @@ def test_zsh(line: str, expected: str, tmp_path: Path) -> None:
         env={**environment(), "SCRIPT": str(tmp_path / "script"), "HOME": str(tmp_path), "TERM": "dumb"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert f"RESULT launch {expected}" in done.stdout

@@ -17,7 +17,7 @@ BUILD_TOOLS = r"build-essential|gcc|g\+\+|clang|make|cmake|\S+-dev|python3-venv|
 
 def lint(text: str) -> tuple[int, str]:
     """Run hadolint on the text of a Dockerfile. Return its exit status and its output."""
-    done = subprocess.run([HADOLINT, "--no-color", "-"], input=text, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([HADOLINT, "--no-color", "-"], input=text, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout + done.stderr
 
 

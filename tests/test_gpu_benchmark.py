@@ -64,7 +64,6 @@ def run_command(folder: Path, *words: str, **environment: str) -> tuple[Any, str
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(400)
 def test_every_section_runs_on_the_cpu(tmp_path: Path) -> None:
     found, printed, status = run_command(tmp_path, "--device", "cpu", "--tiny")
     assert list(found["sections"]) == list(gpu.SECTIONS)

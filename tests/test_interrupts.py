@@ -126,7 +126,6 @@ def test_a_killed_run_is_lost_and_can_be_resumed(place: Place, running: Running)
 # ---- under Ray ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(150)
 def test_ctrl_c_at_a_terminal_under_ray(place: Place, request: pytest.FixtureRequest) -> None:
     """The terminal signals all foreground processes. Those of Ray are in another session and are stopped in order."""
     running = place.start(*LONG, "cluster=local", terminal=True)
@@ -148,7 +147,6 @@ def test_ctrl_c_at_a_terminal_under_ray(place: Place, request: pytest.FixtureReq
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_two_signals_under_ray_stop_at_once(place: Place, request: pytest.FixtureRequest) -> None:
     running = place.start(*LONG, "cluster=local", "model.delay=60")
     request.addfinalizer(running.close)

@@ -51,7 +51,7 @@ else:
 
 def transfer(rate: str) -> float:
     with network(2, rate) as hosts:
-        count, seconds = run(hosts, [sys.executable, "-c", _TRANSFER], timeout=30)[0].split()
+        count, seconds = run(hosts, [sys.executable, "-c", _TRANSFER], timeout=240)[0].split()
     assert int(count) == 4_000_000
     return float(seconds)
 
@@ -70,7 +70,7 @@ def test_two_laboratories_are_separate_and_are_removed() -> None:
         listed = subprocess.run(["ip", "-o", "addr"], capture_output=True, text=True, check=True).stdout
         assert "10.77.0." not in listed, "an address of the laboratory is on this machine itself"
         sleeper = subprocess.Popen(one[0].command(["sleep", "100"]))
-    assert sleeper.wait(5) != 0
+    assert sleeper.wait(240) != 0
     assert names() == before
 
 
@@ -78,7 +78,7 @@ def test_two_laboratories_are_separate_and_are_removed() -> None:
 def test_namespaces_of_a_killed_process_are_removed() -> None:
     code = "import benchmarks.namespaces as n, os\nwith n.network(1) as hosts: os.kill(os.getpid(), 9)"
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent)
-    killed.wait(20)
+    killed.wait(240)
     left = [name for name in names() if name.startswith(f"launch-{killed.pid}-")]
     assert len(left) == 2
     remove_stale()
@@ -89,7 +89,7 @@ def test_namespaces_of_a_killed_process_are_removed() -> None:
 def test_a_failed_rank_is_reported_and_the_others_are_stopped() -> None:
     code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no data here')\ntime.sleep(100)"
     with network(2) as hosts, pytest.raises(RankFailed, match=r"rank 1 ended with 1:\nno data here"):
-        run(hosts, [sys.executable, "-c", code], timeout=30)
+        run(hosts, [sys.executable, "-c", code], timeout=240)
 
 
 def test_rates_are_read() -> None:
@@ -105,7 +105,6 @@ def test_without_root_the_error_names_the_reason() -> None:
 
 
 @needs_namespaces
-@pytest.mark.timeout(120)
 def test_the_cost_model_is_fitted_and_predicts() -> None:
     """benchmarks/scaling.py on a small scale. The accuracy of its predictions is measured on an idle machine only."""
     from benchmarks import scaling

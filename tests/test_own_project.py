@@ -95,7 +95,6 @@ def test_the_environment_names_the_configuration_directory(project: Place) -> No
     assert "parameters" in plan.out, "our models are still there"
 
 
-@pytest.mark.timeout(150)
 def test_an_own_project_on_ray(project: Place) -> None:
     """Workers import the user's modules, under the same names as the driver."""
     done = project.launch(

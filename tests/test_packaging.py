@@ -54,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    done = subprocess.run([*pip, "--wheel-dir", target, source], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*pip, "--wheel-dir", target, source], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (path,) = target.glob("*.whl")
     return path
@@ -75,17 +75,17 @@ def test_the_wheel_contains_exactly_the_files_of_the_packages(source: Path, whee
 def test_the_installed_wheel_runs_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--target", target, wheel], check=True, timeout=100)
+    subprocess.run([*pip, "--target", target, wheel], check=True, timeout=240)
     # PYTHONPATH comes before the editable install of the repository.
     environment = {**os.environ, "PYTHONPATH": str(target)}
     code = "import launcher, conf, models; print(launcher.__file__, conf.__file__, models.__file__)"
     where = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert where.stdout.count(str(target)) == 3, where.stdout + where.stderr
     for command in ([sys.executable, "-m", "launcher"], [target / "bin" / "launch"]):
         done = subprocess.run(
-            [*command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            [*command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, done.stderr
         assert "train" in done.stdout
@@ -288,7 +288,7 @@ def test_actions_are_pinned_by_commit() -> None:
 
 def make(*words: str, directory: Path, path: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": path, "HOME": str(directory), "LC_ALL": "C"}
-    return subprocess.run(["make", *words], cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["make", *words], cwd=directory, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def fake_interpreter(folder: Path, name: str, body: str) -> None:
@@ -374,5 +374,5 @@ def test_the_ci_script_fails_when_the_tests_fail(tmp_path: Path) -> None:
     for body, status in (("exit 3", 3), ('test "$*" = test', 0)):
         fake_interpreter(tmp_path / "bin", "make", body)
         environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "CI": "true"}
-        done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=environment, timeout=60)
+        done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=environment, timeout=240)
         assert done.returncode == status

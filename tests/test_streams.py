@@ -18,7 +18,7 @@ import pytest
 
 from launcher.cli.streams import QuietStream
 from tests.support.command import LAUNCH, TOY, Place
-from tests.support.waiting import PATIENCE, wait_for
+from tests.support.waiting import limit, wait_for
 from tests.test_interrupts import has_steps
 
 RUN = (*TOY, "run.name=a", "trainer.log_every=1", "model.delay=0.05", "model.speak=true")
@@ -55,7 +55,7 @@ def shell(place: Place, line: str, seconds: float = 60) -> subprocess.CompletedP
         env=environment,
         capture_output=True,
         text=True,
-        timeout=PATIENCE * seconds,
+        timeout=limit(seconds),
     )
 
 
@@ -90,7 +90,7 @@ def test_a_quiet_stream_that_is_deleted_after_its_stream_was_closed() -> None:
     [
         "cluster=none",
         "cluster=none data.speak=true data.num_workers=1",  # the loader process prints as well
-        pytest.param("cluster=local", marks=pytest.mark.timeout(150)),
+        "cluster=local",
     ],
 )
 def test_a_run_survives_head(place: Place, cluster: str) -> None:
@@ -147,7 +147,7 @@ def test_a_run_survives_its_terminal(place: Place, ended: list[subprocess.Popen[
     while not (place.runs / "a/metrics.jsonl").exists():
         os.read(master, 4096)
     os.close(master)  # SIGHUP for the session, and EIO for each write
-    assert running.wait(PATIENCE * 30) == 0
+    assert running.wait(limit(30)) == 0
     assert place.result("a")["status"] == "completed"
     assert times_logged(place) == 1
 
@@ -162,7 +162,7 @@ def test_ctrl_c_through_tee_saves_a_checkpoint(place: Place, ended: list[subproc
     ended.append(running)
     wait_for(has_steps(place), 60)
     os.killpg(running.pid, signal.SIGINT)
-    running.wait(PATIENCE * 30)
+    running.wait(limit(30))
     assert (place.directory / "status").read_text() == "130\n"
     result = place.result("a")
     assert (result["status"], result["reason"]) == ("stopped", "signal")

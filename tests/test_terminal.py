@@ -65,7 +65,6 @@ def test_the_last_step_has_no_time_left() -> None:
     assert step_line(progress(40)) == "step 40/40  epoch 4.00  loss 0.5000  1,234 samples/s"
 
 
-@pytest.mark.timeout(120)
 def test_a_terminal_has_a_bar_and_the_debugger(place: Place, request: pytest.FixtureRequest) -> None:
     running = place.start(*TOY, "debug=pdb", "model.failure=pdb", "model.at=3", "run.name=a", terminal=True)
     request.addfinalizer(running.close)

@@ -29,7 +29,7 @@ ray.get(work.started.remote())
 assert on_head._drain_idle([own, "10.9.9.9"]) == {own}, "a busy node was drained"
 assert on_head._drain_idle(["10.9.9.9"]) == set(), "a node that never joined is not busy"
 ray.kill(work)
-latest = time.monotonic() + 30
+latest = time.monotonic() + 240
 while on_head._drain_idle([own]):
     assert time.monotonic() < latest, "an idle node is not drained"
     time.sleep(0.5)
@@ -45,6 +45,6 @@ def test_a_busy_node_is_kept_and_an_idle_one_is_drained() -> None:
         port = next(str(word).partition("=")[2] for word in words if str(word).startswith("--port="))
         environment = {**cluster.environment(), "HERE": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, "-c", CODE], env={**os.environ, **environment}, capture_output=True, text=True, timeout=100
+            [sys.executable, "-c", CODE], env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
         )
     assert "drained" in done.stdout, done.stdout + done.stderr

@@ -37,7 +37,7 @@ def coming_up(azure: Fake, until: Callable[[Fake], bool]) -> Iterator[subprocess
     command = [sys.executable, "-m", "launcher", "up", *WORDS]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        latest = time.monotonic() + 60
+        latest = time.monotonic() + 240
         while not until(azure):
             assert time.monotonic() < latest, azure.requests
             assert process.poll() is None, process.stderr and process.stderr.read()
@@ -86,7 +86,7 @@ def test_an_interrupted_up(
     with coming_up(azure, until) as process:
         assert not [line for line in command_lines() if azure.token in line]
         process.send_signal(number)
-        output = process.communicate(timeout=30)[1]
+        output = process.communicate(timeout=240)[1]
     azure.seconds = 0.0
     assert process.returncode == status, output
     assert "launch down demo" in output

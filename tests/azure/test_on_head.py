@@ -101,7 +101,7 @@ def test_a_request_waits_until_deletions_end(tmp_path: Path, monkeypatch: pytest
 
     with on_head._exclusive():
         on_head.step(Watchdog(IDLE, False, act, now=0.0))
-    assert request[0].wait(10) == 0
+    assert request[0].wait(240) == 0
     assert on_head.REQUESTED.read_text() == "2\n"
 
 

@@ -66,7 +66,7 @@ def test_a_failed_mount_does_not_fail_the_node(tmp_path: Path) -> None:
     (line,) = ray_yaml.ray_config(spec_of(mounts=mounts), LOCAL)["worker_setup_commands"]
     line = line.replace(ray_yaml.DIRECTORY, str(tmp_path)).replace("/var/cache", f"{tmp_path}/cache")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, timeout=240)
     assert (done.returncode, "no role" in done.stdout) == (0, True)
 
 

@@ -17,8 +17,8 @@ import pytest
 from tests.azure import vms
 from tests.azure.fake import SUBSCRIPTION
 from tests.azure.vms import Vms
+from tests.support.waiting import wait_for
 
-pytestmark = pytest.mark.timeout(600)
 SIZE = "Standard_NC4as_T4_v3"
 WORDS = ["cluster=azure", "cluster.name=demo", f"cluster.size={SIZE}", "cluster.ssh_from=10.77.0.0/24"]
 CAPACITY = ("SkuNotAvailable", "The requested size is currently not available in eastus.")
@@ -35,10 +35,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Vms]:
 
 
 def await_(condition: Callable[[], bool], seconds: float, lab: Vms) -> None:
-    latest = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < latest, f"{sorted(lab.used)}\n{vms.log(lab, 'watchdog.log')}"
-        time.sleep(1)
+    wait_for(condition, seconds, lambda: f"{sorted(lab.used)}\n{vms.log(lab, 'watchdog.log')}")
 
 
 def names(lab: Vms, part: str) -> list[str]:

@@ -29,6 +29,7 @@ from tests.support.command import Result
 from tests.support.servers import HttpServer
 from tests.support.vmlab import lab
 from tests.support.vmlab.lab import ROOT, Host, Lab
+from tests.support.waiting import limit
 
 SSHD = "/usr/sbin/sshd"
 _CLONE_NEWNET = 0x40000000
@@ -107,7 +108,7 @@ class Vms(Lab):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=limit(seconds),
             check=False,
         )
         return Result(done.returncode, done.stdout, done.stderr)
@@ -151,7 +152,7 @@ class Vms(Lab):
     # ---- creation and deletion of VMs -------------------------------------------------------------------------------
 
     def _created(self, vm: dict[str, Any]) -> None:
-        latest = time.monotonic() + 20
+        latest = time.monotonic() + 120
         while not self.free and time.monotonic() < latest:  # a machine may be about to become free
             time.sleep(0.1)
         host = self.free.pop(0)

@@ -21,7 +21,7 @@ def visit(address: str, token: str) -> str:
     """Read the keys of the embedded Ray from another process with `token`; return "in" or the error."""
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     program = [sys.executable, "-c", STRANGER, address]
-    visitor = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=20)
+    visitor = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=240)
     return visitor.stdout.strip() or visitor.stderr.strip().splitlines()[-1]
 
 

@@ -171,7 +171,7 @@ def test_signals_are_handled_during_a_slow_response(service: ScheduledEvents, nu
     )
     wait_for(lambda: service.asked)
     program.send_signal(number)
-    _, output = program.communicate(timeout=60)
+    _, output = program.communicate(timeout=240)
     assert program.returncode == 0
     assert logged in output
     assert "Traceback" not in output

@@ -77,7 +77,6 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.mark.smoke
-@pytest.mark.timeout(240)
 def test_two_machines_train_like_one_process_and_the_cluster_keeps_running(cluster: Lab, directory: Path) -> None:
     plan = launch(cluster, directory, "plan", *TINY, "--json")
     assert plan.status == 0, plan.err
@@ -109,7 +108,6 @@ def test_two_machines_train_like_one_process_and_the_cluster_keeps_running(clust
     assert len(cluster.nodes()) == 2
 
 
-@pytest.mark.timeout(240)
 def test_different_versions_on_a_node_are_an_error_before_training(
     cluster: Lab, directory: Path, tmp_path: Path
 ) -> None:
@@ -131,7 +129,6 @@ def test_different_versions_on_a_node_are_an_error_before_training(
     assert not (directory / "runs" / "refused").exists()
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("words", "env", "message"),
     [

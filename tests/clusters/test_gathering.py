@@ -16,7 +16,6 @@ SAVED = ("checkpoint.every=2", "checkpoint.keep=2", "strategy=fsdp", "trainer.de
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_checkpoints_of_two_machines_are_on_the_head(cluster: Lab, tmp_path: Path) -> None:
     """No part of a checkpoint is on the other machine."""
     directory = Path(shutil.copytree(PROJECT, tmp_path / "calling", ignore=shutil.ignore_patterns("__pycache__")))

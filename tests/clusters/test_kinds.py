@@ -94,19 +94,16 @@ def test_a_kind_plans_and_rejects_bad_keys(kind: Harness) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_kind_conforms(kind: Harness, reference: Reference) -> None:
     check(kind, reference)
 
 
-@pytest.mark.timeout(300)
 def test_a_kind_from_another_package_trains(toy_harness: Harness, reference: Reference) -> None:
     """A new kind needs no change to launch."""
     check_run(toy_harness, reference)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_kind_from_another_package_sweeps(toy_harness: Harness) -> None:
     swept = toy_harness.launch("-m", *JOB, *toy_harness.words, "run.name=swept", "optimizer.lr=0.1,0.2")
     assert swept.returncode == 0, swept.stderr

@@ -115,7 +115,7 @@ def test_the_lines_mount_once(tmp_path: Path) -> None:
     script = script.replace("mkdir -p /data", f"mkdir -p {tmp_path}/root/data")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for _ in range(2):
-        subprocess.run(["sh", "-euc", script], env=environment, check=True, timeout=30)
+        subprocess.run(["sh", "-euc", script], env=environment, check=True, timeout=240)
     assert (tmp_path / "formatted").read_text() == "-q /dev/nvme1n1\n", "the disk of the system is formatted"
     assert (tmp_path / "mounted").read_text().splitlines() == [
         f"mount /data --config-file={tmp_path}/root/etc/launch-mounts/data.yaml"

@@ -54,12 +54,11 @@ def address(process: subprocess.Popen[str]) -> str:
     return where
 
 
-@pytest.mark.timeout(170)
 def test_the_next_command_reuses_it_until_its_idle_time_ends(private: Path) -> None:
     """The token is private; a killed command releases it; parallel commands and other environments get another Ray."""
     first = use(0.5)
     where = address(first)
-    assert first.wait(20) == 0
+    assert first.wait(240) == 0
     kept = ray_session.current()
     assert kept is not None
     assert (private.stat().st_mode & 0o777, (private / "session.json").stat().st_mode & 0o777) == (0o700, 0o600)
@@ -72,7 +71,7 @@ def test_the_next_command_reuses_it_until_its_idle_time_ends(private: Path) -> N
     assert ray_session.in_use()
     third = use(0.5)  # it is in use, so another Ray is started
     assert address(third) != where
-    assert third.wait(20) == 0
+    assert third.wait(240) == 0
     second.kill()
     second.wait()
     wait_for(lambda: not ray_session.in_use())
@@ -80,7 +79,7 @@ def test_the_next_command_reuses_it_until_its_idle_time_ends(private: Path) -> N
 
     other = use(0.01, SOMETHING="else")  # another environment: the workers would have the old one
     assert address(other) != where
-    assert other.wait(20) == 0
+    assert other.wait(240) == 0
     assert not reaper.marked(kept.marker)
     newer = ray_session.current()
     assert newer is None or newer.keeper != kept.keeper
@@ -88,14 +87,13 @@ def test_the_next_command_reuses_it_until_its_idle_time_ends(private: Path) -> N
     wait_for(lambda: newer is None or not reaper.marked(newer.marker))
 
 
-@pytest.mark.timeout(100)
 def test_status_and_down_of_a_kept_ray_also_after_its_keeper_was_killed(private: Path) -> None:
     def launch(*words: str) -> str:
         command = [sys.executable, "-m", "launcher", *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
 
     assert json.loads(launch("status", "--json")) == []
-    assert use(5).wait(40) == 0
+    assert use(5).wait(240) == 0
     (found,) = json.loads(launch("status", "--json"))
     assert (found["state"], found["keep_minutes"]) == ("idle", 5)
     kept = ray_session.current()
@@ -104,7 +102,7 @@ def test_status_and_down_of_a_kept_ray_also_after_its_keeper_was_killed(private:
     assert ray_session.current() is None
     assert not reaper.marked(kept.marker)
 
-    assert use(5).wait(40) == 0
+    assert use(5).wait(240) == 0
     kept = ray_session.current()
     assert kept is not None
     os.kill(kept.keeper, 9)

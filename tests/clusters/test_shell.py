@@ -21,6 +21,7 @@ from launcher.clusters.remote import shell as shells
 from launcher.clusters.remote.shell import Shell, destination
 from launcher.errors import HostError
 from tests.support import servers
+from tests.support.waiting import LIMIT
 
 pytestmark = pytest.mark.skipif(bool(servers.why_no_ssh()), reason=servers.why_no_ssh() or "-")
 
@@ -372,7 +373,7 @@ def web() -> Iterator[int]:
     serving.server_close()
 
 
-def _ask(port: int, seconds: float = 10) -> bytes:
+def _ask(port: int, seconds: float = LIMIT) -> bytes:
     latest = time.monotonic() + seconds
     while True:
         try:
@@ -414,7 +415,7 @@ def test_a_tunnel_ends_with_its_process(shell: Shell, web: int) -> None:
             os._exit(9)
     port = int(os.read(reading, 20))
     os.waitpid(child, 0)
-    latest = time.monotonic() + 10
+    latest = time.monotonic() + 240
     while time.monotonic() < latest:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

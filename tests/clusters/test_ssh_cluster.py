@@ -36,7 +36,6 @@ def cluster(server: servers.Server, name: str, *hosts: str) -> SshCluster:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_clusters_share_a_host(server: servers.Server) -> None:
     """`up` runs a test job on each: without free ports, the second has no agent that accepts jobs."""
     try:

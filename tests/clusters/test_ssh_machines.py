@@ -22,7 +22,6 @@ def status(ssh_machines: SshLab) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("ssh_machines", [(3,)], indirect=True)
-@pytest.mark.timeout(900)
 def test_up_starts_the_hosts_that_answer_and_down_leaves_nothing(ssh_machines: SshLab) -> None:
     """A dead host is named; a second `up` starts nothing; the token is private; `down` can be repeated."""
     ssh_machines.machines[2].kill()
@@ -60,7 +59,6 @@ def _commands(ssh_machines: SshLab) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ssh_machines", [(3,)], indirect=True)
-@pytest.mark.timeout(900)
 def test_a_restarted_host_rejoins_and_a_host_that_is_removed_from_the_list_is_stopped(ssh_machines: SshLab) -> None:
     assert ssh_machines.launch("up", *ssh_machines.words(), seconds=200).status == 0
     ssh_machines.machines[1].kill()
@@ -87,7 +85,6 @@ def test_a_restarted_host_rejoins_and_a_host_that_is_removed_from_the_list_is_st
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("running", ["raylet/raylet", "gcs_server"])
 def test_an_interrupted_up_can_be_repeated_and_ended(ssh_machines: SshLab, running: str) -> None:
     """No process may be left that no record names."""
@@ -115,7 +112,6 @@ def test_an_interrupted_up_can_be_repeated_and_ended(ssh_machines: SshLab, runni
     assert processes_left(ssh_machines) == {}
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ssh_machines", [(2, "100mbit")], indirect=True)
 def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(ssh_machines: SshLab, tmp_path: Path) -> None:
     ssh_machines.machines[0].cut()

@@ -159,7 +159,7 @@ def test_checking_imports_nothing() -> None:
         "targets.check({'model': {'_target_': 'models.vision.ConvNet'}, 'optimizer': {'_target_': 'torch.optim.SGD'}});"
         "assert not {'torch', 'models', 'hydra', 'omegaconf'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HOME, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HOME, timeout=240)
 
 
 # --- by its type ------------------------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_own_models_in_another_process(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(HOME)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.stdout == "models.vision\n", done.stderr
 

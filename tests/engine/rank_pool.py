@@ -20,6 +20,7 @@ from launcher.engine import entry
 from launcher.runs import RunDirectory
 from tests.support import engine_toys as toys
 from tests.support.engine_ranks import _SERVER, Rank, Script, _body
+from tests.support.waiting import limit
 
 
 def _serve(connection: Connection) -> None:
@@ -62,7 +63,7 @@ class RankPool:
             answers = [Path(scratch, str(rank)) for rank in range(workers)]
             for rank, (_, connection) in enumerate(self._members[:workers]):
                 connection.send((rank, workers, f"{scratch}/store", str(answers[rank]), task, script or Script(), 1))
-            deadline = time.monotonic() + timeout
+            deadline = time.monotonic() + limit(timeout)
             for _, connection in self._members[:workers]:
                 assert connection.poll(max(0.0, deadline - time.monotonic())), f"no answer after {timeout} s"
                 connection.recv()

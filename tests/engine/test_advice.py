@@ -27,7 +27,6 @@ def test_advice_names_the_link_the_prediction_and_the_fastest_strategy() -> None
 
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
-@pytest.mark.timeout(120)
 def test_a_run_over_a_slow_link_prints_advice_and_logs_the_accuracy_of_the_prediction(tmp_path: Path) -> None:
     """Guards against advice for another link, and against measurements that change the state of the run."""
     words = ["model=mlp", "model.width=1000", "trainer.steps=6", "trainer.log_every=3", "scheduler=none"]

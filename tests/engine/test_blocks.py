@@ -75,7 +75,6 @@ def _with_and_without_compilation() -> tuple[list[torch.Tensor], list[torch.Tens
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_compiled_blocks_train_like_eager_blocks(tmp_path: Path) -> None:
     from tests.support.engine_ranks import column, make_job, succeed
 

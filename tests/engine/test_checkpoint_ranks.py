@@ -36,7 +36,7 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    timeout = timedelta(seconds=30)
+    timeout = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
     try:
         group = dist.new_group(backend="gloo", timeout=timeout)
@@ -59,7 +59,7 @@ def run(world_size: int, body: Callable[..., Any], *arguments: Any, tmp_path: Pa
     for process in processes:
         process.start()
     try:
-        answers = sorted(queue.get(timeout=40) for _ in range(world_size - dying))
+        answers = sorted(queue.get(timeout=240) for _ in range(world_size - dying))
     finally:
         for process in processes:
             process.join(timeout=5)

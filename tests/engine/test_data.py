@@ -213,7 +213,7 @@ def test_a_bad_sample_is_reported_with_the_message_of_the_data_set(
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_sample_ends_the_run_on_all_ranks(num_workers: int, tmp_path: Path) -> None:
     job = make_job(data={"_target_": "Augmented", "bad": 900, "num_workers": num_workers}, checkpoint={"every": 1})
-    ranks = launch(job, tmp_path, 2, timeout=40)
+    ranks = launch(job, tmp_path, 2, timeout=240)
     kinds = sorted(str(rank.error and rank.error[0]) for rank in ranks)
     assert kinds == ["DataError", "WorkerLost"]
     (error,) = [rank.error for rank in ranks if rank.error and rank.error[0] == "DataError"]

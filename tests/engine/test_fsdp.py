@@ -94,7 +94,7 @@ def trained(
     [
         (SMALL, {}),
         (SMALL, {"activation_checkpointing": True}),
-        pytest.param(LARGE, {}, marks=[pytest.mark.slow, pytest.mark.timeout(600)], id="50M"),
+        pytest.param(LARGE, {}, marks=pytest.mark.slow, id="50M"),
     ],
 )
 def test_the_same_loss_in_about_half_the_memory(size: dict[str, Any], strategy: dict[str, Any]) -> None:

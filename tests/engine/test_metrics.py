@@ -103,7 +103,7 @@ SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
 )
 def test_an_invalid_result_of_the_model_is_reported(kind: str, words: str, tmp_path: Path) -> None:
     # One of the two ranks reads sample 900; the other must not hang, nor reduce mismatching tensors.
-    ranks = launch(make_job(model={"_target_": "Odd", "kind": kind}), tmp_path, 2, timeout=30)
+    ranks = launch(make_job(model={"_target_": "Odd", "kind": kind}), tmp_path, 2, timeout=240)
     errors = [rank.error for rank in ranks if rank.error and rank.error[0] == "ContractError"]
     assert errors, ranks
     assert "Traceback" not in errors[0][1] + errors[0][2]
@@ -113,7 +113,7 @@ def test_an_invalid_result_of_the_model_is_reported(kind: str, words: str, tmp_p
 
 @pytest.mark.parametrize("kind", ["names", "shapes"])
 def test_validation_results_that_differ_between_ranks_are_reported(kind: str, tmp_path: Path) -> None:
-    ranks = launch(make_job(model={"_target_": "Uneven", "kind": kind}), tmp_path, 2, timeout=30)
+    ranks = launch(make_job(model={"_target_": "Uneven", "kind": kind}), tmp_path, 2, timeout=240)
     for rank in ranks:
         assert rank.error is not None
         assert rank.error[0] == "TrainingError"

@@ -218,7 +218,6 @@ QUICKLY = settings(
 )
 
 
-@pytest.mark.timeout(900)
 @settings(QUICKLY, max_examples=20)
 @given(draws())
 def test_a_run_equals_a_plain_loop(pool: RankPool, draw: Draw) -> None:

@@ -122,7 +122,7 @@ def test_a_bug_is_reported_with_its_sample_and_bad_data_with_their_message() -> 
 )
 def test_a_loader_process_that_dies_is_a_lost_worker(ends: int, words: str, tmp_path: Path) -> None:
     """Case 11: `__getitem__` kills its own process, with two ranks."""
-    ranks = launch(make_job(data={"_target_": "Deadly", "ends": ends}), tmp_path, 2, timeout=50)
+    ranks = launch(make_job(data={"_target_": "Deadly", "ends": ends}), tmp_path, 2, timeout=240)
     found = {str(rank.error and rank.error[0]): number for number, rank in enumerate(ranks)}
     assert found.keys() == {"LoaderLost", "WorkerLost"}
     error = ranks[found["LoaderLost"]].error

@@ -120,7 +120,7 @@ def test_a_non_finite_first_gradient_is_reported_at_the_first_step(workers: int,
 
 
 def test_an_exception_of_the_model_is_reported_with_the_users_frames(tmp_path: Path) -> None:
-    ranks = launch(make_job(model={**EXPLOSIVE, "kind": "raise"}), tmp_path, 2, timeout=30)
+    ranks = launch(make_job(model={**EXPLOSIVE, "kind": "raise"}), tmp_path, 2, timeout=240)
     _, message, traceback = only(ranks, "UserCodeError")
     assert message.startswith("KeyError: 'no such thing among")
     files = re.findall(r'File "([^"]+)", line \d+, in (\w+)', traceback)
@@ -130,14 +130,14 @@ def test_an_exception_of_the_model_is_reported_with_the_users_frames(tmp_path: P
 
 
 def test_a_killed_rank_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
-    ranks = launch(make_job(model={**EXPLOSIVE, "kind": "exit"}), tmp_path, 3, timeout=30)
+    ranks = launch(make_job(model={**EXPLOSIVE, "kind": "exit"}), tmp_path, 3, timeout=240)
     assert sorted(str(rank.error and rank.error[0]) for rank in ranks) == ["None", "WorkerLost", "WorkerLost"]
     assert all("run.resume=true" in rank.error[1] for rank in ranks if rank.error)
 
 
 def test_a_parameter_that_a_later_batch_does_not_use_is_reported(tmp_path: Path) -> None:
     model = {"_target_": "Branches", "residue": 30, "never": False}
-    ranks = launch(make_job(model=model), tmp_path, 2, timeout=30)
+    ranks = launch(make_job(model=model), tmp_path, 2, timeout=240)
     _, message, _ = only(ranks, "UserCodeError")
     assert "used parameters in the first batch that it does not use in this one" in message
 
@@ -207,7 +207,6 @@ def test_ranks_draw_other_random_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_compiled_network_has_the_same_results(deterministic: bool, tmp_path: Path) -> None:
     model = {"_target_": "models.vision.ConvNet", "width": 4}
@@ -223,7 +222,6 @@ def test_a_compiled_network_has_the_same_results(deterministic: bool, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_compiled_kernels_are_reused_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     cache = tmp_path / ".cache" / "torchinductor"
@@ -433,6 +431,6 @@ print(result["status"], [name for name in ("ray", "hydra", "omegaconf") if name 
 
 def test_the_engine_trains_without_ray_and_hydra(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", _WITHOUT, str(tmp_path)], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.stdout.strip() == "completed []", done.stderr

@@ -24,7 +24,7 @@ from launcher.engine.checkpoint import available, newest_intact
 from tests.support.command import LAUNCH
 from tests.support.engine_ranks import assert_same_weights, final_weights
 from tests.support.vmlab.lab import ROOT, Lab
-from tests.support.waiting import wait_for
+from tests.support.waiting import limit, wait_for
 
 PROJECT = Path(__file__).resolve().parent / "project"
 STEPS, EVERY, STEPS_PER_EPOCH, SAMPLES = 30, 4, 6, 72
@@ -112,7 +112,7 @@ class Trial:
         """Wait for the command's end and return its status."""
         assert self.process is not None
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(limit(seconds))
         except subprocess.TimeoutExpired:
             self.close()
             raise AssertionError(f"it did not end within {seconds:g} s:\n{self.output()}") from None
@@ -122,7 +122,7 @@ class Trial:
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
+            self.process.wait(240)
         for attempt in self.attempts():
             for worker in attempt.workers.values():
                 with contextlib.suppress(OSError):

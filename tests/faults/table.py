@@ -169,9 +169,9 @@ def kill_driver(trial: Trial) -> None:
     trial.wait_for_step(10)
     assert trial.process is not None
     trial.strike(trial.process.pid)
-    trial.process.wait(10)
+    trial.process.wait(240)
     workers = trial.attempts()[-1].workers.values()
-    latest = time.monotonic() + 30
+    latest = time.monotonic() + 240
     while any(Path(f"/proc/{worker['pid']}").exists() for worker in workers):
         assert time.monotonic() < latest, "workers outlive their driver"
         time.sleep(0.1)

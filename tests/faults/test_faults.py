@@ -9,8 +9,6 @@ import pytest
 from tests.faults.harness import Trial
 from tests.faults.table import ROWS, Row, play, undisturbed
 
-pytestmark = pytest.mark.timeout(400)
-
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Trial:

@@ -197,7 +197,6 @@ def test_attributes_without_effect_are_named_once(project: Place) -> None:
 
 
 @pytest.mark.slow  # tests/engine names the process, and tests/faults restarts a run, in every run of the suite
-@pytest.mark.timeout(170)
 def test_a_killed_loader_process_is_named_and_the_run_restarted(place: Place) -> None:
     """Case 11, on Ray."""
     project = written(place)

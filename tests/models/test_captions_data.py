@@ -371,7 +371,6 @@ def test_pictures_of_other_channels_than_the_models_are_exit_2(coco: Path, here:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_captions_reach_their_target(place: Place) -> None:
     """Two workers on CPUs caption at least 90% of the pictures exactly, in less than 15 minutes."""
     done = place.launch("experiment=captions", "scaling.workers=2", "run.name=a", seconds=900)

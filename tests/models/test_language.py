@@ -198,7 +198,6 @@ def test_a_context_longer_than_the_models_is_exit_2(here: Place) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1000)
 def test_language_reaches_its_target(place: Place) -> None:
     """Two workers on CPUs reach 1.9 bits per byte on the held-out last 5% of the text in less than 15 minutes."""
     done = place.launch("experiment=language", "scaling.workers=2", "run.name=bible", seconds=960)

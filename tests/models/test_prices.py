@@ -284,7 +284,6 @@ def test_a_bad_table_is_exit_2(here: Place, tmp_path: Path, change: Any, message
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_prices_reach_their_target(place: Place, seed: int) -> None:
     """With any seed, the final loss on held-out years is at most 0.99 times that of the scaled quantiles.

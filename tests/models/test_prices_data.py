@@ -235,6 +235,6 @@ def test_arch_is_not_imported() -> None:
     )
     root = Path(prices_data.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=240, check=True
     )
     assert done.stdout.strip() == "set()"

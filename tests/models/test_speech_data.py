@@ -403,7 +403,6 @@ def test_another_rate_than_the_models_is_exit_2(corpus: Path, here: Place) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_transcribe_reaches_its_target(place: Place) -> None:
     """Two workers on CPUs reach a character error rate of 10% on held-out strings in less than 15 minutes."""
     done = place.launch("experiment=transcribe", "scaling.workers=2", "run.name=a", seconds=900)

@@ -375,5 +375,5 @@ for ask in (policy.new_size, policy.avoided_nodes, policy.group_begins):
     inline = train_controller.Inline([1])
     content = ray.cloudpickle.dumps((policy, train_controller.TrainController, inline))
     words = [sys.executable, "-c", program]
-    done = subprocess.run(words, input=content, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(words, input=content, capture_output=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr.decode()

@@ -34,7 +34,7 @@ JOB = ["experiment=mnist_tiny", "data.limit=1000", "trainer.deterministic=true",
 ON_RAY = ["scaling.workers=2", "scaling.cpus_per_worker=1", "checkpoint.every=2", "model._target_=slow.Slow"]
 
 # The row "eviction notice of 3 s" of tests/faults covers an eviction in every run of the suite.
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def evicted(how: str, directory: Path) -> tuple[dict[str, Any], str]:
@@ -48,7 +48,7 @@ def evicted(how: str, directory: Path) -> tuple[dict[str, Any], str]:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(DRIVE), "3", how, *JOB, *ON_RAY]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=220)
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 

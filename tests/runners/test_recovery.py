@@ -27,7 +27,6 @@ def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 @pytest.mark.slow  # tests/faults covers much of it in every run of the suite
-@pytest.mark.timeout(170)
 def test_killed_workers_are_replaced(place: Place, here: Place) -> None:
     """Guards against: a consequence reported as the cause, a wrong count of steps, another order of samples, and a rank
     that waits for one of an earlier group."""
@@ -47,7 +46,6 @@ def test_killed_workers_are_replaced(place: Place, here: Place) -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.timeout(170)
 def test_a_stopped_worker_is_replaced_and_the_group_is_as_large_as_fits(place: Place, here: Place) -> None:
     """Guards against: an endless wait for a process that hangs, and the rejection of four workers on two CPUs with
     `scaling.min_workers=1`."""

@@ -194,7 +194,6 @@ def test_one_request_in_ten_fails(container: Container, place: Place, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_one_request_in_ten_fails_on_ray_with_many_checkpoints(
     container: Container, place: Place, tmp_path: Path
 ) -> None:

@@ -135,7 +135,7 @@ def test_no_package_of_another_user_is_installed(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     environment = {"PATH": f"{tools}:/usr/bin:/bin", "TMPDIR": str(scratch)}
-    subprocess.run(["sh", "-c", install], env=environment, check=True, timeout=60)
+    subprocess.run(["sh", "-c", install], env=environment, check=True, timeout=240)
     assert (tmp_path / "installed").read_text().startswith(str(scratch))
     assert (tmp_path / "mode").read_text().startswith("drwx------")
     assert list(scratch.iterdir()) == []

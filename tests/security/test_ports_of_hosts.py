@@ -64,7 +64,6 @@ def is_named(socket: Socket, host: Host, gcs: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_only_the_named_ports_listen_beyond_loopback(ssh_machines: SshLab) -> None:
     words = ["--config-dir", "own", "experiment=toy", "trainer.steps=1000000", "checkpoint.every=200"]
     words += ["scaling.workers=2", "scaling.cpus_per_worker=2", "run.name=long", *ssh_machines.words()]

@@ -100,7 +100,7 @@ def test_python_m_launcher_executes_no_file_of_the_directory(hostile: Place, mar
     """`python -m` puts the current directory first, before launch is imported."""
     environment = {**os.environ, "HOME": str(hostile.home), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "launcher", "runs"]
-    done = subprocess.run(command, cwd=hostile.directory, env=environment, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, cwd=hostile.directory, env=environment, capture_output=True, text=True, timeout=240)
     assert (done.returncode, _marks(mark)) == (0, []), done.stderr
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import limit
 
 PROJECT = Path(__file__).resolve().parents[1] / "project"
 LAUNCH = Path(sys.executable).with_name("launch")
@@ -87,7 +87,7 @@ class Running:
 
     def finish(self, seconds: float = 60) -> Result:
         self._read_until(lambda: False, seconds, "it did not end", to_the_end=True)
-        status = self.process.wait(timeout=5)
+        status = self.process.wait(timeout=240)
         self._out.seek(0)
         result = Result(status, self._out.read(), self.shown)
         self.close()
@@ -96,7 +96,7 @@ class Running:
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=240)
         self._out.close()
         with contextlib.suppress(OSError):
             os.unlink(self._out.name)
@@ -104,7 +104,7 @@ class Running:
     def _read_until(
         self, condition: Callable[[], bool], seconds: float, complaint: str, to_the_end: bool = False
     ) -> None:
-        deadline = time.monotonic() + PATIENCE * seconds
+        deadline = time.monotonic() + limit(seconds)
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(f"{complaint} within {seconds:g} s:\n{self.plain[-3000:]}")

@@ -29,7 +29,7 @@ from launcher.money import Bill
 from launcher.runs import RunDirectory
 from tests.support import engine_toys as toys
 from tests.support.device import device
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import limit
 
 # A server that has imported torch forks every rank, so that no rank spends seconds importing it.
 _SERVER = multiprocessing.get_context("forkserver")
@@ -171,7 +171,7 @@ def _body(rank: int, workers: int, store: str, answer: str, task: entry.Task, sc
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=workers,
-                timeout=timedelta(seconds=30),
+                timeout=timedelta(seconds=120),
             )
             runtime = Runtime.adopt(*_facts(rank, workers, machines), device())
         given.result = entry.run(task, runtime, puppet)
@@ -197,7 +197,7 @@ def _call(
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=timedelta(seconds=120)
     )
     try:
         given = function(Runtime.adopt(*_facts(rank, workers, machines), device()), *arguments)
@@ -224,7 +224,7 @@ def on_ranks(
         ]
         for process in processes:
             process.start()
-        _join(processes, time.monotonic() + PATIENCE * timeout, timeout)
+        _join(processes, time.monotonic() + limit(timeout), timeout)
         given = [torch.load(Path(scratch, str(rank)), weights_only=False) for rank in range(workers)]
     for rank, answer in enumerate(given):
         assert not (isinstance(answer, str) and answer.startswith("Traceback")), f"rank {rank}: {answer}"
@@ -274,7 +274,7 @@ def launch(
             processes.append(_SERVER.Process(target=_body, args=arguments))
         for process in processes:
             process.start()
-        deadline = time.monotonic() + PATIENCE * timeout
+        deadline = time.monotonic() + limit(timeout)
         if kill_when is not None:
             while not kill_when() and time.monotonic() < deadline:
                 time.sleep(0.0005)

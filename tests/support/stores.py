@@ -52,7 +52,7 @@ def install_azurite() -> Path:
             env={"NODE_EXTRA_CA_CERTS": authorities, **os.environ},
             capture_output=True,
             text=True,
-            timeout=110,
+            timeout=240,
         )
         if done.returncode:
             raise RuntimeError(f"npm could not install azurite {AZURITE}: {done.stderr.strip()[-500:]}")
@@ -91,7 +91,7 @@ def azurite() -> Iterator[str]:
             yield f"127.0.0.1:{port}"
         finally:
             process.terminate()
-            process.wait(timeout=10)
+            process.wait(timeout=240)
 
 
 @dataclass

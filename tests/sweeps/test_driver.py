@@ -52,7 +52,7 @@ def test_numbers_parameters_and_objective_agree_everywhere(sweep: Sweep, words: 
     assert (Path(found["directory"]) / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("trials", [9, pytest.param(27, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+@pytest.mark.parametrize("trials", [9, pytest.param(27, marks=pytest.mark.slow)])
 def test_asha_finds_the_same_region_in_half_of_the_steps(sweep: Sweep, trials: int) -> None:
     rates = ",".join(f"{0.001 * 1000 ** (i / (trials - 1)):.5g}" for i in range(trials))
     quick = ("logging.tensorboard=false", "checkpoint.every=9ep", "checkpoint.monitor=null", "sweep.metric=val/loss")
@@ -259,7 +259,7 @@ def test_ctrl_c_saves_and_the_sweep_resumes_from_the_checkpoint(sweep: Sweep, tm
         )
     )
     driver.send_signal(signal.SIGINT)
-    out, err = driver.communicate(timeout=30)
+    out, err = driver.communicate(timeout=240)
     assert driver.returncode == 130, err
     assert out.strip() == str(tmp_path / "s")
     assert "run.resume=true" in err
@@ -314,6 +314,6 @@ def test_a_stop_request_and_the_listing(sweep: Sweep, tmp_path: Path) -> None:
         wait_for(lambda: (tmp_path / "s" / "0" / "metrics.jsonl").exists())
         assert [row["status"] for row in rows(tmp_path)] == ["running"]
         (tmp_path / "s" / ".stop").touch()
-        assert driver.wait(timeout=60) == 0
+        assert driver.wait(timeout=240) == 0
     own = result(tmp_path / "s")
     assert (own["status"], own["reason"]) == ("stopped", "request")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.errors import UserCodeError, WorkerLost
 from launcher.runners.tasks import Shape, TaskOutcome, fits
 from tests.support.clock_ahead import AHEAD, SITE
+from tests.support.waiting import wait_for
 
 CPUS = 2
 PAIR = Shape(2, 1.0, 0.0)
@@ -33,13 +33,14 @@ class Driver:
         self.until(lambda: self.groups.ready(shape), f"no room for {key}")
         self.groups.submit(key, Task(note), shape)
 
-    def until(self, done: Any, what: str, seconds: float = 180.0) -> list[TaskOutcome]:
+    def until(self, done: Any, what: str) -> list[TaskOutcome]:
         ended: list[TaskOutcome] = []
-        deadline = time.monotonic() + seconds
-        while not done():
-            assert time.monotonic() < deadline, what
-            ended += self.groups.poll()
-            time.sleep(0.02)
+
+        def polled() -> Any:
+            ended.extend(self.groups.poll())
+            return done()
+
+        wait_for(polled, 100, what)  # two starts of worker processes
         return ended
 
     def do(self, note: str, shape: Shape = PAIR) -> TaskOutcome:

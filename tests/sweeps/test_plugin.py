@@ -107,7 +107,7 @@ def test_a_program_under_hydra_main_sweeps_with_it(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": root},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     rows = table(tmp_path / "runs" / "s")

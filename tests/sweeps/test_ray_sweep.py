@@ -39,7 +39,6 @@ def test_a_killed_worker_costs_its_trial_one_retry_from_its_checkpoint(words: li
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_sweep_resumes_after_its_driver_and_ray_were_killed(words: list[str], tmp_path: Path) -> None:
     """12 trials, SIGKILL in the middle, resume: 12 completed, none trained twice, equal objectives."""
     swept = ["optimizer.lr=range(0.05,0.65,0.05)", "model.nap=0.01"]
@@ -64,7 +63,6 @@ def test_a_sweep_resumes_after_its_driver_and_ray_were_killed(words: list[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_new_groups_start_on_a_cluster_that_grows(words: list[str], tmp_path: Path) -> None:
     """Would be wrong: new CPUs that no group uses."""
     from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +87,6 @@ def test_new_groups_start_on_a_cluster_that_grows(words: list[str], tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_sizes_are_swept(words: list[str]) -> None:
     """Would be wrong: a trial of two workers that waits forever behind those of one, or other objectives."""
     found = launcher.sweep(*words, "optimizer.lr=0.1,0.2", "scaling.workers=1,2", config_dir=PROJECT, quiet=True)

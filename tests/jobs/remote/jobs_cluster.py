@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.stores import free_port
+from tests.support.waiting import limit
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -53,7 +54,7 @@ class JobsCluster:
         return {**{key: value for key, value in os.environ.items() if key != "PLANTED"}, **own}
 
     def wait(self, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
+        end = time.monotonic() + limit(seconds)
         request = urllib.request.Request(f"{self.url}/api/version", headers={"Authorization": f"Bearer {self.token}"})
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=2):

@@ -39,7 +39,6 @@ def wait_until(
     wait_for(has_step, seconds, lambda: ssh_machines.laptop.log()[-3000:])
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ssh_machines", [(3,)], indirect=True)
 def test_a_run_on_hosts_equals_a_local_run_even_if_a_machine_is_lost(ssh_machines: SshLab, here: Place) -> None:
     """One worker on each host; the metrics, checkpoints and logs are on the laptop; no secret is visible."""
@@ -70,7 +69,7 @@ def test_a_run_on_hosts_equals_a_local_run_even_if_a_machine_is_lost(ssh_machine
     wait_for(lambda: "step " in log().partition("(failure 1")[2], 150, lambda: log()[-3000:])  # the next group trains
     stopped = ssh_machines.launch("stop", "two", seconds=100)
     assert stopped.status == 0, stopped.err
-    assert training.wait(100) == 0, log()[-3000:]
+    assert training.wait(240) == 0, log()[-3000:]
     assert "Continuing from step 8." in log()
     found = result(runs / "two")
     assert (found["status"], found["restarts"], found["workers"]) == ("stopped", 2, 2)  # run.resume and the loss
@@ -98,7 +97,6 @@ def test_a_run_on_hosts_equals_a_local_run_even_if_a_machine_is_lost(ssh_machine
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_log_of_a_detached_run_is_complete_on_whichever_host_rank_0_is(ssh_machines: SshLab) -> None:
     """Ray may place rank 0 on the driver's machine or on another."""
     on_one_host_each = ("scaling.workers=2", "scaling.cpus_per_worker=2", "cluster.detach=true")
@@ -125,7 +123,6 @@ def test_the_log_of_a_detached_run_is_complete_on_whichever_host_rank_0_is(ssh_m
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_run_continues_without_the_laptop(ssh_machines: SshLab) -> None:
     run = ssh_machines.calling / "runs" / "away"
     laptop = ssh_machines.start(
@@ -136,7 +133,7 @@ def test_a_run_continues_without_the_laptop(ssh_machines: SshLab) -> None:
     time.sleep(3)
     ssh_machines.laptop.restore_link()
     os.killpg(laptop.pid, signal.SIGKILL)
-    laptop.wait(10)
+    laptop.wait(240)
     before = len((run / "metrics.jsonl").read_text())
     long_ago = time.time() - 1000  # as if the laptop had been away for longer than a run may be silent
     os.utime(run / ".heartbeat", (long_ago, long_ago))
@@ -159,19 +156,18 @@ def number_of_the_best(sweep: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_sweep_on_two_hosts_equals_a_local_sweep(ssh_machines: SshLab) -> None:
     """Each trial has one worker per host, the hosts share no disk, and the laptop is disconnected during the sweep."""
     words = ssh_machines.words()
     swept = ("-m", *TINY, "optimizer.lr=1e-3,3e-3,1e-2", "trainer.epochs=12", "checkpoint.every=5", "scaling.workers=2")
     sweep = ssh_machines.calling / "runs" / "grid"
     laptop = ssh_machines.start(*swept, *words, "run.name=grid")
-    latest = time.monotonic() + 150
+    latest = time.monotonic() + 240
     while "trial 0 completed" not in ssh_machines.laptop.log():
         assert time.monotonic() < latest, ssh_machines.laptop.log()[-3000:]
         time.sleep(0.5)
     os.killpg(laptop.pid, signal.SIGKILL)
-    laptop.wait(10)
+    laptop.wait(240)
     stopped = ssh_machines.launch("stop", "grid", seconds=100)
     assert stopped.status == 0, stopped.err
     assert result(sweep)["status"] == "stopped"
@@ -204,7 +200,6 @@ def test_a_sweep_on_two_hosts_equals_a_local_sweep(ssh_machines: SshLab) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_one_trial_of_a_remote_sweep_is_followed_and_stopped(ssh_machines: SshLab) -> None:
     """First the trial is stopped by its name, then the sweep."""
     words = ssh_machines.words(ssh_machines.machines[0].name)
@@ -213,7 +208,7 @@ def test_one_trial_of_a_remote_sweep_is_followed_and_stopped(ssh_machines: SshLa
     assert sent.status == 0, sent.err
     assert "launch logs night" in sent.err
     sweep = ssh_machines.calling / "runs" / "night"
-    latest = time.monotonic() + 90
+    latest = time.monotonic() + 240
     while not (sweep / "0" / "metrics.jsonl").exists():
         assert time.monotonic() < latest, ssh_machines.launch("logs", "night", "--no-follow").err
         ssh_machines.launch("logs", "night", "--no-follow", seconds=60)
@@ -229,7 +224,6 @@ def test_one_trial_of_a_remote_sweep_is_followed_and_stopped(ssh_machines: SshLa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_no_trial_fails_with_a_machine_that_is_lost(ssh_machines: SshLab) -> None:
     """Ray treats the machine as alive for a minute; trials must not wait for it."""
     swept = ("-m", *TINY, "optimizer.lr=1e-3,2e-3,3e-3,1e-2", "trainer.epochs=40", "checkpoint.every=20")
@@ -238,7 +232,7 @@ def test_no_trial_fails_with_a_machine_that_is_lost(ssh_machines: SshLab) -> Non
     driver = ssh_machines.start(*swept, *one_a_host, *ssh_machines.words(), "run.name=lossy")
     wait_until(ssh_machines, driver, sweep / "1", 40, 150)
     ssh_machines.machines[1].kill()
-    assert driver.wait(200) == 0, ssh_machines.laptop.log()[-3000:]
+    assert driver.wait(240) == 0, ssh_machines.laptop.log()[-3000:]
     assert "It resumes (consecutive failure 1" in ssh_machines.laptop.log()
     alone = ssh_machines.launch(*swept, "run.name=here", "cluster=none", seconds=100)
     assert alone.status == 0, alone.err

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import namespaces
-from tests.support.waiting import wait_for
+from tests.support.waiting import limit, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 PORT = 6379
@@ -135,7 +135,7 @@ class Host:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=limit(seconds),
             check=False,
         )
 
@@ -198,7 +198,7 @@ class Host:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if self.ray is not None:
-            self.ray.wait(10)
+            self.ray.wait(240)
             self.ray = None
         self.worn = False
 
@@ -206,7 +206,7 @@ class Host:
         self.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._keeper.pid, signal.SIGKILL)
-        self._keeper.wait(10)
+        self._keeper.wait(240)
         assert self._keeper.stdout is not None
         self._keeper.stdout.close()
 
@@ -297,4 +297,4 @@ class Lab:
         for host in self.hosts:
             host.kill()
         for process in self.started:
-            process.wait(10)
+            process.wait(240)

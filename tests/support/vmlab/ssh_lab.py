@@ -22,7 +22,7 @@ from tests.support import servers
 from tests.support.command import PROJECT, Result
 from tests.support.vmlab.lab import ROOT, Host, Lab
 from tests.support.vmlab.lab import why_not as why_no_lab
-from tests.support.waiting import PATIENCE, wait_for
+from tests.support.waiting import limit, wait_for
 
 PORT = 22
 
@@ -143,7 +143,7 @@ class SshLab(Lab):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=PATIENCE * seconds,
+            timeout=limit(seconds),
             check=False,
         )
         return Result(done.returncode, done.stdout, done.stderr)
