@@ -105,6 +105,7 @@ def _words_for_head(line: Line, shares_files: bool) -> list[str]:
     if not request.config_dir.is_relative_to(request.calling):
         raise ConfigError(
             f"--config-dir {request.config_dir} is outside of the calling directory, which is the working directory in "
-            "the image of cluster.image. Choose a directory inside of it."
+            "the image of cluster.image. Choose a directory inside of it.",
+            key="--config-dir",
         )
     return ["--config-dir", str(request.config_dir.relative_to(request.calling)), *words]

@@ -39,4 +39,6 @@ def down(line: Line) -> int:
 
 def _accept_no_words(line: Line) -> None:
     if line.words:
-        raise ConfigError(f'"{masked(line.words[0])}" has no effect on launch {line.verb}. Leave it out.')
+        raise ConfigError(
+            f'"{masked(line.words[0])}" has no effect on launch {line.verb}. Leave it out.', key=masked(line.words[0])
+        )

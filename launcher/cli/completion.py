@@ -68,7 +68,9 @@ def install(shell: str) -> str:
         ConfigError: the shell is unknown.
     """
     if shell not in SHELLS:
-        raise ConfigError(f"--install-completion {shell}: completion exists for {', '.join(SHELLS)}.")
+        raise ConfigError(
+            f"--install-completion {shell}: completion exists for {', '.join(SHELLS)}.", key="--install-completion"
+        )
     home = Path.home()
     if shell == "fish":
         script = _directory("XDG_CONFIG_HOME", home / ".config") / "fish/completions/launch.fish"

@@ -99,12 +99,13 @@ def take_filter(words: Sequence[str]) -> tuple[Filter, list[str]]:
             continue
         parts = tuple(part for part in value.strip("[]").split(",") if part)
         if not parts:
-            raise ConfigError(f"{key}= needs a value, such as {_EXAMPLES[key]}.")
+            raise ConfigError(f"{key}= needs a value, such as {_EXAMPLES[key]}.", key=key)
         if key == "state":
             if unknown := [part for part in parts if part not in STATES]:
                 raise ConfigError(
                     f"state={unknown[0]} is unknown. The states are {', '.join(STATES)}."
-                    f"{did_you_mean(unknown[0], STATES)}"
+                    f"{did_you_mean(unknown[0], STATES)}",
+                    key="state",
                 )
             options["states"] = parts
         elif key == "columns":
@@ -114,7 +115,9 @@ def take_filter(words: Sequence[str]) -> tuple[Filter, list[str]]:
         else:
             age = _AGE.fullmatch(value)
             if age is None:
-                raise ConfigError(f"last={value}: expected a number of min, h, d or w, such as {_EXAMPLES['last']}.")
+                raise ConfigError(
+                    f"last={value}: expected a number of min, h, d or w, such as {_EXAMPLES['last']}.", key="last"
+                )
             options["newest"] = float(age[1]) * _SECONDS[age[2]]
     return Filter(**options), others
 

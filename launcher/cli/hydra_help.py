@@ -55,7 +55,9 @@ class HydraFlags:
             )
         for flag, known in (("cfg", CFG), ("info", INFO)):
             if (value := flags.get(flag)) is not None and value not in known:
-                raise ConfigError(f"--{flag} {value} is not one of {', '.join(known)}.{did_you_mean(value, known)}")
+                raise ConfigError(
+                    f"--{flag} {value} is not one of {', '.join(known)}.{did_you_mean(value, known)}", key=f"--{flag}"
+                )
         if flags.keys() & {"package", "resolve"} and "cfg" not in flags:
             raise ConfigError("--package and --resolve select what --cfg prints. Add --cfg job.")
         return cls("hydra_help" in flags, flags.get("cfg"), flags.get("info"), flags.get("package"), "resolve" in flags)
@@ -121,7 +123,9 @@ def _yaml(tree: dict[str, Any], package: str | None) -> str:
     found: Any = tree
     for part in str(package).split("."):
         if not isinstance(found, dict) or part not in found:
-            raise ConfigError(f"--package {package}: there is no such section.{did_you_mean(str(package), tree)}")
+            raise ConfigError(
+                f"--package {package}: there is no such section.{did_you_mean(str(package), tree)}", key="--package"
+            )
         found = found[part]
     if not isinstance(found, (dict, list)):
         return f"{found}\n"

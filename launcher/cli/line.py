@@ -82,9 +82,13 @@ def parse(arguments: Sequence[str]) -> Line:
             _read_flag(line, spelling, value if equals else None, rest)
         elif word.startswith("-"):
             if spelling in _INSTEAD:
-                raise ConfigError(f"{spelling} is a flag of Hydra that launch does not have: {_INSTEAD[spelling]}.")
+                raise ConfigError(
+                    f"{spelling} is a flag of Hydra that launch does not have: {_INSTEAD[spelling]}.", key=spelling
+                )
             hint = did_you_mean(word, _SPELLINGS)
-            raise ConfigError(f'"{word}" is not a flag of launch.{hint} `launch {line.verb} --help` lists the flags.')
+            raise ConfigError(
+                f'"{word}" is not a flag of launch.{hint} `launch {line.verb} --help` lists the flags.', key=spelling
+            )
         elif line.verb == "predict" and spelling == "input" and value:
             line.input = value
         elif "=" in word or word.startswith("~"):
@@ -96,7 +100,7 @@ def parse(arguments: Sequence[str]) -> Line:
         elif VERBS[line.verb].named == "runs" and line.other is None:
             line.other = word
         else:
-            raise ConfigError(_explain_word(word, line))
+            raise ConfigError(_explain_word(word, line), key=word)
     if VERBS[line.verb].named == "runs" and line.other is None and "help" not in line.flags:
         raise ConfigError(
             f"launch {line.verb} needs the names of two runs: launch {line.verb} A B. `launch runs` lists the runs."
@@ -127,10 +131,10 @@ def _read_flag(line: Line, spelling: str, value: str | None, rest: list[str]) ->
     flag = _SPELLINGS[spelling]
     verbs = [verb.name for verb in VERBS.values() if flag.name in verb.flags]
     if verbs and line.verb not in verbs:
-        raise ConfigError(f"{spelling} belongs to launch {' and launch '.join(verbs)}. Leave it out.")
+        raise ConfigError(f"{spelling} belongs to launch {' and launch '.join(verbs)}. Leave it out.", key=spelling)
     if flag.value is None:
         if value is not None:
-            raise ConfigError(f"{spelling} takes no value.")
+            raise ConfigError(f"{spelling} takes no value.", key=spelling)
         line.flags[flag.name] = "yes"
         return
     has_default = flag.default is not None
@@ -138,9 +142,11 @@ def _read_flag(line: Line, spelling: str, value: str | None, rest: list[str]) ->
         value = rest.pop(0)
     value = value or flag.default
     if value is None:
-        raise ConfigError(f"{spelling} needs a value: {spelling} {flag.value}.")
+        raise ConfigError(f"{spelling} needs a value: {spelling} {flag.value}.", key=spelling)
     if line.flags.get(flag.name, value) != value:
-        raise ConfigError(f"{spelling} is given twice, with {line.flags[flag.name]} and {value}. Choose one.")
+        raise ConfigError(
+            f"{spelling} is given twice, with {line.flags[flag.name]} and {value}. Choose one.", key=spelling
+        )
     line.flags[flag.name] = value
 
 

@@ -95,7 +95,7 @@ def board(line: Line) -> int:
     root = run_root(line)
     port, host = line.flags.get("port", "6006"), line.flags.get("host", "127.0.0.1")
     if not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"--port {port}: a port is a number from 1 to 65535, such as 6006.")
+        raise ConfigError(f"--port {port}: a port is a number from 1 to 65535, such as 6006.", key="--port")
     if not root.is_dir():
         raise RunError(f"There is no run root {root} yet. Train a job first, or choose another: run.root=DIRECTORY.")
     displayed = RunDirectory(root / "run").root
@@ -123,7 +123,9 @@ def run_root(line: Line) -> Path:
     for word in line.words:
         if key_of(word) not in accepted:
             raise ConfigError(
-                f'"{masked(word)}" has no effect on launch {line.verb}, which accepts run.root=DIRECTORY. Leave it out.'
+                f'"{masked(word)}" has no effect on launch {line.verb}, which accepts run.root=DIRECTORY. '
+                "Leave it out.",
+                key=masked(word),
             )
     return root_of(run_section(request_of(line)).root)
 

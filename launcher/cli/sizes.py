@@ -29,7 +29,9 @@ def sizes(line: Line) -> int:
         )
     region = line.flags.get("region", REGION)
     if not region.isalnum():
-        raise ConfigError(f"--region {region}: the name of an Azure region is letters and digits, such as eastus.")
+        raise ConfigError(
+            f"--region {region}: the name of an Azure region is letters and digits, such as eastus.", key="--region"
+        )
     found, source = known(region.lower(), ask="offline" not in line.flags)
     if "json" in line.flags:
         say(source)

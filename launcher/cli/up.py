@@ -17,7 +17,7 @@ from launcher.jobs.training import ended_by_signals
 def up(line: Line) -> int:
     """Run `launch up`: print the name of the cluster."""
     if line.name is not None:
-        raise ConfigError(f"launch up takes the name of a cluster as cluster.name={line.name}.")
+        raise ConfigError(f"launch up takes the name of a cluster as cluster.name={line.name}.", key="cluster.name")
     line.words = confirmed(line.words)
     cluster = prepare.composed(request_of(line)).job.cluster
     with ended_by_signals():  # SIGTERM as well as Ctrl-C: what was created is removed again, and reported

@@ -146,7 +146,8 @@ def compose(
         names = masking.find_masked(unresolved) or masked
         raise ConfigError(
             f"{', '.join(names)}: the value was a secret, which is never written to config.yaml. Give it again on the "
-            f"command line, {names[0]}=..., or refer to an environment variable, ${{oc.env:NAME}}."
+            f"command line, {names[0]}=..., or refer to an environment variable, ${{oc.env:NAME}}.",
+            key=names[0],
         )
     masking.remember(masking.secrets_in(tree))
     check_foreign_keys(tree["cluster"])
@@ -210,7 +211,9 @@ def _parse_words(
         try:
             parsed.append((word, parser.parse_override(word)))
         except HydraException as error:
-            raise ConfigError(not_an_override(word, groups, str(error).splitlines()[0])) from None
+            raise ConfigError(
+                not_an_override(word, groups, str(error).splitlines()[0]), key=masked(word.partition("=")[0])
+            ) from None
     found = parse_overrides(parsed, groups, None if of_a_run else _listed_groups(where), own)
     kinds = [
         _kind_of_option(override.value(), where) for _, override in parsed if override.get_key_element() == "cluster"
@@ -259,7 +262,10 @@ def _compose_validated(
     """
     composed = compose_with_hydra(plan.overrides, where, node, settings)
     if composed["hydra"]["job"]["env_copy"]:
-        raise ConfigError("hydra.job.env_copy copies variables of the environment; launch does not use it. Remove it.")
+        raise ConfigError(
+            "hydra.job.env_copy copies variables of the environment; launch does not use it. Remove it.",
+            key="hydra.job.env_copy",
+        )
     if stored is None:
         resolvers.import_for(OmegaConf.to_container(composed, resolve=False), plan.trust)
     tree, unresolved = _resolve(composed, only)
@@ -359,21 +365,24 @@ def _resolve(composed: DictConfig, only: str | None = None) -> tuple[dict[str, A
             is_node = OmegaConf.is_config(value)
             tree[name] = OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if is_node else value
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no value yet (???). Give it: {error.full_key}=...") from error
+        raise ConfigError(
+            f"{error.full_key} has no value yet (???). Give it: {error.full_key}=...", key=error.full_key or ""
+        ) from error
     except InterpolationResolutionError as error:
         reason = " ".join(str(error).splitlines()[0].split())
         if "Environment variable" in reason:
             variable = reason.partition("Environment variable '")[2].partition("'")[0]
             raise ConfigError(
                 f"{error.full_key} needs the environment variable {variable}, which is not set: set it, "
-                "or give the key a value."
+                "or give the key a value.",
+                key=error.full_key or "",
             ) from error
-        raise ConfigError(f"{error.full_key} cannot be interpolated: {reason}.") from error
+        raise ConfigError(f"{error.full_key} cannot be interpolated: {reason}.", key=error.full_key or "") from error
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         if key and not keys.is_known(key):
-            raise ConfigError(f'There is no key "{key}".{keys.explain_unknown(key)}') from error
-        raise ConfigError(wrong_type(key, error) if key else " ".join(str(error).split())) from error
+            raise ConfigError(f'There is no key "{key}".{keys.explain_unknown(key)}', key=key) from error
+        raise ConfigError(wrong_type(key, error) if key else " ".join(str(error).split()), key=key) from error
     assert isinstance(unresolved, dict)
     return tree, {str(key): value for key, value in unresolved.items() if key != "hydra"}
 

@@ -78,7 +78,7 @@ def check_file(content: Any, defaults: Any, file: Path | str) -> None:
     if any(key.endswith("._target_") for key in keys):
         return
     for key in [*chosen, *keys]:
-        raise ConfigError(f"{file}: {key} has no effect: {explain(key)}. Remove it.")
+        raise ConfigError(f"{file}: {key} has no effect: {explain(key)}. Remove it.", key=key)
 
 
 def check_reference(name: str) -> None:

@@ -172,4 +172,4 @@ def text(key: str) -> str:
     if is_known(key):
         meaning = meaning_of.get(key, meaning_of[section])
         return f"{key}: an argument of the class that {section}._target_ names\n  {meaning}\n  {page}"
-    raise ConfigError(f'"{key}" is no key of the configuration.{explain_unknown(key)}')
+    raise ConfigError(f'"{key}" is no key of the configuration.{explain_unknown(key)}', key=key)

@@ -63,12 +63,13 @@ def parse_overrides(
         if override.is_sweep_override():
             raise ConfigError(
                 f'"{masked(word)}" names several values, which is a sweep: add -m for one run each, '
-                f"write {key}=[...] for a list, or quote the value for a text with a comma in it."
+                f"write {key}=[...] for a list, or quote the value for a text with a comma in it.",
+                key=key,
             )
         if word == "hydra/sweeper=launch":
             continue  # it is always used
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-            raise ConfigError(f'"{masked(word)}" has no effect: {hydra_settings.explain(key)}. Leave it out.')
+            raise ConfigError(f'"{masked(word)}" has no effect: {hydra_settings.explain(key)}. Leave it out.', key=key)
         typed = own is None or word in own
         if key == "trust":
             if not typed:
@@ -119,7 +120,9 @@ def _read_trust(override: Any, word: str) -> list[str]:
         or not isinstance(names, list)
         or not all(isinstance(name, str) and all(p.isidentifier() for p in name.split(".")) for name in names)
     ):
-        raise ConfigError(f'"{masked(word)}" must be a list of package names, for example trust=[mypackage].')
+        raise ConfigError(
+            f'"{masked(word)}" must be a list of package names, for example trust=[mypackage].', key="trust"
+        )
     return [str(name) for name in names]
 
 
@@ -128,7 +131,8 @@ def _group_word(override: Any, word: str, groups: Mapping[str, list[str]], liste
     if listed is None and group == "experiment":
         raise ConfigError(
             f'"{masked(word)}" cannot be applied to the configuration of a run that exists: an experiment is a whole '
-            "configuration of its own. Give the groups and keys that are to change, or start a new run."
+            "configuration of its own. Give the groups and keys that are to change, or start a new run.",
+            key=group,
         )
     if override.is_delete():
         return word
@@ -140,7 +144,8 @@ def _group_word(override: Any, word: str, groups: Mapping[str, list[str]], liste
         if stem not in groups.get(folder, []):
             raise ConfigError(
                 f'"{masked(word)}": there is no {group} called "{name}".{did_you_mean(name, groups[group])} '
-                f"There are: {', '.join(groups[group])}."
+                f"There are: {', '.join(groups[group])}.",
+                key=group,
             )
     body = word.lstrip("+")
     # `+` is optional: a group of the defaults list is overridden, any other group is added.
@@ -152,13 +157,16 @@ def _group_word(override: Any, word: str, groups: Mapping[str, list[str]], liste
 def _check_key(override: Any, word: str, groups: Mapping[str, list[str]]) -> None:
     key = override.key_or_group
     if override.package is not None or "/" in key:
-        raise ConfigError(f'"{masked(word)}": there is no configuration group "{key}".{did_you_mean(key, groups)}')
+        raise ConfigError(
+            f'"{masked(word)}": there is no configuration group "{key}".{did_you_mean(key, groups)}', key=key
+        )
     if key.startswith("trust."):
-        raise ConfigError(f'"{masked(word)}" is not understood: write trust=[PACKAGE].')
+        raise ConfigError(f'"{masked(word)}" is not understood: write trust=[PACKAGE].', key=key)
     if keys.is_known(key):
         if override.is_delete() and key.partition(".")[0] not in keys.OPEN_SECTIONS:
             raise ConfigError(
-                f'"{masked(word)}": {key} is part of every configuration and cannot be deleted. Set it instead.'
+                f'"{masked(word)}": {key} is part of every configuration and cannot be deleted. Set it instead.',
+                key=key,
             )
         return
-    raise ConfigError(f'"{masked(word)}": there is no key "{key}".{keys.explain_unknown(key, groups)}')
+    raise ConfigError(f'"{masked(word)}": there is no key "{key}".{keys.explain_unknown(key, groups)}', key=key)

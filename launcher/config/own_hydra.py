@@ -77,7 +77,7 @@ def compose_with_hydra(
         given = initialize(overrides, where, primary, settings)
         return hydra.compose(PRIMARY, given, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, where)) from error
+        raise _explain(error, where) from error
     except YAMLError as error:
         raise ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.") from error
     except (ValueError, KeyError, TypeError, OSError, AssertionError) as error:
@@ -156,8 +156,8 @@ def stored_node(content: Mapping[str, Any], groups: Sequence[str]) -> dict[str, 
     return {"defaults": [SCHEMA, "_self_", *({group: None} for group in dict.fromkeys(groups))], **node}
 
 
-def _explain(error: BaseException, where: Sources) -> str:
-    """Convert an exception of Hydra or OmegaConf into one paragraph in terms of launch."""
+def _explain(error: BaseException, where: Sources) -> ConfigError:
+    """Convert an exception of Hydra or OmegaConf into an error of one paragraph in terms of launch."""
     groups = where.groups()
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -170,19 +170,20 @@ def _explain(error: BaseException, where: Sources) -> str:
             group, _, option = link.missing_cfg_file.rpartition("/")
             known = groups.get(group, [])
             listing = f" There are: {', '.join(known)}." if known else ""
-            return (
+            return ConfigError(
                 f'There is no configuration file "{link.missing_cfg_file}.yaml" in '
-                f"{' or '.join(str(d) for d in where.directories)}.{did_you_mean(option, known)}{listing}"
+                f"{' or '.join(str(d) for d in where.directories)}.{did_you_mean(option, known)}{listing}",
+                key=group,
             )
         if isinstance(link, (ConfigKeyError, ConfigAttributeError)) and key and not keys.is_known(key):
             hint = keys.explain_unknown(key, groups)
             if key in groups or key == "local":
                 hint = f' If {key} is a directory of yours, its files begin with "# @package _global_".'
-            return f'{_file_of(error)}there is no key "{key}".{hint}'
+            return ConfigError(f'{_file_of(error)}there is no key "{key}".{hint}', key=key)
         if isinstance(link, ValidationError) and key:
-            return f"{_file_of(error)}{wrong_type(key, link)}"
+            return ConfigError(f"{_file_of(error)}{wrong_type(key, link)}", key=key)
     reason = next((text for text in (str(link).strip() for link in reversed(chain)) if text), type(error).__name__)
-    return f"{_file_of(error)}{' '.join(reason.partition('full_key:')[0].split())}"
+    return ConfigError(f"{_file_of(error)}{' '.join(reason.partition('full_key:')[0].split())}")
 
 
 def wrong_type(key: str, error: BaseException) -> str:

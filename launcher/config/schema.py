@@ -149,7 +149,9 @@ def cluster_section(tree: Mapping[str, Any]) -> ClusterConfig:
     known = {each.name for each in fields(make)}
     foreign = {key for other in kinds.values() for key in own_keys(other)}
     if unknown := [key for key in tree if key not in known | foreign]:
-        raise ConfigError(f"cluster.{unknown[0]} is no key of any cluster kind: {', '.join(kinds)}.")
+        raise ConfigError(
+            f"cluster.{unknown[0]} is no key of any cluster kind: {', '.join(kinds)}.", key=f"cluster.{unknown[0]}"
+        )
     found: ClusterConfig = make(**{key: value for key, value in tree.items() if key in known})
     return found
 
@@ -275,7 +277,8 @@ def parse_interval(value: Any, key: str) -> Interval:
                 return Interval(epochs=int(number)) if unit else Interval(steps=int(number))
     raise ConfigError(
         f"{key} is {value!r}, but must be a number of steps (50), of epochs (1ep) or a time (30s, 10min, 2h), "
-        "above zero."
+        "above zero.",
+        key=key,
     )
 
 

@@ -73,11 +73,14 @@ def user_settings() -> Settings:
     if unknown:
         raise ConfigError(
             f"{file} sets {', '.join(unknown)}, but it may contain only `cluster` and `run.root`. Put "
-            "settings of a job into an experiment, or into local/default.yaml of a --config-dir."
+            "settings of a job into an experiment, or into local/default.yaml of a --config-dir.",
+            key=unknown[0],
         )
     root = run.get("root")
     if isinstance(cluster, str):
         return Settings(cluster, {}, root)
     if not isinstance(cluster, Mapping) or not isinstance(cluster.get("kind", ""), str):
-        raise ConfigError(f"{file}: cluster must be a mapping of keys to values, or the name of an option.")
+        raise ConfigError(
+            f"{file}: cluster must be a mapping of keys to values, or the name of an option.", key="cluster"
+        )
     return Settings(cluster.get("kind"), {key: value for key, value in cluster.items() if key != "kind"}, root)

@@ -63,7 +63,8 @@ def check(tree: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
     for key in _hydra_keys(tree):
         raise ConfigError(
             f"{key} is not understood: launch builds the class under `_target_` itself, from the keys beside it. "
-            "Leave the key out."
+            "Leave the key out.",
+            key=key,
         )
 
 
@@ -181,7 +182,9 @@ def _import(path: str) -> Any:
         if not hasattr(found, part):
             known = [word for word in dir(found) if isinstance(getattr(found, word, None), type)]
             owner = ".".join(parts[:index])
-            raise ConfigError(f'_target_ names "{path}", but {owner} has no "{part}".{did_you_mean(part, known)}')
+            raise ConfigError(
+                f'_target_ names "{path}", but {owner} has no "{part}".{did_you_mean(part, known)}', key=path
+            )
         found = getattr(found, part)
         # Every module that another one imports is its attribute (`models.vision.torch.load`): such detours are closed.
         if index < len(parts) - 1 and not isinstance(found, type):
@@ -194,15 +197,16 @@ def _import_module(name: str, path: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name:
-            raise ConfigError(f'_target_ names "{path}", but there is no module "{name}".') from error
+            raise ConfigError(f'_target_ names "{path}", but there is no module "{name}".', key=path) from error
         raise ConfigError(
-            f'_target_ names "{path}", whose module "{name}" needs the package "{error.name}", which is not installed.'
+            f'_target_ names "{path}", whose module "{name}" needs the package "{error.name}", which is not installed.',
+            key=path,
         ) from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise ConfigError(
-            f'_target_ names "{path}", but importing "{name}" raised {type(error).__name__}: {error}{where}.'
+            f'_target_ names "{path}", but importing "{name}" raised {type(error).__name__}: {error}{where}.', key=path
         ) from error
 
 
@@ -259,7 +263,7 @@ def check_signature(section: Mapping[str, Any], kind: str, trust: Sequence[str] 
 
 def _check_section(section: Mapping[str, Any], kind: str, trust: Sequence[str], at: str, nested: bool = False) -> None:
     if "_target_" not in section:
-        raise ConfigError(f"{at} names no class: it needs a `_target_`, for example {_example(kind)}.")
+        raise ConfigError(f"{at} names no class: it needs a `_target_`, for example {_example(kind)}.", key=at)
     _check_name(section["_target_"], at, trust)
     cls = resolve(section["_target_"], kind, trust, nested=nested)
     label = section["_target_"]
@@ -270,17 +274,23 @@ def _check_section(section: Mapping[str, Any], kind: str, trust: Sequence[str], 
     names, open_ended, required = _parameters(cls)
     optional = section.get(IF_TAKEN, {})
     if not isinstance(optional, Mapping):
-        raise ConfigError(f"{at}.{IF_TAKEN} must be a mapping of arguments to values, but is {optional!r}.")
+        raise ConfigError(
+            f"{at}.{IF_TAKEN} must be a mapping of arguments to values, but is {optional!r}.", key=f"{at}.{IF_TAKEN}"
+        )
     keys = [str(key) for key in section if key not in ("_target_", IF_TAKEN) and key not in reserved]
     for key in keys:
         if key in supplied:
-            raise ConfigError(f"{at}.{key} is given by the engine and cannot be configured. Leave it out.")
+            raise ConfigError(
+                f"{at}.{key} is given by the engine and cannot be configured. Leave it out.", key=f"{at}.{key}"
+            )
         if key not in names and not open_ended:
             takes = ", ".join(name for name in names if name not in supplied) or "nothing"
-            raise ConfigError(f"{at}.{key} is not taken by {label}.{did_you_mean(key, names)} It takes: {takes}.")
+            raise ConfigError(
+                f"{at}.{key} is not taken by {label}.{did_you_mean(key, names)} It takes: {takes}.", key=f"{at}.{key}"
+            )
     for name in required:
         if name not in keys and name not in supplied and name not in offered:
-            raise ConfigError(f"{at}.{name} is not set, and {label} needs it. Add {at}.{name}=...")
+            raise ConfigError(f"{at}.{name} is not set, and {label} needs it. Add {at}.{name}=...", key=f"{at}.{name}")
     for key in [*keys, IF_TAKEN]:
         for child, value in _sections(section.get(key), f"{at}.{key}"):
             _check_section(value, kind, trust, child, nested=True)

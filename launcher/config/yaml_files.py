@@ -46,9 +46,11 @@ def read_stored(file: Path) -> Mapping[str, Any]:
     content = dict(read_yaml(file))
     for key in content:
         if key not in {item.name for item in dataclasses.fields(Job)}:
-            raise ConfigError(f'{file}: there is no key "{key}" in a run\'s configuration.{keys.explain_unknown(key)}')
+            raise ConfigError(
+                f'{file}: there is no key "{key}" in a run\'s configuration.{keys.explain_unknown(key)}', key=key
+            )
         if (key in keys.sections() or key in OPEN_SECTIONS) and not isinstance(content[key], (dict, str)):
-            raise ConfigError(f"{file}: {key} must be a mapping of keys to values, but is {content[key]!r}.")
+            raise ConfigError(f"{file}: {key} must be a mapping of keys to values, but is {content[key]!r}.", key=key)
     content.pop("verbose", None)  # it applied to the command, not to the run
     for section, _, name in (key.partition(".") for key in keys.REMOVED):
         if isinstance(content.get(section), dict):

@@ -54,13 +54,15 @@ def build_model(job: Job, runtime: Runtime) -> nn.Module:
     if not callable(getattr(model, "training_step", None)):
         raise ConfigError(
             f"model._target_={job.model['_target_']} has no method training_step(batch), which computes the loss, "
-            "one value per sample. Add it (see docs/extending.md)."
+            "one value per sample. Add it (see docs/extending.md).",
+            key="model._target_",
         )
     rules_of(model)
     if job.trainer.sync_batchnorm:
         if runtime.device.type != "cuda":
             raise ConfigError(
-                "trainer.sync_batchnorm=true needs GPUs (SyncBatchNorm does not support CPU tensors). Leave it out."
+                "trainer.sync_batchnorm=true needs GPUs (SyncBatchNorm does not support CPU tensors). Leave it out.",
+                key="trainer.sync_batchnorm",
             )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(runtime.device)
@@ -92,12 +94,14 @@ def check_batch(job: Job, samples: int, workers: int) -> None:
         raise ConfigError(
             f"trainer.microbatch_size={trainer.microbatch_size} is larger than a worker's share of the global batch: "
             f"{trainer.global_batch_size} samples on {workers} worker(s) are {share} per worker. Leave it out, or "
-            "reduce it."
+            "reduce it.",
+            key="trainer.microbatch_size",
         )
     if trainer.global_batch_size > samples:
         raise ConfigError(
             f"trainer.global_batch_size={trainer.global_batch_size} is larger than the training data, which has "
-            f"{samples} samples. Reduce it to at most that number."
+            f"{samples} samples. Reduce it to at most that number.",
+            key="trainer.global_batch_size",
         )
 
 
@@ -109,7 +113,8 @@ def build_loader(job: Job, data: Data, runtime: Runtime, model: nn.Module) -> Lo
             raise ConfigError(
                 "trainer.deterministic=true does not support training data that are read as a stream, because their "
                 "order depends on the workers. Read them sample by sample (data.stream=false), or leave deterministic "
-                "mode."
+                "mode.",
+                key="trainer.deterministic",
             )
         return StreamLoader(data.train, runtime, job.trainer.seed, fetch=fetch, convert=converter(model))
     return Loader(fetch, runtime.device, data.num_workers, converter(model))
@@ -126,7 +131,8 @@ def build_order(job: Job, data: Data) -> Order:
     if data.weights is not None and not trainer.shuffle:
         raise ConfigError(
             "trainer.shuffle=false keeps the order of the data set, but the data has `weights`, by which samples are "
-            "drawn at random. Remove one of the two."
+            "drawn at random. Remove one of the two.",
+            key="trainer.shuffle",
         )
     if streams and (data.weights is not None or not trainer.shuffle):
         option = "trainer.shuffle=false" if data.weights is None else "`weights` of the data"
@@ -161,7 +167,8 @@ def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
     if trainer.precision != "float32":
         raise ConfigError(
             f"trainer.deterministic=true does not support trainer.precision={trainer.precision}; its exact sums need "
-            "float32. Use trainer.precision=float32, or leave deterministic mode."
+            "float32. Use trainer.precision=float32, or leave deterministic mode.",
+            key="trainer.deterministic",
         )
     chunk = build_split(job).chunk
     assert chunk is not None

@@ -254,7 +254,8 @@ def build_callbacks(job: Job) -> dict[str, Any]:
             f"callbacks.{averages[0]} averages the weights, which strategy={job.strategy.name} does not support: each "
             "worker has different weights, and their average over the workers is evaluated already. Remove the "
             "callback "
-            f"(~callbacks.{averages[0]}), or use strategy={DEFAULT}."
+            f"(~callbacks.{averages[0]}), or use strategy={DEFAULT}.",
+            key=f"callbacks.{averages[0]}",
         )
     return members
 
@@ -266,7 +267,8 @@ def check_callbacks(job: Job, tags: list[str]) -> None:
             raise ConfigError(
                 f"callbacks.{name}.monitor={member.monitor} is not a tag of this job. Available tags: "
                 f"{', '.join(tags)}."
-                f"{did_you_mean(str(member.monitor), tags)}"
+                f"{did_you_mean(str(member.monitor), tags)}",
+                key=f"callbacks.{name}.monitor",
             )
 
 
@@ -287,7 +289,10 @@ class Ema:
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise ConfigError(f"callbacks.ema.decay={decay} must be at least 0 and less than 1, such as 0.999.")
+            raise ConfigError(
+                f"callbacks.ema.decay={decay} must be at least 0 and less than 1, such as 0.999.",
+                key="callbacks.ema.decay",
+            )
         self.decay = decay
         self._updates = 0
         self._averages: dict[str, Tensor] = {}
@@ -351,7 +356,8 @@ class EarlyStopping:
             raise ConfigError(
                 f"callbacks.early_stopping: patience={patience}, min_delta={min_delta}, mode={mode}. patience must be "
                 "at "
-                "least 1, min_delta at least 0, and mode min or max."
+                "least 1, min_delta at least 0, and mode min or max.",
+                key="callbacks.early_stopping",
             )
         self.patience, self.min_delta, self.monitor, self.mode = patience, min_delta, monitor, mode
         self._best: float | None = None

@@ -31,7 +31,7 @@ def construct(section: Mapping[str, Any], kind: str, trust: Sequence[str] = (), 
     except Exception as error:
         if not _is_rejection(error, kind):
             raise
-        raise ConfigError(rejection(section, at or kind, error)) from error
+        raise ConfigError(rejection(section, at or kind, error), key=at or kind) from error
 
 
 def rejection(section: Mapping[str, Any], at: str, error: BaseException) -> str:

@@ -60,7 +60,8 @@ def predict(job: Job, runtime: Runtime, control: Control, weights: str, path: st
     if not callable(getattr(model, "predict_step", None)):
         raise ConfigError(
             f"model._target_={job.model['_target_']} has no method predict_step(batch), which returns one JSON value "
-            "per input. Add it (see docs/extending.md)."
+            "per input. Add it (see docs/extending.md).",
+            key="model._target_",
         )
     dataset, collate = inputs_of(job, data, path)
     names = [str(name) for name in getattr(dataset, "names", None) or range(len(dataset))]
@@ -92,7 +93,8 @@ def inputs_of(job: Job, data: Data, path: str) -> tuple[Any, Any]:
     if not callable(read):
         raise ConfigError(
             f"data._target_={job.data['_target_']} cannot read inputs: its class has no method inputs(path), which "
-            "returns a data set of the inputs (see docs/extending.md). Add it, or choose data that has it."
+            "returns a data set of the inputs (see docs/extending.md). Add it, or choose data that has it.",
+            key="data._target_",
         )
     try:
         dataset = read(path)

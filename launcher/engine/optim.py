@@ -88,13 +88,15 @@ def parameter_groups(
         if "match" not in rule:
             raise ConfigError(
                 "Each entry of optimizer.groups needs the key `match`, a pattern of parameter names; found "
-                f"{dict(rule)}."
+                f"{dict(rule)}.",
+                key="optimizer.groups",
             )
         if not hit:
             raise ConfigError(
                 f'optimizer.groups: no remaining parameter matches the pattern "{rule["match"]}". '
                 f"The model has {len(names)} parameters, such as "
-                f"{', '.join(names[:3])}.{did_you_mean(str(rule['match']), names)}"
+                f"{', '.join(names[:3])}.{did_you_mean(str(rule['match']), names)}",
+                key="optimizer.groups",
             )
     overrides = [{}, *({key: rule[key] for key in rule if key not in ("match", "freeze")} for rule in rules)]
     groups = [
@@ -105,7 +107,8 @@ def parameter_groups(
     if not any(members):
         raise ConfigError(
             "There is nothing to train: all parameters are frozen by optimizer.groups or by the model itself. "
-            "Unfreeze some."
+            "Unfreeze some.",
+            key="optimizer.groups",
         )
     return groups
 
@@ -129,12 +132,16 @@ class WarmupCosine(LambdaLR):
         min_ratio: float = 0.0,
     ) -> None:
         if not 0 <= warmup_ratio <= 1:
-            raise ConfigError(f"scheduler.warmup_ratio={warmup_ratio} must be a fraction of the run between 0 and 1.")
+            raise ConfigError(
+                f"scheduler.warmup_ratio={warmup_ratio} must be a fraction of the run between 0 and 1.",
+                key="scheduler.warmup_ratio",
+            )
         if warmup_steps is None:
             warmup_steps = round(warmup_ratio * total_steps)
         if not 0 <= warmup_steps <= total_steps:
             raise ConfigError(
-                f"scheduler.warmup_steps={warmup_steps} must be between 0 and the {total_steps} steps of the run."
+                f"scheduler.warmup_steps={warmup_steps} must be between 0 and the {total_steps} steps of the run.",
+                key="scheduler.warmup_steps",
             )
 
         def ratio(step: int) -> float:

@@ -55,7 +55,8 @@ def try_optimizer(job: Job, model: nn.Module) -> tuple[Optimizer, int]:
         if isinstance(group.get("lr"), bool) or not isinstance(group.get("lr"), (int, float, torch.Tensor)):
             raise ConfigError(
                 f"optimizer.lr is {group.get('lr')!r}, but every group of {section['_target_']} needs a number: "
-                "schedules and the log read it. Set optimizer.lr."
+                "schedules and the log read it. Set optimizer.lr.",
+                key="optimizer.lr",
             )
     _step(optimizer, section, job)
     each = {
@@ -89,7 +90,8 @@ def try_schedule(job: Job, optimizer: Optimizer, total_steps: int, steps_per_epo
                 reason = "checkpoint.monitor is null" if evaluates else "this job has no validation data"
                 raise ConfigError(
                     f"scheduler._target_={section['_target_']} steps after each evaluation with the value of "
-                    f"checkpoint.monitor, but {reason}. Provide it, or choose a schedule that follows steps."
+                    f"checkpoint.monitor, but {reason}. Provide it, or choose a schedule that follows steps.",
+                    key="scheduler._target_",
                 )
             schedule.try_out(_MAX_STEPS, 1.0)
         except LaunchError:
@@ -115,7 +117,8 @@ def _refuse_closure(kind: type, target: str) -> None:
         raise ConfigError(
             f"optimizer._target_={target} needs a closure that computes the loss several times in one step. The engine "
             "computes each global batch once. Choose an optimizer whose step() takes no closure, such as "
-            "torch.optim.AdamW."
+            "torch.optim.AdamW.",
+            key="optimizer._target_",
         )
 
 
@@ -182,7 +185,8 @@ def _step(optimizer: Optimizer, section: Mapping[str, Any], job: Job) -> None:
     if any(value.is_sparse for p in smalls for value in _state(optimizer, p)):
         raise ConfigError(
             f"optimizer._target_={section['_target_']} has sparse state with these arguments, which checkpoints "
-            f"cannot store.{advice}"
+            f"cannot store.{advice}",
+            key="optimizer._target_",
         )
 
 

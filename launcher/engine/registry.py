@@ -60,7 +60,8 @@ class Registry(Generic[T]):
         if name not in found:
             known = [*self._objects, *found]
             raise ConfigError(
-                f"{self._key} is {name!r}, but must be one of {', '.join(known)}.{did_you_mean(name, known)}"
+                f"{self._key} is {name!r}, but must be one of {', '.join(known)}.{did_you_mean(name, known)}",
+                key=self._key,
             )
         package = found[name].module.partition(".")[0]
         if package not in trust:
@@ -73,6 +74,7 @@ class Registry(Generic[T]):
         except Exception as error:
             raise ConfigError(
                 f"{self._key}={name} cannot be imported from {found[name].value}: {type(error).__name__}: {error}. "
-                f"Repair the installation of {package}, or choose another {self._key}."
+                f"Repair the installation of {package}, or choose another {self._key}.",
+                key=self._key,
             ) from error
         return self._objects.setdefault(name, one)

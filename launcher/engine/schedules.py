@@ -195,7 +195,8 @@ def interval_of(section: Mapping[str, Any]) -> str:
     interval = section.get("interval")
     if interval not in (None, *INTERVALS):
         raise ConfigError(
-            f"scheduler.interval is {interval!r}, but must be step or epoch.{did_you_mean(str(interval), INTERVALS)}"
+            f"scheduler.interval is {interval!r}, but must be step or epoch.{did_you_mean(str(interval), INTERVALS)}",
+            key="scheduler.interval",
         )
     return interval or INTERVALS[0]
 

@@ -259,7 +259,8 @@ def check_monitor(job: Job, tags: list[str], data: Data) -> None:
         return
     raise ConfigError(
         f"checkpoint.monitor={monitor} is not a tag of this job. Available tags: {', '.join(tags)}."
-        f"{did_you_mean(monitor, tags)}"
+        f"{did_you_mean(monitor, tags)}",
+        key="checkpoint.monitor",
     )
 
 

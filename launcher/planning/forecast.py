@@ -95,7 +95,8 @@ def place_workers(job: Job, nodes: Nodes) -> tuple[Placement, tuple[int, ...]]:
     if scaling.device == "cpu" or each == 0:
         raise ConfigError(
             f"cluster.size={vm.name} is a GPU size, but scaling.device={scaling.device} with "
-            f"scaling.gpus_per_worker={each:g} uses no GPU. Omit these two options."
+            f"scaling.gpus_per_worker={each:g} uses no GPU. Omit these two options.",
+            key="cluster.size",
         )
     most = min(int(vm.devices / each), int(vm.vcpus / scaling.cpus_per_worker))
     if most == 0:

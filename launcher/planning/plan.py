@@ -159,7 +159,8 @@ def machines_of(job: Job, ranks: int | None = None) -> Placement:
         raise ConfigError(
             f"cluster.size={job.cluster.size} requests Azure VMs, but cluster={job.cluster.kind} does not create any. "
             "Use cluster=azure to create them, or `launch plan` with the same arguments to see their time and cost. "
-            "Omit cluster.size to run on this machine."
+            "Omit cluster.size to run on this machine.",
+            key="cluster.size",
         )
     if ranks is not None and not kind.is_batch:
         kind = base.in_process()
@@ -174,7 +175,8 @@ def machines_of(job: Job, ranks: int | None = None) -> Placement:
         if ranks is None and scaling.workers not in ("auto", 1):
             raise ConfigError(
                 f"scaling.workers={scaling.workers} was requested, but cluster={kind.name} runs in a single process. "
-                f"Use cluster=local, or run: torchrun --nproc-per-node={scaling.workers} -m launcher ..."
+                f"Use cluster=local, or run: torchrun --nproc-per-node={scaling.workers} -m launcher ...",
+                key="scaling.workers",
             )
         where = found.where if ranks is None else f"{ranks} processes started by torchrun or srun"
         return Placement(kind.name, where, cpus, gpus, ranks or 1, device, scaling.cpus_per_worker, float(use_gpu))
@@ -271,7 +273,9 @@ def plan_on(job: Job, machines: Placement, found: Estimate) -> Plan:
     steps = trainer.steps or trainer.epochs * order.steps_per_epoch
     profile = job.logging.profile
     if profile is not None and profile[1] > steps:
-        raise ConfigError(f"logging.profile={profile}: the run has only {steps} steps. Choose earlier steps.")
+        raise ConfigError(
+            f"logging.profile={profile}: the run has only {steps} steps. Choose earlier steps.", key="logging.profile"
+        )
     microbatch = max(stop - start for start, stop in share)
     parts = {
         "parameters": found.parameter_bytes,

@@ -60,7 +60,9 @@ def plain_path(root: str) -> str:
         return root
     parts = urlsplit(root)
     if parts.netloc not in ("", "localhost") or parts.query or not parts.path.startswith("/"):
-        raise ConfigError(f"run.root={root}: the URI of a directory has three slashes, such as file:///mnt/runs.")
+        raise ConfigError(
+            f"run.root={root}: the URI of a directory has three slashes, such as file:///mnt/runs.", key="run.root"
+        )
     return unquote(parts.path)
 
 
@@ -69,25 +71,30 @@ def check_uri(uri: str) -> str:
     parts = urlsplit(uri)
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in (*SCHEMES, "file"))
-        raise ConfigError(f"run.root names a scheme, {parts.scheme}://, that is not known. Known are {known}.")
+        raise ConfigError(
+            f"run.root names a scheme, {parts.scheme}://, that is not known. Known are {known}.", key="run.root"
+        )
     if parts.scheme == "head":
         if parts.netloc or parts.query or parts.fragment or not re.fullmatch(r"/(?!/).+", parts.path):
             raise ConfigError(
-                f"run.root={uri}: a directory of the machine that drives the run has three slashes, head:///PATH."
+                f"run.root={uri}: a directory of the machine that drives the run has three slashes, head:///PATH.",
+                key="run.root",
             )
         return uri.rstrip("/")
     azure = parts.scheme.startswith("abfs")
     if parts.query or parts.fragment or (parts.password or (parts.username and not azure)):
         raise ConfigError(
             "run.root carries more than a place: leave out what follows ? and any key or password. They would be "
-            "written to config.yaml; credentials come from the environment, see docs/storage.md."
+            "written to config.yaml; credentials come from the environment, see docs/storage.md.",
+            key="run.root",
         )
     if azure and not (parts.username and parts.hostname and "." in parts.hostname):
         raise ConfigError(
-            f"run.root={uri}: a place in Azure Blob storage is abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH."
+            f"run.root={uri}: a place in Azure Blob storage is abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH.",
+            key="run.root",
         )
     if not parts.netloc or any(part in (".", "..", "") for part in parts.path.strip("/").split("/")[1:]):
-        raise ConfigError(f"run.root={uri} is not a place in an object store: SCHEME://BUCKET/PATH.")
+        raise ConfigError(f"run.root={uri} is not a place in an object store: SCHEME://BUCKET/PATH.", key="run.root")
     return uri.rstrip("/")
 
 

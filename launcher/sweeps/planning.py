@@ -77,7 +77,8 @@ def plan_sweep(spec: SweepSpec, observer: Observer) -> SweepPlan:
         if objective.tag not in plan.tags:
             raise ConfigError(
                 f"sweep.metric is {objective.tag}, but the job logs no such tag."
-                f"{did_you_mean(objective.tag, plan.tags)} It logs {', '.join(plan.tags)}."
+                f"{did_you_mean(objective.tag, plan.tags)} It logs {', '.join(plan.tags)}.",
+                key="sweep.metric",
             )
     if spec.resumes:
         check_budget(spec.directory, spec.directory.result(), plan.rate)
@@ -114,7 +115,8 @@ def _check_settings(spec: SweepSpec, composition: Composition, values: dict[str,
             )
             raise ConfigError(
                 f"{key} applies to the sweep as a whole, but the trials have different values: {value!r} with "
-                f"{initial}, and {other[key]!r} with {words}. Set it on the command line, or start one sweep for each."
+                f"{initial}, and {other[key]!r} with {words}. Set it on the command line, or start one sweep for each.",
+                key=key,
             )
 
 

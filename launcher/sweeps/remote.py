@@ -39,7 +39,8 @@ def run(spec: SweepSpec, observer: SweepObserver) -> SweepOutcome:
     if is_gathered(spec.root):
         raise ConfigError(
             f"run.root={spec.root} cannot be used with cluster={spec.cluster.kind}, because the head of the cluster "
-            "drives the sweep. Use a local directory, or remove run.root: the sweep is copied to this machine."
+            "drives the sweep. Use a local directory, or remove run.root: the sweep is copied to this machine.",
+            key="run.root",
         )
     check_trials(spec)
     left = spec.total - _ended(spec)

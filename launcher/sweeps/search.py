@@ -36,7 +36,8 @@ def distribution(axis: Axis, grid: bool = False) -> BaseDistribution:
         if grid:
             raise ConfigError(
                 f"{axis.key} is swept over an interval, which has infinitely many values for a grid. List values "
-                f"({axis.key}=A,B or range(…)), or search: sweep=tpe sweep.trials=20."
+                f"({axis.key}=A,B or range(…)), or search: sweep=tpe sweep.trials=20.",
+                key=axis.key,
             )
         if axis.whole:
             return IntDistribution(int(axis.low), int(axis.high), log=axis.log)

@@ -37,17 +37,20 @@ def repeated_keys(settings: SweepConfig, space: SearchSpace, conditions: Mapping
         if key not in axes:
             raise ConfigError(
                 f"sweep.over={key} repeats trials over a swept key, but {key} is not swept. Add for example "
-                f"{key}=range(3).{did_you_mean(key, list(axes))}"
+                f"{key}=range(3).{did_you_mean(key, list(axes))}",
+                key="sweep.over",
             )
         if not isinstance(axes[key], ChoiceAxis):
             raise ConfigError(
                 f"sweep.over={key} needs a list of values, but {key} is swept over an interval. Use {key}=A,B or "
-                f"{key}=range(3)."
+                f"{key}=range(3).",
+                key="sweep.over",
             )
         if key in conditions:
             raise ConfigError(
                 f"sweep.over={key} cannot be used, because not every option of {conditions[key].parent} has {key}. Use "
-                "a key that all trials have, such as trainer.seed."
+                "a key that all trials have, such as trainer.seed.",
+                key="sweep.over",
             )
     return tuple(keys)
 
@@ -59,10 +62,13 @@ def objectives_of(first: Composition, settings: SweepConfig) -> tuple[Objective,
     given = settings.direction
     directions: list[Any] = list(given) if isinstance(given, list) else [given] * len(tags)
     if not tags or not all(isinstance(tag, str) for tag in tags):
-        raise ConfigError("The sweep has no objective, because checkpoint.monitor is null. Set sweep.metric=TAG.")
+        raise ConfigError(
+            "The sweep has no objective, because checkpoint.monitor is null. Set sweep.metric=TAG.", key="sweep.metric"
+        )
     if len(directions) != len(tags):
         raise ConfigError(
-            f"sweep.metric has {len(tags)} tags, but sweep.direction has {len(directions)}. Set one for each tag."
+            f"sweep.metric has {len(tags)} tags, but sweep.direction has {len(directions)}. Set one for each tag.",
+            key="sweep.metric",
         )
     default = [checkpoint.mode if tag == checkpoint.monitor else "min" for tag in tags]
     found = zip(tags, directions, default, strict=True)
@@ -77,7 +83,8 @@ def number_of_trials(settings: SweepConfig, space: SearchSpace) -> int:
         if settings.trials is not None:
             raise ConfigError(
                 f"sweep.trials={settings.trials} does not apply to a grid, which has one trial per combination. Remove "
-                "it, or search: sweep=random, tpe, gp or cmaes."
+                "it, or search: sweep=random, tpe, gp or cmaes.",
+                key="sweep.trials",
             )
         total = sum(1 for _ in itertools.islice(grid(space), _MOST_TRIALS + 1))
         if total > _MOST_TRIALS:
@@ -86,7 +93,9 @@ def number_of_trials(settings: SweepConfig, space: SearchSpace) -> int:
             )
         return total
     if settings.trials is None:
-        raise ConfigError(f"sweep={settings.sampler} needs the number of trials. Add for example sweep.trials=20.")
+        raise ConfigError(
+            f"sweep={settings.sampler} needs the number of trials. Add for example sweep.trials=20.", key="sweep.trials"
+        )
     if len(space.axes) == len(space.over):
         raise ConfigError(
             f"sweep={settings.sampler} has no key to search over. Sweep a key, such as "
@@ -105,7 +114,8 @@ def warm_start_of(
     if settings.sampler in ("grid", "random", "nsga2"):
         raise ConfigError(
             f"sweep.warm_start={name} has no effect with sweep={settings.sampler}, which does not learn from trials of "
-            "another sweep. Use sweep=tpe, gp or cmaes, or remove sweep.warm_start."
+            "another sweep. Use sweep=tpe, gp or cmaes, or remove sweep.warm_start.",
+            key="sweep.warm_start",
         )
     return warm_start.read(where_others_are(root), name, space, distributions(space, grid=False), objectives)
 
@@ -114,8 +124,14 @@ def check_searchable(settings: SweepConfig, space: SearchSpace, objectives: Sequ
     """Raise ConfigError if the sampler or the pruner does not support the search space or the objectives."""
     sampler(settings, space, 0)
     if len(objectives) > 1 and settings.pruner != "none":
-        raise ConfigError("sweep.pruner supports one objective. Remove it, or set a single sweep.metric.")
+        raise ConfigError(
+            "sweep.pruner supports one objective. Remove it, or set a single sweep.metric.", key="sweep.pruner"
+        )
     if len(objectives) > 1 and settings.sampler in ("cmaes", "gp"):
-        raise ConfigError(f"sweep={settings.sampler} supports one objective. For several, use sweep=nsga2.")
+        raise ConfigError(
+            f"sweep={settings.sampler} supports one objective. For several, use sweep=nsga2.", key="sweep.sampler"
+        )
     if len(objectives) > 1 and space.over:
-        raise ConfigError("sweep.over supports one objective. Remove it, or set a single sweep.metric.")
+        raise ConfigError(
+            "sweep.over supports one objective. Remove it, or set a single sweep.metric.", key="sweep.over"
+        )

@@ -135,7 +135,8 @@ def read_sweep(request: Request) -> SweepSpec:
         raise ConfigError(
             f"run.root={run.root} is an object store, but a sweep keeps its study in a directory. Use a path, and copy "
             "the best run at the end. With cluster=existing the path must be shared, or use head:///PATH; with "
-            "cluster=ssh and azure the sweep is copied to it."
+            "cluster=ssh and azure the sweep is copied to it.",
+            key="run.root",
         )
     root = where_others_are(run.root)
     if run.resume is not False and run.name is not None:

@@ -96,7 +96,8 @@ def parse(word: str) -> Any:
     except HydraException as error:
         raise ConfigError(
             f'"{masked(word)}" cannot be parsed as an override or a sweep ({str(error).splitlines()[0]}). Sweeps are '
-            "written KEY=A,B  KEY=range(1,5)  KEY=interval(0,1)  KEY=tag(log,interval(1e-4,1e-1))  GROUP=glob(*)."
+            "written KEY=A,B  KEY=range(1,5)  KEY=interval(0,1)  KEY=tag(log,interval(1e-4,1e-1))  GROUP=glob(*).",
+            key=masked(word.partition("=")[0]),
         ) from None
 
 
@@ -132,7 +133,7 @@ def _axis(override: Any, word: str, groups: Mapping[str, list[str]], seed: int) 
         or key.startswith(("hydra.", "hydra/", "run.", "sweep", "cluster"))
         or key in ("trust", "verbose")
     ):
-        raise ConfigError(f'"{masked(word)}" cannot be swept: {key} applies to the sweep as a whole.')
+        raise ConfigError(f'"{masked(word)}" cannot be swept: {key} applies to the sweep as a whole.', key=key)
     value = override._value
     if isinstance(value, IntervalSweep):
         return _interval(key, value, word)
@@ -140,7 +141,7 @@ def _axis(override: Any, word: str, groups: Mapping[str, list[str]], seed: int) 
         options = value.filter(groups.get(key, []))
         if not options:
             known = f"Its options are {', '.join(groups[key])}" if key in groups else "It is not a configuration group"
-            raise ConfigError(f'"{masked(word)}" matches no option of {key}. {known}.')
+            raise ConfigError(f'"{masked(word)}" matches no option of {key}. {known}.', key=key)
         return ChoiceAxis(key, tuple(options), tuple(options))
     if isinstance(value, RangeSweep):
         return _range(key, value, word, seed)
@@ -153,23 +154,27 @@ def _axis(override: Any, word: str, groups: Mapping[str, list[str]], seed: int) 
 def _interval(key: str, found: Any, word: str) -> IntervalAxis:
     low, high, log = found.start, found.end, "log" in found.tags
     if low is None or high is None or not low < high:
-        raise ConfigError(f'"{masked(word)}": the first number of an interval must be lower than the second.')
+        raise ConfigError(f'"{masked(word)}": the first number of an interval must be lower than the second.', key=key)
     if log and low <= 0:
-        raise ConfigError(f'"{masked(word)}": on a logarithmic scale an interval must begin above zero.')
+        raise ConfigError(f'"{masked(word)}": on a logarithmic scale an interval must begin above zero.', key=key)
     return IntervalAxis(key, low, high, isinstance(low, int) and isinstance(high, int), log)
 
 
 def _range(key: str, found: Any, word: str, seed: int) -> ChoiceAxis:
     if not found.step:
-        raise ConfigError(f'"{masked(word)}": the step of a range must not be zero.')
+        raise ConfigError(f'"{masked(word)}": the step of a range must not be zero.', key=key)
     values = list(itertools.islice(iter(found.range()), _MOST_VALUES + 1))
     if not values:
-        raise ConfigError(f'"{masked(word)}" is an empty range: its end, the second number, is excluded.')
+        raise ConfigError(f'"{masked(word)}" is an empty range: its end, the second number, is excluded.', key=key)
     if len(values) > _MOST_VALUES:
-        raise ConfigError(f'"{masked(word)}" has more than {_MOST_VALUES:,} values. Use an interval with a search.')
+        raise ConfigError(
+            f'"{masked(word)}" has more than {_MOST_VALUES:,} values. Use an interval with a search.', key=key
+        )
     log = "log" in found.tags
     if log and (found.step != 1 or min(values) <= 0):
-        raise ConfigError(f'"{masked(word)}": on a logarithmic scale a range must have step 1 and begin above zero.')
+        raise ConfigError(
+            f'"{masked(word)}": on a logarithmic scale a range must have step 1 and begin above zero.', key=key
+        )
     if found.shuffle:
         random.Random(seed).shuffle(values)
     step = None if found.shuffle else abs(found.step)
@@ -186,13 +191,15 @@ def _choice(key: str, elements: Sequence[Any], word: str) -> ChoiceAxis:
         ):
             raise ConfigError(
                 f'"{masked(word)}": {text} cannot be swept. Sweep its keys separately, or make each variant an option '
-                "of a configuration group and sweep over the group."
+                "of a configuration group and sweep over the group.",
+                key=key,
             )
         value = text if isinstance(element, list) else element.text if isinstance(element, QuotedString) else element
         if any(is_same(value, other) or value == other for other in values):
             raise ConfigError(
                 f'"{masked(word)}" names {text} twice. Remove one; to repeat trials, sweep over trainer.seed=range(5) '
-                "with sweep.over=trainer.seed."
+                "with sweep.over=trainer.seed.",
+                key=key,
             )
         values.append(value)
         texts.append(text)
@@ -200,6 +207,7 @@ def _choice(key: str, elements: Sequence[Any], word: str) -> ChoiceAxis:
         raise ConfigError(
             f"{key} cannot be swept over literal values: it is a secret, and a sweep records the values of every "
             f"trial. Export each secret as an environment variable and sweep over references, "
-            f"{key}='${{oc.env:FIRST}}','${{oc.env:SECOND}}'."
+            f"{key}='${{oc.env:FIRST}}','${{oc.env:SECOND}}'.",
+            key=key,
         )
     return ChoiceAxis(key, tuple(values), tuple(texts))

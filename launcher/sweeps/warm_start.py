@@ -62,14 +62,16 @@ def read(
     if not completed:
         raise ConfigError(
             f"sweep.warm_start={name}: no trial of {name} is completed. Resume it (launch -m run.name={name} "
-            "run.resume=true), or remove sweep.warm_start."
+            "run.resume=true), or remove sweep.warm_start.",
+            key="sweep.warm_start",
         )
     _check_keys(name, completed, space)
     trials = [trial for one in completed if (trial := _converted(one, space, distributions, name)) is not None]
     if not trials:
         raise ConfigError(
             f"sweep.warm_start={name}: no completed trial of {name} is within the search space of this sweep. Sweep "
-            f"{', '.join(space.keys)} over values that include those of {name}, or remove sweep.warm_start."
+            f"{', '.join(space.keys)} over values that include those of {name}, or remove sweep.warm_start.",
+            key="sweep.warm_start",
         )
     return WarmStart(name, tuple(trials), len(completed))
 
@@ -85,7 +87,8 @@ def _check_objectives(name: str, theirs: Sequence[study.Objective], ours: Sequen
         described = [", ".join(f"{one.direction} {one.tag}" for one in each) for each in (theirs, ours)]
         raise ConfigError(
             f"sweep.warm_start={name}: the objective of {name} is {described[0]}, but this sweep has {described[1]}. "
-            "Set sweep.metric and sweep.direction to the same objective, or remove sweep.warm_start."
+            "Set sweep.metric and sweep.direction to the same objective, or remove sweep.warm_start.",
+            key="sweep.warm_start",
         )
 
 
@@ -96,13 +99,15 @@ def _check_keys(name: str, completed: Sequence[FrozenTrial], space: SearchSpace)
             raise ConfigError(
                 f"sweep.warm_start={name}: {name} sweeps over {key}, but this sweep does not."
                 f"{did_you_mean(key, space.keys)} Sweep over the same keys ({', '.join(theirs)}), or remove "
-                "sweep.warm_start."
+                "sweep.warm_start.",
+                key="sweep.warm_start",
             )
     for key in space.keys:
         if key not in theirs and key not in space.conditions:
             raise ConfigError(
                 f"sweep.warm_start={name}: this sweep has the key {key}, but {name} does not sweep over it. Sweep over "
-                f"the same keys ({', '.join(theirs)}), or remove sweep.warm_start."
+                f"the same keys ({', '.join(theirs)}), or remove sweep.warm_start.",
+                key="sweep.warm_start",
             )
 
 

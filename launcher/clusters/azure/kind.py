@@ -83,13 +83,15 @@ def _check_ssh_from(value: str | None) -> None:
     except ValueError:
         raise ConfigError(
             f"cluster.ssh_from is {value!r}, but must be an address or a network in CIDR notation, such as "
-            "203.0.113.7/32."
+            "203.0.113.7/32.",
+            key="cluster.ssh_from",
         ) from None
     if network.prefixlen < _MIN_PREFIX_BITS:
         raise ConfigError(
             f"cluster.ssh_from={value} opens the head's SSH port to {network.num_addresses:,} addresses. Set it to the "
             "address or network that you connect from, such as 203.0.113.7/32, or omit the key to allow only the "
-            f"address of this machine. To open the port to the whole internet, set cluster.ssh_from={ANYWHERE}."
+            f"address of this machine. To open the port to the whole internet, set cluster.ssh_from={ANYWHERE}.",
+            key="cluster.ssh_from",
         )
 
 

@@ -84,7 +84,8 @@ def check_name(name: str | None) -> str:
     if not re.fullmatch(rf"[a-z]([a-z0-9-]{{0,{LONGEST_NAME - 2}}}[a-z0-9])?", name):
         raise ConfigError(
             f"cluster.name={name} is not a valid name for a cluster of Azure VMs. Use at most {LONGEST_NAME} lowercase "
-            "letters, digits and hyphens; the first character must be a letter and the last must not be a hyphen."
+            "letters, digits and hyphens; the first character must be a letter and the last must not be a hyphen.",
+            key="cluster.name",
         )
     return name
 
@@ -101,7 +102,8 @@ def cluster_specs(cluster: AzureCluster, ask: bool = True) -> list[ClusterSpec]:
     """
     if cluster.size is None:
         raise ConfigError(
-            "cluster=azure needs cluster.size=SIZE, the size of the GPU VMs. `launch sizes` lists the sizes."
+            "cluster=azure needs cluster.size=SIZE, the size of the GPU VMs. `launch sizes` lists the sizes.",
+            key="cluster.size",
         )
     found, mounted = [], tuple(mounts.read(cluster.mounts))
     mounts.setup_lines(mounted)  # raises ConfigError for mounts that VMs do not support
@@ -110,7 +112,10 @@ def cluster_specs(cluster: AzureCluster, ask: bool = True) -> list[ClusterSpec]:
         _check_driver(nodes.size)
         least = nodes.nodes if each.min_nodes is None else each.min_nodes
         if least > nodes.nodes:
-            raise ConfigError(f"cluster.min_nodes={least} is more than cluster.nodes={nodes.nodes}. Lower it.")
+            raise ConfigError(
+                f"cluster.min_nodes={least} is more than cluster.nodes={nodes.nodes}. Lower it.",
+                key="cluster.min_nodes",
+            )
         found.append(
             ClusterSpec(
                 name=check_name(each.name),
@@ -134,7 +139,8 @@ def _check_driver(size: Size) -> None:
         raise ConfigError(
             f"cluster.size={size.name} needs the NVIDIA {size.driver} driver, but the image of cluster=azure "
             "(ubuntu-hpc) has the datacenter driver, with which the VM has no usable GPU. Choose another size (`launch "
-            "sizes`), or create the VMs yourself and use cluster=ssh."
+            "sizes`), or create the VMs yourself and use cluster=ssh.",
+            key="cluster.size",
         )
 
 
@@ -160,7 +166,8 @@ def _alternative(cluster: AzureCluster, other: Any) -> AzureCluster:
     if unknown:
         raise ConfigError(
             f"cluster.alternatives: {unknown[0]!r} is not valid. Each alternative is a mapping with some of the keys "
-            f"{', '.join(ALTERNATIVE_KEYS)}, such as {{size: Standard_NC40ads_H100_v5, region: westeurope}}."
+            f"{', '.join(ALTERNATIVE_KEYS)}, such as {{size: Standard_NC40ads_H100_v5, region: westeurope}}.",
+            key="cluster.alternatives",
         )
     known = {field.name for field in fields(AzureCluster)}
     # A zone belongs to its region: an alternative in another region does not inherit it.

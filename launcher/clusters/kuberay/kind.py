@@ -50,19 +50,24 @@ class KubeRay(ClusterKind):
         names = [(key, getattr(cluster, key)) for key in ("namespace", "secret", "service_account", "priority_class")]
         for key, value in (*names, *(("pull_secrets", secret) for secret in cluster.pull_secrets)):
             if value is not None and not re.fullmatch(_NAME, str(value)):
-                raise ConfigError(f"cluster.{key} is {value!r}, but must be a Kubernetes name, such as my-name.")
+                raise ConfigError(
+                    f"cluster.{key} is {value!r}, but must be a Kubernetes name, such as my-name.", key=f"cluster.{key}"
+                )
         for toleration in cluster.tolerations:
             _check_toleration(toleration)
         for label, value in cluster.node_selector.items():
             if isinstance(value, (Mapping, list)) or value is None:
                 raise ConfigError(
                     f"cluster.node_selector: the value of {label} is {value!r}, but must be text, as in "
-                    "cluster.node_selector={agentpool: gpu}."
+                    "cluster.node_selector={agentpool: gpu}.",
+                    key="cluster.node_selector",
                 )
         for key in ("image", "context"):
             value = getattr(cluster, key)
             if value is not None and (not value or value[0] == "-" or not value.isprintable() or " " in value):
-                raise ConfigError(f"cluster.{key} is {value!r}, but must be a name without spaces.")
+                raise ConfigError(
+                    f"cluster.{key} is {value!r}, but must be a name without spaces.", key=f"cluster.{key}"
+                )
 
     def machines(self, cluster: ClusterConfig) -> Machines:
         raise ConfigError(
@@ -80,15 +85,22 @@ class KubeRay(ClusterKind):
 def _check_toleration(toleration: Any) -> None:
     example = "{key: team, operator: Equal, value: vision, effect: NoSchedule}"
     if not isinstance(toleration, Mapping) or not toleration:
-        raise ConfigError(f"cluster.tolerations: {toleration!r} is not a toleration of Kubernetes, such as {example}.")
+        raise ConfigError(
+            f"cluster.tolerations: {toleration!r} is not a toleration of Kubernetes, such as {example}.",
+            key="cluster.tolerations",
+        )
     for key, value in toleration.items():
         if key not in _TOLERATION:
             raise ConfigError(
                 f"cluster.tolerations: {key} is not a key of a toleration. Use {', '.join(_TOLERATION)}, for example "
-                f"{example}."
+                f"{example}.",
+                key="cluster.tolerations",
             )
         if _TOLERATION[key] and value not in _TOLERATION[key]:
-            raise ConfigError(f"cluster.tolerations: {key} is {value!r}, but must be {' or '.join(_TOLERATION[key])}.")
+            raise ConfigError(
+                f"cluster.tolerations: {key} is {value!r}, but must be {' or '.join(_TOLERATION[key])}.",
+                key="cluster.tolerations",
+            )
 
 
 KIND = KubeRay()

@@ -120,12 +120,14 @@ def ray_job(cluster: KubeRayCluster, run: str, root: str, words: Sequence[str], 
     if cluster.size is None:
         raise ConfigError(
             "cluster=kuberay needs cluster.size=SIZE, the VM size of the node pool, such as Standard_NC24ads_A100_v4 "
-            "(`launch sizes` lists them)."
+            "(`launch sizes` lists them).",
+            key="cluster.size",
         )
     if cluster.image is None:
         raise ConfigError(
             "cluster=kuberay needs cluster.image=REGISTRY/NAME:TAG, the image of head and workers. Build it with the "
-            "Dockerfile of launch, or derive your own image from that one with FROM and add your project."
+            "Dockerfile of launch, or derive your own image from that one with FROM and add your project.",
+            key="cluster.image",
         )
     mounts = tuple(read(cluster.mounts))
     _check_root(root, mounts)
@@ -133,13 +135,18 @@ def ray_job(cluster: KubeRayCluster, run: str, root: str, words: Sequence[str], 
         raise ConfigError(
             f"cluster.env=[{','.join(cluster.env)}] is read from a Kubernetes secret, but cluster.secret is not "
             "set. Set cluster.secret=NAME. To create the secret: kubectl create secret generic NAME "
-            + " ".join(f'--from-literal={name}="${name}"' for name in cluster.env)
+            + " ".join(f'--from-literal={name}="${name}"' for name in cluster.env),
+            key="cluster.secret",
         )
     if cluster.min_nodes == 0:
-        raise ConfigError("cluster.min_nodes=0: a RayJob needs at least one worker to start. Set cluster.min_nodes=1.")
+        raise ConfigError(
+            "cluster.min_nodes=0: a RayJob needs at least one worker to start. Set cluster.min_nodes=1.",
+            key="cluster.min_nodes",
+        )
     if (cluster.min_nodes or 1) > cluster.nodes:
         raise ConfigError(
-            f"cluster.min_nodes={cluster.min_nodes} is more than cluster.nodes={cluster.nodes}. Lower it."
+            f"cluster.min_nodes={cluster.min_nodes} is more than cluster.nodes={cluster.nodes}. Lower it.",
+            key="cluster.min_nodes",
         )
     nodes = nodes_for(cluster, ask)
     costs = rate_overrides(cluster, nodes=nodes)
@@ -165,5 +172,6 @@ def _check_root(root: str, mounts: Sequence[Mount]) -> None:
         raise ConfigError(
             f"run.root={root} is a directory in a pod and would be deleted with it. Use an object store, such as "
             "run.root=abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/runs, or a directory of a volume claim that all "
-            "pods can write: cluster.mounts={/shared: claim://NAME} run.root=/shared/runs."
+            "pods can write: cluster.mounts={/shared: claim://NAME} run.root=/shared/runs.",
+            key="run.root",
         )

@@ -143,12 +143,14 @@ def find(name: str) -> Size:
         usable = [other.name for other in sizes().values() if other.status != "retired"]
         raise ConfigError(
             f"cluster.size={name} is not a size of the NC series.{did_you_mean(name, usable)} `launch sizes` lists all "
-            "sizes."
+            "sizes.",
+            key="cluster.size",
         )
     if size.status == "retired":
         raise ConfigError(
             f"cluster.size={size.name}: Azure retired this size on {size.retired}. Use {size.successor} instead; "
-            "`launch sizes` lists all sizes."
+            "`launch sizes` lists all sizes.",
+            key="cluster.size",
         )
     return size
 
@@ -159,7 +161,8 @@ def find_head(name: str) -> Vm:
     if head is None:
         raise ConfigError(
             f"cluster.head_size={name} is not a known size for the head, which is a small VM without a GPU."
-            f"{did_you_mean(name, heads())} Known sizes: {', '.join(heads())}."
+            f"{did_you_mean(name, heads())} Known sizes: {', '.join(heads())}.",
+            key="cluster.head_size",
         )
     return head
 

@@ -30,7 +30,8 @@ def rate_of(cluster: ClusterConfig, machines: int = 1, ask: bool = True, nodes: 
     if cluster.budget_usd is not None:
         raise ConfigError(
             f"cluster.budget_usd={cluster.budget_usd:g} needs the prices of the machines. {' '.join(nodes.missing())} "
-            "Set cluster.node_usd_per_hour=USD and cluster.head_usd_per_hour=USD, or omit the budget."
+            "Set cluster.node_usd_per_hour=USD and cluster.head_usd_per_hour=USD, or omit the budget.",
+            key="cluster.budget_usd",
         )
     return None
 

@@ -58,12 +58,16 @@ def read(mounts: Mapping[str, Any]) -> list[Mount]:
         if inside or paths.count(path) > 1:
             raise ConfigError(
                 f"cluster.mounts: {path} is inside {(inside or [path])[0]}, which is mounted as well. Use paths that "
-                "do not contain each other."
+                "do not contain each other.",
+                key="cluster.mounts",
             )
     slugs = [mount.slug for mount in found]
     for mount in found:
         if slugs.count(mount.slug) > 1:
-            raise ConfigError(f"cluster.mounts: {mount.path} differs from another path only in punctuation. Rename it.")
+            raise ConfigError(
+                f"cluster.mounts: {mount.path} differs from another path only in punctuation. Rename it.",
+                key="cluster.mounts",
+            )
     return found
 
 
@@ -71,12 +75,16 @@ def _read(path: str, source: str) -> Mount:
     if not re.fullmatch(r"(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+", path) or path[1:] in _OURS:
         raise ConfigError(
             f"cluster.mounts: {path!r} is not a valid mount point. Use an absolute path without spaces that the system "
-            "does not use, such as /data."
+            "does not use, such as /data.",
+            key="cluster.mounts",
         )
     if source.startswith(CLAIM):
         name = source.removeprefix(CLAIM)
         if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name):
-            raise ConfigError(f"cluster.mounts: {path} is {source!r}. Write {CLAIM} and the name of a volume claim.")
+            raise ConfigError(
+                f"cluster.mounts: {path} is {source!r}. Write {CLAIM} and the name of a volume claim.",
+                key="cluster.mounts",
+            )
         return Mount(path, claim=name)
     parts = urlsplit(source)
     account = (parts.hostname or "").removesuffix(".dfs.core.windows.net")
@@ -96,7 +104,8 @@ def _read(path: str, source: str) -> Mount:
         raise ConfigError(
             f"cluster.mounts: {path} is {source.partition('?')[0]!r}{' and more' * ('?' in source)}, but must be "
             "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH, without a key or a signature: the managed identity "
-            f"of the nodes has access (role Storage Blob Data Reader). Pods can also use a volume claim: {CLAIM}NAME."
+            f"of the nodes has access (role Storage Blob Data Reader). Pods can also use a volume claim: {CLAIM}NAME.",
+            key="cluster.mounts",
         )
     return Mount(path, account, container, below)
 
@@ -170,7 +179,8 @@ def setup_lines(mounts: Sequence[Mount], client_id: str | None = None) -> list[s
     if claims:
         raise ConfigError(
             f"cluster.mounts: {claims[0].path} is {CLAIM}{claims[0].claim}, a volume claim of Kubernetes, and these "
-            "nodes are VMs. Name a container: abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH."
+            "nodes are VMs. Name a container: abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH.",
+            key="cluster.mounts",
         )
     if not mounts:
         return []

@@ -46,23 +46,31 @@ class Ssh(ClusterKind):
             if not re.fullmatch(rf"({_USER}@)?(\[{_IPV6}\](:\d+)?|{_HOST}(:\d+)?|{_IPV6})", host):
                 raise ConfigError(
                     f"cluster.hosts contains {host!r}. Write a host as [USER@]HOST[:PORT], such as ada@vm1:22, without "
-                    "special characters of ssh or a shell."
+                    "special characters of ssh or a shell.",
+                    key="cluster.hosts",
                 )
         if cluster.user is not None and not re.fullmatch(_USER, cluster.user):
             raise ConfigError(
-                f"cluster.user is {cluster.user!r}, but must be the name of a user on the hosts, such as ada."
+                f"cluster.user is {cluster.user!r}, but must be the name of a user on the hosts, such as ada.",
+                key="cluster.user",
             )
         for key in ("ssh_key", "ssh_config"):
             value = getattr(cluster, key)
             if value is not None and (not value or value[0] == "-" or not value.isprintable()):
-                raise ConfigError(f"cluster.{key} is {value!r}, but must be the path of a file, such as ~/.ssh/work.")
+                raise ConfigError(
+                    f"cluster.{key} is {value!r}, but must be the path of a file, such as ~/.ssh/work.",
+                    key=f"cluster.{key}",
+                )
         twice = [host for host in cluster.hosts if cluster.hosts.count(host) > 1]
         if twice:
-            raise ConfigError(f"cluster.hosts contains {twice[0]} twice. A host runs one node: name it once.")
+            raise ConfigError(
+                f"cluster.hosts contains {twice[0]} twice. A host runs one node: name it once.", key="cluster.hosts"
+            )
         if cluster.python is not None and not cluster.python.startswith("/"):
             raise ConfigError(
                 f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
-                "/opt/launch/bin/python."
+                "/opt/launch/bin/python.",
+                key="cluster.python",
             )
 
     def known_hosts(self, cluster: ClusterConfig) -> list[dict[str, Any]]:

@@ -223,12 +223,15 @@ class _Hosts:
 def _requested_hosts(cluster: SshCluster, name: str, known: Head | None) -> list[_Host]:
     """Return the hosts in the configuration, or else those of the cluster with this name."""
     if known is not None and known.kind != KIND.name:
-        raise ConfigError(f"The cluster {name} is of another kind ({known.kind}). Choose another cluster.name.")
+        raise ConfigError(
+            f"The cluster {name} is of another kind ({known.kind}). Choose another cluster.name.", key="cluster.name"
+        )
     if not cluster.hosts:
         if known is None:
             raise ConfigError(
                 f"cluster=ssh needs hosts, and there is no cluster {name} from an earlier command. Name the hosts, the "
-                "head first: cluster.hosts=[HEAD,USER@HOST:PORT,…]."
+                "head first: cluster.hosts=[HEAD,USER@HOST:PORT,…].",
+                key="cluster.hosts",
             )
         return [_Host.of(entry) for entry in known.hosts if not entry.get("leaving")]
     entries = {entry["name"]: entry for entry in known.hosts} if known else {}

@@ -28,7 +28,8 @@ def blocks_of(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
             if name not in classes:
                 raise ConfigError(
                     f"strategy.blocks names {name}, but no module of the network has that class. The classes are "
-                    f"{', '.join(sorted(classes))}.{did_you_mean(name, sorted(classes))}"
+                    f"{', '.join(sorted(classes))}.{did_you_mean(name, sorted(classes))}",
+                    key="strategy.blocks",
                 )
         return _outermost(model, [module for module in model.modules() if type(module).__name__ in names])
     found = []
@@ -83,7 +84,8 @@ def recompute(model: nn.Module, names: Sequence[str] = ()) -> None:
         raise ConfigError(
             "strategy.activation_checkpointing=true recomputes the blocks of the network, but no blocks were found "
             "(modules of one class in an nn.ModuleList or nn.Sequential). Name their classes in "
-            "strategy.blocks=[NAME], or remove the option."
+            "strategy.blocks=[NAME], or remove the option.",
+            key="strategy.activation_checkpointing",
         )
     for block in blocks:
         if getattr(block.forward, "func", None) is checkpoint:

@@ -52,7 +52,8 @@ class FullySharded(Strategy):
         if option(config, "cpu_offload") and runtime.device.type == "cpu":
             raise ConfigError(
                 "strategy.cpu_offload=true moves parameters from GPUs to host memory, but the workers compute on CPUs. "
-                "Remove the option."
+                "Remove the option.",
+                key="strategy.cpu_offload",
             )
 
     def prepare(self, batch: Any) -> dict[str, Any]:
@@ -102,10 +103,14 @@ class FullySharded(Strategy):
             raise ConfigError(
                 f"strategy.hybrid=true shards the network within each machine and replicates it across machines, but "
                 f"there are {total} workers in all and {local} on this machine. Use several machines with the same "
-                "number of workers, at least two, on each; or remove the option."
+                "number of workers, at least two, on each; or remove the option.",
+                key="strategy.hybrid",
             )
         if option(self._config, "cpu_offload"):
-            raise ConfigError("strategy.hybrid=true cannot be combined with strategy.cpu_offload=true. Choose one.")
+            raise ConfigError(
+                "strategy.hybrid=true cannot be combined with strategy.cpu_offload=true. Choose one.",
+                key="strategy.hybrid",
+            )
         return dist.init_device_mesh(
             runtime.device.type, (total // local, local), mesh_dim_names=("replicate", "shard")
         )

@@ -348,7 +348,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     if not blocks:
         raise ConfigError(
             f"trainer.compile_blocks=true needs an nn.ModuleList of blocks of one class, which {type(model).__name__} "
-            "does not have. Remove it; trainer.compile=true then compiles the whole network."
+            "does not have. Remove it; trainer.compile=true then compiles the whole network.",
+            key="trainer.compile_blocks",
         )
     return blocks
 

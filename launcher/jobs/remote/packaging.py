@@ -60,7 +60,8 @@ def environment(names: Sequence[str]) -> dict[str, str]:
     if missing:
         raise ConfigError(
             f"cluster.env names {', '.join(missing)}, which is not set in this environment. Export it, or remove it "
-            "from cluster.env."
+            "from cluster.env.",
+            key="cluster.env",
         )
     return {name: os.environ[name] for name in names}
 

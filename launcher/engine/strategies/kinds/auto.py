@@ -31,7 +31,8 @@ class Auto(StrategyKind):
         if config.compression != "none":
             raise ConfigError(
                 f"strategy=auto chooses among strategies with the losses of ddp, but strategy.compression="
-                f"{config.compression} changes the losses. Name a strategy, or remove strategy.compression."
+                f"{config.compression} changes the losses. Name a strategy, or remove strategy.compression.",
+                key="strategy.compression",
             )
 
     def build(

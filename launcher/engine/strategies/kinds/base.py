@@ -93,7 +93,8 @@ class StrategyKind(ABC):
         if config.compression == "powersgd":
             raise ConfigError(
                 f"strategy.compression=powersgd compresses the gradients of strategy={DEFAULT}, but the strategy is "
-                f"{self.name}. Use strategy.compression=bf16 with {self.name}, or strategy={DEFAULT}."
+                f"{self.name}. Use strategy.compression=bf16 with {self.name}, or strategy={DEFAULT}.",
+                key="strategy.compression",
             )
 
     def check_model(self, model: nn.Module, config: StrategyConfig) -> None:  # noqa: B027 (most train every network)
@@ -232,14 +233,16 @@ def check_strategy(job: Job) -> None:
             owners = " and ".join(other.name for other in kinds() if key in other.options)
             raise ConfigError(
                 f"strategy.{key} is an option of strategy={owners}, but the strategy is {config.name}. Remove the "
-                "option, or choose that strategy."
+                "option, or choose that strategy.",
+                key=f"strategy.{key}",
             )
     kind.check(config, trainer)
     if trainer.deterministic and (not kind.deterministic or config.compression != "none"):
         raise ConfigError(
             f"trainer.deterministic=true needs strategy={DEFAULT} and strategy.compression=none, whose sums do not "
             f"depend on the number of workers; found strategy={config.name} with compression {config.compression}. "
-            "Change the strategy, or set trainer.deterministic=false."
+            "Change the strategy, or set trainer.deterministic=false.",
+            key="trainer.deterministic",
         )
 
 

@@ -37,7 +37,10 @@ class Ddp(StrategyKind):
             if (value := getattr(config, key)) is None:
                 continue
             if config.compression != "powersgd":
-                raise ConfigError(f"strategy.{key} needs strategy.compression=powersgd. Add it, or remove {key}.")
+                raise ConfigError(
+                    f"strategy.{key} needs strategy.compression=powersgd. Add it, or remove {key}.",
+                    key=f"strategy.{key}",
+                )
             at_least(f"strategy.{key}", value, least)
         if config.bucket_mb is not None:
             above_zero("strategy.bucket_mb", config.bucket_mb)

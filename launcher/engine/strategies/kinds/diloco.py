@@ -33,5 +33,6 @@ class Diloco(ReplicasKind):
             above_zero("strategy.outer_lr", config.outer_lr)
         if config.outer_momentum is not None and not 0 <= config.outer_momentum < 1:
             raise ConfigError(
-                f"strategy.outer_momentum is {config.outer_momentum}, but must be at least 0 and below 1."
+                f"strategy.outer_momentum is {config.outer_momentum}, but must be at least 0 and below 1.",
+                key="strategy.outer_momentum",
             )

@@ -39,7 +39,8 @@ class ReplicasKind(StrategyKind):
         if option(config, "overlap_steps") >= option(config, "inner_steps"):
             raise ConfigError(
                 f"strategy.overlap_steps is {config.overlap_steps}, but must be below strategy.inner_steps="
-                f"{option(config, 'inner_steps')}, because an all-reduce must end before the next one starts."
+                f"{option(config, 'inner_steps')}, because an all-reduce must end before the next one starts.",
+                key="strategy.overlap_steps",
             )
 
     def build(
