@@ -269,7 +269,6 @@ def check_rooms(path: str, seen: Import, other: str) -> list[str]:
 # Words that are also the name of a cluster kind, and mean something else there.
 OTHER_MEANING = {
     ("launcher/config/schema.py", "none"): "of strategy.compression and sweep.pruner",
-    ("launcher/config/checks.py", "none"): "of sweep.pruner",
     ("launcher/config/own_hydra.py", "local"): "local/default.yaml of a configuration directory",
     ("launcher/config/calling_directory.py", "azure"): "an extra of the package",
     ("launcher/planning/plan.py", "none"): "of strategy.compression",
@@ -283,6 +282,7 @@ OTHER_MEANING = {
     ("launcher/engine/strategies/kinds/base.py", "none"): "of strategy.compression",
     ("launcher/engine/strategies/ddp.py", "none"): "of strategy.compression",
     ("launcher/sweeps/settings.py", "none"): "of sweep.pruner",
+    ("launcher/sweeps/algorithms.py", "none"): "of sweep.pruner",
     ("launcher/runs/gathered.py", "none"): "no file",
     ("launcher/cli/machines.py", "ssh"): "a column of `launch status`",
     ("launcher/clusters/remote/shell.py", "ssh"): "the program",

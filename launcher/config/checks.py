@@ -27,8 +27,6 @@ from launcher.errors import ConfigError, did_you_mean
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 MODES = ("min", "max")
-SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsga2")
-PRUNERS = ("none", "asha", "hyperband", "median")
 KEEP = ("all", "best")
 EXIT_RULES = ("all_failed", "any_failed")
 MOST_TRACED = 100  # steps; some MB each
@@ -174,8 +172,9 @@ def check_run(run: RunConfig) -> None:
 
 
 def _check_sweep(sweep: SweepConfig) -> None:
-    one_of("sweep.sampler", sweep.sampler, SAMPLERS)
-    one_of("sweep.pruner", sweep.pruner, PRUNERS)
+    for key, value in (("sweep.sampler", sweep.sampler), ("sweep.pruner", sweep.pruner)):  # names: launcher.sweeps
+        if not isinstance(value, str) and not (isinstance(value, dict) and "_target_" in value):
+            raise ConfigError(f"{key} is {value!r}, but must be a name, or a mapping with the `_target_` of a class.")
     one_of("sweep.keep", sweep.keep, KEEP)
     one_of("sweep.exit", sweep.exit, EXIT_RULES)
     over = [sweep.over] if isinstance(sweep.over, str) else [] if sweep.over is None else sweep.over

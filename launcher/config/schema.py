@@ -185,12 +185,14 @@ def cluster_schema() -> type[ClusterConfig]:
 
 @dataclass
 class SweepConfig:
-    sampler: str = "grid"
+    sampler: Any = "grid"  # a name, or a mapping with the `_target_` of a class and its options
+    sampler_options: dict[str, Any] = field(default_factory=dict)
     trials: int | None = None
     seed: int = 0
     metric: Any = None  # a tag, or a list of tags; None: checkpoint.monitor
     direction: Any = None  # min or max, or a list of them; None: checkpoint.mode
-    pruner: str = "none"
+    pruner: Any = "none"  # as `sampler`
+    pruner_options: dict[str, Any] = field(default_factory=dict)
     min_evaluations: int = 1
     reduction: int = 3
     keep: str = "all"

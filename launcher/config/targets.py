@@ -26,7 +26,8 @@ from launcher.errors import ConfigError, TrustError, did_you_mean
 
 __all__ = ["accepts", "add_calling_directory", "build", "check", "check_signature", "find_targets", "resolve"]
 
-KINDS = ("model", "data", "optimizer", "scheduler", "callback")
+# `option`: an argument of a sampler or pruner.
+KINDS = ("model", "data", "optimizer", "scheduler", "callback", "sampler", "pruner", "option")
 # A callback has at least one of these methods.
 HOOKS = ("on_start", "on_step", "on_evaluate", "on_log", "on_end")
 # Of our own package only the engine has configurable classes; a `launcher.cli` in a configuration is an attack.
@@ -225,7 +226,11 @@ def _is_from_known_place(module: str) -> bool:
 def _is_of_kind(found: type, kind: str, nested: bool) -> bool:
     from torch import nn, optim
 
-    if kind == "data":
+    if kind in ("sampler", "pruner"):
+        import optuna  # slow, and only sweeps need it
+
+        return issubclass(found, optuna.samplers.BaseSampler if kind == "sampler" else optuna.pruners.BasePruner)
+    if kind in ("data", "option"):
         # Any class of a data module; of our own engine and of torch only networks, which do nothing when built.
         own = found.__module__.partition(".")[0] in ("launcher", "torch")
         return issubclass(found, nn.Module) or not own
@@ -243,6 +248,10 @@ def _is_of_kind(found: type, kind: str, nested: bool) -> bool:
 def _expected(kind: str, nested: bool) -> str:
     if kind == "data":
         return "Here a class of a data module is expected."
+    if kind == "option":
+        return "Here a class of your own is expected."
+    if kind in ("sampler", "pruner"):
+        return f"Here a subclass of optuna.{kind}s.Base{kind.capitalize()} is expected."
     if (nested and kind != "scheduler") or kind == "model":
         return "Here a subclass of torch.nn.Module is expected."
     if kind == "optimizer":

@@ -15,6 +15,7 @@ from launcher.jobs.training import checked_host_plan, checked_node_plan, ended_b
 from launcher.planning.hosts import HostPlan
 from launcher.planning.nodes import NodePlan
 from launcher.sweeps import remote, syntax
+from launcher.sweeps.algorithms import name_of
 from launcher.sweeps.driver import Driver
 from launcher.sweeps.observer import SweepObserver, SweepOutcome
 from launcher.sweeps.planning import SweepPlan, check_trials, plan_sweep
@@ -84,8 +85,8 @@ def describe(spec: SweepSpec, sweep_plan: SweepPlan | HostPlan | NodePlan, most:
     found: dict[str, Any] = {
         "sweep": spec.directory.name,
         "directory": str(spec.directory.path),
-        "sampler": spec.settings.sampler,
-        "pruner": spec.settings.pruner,
+        "sampler": name_of(spec.settings.sampler),
+        "pruner": name_of(spec.settings.pruner),
         "objectives": {objective.tag: objective.direction for objective in spec.objectives},
         "trials": spec.total,
         "concurrency": sweep_plan.concurrency if isinstance(sweep_plan, SweepPlan) else None,

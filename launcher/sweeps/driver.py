@@ -127,6 +127,7 @@ class Driver:
             self._sweep_plan.evaluations,
             None if spec.resumes else spec.recorded,
             spec.prior,
+            spec.first.job.trust,
         )
         self._seconds_before = float(directory.result().get("seconds") or 0.0) if spec.resumes else 0.0
         self._meter = Bill(self._seconds_before, self._sweep_plan.plan.rate).meter(directory.result(), self._began)

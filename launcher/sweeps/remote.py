@@ -70,7 +70,8 @@ def run(spec: SweepSpec, observer: SweepObserver) -> SweepOutcome:
 
 
 def _finished(spec: SweepSpec, observer: SweepObserver) -> SweepOutcome:
-    study = Study(spec.directory.path, spec.space, spec.settings, spec.objectives, spec.total, None, None)
+    settings, trust = spec.settings, spec.first.job.trust
+    study = Study(spec.directory.path, spec.space, settings, spec.objectives, spec.total, None, None, trust=trust)
     observer.begun(spec.directory, Headline(spec.summary(), spec.space.keys, spec.total, finished=True))
     return SweepOutcome(
         spec.directory.result(),

@@ -1,20 +1,14 @@
-"""Optuna's distributions, samplers and pruners for a search space."""
+"""Optuna's distributions for a search space: draws of a search, combinations of a grid, and values for display."""
 
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-from optuna import Trial, pruners, samplers
+from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler, CmaEsSampler
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial
 
-from launcher.config import SweepConfig, masking
+from launcher.config import masking
 from launcher.errors import ConfigError
 from launcher.sweeps.space import Axis, ChoiceAxis, IntervalAxis, SearchSpace, Value, plain_text
 
@@ -86,77 +80,6 @@ def grid(space: SearchSpace) -> Iterator[dict[str, Value]]:
                 continue
             seen.add(identity)
         yield values
-
-
-def sampler(settings: SweepConfig, space: SearchSpace, drawn: int, prior: Sequence[FrozenTrial] = ()) -> BaseSampler:
-    """Return Optuna's sampler.
-
-    Args:
-        drawn: number of trials so far, so that a resumed sweep does not sample the same values again.
-        prior: trials of another sweep in the study, from which the sampler learns.
-
-    Raises:
-        ConfigError: the sampler does not support the search space.
-    """
-    seed = (settings.seed + 1_000_003 * drawn) % 2**32
-    name = settings.sampler
-    if name == "cmaes" and all(isinstance(axis, ChoiceAxis) and axis.step is None for axis in space.axes):
-        raise ConfigError("sweep=cmaes searches over numbers, but only choices are swept. Use sweep=tpe or sweep=grid.")
-    kinds: dict[str, Any] = {
-        "grid": samplers.RandomSampler,  # not used: all trials are enqueued with their values
-        "random": samplers.RandomSampler,
-        "tpe": samplers.TPESampler,
-        "gp": samplers.GPSampler,
-        "cmaes": RebuiltCmaEs,
-        "nsga2": samplers.NSGAIISampler,
-    }
-    options: dict[str, Any] = {}
-    if name == "nsga2" and settings.trials:
-        # With Optuna's default of 50, a sweep of 40 trials would only have its first, random generation.
-        options["population_size"] = max(4, min(50, settings.trials // 4))
-    if name == "cmaes" and prior:
-        options["source_trials"] = list(prior)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kinds[name](seed=seed, **options)
-
-
-class RebuiltCmaEs(CmaEsSampler):
-    """Optuna's CMA-ES without the pickled optimizer in the journal, which could execute code when it is read.
-
-    The state follows from the trials of each generation, and is recomputed from them for every draw.
-    """
-
-    def _restore_optimizer(self, completed_trials: list[Any]) -> None:
-        self._completed = completed_trials
-
-    def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
-        return {}
-
-    def _init_optimizer(self, trans: Any, direction: StudyDirection) -> Any:
-        optimizer = super()._init_optimizer(trans, direction)
-        sign = 1 if direction == StudyDirection.MINIMIZE else -1
-        size = optimizer.population_size
-        while len(found := self._get_solution_trials(self._completed, optimizer.generation)) >= size:
-            optimizer.tell([(trans.transform(trial.params), sign * (trial.value or 0.0)) for trial in found[:size]])
-        return optimizer
-
-
-def pruner(settings: SweepConfig, evaluations: int | None) -> BasePruner:
-    """Return Optuna's pruner, whose resource is the number of evaluations.
-
-    Args:
-        evaluations: number of evaluations of a complete trial, None if unknown.
-    """
-    least, reduction = settings.min_evaluations, settings.reduction
-    if settings.pruner == "asha":
-        return pruners.SuccessiveHalvingPruner(min_resource=least, reduction_factor=reduction)
-    if settings.pruner == "hyperband":
-        most = "auto" if evaluations is None else max(evaluations, least)
-        return pruners.HyperbandPruner(min_resource=least, max_resource=most, reduction_factor=reduction)
-    if settings.pruner == "median":
-        return pruners.MedianPruner(n_warmup_steps=least)
-    return pruners.NopPruner()
 
 
 def display_values(values: Mapping[str, Value], space: SearchSpace) -> dict[str, Value]:

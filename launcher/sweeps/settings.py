@@ -11,8 +11,9 @@ from launcher.config import Composition, SweepConfig
 from launcher.errors import ConfigError, did_you_mean
 from launcher.jobs.prepare import where_others_are
 from launcher.sweeps import warm_start
+from launcher.sweeps.algorithms import learns_from_others, name_of, pruner, sampler, supports_objectives
 from launcher.sweeps.repeats import combinations
-from launcher.sweeps.search import distributions, grid, sampler
+from launcher.sweeps.search import distributions, grid
 from launcher.sweeps.space import ChoiceAxis, Condition, SearchSpace
 from launcher.sweeps.study import Objective
 from launcher.sweeps.warm_start import WarmStart
@@ -94,42 +95,50 @@ def number_of_trials(settings: SweepConfig, space: SearchSpace) -> int:
         return total
     if settings.trials is None:
         raise ConfigError(
-            f"sweep={settings.sampler} needs the number of trials. Add for example sweep.trials=20.", key="sweep.trials"
+            f"sweep={name_of(settings.sampler)} needs the number of trials. Add for example sweep.trials=20.",
+            key="sweep.trials",
         )
     if len(space.axes) == len(space.over):
         raise ConfigError(
-            f"sweep={settings.sampler} has no key to search over. Sweep a key, such as "
+            f"sweep={name_of(settings.sampler)} has no key to search over. Sweep a key, such as "
             "'optimizer.lr=tag(log,interval(1e-4,1e-1))'."
         )
     return settings.trials * repeats
 
 
 def warm_start_of(
-    settings: SweepConfig, space: SearchSpace, objectives: Sequence[Objective], root: str
+    settings: SweepConfig, space: SearchSpace, objectives: Sequence[Objective], root: str, trust: Sequence[str]
 ) -> WarmStart | None:
     """Return the trials of `sweep.warm_start`. Raises ConfigError or RunError if they cannot be used."""
     name = settings.warm_start
     if name is None:
         return None
-    if settings.sampler in ("grid", "random", "nsga2"):
+    if not learns_from_others(settings, trust):
         raise ConfigError(
-            f"sweep.warm_start={name} has no effect with sweep={settings.sampler}, which does not learn from trials of "
-            "another sweep. Use sweep=tpe, gp or cmaes, or remove sweep.warm_start.",
+            f"sweep.warm_start={name} has no effect with sweep={name_of(settings.sampler)}, which does not learn from "
+            "trials of another sweep. Use sweep=tpe, gp or cmaes, or remove sweep.warm_start.",
             key="sweep.warm_start",
         )
     return warm_start.read(where_others_are(root), name, space, distributions(space, grid=False), objectives)
 
 
-def check_searchable(settings: SweepConfig, space: SearchSpace, objectives: Sequence[Objective]) -> None:
-    """Raise ConfigError if the sampler or the pruner does not support the search space or the objectives."""
-    sampler(settings, space, 0)
+def check_searchable(
+    settings: SweepConfig, space: SearchSpace, objectives: Sequence[Objective], trust: Sequence[str]
+) -> None:
+    """Raise ConfigError if the sampler or the pruner does not support its options, the search space or the objectives.
+
+    Raises TrustError if `trust` does not name the package of the user's own class.
+    """
+    sampler(settings, space, 0, trust=trust)
+    pruner(settings, None, trust)
     if len(objectives) > 1 and settings.pruner != "none":
         raise ConfigError(
             "sweep.pruner supports one objective. Remove it, or set a single sweep.metric.", key="sweep.pruner"
         )
-    if len(objectives) > 1 and settings.sampler in ("cmaes", "gp"):
+    if len(objectives) > 1 and not supports_objectives(settings, trust):
         raise ConfigError(
-            f"sweep={settings.sampler} supports one objective. For several, use sweep=nsga2.", key="sweep.sampler"
+            f"sweep={name_of(settings.sampler)} supports one objective. For several, use sweep=nsga2.",
+            key="sweep.sampler",
         )
     if len(objectives) > 1 and space.over:
         raise ConfigError(

@@ -35,6 +35,7 @@ from launcher.jobs.remote.location import location_of
 from launcher.runs import RunDirectory, plain_files, user_state
 from launcher.runs.storage import disk_uri, is_gathered, is_uri
 from launcher.sweeps import syntax
+from launcher.sweeps.algorithms import name_of
 from launcher.sweeps.conditions import find_conditions, without_candidates
 from launcher.sweeps.settings import (
     check_searchable,
@@ -101,7 +102,7 @@ class SweepSpec:
 
     def summary(self, how: str | None = None) -> str:
         """Return a one-line summary of the sweep. how: how it runs, if known."""
-        kind = "grid over" if self.settings.sampler == "grid" else f"{self.settings.sampler} search over"
+        kind = "grid over" if self.settings.sampler == "grid" else f"{name_of(self.settings.sampler)} search over"
         keys = ", ".join(key for key in self.space.keys if key not in self.space.over) or "nothing"
         goal = ", ".join(f"{objective.direction} {objective.tag}" for objective in self.objectives)
         trials = f"{self.total} trial{'s' if self.total > 1 else ''}, a {kind} {keys}"
@@ -276,8 +277,8 @@ def _build_spec(
     settings = settings_of(first, space)
     objectives = objectives_of(first, settings)
     total = number_of_trials(settings, space)
-    check_searchable(settings, space, objectives)
-    start = None if resumes else warm_start_of(settings, space, objectives, root)
+    check_searchable(settings, space, objectives, first.job.trust)
+    start = None if resumes else warm_start_of(settings, space, objectives, root, first.job.trust)
     if directory is None:
         directory = unused(RunDirectory(where_others_are(root) / default_run_name(first.choices, datetime.now())))
     return SweepSpec(

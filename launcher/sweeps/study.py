@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from launcher.config import SweepConfig
 from launcher.errors import RunError
-from launcher.sweeps import repeats, search
+from launcher.sweeps import algorithms, repeats, search
 from launcher.sweeps.repeats import Repeats
 from launcher.sweeps.space import SearchSpace, Value
 
@@ -130,6 +130,7 @@ class Study:
         evaluations: number of evaluations of a complete trial, None if unknown.
         start: the record of a new sweep; None to load an existing one.
         prior: the trials of another sweep with which a new sweep starts.
+        trust: the packages of the user's own samplers and pruners.
     """
 
     def __init__(
@@ -142,12 +143,13 @@ class Study:
         evaluations: int | None,
         start: SweepRecord | None,
         prior: Sequence[FrozenTrial] = (),
+        trust: Sequence[str] = (),
     ) -> None:
         quiet()
         self.space, self.total, self.objectives = space, total, tuple(objectives)
         self._grid = settings.sampler == "grid"
         self._distributions = search.distributions(space, self._grid)
-        pruner = search.pruner(settings, evaluations)
+        pruner = algorithms.pruner(settings, evaluations, trust)
         if start is None:
             self._study = load(directory, pruner=pruner)
         else:
@@ -162,7 +164,7 @@ class Study:
             self._study.set_user_attr("tags", [objective.tag for objective in objectives])
             self._study.add_trials(prior)
         self._prior = list(itertools.takewhile(lambda trial: PRIOR in trial.user_attrs, self._all()))
-        self._study.sampler = search.sampler(settings, space, len(self.frozen()), self._prior)
+        self._study.sampler = algorithms.sampler(settings, space, len(self.frozen()), self._prior, trust)
         if self._grid:
             for values in list(search.grid(space))[len(self.frozen()) :]:
                 self._study.enqueue_trial(dict(values))

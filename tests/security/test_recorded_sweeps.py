@@ -18,7 +18,7 @@ from launcher.config import SweepConfig
 from launcher.errors import RunError, TrustError
 from launcher.jobs.prepare import Request
 from launcher.runs import user_state
-from launcher.sweeps import search
+from launcher.sweeps import algorithms, search
 from launcher.sweeps.space import IntervalAxis, SearchSpace
 from launcher.sweeps.specification import read_sweep, save_user_record
 from launcher.sweeps.study import JOURNAL, read_record
@@ -116,11 +116,11 @@ WORDS = SearchSpace((), (IntervalAxis("vars.x", 0.0, 1.0), IntervalAxis("vars.y"
 
 def _search(study: optuna.Study, trials: int, resumes: bool) -> list[tuple[float, float]]:
     """Return the drawn parameters. resumes: use a new sampler for each trial, as after a resume."""
-    study.sampler = search.sampler(SETTINGS, WORDS, 0)
+    study.sampler = algorithms.sampler(SETTINGS, WORDS, 0)
     drawn = []
     for _ in range(trials):
         if resumes:
-            study.sampler = search.sampler(SETTINGS, WORDS, 0)
+            study.sampler = algorithms.sampler(SETTINGS, WORDS, 0)
         trial = study.ask(search.distributions(WORDS, grid=False))
         drawn.append((trial.params["vars.x"], trial.params["vars.y"]))
         study.tell(trial, (trial.params["vars.x"] - 0.7) ** 2 + (trial.params["vars.y"] - 0.2) ** 2)

@@ -11,7 +11,7 @@ from optuna.distributions import IntDistribution as Int
 
 from launcher.config import SweepConfig
 from launcher.errors import ConfigError
-from launcher.sweeps import search, syntax
+from launcher.sweeps import algorithms, search, syntax
 from launcher.sweeps.space import SearchSpace
 
 GROUPS = {"model": ["convnet", "mlp", "resnet18"], "data": ["mnist"]}
@@ -205,7 +205,7 @@ def test_one_key_has_one_type(word: str, values: list[Any], shown: list[Any]) ->
 
 def test_cmaes_needs_numbers() -> None:
     with pytest.raises(ConfigError, match="cmaes searches over numbers"):
-        search.sampler(SweepConfig(sampler="cmaes", trials=3), read("model=mlp,convnet"), 0)
+        algorithms.sampler(SweepConfig(sampler="cmaes", trials=3), read("model=mlp,convnet"), 0)
 
 
 @pytest.mark.parametrize(
