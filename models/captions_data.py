@@ -45,7 +45,7 @@ class Vocabulary:
             if words_of(word) != [word]:
                 raise ValueError(f'words: "{word}" is not one word in lower case, as captions are read.')
         if not self.words:
-            raise ValueError("words: empty; a caption needs at least one word.")
+            raise ValueError("words: []; a caption needs at least one word.")
         self._token = {word: SPECIAL + i for i, word in enumerate(self.words)}
 
     def __len__(self) -> int:

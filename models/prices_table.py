@@ -54,7 +54,7 @@ def read_table(path: str, date: str, values: Sequence[str], date_format: str | N
             "Name its columns with data.date and data.values."
         )
     if not len(frame):
-        raise ValueError(f"{path} has no rows.")
+        raise ValueError(f"{path} has 0 rows.")
     row = _Rows(path, 1 if parquet else 2)
     times = _times(frame[date], date, date_format, row)
     return [Series(name, path, times, _prices(frame[name], name, row)) for name in values]

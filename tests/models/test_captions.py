@@ -172,7 +172,7 @@ def test_examples_are_pictures_with_both_captions(network: Captioner) -> None:
     assert isinstance(figure, Figure)
     shown = [axes.get_title() for axes in figure.axes if axes.images]
     assert len(shown) == 4
-    assert shown[1].endswith("\ntrue: b c a a")
+    assert shown[1].endswith(": b c a a")
 
 
 def test_the_network_can_be_exported_for_any_number_of_pictures(network: Captioner) -> None:
@@ -190,10 +190,10 @@ def test_the_network_can_be_exported_for_any_number_of_pictures(network: Caption
         ({"dim": 18}, "dim=18, heads=2"),
         ({"heads": 3}, "dim=16, heads=3"),
         ({"beams": 0}, "beams=0"),
-        ({"words": ["a", "a"]}, '"a" occurs 2 times'),
-        ({"words": ["a b"]}, '"a b" is not one word'),
-        ({"words": []}, "at least one word"),
-        ({"words": "nowhere.json"}, "nowhere.json is not a file"),
+        ({"words": ["a", "a"]}, r'"a".*\b2\b'),
+        ({"words": ["a b"]}, '"a b"'),
+        ({"words": []}, r"\[\]"),
+        ({"words": "nowhere.json"}, "nowhere.json"),
     ],
 )
 def test_invalid_settings_are_rejected(words: dict[str, Any], message: str) -> None:
@@ -203,12 +203,12 @@ def test_invalid_settings_are_rejected(words: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 1, 7, 28), (1, 28, 28)])
 def test_pictures_of_another_shape_are_rejected(shape: tuple[int, ...], network: Captioner) -> None:
-    with pytest.raises(ValueError, match=r"1 channel\(s\) and at least 8 x 8.*model.channels"):
+    with pytest.raises(ValueError, match=r"\b1\b.* 8 x 8\b.*model\.channels"):
         network.predict_step(torch.zeros(shape))
 
 
 def test_tokens_of_another_vocabulary_are_rejected(network: Captioner) -> None:
-    with pytest.raises(ValueError, match=r"token 9.*7 tokens.*data.words"):
+    with pytest.raises(ValueError, match=r"\b9\b.*\b7\b.*data.words"):
         network.training_step(batch_of([4], [9]))
 
 

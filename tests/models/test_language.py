@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,10 @@ def test_predictions_are_text_for_bytes_and_ids_for_tokens() -> None:
 
 def test_examples_quote_any_bytes() -> None:
     shown = network().examples(batch())["continuation"]
-    before, after = shown.split("continues as")
+    before, after = re.split(r"^(?=\S)", shown, maxsplit=1, flags=re.MULTILINE)
+    after = after.partition("\n")[2]
+    assert before.strip()
+    assert after.strip()
     assert all(line.startswith("    ") for line in (before + after).splitlines() if line)
 
 
@@ -158,7 +162,7 @@ def test_the_exported_network_computes_the_same() -> None:
     ("settings", "message"),
     [
         ({"width": 30, "heads": 4}, "width=30, heads=4"),
-        ({"width": 12, "heads": 4}, "even"),
+        ({"width": 12, "heads": 4}, "width=12, heads=4"),
         ({"layers": 0}, "layers=0"),
         ({"temperature": -1.0}, "temperature"),
     ],
@@ -169,11 +173,11 @@ def test_invalid_sizes_are_rejected(settings: dict[str, float], message: str) ->
 
 
 def test_invalid_batches_are_rejected() -> None:
-    with pytest.raises(ValueError, match=r"at most 16 tokens.*data.context"):
+    with pytest.raises(ValueError, match=r"\b16\b.*\(2, 17\).*data\.context"):
         network().training_step(batch(2, 17))
-    with pytest.raises(ValueError, match="token 299, and the vocabulary ends at 255"):
+    with pytest.raises(ValueError, match=r" 299, .* 255\b.*model\.vocabulary"):
         network().training_step((torch.tensor([[299, 1]]), torch.tensor([[1, 1]])))
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match=r"\(0,\)"):
         network().continuation(torch.tensor([], dtype=torch.long), 3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,14 +110,14 @@ def cut(folder: Path) -> None:
 
 
 SPOILED: list[tuple[Callable[[Path], object], dict[str, object], type[Exception], str]] = [
-    (lambda folder: (folder / "val.bin").unlink(), {}, FileNotFoundError, r"val\.bin does not exist.*uint16"),
-    (lambda folder: (folder / "train.bin").write_bytes(b""), {}, ValueError, r"train\.bin is empty"),
-    (cut, {}, ValueError, r"val\.bin has 43 bytes, not a multiple of the 2 of a uint16"),
-    (lambda folder: write(folder, val=[1, 2, 3]), {}, ValueError, r"val\.bin holds 3 tokens.*at least 6"),
-    (lambda folder: write(folder, train=[1] * 9 + [77]), {}, ValueError, r"train\.bin: token 9 is 77.*from 0 to 29"),
+    (lambda folder: (folder / "val.bin").unlink(), {}, FileNotFoundError, r"val\.bin\D*uint16"),
+    (lambda folder: (folder / "train.bin").write_bytes(b""), {}, ValueError, r"train\.bin\D*uint16"),
+    (cut, {}, ValueError, r"val\.bin.*\b43\b.*\b2\b.*uint16"),
+    (lambda folder: write(folder, val=[1, 2, 3]), {}, ValueError, r"val\.bin.*\b3\b.*\b6\b"),
+    (lambda folder: write(folder, train=[1] * 9 + [77]), {}, ValueError, r"train\.bin.*\b9\b.*\b77\b.*\b0\b.*\b29\b"),
     (lambda folder: None, {"dtype": "int64"}, ValueError, "uint16 or uint32"),
     (lambda folder: None, {"stride": 6}, ValueError, r"data\.stride=6"),
-    (lambda folder: None, {"root": "nowhere"}, FileNotFoundError, "nowhere does not exist"),
+    (lambda folder: None, {"root": "nowhere"}, FileNotFoundError, "data.root=nowhere"),
 ]
 
 
@@ -138,9 +139,9 @@ def test_bad_token_files_are_reported_by_name(
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (b"", ValueError, "is empty"),
-        (b"short", ValueError, "has 5 bytes.*data.context=16"),
-        (None, OSError, "text file"),
+        (b"", ValueError, r"text\.txt\D*$"),
+        (b"short", ValueError, r"\b5\b.*data.context=16"),
+        (None, OSError, r"text\.txt"),
     ],
 )
 def test_bad_texts_are_reported_by_name(
@@ -156,7 +157,7 @@ def test_bad_texts_are_reported_by_name(
 def test_a_damaged_package_is_reported_with_file_and_row(tmp_path: Path) -> None:
     path = tmp_path / "kjv.jsonl"
     path.write_text('{"text": "In the beginning"}\n{"verse": 2}\n')
-    with pytest.raises(ValueError, match=r"kjv\.jsonl, row 2: expected.*\"text\""):
+    with pytest.raises(ValueError, match=r'kjv\.jsonl, row 2: .*"text"'):
         read_verses(path)
 
 
@@ -164,5 +165,5 @@ def test_a_text_shorter_than_the_context_is_exit_2(here: Place, tmp_path: Path) 
     (tmp_path / "short.txt").write_text("In the beginning")
     done = here.here("experiment=language", "data=text", f"data.path={tmp_path}/short.txt", "cluster=none")
     assert done.status == 2
-    assert "short.txt has 16 bytes" in done.err
+    assert re.search(r"short\.txt.*\b16\b", done.err)
     assert "Traceback" not in done.err

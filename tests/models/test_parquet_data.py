@@ -133,14 +133,14 @@ def test_inputs_need_no_target(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "how", "words"),
     [
-        ({}, {"target": "z"}, r"x.parquet: no column z; there are a, b, y"),
-        ({}, {"features": ["a", "q"]}, r"no column q"),
-        ({}, {"features": ["a", "y"]}, r"data.features has the target, y"),
-        ({"a": [float("nan") if n == 13 else 1.0 for n in range(100)]}, {}, r"x.parquet, row group 1, row 3: a is not"),
-        ({"a": [None if n == 24 else 1 for n in range(100)]}, {}, r"row group 2, row 4: a is empty"),
-        ({"a": ["text"] * 100}, {}, r"row group 0: a holds string; numbers"),
-        ({"b": [[1.0] * (n % 2) for n in range(100)]}, {}, r"b holds lists of different lengths"),
-        ({"y": [[1.0, 2.0]] * 100}, {}, r"the target y holds lists"),
+        ({}, {"target": "z"}, r"x\.parquet: .*\bz; .* a, b, y\b"),
+        ({}, {"features": ["a", "q"]}, r"x\.parquet: .*\bq; .* a, b, y\b"),
+        ({}, {"features": ["a", "y"]}, r"data\.features .*\by:"),
+        ({"a": [float("nan") if n == 13 else 1.0 for n in range(100)]}, {}, r"x\.parquet, .*\b1, row 3: a\b"),
+        ({"a": [None if n == 24 else 1 for n in range(100)]}, {}, r"x\.parquet, .*\b2, row 4: a\b"),
+        ({"a": ["text"] * 100}, {}, r"\b0: a .*\bstring;"),
+        ({"b": [[1.0] * (n % 2) for n in range(100)]}, {}, r"\b0: b "),
+        ({"y": [[1.0, 2.0]] * 100}, {}, r"\b0: .*\by "),
         ({}, {"val_fraction": 1.0}, r"val_fraction=1.0"),
     ],
 )
@@ -151,16 +151,16 @@ def test_bad_columns_are_reported_with_file_and_row(columns: Any, how: Any, word
 
 
 def test_missing_and_invalid_files_are_reported(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data.root=.*nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"data\.root=.*nowhere "):
         Parquet(str(tmp_path / "nowhere"), target="y")
-    with pytest.raises(FileNotFoundError, match=r"holds no .parquet file"):
+    with pytest.raises(FileNotFoundError, match=r"data\.root=.* \.parquet .*Parquet"):
         Parquet(str(tmp_path), target="y")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 invalid")
-    with pytest.raises(ValueError, match=r"x.parquet is not a Parquet file, or damaged"):
+    with pytest.raises(ValueError, match=r"x\.parquet .*Parquet"):
         Parquet(str(tmp_path), target="y")
-    with pytest.raises(ValueError, match=r"a single row group"):
+    with pytest.raises(ValueError, match=r"x\.parquet .*row_group_size"):
         Parquet(str(write(tmp_path / "one" / "x.parquet", group=100)), target="y")
-    with pytest.raises(ValueError, match=r"have no rows"):
+    with pytest.raises(ValueError, match=r"data\.root=[^(]*Parquet\D*$"):
         Parquet(str(write(tmp_path / "none" / "x.parquet", rows=0, b=pa.array([], pa.list_(pa.float32())))), target="y")
 
 
@@ -168,5 +168,5 @@ def test_a_truncated_shard_is_reported_when_it_is_read(root: Path) -> None:
     data = Parquet(str(root), target="y")
     whole = (root / "part-1.parquet").read_bytes()
     (root / "part-1.parquet").write_bytes(b"\0" * (len(whole) - 2000) + whole[-2000:])
-    with pytest.raises(ValueError, match=r"part-1.parquet, row group 0: cannot be read"):
+    with pytest.raises(ValueError, match=r"part-1\.parquet, .*\b0: "):
         data.train.__getitems__([105])

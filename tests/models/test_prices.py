@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,7 @@ def test_invalid_settings_are_rejected(options: dict[str, Any], message: str) ->
 
 
 def test_data_of_another_shape_are_rejected() -> None:
-    with pytest.raises(
-        ValueError, match=r"windows of 16 rows and 10 channels, 4 horizons and 3 quantiles.*\(3, 8, 10\)"
-    ):
+    with pytest.raises(ValueError, match=r" 16 .* 10 .* 4 .* 3 .*\(3, 8, 10\)"):
         network().training_step({**batch(), "x": torch.zeros(3, 8, 10)})
 
 
@@ -196,9 +195,10 @@ def test_examples_draw_the_forecast_and_the_actual_prices(size: int) -> None:
     figure = network().requires_grad_(False).examples(batch(size))["forecasts"]
     assert isinstance(figure, Figure)
     assert len(figure.axes) == size
-    lines = {line.get_label(): np.asarray(line.get_ydata()) for line in figure.axes[0].lines}
-    assert lines["what came"] == pytest.approx(100 * np.exp([0, *batch(size)["y"][0].tolist()]))
-    assert {"middle quantile", "what came"} <= lines.keys()
+    lines = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines]
+    actual = 100 * np.exp([0, *batch(size)["y"][0].tolist()])
+    assert sum(line == pytest.approx(actual) for line in lines) == 1, "the actual prices are one of two curves"
+    assert len(lines) >= 2
 
 
 # ---- as a job -------------------------------------------------------------------------------------------------------
@@ -266,10 +266,10 @@ def test_debug_fast_runs_on_the_indices(here: Place) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("date,close", "date,price"), "has no column 'close'; it has date, price"),
-        (lambda text: text + "2001-05-14,100\n", "row 502: date is 2001-05-14, as in the previous row"),
-        (lambda text: text.replace("2000-01-03,", "2000-01-03,-"), "row 4: close is"),
-        (lambda text: text[:3000], "rows for training"),
+        (lambda text: text.replace("date,close", "date,price"), r"prices\.csv .*'close'.* date, price\b"),
+        (lambda text: text + "2001-05-14,100\n", r"prices\.csv, row 502: date .* 2001-05-14\b"),
+        (lambda text: text.replace("2000-01-03,", "2000-01-03,-"), r"prices\.csv, row 4: close "),
+        (lambda text: text[:3000], r"prices\.csv: 101 .*\(data\.split .* 292 .*data\.context=16\b"),
     ],
 )
 def test_a_bad_table_is_exit_2(here: Place, tmp_path: Path, change: Any, message: str) -> None:
@@ -279,7 +279,7 @@ def test_a_bad_table_is_exit_2(here: Place, tmp_path: Path, change: Any, message
     assert done.status == 2
     printed = " ".join(done.err.split())
     assert str(path) in printed
-    assert message in printed
+    assert re.search(message, printed)
     assert not here.runs.exists()
 
 
@@ -299,4 +299,5 @@ def test_prices_reach_their_target(place: Place, seed: int) -> None:
     assert result["seconds"] < 900
     exported = place.launch("export", "a")
     assert exported.status == 0, exported.err
-    assert "for batches of any size" in exported.err
+    (program,) = (place.runs / "a").rglob("*.pt2")
+    assert torch.export.load(program).range_constraints, "the program takes batches of one size only"

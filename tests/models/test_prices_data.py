@@ -202,22 +202,20 @@ def test_inputs_are_the_newest_windows_of_a_file(tmp_path: Path) -> None:
     expected = data.scaled * ewma_volatility(r, 0.94)[-1] * np.sqrt(np.arange(1, 6))[:, None]
     assert batch["base"][1].numpy() == pytest.approx(expected, rel=1e-5)
     frame[:200].to_csv(tmp_path / "short.csv", index=False)
-    with pytest.raises(
-        ValueError, match=r"short\.csv: 200 rows, and a forecast needs at least 264: data.context=8 and 256"
-    ):
+    with pytest.raises(ValueError, match=r"short\.csv: 200 .* 264: data.context=8 .* 256 "):
         data.inputs(str(tmp_path / "short.csv"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "2000-09-01"}, r"prices\.csv: 244 rows for training \(data.split is 2000-09-01.* 269 .*context=8"),
-        ({"split": "2001-11-29"}, r"prices\.csv: 2 rows for validation .*2000-01-01 to 2001-11-30.*at least 5"),
-        ({"end": "2001-05-03"}, "2 rows for validation"),
-        ({"split": "soon"}, "data.split=soon: must be a date such as"),
+        ({"split": "2000-09-01"}, r"prices\.csv: 244 .*\(data.split .* 2000-09-01\b.* 269 .*context=8"),
+        ({"split": "2001-11-29"}, r"prices\.csv: 2 .* 2000-01-01 .* 2001-11-30\b.* 5 .*data.horizons"),
+        ({"end": "2001-05-03"}, r"prices\.csv: 2 .*data.horizons"),
+        ({"split": "soon"}, "data.split=soon"),
         ({"end": "later"}, "data.end=later"),
-        ({"quantiles": [0.5, 0.1]}, "quantiles=.*must increase"),
-        ({"quantiles": [0.0, 0.1]}, "between 0 and 1"),
+        ({"quantiles": [0.5, 0.1]}, r"data.quantiles=\[0.5, 0.1\]"),
+        ({"quantiles": [0.0, 0.1]}, r"data.quantiles=\[0.0, 0.1\]"),
         ({"quantiles": []}, "data.quantiles="),
         ({"horizons": 0}, "horizons=0"),
         ({"decay": 1.0}, "decay=1.0"),

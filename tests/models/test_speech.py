@@ -226,7 +226,7 @@ def test_examples_are_a_figure_a_recording_and_a_text(network: Speech) -> None:
     found = network.examples(batch_of("one", "three seven"))
     axes = found["spectrogram"].axes[0]
     assert axes.images[0].get_array().shape == (20, outputs_of(3000, 8000) * 2)
-    assert "true: one\n" in axes.get_title(loc="left")
+    assert ": one\n" in axes.get_title(loc="left")
     audio, rate = found["recording"]
     assert (audio.shape, rate) == ((3000,), 8000)
     assert [line.split("|")[1].strip() for line in found["transcriptions"].splitlines()[2:]] == ["one", "three seven"]
@@ -245,10 +245,10 @@ def test_the_network_can_be_exported_for_any_number_of_recordings(network: Speec
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"alphabet": "aba"}, "'aba'.*each of them once"),
-        ({"alphabet": ""}, "must have characters"),
+        ({"alphabet": "aba"}, "alphabet='aba'"),
+        ({"alphabet": ""}, "alphabet=''"),
         ({"rate": 100}, "rate=100"),
-        ({"mels": 100}, "mels=100 at rate=8000.*narrower than the 31 Hz.*fewer"),
+        ({"mels": 100}, "mels=100.*rate=8000.* 31 Hz"),
         ({"layers": 0}, "layers=0"),
     ],
 )
@@ -259,7 +259,7 @@ def test_invalid_settings_are_rejected(words: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize(
     ("section", "message"),
-    [({"rate": 16000}, "rate=8000 and the data 16000.*model.rate"), ({"alphabet": "ab "}, "alphabet=.*model.alphabet")],
+    [({"rate": 16000}, "rate=8000.* 16000.*model.rate"), ({"alphabet": "ab "}, "alphabet=.*model.alphabet")],
 )
 def test_data_of_another_rate_or_alphabet_are_rejected(section: dict[str, Any], message: str, network: Speech) -> None:
     batch = SpeechData(**section).collate([(torch.zeros(1000), torch.tensor([1]))])

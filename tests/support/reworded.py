@@ -72,6 +72,9 @@ class _Messages(ast.NodeTransformer):
         node.value = self.visit(node.value)
         return node
 
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        return node if node.arg == "loc" else self.generic_visit(node)  # Matplotlib's "upper left"
+
     def visit_MatchValue(self, node: ast.MatchValue) -> ast.AST:
         return node
 
