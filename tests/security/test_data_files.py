@@ -41,7 +41,7 @@ def test_an_eps_file_under_another_name_starts_no_program(tmp_path: Path, monkey
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     (tmp_path / "a.png").write_bytes(EPS)
-    with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"a\.png .*: cannot identify image file"):
         decode(str(tmp_path / "a.png"), 8, 3)
     assert not mark.exists()
 
@@ -71,20 +71,22 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     (tmp_path / names[1]).write_bytes(gzip.compress(struct.pack(">BBBBI", 0, 0, 8, 1, 1) + b"\0"))
     with pytest.raises(ValueError, match=r"data\.max_bytes"):
         Idx(str(tmp_path), max_bytes=2**16)
-    with pytest.raises(ValueError, match="cut short"):  # within the limit: the header states more than there is
+    with pytest.raises(
+        ValueError, match=r"train-images.* 1073741840 .* 1048592\b"
+    ):  # within the limit: the header states more than there is
         Idx(str(tmp_path), max_bytes=2**21)
 
 
 def test_a_header_with_dimensions_that_overflow_allocates_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(struct.pack(">BBBBIII", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1) + bytes(8))
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match=r"/a .* 79228162458924105385300197391 .* 24\b"):
         read_idx(tmp_path / "a", 3)
 
 
 def test_decompressed_data_are_limited(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(1000)))
     assert unpacked(tmp_path / "a.gz", 1000) == (bytes(1000), True)
-    with pytest.raises(ValueError, match="decompresses to more than 999 bytes"):
+    with pytest.raises(ValueError, match=r"a\.gz .* 999 "):
         unpacked(tmp_path / "a.gz", 999)
 
 
@@ -93,7 +95,7 @@ def test_a_row_group_that_repeats_one_number_is_measured_decoded(tmp_path: Path)
     table = pa.table({name: np.ones(rows) for name in ("x", "y")})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows // 2)
     assert (tmp_path / "a.parquet").stat().st_size < 20_000
-    with pytest.raises(ValueError, match=r"row group 0.*data\.max_group_bytes"):
+    with pytest.raises(ValueError, match=r"a\.parquet.* 0,.*data\.max_group_bytes"):
         Parquet(str(tmp_path), target="y", max_group_bytes=1_000_000)
     assert len(Parquet(str(tmp_path), target="y").train) == rows // 2
 

@@ -198,10 +198,10 @@ def test_options_of_our_names_are_ours(files: dict[str, str], tmp_path: Path) ->
 
 def test_a_word_that_refers_to_a_file_is_not_a_choice(tmp_path: Path) -> None:
     own = write(tmp_path, {EVIL: f"{GLOBAL}vars: {{hosts: [x]}}\n"})
-    with pytest.raises(LaunchError, match=r"evil\.yaml decides cluster\.hosts"):
+    with pytest.raises(LaunchError, match=r"evil\.yaml .*\bcluster\.hosts\b"):
         compose(["experiment=evil", "cluster=ssh", "cluster.hosts=${vars.hosts}"], own)
     mixed = write(tmp_path, {"cluster/ours.yaml": "kind: ssh\nhosts: '${vars.hosts}'\n"})
-    with pytest.raises(LaunchError, match=r"evil\.yaml decides cluster\.hosts"):
+    with pytest.raises(LaunchError, match=r"evil\.yaml .*\bcluster\.hosts\b"):
         compose(["experiment=evil", "cluster=ours"], mixed)
     assert asdict(compose(["cluster=ours", "vars.hosts=[a]"], mixed).job.cluster)["hosts"] == ["a"]
 
@@ -303,7 +303,7 @@ def test_the_users_own_settings(user_file: Path, tmp_path: Path) -> None:
     assert asdict(compose(["cluster=ssh", "cluster.hosts=[b]", "run.root=x"]).job.cluster)["hosts"] == ["b"]
     assert compose(["cluster=none"]).job.cluster == NoCluster()
     own = write(tmp_path, {EVIL: f"{GLOBAL}cluster: {{hosts: [x]}}\n"})
-    with pytest.raises(LaunchError, match=r"evil\.yaml decides cluster\.hosts"):
+    with pytest.raises(LaunchError, match=r"evil\.yaml .*\bcluster\.hosts\b"):
         compose(["experiment=evil"], own)
     user_file.write_text("cluster: {hosts: [vm1], keep_minutes: 5}\n")
     assert asdict(compose(["cluster=ssh"]).job.cluster)["hosts"] == ["vm1"]

@@ -61,8 +61,9 @@ def test_ssh_and_rsync_read_nothing_behind_the_options_as_one(tmp_path: Path, mo
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     shell = Shell(destination("vm1", "ada"))
-    with pytest.raises(HostError, match="ran no command"):  # the stub prints nothing
+    with pytest.raises(HostError, match=r"ada@vm1 .* 0: ") as raised:  # the stub prints nothing
         shell.run("true")
+    assert raised.value.cause == "failed"
     shell.send(tmp_path, ["a"], "/there")
     shell.fetch("/there/a", tmp_path)
     shell.close()

@@ -163,7 +163,9 @@ def test_nothing_is_written_through_a_link(
     words = ["run.name=a", "run.resume=true", root] if verb == "train" else [verb, "a", root]
     assert cli.run(words) == 2
     assert list(outside.iterdir()) == []
-    assert "is a link" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"{finished.path / name} " in printed
+    assert "run.root" in printed, "the remedy of a link"
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a link"])
