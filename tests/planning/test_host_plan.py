@@ -94,7 +94,7 @@ def test_the_command_prints_text_and_json(here: Place) -> None:
     words = ["plan", *TOY, "cluster=ssh", f"cluster.hosts=[{','.join(HOSTS)}]", "scaling.workers=2"]
     planned_text = here.here(*words)
     assert planned_text.status == 0, planned_text.err
-    assert "unknown before `launch up`" in " ".join(planned_text.out.split())
+    assert "`launch up`" in " ".join(planned_text.out.split())
     facts = json.loads(here.here(*words, "--json").out)
     assert [host["workers"] for host in facts["hosts"]] == [1, 1]
     assert facts["batches"]["per_worker"] > 0

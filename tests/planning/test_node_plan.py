@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ def test_a_fraction_of_a_gpu_has_a_part_of_its_memory_and_peak() -> None:
     assert small.plan.machines.workers == large.plan.machines.workers == 2
     assert small.forecast.room == pytest.approx(large.forecast.room / 4, rel=1e-6)
     assert small.computing.peak_flops == pytest.approx((large.computing.peak_flops or 0) / 4)
-    assert any("network bandwidth" in note for note in small.notes), "the bandwidth of these sizes is unknown"
+    assert any("NC24lds_xl" in note and "Gbit/s" in note for note in small.notes), (
+        "the bandwidth of these sizes is unknown"
+    )
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -184,10 +187,10 @@ def test_the_slowest_link_limits_the_ring(size: str, nodes: int, latency: float,
     ("found", "size", "precision", "source", "note"),
     [
         (GPT2, T4, "float16", "the model", None),
-        (replace(GPT2, flops_per_sample=None), A100, "bfloat16", "counted", "launch its kernels"),
-        (GPT2, T4, "bfloat16", "the model", "no bfloat16 Tensor cores"),
-        (network(10, 0.1, None, flops_per_sample=None), A100, "float32", None, "no flops_per_sample"),
-        (SMALL, A100, "bfloat16", "the model", "lower bounds"),
+        (replace(GPT2, flops_per_sample=None), A100, "bfloat16", "counted", r" 0\.\d+ ms, "),
+        (GPT2, T4, "bfloat16", "the model", r"\bT4\b.*\bbfloat16\b.*trainer\.precision=float16"),
+        (network(10, 0.1, None, flops_per_sample=None), A100, "float32", None, r"\bflops_per_sample\b"),
+        (SMALL, A100, "bfloat16", "the model", r" [\d.e-]+ ms, "),
     ],
 )
 def test_the_source_of_predicted_times(
@@ -199,7 +202,7 @@ def test_the_source_of_predicted_times(
     assert [value is None for value in (made.seconds, made.usd, made.best)] == [unknown] * 3
     assert made.plan.to_dict()["batches"]["per_worker"] == 32
     if note is not None:
-        assert note in " ".join(made.notes)
+        assert re.search(note, " ".join(made.notes))
 
 
 def test_the_mfu_of_an_earlier_run_is_used() -> None:
@@ -210,7 +213,7 @@ def test_the_mfu_of_an_earlier_run_is_used() -> None:
     assert assumed.mfu_from == "assumed"
     assert made.computing.mfu_from == "first"
     assert made.computing.seconds == pytest.approx((assumed.seconds or 0) * cost.MFU / 0.5)
-    assert "as reached by first, 50% of the A100 PCIe" in text(made, "runs/x", 300)
+    assert re.search(r"\bfirst, 50% .*\bA100 PCIe\b", text(made, "runs/x", 300))
 
 
 def test_the_earlier_run_is_that_of_run_like(here: Place) -> None:
@@ -249,11 +252,11 @@ def test_the_placement_of_workers(
 @pytest.mark.parametrize(
     ("scaling", "error", "expected"),
     [
-        ({"workers": 9}, ResourceError, r"scaling\.workers=9 .* 8 \(4 each\)\. Set cluster\.nodes=3"),
+        ({"workers": 9}, ResourceError, r"scaling\.workers=9 .* 8 \(4 .*cluster\.nodes=3"),
         ({"gpus_per_worker": 5.0}, ResourceError, "64 CPUs and 4 GPUs"),
         ({"cpus_per_worker": 65.0}, ResourceError, "64 CPUs and 4 GPUs"),
-        ({"device": "cpu"}, ConfigError, "uses no GPU"),
-        ({"gpus_per_worker": 0.0}, ConfigError, "uses no GPU"),
+        ({"device": "cpu"}, ConfigError, r"scaling\.device=\w+ .*scaling\.gpus_per_worker=[01] "),
+        ({"gpus_per_worker": 0.0}, ConfigError, r"scaling\.device=\w+ .*scaling\.gpus_per_worker=[01] "),
     ],
 )
 def test_impossible_placements_are_rejected(scaling: dict[str, Any], error: type[Exception], expected: str) -> None:
@@ -271,11 +274,11 @@ def test_the_cost_of_a_run_and_its_budget() -> None:
     assert budget is not None
     assert budget.hours == pytest.approx(1 / rate, abs=1e-4)
     assert budget.enough is False
-    assert any("cluster.budget_usd=1 is less" in note for note in made.notes)
+    assert any("cluster.budget_usd=1 " in note for note in made.notes)
     enough = planned(GPT2, job_for({"size": A100, "nodes": 4, "budget_usd": 1_000.0}))
     assert enough.budget is not None
     assert enough.budget.enough is True
-    assert not any("budget" in note for note in enough.notes)
+    assert not any("budget_usd" in note for note in enough.notes)
 
 
 def test_an_unknown_price_is_reported() -> None:
@@ -283,13 +286,14 @@ def test_an_unknown_price_is_reported() -> None:
     facts = made.to_dict()
     assert (facts["nodes_usd_per_hour"], facts["usd_per_hour"], facts["usd"]) == (None, None, None)
     assert facts["head_usd_per_hour"] == 0.192
-    assert "The price of Standard_NC24ads_A100_v4 in westus3 is unknown; it is known in eastus." in made.notes
+    assert any(re.search(r"Standard_NC24ads_A100_v4 .*westus3 .*eastus\b", note) for note in made.notes)
     assert "unknown" in text(made, "runs/x", 120)
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.golden
 def test_the_printed_plan() -> None:
     """Golden text. To update it: `t.GOLDEN.write_text(t.printed())`, where `t` is this module."""
     assert printed() == GOLDEN.read_text()
@@ -359,8 +363,8 @@ def test_the_plan_of_a_sweep_shows_the_first_trial(here: Place) -> None:
     words = ("plan", "--offline", "-m", *TOY, "optimizer.lr=0.1,0.2", "cluster.size=NC4as_T4_v3", "run.name=s")
     planned_run = here.here(*words)
     assert planned_run.status == 0, planned_run.err
-    for part in ("2 trials, a grid over optimizer.lr; min val/loss", "trial 1", "Quota needed", "runs/s/0"):
-        assert part in planned_run.out
+    for part in (r"^trials +2 .*\boptimizer\.lr; .*\bval/loss$", r"^Quota ", r"runs/s/0\b"):
+        assert re.search(part, planned_run.out, re.MULTILINE)
     found = json.loads(here.here(*words, "--json").out)
     assert found["grid"] == [["optimizer.lr=0.1"], ["optimizer.lr=0.2"]]
     assert found["plan"]["nodes"]["size"] == "Standard_NC4as_T4_v3"
@@ -371,13 +375,16 @@ def test_the_plan_of_a_sweep_shows_the_first_trial(here: Place) -> None:
 def test_other_verbs_reject_cluster_size(flags: list[str], here: Place) -> None:
     planned_run = here.here("train", *flags, *TOY, "cluster.size=NC4as_T4_v3")
     assert planned_run.status == 2
-    assert "cluster.size=NC4as_T4_v3 requests Azure VMs, but cluster=none" in planned_run.err
+    assert re.search(r"cluster\.size=NC4as_T4_v3 .* cluster=none .* cluster=azure ", " ".join(planned_run.err.split()))
     assert "launch plan" in planned_run.err
     assert here.files() == set()
 
 
 def test_retired_and_unknown_sizes(here: Place) -> None:
-    for size, expected in (("NC6s_v3", "Use Standard_NC24ads_A100_v4 instead"), ("NC24ads_A10_v4", "Did you mean")):
+    for size, expected in (
+        ("NC6s_v3", "2025-09-30. Use Standard_NC24ads_A100_v4 "),
+        ("NC24ads_A10_v4", '"Standard_NC24ads_A100_v4"?'),
+    ):
         planned_run = here.here("plan", *TOY, f"cluster.size={size}", "--offline")
         assert (planned_run.status, planned_run.out) == (2, "")
         assert expected in planned_run.err

@@ -39,7 +39,7 @@ _VALUE = "\0"  # a formatted value of an f-string
 _NO_MESSAGE = re.compile(
     r"&&|\|\||\$\(|\$\{|\$[A-Z]|2>|; do\b|\bimport |^\s*(?:exec|sudo|cd|mkdir|test|kill|flock|echo|printf|printenv) "
     r"|(?m:^#)|\\[Sdw(|]|\w\|\w|\.\*|\(\?[:!]|@@| eq '| -[cm] (?:\0|'|pip\b|launcher\.)|^launcher\.|ulimit|^\{\w+:"
-    r"|command not found|^Ray runtime started|^\0 stop$"
+    r"|command not found|^the model$|^(?:step|epoch|loss) \0|^Ray runtime started|^\0 stop$"
 )
 
 # Functions whose arguments are compared with text, or looked up: not messages.
