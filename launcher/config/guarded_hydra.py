@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.base import Container, Node
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.resolvers import oc
+from yaml import YAMLError
 
 from launcher.config import hydra_settings, limits, literal_text
 from launcher.config.authority import ComposedFile
@@ -52,9 +53,11 @@ class LimitedFiles(FileConfigSource):
         try:
             text = limits.read_text(file)
             limits.check_yaml(text, str(file))
+            loaded = super().load_config(config_path)
         except UnicodeDecodeError as error:
             raise ConfigError(f"{file} cannot be read: {error}.") from error
-        loaded = super().load_config(config_path)
+        except YAMLError as error:
+            raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
         package = (loaded.header.get("package") or "_group_").replace("_group_", config_path.rpartition("/")[0])
         parts = [part for part in re.split(r"[./]", package) if part not in ("_global_", "")]
         if self.checks_hydra_settings:

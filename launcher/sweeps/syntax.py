@@ -154,18 +154,22 @@ def _axis(override: Any, word: str, groups: Mapping[str, list[str]], seed: int) 
 def _interval(key: str, found: Any, word: str) -> IntervalAxis:
     low, high, log = found.start, found.end, "log" in found.tags
     if low is None or high is None or not low < high:
-        raise ConfigError(f'"{masked(word)}": the first number of an interval must be lower than the second.', key=key)
+        raise ConfigError(
+            f'"{masked(word)}": the first number of an interval, {low}, must be lower than the second, {high}.', key=key
+        )
     if log and low <= 0:
-        raise ConfigError(f'"{masked(word)}": on a logarithmic scale an interval must begin above zero.', key=key)
+        raise ConfigError(
+            f'"{masked(word)}": on a logarithmic scale an interval must begin above 0, not at {low}.', key=key
+        )
     return IntervalAxis(key, low, high, isinstance(low, int) and isinstance(high, int), log)
 
 
 def _range(key: str, found: Any, word: str, seed: int) -> ChoiceAxis:
     if not found.step:
-        raise ConfigError(f'"{masked(word)}": the step of a range must not be zero.', key=key)
+        raise ConfigError(f'"{masked(word)}": the step of a range must not be 0.', key=key)
     values = list(itertools.islice(iter(found.range()), _MOST_VALUES + 1))
     if not values:
-        raise ConfigError(f'"{masked(word)}" is an empty range: its end, the second number, is excluded.', key=key)
+        raise ConfigError(f'"{masked(word)}" is an empty range: its end, {found.stop}, is excluded.', key=key)
     if len(values) > _MOST_VALUES:
         raise ConfigError(
             f'"{masked(word)}" has more than {_MOST_VALUES:,} values. Use an interval with a search.', key=key
@@ -173,7 +177,8 @@ def _range(key: str, found: Any, word: str, seed: int) -> ChoiceAxis:
     log = "log" in found.tags
     if log and (found.step != 1 or min(values) <= 0):
         raise ConfigError(
-            f'"{masked(word)}": on a logarithmic scale a range must have step 1 and begin above zero.', key=key
+            f'"{masked(word)}": on a logarithmic scale a range must have step 1, not {found.step}, and begin above 0.',
+            key=key,
         )
     if found.shuffle:
         random.Random(seed).shuffle(values)

@@ -141,15 +141,16 @@ def test_choices_and_given() -> None:
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-WRONG: list[tuple[str, str]] = [
+# The word, and what its error quotes. The key of the error is that of the word, or the third item.
+WRONG: list[tuple[str, ...]] = [
     # unknown keys: the nearest key, and the names of other tools
-    ("trainer.epoch=1", r'no key "trainer.epoch".*"trainer.epochs"'),
+    ("trainer.epoch=1", r'"trainer.epoch".*"trainer.epochs"'),
     ("epochs=1", r'"trainer.epochs"'),
     ("+trainer.epoch=1", r'"trainer.epochs"'),
     ("++scaling.wrokers=1", r'"scaling.workers"'),
-    ("trainer={epoch: 1}", r'no key "trainer.epoch".*"trainer.epochs"'),
+    ("trainer={epoch: 1}", r'"trainer.epoch".*"trainer.epochs"', "trainer.epoch"),
     ("experment=mnist", r'"experiment"'),
-    ("anything=1", r"vars"),
+    ("anything=1", r'"anything"'),
     ("max_epochs=3", r"trainer.epochs"),
     ("trainer.max_epochs=3", r"trainer.epochs"),
     ("+trainer.max_epochs=3", r"trainer.epochs"),
@@ -170,128 +171,132 @@ WRONG: list[tuple[str, str]] = [
     ("gradient_clip_val=1", r"trainer.clip_norm"),
     ("seed=1", r"trainer.seed"),
     # groups
-    ("model=resnt18", r'"resnet18".*There are: captioner, convnet'),
-    ("experiment=[mnist,nope]", r'no experiment called "nope".*mnist'),
-    ("optimizer=3", r'no optimizer called "3"'),
+    ("model=resnt18", r'"resnet18".*: captioner, convnet'),
+    ("experiment=[mnist,nope]", r'"nope".*mnist'),
+    ("optimizer=3", r'"3".*adamw'),
     ("modle=convnet", r'"model"'),
-    ("model/nope=convnet", r"no configuration group"),
+    ("model/nope=convnet", r'"model/nope"'),
     # not an override
-    ("trainer.epochs", r"not an override"),
-    ("--epochs=3", r"cannot be read"),
-    ("mnist", r"not an override"),
-    ("data.root=a b:c,{", r"quotes"),
-    ("=3", r"no key"),
+    ("trainer.epochs", r"trainer.epochs=VALUE"),
+    ("--epochs=3", r"'--epochs=\"VALUE\"'"),
+    ("mnist", r"data=mnist or experiment=mnist"),
+    ("data.root=a b:c,{", r"'data.root=\"VALUE\"'"),
+    ("=3", r'"=3".*""'),
     # Hydra's own
     ("hydra.run.dir=x", r"run.root"),
     ("hydra.verbose=true", r"verbose=true"),
     ("hydra/launcher=basic", r"cluster=NAME"),
-    ("+hydra.searchpath=[pkg://os]", r"composition only|config-dir"),
+    ("+hydra.searchpath=[pkg://os]", r"config-dir"),
     # sweeps without -m
-    ("trainer.epochs=1,2", r"add -m"),
-    ("optimizer.lr=interval(0,1)", r"add -m"),
-    ("model=glob(*)", r"add -m"),
+    ("trainer.epochs=1,2", r"-m\b.*trainer.epochs=\[...\]"),
+    ("optimizer.lr=interval(0,1)", r"-m\b.*optimizer.lr=\[...\]"),
+    ("model=glob(*)", r"-m\b.*model=\[...\]"),
     # deletions
-    ("~trainer.epochs", r"cannot be deleted"),
-    ("~model", r"model names no class"),
-    ("~optimizer.nope", r"optimizer.nope"),
+    ("~trainer.epochs", r'"~trainer.epochs"'),
+    ("~model", r"model=NAME.*`_target_`"),
+    ("~optimizer.nope", r"'optimizer.nope'", ""),
     # types
-    ("trainer.epochs=many", r"trainer.epochs must be a whole number.*many"),
-    ("trainer.epochs=1.5", r"trainer.epochs must be a whole number"),
-    ("trainer.compile=perhaps", r"trainer.compile must be true or false"),
-    ("trainer=3", r"no trainer called"),
+    ("trainer.epochs=many", r"'many'"),
+    ("trainer.epochs=1.5", r"'1.5'"),
+    ("trainer.compile=perhaps", r"'perhaps'"),
+    ("trainer=3", r'"3".*default'),
     ("logging.hparams=lr", r"logging.hparams"),
-    ("logging.profile=[15,10]", r"first and the last step"),
-    ("logging.profile=[0,3]", r"first and the last step"),
-    ("logging.profile=[1,101]", r"more than 100"),
-    ("logging.profile=[3]", r"first and the last step"),
-    ("optimizer.lr=fast", r"optimizer.lr"),
-    ("optimizer.lr=-1", r"at least 0"),
+    ("logging.profile=[15,10]", r"\[15, 10\].*\[10,15\]"),
+    ("logging.profile=[0,3]", r"\[0, 3\].* 1\b"),
+    ("logging.profile=[1,101]", r"\[1, 101\].*\b100\b"),
+    ("logging.profile=[3]", r"\[3\].*\[10,15\]"),
+    ("optimizer.lr=fast", r"'fast'.* 0\b"),
+    ("optimizer.lr=-1", r"-1\b.* 0\b"),
     # values
-    ("trainer.global_batch_size=0", r"global_batch_size is 0.*at least 1"),
-    ("trainer.global_batch_size=-4", r"at least 1"),
-    ("trainer.microbatch_size=0", r"at least 1"),
-    ("trainer.epochs=0", r"at least 1"),
-    ("trainer.steps=-1", r"at least 1"),
-    ("trainer.clip_norm=0", r"above zero"),
-    ("trainer.clip_norm=nan", r"above zero"),
-    ("trainer.seed=-1", r"trainer.seed"),
-    ("trainer.overfit_batches=-1", r"at least 0"),
-    ("scaling.workers=0", r"scaling.workers is 0.*at least 1, or auto"),
-    ("scaling.workers=two", r"at least 1, or auto"),
-    ("scaling.workers=true", r"at least 1, or auto"),
-    ("scaling.workers=1.5", r"at least 1, or auto"),
-    ("scaling.cpus_per_worker=0", r"above zero"),
-    ("scaling.gpus_per_worker=-1", r"at least 0"),
+    ("trainer.global_batch_size=0", r" 0\b.* 1\b"),
+    ("trainer.global_batch_size=-4", r" -4\b.* 1\b"),
+    ("trainer.microbatch_size=0", r" 0\b.* 1\b"),
+    ("trainer.epochs=0", r" 0\b.* 1\b"),
+    ("trainer.steps=-1", r" -1\b.* 1\b"),
+    ("trainer.clip_norm=0", r" 0\b"),
+    ("trainer.clip_norm=nan", r" nan\b"),
+    ("trainer.seed=-1", r" -1\b.* 0\b"),
+    ("trainer.overfit_batches=-1", r" -1\b.* 0\b"),
+    ("scaling.workers=0", r" 0\b.* 1\b"),
+    ("scaling.workers=two", r"'two'.* 1\b"),
+    ("scaling.workers=true", r" True\b.* 1\b"),
+    ("scaling.workers=1.5", r" 1\.5\b.* 1\b"),
+    ("scaling.cpus_per_worker=0", r" 0\b"),
+    ("scaling.gpus_per_worker=-1", r" -1\b.* 0\b"),
     ("scaling.device=gpu", r"auto, cpu, cuda"),
     ("trainer.precision=bf16", r"float32, bfloat16, float16.*\"bfloat16\""),
     ("checkpoint.mode=mn", r"min, max.*\"min\""),
-    ("checkpoint.keep=0", r"at least 1"),
+    ("checkpoint.keep=0", r" 0\b.* 1\b"),
     ("cluster.kind=azur", r"local, none"),
     ("strategy.name=dpp", r"\"ddp\""),
     ("strategy=dilco", r"diloco"),
     ("strategy.compression=fp8", r"none, bf16, fp16, powersgd"),
     ("strategy.compression=bfloat16", r"\"bf16\""),
-    ("strategy.inner_steps=5", r"local_sgd and diloco, but the strategy is ddp"),
-    ("strategy.powersgd_rank=2", r"needs strategy.compression=powersgd"),
-    ("trainer.log_every=0", r"trainer.log_every is 0"),
-    ("trainer.evaluate_every=often", r"trainer.evaluate_every"),
-    ("checkpoint.every=-1", r"checkpoint.every"),
-    ("run.name=a/b", r"run.name is 'a/b'"),
-    ("run.name=..", r"run.name"),
-    ("run.name=a..b", r"run.name"),
-    ("run.name=.hidden", r"run.name"),
-    ("run.name=''", r"run.name"),
-    ("run.name=' '", r"run.name"),
-    ("run.name='a\tb'", r"run.name"),
-    ("run.name='a\x1b[31m'", r"run.name"),
-    ("run.root=''", r"run.root is empty"),
+    ("strategy.inner_steps=5", r"strategy=local_sgd and diloco.*\bddp\b"),
+    ("strategy.powersgd_rank=2", r"strategy.compression=powersgd"),
+    ("trainer.log_every=0", r" 0\b.*1ep\b"),
+    ("trainer.evaluate_every=often", r"'often'"),
+    ("checkpoint.every=-1", r" -1\b"),
+    ("run.name=a/b", r"'a/b'"),
+    ("run.name=..", r"'\.\.'"),
+    ("run.name=a..b", r"'a\.\.b'"),
+    ("run.name=.hidden", r"'\.hidden'"),
+    ("run.name=''", r"''"),
+    ("run.name=' '", r"' '"),
+    ("run.name='a\tb'", r"'a\\tb'"),
+    ("run.name='a\x1b[31m'", r"'a\\x1b\[31m'"),
+    ("run.root=''", r"run.root"),
     ("run.resume=true", r"run.name=NAME"),
     ("run.resume=auto", r"run.name=NAME"),
-    ("run.resume=1", r"true, false or auto"),
-    ("run.resume=maybe", r"true, false or auto"),
-    ("trust=3", r"list of package names"),
-    ("trust=[${vars.x}]", r"list of package names"),
-    ("trust=[a b]", r"list of package names|cannot be read"),
-    ("~trust", r"list of package names"),
+    ("run.resume=1", r" 1\b"),
+    ("run.resume=maybe", r"'maybe'"),
+    ("trust=3", r"trust=\[mypackage\]"),
+    ("trust=[${vars.x}]", r"trust=\[mypackage\]"),
+    ("trust=[a b]", r"trust=\[mypackage\]"),
+    ("~trust", r"trust=\[mypackage\]"),
     ("+trust.0=os", r"trust=\[PACKAGE\]"),
     # interpolation
-    ("data.root=${oc.env:SURELY_UNSET}", r"data.root.*environment variable SURELY_UNSET"),
-    ("data.root=${nowhere.at_all}", r"data.root cannot be interpolated"),
-    ("trainer.epochs=${vars.n}", r"trainer.epochs cannot be interpolated"),
-    ("data.root=???", r"data.root has no value yet"),
-    ("data=idx", r"data.root has no value yet"),
+    ("data.root=${oc.env:SURELY_UNSET}", r"\bSURELY_UNSET\b"),
+    ("data.root=${nowhere.at_all}", r"'nowhere.at_all'"),
+    ("trainer.epochs=${vars.n}", r"'vars.n'"),
+    ("data.root=???", r"data.root=\.\.\."),
+    ("data=idx", r"data.root=\.\.\.", "data.root"),
 ]
 
 
-@pytest.mark.parametrize(("word", "message"), WRONG, ids=[word for word, _ in WRONG])
-def test_an_invalid_word_is_reported(word: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+@pytest.mark.parametrize("row", WRONG, ids=[row[0] for row in WRONG])
+def test_an_invalid_word_is_reported(row: tuple[str, ...]) -> None:
+    word, quoted, *key = row
+    with pytest.raises(ConfigError, match=quoted) as caught:
         compose([word])
+    assert caught.value.key == (key or [word.lstrip("+~").partition("=")[0]])[0]
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "key", "quoted"),
     [
-        (["trainer.deterministic=true", "trainer.precision=float16"], "float32"),
-        (["run.name=a", "run.like=b", "run.resume=true"], "one of the two"),
-        (["vars.n=x", "trainer.epochs=${vars.n}"], "trainer.epochs"),
-        (["strategy=local_sgd", "strategy.outer_lr=0.5"], r"option of strategy=diloco"),
-        (["strategy=diloco", "strategy.overlap_steps=20"], r"below strategy.inner_steps=20"),
-        (["strategy=diloco", "strategy.outer_momentum=1"], r"below 1"),
-        (["strategy=diloco", "strategy.inner_steps=0"], r"at least 1"),
-        (["strategy=fsdp", "strategy.compression=powersgd"], r"strategy.compression=bf16 with fsdp, or strategy=ddp"),
-        (["strategy=fsdp", "trainer.deterministic=true"], r"needs strategy=ddp and strategy.compression=none"),
+        (["trainer.deterministic=true", "trainer.precision=float16"], "trainer.deterministic", "precision=float32"),
+        (["run.name=a", "run.like=b", "run.resume=true"], "run.resume", r"run\.like"),
+        (["vars.n=x", "trainer.epochs=${vars.n}"], "trainer.epochs", "'x'"),
+        (["strategy=local_sgd", "strategy.outer_lr=0.5"], "strategy.outer_lr", "strategy=diloco.*local_sgd"),
+        (["strategy=diloco", "strategy.overlap_steps=20"], "strategy.overlap_steps", "20.*strategy.inner_steps=20"),
+        (["strategy=diloco", "strategy.outer_momentum=1"], "strategy.outer_momentum", r" 1\.?0?\b.* 1\b"),
+        (["strategy=diloco", "strategy.inner_steps=0"], "strategy.inner_steps", r" 0\b.* 1\b"),
+        (["strategy=fsdp", "strategy.compression=powersgd"], "strategy.compression", "compression=bf16.*strategy=ddp"),
+        (["strategy=fsdp", "trainer.deterministic=true"], "trainer.deterministic", "strategy=ddp.*compression=none"),
         (
             ["strategy.compression=bf16", "trainer.deterministic=true"],
-            r"needs strategy=ddp and strategy.compression=none",
+            "trainer.deterministic",
+            "strategy=ddp.*compression=none",
         ),
     ],
 )
-def test_contradicting_words_are_reported(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_contradicting_words_are_reported(words: list[str], key: str, quoted: str) -> None:
+    with pytest.raises(ConfigError, match=quoted) as caught:
         compose(words)
+    assert caught.value.key == key
 
 
 @pytest.mark.parametrize(
@@ -361,28 +366,29 @@ def test_an_own_primary_configuration_takes_precedence_and_is_typed(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("files", "words", "message"),
+    ("files", "words", "key", "quoted"),
     [
-        ({A: f"{GLOBAL}trainer:\n  epoch: 1\n"}, ["experiment=a"], r'experiment/a.yaml.*"trainer.epochs"'),
-        ({A: f"{GLOBAL}trainer:\n  max_epochs: 1\n"}, ["experiment=a"], r"trainer.epochs is"),
-        ({A: f"{GLOBAL}trainer:\n  epochs: x\n"}, ["experiment=a"], r"trainer.epochs must be a whole"),
-        ({A: "trainer:\n  epochs: 1\n"}, ["experiment=a"], r"_global_"),
-        ({A: f"{GLOBAL}defaults:\n  - override /model: nope\n"}, ["experiment=a"], r"model/nope.*convnet"),
-        ({"local/default.yaml": "run:\n  root: x\n"}, [], r"_global_"),
-        ({"model/a.yaml": "a: [1\n"}, ["model=a"], r"YAML"),
-        ({"model/a.yaml": "a: b: c\n"}, ["model=a"], r"YAML"),
-        ({"config.yaml": "- 1\n"}, [], r"mapping"),
-        ({"config.yaml": "a: [\n"}, [], r"config.yaml is not valid YAML"),
-        ({"config.yaml": "hydra:\n  searchpath: [pkg://antigravity]\n"}, [], r"searchpath"),
-        ({"model/a.yaml": "scheduler: null\nwidth: 3\n"}, ["model=a"], r"model names no class"),
-        ({A: f"{GLOBAL}scheduler: null\n"}, ["experiment=a"], r"scheduler"),
+        ({A: f"{GLOBAL}trainer:\n  epoch: 1\n"}, ["experiment=a"], "trainer.epoch", r'/a.yaml.*"trainer.epochs"'),
+        ({A: f"{GLOBAL}trainer:\n  max_epochs: 1\n"}, ["experiment=a"], "trainer.max_epochs", r"trainer.epochs\b"),
+        ({A: f"{GLOBAL}trainer:\n  epochs: x\n"}, ["experiment=a"], "trainer.epochs", r"'x'"),
+        ({A: "trainer:\n  epochs: 1\n"}, ["experiment=a"], "experiment", r"_global_"),
+        ({A: f"{GLOBAL}defaults:\n  - override /model: nope\n"}, ["experiment=a"], "model", r"model/nope.*convnet"),
+        ({"local/default.yaml": "run:\n  root: x\n"}, [], "local", r"_global_"),
+        ({"model/a.yaml": "a: [1\n"}, ["model=a"], "", r"model/a.yaml.* YAML.*line 2"),
+        ({"model/a.yaml": "a: b: c\n"}, ["model=a"], "", r"model/a.yaml.* YAML.*line 1"),
+        ({"config.yaml": "- 1\n"}, [], "", r"config.yaml"),
+        ({"config.yaml": "a: [\n"}, [], "", r"config.yaml.* YAML.*line 2"),
+        ({"config.yaml": "hydra:\n  searchpath: [pkg://antigravity]\n"}, [], "hydra.searchpath", r"searchpath"),
+        ({"model/a.yaml": "scheduler: null\nwidth: 3\n"}, ["model=a"], "model", r"model=NAME.*_target_"),
+        ({A: f"{GLOBAL}scheduler: null\n"}, ["experiment=a"], "scheduler", r"experiment/a.yaml|scheduler"),
     ],
 )  # fmt: skip
 def test_errors_in_own_files_are_reported(
-    files: dict[str, str], words: list[str], message: str, tmp_path: Path
+    files: dict[str, str], words: list[str], key: str, quoted: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=quoted) as caught:
         compose(words, write(tmp_path, files))
+    assert caught.value.key == key
 
 
 @pytest.mark.parametrize("name", ["it's here", "a,b", "ä ö", "a[1]{2}", "x=y"])
@@ -392,7 +398,7 @@ def test_directories_with_odd_names(name: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_directory() -> None:
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="/does/not/exist"):
         compose([], Path("/does/not/exist"))
 
 
@@ -561,29 +567,30 @@ def test_a_removed_key_is_ignored_in_a_stored_configuration(value: Any, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "message"),
+    ("text", "words", "key", "quoted"),
     [
-        ("", ["experiment=mnist"], "whole"),
-        ("", ["model=nope"], "convnet"),
-        ("", ["trainer.epoch=1"], "trainer.epochs"),
-        ("", ["+paths=x"], "paths"),
-        ("defaults: [{model: convnet}]\n", [], "defaults"),
-        ("hydra: {searchpath: ['pkg://antigravity']}\n", [], "hydra"),
-        ("surprise: 1\n", [], "surprise"),
-        ("trainer: {epochs: x}\n", [], "trainer.epochs"),
-        ("trainer: {epoch: 2}\n", [], "trainer.epochs"),
-        ("trainer: 3\n", [], "trainer"),
-        ("model: [1]\n", [], "model"),
+        ("", ["experiment=mnist"], "experiment", '"experiment=mnist"'),
+        ("", ["model=nope"], "model", "convnet"),
+        ("", ["trainer.epoch=1"], "trainer.epoch", "trainer.epochs"),
+        ("", ["+paths=x"], "paths", "paths"),
+        ("defaults: [{model: convnet}]\n", [], "defaults", "defaults"),
+        ("hydra: {searchpath: ['pkg://antigravity']}\n", [], "hydra", "hydra"),
+        ("surprise: 1\n", [], "surprise", "surprise"),
+        ("trainer: {epochs: x}\n", [], "trainer.epochs", "'x'"),
+        ("trainer: {epoch: 2}\n", [], "trainer.epoch", "trainer.epochs"),
+        ("trainer: 3\n", [], "trainer", " 3"),
+        ("model: [1]\n", [], "model", r"\[1\]"),
     ],
 )
-def test_errors_over_a_stored_configuration(text: str, words: list[str], message: str, tmp_path: Path) -> None:
+def test_errors_over_a_stored_configuration(text: str, words: list[str], key: str, quoted: str, tmp_path: Path) -> None:
     content = OmegaConf.to_container(OmegaConf.create(compose([]).to_yaml()))
     assert isinstance(content, dict)
     content.update(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
     before = set(sys.modules)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=quoted) as caught:
         compose(words, stored=tmp_path / "config.yaml")
+    assert caught.value.key == key
     assert "antigravity" not in set(sys.modules) - before
 
 

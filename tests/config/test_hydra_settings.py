@@ -12,14 +12,14 @@ from launcher.errors import ConfigError, LaunchError
 SETTINGS = [
     ("hydra.run.dir=out", "hydra: {run: {dir: out}}", "run.root"),
     ("hydra.sweep.dir=out", "hydra: {sweep: {dir: out}}", "run.root"),
-    ("hydra.job.chdir=true", "hydra: {job: {chdir: true}}", "working directory"),
+    ("hydra.job.chdir=true", "hydra: {job: {chdir: true}}", "hydra.job.chdir"),
     ("hydra.mode=MULTIRUN", "hydra: {mode: MULTIRUN}", "-m"),
     ("hydra.sweeper.n_trials=20", "hydra: {sweeper: {n_trials: 20}}", "sweep.trials"),
     ("hydra/sweeper=optuna", "defaults: [override /hydra/sweeper: optuna]", "sweep=grid"),
     ("hydra/launcher=ray", "defaults: [override /hydra/launcher: ray]", "cluster=NAME"),
     ("hydra.launcher.n_jobs=4", "hydra: {launcher: {n_jobs: 4}}", "cluster=NAME"),
     ("hydra.verbose=true", "hydra: {verbose: true}", "verbose=true"),
-    ("hydra.anything=1", "hydra: {anything: 1}", "composition only"),
+    ("hydra.anything=1", "hydra: {anything: 1}", "hydra.anything"),
 ]
 
 
@@ -28,6 +28,7 @@ def test_a_word_and_a_file(word: str, text: str, remedy: str, tmp_path: Path) ->
     with pytest.raises(ConfigError) as raised:
         compose([word])
     assert remedy in str(raised.value)
+    assert raised.value.key == word.partition("=")[0]
     for file in ("experiment/a.yaml", "local/default.yaml", "config.yaml"):
         if file == "config.yaml" and "defaults" in text:
             text = "defaults: [launch_schema, _self_, override hydra/" + text.partition("/hydra/")[2]

@@ -62,5 +62,6 @@ def test_the_name_of_a_run_contains_all_experiments(tmp_path: Path) -> None:
 
 
 def test_a_missing_option_in_another_section() -> None:
-    with pytest.raises(ConfigError, match='no optimizer called "sgdd"'):
+    with pytest.raises(ConfigError, match='"sgdd"') as refused:
         compose(["+optimizer@vars.other=sgdd"])
+    assert refused.value.key == "optimizer"

@@ -33,7 +33,7 @@ _TOKEN = re.compile(
     r"""(?:(?<=\s)|(?<=\()|^)"[^"\s][^"]*"|`[^`]*`|(?:(?<=\s)|(?<=\()|^)'[^'\s][^']*'"""
     rf"""|(?<=: )(?:{_COMMANDS})\s[^.,;]*|(?:(?<=\s)|(?<=\()|^)launch(?:\s(?:{_VERBS}))?(?![^\s.,;:)])|\S+"""
 )
-_PLAIN = re.compile(r"(\(*)([a-z]{4,})([.,;:?!)…]*)")
+_PLAIN = re.compile(r"(\(*)((?!launch\b)[a-z]{4,})([.,;:?!)…]*)")
 _VALUE = "\0"  # a formatted value of an f-string
 # Scripts, patterns and texts of other programs, which look like messages.
 _NO_MESSAGE = re.compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -72,40 +73,46 @@ def test_each_form_of_the_grammar(word: str, searched: Any, gridded: Any) -> Non
     (axis,) = words.axes
     assert search.distribution(axis) == searched
     if gridded is None:
-        with pytest.raises(ConfigError, match=r"interval.*infinitely many values.*sweep=tpe"):
+        with pytest.raises(ConfigError, match="sweep=tpe") as refused:
             search.distribution(axis, grid=True)
+        assert refused.value.key == axis.key
     else:
         assert search.distribution(axis, grid=True) == gridded
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("word", "quoted"),
     [
-        ("vars.a={x:1},{x:2}", r"\{x:1\} cannot be swept.*configuration group"),
-        ("vars.a=choice({x:{y:1}},{x:{y:2}})", "cannot be swept"),
-        ("vars.a=[[1,2]],[[3]]", "cannot be swept"),
-        ("vars.a=[{x:1}],[2]", "cannot be swept"),
-        ("optimizer.lr=interval(1,0)", "must be lower"),
-        ("optimizer.lr=tag(log,interval(0,1))", "begin above zero"),
-        ("trainer.epochs=tag(log,range(1,9,2))", "step 1"),
-        ("trainer.epochs=range(5,5)", "is an empty range"),
-        ("trainer.epochs=range(1,5,0)", "must not be zero"),
-        ("trainer.epochs=range(1,1000000)", "more than 100,000"),
-        ("model=mlp,mlp", "names mlp twice"),
-        ("vars.a=1,1.0", "twice.*sweep.over=trainer.seed"),
-        ("model=glob(x*)", r"matches no option of model.*convnet, mlp, resnet18"),
-        ("optimizer.lr=glob(*)", "not a configuration group"),
-        ("optimizer.lr=interval(1)", "cannot be parsed"),
-        ("optimizer.lr=choice(1", "cannot be parsed"),
-        ("run.name=a,b", "applies to the sweep as a whole"),
-        ("sweep.trials=1,2", "applies to the sweep as a whole"),
-        ("cluster=none,local", "applies to the sweep as a whole"),
-        ("hydra.sweeper.params=3", "must be a mapping"),
+        ("vars.a={x:1},{x:2}", r"\{x:1\} "),
+        ("vars.a=choice({x:{y:1}},{x:{y:2}})", r"\{x:\{y:1\}\} "),
+        ("vars.a=[[1,2]],[[3]]", r"\[\[1,2\]\] "),
+        ("vars.a=[{x:1}],[2]", r"\[\{x:1\}\] "),
+        ("optimizer.lr=interval(1,0)", r" 1\.0,.* 0\.0\."),
+        ("optimizer.lr=tag(log,interval(0,1))", r"\b0,.*\b0\."),
+        ("trainer.epochs=tag(log,range(1,9,2))", r"\b1,.*\b2,.*\b0\."),
+        ("trainer.epochs=range(5,5)", r" 5,"),
+        ("trainer.epochs=range(1,5,0)", r" 0\."),
+        ("trainer.epochs=range(1,1000000)", r"\b100,000\b"),
+        ("model=mlp,mlp", r" mlp .*sweep.over=trainer.seed"),
+        ("vars.a=1,1.0", r" 1\.0 .*sweep.over=trainer.seed"),
+        ("model=glob(x*)", r"\bconvnet, mlp, resnet18\b"),
+        ("optimizer.lr=glob(*)", r" optimizer\.lr\."),
+        ("optimizer.lr=interval(1)", r"KEY=interval\(0,1\)"),
+        ("optimizer.lr=choice(1", r"KEY=interval\(0,1\)"),
+        ("run.name=a,b", r" run\.name "),
+        ("sweep.trials=1,2", r" sweep\.trials "),
+        ("cluster=none,local", r" cluster "),
     ],
 )
-def test_unsupported_sweeps_are_rejected(word: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_unsupported_sweeps_are_rejected(word: str, quoted: str) -> None:
+    with pytest.raises(ConfigError, match=rf'^"{re.escape(word)}".*{quoted}') as refused:
         read(word)
+    assert refused.value.key == word.partition("=")[0]
+
+
+def test_the_parameters_of_a_sweep_must_be_a_mapping() -> None:
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.params\.optimizer\.lr="):
+        read("hydra.sweeper.params=3")
 
 
 def test_a_mixture_of_everything() -> None:
@@ -204,7 +211,7 @@ def test_one_key_has_one_type(word: str, values: list[Any], shown: list[Any]) ->
 
 
 def test_cmaes_needs_numbers() -> None:
-    with pytest.raises(ConfigError, match="cmaes searches over numbers"):
+    with pytest.raises(ConfigError, match=r"sweep=cmaes.*sweep=tpe"):
         algorithms.sampler(SweepConfig(sampler="cmaes", trials=3), read("model=mlp,convnet"), 0)
 
 
