@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from launcher.cli.board import page, pinned_tags
 from launcher.cli.board_server import is_known
 from tests.support.stores import free_port
+from tests.support.waiting import wait_for
 
 
 @pytest.mark.parametrize(
@@ -46,13 +50,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (root / "output").open("w+") as output:
         server = subprocess.Popen(command, cwd=root, stdout=output, stderr=output, env=_with_launcher())
         try:
-            end = time.monotonic() + 240
-            while status(f"http://127.0.0.1:{port}/") is None:
+
+            def answers() -> bool:
                 assert server.poll() is None, (root / "output").read_text()
-                assert time.monotonic() < end
-                time.sleep(0.2)
+                return status(f"http://127.0.0.1:{port}/") is not None
+
+            wait_for(answers, 60)
             text = (root / "output").read_text()
-            yield next(word for word in text.split() if word.startswith("http://"))
+            yield next(word for word in text.split() if word.startswith("http://")).partition("?")[0]
         finally:
             server.terminate()
             server.wait(timeout=240)
@@ -84,3 +89,23 @@ def test_the_address_has_a_secret_path(url: str) -> None:
 def test_a_host_name_rebound_to_loopback_is_rejected(url: str) -> None:
     assert status(f"{url}data/environment", "localhost") == 200
     assert status(f"{url}data/environment", "evil.example") == 403
+
+
+def run(root: Path, name: str, result: dict[str, Any], monitor: object = "val/loss") -> None:
+    (root / name).mkdir()
+    (root / name / "result.json").write_text(json.dumps(result))
+    (root / name / "config.yaml").write_text(json.dumps({"checkpoint": {"monitor": monitor}}))
+
+
+def test_the_losses_and_the_monitored_tags_are_pinned(tmp_path: Path) -> None:
+    """Would be wrong: a run without an evaluation that is left out, or a damaged run that ends the command."""
+    assert pinned_tags(tmp_path) == ["train/loss", "val/loss"]
+    run(tmp_path, "evaluated", {"best": {"tag": "val/accuracy", "value": 0.5, "step": 3}})
+    run(tmp_path, "started", {"best": None}, monitor="val/f1")
+    run(tmp_path, "without", {}, monitor=None)
+    run(tmp_path, "damaged", {})
+    (tmp_path / "damaged/config.yaml").write_text("{")
+    (tmp_path / "damaged/result.json").write_text("{}")
+    assert sorted(pinned_tags(tmp_path)) == ["train/loss", "val/accuracy", "val/f1", "val/loss"]
+    cards = json.loads(parse_qs(urlsplit(page(["val/a&b"])).query)["pinnedCards"][0])
+    assert cards == [{"plugin": "scalars", "tag": "val/a&b"}]

@@ -1,4 +1,4 @@
-"""TensorBoard behind a secret path and a check of the Host header. A separate program, which does not import launcher.
+"""TensorBoard behind a secret path and a check of the Host header, with the names and columns of `board_data`.
 
     python -P board_server.py [--launch_open URL] TENSORBOARD'S OPTIONS
 
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -68,6 +69,11 @@ def main(arguments: list[str]) -> None:
     from absl import app
     from tensorboard import default, main_lib, program
     from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams.hparams_plugin import HParamsPlugin
+
+    # Last, and `-P` omits the directory of this file: no module here replaces one of another package.
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from launcher.cli.board_data import HParams, NaturalNames
 
     if arguments[:1] == [OPEN]:
         threading.Thread(target=_open_when_ready, args=(arguments[1],), daemon=True).start()
@@ -78,8 +84,14 @@ def main(arguments: list[str]) -> None:
             names = [socket.gethostname(), socket.getfqdn(), flags.host or ""]
             super().__init__(guarded(application, names), flags)
 
+    class Board(program.TensorBoard):
+        def _make_data_provider(self) -> tuple[Any, Any]:
+            data, multiplexer = super()._make_data_provider()
+            return NaturalNames(data), multiplexer
+
     main_lib.global_init()
-    board = program.TensorBoard(plugins=default.get_plugins(), server_class=Server)
+    plugins = [HParams if plugin is HParamsPlugin else plugin for plugin in default.get_plugins()]
+    board = Board(plugins=plugins, server_class=Server)
     try:
         app.run(board.main, argv=[sys.argv[0], *arguments], flags_parser=board.configure)
     except base_plugin.FlagsError as error:

@@ -1,15 +1,12 @@
-"""`launch runs`, `logs`, `stop` and `board`: list, follow and stop runs, and show them in TensorBoard."""
+"""`launch runs`, `logs` and `stop`: list, follow and stop runs."""
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import sys
 from pathlib import Path
 
 from launcher import runs as run_roots
-from launcher.cli import batch, board_server, listing
+from launcher.cli import batch, listing
 from launcher.cli.filters import take_filter
 from launcher.cli.line import Line
 from launcher.cli.output import say
@@ -18,12 +15,12 @@ from launcher.cli.terminal import Display
 from launcher.clusters.base import WaitingRun
 from launcher.clusters.remote.ray_jobs import own_token
 from launcher.config.overrides import masked
-from launcher.errors import ConfigError, RunError
+from launcher.errors import ConfigError
 from launcher.jobs.prepare import key_of, root_of, run_section
 from launcher.jobs.remote import control
 from launcher.jobs.remote.location import confirm, why_not_confirmed
 from launcher.jobs.remote.states import Waiting
-from launcher.runs import RunDirectory, mirror
+from launcher.runs import RunDirectory
 from launcher.terminal_text import printable
 
 ADDRESS = "cluster.address"
@@ -88,29 +85,6 @@ def stop(line: Line) -> int:
         say(control.stop(run) if sent == run else control.stop_trial(run, sent, listing.stop))
     print(printable(run.display_path()))
     return 0
-
-
-def board(line: Line) -> int:
-    """Run `launch board`: serve TensorBoard over the run root until Ctrl-C."""
-    root = run_root(line)
-    port, host = line.flags.get("port", "6006"), line.flags.get("host", "127.0.0.1")
-    if not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"--port {port}: a port is a number from 1 to 65535, such as 6006.", key="--port")
-    if not root.is_dir():
-        raise RunError(f"There is no run root {root} yet. Train a job first, or choose another: run.root=DIRECTORY.")
-    displayed = RunDirectory(root / "run").root
-    prefix = f"/{secrets.token_urlsafe(16)}"
-    url_host = f"[{host}]" if ":" in host else host
-    url = f"http://{url_host}:{port}{prefix}/"
-    say(f"TensorBoard for {displayed}: {url} (stop it with Ctrl-C)")
-    options = ["--logdir", str(root), "--host", host, "--port", port, "--reload_multifile=true", "--reload_interval=5"]
-    opening = [board_server.OPEN, url] if "open" in line.flags else []
-    # `-P`: files of the calling directory are not imported in place of modules.
-    command = [sys.executable, "-P", board_server.__file__, *opening, *options, f"--path_prefix={prefix}"]
-    if displayed != str(root):
-        return mirror.board(root, command, say)
-    # Replace this process, so that Ctrl-C reaches TensorBoard directly.
-    os.execv(sys.executable, command)
 
 
 def run_root(line: Line) -> Path:

@@ -145,7 +145,7 @@ _ALL = (
     Verb("logs", "runs", "print the log of a run and follow it", named="run", flags=("no_follow",)),
     Verb("stop", "runs", "save a checkpoint of a run and stop the run", named="run"),
     Verb("rm", "rm", "remove a run and its files, unless it is active", named="run"),
-    Verb("board", "runs", "serve TensorBoard for all runs", flags=("port", "host", "open")),
+    Verb("board", "board", "serve TensorBoard for all runs", flags=("port", "host", "open")),
     Verb("sizes", "sizes", "list Azure NC sizes: GPUs, network, quota, price", flags=("region", "offline", "json")),
     Verb(
         "up",

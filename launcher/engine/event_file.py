@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams import metadata
-from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.api_pb2 import Experiment, HParamInfo, MetricInfo, MetricName, Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard._pytorch_graph import graph
@@ -28,6 +29,7 @@ _FORMS = (
     "an example is an image (a tensor (C, H, W) or (N, C, H, W) of bytes or of floats from 0 to 1, with 1 or 3 "
     "channels), audio (a pair of a float tensor (T,) and its sample rate), a text, or a matplotlib figure"
 )
+_COLUMNS_TAG = "_hparams_/launch_columns"
 _GAP = 2  # pixels between the images of a grid
 
 
@@ -85,11 +87,16 @@ class EventFile:
         picture = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
         self._file.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
-    def hyperparameters(self, values: Mapping[str, Any]) -> None:
+    def layout(self, names: Iterable[str]) -> None:
+        """Write the layout of the Custom Scalars tab: a chart for each name, of training and validation together."""
+        charts = {name: ["Multiline", [f"(train|val)(/.+)?/{re.escape(name)}$"]] for name in names}
+        self._writer.add_custom_scalars({"training and validation": charts})
+
+    def hyperparameters(self, values: Mapping[str, Any], objectives: Sequence[str] = ()) -> None:
         """Write the entry of the HParams tab into this event file; `add_hparams` would create another run.
 
-        No summary with the keys of the experiment is written: TensorBoard would use the summary of one run, and hide
-        the keys of all other sweeps. Without a summary it shows all keys of all runs.
+        The order of the keys, and the objectives, are written under a tag that only `launch board` reads. A summary of
+        the experiment under TensorBoard's own tag would hide the keys of all other sweeps of the run root.
         """
         start = SessionStartInfo(start_time_secs=time.time())
         for key, value in values.items():
@@ -100,12 +107,15 @@ class EventFile:
             else:  # None is written as text, because TensorBoard hides runs with a null value
                 start.hparams[key].string_value = "null" if value is None else str(value)
         self._has_hyperparameters = True
-        self._hparams("SESSION_START_INFO_TAG", session_start_info=start)
+        self._hparams(metadata.SESSION_START_INFO_TAG, session_start_info=start)
+        metrics = [MetricInfo(name=MetricName(tag=tag)) for tag in objectives]
+        columns = Experiment(hparam_infos=[HParamInfo(name=key) for key in values], metric_infos=metrics)
+        self._hparams(_COLUMNS_TAG, experiment=columns)
 
     def _hparams(self, tag: str, **content: Any) -> None:
         data = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content).SerializeToString()
         plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data)
-        value = Summary.Value(tag=getattr(metadata, tag), metadata=SummaryMetadata(plugin_data=plugin))
+        value = Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
         self._file.add_summary(Summary(value=[value]))
 
     def graph(self, traced: Any, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -118,9 +128,8 @@ class EventFile:
         """Write the end of the session and close the file."""
         if self._has_hyperparameters:
             status = Status.Value("STATUS_SUCCESS" if ended_well else "STATUS_FAILURE")
-            self._hparams(
-                "SESSION_END_INFO_TAG", session_end_info=SessionEndInfo(status=status, end_time_secs=time.time())
-            )
+            end = SessionEndInfo(status=status, end_time_secs=time.time())
+            self._hparams(metadata.SESSION_END_INFO_TAG, session_end_info=end)
         self._writer.close()
 
 

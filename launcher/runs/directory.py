@@ -284,6 +284,8 @@ def find(root: str | Path, name: str) -> RunDirectory:
     plain_files.check_directory(base / name.partition("/")[0])
     sweep, _, last = name.rpartition("/")
     run = RunDirectory(base / sweep / _best_of(base / sweep, sweep) if sweep and last == "best" else base / name)
+    if sweep and last.isdecimal() and not run.exists():
+        run = RunDirectory(base / sweep / str(int(last)))  # TensorBoard displays trial 7 as 007
     if not run.exists() and not run.is_sent:
         known = [other.name for other in list_runs(root)]
         listed = f" It holds {len(known)} run(s)." if known else " It holds no runs."

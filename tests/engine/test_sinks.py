@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
 
 from launcher.engine import entry, registry
@@ -153,6 +155,21 @@ def shown(directory: Path) -> Any:
     accumulator = EventAccumulator(str(directory), size_guidance={"images": 0, "audio": 0, "tensors": 0})
     accumulator.Reload()
     return accumulator
+
+
+def test_the_layout_is_written_once_in_the_life_of_a_run(tmp_path: Path) -> None:
+    """Would be wrong: a second layout of a resumed run, or one without the monitored tag."""
+    for resumed_at in (None, 3):
+        sink = TensorBoard()
+        sink.open(SinkContext(RunDirectory(tmp_path), make_job(checkpoint={"monitor": "val/a/f1"}), resumed_at))
+        sink.close(True)
+    events = [event for file in sorted(tmp_path.glob("events*")) for event in EventFileLoader(str(file)).Load()]
+    found = [value for event in events for value in event.summary.value if value.tag == "custom_scalars__config__"]
+    [layout] = [Layout.FromString(value.tensor.string_val[0]) for value in found]
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert list(charts) == ["loss", "f1"]
+    assert all(re.match(charts["f1"][0], tag) for tag in ("train/f1", "val/f1", "val/a/f1"))
+    assert not re.match(charts["f1"][0], "train/f10")
 
 
 @pytest.mark.parametrize("several", [False, True])

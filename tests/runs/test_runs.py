@@ -142,6 +142,13 @@ with runs._locked(run.config):
     assert run.status() == "running"
 
 
+def test_a_trial_is_found_by_its_name_in_tensorboard(tmp_path: Path) -> None:
+    make(tmp_path / "s", "7", status="completed")
+    assert runs.find(tmp_path, "s/007").name == "7"
+    with pytest.raises(RunError):
+        runs.find(tmp_path, "s/008")
+
+
 def test_the_nearest_name(tmp_path: Path) -> None:
     make(tmp_path, "mnist-20261123", status="completed")
     with pytest.raises(RunError, match=r'"mnist-20261124" .* 1 .*"mnist-20261123"\?'):

@@ -31,8 +31,11 @@ class TensorBoard(Sink):
         self._file = EventFile(context.directory.path, purge_step)
         if context.drawing is not None:
             self._file.graph(*context.drawing)
+        objectives = _objectives(context.job)
         if context.hyperparameters:
-            self._file.hyperparameters(context.hyperparameters)
+            self._file.hyperparameters(context.hyperparameters, objectives)
+        if context.resumed_at is None:
+            self._file.layout(dict.fromkeys(["loss", *(tag.rpartition("/")[2] for tag in objectives)]))
 
     def scalars(self, at: Position, values: Mapping[str, float]) -> None:
         self._file.scalars(values, at.step)
@@ -45,3 +48,9 @@ class TensorBoard(Sink):
 
     def close(self, ended_well: bool) -> None:
         self._file.close(ended_well)
+
+
+def _objectives(job: Job) -> list[str]:
+    """Return the tags that a sweep optimizes, or the monitored tag."""
+    metric = job.sweep.metric or job.checkpoint.monitor or []
+    return [metric] if isinstance(metric, str) else list(metric)
