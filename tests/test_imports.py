@@ -143,7 +143,13 @@ RULES = (
     Rule("launcher", ("models", "conf", "tests", "benchmarks"), why="only configuration names both"),
     Rule("models", ("launcher", "conf", "ray", "hydra", "omegaconf", "tests"), why="a model is plain PyTorch"),
     *(
-        Rule(who, ("torch", "ray", "tensorboard"), at_import=True, why="`launch --help` answers at once")
+        Rule(
+            who,
+            ("torch", "ray", "tensorboard"),
+            but=("launcher.cli.board_data",),  # which only the process of TensorBoard imports
+            at_import=True,
+            why="`launch --help` answers at once",
+        )
         for who in ("launcher.cli", "launcher.config", "launcher.runs")
     ),
 )
