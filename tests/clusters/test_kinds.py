@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,10 +27,14 @@ from launcher.config.schema import Job, cluster_schema, cluster_section
 from launcher.errors import ConfigError
 from tests.support.command import PROJECT, Place
 from tests.support.vmlab.lab import Lab
+from tests.support.vmlab.ssh_lab import SshLab, processes_left, temporary_files_left
+from tests.support.waiting import wait_for
 
 JOB = ("--config-dir", "own", "experiment=toy", "trainer.deterministic=true")
 LONG = ("trainer.steps=1000000", "checkpoint.every=1000", "trainer.log_every=50")
 FAILING = ("data.bad=15",)
+KUBECTL = Path(__file__).with_name("kuberay")  # the folder of a fake
+STORE = "abfss://runs@ada.dfs.core.windows.net/runs"
 
 
 def harness(place: Path, words: list[str], bad: list[list[str]], **environment: str) -> Harness:
@@ -65,9 +74,57 @@ class LabHarness(Harness):
         return {"args": head.command(command, self.directory), "env": head.environment(self.environment)}
 
 
-@pytest.fixture(params=["none", "local", "toy", pytest.param("existing", marks=pytest.mark.slow)])
+@dataclass(frozen=True)
+class LaptopHarness(Harness):
+    """Runs the commands on the laptop of a laboratory of SSH machines."""
+
+    lab: SshLab = field(kw_only=True)
+
+    def _call(self, words: Sequence[str]) -> dict[str, Any]:
+        command = self.lab.laptop.command(self.lab.command(*words), self.directory)
+        return {"args": command, "env": self.lab.environment(self.environment)}
+
+
+@dataclass(frozen=True)
+class HereHarness(Harness):
+    """Runs the commands in this process, for kinds of which only requests are tested."""
+
+    here: Place = field(kw_only=True)
+
+    def launch(self, *words: str) -> subprocess.CompletedProcess[str]:
+        done = self.here.here(*words)
+        return subprocess.CompletedProcess(words, done.status, done.out, done.err)
+
+
+def left_on(lab: SshLab) -> list[str]:
+    """Return what is left on the machines: of a run while the cluster is up, else of the cluster, too.
+
+    The command that follows a run returns before the processes of the run have exited.
+    """
+
+    def found() -> list[str]:
+        processes = [words for each in processes_left(lab).values() for words in each]
+        if list(lab.own(lab.laptop).glob("state/launch/clusters/*.json")):
+            return [
+                words for words in processes if re.search(r"launcher\.driver|TrainController|RayTrainWorker", words)
+            ]
+        return [*processes, *map(str, temporary_files_left(lab).items())]
+
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not found())
+    return found()
+
+
+@pytest.fixture(
+    params=["none", "local", "toy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("existing", "ssh"))]
+)
 def kind(request: pytest.FixtureRequest, place: Place) -> Harness:
-    """Return the harness of a kind that needs no other machines."""
+    """Return the harness of a kind that can train here."""
+    if request.param == "ssh":
+        machines: SshLab = request.getfixturevalue("ssh_machines")
+        words = [*machines.words(), "scaling.workers=2", "scaling.cpus_per_worker=2"]
+        left, bad = functools.partial(left_on, machines), [["cluster.hosts=[vm1,vm1]"], ["cluster.user=-o"]]
+        return LaptopHarness(words, bad, machines.calling, JOB, LONG, FAILING, left=left, down="ssh", lab=machines)
     if request.param == "none":
         return harness(place.directory, ["cluster=none"], [["scaling.workers=2"], ["cluster.hosts=[a]"]])
     if request.param == "local":
@@ -89,8 +146,32 @@ def toy_harness(place: Place, toy: str) -> Harness:
     return harness(place.directory, ["cluster.kind=toy", "scaling.workers=2"], rejected, PYTHONPATH=toy)
 
 
+@pytest.fixture(params=["ssh", "azure", "kuberay"])
+def distant_kind(request: pytest.FixtureRequest, here: Place, monkeypatch: pytest.MonkeyPatch) -> Harness:
+    """Return the harness of a kind whose machines do not exist: their hosts, Azure and the price list do not answer."""
+    monkeypatch.setenv("LAUNCH_PRICES_URL", "http://127.0.0.1:9/")
+    monkeypatch.setenv("PATH", f"{KUBECTL}:{os.environ['PATH']}")
+    monkeypatch.setenv("STATE", str(here.home))
+    size, image = "cluster.size=NC24ads_A100_v4", "cluster.image=launch:1"
+    words, bad = {
+        "ssh": (["cluster.hosts=[ada@127.0.0.1:9]"], [["cluster.hosts=[a,a]"], ["cluster.python=python3"]]),
+        "azure": ([size], [["cluster.size=NC24rs_v3"], ["cluster.min_nodes=3", "cluster.nodes=2"]]),
+        "kuberay": ([size, image, f"run.root={STORE}"], [["cluster.namespace=My NS"], ["run.root=runs"]]),
+    }[request.param]
+    chosen = [f"cluster={request.param}", *words]
+
+    def left() -> list[str]:
+        return [path.name for path in here.home.glob("create.yaml")]
+
+    return HereHarness(chosen, bad, here.directory, JOB, LONG, FAILING, left=left, here=here)
+
+
 def test_a_kind_plans_and_rejects_bad_keys(kind: Harness) -> None:
     check_requests(kind)
+
+
+def test_a_kind_of_other_machines_plans_and_rejects_bad_keys(distant_kind: Harness) -> None:
+    check_requests(distant_kind)
 
 
 @pytest.mark.slow
