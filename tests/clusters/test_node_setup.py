@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,16 +39,23 @@ def test_a_project_that_cannot_be_parsed_is_an_error(tmp_path: Path) -> None:
         ({"setup": ["true", "echo what is wrong >&2; exit 3"]}, "failed with status 3: what is wrong"),
         ({"file": "requirements.txt"}, ""),
         ({"packages": ["torch==1.0.0"]}, ") failed with status 1"),
+        ({"packages": ["old @ file://{}/old-1.0-py3-none-any.whl"]}, "old 1.0 depends on torch<2"),
     ],
 )
 def test_lines_and_packages_on_a_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: dict[str, object], problem: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: dict[str, Any], problem: str
 ) -> None:
     """In this process, where all packages are installed, and another torch is rejected."""
     monkeypatch.setattr("launcher.clusters.remote.from_driver.adopt", lambda: None)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     (tmp_path / "requirements.txt").write_text("rich\n")
+    with zipfile.ZipFile(tmp_path / "old-1.0-py3-none-any.whl", "w") as wheel:
+        facts = "Metadata-Version: 2.1\nName: old\nVersion: 1.0\nRequires-Dist: torch<2\n"
+        wheel.writestr("old-1.0.dist-info/METADATA", facts)
+        wheel.writestr("old-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("old-1.0.dist-info/RECORD", "")
     given = {"file": None, "packages": [], "setup": [], "names": [], **setup}
+    given["packages"] = [line.format(tmp_path) for line in given["packages"]]
     found = _work()(str(project.HOME), str(tmp_path), given)
     assert problem in found if problem else found == ""
     assert (tmp_path / "made").exists() == (setup == {"setup": ["echo one > made", "test -f made"]})

@@ -73,7 +73,7 @@ class NodeSetup:
         """Install the packages and run the shell lines on all nodes in parallel. Ray is initialized.
 
         Args:
-            calling: the calling directory, or its copy on the nodes.
+            calling: the calling directory, or its copy on the nodes (`calling_directory.shared_path`).
 
         Raises:
             ClusterError: the setup failed; the message has the nodes and the output of the command that failed.
@@ -106,16 +106,19 @@ def _work() -> Callable[[str, str, dict[str, Any]], str]:
         if home not in sys.path:
             sys.path.append(home)
         from launcher.clusters.remote.from_driver import adopt
+        from launcher.config.calling_directory import own_path
 
         adopt()
-        directory = calling if os.path.isdir(calling) else os.getcwd()
+        directory = own_path(calling) if own_path(calling).is_dir() else os.getcwd()
 
         def run(words: list[str], what: str) -> str:
             done = subprocess.run(words, cwd=directory, capture_output=True, text=True, errors="replace", check=False)
-            output = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            # pip explains a conflict in a block that starts with this line, and prints advice after it.
+            output, errors = (
+                [line.strip() for line in text.splitlines() if line.strip()] for text in (done.stdout, done.stderr)
+            )
+            # pip explains a conflict in a block of its output that starts with this line, and prints advice after it.
             conflict = next((i for i, line in enumerate(output) if "conflict is caused by" in line), None)
-            lines = output[-4:] if conflict is None else output[conflict : conflict + 6]
+            lines = (errors or output)[-4:] if conflict is None else output[conflict : conflict + 6]
             shown = " ".join(lines)[-700:]
             return f"{what} failed with status {done.returncode}: {shown or 'no output'}" if done.returncode else ""
 
@@ -135,7 +138,10 @@ def _work() -> Callable[[str, str, dict[str, Any]], str]:
                     continue
             with file_with(pins, ".txt") as constraints, file_with(setup["packages"], ".txt") as packages:
                 words = [sys.executable, "-P", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-                words += ["--quiet", "--constraint", constraints.name]
+                words += [
+                    "--constraint",
+                    constraints.name,
+                ]  # not --quiet, which leaves out the explanation of a conflict
                 words += ["--requirement", setup["file"] or packages.name]
                 if problem := run(words, f"pip install (with {', '.join(pins)})"):
                     return problem
