@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from launcher.errors import LaunchError, RunError
 from launcher.jobs.remote import control
 from launcher.jobs.remote.connection import through
 from launcher.jobs.remote.states import PATIENCE_SECONDS
-from launcher.runs import RunDirectory, user_state
+from launcher.runs import FINAL, RunDirectory, user_state
+
+EXIT_SECONDS = 20.0  # the time in which the driver of a run that has ended exits
+_POLL_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ def release(head: Head, report: Callable[[str], None], save: bool) -> None:
         ClusterError: the connection was lost.
     """
     found = jobs_at_work(head)
+    latest = time.monotonic() + EXIT_SECONDS
+    # The command that follows a run returns before its driver has exited.
+    while any(one.run is not None and one.run.status() in FINAL for one in found) and time.monotonic() < latest:
+        time.sleep(_POLL_SECONDS)
+        found = jobs_at_work(head)
     if save:
         for one in found:
             if one.run is not None:

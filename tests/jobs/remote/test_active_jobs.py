@@ -24,6 +24,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.open = ["job-k1"]
+        self.exiting: list[str] = []  # they exit after the next question
         self.done: list[str] = []
         self.answers = True
 
@@ -34,7 +35,9 @@ class Cluster:
     def unfinished(self) -> list[str]:
         if not self.answers:
             raise Unreachable("connection refused.")
-        return self.open
+        asked = list(self.open)
+        self.open = [job for job in self.open if job not in self.exiting]
+        return asked
 
     def remove(self, name: str, tell: Callable[[str], None]) -> None:
         self.done.append(f"removed {name}")
@@ -67,6 +70,23 @@ def test_down_names_an_active_run_and_keeps_its_cluster(cluster: Cluster, capsys
     assert '"ended"' not in message
     assert "launch down pair --save" in message
     assert "launch down pair --force" in message
+
+
+def test_a_run_that_has_ended_is_not_active_while_its_driver_exits(cluster: Cluster, tmp_path: Path) -> None:
+    """`launch … && launch down` must not be rejected."""
+    RunDirectory(tmp_path / "runs" / "k1").update_result(status="completed")
+    cluster.exiting = ["job-k1"]
+    assert cli.run(["down", "pair"]) == 0
+    assert cluster.done == ["removed pair"]
+
+
+def test_a_run_that_has_ended_here_and_was_resumed_is_active(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(active_jobs, "EXIT_SECONDS", 0.0)
+    RunDirectory(tmp_path / "runs" / "k1").update_result(status="stopped")
+    assert cli.run(["down", "pair"]) == 2
+    assert cluster.done == []
 
 
 @pytest.mark.parametrize(
