@@ -80,13 +80,14 @@ def why_not() -> str:
 
 
 @contextlib.contextmanager
-def network(hosts: int, rate: str | None = None, delay_ms: float = 0.0) -> Iterator[list[Host]]:
+def network(hosts: int, rate: str | None = None, delay_ms: float = 0.0, ipv6: bool = False) -> Iterator[list[Host]]:
     """Create the hosts of one network; the end of the block removes them with everything that runs in them.
 
     Args:
         hosts: number of hosts, 1 to 200.
         rate: sending rate of each host, such as `1gbit`; None for no limit.
         delay_ms: one-way delay of each packet.
+        ipv6: the hosts have IPv6 addresses only.
 
     Raises:
         NoNamespaces: not root, no iproute2, or the kernel refuses.
@@ -96,7 +97,8 @@ def network(hosts: int, rate: str | None = None, delay_ms: float = 0.0) -> Itera
     remove_stale()
     prefix = f"launch-{os.getpid()}-{secrets.token_hex(3)}"
     hub = f"{prefix}-hub"
-    made = [Host(f"{prefix}-{number}", f"10.77.0.{10 + number}") for number in range(1, hosts + 1)]
+    start = "fd77::" if ipv6 else "10.77.0."
+    made = [Host(f"{prefix}-{number}", f"{start}{10 + number}") for number in range(1, hosts + 1)]
     try:
         _do("ip", "netns", "add", hub)
         _do("ip", "-n", hub, "link", "add", "switch", "type", "bridge")
@@ -105,7 +107,8 @@ def network(hosts: int, rate: str | None = None, delay_ms: float = 0.0) -> Itera
             _do("ip", "netns", "add", host.name)
             _do("ip", "-n", hub, "link", "add", f"port{number}", "type", "veth", "peer", "eth0", "netns", host.name)
             _do("ip", "-n", hub, "link", "set", f"port{number}", "master", "switch", "up")
-            _do("ip", "-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            place = [f"{host.address}/64", "nodad"] if ipv6 else [f"{host.address}/24"]
+            _do("ip", "-n", host.name, "addr", "add", *place, "dev", "eth0")
             for interface in ("lo", "eth0"):
                 _do("ip", "-n", host.name, "link", "set", interface, "up")
             if rate is not None:

@@ -20,6 +20,7 @@ from launcher.clusters.gcs import living_nodes
 from launcher.clusters.remote import ray_jobs
 from launcher.clusters.remote.node_setup import NodeSetup
 from launcher.config import Settings
+from launcher.config.calling_directory import shared_path
 from launcher.errors import ClusterError, LaunchError, Stopped, to_dict
 from launcher.jobs import training
 from launcher.jobs.prepare import Prepared, Request
@@ -92,7 +93,7 @@ def _set_up_nodes(setup: NodeSetup, address: str, observer: training.Observer) -
         return
     observer.event({"kind": "note", "text": f"Preparing the nodes: {setup.describe()}"})
     with ExistingRay(address, environment=setup.names):
-        setup.install(living_nodes(address), os.getcwd())
+        setup.install(living_nodes(address), shared_path(os.getcwd()))
     importlib.invalidate_caches()
 
 

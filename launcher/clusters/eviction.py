@@ -204,9 +204,10 @@ def drain(client: Any, node_id: str, notice: Notice) -> None:
 
 def _own_address(head: str) -> str:
     host, _, port = head.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connect() on UDP sends nothing
-        probe.connect((host, int(port)))
-        return probe.getsockname()[0]
+    family, *_, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connect() on UDP sends nothing
+        probe.connect(place)
+        return str(probe.getsockname()[0])
 
 
 class Agent:

@@ -1,13 +1,14 @@
-"""Environment variables, signal handlers and the temporary directory of a process that starts or joins Ray."""
+"""Environment, signal handlers, temporary directory and early imports of a process that starts or joins Ray."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -43,3 +44,16 @@ def private_directory() -> Path:
     """
     root = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="launch-", dir=root if len(root) <= 16 else "/tmp"))
+
+
+def preload(modules: Sequence[str]) -> threading.Thread:
+    """Import modules in a thread, while this process waits for Ray."""
+
+    def load() -> None:
+        for module in modules:
+            with contextlib.suppress(ImportError):  # it is reported where the module is used
+                importlib.import_module(module)
+
+    thread = threading.Thread(target=load, name="launch-preload", daemon=True)
+    thread.start()
+    return thread

@@ -30,6 +30,10 @@ HOME = Path(__file__).resolve().parents[2]
 SHARED = ("models", "conf")  # our top-level packages whose names users are likely to take as well
 # Always launch's own, because launch may be on the path without being installed.
 _OWN = frozenset({"launcher", "hydra_plugins"})
+# The directory of a cluster on a host with SSH access, in the environment of its Ray. Homes of hosts may differ, so a
+# driver names a directory in it by this reference, which every worker resolves with its own value.
+CLUSTER = "LAUNCH_CLUSTER"
+_REFERENCE = f"${{{CLUSTER}}}"
 _DISTRIBUTION = "launch-train"
 _EXTRAS = ("", "examples", "azure")  # what a command may import
 # The dependencies in pyproject.toml, for nodes of a cluster where launch is copied and not installed.
@@ -49,6 +53,19 @@ def calling_directories() -> list[Path]:
     return list(_calling)
 
 
+def shared_path(directory: str | Path) -> str:
+    """Return the path of a directory for other hosts: a reference if it is in the directory of the cluster."""
+    own = os.environ.get(CLUSTER)
+    if own and Path(directory).is_relative_to(own):
+        return str(Path(_REFERENCE, Path(directory).relative_to(own)))
+    return str(directory)
+
+
+def own_path(directory: str | Path) -> Path:
+    """Return the path on this host for the result of `shared_path` on another host."""
+    return Path(str(directory).replace(_REFERENCE, os.environ.get(CLUSTER, _REFERENCE)))
+
+
 def guard(directory: str | Path) -> None:
     """Prevent imports of protected modules from a directory, whether or not it is on the module path."""
     path = Path(directory).resolve()
@@ -61,8 +78,8 @@ def guard(directory: str | Path) -> None:
 
 def add_calling_directory(directory: str | Path) -> None:
     """Make the modules of `directory` importable and trusted; see the module's docstring."""
-    guard(directory)
-    path = Path(directory).resolve()
+    path = own_path(directory).resolve()
+    guard(path)
     if path not in _calling:
         _calling.insert(0, path)
     if str(path) not in sys.path:

@@ -63,11 +63,15 @@ def own_address(name: str) -> str:
     Some machines resolve their own name to loopback, and a service may have an address that no interface has.
     """
     try:
-        address = socket.gethostbyname(name)
-        socket.create_server((address, 0)).close()
+        # IPv4 first, as gloo and NCCL prefer it on an interface with both.
+        found = sorted(
+            socket.getaddrinfo(name, None, type=socket.SOCK_STREAM), key=lambda each: each[0] != socket.AF_INET
+        )
+        address = str(found[0][4][0])
+        socket.create_server((address, 0), family=found[0][0]).close()
     except OSError:
         return ""
-    local = address.startswith("127.")
+    local = address.startswith("127.") or address == "::1"
     return "" if local and name not in (address, "localhost") else address
 
 
@@ -83,7 +87,8 @@ def serve(host: str, world_size: int, timeout: timedelta, port: int = 0) -> TCPS
     if not host and socket.has_dualstack_ipv6():
         listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
     else:
-        listener = socket.create_server((host, port), backlog=1024)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=1024)
     return TCPStore(
         host or LOOPBACK,
         listener.getsockname()[1],

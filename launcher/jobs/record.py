@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import money, runs
+from launcher.config.calling_directory import shared_path
 from launcher.engine.checkpoint import newest_intact
 from launcher.errors import RequestError, RunError, Stopped, StorageError
 from launcher.formatting import size
@@ -142,7 +143,7 @@ class Record:
             action="train",
             job=replace(prepared.job, run=replace(prepared.job.run, name=directory.name)),
             directory=directory.display_path(),
-            python_path=[str(self._request.calling)],
+            python_path=[shared_path(self._request.calling)],
             started=self._request.started,
             weights=weights,
             marks=self.marks,

@@ -120,12 +120,14 @@ def test_each_failure_of_a_host_has_its_cause_and_message(
     assert re.search(message, str(caught.value)), str(caught.value)
 
 
-@pytest.mark.parametrize("under_way", [False, True])
+@pytest.mark.parametrize(("under_way", "checks"), [(False, False), (True, False), (True, True)])
 def test_a_connection_without_answers_is_dead(
-    under_way: bool, server: servers.Server, monkeypatch: pytest.MonkeyPatch
+    under_way: bool, checks: bool, server: servers.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With a check the machine is dead long before the timeout of the connection."""
     for name in ("ALIVE_SECONDS", "ALIVE_COUNT", "CONNECT_SECONDS"):
-        monkeypatch.setattr(shells, name, 1)
+        monkeypatch.setattr(shells, name, 60 if checks else 1)
+    monkeypatch.setattr(shells, "CHECK_SECONDS", 1)
     cut = Shell(server.words)
     cut.close()
     assert cut.run("echo there") == "there\n"
@@ -140,7 +142,7 @@ def test_a_connection_without_answers_is_dead(
         later.start()
         later.join(0.5)
         with pytest.raises(HostError, match="here does not answer") as caught:
-            cut.run("sleep 20", seconds=30)
+            cut.run("sleep 1000", seconds=900, checks=checks)
         assert caught.value.cause == "dead"
     finally:
         later.join()

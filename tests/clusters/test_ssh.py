@@ -69,8 +69,9 @@ def test_what_is_sent_of_a_project(tmp_path: Path) -> None:
         (["cluster=ssh", "cluster.hosts=[a,a]"], "cluster.hosts contains a twice"),
         (["cluster=ssh", "cluster.hosts=['a b']"], "[USER@]HOST[:PORT]"),
         (["cluster=ssh", "cluster.hosts=['-oProxyCommand=true']"], "[USER@]HOST[:PORT]"),
+        (["cluster=ssh", "cluster.hosts=[[fd00::1]]"], "['fd00::1']"),
         (["cluster=local", "cluster.hosts=[a]"], "cluster.hosts belongs to cluster=ssh"),
-        (["cluster=ssh", "cluster.hosts=[a]", "cluster.python=python3"], "must be an absolute path on the hosts"),
+        (["cluster=ssh", "cluster.hosts=[a]", "cluster.python=python3"], "'python3'"),
         (["cluster=ssh"], "cluster=ssh needs hosts"),
         (["cluster=local"], "launch up creates clusters on other machines"),
         (["cluster=ssh", "cluster.hosts=[a]", "cluster.name=a/b"], '"a/b" is not a valid name'),
@@ -109,6 +110,10 @@ def test_look_returns_the_facts_about_a_host(shell: Shell, server: servers.Serve
     assert re.fullmatch(r"\d+\.\d+\.\d+\.\d+", found["address"])
     assert not found["address"].startswith("127."), "other hosts would reach themselves"
     assert found["python"] == sys.executable
+    (server.home / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (server.home / "python").chmod(0o700)
+    in_home = bootstrap.run_on_host(shell, "look", **PLACE, python="~/python")
+    assert (in_home["python"], in_home["versions"]) == (f"{server.home}/python", found["versions"])
     bootstrap.check_versions("here", sys.executable, found["versions"])
     assert not (server.home / ".launch").exists(), "look changes nothing"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import servers
-from tests.support.vmlab.ssh_lab import SshLab, processes_left, seen_everywhere
+from tests.support.vmlab.ssh_lab import SshLab, processes_left, seen_everywhere, temporary_files_left
 from tests.support.waiting import wait_for
 
 
@@ -37,6 +37,8 @@ def test_up_starts_the_hosts_that_answer_and_down_leaves_nothing(ssh_machines: S
     assert (again.status, again.out) == (0, "ssh\n"), again.err
     assert {host.name: set(host.find("raylet/raylet")) for host in ssh_machines.machines} == before, "Ray was restarted"
 
+    assert temporary_files_left(ssh_machines), "Ray's temporary files are elsewhere, where this test does not look"
+
     token = (ssh_machines.own(ssh_machines.machines[0]) / ".launch" / "ssh" / "token").read_text()
     assert len(token) == 64
     assert token == (ssh_machines.own(ssh_machines.machines[1]) / ".launch" / "ssh" / "token").read_text()
@@ -49,7 +51,7 @@ def test_up_starts_the_hosts_that_answer_and_down_leaves_nothing(ssh_machines: S
     done = ssh_machines.launch("down")
     assert done.status == 0, done.err
     assert processes_left(ssh_machines) == {}
-    assert not list(ssh_machines.scratch.glob("lr-*"))
+    assert temporary_files_left(ssh_machines) == {}
     assert "No process of the cluster ssh is left on vm1, vm2" in done.err
 
 

@@ -14,14 +14,15 @@ import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from launcher.clusters.capacity import describe
 from launcher.clusters.gcs import as_client, connection_error, is_own_address, living_nodes
-from launcher.clusters.ray_process import preserved_signal_handlers, private_directory
+from launcher.clusters.ray_process import preload, preserved_signal_handlers, private_directory
 from launcher.clusters.remote.compare import compare
-from launcher.clusters.remote.from_driver import serve_disk, share_environment
+from launcher.clusters.remote.from_driver import serve_disk, share_environment, wait_for_disk
 from launcher.errors import ClusterError
 from launcher.ray_seam import private
 from launcher.ray_seam.settings import RAY_TRAIN_ENVIRONMENT
@@ -37,6 +38,7 @@ class ExistingRay:
         verbose: print Ray's messages.
         environment: names of environment variables to pass to the workers.
         gathers: workers on other machines write to the disk of this machine (`launcher.runs.gathered`).
+        modules: modules to import while the nodes answer.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class ExistingRay:
         verbose: bool = False,
         environment: Sequence[str] = (),
         gathers: bool = False,
+        modules: Sequence[str] = (),
     ) -> None:
         self.address = address
         self.existing = True
@@ -58,20 +61,26 @@ class ExistingRay:
         self._run = directory
         self._verbose = verbose
         self._environment = environment
-        self._gathers, self._disk = gathers, None
+        self._gathers = gathers
+        self._disk: Any = None
+        self._modules = modules
         self._connected = False
 
     def __enter__(self) -> ExistingRay:
         self.directory = private_directory()
+        loading = preload(self._modules)
         try:
             if not ray.is_initialized():
                 self._connect()
             nodes = living_nodes(self.address)
             self.available = (sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+            if self._gathers:
+                self._disk = serve_disk()  # its process starts while the nodes answer
             compare(nodes, self._python_path, self._run)
             share_environment(self._environment)
-            if self._gathers:
-                self._disk = serve_disk()
+            if self._disk is not None:
+                wait_for_disk(self._disk)
+            loading.join()
         except BaseException:
             self._leave()
             raise

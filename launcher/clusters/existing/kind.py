@@ -41,7 +41,13 @@ class Existing(ClusterKind):
         own = None if is_uri(use.directory) else use.directory  # each worker checks an object store itself
         gathers = is_gathered(use.directory)
         return ExistingRay(
-            gcs.address_of(cluster.address), use.python_path, own, use.verbose, cluster.env, gathers=gathers
+            gcs.address_of(cluster.address),
+            use.python_path,
+            own,
+            use.verbose,
+            cluster.env,
+            gathers=gathers,
+            modules=(use.preload,),
         )
 
     def is_remote(self, cluster: ClusterConfig) -> bool:

@@ -7,7 +7,6 @@ with EmbeddedRay(cpus=2, gpus=0) as cluster:
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import secrets
@@ -24,7 +23,7 @@ import ray
 from launcher.clusters import reaper
 from launcher.clusters.capacity import resources
 from launcher.clusters.local import ray_session
-from launcher.clusters.ray_process import environment_set, preserved_signal_handlers, private_directory
+from launcher.clusters.ray_process import environment_set, preload, preserved_signal_handlers, private_directory
 from launcher.ray_seam import private
 from launcher.ray_seam.lean_start import adapted
 from launcher.ray_seam.settings import RAY_ENVIRONMENT, RAY_TRAIN_ENVIRONMENT
@@ -114,7 +113,7 @@ class EmbeddedRay:
         # The variables are only for Ray's processes: other child processes of this process must not inherit them.
         with environment_set(environment), preserved_signal_handlers(), adapted(lean=not self._verbose):
             private.refresh_settings()
-            loading = _preload(self._preload)
+            loading = preload(self._preload)
             found = ray.init(
                 address="local",  # ignore the address file of another Ray
                 num_cpus=cpus,
@@ -135,7 +134,7 @@ class EmbeddedRay:
         environment = RAY_ENVIRONMENT | RAY_TRAIN_ENVIRONMENT | {"RAY_AUTH_TOKEN": kept.token}
         with environment_set(environment), preserved_signal_handlers(), adapted(lean=True):
             private.refresh_settings()
-            loading = _preload(self._preload)
+            loading = preload(self._preload)
             try:
                 ray.init(
                     address=kept.address,
@@ -203,16 +202,3 @@ def _start_reaper(marker: str, directory: Path) -> subprocess.Popen[bytes]:
         cwd="/",
         start_new_session=True,  # Ctrl-C and a closed terminal must not kill it
     )
-
-
-def _preload(modules: Sequence[str]) -> threading.Thread:
-    """Import modules in a thread, while `ray.init` waits for other processes."""
-
-    def load() -> None:
-        for module in modules:
-            with contextlib.suppress(ImportError):  # it is reported where the module is used
-                importlib.import_module(module)
-
-    thread = threading.Thread(target=load, name="launch-preload", daemon=True)
-    thread.start()
-    return thread

@@ -48,13 +48,19 @@ _NO_PYTHON = 97
 
 
 def run_on_host(
-    shell: Shell, command: str, interpreter: str | None = None, seconds: float = 60.0, **arguments: Any
+    shell: Shell,
+    command: str,
+    interpreter: str | None = None,
+    seconds: float = 60.0,
+    checks: bool = False,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Run one of `on_host.COMMANDS` on a host and return its answer.
 
     Args:
         interpreter: the Python that runs it; default: `python3` in the PATH of the host.
         seconds: the time limit.
+        checks: as for `Shell.run`.
         arguments: of the command.
 
     Raises:
@@ -72,7 +78,8 @@ def run_on_host(
     what = {"make_environment": "creating the Python environment", "start": "starting Ray", "stop": "stopping Ray"}
     what["probe"] = "running a test job"
     try:
-        printed = shell.run(script, stdin=given, seconds=seconds, what=what.get(command, "inspecting the host"))
+        doing = what.get(command, "inspecting the host")
+        printed = shell.run(script, stdin=given, seconds=seconds, what=doing, checks=checks)
         answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
     except HostError as error:
         if f"status {_NO_PYTHON}" not in str(error):
@@ -139,7 +146,11 @@ class Environment:
 
     def create(self, shell: Shell, base: str, cluster: str) -> str:
         """Create the environment on a host, which takes minutes, unless it exists. Return its interpreter."""
-        facts = {"version": self.version, "requirements": self.requirements, "constraints": self.constraints}
+        facts: dict[str, Any] = {
+            "version": self.version,
+            "requirements": self.requirements,
+            "constraints": self.constraints,
+        }
         answer = run_on_host(
             shell,
             "make_environment",

@@ -90,7 +90,7 @@ def facts_of_a_node() -> Callable[[str, list[str], list[str]], dict[str, Any]]:
             "ray": version("ray"),
             "torch": version("torch"),
             "project": project(),
-            "no_modules": [path for path in python_path if not os.path.isdir(path)],
+            "no_modules": [path for path in map(os.path.expandvars, python_path) if not os.path.isdir(path)],
             "no_run": [path for path in directories if not os.path.isdir(path)],
         }
 

@@ -46,7 +46,11 @@ def adopt() -> None:
 
 
 def serve_disk() -> Any:
-    """Start the actor through which workers on other nodes use the disk of this node. It ends with this driver."""
+    """Start the actor through which workers on other nodes use the disk of this node. It ends with this driver.
+
+    Returns:
+        the actor, for `wait_for_disk`.
+    """
     home = str(Path(__file__).resolve().parents[3])
 
     class HeadDisk:  # defined in a function, so that it is pickled by value
@@ -65,9 +69,12 @@ def serve_disk() -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_concurrency": 16, "max_restarts": -1, "max_task_retries": -1}
-    disk = ray.remote(**options)(HeadDisk).options(name=_DISK, scheduling_strategy=here).remote()
+    return ray.remote(**options)(HeadDisk).options(name=_DISK, scheduling_strategy=here).remote()
+
+
+def wait_for_disk(disk: Any) -> None:
+    """Wait until the actor of `serve_disk` can be used."""
     ray.get(disk.node.remote(), timeout=NODE_SECONDS)
-    return disk
 
 
 def _reach_disk() -> None:

@@ -6,12 +6,14 @@ JSON object on standard input, its answer a JSON object on standard output. Ever
 `LAUNCH_CLUSTER=<the cluster's directory>` in its environment, by which `stop` finds it.
 
     <base>/envs/<digest>/     a Python environment; it is usable if it contains the file `complete`
-    <base>/<cluster>/         token (readable by this user alone), node.json, ray.log, copies of projects, runs
+    <base>/<cluster>/         token (readable by this user alone), node.json, scratch (the path of temporary files),
+                              ray.log, copies of projects, runs
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -36,7 +38,7 @@ from launcher.ray_seam import settings
 MARK = "LAUNCH_CLUSTER"
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT, CLIENT_PORT = 6379, 8265, 52365, 10001  # or others that are free
 START_SECONDS = 90.0
-PROBE_SECONDS = 60.0
+PROBE_SECONDS = 150.0  # also for the start of the head
 LOCK_SECONDS = 120.0
 STARTED = "Ray runtime started."
 _VERSIONS = """
@@ -76,9 +78,10 @@ def look(command: dict[str, Any]) -> dict[str, Any]:
         "versions": {},
     }
     environment = base / "envs" / command.get("digest", "-")
-    python = command.get("python") or str(environment / "bin" / "python")
+    python = os.path.expanduser(command.get("python") or str(environment / "bin" / "python"))
     if command.get("python") or (environment / "complete").exists():
-        found["versions"] = _versions(python)
+        known = node.get("versions") if node is not None and node["python"] == python else None
+        found["versions"] = known or _versions(python)
         found["python"] = python if found["versions"] else None
     if command.get("nodes") and node is not None and node["head"]:
         found["nodes"] = _nodes(node, directory)
@@ -113,6 +116,7 @@ def make_environment(command: dict[str, Any]) -> dict[str, Any]:
 def start(command: dict[str, Any]) -> dict[str, Any]:
     """Start this host's node of Ray with `token`, unless it is running, and return the node.
 
+    The head is returned when nodes can join it; `probe` waits until it is ready for jobs.
     A node that belongs to an earlier start of the head (`generation`) is stopped first.
     """
     base, directory = _directories(command)
@@ -133,7 +137,10 @@ def start(command: dict[str, Any]) -> dict[str, Any]:
 
 
 def probe(command: dict[str, Any]) -> dict[str, Any]:
-    """Run a job through the Jobs API of the Ray on this host, the head, and return when it has succeeded."""
+    """Run a job through the Jobs API of the Ray on this host, the head, and return when it has succeeded.
+
+    The node is marked as `probed`.
+    """
     _, directory = _directories(command)
     node = _node(directory)
     if node is None:
@@ -151,6 +158,8 @@ def probe(command: dict[str, Any]) -> dict[str, Any]:
                     found: dict[str, Any] = json.loads(answer.read())
                     return found
             except (OSError, ValueError) as error:
+                if _node(directory) is None:
+                    raise CommandFailed(f"Ray did not start: {_tail(directory / 'ray.log')}") from None
                 if time.monotonic() > latest:
                     text = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else error
                     raise CommandFailed(f"Ray's Jobs API at {url} does not answer: {str(text)[:300]}") from None
@@ -166,6 +175,7 @@ def probe(command: dict[str, Any]) -> dict[str, Any]:
         time.sleep(0.1)
     if found["status"] != "SUCCEEDED":
         raise CommandFailed(f"a test job ended as {found['status']}: {str(found.get('message'))[:300]}")
+    _write_private(directory / "node.json", json.dumps({**node, "probed": True}))
     return {"job": job}
 
 
@@ -187,8 +197,9 @@ def stop(command: dict[str, Any]) -> dict[str, Any]:
 
 def _start_ray(command: dict[str, Any], directory: Path) -> dict[str, Any]:
     head, python, address = command.get("head"), command["python"], command["address"]
-    scratch = _scratch(directory)
+    scratch = _make_scratch(directory, head)
     node = {"address": address, "head": head is None, "python": python, "scratch": str(scratch)}
+    node["versions"] = command.get("versions") or {}
     words = ["--head", "--dashboard-host=127.0.0.1", "--include-dashboard=true", "--no-monitor"]
     if head is None:
         port = _free_port(GCS_PORT)
@@ -198,7 +209,7 @@ def _start_ray(command: dict[str, Any], directory: Path) -> dict[str, Any]:
             words += [f"--ray-client-server-port={_free_port(CLIENT_PORT, [CLIENT_PORT, *range(20001, 20101)])}"]
         words += [f"--port={port}", f"--dashboard-port={node['dashboard']}", f"--temp-dir={scratch}/r"]
     else:
-        words = [f"--address={head['address']}:{head['port']}"]
+        words = [f"--address={endpoint(head['address'], head['port'])}"]
         node.update(port=head["port"], generation=head["generation"])
     words += [f"--node-ip-address={address}", f"--dashboard-agent-listen-port={_free_port(AGENT_PORT)}"]
     words += ["--disable-usage-stats", "--block"]
@@ -215,7 +226,7 @@ def _start_ray(command: dict[str, Any], directory: Path) -> dict[str, Any]:
             start_new_session=True,
         )
     try:
-        _await_start(process, log)
+        _await_start(process, log, None if head is not None else (address, node["port"]))
         node.update(pid=process.pid, started=reaper._stat(process.pid)[19], since=time.time())
         _write_private(directory / "node.json", json.dumps(node))
     except BaseException:
@@ -248,9 +259,10 @@ def _environment(command: dict[str, Any], directory: Path, scratch: Path) -> dic
     return given
 
 
-def _await_start(process: subprocess.Popen[bytes], log: Path) -> None:
+def _await_start(process: subprocess.Popen[bytes], log: Path, gcs: tuple[str, int] | None) -> None:
+    """Wait until Ray has started, or, on the head, until nodes can join it, which is seconds earlier."""
     latest = time.monotonic() + START_SECONDS
-    while STARTED not in log.read_text(errors="replace"):
+    while not (_listens(gcs) if gcs is not None else STARTED in log.read_text(errors="replace")):
         if process.poll() is not None:
             raise CommandFailed(f"Ray did not start: {_tail(log)}")
         if time.monotonic() > latest:
@@ -258,8 +270,15 @@ def _await_start(process: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.05)
 
 
+def _listens(place: tuple[str, int]) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(place, timeout=1).close()
+        return True
+    return False
+
+
 def _check_connection(head: dict[str, Any]) -> None:
-    place = f"{head['address']}:{head['port']}"
+    place = endpoint(head["address"], head["port"])
     try:
         socket.create_connection((head["address"], head["port"]), timeout=10).close()
     except OSError as error:
@@ -269,15 +288,20 @@ def _check_connection(head: dict[str, Any]) -> None:
         ) from None
 
 
-def _scratch(directory: Path) -> Path:
-    """Return the private directory for Ray's temporary files, which Ray makes readable by all users.
+def _make_scratch(directory: Path, head: dict[str, Any] | None) -> Path:
+    """Create the private directory for Ray's temporary files, which Ray makes readable by all users.
 
-    Its name is short: the path of a Unix socket has at most 107 characters, and Ray adds about 75.
+    Its name is short: the path of a Unix socket has at most 107 characters, and Ray adds about 75. Ray uses the path of
+    the head on every node.
     """
-    name = "lr-" + hashlib.sha256(str(directory).encode()).hexdigest()[:8]
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / name
+    if head is None:
+        name = "lr-" + hashlib.sha256(str(directory).encode()).hexdigest()[:8]
+        path = Path(os.environ.get("TMPDIR", "/tmp")) / name
+    else:
+        path = Path(head["scratch"])
+    _write_private(directory / "scratch", str(path))  # for `_end`
     with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
+        path.mkdir(mode=0o700, parents=True)
     found = path.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or path.is_symlink():
         raise CommandFailed(f"{path} exists and is not a private directory of this user. Remove it")
@@ -300,14 +324,16 @@ def _end(directory: Path) -> None:
     for name in ("node.json", "token"):
         with contextlib.suppress(FileNotFoundError):
             (directory / name).unlink()
-    if gone:
-        shutil.rmtree(str(_scratch(directory)), ignore_errors=True)
+    scratch = directory / "scratch"
+    if gone and scratch.exists():
+        shutil.rmtree(scratch.read_text(), ignore_errors=True)
+        scratch.unlink()
 
 
 def _nodes(node: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
     """Return the nodes that the head's Ray knows, including the lost ones."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(directory / "token")}
-    words = [node["python"], "-c", settings.NODES, f"{node['address']}:{node['port']}"]
+    words = [node["python"], "-c", settings.NODES, endpoint(node["address"], node["port"])]
     with contextlib.suppress(OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30, check=False)
         found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
@@ -378,17 +404,34 @@ def _directories(command: dict[str, Any]) -> tuple[Path, Path]:
 def _address() -> str:
     """Return the address of this host on the network of the SSH connection. The other hosts use it, too."""
     words = os.environ.get("SSH_CONNECTION", "").split()
-    if len(words) == 4 and ":" not in words[2] and not words[2].startswith("127."):
-        return words[2]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # nothing is sent
-        return str(probe.getsockname()[0])
+    found = words[2] if len(words) == 4 else ""
+    if found.startswith("::ffff:"):  # IPv4 at a server that listens on IPv6
+        found = found[len("::ffff:") :]
+    # Other hosts reach neither loopback addresses nor, without the name of an interface, link-local ones.
+    if found and not found.startswith(("127.", "fe80:")) and found != "::1":
+        return found
+    for family, other in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, 9))  # nothing is sent
+            return str(probe.getsockname()[0])
     return "127.0.0.1"
 
 
+def endpoint(address: str, port: int) -> str:
+    """Return HOST:PORT, with brackets around an IPv6 address."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 def interface_of(address: str) -> str | None:
-    """Return the network interface with an IPv4 address; None if there is none, or on systems other than Linux."""
+    """Return the network interface with an address; None if there is none, or on systems other than Linux."""
     if sys.platform != "linux":
+        return None
+    if ":" in address:
+        with contextlib.suppress(OSError):
+            wanted = socket.inet_pton(socket.AF_INET6, address).hex()
+            for line in Path("/proc/net/if_inet6").read_text().splitlines():
+                if line.split()[0] == wanted:
+                    return line.split()[-1]
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -402,11 +445,25 @@ def interface_of(address: str) -> str | None:
 def _free_port(first: int, candidates: Iterable[int] | None = None) -> int:
     """Return the first port on which no process listens on any address. candidates: default: 100 from `first` on."""
     for port in candidates or range(first, first + 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("0.0.0.0", port))
+        if _is_free(socket.AF_INET, "0.0.0.0", port) and _is_free(socket.AF_INET6, "::", port):
             return port
     raise CommandFailed(f"no port is free from {first} on")
+
+
+def _is_free(family: socket.AddressFamily, address: str, port: int) -> bool:
+    try:
+        probe = socket.socket(family)
+    except OSError:  # this system has no IPv6
+        return True
+    with probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.errno == errno.EADDRNOTAVAIL  # IPv6 is disabled
+    return True
 
 
 def _why_unwritable(directory: Path) -> str:

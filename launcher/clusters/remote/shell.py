@@ -42,6 +42,7 @@ _SOCKET_BYTES = 103  # the shortest limit of a Unix socket's path among systems
 IDLE_SECONDS = 60  # without data, after which a transfer has failed
 TRANSFER_SECONDS = 24 * 3600.0
 PROGRESS_SECONDS = 10.0  # between two reports of a transfer
+CHECK_AFTER, CHECK_SECONDS = 3.0, 5  # until a host is asked whether it accepts connections, and the limit of its answer
 
 # Options of the user's configuration that would change or break commands: a terminal, another command, forwarded ports.
 _SESSION = ("RequestTTY=no", "RemoteCommand=none", "PermitLocalCommand=no", "ForwardX11=no")
@@ -69,12 +70,22 @@ class Shell:
         self._options += ["-o", "LogLevel=ERROR", *(word for option in _SESSION for word in ("-o", option))]
         self._destination = words[-1]
 
-    def run(self, script: str, *, stdin: str | None = None, seconds: float = 60, what: str = "a command") -> str:
+    def run(
+        self,
+        script: str,
+        *,
+        stdin: str | None = None,
+        seconds: float = 60,
+        what: str = "a command",
+        checks: bool = False,
+    ) -> str:
         """Run a script of `sh` on the machine and return its standard output.
 
         Args:
             stdin: the input of the script. Neither is part of a command line.
             what: what the script does, for an error message: "starting Ray".
+            checks: if the script takes longer than `CHECK_AFTER`, check whether the machine accepts another connection.
+                A silent machine is then reported within 8 s, and otherwise after the timeouts of its connection, 15 s.
 
         Raises:
             HostError: no connection, an exit status other than 0, or a timeout. If the connection is lost, the script
@@ -86,7 +97,12 @@ class Shell:
         # something before the mark.
         command = f"echo {mark}; exec sh -c 'eval \"$(head -c {len(code)})\"'"
         printed = self._do(
-            [*self._shared(), "--", self._destination, command], code + (stdin or "").encode(), seconds, what
+            [*self._shared(), "--", self._destination, command],
+            code + (stdin or "").encode(),
+            seconds,
+            what,
+            None,
+            checks,
         )
         before, found, output = printed.partition(f"{mark}\n")
         if not found:
@@ -194,6 +210,26 @@ class Shell:
         facts = {"status": status, "what": what, "seconds": seconds, "proxy": proxy, "command": shlex.join(self._plain)}
         return host_errors.host_error(cause, self.name, output, **facts)
 
+    def _is_silent(self) -> bool:
+        """Return whether the machine does not answer another connection within `CHECK_SECONDS`."""
+        words = [*self._plain[:-1], "-o", f"ConnectTimeout={CHECK_SECONDS}", *self._options[len(self._plain) - 1 :]]
+        words += ["-o", "ControlPath=none", "-o", "ClearAllForwardings=yes"]
+        try:
+            done = subprocess.run(
+                [*words, "--", self._destination, "true"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=3 * CHECK_SECONDS,
+                start_new_session=True,
+                env=ssh_environment(),
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 255 and host_errors.cause_of(done.stderr) == "dead"
+
     def _proxy_output(self, output: str) -> str:
         """Return the lines of the jump host. With ControlPersist ssh discards them, so connect once without it."""
         if "timed out" in output or host_errors.has_reason(output):
@@ -259,6 +295,7 @@ class Shell:
         seconds: float,
         what: str,
         progress: Callable[[str], None] | None = None,
+        checks: bool = False,
     ) -> str:
         begun = time.monotonic()
         # Files, since the shared connection stays in the background and keeps them open.
@@ -282,7 +319,11 @@ class Shell:
                     if left <= 0:
                         raise self._error("time", what=what, seconds=seconds)
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(min(left, PROGRESS_SECONDS))
+                        process.wait(min(left, CHECK_AFTER if checks else PROGRESS_SECONDS))
+                    if checks and process.poll() is None:
+                        checks = False
+                        if self._is_silent() and process.poll() is None:
+                            raise self._error("dead", f"no answer for {CHECK_AFTER + CHECK_SECONDS:g} s")
                     if progress is not None and process.poll() is None and (text := _progress(_content(out))):
                         progress(text)
             finally:

@@ -43,6 +43,12 @@ class Ssh(ClusterKind):
 
     def check(self, cluster: SshCluster) -> None:
         for host in cluster.hosts:
+            if not isinstance(host, str):  # Hydra parses brackets within the list as another list
+                raise ConfigError(
+                    f"cluster.hosts contains the list {host!r}. Write an IPv6 address without brackets, such as "
+                    "fd00::1, or with a port in quotes: 'cluster.hosts=[\"[fd00::1]:22\"]'.",
+                    key="cluster.hosts",
+                )
             if not re.fullmatch(rf"({_USER}@)?(\[{_IPV6}\](:\d+)?|{_HOST}(:\d+)?|{_IPV6})", host):
                 raise ConfigError(
                     f"cluster.hosts contains {host!r}. Write a host as [USER@]HOST[:PORT], such as ada@vm1:22, without "
@@ -66,10 +72,10 @@ class Ssh(ClusterKind):
             raise ConfigError(
                 f"cluster.hosts contains {twice[0]} twice. A host runs one node: name it once.", key="cluster.hosts"
             )
-        if cluster.python is not None and not cluster.python.startswith("/"):
+        if cluster.python is not None and not cluster.python.startswith(("/", "~/")):
             raise ConfigError(
-                f"cluster.python is {cluster.python!r}, but must be an absolute path on the hosts, such as "
-                "/opt/launch/bin/python.",
+                f"cluster.python is {cluster.python!r}, but must be a path on the hosts, such as "
+                "/opt/launch/bin/python, or ~/env/bin/python in the home directory of each host.",
                 key="cluster.python",
             )
 

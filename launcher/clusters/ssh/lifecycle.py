@@ -14,13 +14,14 @@ import hashlib
 import secrets
 import shlex
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from launcher.clusters.base import Report
-from launcher.clusters.remote import project, registry
+from launcher.clusters.remote import on_host, project, registry
 from launcher.clusters.remote.bootstrap import BASE, Environment, check_versions, everywhere, run_on_host
 from launcher.clusters.remote.registry import Head
 from launcher.clusters.remote.shell import Shell, destination
@@ -45,21 +46,27 @@ class _Host:
 
     def entry(self) -> dict[str, Any]:
         """Return the record of this host in `Head.hosts`."""
-        facts = {"address": self.facts.get("address", ""), "state": "dead" if self.problem else "lives"}
+        state = "dead" if self.problem else "lives"
         why = {"why": str(self.problem)} if self.problem else {}
         return {
             "name": self.name,
-            **facts,
+            "address": self.facts.get("address", ""),
+            "state": state,
             **why,
             "ssh": self.words,
             "touched": self.touched,
             "leaving": self.leaving,
-            **{key: self.facts.get(key) for key in ("python", "cpus", "gpus")},
+            **{key: self.facts.get(key) for key in ("base", "python", "cpus", "gpus")},
         }
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Return launch's directory on this host, for commands of `on_host`. Homes of hosts may differ."""
+        return {"base": self.facts.get("base") or BASE}
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> _Host:
-        facts = {key: entry.get(key) for key in ("address", "python", "cpus", "gpus")}
+        facts = {key: entry.get(key) for key in ("address", "base", "python", "cpus", "gpus")}
         shell = Shell(entry["ssh"], entry["name"])
         return cls(entry["name"], shell, entry["ssh"], touched=entry.get("touched", True), facts=facts)
 
@@ -83,49 +90,49 @@ def up(cluster: SshCluster, report: Report, calling: Path | None = None) -> Head
     first = hosts[0]
     python = cluster.python or _recorded_python(known)
     environment = None if python else Environment.own()
-    place: dict[str, Any] = {"cluster": name, "python": python, "digest": environment.digest if environment else "-"}
-    try:
-        first.facts = run_on_host(first.shell, "look", python, base=BASE, **place)
-    except HostError as error:
-        raise ClusterError(f"The head of the cluster {name} (its first host) cannot be used. {error}") from None
+    digest = environment.digest if environment else "-"
+
+    def look(host: _Host) -> dict[str, Any]:
+        own = cluster.python or (python and (host.facts.get("python") or python))
+        return run_on_host(host.shell, "look", own, base=BASE, cluster=name, python=own, digest=digest)
+
+    each = _Hosts(name, hosts, report)
+    each.do(look)
     _check_same_python(name, first.facts, environment)
-    if len(hosts) > 1 and first.facts["address"].startswith("127."):
+    if len(hosts) > 1 and first.facts["address"].startswith(("127.", "::1")):
         raise ClusterError(
             f"The head {first.name} has only the address {first.facts['address']}, which other hosts cannot reach. "
             "Connect it to their network, and name it by an address of that network in cluster.hosts."
         )
-    # The paths of the head are used on every host.
-    place["base"] = first.facts["base"]
-    each = _Hosts(name, hosts, report)
-    each.do(lambda host: run_on_host(host.shell, "look", python, **place), but=first)
-    each.do(lambda host: _check_writable(host, place["base"], first))
-    each.do(lambda host: _ensure_python(host, python, environment, place, report))
+    each.do(_check_writable)
+    each.do(lambda host: _ensure_python(host, python, environment, name, report))
     for host in each.usable():
         host.touched = True
     registry.save(_head(name, hosts, known))  # from now on `down` knows the hosts
-    _send(each, calling or Path.cwd(), report)
-
-    token = secrets.token_hex(32)
-    running = first.facts["node"]
-    node = _start(first, token, place, None, report)
-    rest = [host for host in each.usable() if host is not first]
-    if any((host.facts["node"] or {}).get("generation") != node["generation"] for host in rest):
-        token = first.shell.run(f"cat {shlex.quote(first.facts['directory'])}/token", what="reading the token")
-        each.do(lambda host: {"node": _start(host, token, place, node, report)}, but=first)
-    head = _head(name, [*hosts, *_stop_removed(hosts, known, report)], known)
-    registry.save(head)
-    if running is None or running["since"] != node["since"]:
-        _probe(first, place)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        starting = pool.submit(_start, first, secrets.token_hex(32), name, None, report)
+        _send(each, calling or Path.cwd(), report)
+        node = starting.result()
+        probing = None if node.get("probed") else pool.submit(_probe, first, name)
+        rest = [host for host in each.usable() if host is not first]
+        if any((host.facts["node"] or {}).get("generation") != node["generation"] for host in rest):
+            token = first.shell.run(f"cat {shlex.quote(first.facts['directory'])}/token", what="reading the token")
+            each.do(lambda host: {"node": _start(host, token, name, node, report)}, but=first)
+        head = _head(name, [*hosts, *_stop_removed(hosts, known, report)], known)
+        registry.save(head)
+        if probing is not None:
+            probing.result()
     return head
 
 
 def status(head: Head) -> tuple[Head, list[str]]:
     """Ask every host for its state, and return the updated cluster and messages for the user."""
     hosts = [_Host.of(entry) for entry in head.hosts]
-    base, _, name = head.directory.rpartition("/")
     answers = everywhere(
         hosts,
-        lambda host: run_on_host(host.shell, "look", host.facts["python"], base=base, cluster=name, nodes=True),
+        lambda host: run_on_host(
+            host.shell, "look", host.facts["python"], checks=True, cluster=head.name, nodes=True, **host.place
+        ),
     )
     messages: list[str] = []
     entries = []
@@ -169,8 +176,7 @@ def down(name: str, report: Report) -> None:
     """
     head = registry.load(name)
     hosts = [_Host.of(entry) for entry in head.hosts]
-    base, _, directory = head.directory.rpartition("/")
-    answers = everywhere(hosts, lambda host: _stop(host, base, directory))
+    answers = everywhere(hosts, lambda host: _stop(host, name))
     ended = [host.name for host, answer in zip(hosts, answers, strict=True) if answer is None]
     problems = {host.name: answer for host, answer in zip(hosts, answers, strict=True) if answer is not None}
     # No process can be left on a host where none was started.
@@ -214,7 +220,7 @@ class _Hosts:
             if not isinstance(answer, HostError):
                 host.facts = {**host.facts, **answer}
             elif host is self._hosts[0]:
-                raise ClusterError(f"The head of the cluster {self._cluster} cannot be used. {answer}")
+                raise ClusterError(f"The head of the cluster {self._cluster} (its first host) cannot be used. {answer}")
             else:
                 host.problem = answer
                 self._report(f"{host.name} is left out: {answer}")
@@ -239,7 +245,8 @@ def _requested_hosts(cluster: SshCluster, name: str, known: Head | None) -> list
     for host in cluster.hosts:
         words = destination(host, cluster.user, cluster.ssh_key, cluster.ssh_config)
         entry = entries.get(host, {"touched": False})
-        facts = {"address": entry.get("address", "")}  # Ray's name for the host, if it does not answer now
+        # The address is Ray's name for the host, if it does not answer now.
+        facts = {"address": entry.get("address", ""), "python": entry.get("python")}
         hosts.append(_Host(host, Shell(words, host), words, entry.get("touched", True), facts=facts))
     if known is not None and known.ssh != hosts[0].words:
         raise ClusterError(
@@ -265,30 +272,27 @@ def _check_same_python(name: str, facts: dict[str, Any], environment: Environmen
         )
 
 
-def _check_writable(host: _Host, base: str, head: _Host) -> dict[str, Any]:
-    """Raise HostError if the host's user cannot write launch's directory, which has the same path on all hosts."""
-    reason = host.facts.get("unwritable")
-    if reason:
-        differ = ""
-        if host is not head:
-            differ = (
-                f" Every host uses the path of the head {head.name}: use a user with the same home directory on all."
-            )
-        raise HostError(f"{host.name} cannot write {base} ({reason}).{differ}", host.name, "failed")
+def _check_writable(host: _Host) -> dict[str, Any]:
+    """Raise HostError if the host's user cannot write launch's directory."""
+    if reason := host.facts.get("unwritable"):
+        raise HostError(
+            f"{host.name} cannot write {host.facts['base']} ({reason}). Use a user whose home directory is writable.",
+            host.name,
+            "failed",
+        )
     return {}
 
 
-def _probe(head: _Host, place: dict[str, Any]) -> None:
+def _probe(head: _Host, cluster: str) -> None:
     """Raise ClusterError unless the head's Ray runs a test job."""
-    facts = {"base": place["base"], "cluster": place["cluster"]}
     try:
-        run_on_host(head.shell, "probe", head.facts["python"], seconds=START_SECONDS, **facts)
+        run_on_host(head.shell, "probe", head.facts["python"], START_SECONDS, cluster=cluster, **head.place)
     except HostError as error:
-        raise ClusterError(f"The cluster {place['cluster']} was started, but cannot run jobs. {error}") from None
+        raise ClusterError(f"The cluster {cluster} was started, but cannot run jobs. {error}") from None
 
 
 def _ensure_python(
-    host: _Host, given: str | None, environment: Environment | None, place: dict[str, Any], report: Report
+    host: _Host, given: str | None, environment: Environment | None, cluster: str, report: Report
 ) -> dict[str, Any]:
     """Create the host's Python environment if it is missing, and return its interpreter."""
     if not host.facts["rsync"]:
@@ -296,7 +300,7 @@ def _ensure_python(
     python, versions = host.facts["python"], host.facts["versions"]
     if environment is not None and python is None:
         report(f"{host.name}: creating the Python environment {environment.digest}, which takes minutes the first time")
-        python = environment.create(host.shell, place["base"], place["cluster"])
+        python = environment.create(host.shell, host.facts["base"], cluster)
     elif given is not None:
         if python is None:
             raise HostError(f"{host.name} has no Python {given} (cluster.python).", host.name, "failed")
@@ -319,22 +323,22 @@ def _send(each: _Hosts, calling: Path, report: Report) -> None:
         report(withheld)
 
     def send(host: _Host) -> dict[str, Any]:
-        host.shell.send(project.HOME, own, f"{host.facts['directory']}/launch")
         to = f"{host.facts['directory']}/{copy_directory(calling)}"
-        host.shell.send(calling, files, to, progress=lambda text: report(f"{host.name}: sent {text}"))
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            sending = pool.submit(host.shell.send, project.HOME, own, f"{host.facts['directory']}/launch")
+            host.shell.send(calling, files, to, progress=lambda text: report(f"{host.name}: sent {text}"))
+            sending.result()
         return {}
 
     each.do(send)
 
 
-def _start(
-    host: _Host, token: str, place: dict[str, Any], head: dict[str, Any] | None, report: Report
-) -> dict[str, Any]:
+def _start(host: _Host, token: str, cluster: str, head: dict[str, Any] | None, report: Report) -> dict[str, Any]:
     """Start Ray on a host, as the head or as a node of `head`, unless it is running, and return its node."""
     facts, node = host.facts, host.facts["node"]
     if node is not None and node["python"] == facts["python"] and head is None:
         return dict(node)
-    given = {"base": place["base"], "cluster": place["cluster"], "python": facts["python"]}
+    given = {"cluster": cluster, "python": facts["python"], "versions": facts["versions"], **host.place}
     try:
         started = run_on_host(
             host.shell,
@@ -348,7 +352,7 @@ def _start(
         )
     except HostError as error:
         if head is None:
-            raise ClusterError(f"The head of the cluster {place['cluster']} did not start. {error}") from None
+            raise ClusterError(f"The head of the cluster {cluster} did not start. {error}") from None
         raise
     if node is None or started["since"] != node["since"]:
         report(f"{host.name}: Ray runs as {'the head' if head is None else 'a node'} at {started['address']}")
@@ -362,8 +366,8 @@ def _stop_removed(hosts: Sequence[_Host], known: Head | None, report: Report) ->
     others = [_Host.of(entry) for entry in known.hosts if entry["name"] not in names] if known else []
     gone = [host for host in others if host.touched]
     left = []
-    base, _, directory = known.directory.rpartition("/") if known else ("", "", "")
-    for host, problem in zip(gone, everywhere(gone, lambda host: _stop(host, base, directory)), strict=True):
+    cluster = known.name if known else ""
+    for host, problem in zip(gone, everywhere(gone, lambda host: _stop(host, cluster)), strict=True):
         if problem is None:
             report(f"{host.name} was removed from the cluster, and none of its processes is left on it")
         else:
@@ -373,10 +377,12 @@ def _stop_removed(hosts: Sequence[_Host], known: Head | None, report: Report) ->
     return left
 
 
-def _stop(host: _Host, base: str, cluster: str) -> HostError | None:
+def _stop(host: _Host, cluster: str) -> HostError | None:
     """Kill all processes of a cluster on a host. Returns an error unless it is certain that none is left."""
     try:
-        left = run_on_host(host.shell, "stop", host.facts["python"], START_SECONDS, base=base, cluster=cluster)["left"]
+        left = run_on_host(host.shell, "stop", host.facts["python"], START_SECONDS, cluster=cluster, **host.place)[
+            "left"
+        ]
     except HostError as error:
         return error
     if left:
@@ -396,7 +402,7 @@ def _head(name: str, hosts: Sequence[_Host], known: Head | None) -> Head:
         kind=KIND.name,
         ssh=first.words,
         python=first.facts["python"],
-        address=f"{first.facts['address']}:{node['port']}" if node else "",
+        address=on_host.endpoint(first.facts["address"], node["port"]) if node else "",
         dashboard=node.get("dashboard", 0),
         directory=first.facts["directory"],
         usd_per_hour=None,  # the price of the user's own machines is unknown

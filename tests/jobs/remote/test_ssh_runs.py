@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.command import Place
 from tests.support.engine_ranks import assert_same_weights, final_weights
-from tests.support.vmlab.ssh_lab import SshLab, processes_left, seen_everywhere
+from tests.support.vmlab.ssh_lab import SshLab, processes_left, seen_everywhere, temporary_files_left
 from tests.support.waiting import wait_for
 
 TINY = ("experiment=mnist_tiny", "logging.graph=false", "trainer.deterministic=true")
@@ -39,9 +39,10 @@ def wait_until(
     wait_for(has_step, seconds, lambda: ssh_machines.laptop.log()[-3000:])
 
 
-@pytest.mark.parametrize("ssh_machines", [(3,)], indirect=True)
+@pytest.mark.parametrize("ssh_machines", [(3, None, True)], indirect=True)
 def test_a_run_on_hosts_equals_a_local_run_even_if_a_machine_is_lost(ssh_machines: SshLab, here: Place) -> None:
-    """One worker on each host; the metrics, checkpoints and logs are on the laptop; no secret is visible."""
+    """One worker on each host, whose homes have other paths; the metrics, checkpoints and logs are on the laptop; no
+    secret is visible."""
     job = ("--config-dir", "own", "experiment=toy", "trainer.deterministic=true", "run.name=two", "checkpoint.every=4")
     planted = "pl4nted-" + "5ec7e7"
     one_a_host = ("scaling.workers=2", "scaling.cpus_per_worker=2", "cluster.env=[PLANTED]")
@@ -90,6 +91,7 @@ def test_a_run_on_hosts_equals_a_local_run_even_if_a_machine_is_lost(ssh_machine
     ssh_machines.start_sshd(lost)
     assert ssh_machines.launch("down", "ssh", seconds=60).status == 0
     assert processes_left(ssh_machines) == {}
+    assert temporary_files_left(ssh_machines) == {}, "also of killed workers and of the machine that was lost"
     assert seen_everywhere(ssh_machines, planted) == []
     shown = ssh_machines.launch("logs", "two", "--no-follow", seconds=60)
     assert (shown.status, shown.out) == (0, (runs / "two" / "log.txt").read_text()), shown.err
@@ -97,11 +99,12 @@ def test_a_run_on_hosts_equals_a_local_run_even_if_a_machine_is_lost(ssh_machine
 
 
 @pytest.mark.slow
-def test_the_log_of_a_detached_run_is_complete_on_whichever_host_rank_0_is(ssh_machines: SshLab) -> None:
+@pytest.mark.timeout(1800)
+def test_the_logs_of_ten_detached_runs_are_complete_on_whichever_host_rank_0_is(ssh_machines: SshLab) -> None:
     """Ray may place rank 0 on the driver's machine or on another."""
     on_one_host_each = ("scaling.workers=2", "scaling.cpus_per_worker=2", "cluster.detach=true")
     ranks_0 = set()
-    for number in range(12):
+    for number in range(20):
         run = ssh_machines.calling / "runs" / f"n{number}"
         sent = ssh_machines.launch(*TINY, *ssh_machines.words(), *on_one_host_each, f"run.name={run.name}", seconds=120)
         assert sent.status == 0, sent.err
@@ -115,7 +118,7 @@ def test_the_log_of_a_detached_run_is_complete_on_whichever_host_rank_0_is(ssh_m
         assert followed.out.splitlines()[-1] == lines[-1]
         (other,) = {path.stem.removeprefix("log-") for path in run.glob("log-*.txt")}
         ranks_0 |= {host.name for host in ssh_machines.machines} - {other}
-        if len(ranks_0) == 2:
+        if number >= 9 and len(ranks_0) == 2:
             break
     else:
         pytest.fail(f"rank 0 was always on {ranks_0}")

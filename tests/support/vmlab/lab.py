@@ -78,8 +78,8 @@ class Host:
         (self._home / "hosts").write_text(f"127.0.0.1 localhost\n{self.address} {self.name}\n")
         # This process owns the namespaces, which all others enter, and reaps orphaned processes.
         script = (
-            f"hostname {self.name} && mount --bind {self._home}/hosts /etc/hosts "
-            f"&& mount --bind {self._home} {lab.home} && mount -t tmpfs -o size=1g tmpfs {lab.scratch} "
+            f"hostname {self.name} && mount --bind {self._home}/hosts /etc/hosts && {lab.mount_home(self)} "
+            f"&& mount -t tmpfs -o size=1g tmpfs {lab.scratch} "
             "&& echo ready && while :; do sleep 1000 & wait $!; done"
         )
         apart = ["--pid", "--fork", "--mount-proc"] if lab.apart else []
@@ -221,8 +221,8 @@ class Lab:
 
     apart = False  # hosts do not see each other's processes
 
-    def __init__(self, hosts: int, rate: str | None = None) -> None:
-        self._count, self._rate = hosts, rate
+    def __init__(self, hosts: int, rate: str | None = None, ipv6: bool = False) -> None:
+        self._count, self._rate, self._ipv6 = hosts, rate, ipv6
         self._cleanup = contextlib.ExitStack()
         self.started: list[subprocess.Popen[bytes]] = []
         self.token = secrets.token_hex(32)
@@ -240,7 +240,8 @@ class Lab:
             self.scratch.mkdir()
             self.home = self.directory / "home"  # each host sees its own here
             self.home.mkdir()
-            for number, link in enumerate(cleanup.enter_context(namespaces.network(self._count, self._rate)), start=1):
+            links = namespaces.network(self._count, self._rate, ipv6=self._ipv6)
+            for number, link in enumerate(cleanup.enter_context(links), start=1):
                 host = Host(self, number, link)
                 cleanup.callback(host.close)
                 self.hosts.append(host)
@@ -292,6 +293,18 @@ class Lab:
                 host.start_ray()
                 self.wait_for_nodes(1 if host is self.head else len({*self.nodes(), host.address}))
         self.wait_for_nodes(nodes)
+
+    def own(self, host: Host) -> Path:
+        """Return the directory that a machine mounts as its home."""
+        return self.directory / host.name
+
+    def home_of(self, host: Host) -> Path:
+        """Return the path of a machine's home on this machine."""
+        return self.home
+
+    def mount_home(self, host: Host) -> str:
+        """Return the shell command with which a machine mounts its home."""
+        return f"mount --bind {self.own(host)} {self.home}"
 
     def _reap(self) -> None:
         for host in self.hosts:

@@ -1,6 +1,6 @@
 """A lab of machines that are reached only over SSH, and a laptop.
 
-    with SshLab(2) as lab:
+    with SshLab(2) as lab:                               # homes_differ=True, ipv6=True: other paths, addresses
         lab.launch("up", "cluster=ssh", *lab.words())    # a command of the user, on the laptop
         lab.machines[1].kill()                           # power failure
         lab.start_sshd(lab.machines[1])                  # reboot, without other processes
@@ -37,8 +37,9 @@ class SshLab(Lab):
 
     apart = True
 
-    def __init__(self, machines: int, rate: str | None = None) -> None:
-        super().__init__(machines + 1, rate)
+    def __init__(self, machines: int, rate: str | None = None, homes_differ: bool = False, ipv6: bool = False) -> None:
+        super().__init__(machines + 1, rate, ipv6)
+        self._homes_differ = homes_differ
 
     def __enter__(self) -> SshLab:
         super().__enter__()
@@ -65,9 +66,14 @@ class SshLab(Lab):
     def key(self) -> Path:
         return self.directory / "key"
 
-    def own(self, host: Host) -> Path:
-        """Return the directory that a machine mounts as its home."""
-        return self.directory / host.name
+    def home_of(self, host: Host) -> Path:
+        return self.home / host.name if self._homes_differ else self.home
+
+    def mount_home(self, host: Host) -> str:
+        if not self._homes_differ:
+            return super().mount_home(host)
+        own = self.home_of(host)
+        return f"mount -t tmpfs tmpfs {self.home} && mkdir {own} && mount --bind {self.own(host)} {own}"
 
     def _prepare(self) -> None:
         servers.make_key(self.key)
@@ -88,7 +94,7 @@ class SshLab(Lab):
         etc = self._etc(host)
         etc.mkdir()
         more = [f"TMPDIR={self.scratch}", "OMP_NUM_THREADS=1", "RAY_memory_monitor_refresh_ms=0"]
-        servers.write_server(etc, self.key.with_suffix(".pub"), self.home, host.address, PORT, more)
+        servers.write_server(etc, self.key.with_suffix(".pub"), self.home_of(host), host.address, PORT, more)
 
     def start_sshd(self, host: Host) -> None:
         command = [
@@ -185,6 +191,13 @@ def processes_left(ssh_machines: SshLab) -> dict[str, list[str]]:
     """Return the processes of clusters by machine, without machines that have none."""
     found = {host.name: ssh_machines.of_clusters(host) for host in ssh_machines.machines}
     return {name: words for name, words in found.items() if words}
+
+
+def temporary_files_left(ssh_machines: SshLab) -> dict[str, list[str]]:
+    """Return the content of the machines' temporary folders by machine, without machines on which it is empty."""
+    listed = {host.name: host.run(["ls", "-A", str(ssh_machines.scratch)]) for host in ssh_machines.machines}
+    assert all(done.returncode == 0 for done in listed.values()), listed
+    return {name: done.stdout.split() for name, done in listed.items() if done.stdout}
 
 
 def seen_everywhere(ssh_machines: SshLab, secret: str, environments: bool = True) -> list[str]:
