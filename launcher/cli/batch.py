@@ -15,8 +15,9 @@ from launcher.config.overrides import masked
 from launcher.config.schema import default_run_name
 from launcher.config.settings import user_settings
 from launcher.errors import ConfigError
-from launcher.jobs.prepare import composed, key_of, prepare
+from launcher.jobs.prepare import composed, key_of, prepare, run_section
 from launcher.runs import RunDirectory
+from launcher.runs.storage import is_gathered, is_uri
 
 
 def uses_scheduler(line: Line) -> bool:
@@ -67,9 +68,11 @@ def _batch(line: Line) -> tuple[str, Batch]:
         from launcher.sweeps.planning import check_trials  # imports Optuna
         from launcher.sweeps.specification import read_sweep
 
+        if not shares_files:
+            _check_root_of_sweep(run_section(request).root)
         spec = read_sweep(request)
         check_trials(spec)
-        cluster, run, root = spec.cluster, spec.directory.name, str(spec.directory.path.parent)
+        cluster, run, root = spec.cluster, spec.directory.name, spec.directory.root
         words = ["-m", *_words_for_head(line, shares_files)]
     elif shares_files:
         prepared = prepare(request)
@@ -81,6 +84,16 @@ def _batch(line: Line) -> tuple[str, Batch]:
         cluster, root, words = job.cluster, job.run.root, _words_for_head(line, shares_files)
         run = job.run.name or default_run_name(composition.choices, datetime.now())
     return run, kind_of(cluster).batch(cluster, run, root, words, ask)
+
+
+def _check_root_of_sweep(root: str) -> None:
+    """Raise ConfigError if the root is an object store, which this machine may not be able to read."""
+    if is_uri(root) and not is_gathered(root):
+        raise ConfigError(
+            f"run.root={root} is an object store, but here a sweep keeps its study in a directory. Use the path of a "
+            "volume that all pods share, with cluster.mounts={PATH: claim://NAME}.",
+            key="run.root",
+        )
 
 
 def _words_for_head(line: Line, shares_files: bool) -> list[str]:

@@ -79,7 +79,7 @@ class Record:
         self.marks = Marks([("configuration", request.started)])
         self._made_root = False
         self._bill = Bill()
-        self._mirrored: Mirrored | None = None
+        self._mirrored = None if prepared is None else Mirrored.of(prepared.directory)
         self._weights: str | None = None
 
     def __enter__(self) -> Record:

@@ -65,6 +65,8 @@ class RunDirectory:
     def uri(self) -> str | None:
         """The URI of the run on an object store, or None."""
         root = store_copies.uri_of(self.path.parent)
+        if root is None and store_copies.is_sweep(self.path.parent):
+            root = RunDirectory(self.path.parent).uri
         return None if root is None else f"{root}/{self.name}"
 
     @property

@@ -84,7 +84,7 @@ def local(place: str) -> Path:
     if not is_uri(place):
         return Path(place)
     root, _, name = place.rpartition("/")
-    path = cache_of(root) / name
+    path = (store_copies.sweep_below(root) or cache_of(root)) / name
     path.mkdir(exist_ok=True)
     return path
 
@@ -155,9 +155,11 @@ def _copy(store: Store, run: Path, files: Mapping[str, Entry]) -> None:
 
 
 def _is_own(name: str) -> bool:
-    """Return whether a file is mirrored: neither a checkpoint nor an unfinished file."""
+    """Return whether a file of a run, or of a trial of a sweep, is mirrored: neither a checkpoint nor unfinished."""
     ours = (f"{CHECKPOINTS}/", f"{_REQUESTS}/", OWNER, ".probe", ".stop")
-    return not (name.startswith(ours) or name.endswith((".tmp", ".lock")))
+    trial, _, rest = name.partition("/")
+    foreign = name.startswith(ours) or (trial.isdecimal() and rest.startswith(ours))
+    return not (foreign or name.endswith((".tmp", ".lock")))
 
 
 @dataclass(frozen=True)
@@ -297,12 +299,13 @@ def board(root: Path, command: list[str], say: Callable[[str], None]) -> int:
 
 
 def _files(run: Path) -> list[str]:
-    """Return the files of a run that the machine of rank 0 writes."""
+    """Return the files of a run that the machine of rank 0 writes. The trials of a sweep are runs of their own."""
     found = []
+    is_sweep = store_copies.is_sweep(run)
     for folder, folders, names in os.walk(run):
         relative = os.path.relpath(folder, run)
         if relative == ".":
-            folders[:] = [name for name in folders if name != CHECKPOINTS]
+            folders[:] = [name for name in folders if name != CHECKPOINTS and not is_sweep]
         for name in names:
             path = name if relative == "." else f"{relative}/{name}"
             if _is_own(path) and not HOST_LOG.fullmatch(path) and not os.path.islink(os.path.join(folder, name)):

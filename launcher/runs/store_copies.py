@@ -38,6 +38,18 @@ def copy_below(base: Path, uri: str) -> Path:
     return base / "roots" / f"{readable}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
 
 
+def is_sweep(directory: Path) -> bool:
+    """Return whether a directory is a sweep; its trials are directories in it."""
+    return (directory / "study.journal").is_file()
+
+
+def sweep_below(uri: str) -> Path | None:
+    """Return the directory of the sweep with this URI in the copy of its run root; None if this machine has none."""
+    root, _, name = uri.rpartition("/")
+    found = (copy_below(base, root) / name for base in bases())
+    return next((path for path in found if uri_of(path.parent) == root and is_sweep(path)), None)
+
+
 def uri_of(root: Path) -> str | None:
     """Return the URI of the run root that a directory is the copy of; None where it is no copy."""
     try:

@@ -7,6 +7,7 @@ specification  what the words ask for            planning   checks of all trials
 settings       the section `sweep` for a search space
 driver         the loop                          study      the journal: ask, report, finish
 remote         sweeps on the head of a cluster   plugin     Hydra's sweeper
+progress       files and display                 stored     run roots on object stores
 warm_start     trials of another sweep           algorithms Optuna's samplers and pruners
 records        trials.csv, best.yaml, log.txt    repeats    mean and spread over `sweep.over`
 report         report.html                       observer   progress and outcome for the caller

@@ -24,9 +24,10 @@ from launcher.runners.signals import Interrupts
 from launcher.runners.tasks import Shape, TaskOutcome
 from launcher.runs import REMOTE, RunDirectory, user_state
 from launcher.runs.mirror import OWNER
-from launcher.sweeps import records
+from launcher.sweeps import records, stored
 from launcher.sweeps.observer import SweepObserver, SweepOutcome
 from launcher.sweeps.planning import SweepPlan, shape_of
+from launcher.sweeps.progress import SweepProgress
 from launcher.sweeps.runner import Runner, open_runner
 from launcher.sweeps.search import display_values
 from launcher.sweeps.space import Value
@@ -65,16 +66,15 @@ class Driver:
         self._observer = observer
         self._directory = sweep_plan.spec.directory
         self._study: Study
-        self._log: records.SweepLog
+        self._progress: SweepProgress
+        self._log: records.SweepLog | None = None
         self._runner: Runner
         self._origin = Origin.of(sweep_plan.spec.request.calling)
         self._trials: dict[int, Trial] = {}  # running
         self._held: Trial | None = None  # sampled, waiting for workers
         self._to_resume: list[int] = []
-        self._durations: list[float] = []
         self._failure: str | None = None  # the error that stops the sweep (sweep.fail_fast)
         self._began = time.time()
-        self._seconds_before = 0.0
 
     def run(self) -> SweepOutcome:
         """Run the sweep.
@@ -82,30 +82,35 @@ class Driver:
         Raises:
             Stopped: a second signal stopped it immediately.
         """
-        self._open()
-        signal_number = None
         try:
-            if self._left() == 0:
+            self._open()
+            if self._progress.left() == 0:
                 self._observer.begun(self._directory, replace(self._sweep_plan.headline(), finished=True))
-                self._show()
+                self._progress.show()
                 return self._outcome(None)
-            self._observer.begun(self._directory, self._sweep_plan.headline())
+            with stored.synced(self._directory, is_new=not self._spec.resumes):
+                self._observer.begun(self._directory, self._sweep_plan.headline())
+                return self._outcome(self._run())
+        finally:
+            if self._log is not None:
+                self._log.close()
+
+    def _run(self) -> int | None:
+        """Run the trials, and return the number of the signal that stopped the sweep, or None."""
+        try:
             with (
                 Heartbeat(self._directory) as watch,
                 open_runner(self._sweep_plan, self._observer, self._event) as (self._runner, interrupts),
             ):
                 self._loop(self._runner, interrupts, watch)
-                signal_number = interrupts.signal_number
-            self._conclude(signal_number, watch.stop_requested)
+            self._conclude(interrupts.signal_number, watch.stop_requested)
+            return interrupts.signal_number
         except Stopped:
-            self._write(status="stopped", reason="signal")
+            self._progress.write(status="stopped", reason="signal")
             raise
         except Exception as error:
-            self._write(status="failed", error=f"{type(error).__name__}: {error}")
+            self._progress.write(status="failed", error=f"{type(error).__name__}: {error}")
             raise
-        finally:
-            self._log.close()
-        return self._outcome(signal_number)
 
     # ---- start and end ----------------------------------------------------------------------------------------------
 
@@ -129,13 +134,15 @@ class Driver:
             spec.prior,
             spec.first.job.trust,
         )
-        self._seconds_before = float(directory.result().get("seconds") or 0.0) if spec.resumes else 0.0
-        self._meter = Bill(self._seconds_before, self._sweep_plan.plan.rate).meter(directory.result(), self._began)
+        before = float(directory.result().get("seconds") or 0.0) if spec.resumes else 0.0
+        self._meter = Bill(before, self._sweep_plan.plan.rate).meter(directory.result(), self._began)
+        self._progress = SweepProgress(self._sweep_plan, self._study, self._observer, self._meter, self._began, before)
+        self._progress.running = self._trials.keys()
         if spec.resumes:
             self._settle_interrupted()
-        if self._left():
-            self._write(status="running", **self._origin.facts)
-        self._log.line(f"{directory.name}: {self._sweep_plan.headline().text}")
+        if self._progress.left():
+            self._progress.write(status="running", **self._origin.facts)
+        self._record(f"{directory.name}: {self._sweep_plan.headline().text}")
 
     def _settle_interrupted(self) -> None:
         """Record the trials that ended without the previous driver, and queue the others to be resumed."""
@@ -152,21 +159,19 @@ class Driver:
             else:
                 self._to_resume.append(trial.number)
 
-    def _left(self) -> int:
-        """Return the number of trials that have not ended."""
-        return max(0, self._spec.total - sum(trial.state.is_finished() for trial in self._study.frozen()))
-
     def _conclude(self, signal_number: int | None, requested: bool) -> None:
         if self._failure is not None:
-            self._write(status="failed", error=self._failure)
-        elif self._left() and (signal_number or requested or self._meter.is_over):
-            self._write(status="stopped", reason="signal" if signal_number else "request" if requested else BUDGET)
+            self._progress.write(status="failed", error=self._failure)
+        elif self._progress.left() and (signal_number or requested or self._meter.is_over):
+            reason = "signal" if signal_number else "request" if requested else BUDGET
+            self._progress.write(status="stopped", reason=reason)
             mark_budget_spent(self._directory.result())
         elif self._study.best() is None:
             errors = [row["error"] for row in records.rows(self._study) if row["error"]]
-            self._write(status="failed", error=f"No trial was completed. {errors[0] if errors else ''}".strip())
+            error = f"No trial was completed. {errors[0] if errors else ''}".strip()
+            self._progress.write(status="failed", error=error)
         else:
-            self._write(status="completed")
+            self._progress.write(status="completed")
         if self._study.best() is not None:
             from launcher.sweeps.report import write_report  # imports matplotlib, which takes long
 
@@ -177,7 +182,7 @@ class Driver:
         return SweepOutcome(
             result,
             self._directory,
-            self._rows(),
+            self._progress.rows(),
             found,
             signal_number,
             self._spec.root,
@@ -195,7 +200,7 @@ class Driver:
                 self._say(warning)
             return bool(interrupts.count or watch.stop_requested or self._failure is not None or self._meter.is_over)
 
-        self._changed()
+        self._progress.changed()
         while True:
             if interrupts.count > 1:
                 raise Stopped(interrupts.signal_number or 0)
@@ -206,7 +211,7 @@ class Driver:
                 runner.interrupt()
             for ended in runner.poll():
                 self._ended(ended, stopping)
-            if not runner.running and (stopping or (self._held is None and self._left() == 0)):
+            if not runner.running and (stopping or (self._held is None and self._progress.left() == 0)):
                 return
             time.sleep(POLL_SECONDS)
 
@@ -218,14 +223,14 @@ class Driver:
                 # A search samples only when workers are free, with the results of as many trials as possible.
                 if self._spec.settings.sampler != "grid" and not self._to_resume and not runner.ready(usual):
                     return
-                self._held = self._next()
+                self._hold(self._next())
             trial = self._held
             if trial is None:
                 runner.release()
                 return
             if not runner.ready(trial.shape):
                 return
-            self._held = None
+            self._hold(None)
             self._begin(runner, trial)
 
     def _next(self) -> Trial | None:
@@ -249,7 +254,7 @@ class Driver:
                 self._finish(number, run, run.result())
                 continue
             job = composition.job
-            job.run.name, job.run.root = str(number), str(self._directory.path)
+            job.run.name, job.run.root = str(number), self._directory.display_path()
             job.logging.hparams = display_values(values, self._spec.space)
             resumes = run.config.is_file()
             if resumes:
@@ -268,12 +273,13 @@ class Driver:
             self._finish(trial.number, trial.directory, trial.directory.result())
             return
         task.directory, task.started = self._spec.task_directory(trial.directory), trial.started
-        (trial.directory.path / OWNER).unlink(missing_ok=True)  # workers use the files of this directory
+        if trial.directory.uri is None:
+            (trial.directory.path / OWNER).unlink(missing_ok=True)  # workers use the files of this directory
         self._study.already_evaluated(trial.number, records.evaluated_at(trial.directory, self._spec.objectives[0].tag))
         self._trials[trial.number] = trial
         words = " ".join(self._spec.space.overrides(trial.values))
-        self._log.line(f"trial {trial.number} begins: {words}")
-        self._changed()
+        self._record(f"trial {trial.number} begins: {words}")
+        self._progress.changed()
         runner.submit(str(trial.number), task, trial.shape)
 
     def _event(self, key: str, event: Event) -> None:
@@ -292,6 +298,7 @@ class Driver:
     def _ended(self, ended: TaskOutcome, stopping: bool) -> None:
         trial = self._trials.pop(int(ended.key))
         run = trial.directory
+        stored.pull_trial(run)
         if ended.interrupted:
             run.update_result(status="stopped", reason="signal")
         elif ended.error is not None:
@@ -299,13 +306,14 @@ class Driver:
                 return
             trial.record.failed(ended.error, keep=True)
             if isinstance(ended.error, UserCodeError) and ended.error.traceback_text:
-                self._log.line(ended.error.traceback_text.rstrip())
+                self._record(ended.error.traceback_text.rstrip())
         result = run.result()
         if result.get("status") == "stopped" and stopping:
-            self._log.line(f"trial {trial.number} is interrupted at step {result.get('steps')}")
-            self._changed()
+            stored.push_trial(run)
+            self._record(f"trial {trial.number} is interrupted at step {result.get('steps')}")
+            self._progress.changed()
             return
-        self._durations.append(time.time() - (trial.first_event or trial.started))
+        self._progress.durations.append(time.time() - (trial.first_event or trial.started))
         self._finish(trial.number, run, result)
 
     def _retry(self, trial: Trial, error: LaunchError, stopping: bool) -> bool:
@@ -313,7 +321,8 @@ class Driver:
         if not isinstance(error, WorkerLost) or isinstance(error, OutOfMemory) or stopping:
             return False
         attributes, most = self._study.frozen()[trial.number].user_attrs, self._spec.first.job.checkpoint.max_failures
-        saved = max(available(trial.directory.checkpoints), default=0)
+        stored_at = stored.newest_checkpoint(trial.directory)
+        saved = max(available(trial.directory.checkpoints), default=0) if stored_at is None else stored_at
         progressed = saved > attributes.get("retried_from", -1)
         failures = 1 if progressed else attributes.get("retries", 0) + 1  # consecutive
         if failures > most:
@@ -341,6 +350,7 @@ class Driver:
         reached = records.objective(frozen)
         about = {"number": trial, "parameters": parameters, "objective": reached}
         run.update_result(trial=about, **({"status": "failed", "error": error} if state == "failed" else {}))
+        stored.push_trial(run)
         if state == "failed":
             self._say(f"trial {trial} failed: {error}")
             if self._spec.settings.fail_fast:
@@ -354,70 +364,18 @@ class Driver:
         if self._spec.settings.keep == "best":
             ended = [other.number for other in self._study.frozen() if other.state.is_finished()]
             records.delete_checkpoints(self._directory, self._study, ended)
-        self._changed()
+        self._progress.changed()
 
-    # ---- output -----------------------------------------------------------------------------------------------------
+    def _hold(self, trial: Trial | None) -> None:
+        """Keep a sampled trial that waits for workers."""
+        self._held = trial
+        self._progress.held = None if trial is None else trial.number
 
-    def _rows(self) -> list[dict[str, Any]]:
-        begun = {trial.number for trial in self._study.frozen() if trial.state.name == "RUNNING"}
-        held = {self._held.number} if self._held is not None else set()
-        rows = records.rows(self._study, frozenset(begun - self._trials.keys() - held))
-        for row in rows:
-            if row["number"] in held:
-                row["state"] = "waiting"
-        return rows
-
-    def _changed(self) -> None:
-        """Update trials.csv, best.yaml and result.json, and notify the observer."""
-        rows = self._rows()
-        with suppress(OSError):  # a full disk must not end running trials; a resume uses only the journal
-            records.write_csv(self._directory.path / "trials.csv", rows, self._spec.space)
-            records.write_best(self._directory, self._study)
-            self._write(status="running")
-        self._show()
-
-    def _show(self) -> None:
-        best = self._study.best()
-        facts = {"best": None if best is None else best.number, "seconds_left": self._seconds_left()}
-        self._observer.changed(self._rows(), facts)
-
-    def _seconds_left(self) -> float | None:
-        if not self._durations:
-            return None
-        each = sum(self._durations) / len(self._durations)
-        return each * self._left() / max(1, min(self._sweep_plan.concurrency, self._left()))
-
-    def _write(self, **changes: Any) -> None:
-        """Write the result.json of the sweep."""
-        rows = self._rows()
-        best = self._study.best()
-        repeats = None if best is None else self._study.repeats_of(best.number)
-        now = time.time()
-        usd = self._meter.usd(now)
-        counts: dict[str, int] = {}
-        for row in rows:
-            counts[row["state"]] = counts.get(row["state"], 0) + 1
-        content: dict[str, Any] = {
-            "reason": None,
-            "error": None,
-            "steps": sum(trial.user_attrs.get("steps") or 0 for trial in self._study.frozen()),
-            "workers": self._sweep_plan.plan.machines.workers,
-            "seconds": round(self._seconds_before + now - self._began, 3),
-            "cost_usd": None if usd is None else round(usd, 6),
-            "trials": {"total": self._spec.total, **counts},
-            "metrics": {},
-            "best": None
-            if best is None
-            else {
-                "tag": self._spec.objectives[0].tag,
-                "value": best.values[0],
-                "step": best.user_attrs.get("steps"),
-                "trial": best.number,
-                **({} if repeats is None else repeats.to_dict()),
-            },
-        }
-        self._directory.update_result(**content | changes)
+    def _record(self, text: str) -> None:
+        """Write a line to the log of the sweep."""
+        assert self._log is not None
+        self._log.line(text)
 
     def _say(self, text: str) -> None:
-        self._log.line(text)
+        self._record(text)
         self._observer.say(text)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config import masking
 from launcher.runs import RunDirectory
 from launcher.runs.plain_files import open_file, replace_text
+from launcher.sweeps import stored
 from launcher.sweeps.search import display_values
 from launcher.sweeps.space import SearchSpace, plain_text
 from launcher.sweeps.study import STATES, Study
@@ -29,26 +30,48 @@ def columns(space: SearchSpace) -> list[str]:
     return ["number", "state", "objective", *summary, "seconds", "error", *space.keys]
 
 
-def rows(study: Study, interrupted: frozenset[int] = frozenset()) -> list[dict[str, Any]]:
-    """Return one mapping for each trial, with the columns of trials.csv.
+class Table:
+    """The table of the trials of a study. The rows of ended trials are computed once."""
 
-    `objective` is a number, a list of numbers for several objectives, or None. `mean` and `spread` are those of the
-    completed repeats of the trial so far (see `repeats`), or None.
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._ended: dict[int, dict[str, Any]] = {}
 
-    Args:
-        interrupted: trials that are running according to the journal, but that no worker runs.
-    """
-    repeats = study.repeats()
-    found = []
-    for trial in study.frozen():
-        state = "stopped" if trial.number in interrupted else STATES[trial.state]
-        row = {"number": trial.number, "state": state, "objective": objective(trial)}
-        if study.space.over:
-            own = repeats[trial.number]
-            row |= {"mean": own.mean if own.objectives else None, "spread": own.spread}
-        row |= {"seconds": trial.user_attrs.get("seconds"), "error": trial.user_attrs.get("error")}
-        found.append({**row, **display_values(study.values(trial), study.space)})
-    return found
+    def rows(self, interrupted: frozenset[int] = frozenset(), waiting: int | None = None) -> list[dict[str, Any]]:
+        """Return one mapping for each trial, with the columns of trials.csv.
+
+        `objective` is a number, a list of numbers for several objectives, or None. `mean` and `spread` are those of the
+        completed repeats of the trial so far (see `repeats`), or None.
+
+        Args:
+            interrupted: trials that are running according to the journal, but that no worker runs.
+            waiting: a trial that is running according to the journal, but waits for workers.
+        """
+        repeats = self._study.repeats()
+        found = []
+        for trial in self._study.frozen():
+            row = self._ended.get(trial.number) or _row(self._study, trial)
+            if trial.state.is_finished():
+                self._ended[trial.number] = row
+            elif trial.number in interrupted or trial.number == waiting:
+                row["state"] = "stopped" if trial.number in interrupted else "waiting"
+            if self._study.space.over:
+                own = repeats[trial.number]
+                row |= {"mean": own.mean if own.objectives else None, "spread": own.spread}
+            found.append(dict(row))
+        return found
+
+
+def rows(study: Study) -> list[dict[str, Any]]:
+    """Return the table of a study (see `Table.rows`)."""
+    return Table(study).rows()
+
+
+def _row(study: Study, trial: FrozenTrial) -> dict[str, Any]:
+    summary: dict[str, Any] = {"mean": None, "spread": None} if study.space.over else {}
+    facts = {"seconds": trial.user_attrs.get("seconds"), "error": trial.user_attrs.get("error")}
+    row = {"number": trial.number, "state": STATES[trial.state], "objective": objective(trial), **summary, **facts}
+    return {**row, **display_values(study.values(trial), study.space)}
 
 
 def objective(trial: FrozenTrial) -> float | list[float] | None:
@@ -122,7 +145,9 @@ def delete_checkpoints(directory: RunDirectory, study: Study, ended: Sequence[in
         run = RunDirectory(directory.path / str(number))
         if number not in front and run.checkpoints.is_dir():
             shutil.rmtree(run.checkpoints, ignore_errors=True)
+            stored.delete_checkpoints(run)
             run.update_result(checkpoint=None)
+            stored.push_trial(run)
 
 
 def evaluated_at(run: RunDirectory, tag: str) -> list[int]:

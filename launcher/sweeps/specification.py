@@ -33,7 +33,7 @@ from launcher.jobs.prepare import (
 from launcher.jobs.remote.control import fetch_files
 from launcher.jobs.remote.location import location_of
 from launcher.runs import RunDirectory, plain_files, user_state
-from launcher.runs.storage import disk_uri, is_gathered, is_uri
+from launcher.runs.storage import disk_uri, is_gathered
 from launcher.sweeps import syntax
 from launcher.sweeps.algorithms import name_of
 from launcher.sweeps.conditions import find_conditions, without_candidates
@@ -46,6 +46,7 @@ from launcher.sweeps.settings import (
     warm_start_of,
 )
 from launcher.sweeps.space import SearchSpace, Value
+from launcher.sweeps.stored import pull_sweep
 from launcher.sweeps.study import JOURNAL, Objective, SweepRecord, read_record, repair
 from launcher.sweeps.warm_start import WarmStart
 
@@ -113,7 +114,7 @@ class SweepSpec:
 
     def task_directory(self, run: RunDirectory) -> str:
         """Return the path or URI under which workers access a trial's directory."""
-        return disk_uri(run.path) if is_gathered(self.root) else str(run.path)
+        return disk_uri(run.path) if is_gathered(self.root) else run.display_path()
 
 
 def read_sweep(request: Request) -> SweepSpec:
@@ -132,17 +133,12 @@ def read_sweep(request: Request) -> SweepSpec:
     groups = sources(request.config_dir).groups()
     run = peek([word for word in syntax.read(words, {}, groups).first() if _names_run(word)], request.config_dir, "run")
     check_run(run)
-    if is_uri(run.root) and not is_gathered(run.root):
-        raise ConfigError(
-            f"run.root={run.root} is an object store, but a sweep keeps its study in a directory. Use a path, and copy "
-            "the best run at the end. With cluster=existing the path must be shared, or use head:///PATH; with "
-            "cluster=ssh and azure the sweep is copied to it.",
-            key="run.root",
-        )
     root = where_others_are(run.root)
     if run.resume is not False and run.name is not None:
         directory = RunDirectory(root / run.name)
         plain_files.check_directory(directory.path)
+        if directory.exists():
+            pull_sweep(directory)
         if directory.is_sent and request.on_head is None and not directory.exists():
             fetch_files(directory)
         if (directory.path / JOURNAL).is_file():

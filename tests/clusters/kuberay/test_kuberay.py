@@ -384,7 +384,7 @@ def test_a_sweep_is_a_rayjob_on_a_shared_volume(here: Place, state: Path) -> Non
     ("more", "message"),
     [
         (("+model.secret_key=hunter2",), "+model.secret_key=*** contains a secret"),
-        (("-m", "optimizer.lr=0.1,0.2"), "a sweep keeps its study in a directory"),
+        (("-m", "optimizer.lr=0.1,0.2"), "claim://NAME"),
         (("-m", "optimizer.lr=0.1,0.2", "run.root=runs"), "is a directory in a pod"),
         (("cluster.namespace=My NS",), "cluster.namespace is 'My NS'"),
         (
