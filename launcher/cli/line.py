@@ -37,6 +37,7 @@ class Line:
         other: the second run, of `launch diff` only.
         words: the overrides, in order.
         input: the path after `input=`, of `launch predict` only.
+        rows: the path after `rows=`, of `launch evaluate` only.
         flags: the name of each flag -> its value, "yes" for a switch.
         explicit: whether the command line contains the verb.
         started: wall-clock time of the command.
@@ -46,6 +47,7 @@ class Line:
     name: str | None
     words: list[str] = field(default_factory=list)
     input: str | None = None
+    rows: str | None = None
     other: str | None = None
     flags: dict[str, str] = field(default_factory=dict)
     explicit: bool = True
@@ -91,6 +93,8 @@ def parse(arguments: Sequence[str]) -> Line:
             )
         elif line.verb == "predict" and spelling == "input" and value:
             line.input = value
+        elif line.verb == "evaluate" and spelling == "rows" and value:
+            line.rows = value
         elif "=" in word or word.startswith("~"):
             line.words.append(word)
         elif word == line.verb and not line.explicit:

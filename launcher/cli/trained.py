@@ -22,10 +22,10 @@ def evaluate(line: Line) -> int:
     assert line.name is not None
     with results_only() as result:
         if not ranks.prints():
-            trained.evaluate(line.name, request_of(line), training.Observer())
+            trained.evaluate(line.name, request_of(line), training.Observer(), line.rows)
             return 0
         with Display() as display:
-            metrics = trained.evaluate(line.name, request_of(line), RunDisplay(display))
+            metrics = trained.evaluate(line.name, request_of(line), RunDisplay(display), line.rows)
         result(json.dumps(metrics))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,7 +176,9 @@ def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
     return ExactDataParallel(model, runtime, trainer, chunk)
 
 
-def build_evaluator(job: Job, strategy: Strategy, runtime: Runtime, data: Data, tag: str) -> Evaluator | None:
+def build_evaluator(
+    job: Job, strategy: Strategy, runtime: Runtime, data: Data, tag: str, folder: Path
+) -> Evaluator | None:
     """Build the evaluator of the validation sets (tag `val`) or test sets (`test`); None if the data has none."""
     sets = data.val if tag == "val" else data.test
     if not sets:
@@ -186,7 +189,7 @@ def build_evaluator(job: Job, strategy: Strategy, runtime: Runtime, data: Data, 
         fetch = Fetch(dataset, data.collate, job.trainer.seed, name=f"{tag}/{name}".rstrip("/"))
         loader = Loader(fetch, runtime.device, data.num_workers, convert)
         evaluated[name] = Evaluated(loader, *evaluation_order(job, dataset, runtime.world_size))
-    return Evaluator(strategy, runtime, evaluated, job.trainer.deterministic, tag)
+    return Evaluator(strategy, runtime, evaluated, job.trainer.deterministic, folder, tag)
 
 
 def evaluation_order(job: Job, dataset: Any, workers: int) -> tuple[torch.Tensor, Split]:

@@ -260,10 +260,14 @@ def build_callbacks(job: Job) -> dict[str, Any]:
     return members
 
 
-def check_callbacks(job: Job, tags: list[str]) -> None:
-    """Check the callbacks at the start: as `build_callbacks`, and that early stopping monitors an existing tag."""
+def check_callbacks(job: Job, tags: list[str] | None) -> None:
+    """Check the callbacks at the start: as `build_callbacks`, and that early stopping monitors an existing tag.
+
+    Args:
+        tags: the tags of the job, or None if they are not all known.
+    """
     for name, member in build_callbacks(job).items():
-        if isinstance(member, EarlyStopping) and member.monitor not in tags:
+        if tags is not None and isinstance(member, EarlyStopping) and member.monitor not in tags:
             raise ConfigError(
                 f"callbacks.{name}.monitor={member.monitor} is not a tag of this job. Available tags: "
                 f"{', '.join(tags)}."

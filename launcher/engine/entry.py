@@ -24,6 +24,7 @@ from launcher.engine.console import Console
 from launcher.engine.control import Control, Heartbeat
 from launcher.engine.failures import translate
 from launcher.engine.progress import Progress
+from launcher.engine.rows_file import write_rows
 from launcher.engine.runtime import Runtime
 from launcher.engine.shared_storage import Outputs, open_outputs
 from launcher.engine.steps import takes_step
@@ -50,6 +51,7 @@ class Task:
         weights: path of a checkpoint or weights file to start from (`checkpoint.load`), evaluate, predict with or
             export.
         inputs: path of the inputs of `predict`.
+        rows: path of the Parquet file for the rows of `evaluate`, or None.
         bill: the seconds of the run before this command, and the price of its machines.
         notes: the notes of the start check, one line each.
     """
@@ -62,6 +64,7 @@ class Task:
     weights: str | None = None
     marks: Marks = field(default_factory=Marks)
     inputs: str | None = None
+    rows: str | None = None
     bill: Bill = field(default_factory=Bill)
     notes: tuple[str, ...] = ()
 
@@ -201,10 +204,20 @@ def _evaluate(task: Task, runtime: Runtime, control: Control, directory: RunDire
         progress = checkpoint.inspect(task.weights).state["progress"]
         strategy.stand_at(Progress.of(progress), total_steps)
     metrics: dict[str, float] = {}
+    kept: list[tuple[str, Any]] = []
     for tag in ("val", "test"):
-        evaluator = build_evaluator(job, strategy, runtime, data, tag)
+        evaluator = build_evaluator(job, strategy, runtime, data, tag, directory.path)
         if evaluator is not None:
+            evaluator.take_rows = None if task.rows is None else lambda prefix, rows: kept.append((prefix[:-1], rows))
             metrics.update(evaluator.run())
+    if task.rows is not None and runtime.is_first:
+        if not kept:
+            raise ConfigError(
+                f"rows={task.rows} needs a validation_step that returns `rows`, one entry per sample (see "
+                "docs/extending.md).",
+                key="rows",
+            )
+        write_rows(Path(task.rows), kept)
     return metrics if runtime.is_first else {}
 
 

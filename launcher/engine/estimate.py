@@ -131,8 +131,9 @@ def _estimate(job: Job, device_sizes: bool, workers: int, weights: str | None) -
     check.try_sizes()
     check.evaluate()
     tags = check.tags
-    check_monitor(job, tags, data)
-    check_callbacks(job, tags)
+    if check.knows_all_tags:
+        check_monitor(job, tags, data)
+    check_callbacks(job, tags if check.knows_all_tags else None)
     chosen_sinks(job)  # raises if a sink does not exist
     trained = [p for p in model.parameters() if p.requires_grad]
     return Estimate(

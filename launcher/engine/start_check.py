@@ -18,10 +18,11 @@ from launcher.config import Job
 from launcher.engine import checkpoint
 from launcher.engine.build import build_data, build_model, converter
 from launcher.engine.datasets import Data
-from launcher.engine.evaluation import summarize, validation_answer
+from launcher.engine.evaluation import ROWS, summarize, takes_rows, validation_answer
 from launcher.engine.failures import is_raised_by_user
-from launcher.engine.metrics import Sums, check_answer, check_names
+from launcher.engine.metrics import ContractError, Sums, check_answer, check_names
 from launcher.engine.preserve import evaluation_mode, preserve_model
+from launcher.engine.rows import Column, check_packable, check_same_kinds, columns_of, kinds_of, whole_of
 from launcher.engine.runtime import Runtime
 from launcher.engine.saved_tensors import SavedTensorBytes
 from launcher.engine.shares import training_shares, validation_shares
@@ -47,6 +48,7 @@ class StartCheck:
     Attributes:
         saved: the tensors that autograd saves for the two samples of `train`.
         tags: the tags of the run.
+        knows_all_tags: whether `tags` has the metrics of `summarize`.
         notes: notes for the user, one line each.
     """
 
@@ -58,6 +60,8 @@ class StartCheck:
         self._world = TrialWorld(workers)
         self.saved = SavedTensorBytes(model)
         self.tags: list[str] = []
+        self.knows_all_tags = True
+        self._rows: dict[str, Column] | None = None  # of the first batch of a set
         self.notes: list[str] = ignored_methods(model)
 
     def train(self) -> None:
@@ -117,6 +121,9 @@ class StartCheck:
 
         def call(batch: Any) -> dict[str, Any]:
             answer = validation_answer(self._model, batch, self._info)
+            rows = answer.pop(ROWS, None)
+            if rows is not None:
+                self._check_rows(rows)
             check_names(answer, "validation_step")
             return answer
 
@@ -125,6 +132,7 @@ class StartCheck:
             for number, (prefix, dataset) in enumerate(self._data.val.items()):
                 read = self._reader(dataset, f"val/{prefix}".rstrip("/"))
                 batch = read(0, SAMPLES)
+                self._rows = None
                 with preserve_model(self._model), self._world.a_pass():
                     first = as_pairs(call_user_step(call, batch))
                     found = self._metrics(first)
@@ -141,9 +149,40 @@ class StartCheck:
         sums.add(answer)
         totals = sums.reduce(Runtime.single("cpu"))
         scalars = [metric for metric, (total, _) in totals.items() if total.ndim == 0]
+        if takes_rows(self._model):
+            return [*scalars, *self._summary_of_rows(totals)]
         summary = summarize(self._model, totals)
         check_names(summary, "summarize")
         return [*scalars, *summary]
+
+    def _check_rows(self, rows: Any) -> None:
+        columns = columns_of(rows, SAMPLES if self._rows is None else None)
+        check_packable(columns)
+        if self._rows is None:
+            self._rows = columns
+        check_same_kinds(kinds_of(self._rows), kinds_of(columns))
+
+    def _summary_of_rows(self, totals: Mapping[str, tuple[torch.Tensor, float]]) -> list[str]:
+        """Return the names that `summarize` returns for the rows of two samples.
+
+        Many metrics of predictions are not defined for so few samples: if it raises, the names remain unknown.
+        """
+        if self._rows is None:
+            raise ContractError(
+                f"{type(self._model).__name__}.summarize has a second parameter for the rows of all samples, but "
+                'validation_step returns no "rows". Return them, or remove the parameter.'
+            )
+        try:
+            summary = summarize(self._model, totals, whole_of(self._rows))
+        except Exception as error:
+            self.knows_all_tags = False
+            self.notes.append(
+                f"summarize cannot be tried on two samples ({type(error).__name__}: {error}), so its metrics are not "
+                "checked before the run."
+            )
+            return []
+        check_names(summary, "summarize")
+        return list(summary)
 
     def _reader(self, dataset: Any, name: str) -> BatchReader:
         return BatchReader(self._job, self._data, dataset, name, converter(self._model))

@@ -17,6 +17,7 @@ from launcher import runs
 from launcher.clusters import base
 from launcher.config import Composition
 from launcher.engine.entry import Task
+from launcher.engine.rows_file import check_target
 from launcher.engine.start_check import check_fit
 from launcher.errors import StorageError
 from launcher.jobs import ranks
@@ -88,22 +89,29 @@ def find(name: str, request: Request, observer: Observer, doing: str) -> Trained
     return Trained(run, composition, checkpoint, other_data)
 
 
-def evaluate(name: str, request: Request, observer: Observer) -> dict[str, float]:
+def evaluate(name: str, request: Request, observer: Observer, rows: str | None = None) -> dict[str, float]:
     """Evaluate a run's best checkpoint on its validation and test sets, each sample once, and return metrics by tag.
 
     The metrics are appended to the run's `evaluations.jsonl`, with the time, the step and the overrides.
+
+    Args:
+        rows: path of a Parquet file for the rows that the model returns for each sample, or None.
 
     Raises:
         RequestError: see `find`, or the network does not accept other data.
         TrainingError: the evaluation started and failed.
         Stopped: a signal ended it.
     """
+    path = None
+    if rows is not None:
+        path = str((request.calling / rows).absolute())
+        check_target(Path(path))
     facts = ranks.in_environment()
     with ended_by_signals():
         if facts is None:
             trained = find(name, request, observer, "Evaluating")
             _check_data(trained, observer)
-            task = trained.task("evaluate", request)
+            task = trained.task("evaluate", request, rows=path)
             metrics = run_task(task, machines_of(task.job), observer.event)[0]
             _append(trained, metrics, observer)
             return metrics
@@ -111,7 +119,7 @@ def evaluate(name: str, request: Request, observer: Observer) -> dict[str, float
             trained = find(name, request, observer if runtime.is_first else Observer(), "Evaluating")
             _check_data(trained, observer)
             with in_process.DirectControl(observer.event, shared=True) as control:
-                metrics = in_process.run(trained.task("evaluate", request), runtime, control)
+                metrics = in_process.run(trained.task("evaluate", request, rows=path), runtime, control)
             if runtime.is_first:
                 _append(trained, metrics, observer)
             return metrics

@@ -217,3 +217,26 @@ class ForwardOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
+
+
+class WrongRows(Regression):
+    """Its `validation_step` returns invalid rows.
+
+    Args:
+        how: "none", "count" (one too many), "object" (entries that cannot be sent) or "kind" (depends on the batch).
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def validation_step(self, batch: Any) -> dict[str, Any]:
+        x, _ = batch
+        answer = self.training_step(batch)
+        if self.how == "none":
+            return answer
+        rows: Any = {"count": [0] * (len(x) + 1), "object": [object()] * len(x), "kind": torch.zeros(len(x), len(x))}
+        return {**answer, "rows": rows[self.how]}
+
+    def summarize(self, totals: Any, rows: Any) -> dict[str, float]:
+        return {"count": len(rows)}

@@ -700,3 +700,9 @@ def test_a_file_has_the_given_content_with_and_without_direct_io(
     entry = files.write_file(tmp_path / "data", [content[at : at + 3000] for at in range(0, length, 3000)])
     assert (tmp_path / "data").read_bytes() == content
     assert (entry.size, entry.checksum) == (length, xxhash.xxh3_128_hexdigest(content))
+
+
+def test_one_element_of_any_stride_is_saved(tmp_path: Path) -> None:
+    column = torch.arange(6.0).reshape(2, 3)[:1, 1]  # shape (1,), stride 3
+    path = save(tmp_path, 1, {"model": {"column": column}})
+    assert torch.equal(checkpoint.load(path).state["model"]["column"], torch.tensor([1.0]))

@@ -250,6 +250,7 @@ def launch(
     scripts: Mapping[int, Script] | Script | None = None,
     weights: str | None = None,
     action: Any = "train",
+    rows: str | None = None,
     timeout: float = 60,
     kill_when: Callable[[], bool] | None = None,
     machines: int = 1,
@@ -265,7 +266,7 @@ def launch(
     run_directory.create()
     run_directory.clear_requests()
     bill = Bill(float(run_directory.result().get("seconds") or 0.0))
-    task = entry.Task(action, job, str(directory), [], time.time(), weights, bill=bill)
+    task = entry.Task(action, job, str(directory), [], time.time(), weights, bill=bill, rows=rows)
     with tempfile.TemporaryDirectory() as scratch:
         processes = []
         for rank in range(workers):

@@ -667,3 +667,37 @@ class Annealed(Net):
             RECORD.append(("position", step.step, step.epoch, step.total_steps, step.rank, step.world_size))
         answer = super().training_step(batch)
         return {**answer, "loss": answer["loss"] * (step.step / step.total_steps)}
+
+
+class Predictions(Net):
+    """Returns the prediction of each sample and its number as rows, and records what `summarize` receives.
+
+    Args:
+        form: "columns", "tensor" or "list".
+    """
+
+    def __init__(self, form: str = "columns", **how: Any) -> None:
+        super().__init__(**how)
+        self.form = form
+
+    def validation_step(self, batch: Any) -> dict[str, Any]:
+        x, y, number = batch
+        logits = self(x)
+        score = logits.softmax(1)[:, 1].double()
+        rows: Any = {
+            "columns": {"score": score, "positive": y == 1, "name": [f"sample {one}" for one in number.tolist()]},
+            "tensor": torch.stack([number.double(), score], 1),
+            "list": [{"number": one, "logits": logits[i]} for i, one in enumerate(number.tolist())],
+        }[self.form]
+        return {"loss": F.cross_entropy(logits, y, reduction="none"), "rows": rows}
+
+    def summarize(self, totals: dict[str, Any], rows: Any) -> dict[str, float]:
+        RECORD.append(("rows", rows))
+        if self.form != "columns":
+            return {"rows": len(rows)}
+        order = rows["score"].argsort(stable=True)  # the area under the curve by ranks (Mann and Whitney 1947)
+        positive = rows["positive"][order]
+        above = (~positive).long().cumsum(0)[positive].double().sum()
+        if len(positive) < 3:
+            raise ValueError("AUROC needs more samples.")
+        return {"auroc": float(above / (positive.sum() * (~positive).sum()))}

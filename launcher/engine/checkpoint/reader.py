@@ -48,7 +48,10 @@ _MAX_DIMENSIONS = 64
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:  # of one element, which counts as contiguous for any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
