@@ -123,7 +123,7 @@ _ALL = (
         "evaluate a run's best checkpoint",
         named="run",
         composes=True,
-        details="On the validation and test data, or on data=OTHER. rows=FILE.parquet writes a row per sample.",
+        details="On the run's data, or data=OTHER. rows=FILE.parquet writes a row per sample.",
     ),
     Verb(
         "predict",
