@@ -1,9 +1,8 @@
-"""Builds the optimizer with its parameter groups, and defines the schedule `WarmupCosine`."""
+"""Builds the optimizer with its parameter groups."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from launcher.config import targets
 from launcher.engine.construct import construct
+
+# `conf/scheduler/cosine.yaml` and the configuration of existing runs name it as a part of this module.
+from launcher.engine.warmup_schedules import WarmupCosine as WarmupCosine
 from launcher.errors import ConfigError, did_you_mean
 
 
@@ -111,46 +112,6 @@ def parameter_groups(
             key="optimizer.groups",
         )
     return groups
-
-
-class WarmupCosine(LambdaLR):
-    """Increases the learning rate linearly, then decreases it along a cosine (Loshchilov & Hutter 2017).
-
-    Args:
-        total_steps: number of optimizer steps of the whole run.
-        warmup_ratio: length of the linear warm-up as a fraction of the run, 0 to 1.
-        warmup_steps: length of the warm-up in steps; overrides `warmup_ratio`.
-        min_ratio: final learning rate as a fraction of the learning rate, 0 to 1.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_steps: int,
-        warmup_ratio: float = 0.0,
-        warmup_steps: int | None = None,
-        min_ratio: float = 0.0,
-    ) -> None:
-        if not 0 <= warmup_ratio <= 1:
-            raise ConfigError(
-                f"scheduler.warmup_ratio={warmup_ratio} must be a fraction of the run between 0 and 1.",
-                key="scheduler.warmup_ratio",
-            )
-        if warmup_steps is None:
-            warmup_steps = round(warmup_ratio * total_steps)
-        if not 0 <= warmup_steps <= total_steps:
-            raise ConfigError(
-                f"scheduler.warmup_steps={warmup_steps} must be between 0 and the {total_steps} steps of the run.",
-                key="scheduler.warmup_steps",
-            )
-
-        def ratio(step: int) -> float:
-            if step < warmup_steps:
-                return (step + 1) / warmup_steps
-            done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-            return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-        super().__init__(optimizer, ratio)
 
 
 def learning_rate(optimizer: Optimizer) -> float:

@@ -24,6 +24,8 @@ from tests.support.engine_ranks import (
 )
 
 OURS = "launcher.engine.optim.WarmupCosine"
+LINEAR = "launcher.engine.warmup_schedules.WarmupLinear"
+STABLE = "launcher.engine.warmup_schedules.WarmupStableDecay"
 THEIRS = "torch.optim.lr_scheduler"
 WARMUP_THEN_COSINE = {
     "_target_": f"{THEIRS}.SequentialLR",
@@ -70,6 +72,10 @@ def rates(section: dict[str, Any], steps: int, per_epoch: int = 5, optimizer: An
         ({"_target_": OURS}, [0.1, 0.0933, 0.075, 0.05, 0.025, 0.0067]),
         ({"_target_": OURS, "warmup_steps": 2, "min_ratio": 0.5}, [0.05, 0.1, 0.1, 0.0927, 0.075, 0.0573]),
         ({"_target_": OURS, "warmup_steps": 6}, [0.1 * step / 6 for step in range(1, 7)]),
+        ({"_target_": LINEAR, "warmup_steps": 2}, [0.05, 0.1, 0.1, 0.075, 0.05, 0.025]),
+        ({"_target_": LINEAR, "min_ratio": 0.4}, [0.1 * (1 - 0.1 * step) for step in range(6)]),
+        ({"_target_": STABLE, "warmup_steps": 2, "decay_steps": 2}, [0.05, 0.1, 0.1, 0.1, 0.1, 0.0293]),
+        ({"_target_": STABLE, "decay_ratio": 0.5, "min_ratio": 0.5}, [0.1] * 4 + [0.0711, 0.0592]),
         ({"_target_": f"{THEIRS}.CosineAnnealingLR"}, [0.1, 0.0933, 0.075, 0.05, 0.025, 0.0067]),
         ({"_target_": f"{THEIRS}.CosineAnnealingLR", "T_max": 3}, [0.1, 0.075, 0.025, 0.0, 0.025, 0.075]),
         ({"_target_": f"{THEIRS}.CosineAnnealingLR", "T_max": None}, [0.1, 0.0933, 0.075, 0.05, 0.025, 0.0067]),
@@ -308,3 +314,17 @@ def test_a_warm_up_longer_than_the_run_is_an_error(tmp_path: Path) -> None:
         "ConfigError",
         "scheduler.warmup_steps=6 must be between 0 and the 5 steps of the run.",
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"_target_": STABLE, "warmup_steps": 4, "decay_steps": 3}, "scheduler.decay_steps"),
+        ({"_target_": STABLE, "decay_ratio": 1.5}, "scheduler.decay_ratio"),
+        ({"_target_": LINEAR, "warmup_ratio": -0.1}, "scheduler.warmup_ratio"),
+    ],
+)
+def test_parts_that_do_not_fit_the_run_are_refused(section: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rates(section, 6)
+    assert caught.value.key == key
