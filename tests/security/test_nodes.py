@@ -179,10 +179,10 @@ def test_a_rayjob_takes_nested_secrets_by_reference(word: str, passes: bool) -> 
 
     line = parse(["train", "cluster=kuberay", word])
     if passes:
-        assert word in batch._words_for_head(line)
+        assert word in batch._words_for_head(line, shares_files=False)
     else:
         with pytest.raises(ConfigError, match=r"\*\*\*") as refused:
-            batch._words_for_head(line)
+            batch._words_for_head(line, shares_files=False)
         assert "hunter2" not in str(refused.value)
 
 
