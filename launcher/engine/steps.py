@@ -1,4 +1,4 @@
-"""Calls the step methods of the model; tells a `training_step` with a second parameter where the run is."""
+"""Calls the step methods of the model; a `training_step` with a second parameter also gets the position of the run."""
 
 from __future__ import annotations
 
