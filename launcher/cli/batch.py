@@ -96,7 +96,7 @@ def _check_root_of_sweep(root: str) -> None:
         )
 
 
-def _words_for_head(line: Line, shares_files: bool) -> list[str]:
+def _words_for_head(line: Line, shares_files: bool = False) -> list[str]:
     """Return the words of the command that the head of the cluster runs: all except those about its location.
 
     Raises:
