@@ -32,6 +32,7 @@ from launcher.config.own_hydra import (
     compose_with_hydra,
     decided_node,
     initialize,
+    job_node,
     own_hydra,
     primary_node,
     stored_node,
@@ -391,7 +392,7 @@ def _typed(composed: DictConfig) -> DictConfig:
     HydraConfig.instance().set_config(composed)  # for ${hydra:runtime.cwd}
     own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     # Typed once more: a config.yaml of the user's own may have left out the schema.
-    typed = OmegaConf.merge(OmegaConf.structured(schema.job_schema()), own)
+    typed = OmegaConf.merge(job_node(), own)
     assert isinstance(typed, DictConfig)
     OmegaConf.set_struct(typed, False)
     typed["hydra"] = composed["hydra"]

@@ -7,15 +7,16 @@ files of launch take precedence over files of the same name in a user's director
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -141,16 +142,26 @@ def _size(node: Node | None, most: int) -> int:
     return count
 
 
+@cache
+def _shipped_options() -> Mapping[str, ConfigNode]:
+    """Return the shipped options of `cluster` by file name. Hydra copies what it loads from them."""
+    files = sorted((CONF / "cluster").glob("*.yaml"))
+    return {
+        file.name: ConfigNode(file.name, OmegaConf.structured(OmegaConf.load(file)), "cluster", "cluster", None)
+        for file in files
+    }
+
+
 def find_ours_first(settings: Settings) -> None:
     """Give the schema and the shipped options of `cluster` precedence over files of the same names.
 
     settings: the user's, whose keys for a cluster are added to those options.
     """
-    for file in sorted((CONF / "cluster").glob("*.yaml")):
-        node = OmegaConf.to_container(OmegaConf.load(file))
-        assert isinstance(node, dict)
-        node |= settings.keys_for(file.stem)
-        ConfigStore.instance().store(group="cluster", name=file.stem, node=node, package="cluster")
+    options = ConfigStore.instance().repo["cluster"] = dict(_shipped_options())
+    for file in options:
+        if keys := settings.keys_for(name := file.removesuffix(".yaml")):
+            node = {**OmegaConf.to_container(options[file].node), **keys}
+            ConfigStore.instance().store(group="cluster", name=name, node=node, package="cluster")
     loader = GlobalHydra.instance().config_loader()
     search_path = loader.get_search_path()
     search_path.prepend("schema", "structured://")

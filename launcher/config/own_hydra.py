@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from typing import Any, cast
 
 import hydra
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -30,6 +31,14 @@ from launcher.errors import ConfigError, did_you_mean
 
 SCHEMA = "launch_schema"  # the name of the typed schema in a defaults list
 PRIMARY = "launch_primary"
+
+
+@cache
+def job_node() -> DictConfig:
+    """Return the schema of a job as a node, which takes longer to create than to copy. Callers must not change it."""
+    node = OmegaConf.structured(job_schema())
+    assert isinstance(node, DictConfig)
+    return node
 
 
 @contextmanager
@@ -86,7 +95,8 @@ def compose_with_hydra(
 
 def initialize(overrides: Sequence[str], where: Sources, primary: Mapping[str, Any], settings: Settings) -> list[str]:
     """Configure Hydra's search path and schema. Returns the overrides for Hydra."""
-    ConfigStore.instance().store(name=SCHEMA, node=job_schema())
+    file = f"{SCHEMA}.yaml"
+    ConfigStore.instance().repo[file] = ConfigNode(file, job_node(), None, None, None)  # `store` would create another
     ConfigStore.instance().store(name=PRIMARY, node=primary)
     GlobalHydra.instance().clear()  # of an earlier composition of ours
     hydra.initialize_config_dir(str(where.directories[0]), job_name="launch", version_base="1.3")
