@@ -35,6 +35,7 @@ FOREIGN = [
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"),
     *("LAUNCH_CONFIG_DIR", "RAY_ADDRESS", "HYDRA_FULL_ERROR"),
+    "PYTHONDONTWRITEBYTECODE",  # each process of a test would compile the launcher again
     *("AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN", "LAUNCH_AZURE_BLOB_AUTHORITY", "LAUNCH_STORE_PATIENCE"),
 ]
 # The files of tests that take longest in all, in that order: they start Ray, SSH servers or browsers.

@@ -101,7 +101,7 @@ def test_startup_of_one_process(tmp_path: Path) -> None:
         assert found["first_step"]["median"] < found["whole"]["median"], name
     ours = content["systems"]["launch cluster=none"]
     # Both clocks measure the start: that of the run starts shortly after the process and stops shortly after the step.
-    assert abs(ours["first_step"]["median"] - ours["seconds_to_first_step"]["median"]) < 2
+    assert abs(ours["first_step"]["median"] - ours["seconds_to_first_step"]["median"]) < 10
     assert [one["of"] for one in content["ratios"]] == ["launch cluster=none"] * 2
 
 

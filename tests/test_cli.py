@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -80,12 +79,13 @@ def test_parse_refuses(words: list[str], message: str) -> None:
 def test_help_is_quick_and_light(tmp_path: Path) -> None:
     """Help needs neither PyTorch nor Ray nor Hydra, because it is the first command that a new user runs."""
     code = "import sys; from launcher import cli; cli.run(['--help']); print(sorted(sys.modules))"
-    started = time.perf_counter()
+    before = os.times()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
-    seconds = time.perf_counter() - started
+    after = os.times()
     assert not {"'torch'", "'ray'", "'hydra'"} & set(done.stdout.splitlines()[-1].strip("[]").split(", "))
     assert all(f"\n  {verb} " in done.stdout for verb in VERBS), "every verb has a line"
-    assert seconds < 1
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 1, "of the processor, which other processes use as well"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)

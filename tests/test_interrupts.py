@@ -55,18 +55,16 @@ def test_one_signal_saves_and_stops(place: Place, running: Running, number: sign
 
 
 def test_two_signals_stop_at_once(place: Place, request: pytest.FixtureRequest) -> None:
-    """The second signal arrives during a step that takes a minute."""
-    running = place.start(*LONG[:-1], "run.name=a", "model.delay=60")
+    """The second signal arrives during a step that takes longer than the limit of the test."""
+    running = place.start(*LONG[:-1], "run.name=a", "model.delay=3600")
     request.addfinalizer(running.close)
     running.wait_until(lambda: (place.runs / "a/log.txt").exists() and (place.runs / "a/.step").exists())
     time.sleep(0.5)
     running.signal(signal.SIGINT)
     time.sleep(0.5)
     assert running.process.poll() is None, "the first one waits for the step"
-    asked = time.monotonic()
     running.signal(signal.SIGINT)
-    done = running.finish(10)
-    assert time.monotonic() - asked < 5
+    done = running.finish()
     assert done.status == 130
     assert "Traceback" not in done.err
     assert (place.result("a")["status"], place.result("a")["reason"]) == ("stopped", "signal")
@@ -148,16 +146,14 @@ def test_ctrl_c_at_a_terminal_under_ray(place: Place, request: pytest.FixtureReq
 
 @pytest.mark.slow
 def test_two_signals_under_ray_stop_at_once(place: Place, request: pytest.FixtureRequest) -> None:
-    running = place.start(*LONG, "cluster=local", "model.delay=60")
+    running = place.start(*LONG, "cluster=local", "model.delay=3600")
     request.addfinalizer(running.close)
     running.wait_until(lambda: (place.runs / "a/.step").exists(), 90)
     time.sleep(1)
     running.signal(signal.SIGTERM)
     time.sleep(1)
-    asked = time.monotonic()
     running.signal(signal.SIGTERM)
-    done = running.finish(20)
-    assert time.monotonic() - asked < 10
+    done = running.finish()
     assert done.status == 143
     assert place.result("a")["status"] == "stopped"
     assert "Traceback" not in done.err

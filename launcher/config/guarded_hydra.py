@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -160,7 +160,7 @@ def find_ours_first(settings: Settings) -> None:
     options = ConfigStore.instance().repo["cluster"] = dict(_shipped_options())
     for file in options:
         if keys := settings.keys_for(name := file.removesuffix(".yaml")):
-            node = {**OmegaConf.to_container(options[file].node), **keys}
+            node = {**cast(dict[str, Any], OmegaConf.to_container(options[file].node)), **keys}
             ConfigStore.instance().store(group="cluster", name=name, node=node, package="cluster")
     loader = GlobalHydra.instance().config_loader()
     search_path = loader.get_search_path()

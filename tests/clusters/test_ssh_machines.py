@@ -121,7 +121,7 @@ def test_the_head_is_dead_the_key_is_wrong_the_link_is_slow(ssh_machines: SshLab
     done = ssh_machines.launch("up", *ssh_machines.words())
     assert done.status == 2
     assert "The head of the cluster ssh (its first host) cannot be used. vm1 does not answer" in done.err
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 100, "the system would retry for two minutes"
     ssh_machines.machines[0].restore_link()
 
     config = ssh_machines.config.read_text()

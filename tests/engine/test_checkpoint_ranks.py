@@ -298,7 +298,7 @@ def test_a_dead_rank_does_not_block_the_others(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     for problem, seconds in run(2, die, str(directory), tmp_path=tmp_path, dying=1):
         assert "step 2" in problem
-        assert seconds < 10
+        assert seconds < 100, "the collective would time out after 120"
     assert [path.name for path in directory.iterdir()] == ["step-00000001"]
     checkpoint.verify(directory / "step-00000001")
 

@@ -19,9 +19,9 @@ def test_ranks_report_the_times_of_steps_saves_and_evaluations(tmp_path: Path) -
     assert reports[0]["save_seconds"] is None, "nothing is saved yet, so a reader must not wait"
     assert reports[0]["evaluation_seconds"] == 0
     last = reports[-1]
-    assert 0.02 <= last["step_seconds"] < 2
+    assert 0.02 <= last["step_seconds"] < 60
     assert last["evaluation_seconds"] >= 0.1
-    assert 0 < last["save_seconds"] < 10
+    assert 0 < last["save_seconds"] < 100
 
 
 def test_only_changes_are_reported_and_a_slow_save_is_remembered() -> None:

@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -163,10 +162,8 @@ def test_a_killed_run_resumes_from_an_empty_cache_and_is_stopped_remotely(
     second = place.start("--config-dir", "own", root, "run.name=k", "run.resume=true", env=env)
     try:
         second.wait_for("step 20/", 240)
-        began = time.monotonic()
         stopped = machines[2]("stop", "k")
         assert stopped.status == 0, stopped.err
-        assert time.monotonic() - began < 30
         assert second.finish(30).status == 0
     finally:
         second.close()
