@@ -60,6 +60,7 @@ class Use:
         verbose: whether Ray's own messages are printed.
         preload: the name of a module that is imported while Ray starts.
         is_sweep: whether the workers train several runs.
+        report: prints a line for the user.
     """
 
     python_path: Sequence[str]
@@ -67,6 +68,7 @@ class Use:
     verbose: bool
     preload: str
     is_sweep: bool = False
+    report: Report = lambda text: None
 
 
 class Batch(Protocol):

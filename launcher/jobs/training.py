@@ -168,7 +168,13 @@ def run_task(task: Task, machines: Placement, on_event: Callable[[Event], None])
             return in_process.run(task, Runtime.single(task.job.scaling.device), control), control.signal_number
     on_event({"kind": "phase", "name": "ray"})
     task.marks.begin("ray")
-    use = base.Use(task.python_path, task.directory, task.job.verbose, "launcher.runners.ray_train")
+    use = base.Use(
+        python_path=task.python_path,
+        directory=task.directory,
+        verbose=task.job.verbose,
+        preload="launcher.runners.ray_train",
+        report=lambda text: on_event({"kind": "note", "text": text}),
+    )
     place = base.kind_of(task.job.cluster).connect(task.job.cluster, use)
     with Interrupts() as interrupts, place as cluster:
         from launcher.runners import ray_train

@@ -45,7 +45,14 @@ def open_runner(
         return
     observer.event({"kind": "phase", "name": "ray"})
     calling, verbose = [str(spec.request.calling)], "verbose=true" in spec.space.fixed
-    use = base.Use(calling, spec.task_directory(spec.directory), verbose, "launcher.runners.groups", is_sweep=True)
+    use = base.Use(
+        python_path=calling,
+        directory=spec.task_directory(spec.directory),
+        verbose=verbose,
+        preload="launcher.runners.groups",
+        is_sweep=True,
+        report=observer.say,
+    )
     connection = base.kind_of(spec.cluster).connect(spec.cluster, use)
     with Interrupts() as interrupts, connection as cluster:
         from launcher.runners.groups import Groups  # imports Ray

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from launcher.clusters import reaper
+from launcher.clusters.base import Use, kind_of
 from launcher.clusters.local import ray_session
+from launcher.clusters.local.embedded_ray import EmbeddedRay
 from launcher.clusters.local.kind import LocalCluster
 from launcher.config.checks import check_values
 from launcher.config.schema import Job
@@ -126,3 +128,14 @@ def test_a_directory_that_other_users_can_enter_is_not_used(tmp_path: Path, monk
 def test_negative_minutes_are_rejected() -> None:
     with pytest.raises(ConfigError, match="keep_minutes"):
         check_values(Job(cluster=LocalCluster(keep_minutes=-1)))
+
+
+@pytest.mark.parametrize(("verbose", "is_sweep"), [(True, False), (False, True), (False, False)])
+def test_minutes_without_effect_are_reported(verbose: bool, is_sweep: bool) -> None:
+    said: list[str] = []
+    use = Use([], "", verbose=verbose, preload="", is_sweep=is_sweep, report=said.append)
+    connection = kind_of(LocalCluster()).connect(LocalCluster(keep_minutes=5), use)
+    assert isinstance(connection, EmbeddedRay)
+    assert len(said) == (verbose or is_sweep)
+    assert all("cluster.keep_minutes=5" in text for text in said)
+    assert connection._keep_minutes == (0 if said else 5)

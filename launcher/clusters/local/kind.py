@@ -43,7 +43,11 @@ class Local(ClusterKind):
         from launcher.clusters.local.embedded_ray import EmbeddedRay
 
         assert isinstance(cluster, LocalCluster)
-        minutes = 0.0 if use.is_sweep else cluster.keep_minutes
+        minutes = cluster.keep_minutes
+        if minutes and (use.verbose or use.is_sweep):
+            what = "a sweep" if use.is_sweep else "verbose=true, which prints the messages of its own Ray"
+            use.report(f"cluster.keep_minutes={minutes:g} has no effect with {what}.")
+            minutes = 0.0
         return EmbeddedRay(verbose=use.verbose, preload=(use.preload,), keep_minutes=minutes)
 
     def session(self) -> Session | None:
