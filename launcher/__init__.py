@@ -16,7 +16,10 @@ if _as_module and not sys.flags.safe_path and sys.path[0] != __path__[0].rpartit
     del sys.path[0]
 
 from os import PathLike  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+if TYPE_CHECKING:
+    from launcher.runs.curves import Result
 
 __all__ = ["launch", "sweep"]
 
@@ -24,11 +27,12 @@ __all__ = ["launch", "sweep"]
 sys.path.append(f"{__path__[0]}/plugins")
 
 
-def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bool = False) -> dict[str, Any]:
+def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bool = False) -> Result:
     """Run one training job as `launch WORDS…` does on the command line, and return the content of its `result.json`.
 
     If Ray is initialized in this process, the job uses it and leaves it running; otherwise Ray is started for the job.
-    The first Ctrl-C saves a checkpoint and returns, with `status` "stopped".
+    The first Ctrl-C, and an interrupted cell of a notebook, saves a checkpoint and returns, with `status` "stopped".
+    `plot()` of the result draws the curves.
 
     Args:
         words: Hydra overrides, such as "experiment=mnist" and "trainer.epochs=1".

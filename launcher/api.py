@@ -9,28 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cli import display, sweep_display
+from launcher.cli.notebook import NotebookDisplay, in_notebook
 from launcher.cli.terminal import Display
 from launcher.errors import Stopped
 from launcher.jobs import training
 from launcher.jobs.prepare import Request
+from launcher.runs.curves import Result
 from launcher.sweeps import api as sweeps
 from launcher.sweeps.observer import SweepObserver
 
 
-def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bool = False) -> dict[str, Any]:
+def launch(*words: str, config_dir: str | PathLike[str] | None = None, quiet: bool = False) -> Result:
     """Implement `launcher.launch`, which documents the arguments, the result and the errors."""
     note = _ignore if quiet else _note
     request = Request(words, _directory(config_dir), note=note)
     try:
         if quiet:
-            return training.train(request, training.Observer()).result
-        with Display() as screen:
+            outcome = training.train(request, training.Observer())
+            return Result(outcome.result, outcome.directory)
+        with NotebookDisplay() if in_notebook() else Display() as screen:
             run_display = display.RunDisplay(screen)
             outcome = training.train(request, run_display)
             if not run_display.finished:
                 for text in display.conclusion(outcome, interactive=False):
                     screen.say(text)
-            return outcome.result
+            return Result(outcome.result, outcome.directory)
     except Stopped:
         raise KeyboardInterrupt from None
 

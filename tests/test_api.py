@@ -35,6 +35,21 @@ def test_launch_returns_the_content_of_result_json(here: Place) -> None:
     assert launch(*TOY, "run.name=a", "run.resume=true", config_dir="own") == result
 
 
+def test_the_result_draws_the_curves(here: Place) -> None:
+    result = launch(*TOY, "run.name=a", "trainer.log_every=2", config_dir="own", quiet=True)
+    steps, values = result.curves()["train/loss"]
+    assert steps == [2, 4, 6, 8]
+    assert values[-1] == result["metrics"]["train/loss"]
+    assert result.directory == here.runs / "a"
+    figure = result.plot()
+    [axes] = figure.axes
+    assert [line.get_label() for line in axes.lines] == ["train/loss", "val/loss"]
+    assert list(axes.lines[0].get_ydata()) == values
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="val/f1"):
+        result.plot("val/f1")
+
+
 def test_two_quiet_runs_in_one_process(here: Place) -> None:
     losses = [launch(*TOY, config_dir=Path("own"), quiet=True)["metrics"]["train/loss"] for _ in range(2)]
     assert losses[0] == losses[1]
