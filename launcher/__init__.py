@@ -19,7 +19,7 @@ from os import PathLike  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
-    from launcher.runs.curves import Result
+    from launcher.api import Result
 
 __all__ = ["launch", "sweep"]
 

@@ -75,7 +75,7 @@ WITHIN: dict[str, tuple[str, ...]] = {
     ),
     "runs": (
         *("secret_files", "masked_patch", "plain_files", "results", "store_copies", "directory", "user_state"),
-        *("gathered", "storage", "mirror", "host_logs", "provenance", "__init__"),
+        *("gathered", "storage", "mirror", "host_logs", "provenance", "curves", "__init__"),
     ),
     "planning": ("plan", "hosts", "forecast", "nodes", "tables"),
     "jobs": ("prepare", "ranks", "weights", "record", "remote", "training", "trained"),

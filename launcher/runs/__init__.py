@@ -3,6 +3,7 @@
 directory    one run on this disk: result.json, heartbeat, requests; the runs of a root
 plain_files  files of a run, opened without following links
 results      what a result.json may hold
+curves       the result of a run with its curves, for the Python API
 store_copies where copies of run roots on object stores are, and which directory is one
 user_state   the user's own record of runs, in the state directory
 storage      run roots on object stores: their URIs, and operations with retries

@@ -52,7 +52,9 @@ class Result(dict[str, Any]):
         curves = self.curves()
         chosen = tags or tuple(tag for tag in _DEFAULT if tag in curves)
         if missing := [tag for tag in chosen if tag not in curves]:
-            raise ValueError(f"The run has no values of {missing[0]}. It has {', '.join(sorted(curves)) or 'none'}.")
+            raise ValueError(
+                f"The run has no values of {missing[0]}. It has {', '.join(sorted(curves)) or 'no values'}."
+            )
         from matplotlib.figure import Figure  # takes long; not pyplot, which has global state and windows
 
         class Curves(Figure):
