@@ -177,9 +177,13 @@ def build_strategy(job: Job, model: nn.Module, runtime: Runtime) -> Strategy:
 
 
 def build_evaluator(
-    job: Job, strategy: Strategy, runtime: Runtime, data: Data, tag: str, folder: Path
+    job: Job, strategy: Strategy, runtime: Runtime, data: Data, tag: str, folder: Path, required: str | None = None
 ) -> Evaluator | None:
-    """Build the evaluator of the validation sets (tag `val`) or test sets (`test`); None if the data has none."""
+    """Build the evaluator of the validation sets (tag `val`) or test sets (`test`); None if the data has none.
+
+    Args:
+        required: a tag that each evaluation must have, or None.
+    """
     sets = data.val if tag == "val" else data.test
     if not sets:
         return None
@@ -189,7 +193,7 @@ def build_evaluator(
         fetch = Fetch(dataset, data.collate, job.trainer.seed, name=f"{tag}/{name}".rstrip("/"))
         loader = Loader(fetch, runtime.device, data.num_workers, convert)
         evaluated[name] = Evaluated(loader, *evaluation_order(job, dataset, runtime.world_size))
-    return Evaluator(strategy, runtime, evaluated, job.trainer.deterministic, folder, tag)
+    return Evaluator(strategy, runtime, evaluated, job.trainer.deterministic, folder, tag, required)
 
 
 def evaluation_order(job: Job, dataset: Any, workers: int) -> tuple[torch.Tensor, Split]:

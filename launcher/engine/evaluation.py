@@ -47,6 +47,10 @@ class Evaluator:
         exact: sum in fixed point (deterministic mode).
         folder: the run's directory, for rows that are too large for the memory.
         tag: `val` or `test`. Results are `<tag>/<metric>`, or `<tag>/<name>/<metric>` with several sets.
+        required: a tag of the results; another tag, such as `train/loss`, is ignored.
+
+    Raises:
+        TrainingError: `run` did not find the required tag.
 
     Attributes:
         examples: receives this rank's first microbatch of every set, unless it is None.
@@ -61,6 +65,7 @@ class Evaluator:
         exact: bool,
         folder: Path,
         tag: str = "val",
+        required: str | None = None,
     ) -> None:
         self._strategy = strategy
         self._runtime = runtime
@@ -68,6 +73,7 @@ class Evaluator:
         self._exact = exact
         self._folder = folder
         self._tag = tag
+        self._required = required if required is not None and required.startswith(f"{tag}/") else None
         self.examples: Examples | None = None
         self.take_rows: Callable[[str, Any], None] | None = None
 
@@ -80,6 +86,12 @@ class Evaluator:
                 prefix = f"{self._tag}/{name}/" if name else f"{self._tag}/"
                 found = self._one(evaluated, prefix)
                 results.update({prefix + metric: value for metric, value in found.items()})
+        # The start check knows all metrics but those of a `summarize` that needs many samples.
+        if self._required is not None and self._required not in results and takes_rows(model):
+            raise TrainingError(
+                f"checkpoint.monitor={self._required} is not one of the results of the evaluation, which are "
+                f"{', '.join(results)}. Name one of them, or return it from summarize."
+            )
         return results
 
     def _one(self, evaluated: Evaluated, prefix: str) -> dict[str, float]:

@@ -114,7 +114,7 @@ class Trainer:
         length, monitored = (self.total_steps, self.steps_per_epoch), (job.checkpoint.monitor, job.checkpoint.mode)
         self.schedule = Schedule(job.scheduler, self.optimizer, *length, *monitored, job.trust)
         self.learning_rate = learning_rate(self.optimizer)
-        self.evaluator = build_evaluator(job, self.strategy, runtime, data, "val", directory.path)
+        self.evaluator = build_evaluator(job, self.strategy, runtime, data, "val", directory.path, monitored[0])
         run = Run(model, self.optimizer, self.progress, runtime, directory.path, self.total_steps)
         self.callbacks = Callbacks(build_callbacks(job), run, runtime)
 

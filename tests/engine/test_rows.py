@@ -121,6 +121,15 @@ def test_a_summary_that_needs_both_classes_does_not_stop_the_start() -> None:
     assert "val/loss" in found.tags
 
 
+def test_a_monitored_metric_that_no_evaluation_returns_ends_the_run(tmp_path: Path) -> None:
+    job = make_job(model="Predictions", steps=2, checkpoint={"monitor": "val/aurok", "mode": "max"})
+    for rank in launch(job, tmp_path, 2):
+        assert rank.error is not None
+        assert rank.error[0] == "TrainingError"
+        assert "val/aurok" in rank.error[1]
+        assert "val/auroc" in rank.error[1]
+
+
 def test_a_summary_that_works_is_checked() -> None:
     job = make_job(model={"_target_": "Predictions", "form": "list"})
     assert "val/rows" in estimate(job, workers=2).tags
