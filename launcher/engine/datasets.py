@@ -159,7 +159,7 @@ def _check(dataset: Any, name: str) -> None:
     except (TypeError, NotImplementedError) as error:
         raise DataError(f"The data set {name} is a {type(dataset).__name__} without a length; {_MAP_STYLE}.") from error
     if length == 0:
-        raise DataError(f"The data set {name} is empty. Check the path and the split that its configuration names.")
+        raise DataError(f"The data set {name} has 0 samples. Check the path and the split in its configuration.")
     lengths_of(dataset, name)
     blocks_of(dataset, name)
 

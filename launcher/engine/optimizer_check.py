@@ -87,7 +87,7 @@ def try_schedule(job: Job, optimizer: Optimizer, total_steps: int, steps_per_epo
         )
         try:
             if schedule.follows_metric and (checkpoint.monitor is None or not evaluates):
-                reason = "checkpoint.monitor is null" if evaluates else "this job has no validation data"
+                reason = "checkpoint.monitor=null" if evaluates else "the data have no `val`"
                 raise ConfigError(
                     f"scheduler._target_={section['_target_']} steps after each evaluation with the value of "
                     f"checkpoint.monitor, but {reason}. Provide it, or choose a schedule that follows steps.",

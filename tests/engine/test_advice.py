@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -20,8 +21,7 @@ def test_advice_names_the_link_the_prediction_and_the_fastest_strategy() -> None
     line = Advice(slow, steps, "ddp").line()
     assert line is not None
     assert "100 Mbit/s" in line
-    assert "strategy=ddp: 1.7670 s a step, 99% of it" in line
-    assert "fastest strategy is diloco (diloco 0.0981 s)" in line
+    assert re.search(r"strategy=ddp: 1\.7670 s .* 99% .*\bdiloco \(diloco 0\.0981 s\)", line)
 
     assert Advice(fast, {"ddp": predict(0.01, 1e6, 2, fast)}, "ddp").line() is None
 

@@ -120,10 +120,14 @@ def test_each_buffer_is_merged_by_its_rule() -> None:
 
 def test_merging_unequal_shapes_is_an_error_on_every_rank() -> None:
     answers = on_ranks(_merge, 2, {"seen": "max"}, True)
-    assert all('buffer "seen" differs between ranks' in answer for answer in answers)
+    assert all('"seen"' in answer and '"max"' in answer for answer in answers)
 
 
-@pytest.mark.parametrize("rules", [{"top": "sum"}, {"tops": "max"}, ["top"]], ids=["rule", "pattern", "kind"])
-def test_invalid_rules_are_rejected(rules: Any) -> None:
-    with pytest.raises(ConfigError, match="merge_buffers of the model"):
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [({"top": "sum"}, '"top" .*"sum"'), ({"tops": "max"}, '"tops".*"top"'), (["top"], r'"first"; .*\blist\b')],
+    ids=["rule", "pattern", "kind"],
+)
+def test_invalid_rules_are_rejected(rules: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^merge_buffers .*{words}"):
         rules_of(toys.Collecting(rules))

@@ -208,7 +208,7 @@ def test_a_mismatch_names_every_tensor_with_the_found_and_expected_form(tmp_path
     assert error.differing["model/b"] == ("(3, 4) float32", "(3, 5) float32")
     assert error.differing.keys() == {"model/a", "model/b", "model/d"}
     assert str(path) in str(error)
-    assert "model/b is (3, 4) float32 and (3, 5) float32 is expected" in str(error)
+    assert re.search(r"model/b .*\(3, 4\) float32 .*\(3, 5\) float32", str(error))
     assert into["new"] == 8.0
 
 
@@ -247,7 +247,7 @@ def test_an_error_of_a_background_save_is_raised_by_the_next_call(tmp_path: Path
     checkpointer.save(1, {"x": torch.ones(2)}, asynchronous=False)
     shutil.rmtree(directory)
     checkpointer.save(2, {"x": torch.ones(2)})
-    with pytest.raises(CheckpointError, match="step 2"):
+    with pytest.raises(CheckpointError, match=r" 2 .*checkpoints: "):
         checkpointer.save(3, {"x": torch.ones(2)})
     directory.mkdir()
     checkpointer.save(4, {"x": torch.ones(2)})  # the error is raised once only
@@ -312,8 +312,8 @@ def test_no_intact_checkpoint_and_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     newest = checkpoint.newest_intact(tmp_path)
     assert newest.path is None
-    assert "no intact checkpoint is left" in newest.explain()
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
+    assert "step-00000005" in newest.explain()
+    with pytest.raises(CheckpointError, match=r"^[^:]*step-00000777\.$"):
         checkpoint.load(tmp_path / "step-00000777")
 
 
@@ -509,11 +509,11 @@ def test_a_full_disk_is_reported_and_the_last_good_checkpoint_is_kept(tmp_path: 
     process.join(timeout=240)
     assert process.exitcode == 0, printed.read_text()
     message = printed.read_text()
-    assert message.startswith("The checkpoint of step 20 could not be written")  # without a traceback of DCP
+    assert " 20 " in message.partition(str(directory))[0]  # without a traceback of DCP
     assert message.count("\n") == 0
     assert str(directory) in message
-    assert re.search(r"rank 0: File too large, \S+ [KMGT]iB are free there;", message)
-    assert "step-00000010 is intact" in message
+    assert re.search(r" 0: File too large, \S+ [KMGT]iB ", message)
+    assert "step-00000010" in message
     assert [path.name for path in directory.iterdir()] == ["step-00000030"]
     checkpoint.verify(directory / "step-00000030")
 
@@ -522,14 +522,14 @@ def test_insufficient_disk_space_is_reported_before_writing(tmp_path: Path, monk
     path = save(tmp_path, 1, {"x": torch.ones(2)})
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
-    with pytest.raises(CheckpointError, match=r"no space left: it needs 4\.0 MiB, and 1\.0 MiB are free"):
+    with pytest.raises(CheckpointError, match=r" 4\.0 MiB, .* 1\.0 MiB "):
         save(tmp_path, 2, {"x": torch.ones(2**20)})
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written to"):
+    with pytest.raises(CheckpointError, match=r"file/checkpoints: Not a directory"):
         checkpoint.Checkpointer(tmp_path / "file" / "checkpoints")
 
 
@@ -655,9 +655,9 @@ def test_weights_are_loaded_from_files(tmp_path: Path) -> None:
     path = save(tmp_path, 1, {"model": {**weights, "_extra_state": {"x": 1}}, "ema": {"a": torch.ones(1)}, "n": 1})
     assert same(dict(checkpoint.load_weights(path)), weights)
     assert same(dict(checkpoint.load_weights(path, "ema")), {"a": torch.ones(1)})
-    with pytest.raises(CheckpointError, match="no section 'other'; it has model, ema, n"):
+    with pytest.raises(CheckpointError, match=r"step-00000001 .*'other'; .* model, ema, n"):
         checkpoint.load_weights(path, "other")
-    with pytest.raises(CheckpointError, match="no checkpoint or file"):
+    with pytest.raises(CheckpointError, match=r"absent\.pt\.$"):
         checkpoint.load_weights(tmp_path / "absent.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"x": 1}, tmp_path / "none.pt")

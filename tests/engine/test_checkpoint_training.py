@@ -181,8 +181,8 @@ def test_extra_state_of_a_module_is_restored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model: [{"params": list(model.parameters())}], "has 2 groups of parameters and this one has 1"),
-        (lambda model: groups(model)[::-1], "Group 0 .* differ in .*stem.weight"),
+        (lambda model: [{"params": list(model.parameters())}], r" 2 .* 1\b.*optimizer\.groups"),
+        (lambda model: groups(model)[::-1], r"Group 0 .*\bstem\.weight"),
     ],
 )
 def test_other_parameter_groups_are_rejected(tmp_path: Path, change: Callable[[nn.Module], Any], message: str) -> None:
@@ -198,6 +198,6 @@ def test_a_mismatching_model_is_rejected_by_name_and_not_changed(tmp_path: Path)
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9) for module in (model, other)]
     checkpoint.Checkpointer(tmp_path).save(1, checkpoint.training_state(model, optimizers[0]), asynchronous=False)
     before = snapshot(other, optimizers[1])
-    with pytest.raises(checkpoint.Mismatch, match=r"model/weight is \(4, 3\) float32 and \(5, 3\) float32 is expected"):
+    with pytest.raises(checkpoint.Mismatch, match=r"model/weight .*\(4, 3\) float32 .*\(5, 3\) float32\b"):
         checkpoint.restore_training(tmp_path / "step-00000001", other, optimizers[1])
     assert_same(snapshot(other, optimizers[1]), before)

@@ -18,12 +18,12 @@ class Source:
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({}, "has no attribute `train`"),
-        ({"train": iter([1, 2])}, "a list_iterator; provide a map-style data set"),
-        ({"train": []}, r"Source.train is empty"),
-        ({"train": [1], "val": []}, r"Source.val is empty"),
-        ({"train": [1], "val": {"good": [1], "none": []}}, r"Source.none is empty"),
-        ({"train": [1], "test": 5}, "a int; provide a map-style data set"),
+        ({}, r"Source .*`train`"),
+        ({"train": iter([1, 2])}, r"Source\.train .* list_iterator; .*__getitem__"),
+        ({"train": []}, r"Source\.train .* 0 "),
+        ({"train": [1], "val": []}, r"Source\.val .* 0 "),
+        ({"train": [1], "val": {"good": [1], "none": []}}, r"Source\.none .* 0 "),
+        ({"train": [1], "test": 5}, r"Source\.test .* int; .*__getitem__"),
     ],
 )
 def test_missing_or_unusable_parts_are_reported(parts: dict[str, Any], words: str) -> None:
@@ -45,7 +45,7 @@ def test_invalid_blocks_are_rejected(blocks: Any) -> None:
 
     dataset = Three([1, 2, 3])
     dataset.blocks = blocks  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"must be integers with the sum 3"):
+    with pytest.raises(DataError, match=r"`blocks` .*Source\.train .* 3\b"):
         Data.of(Source(train=dataset))
 
 
@@ -56,5 +56,5 @@ def test_invalid_lengths_are_rejected(lengths: Any) -> None:
 
     dataset = Three([1, 2, 3])
     dataset.lengths = lengths  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"one integer for each of its 3 samples"):
+    with pytest.raises(DataError, match=r"`lengths` .*Source\.train .* 3 "):
         Data.of(Source(train=dataset))

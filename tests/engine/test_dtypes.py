@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_float64_keeps_its_precision(strategy: dict[str, Any], workers: int, tmp
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("Waves", '"turn" is a single number'), ("Precise", "parameters of one block have different dtypes")],
+    [("Waves", '"turn"'), ("Precise", "float32 .*float64")],
 )
 def test_parameters_that_fsdp_cannot_shard_are_rejected_before_the_start(
     model: str, message: str, tmp_path: Path
@@ -140,7 +141,7 @@ def test_parameters_that_fsdp_cannot_shard_are_rejected_before_the_start(
     for rank in launch(job, tmp_path, 2):
         assert rank.error is not None
         assert rank.error[0] == "ConfigError"
-        assert message in rank.error[1]
+        assert re.search(message, rank.error[1])
     # `auto` selects a strategy that supports the network.
     ranks = succeed(replace(job, strategy=replace(job.strategy, name="auto")), tmp_path / "auto", 2)
-    assert "selects ddp" in ranks[0].notes
+    assert re.search(r"strategy=auto .*\bddp: ", ranks[0].notes)

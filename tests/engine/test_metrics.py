@@ -90,15 +90,15 @@ SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("scalar", r'under "loss".*a tensor of shape \(\).*reduction="none"'),
-        ("list", r"must return a mapping.*found a list"),
-        ("nameless", r'must return the value to minimise under "loss".*found los'),
-        ("text", r'under "loss".*found a str'),
-        ("detached", r"found one without a gradient"),
-        ("sum of a shape", r"found a sum of shape \(13,\)|found a sum of shape \(50,\)"),
-        ("new name", r"same names for every batch; it returned extra in this batch and not before"),
-        ("lost name", r"same names for every batch; it returned accuracy before and not in this batch"),
-        ("new shape", r'"shape" changed from \(2,\) to \(3,\)'),
+        ("scalar", r'validation_step .*"loss".* \(\)\..*reduction="none"'),
+        ("list", r'"loss": .* list\.'),
+        ("nameless", r'^training_step .*"loss"; .*\blos\b'),
+        ("text", r'validation_step .*"loss".*\bstr\.'),
+        ("detached", r'^training_step [^;]*"loss" [^;]*; \D*$'),
+        ("sum of a shape", r"; .*\((13|50),\)"),
+        ("new name", r"; .*\bextra\b"),
+        ("lost name", r"; .*\baccuracy\b"),
+        ("new shape", r'"shape" .*\(2,\) .*\(3,\)'),
     ],
 )
 def test_an_invalid_result_of_the_model_is_reported(kind: str, words: str, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_validation_results_that_differ_between_ranks_are_reported(kind: str, tm
     for rank in ranks:
         assert rank.error is not None
         assert rank.error[0] == "TrainingError"
-        assert "the workers differ in " + ("extra." if kind == "names" else "shape.") in rank.error[1]
+        assert ("extra" if kind == "names" else "shape") in rank.error[1]
 
 
 # ---- sums -----------------------------------------------------------------------------------------------------------
@@ -155,13 +155,13 @@ def test_a_value_is_converted_to_its_sum_and_count(value: Any, total: float, cou
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), 1.0, "a", None, (1, 2, 3)])
 def test_values_without_sum_and_count_are_rejected(value: Any) -> None:
-    with pytest.raises(ContractError, match='one value per sample under "loss"'):
+    with pytest.raises(ContractError, match='"loss"'):
         as_pair("loss", value)
 
 
 def test_a_validation_step_needs_no_loss() -> None:
     assert check_answer({"error": 1}, "validation_step") == {"error": 1}
-    with pytest.raises(ContractError, match='must return the value to minimise under "loss"; found error'):
+    with pytest.raises(ContractError, match=r'training_step .*"loss"; .*error'):
         check_answer({"error": 1})
 
 

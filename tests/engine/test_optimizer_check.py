@@ -35,10 +35,10 @@ def refused(**how: Any) -> str:
         ({"_target_": ADAM, "betas": [2.0, 0.9]}, "beta"),
         ({"_target_": ADAM, "eps": "small"}, "eps=small"),
         ({"_target_": ADAM, "foreach": True, "fused": True}, "fused"),
-        ({"_target_": "torch.optim.LBFGS"}, "closure"),
+        ({"_target_": "torch.optim.LBFGS"}, "torch.optim.LBFGS"),
         ({"_target_": "torch.optim.Muon"}, "2D"),
         ({"_target_": ADAM, "groups": [{"match": "stem.*", "weight_decay": -1}]}, "weight_decay=-1"),
-        ({"_target_": SGD, "groups": [{"match": "stem.*", "betas": [0.9, 0.9]}]}, "optimizer.betas is not taken"),
+        ({"_target_": SGD, "groups": [{"match": "stem.*", "betas": [0.9, 0.9]}]}, "optimizer.betas "),
         ({"_target_": ADAM, "groups": [{"match": "stem.*", "lr": None}]}, "lr"),
         ({"_target_": "Stubborn"}, "wants a model of convolutions"),
     ],
@@ -68,7 +68,7 @@ def test_values_that_an_optimizer_rejects(optimizer: dict[str, Any], words: str)
             "ChainedScheduler",
         ),
         ({"_target_": f"{THEIRS}.ReduceLROnPlateau", "factor": 2.0}, "factor=2.0"),
-        ({"_target_": f"{THEIRS}.CosineAnnealingLR", "interval": "minute"}, "scheduler.interval is 'minute'"),
+        ({"_target_": f"{THEIRS}.CosineAnnealingLR", "interval": "minute"}, "scheduler.interval"),
     ],
 )
 def test_values_that_a_schedule_rejects(scheduler: dict[str, Any], words: str) -> None:
@@ -83,8 +83,8 @@ def test_a_schedule_of_another_length_is_found_in_a_long_run() -> None:
 
 def test_reduce_on_plateau_needs_a_metric() -> None:
     plateau = {"_target_": f"{THEIRS}.ReduceLROnPlateau"}
-    assert "no validation data" in refused(scheduler=plateau, data={"_target_": "Flowless"})
-    assert "checkpoint.monitor is null" in refused(scheduler=plateau, checkpoint={"monitor": None})
+    assert "`val`" in refused(scheduler=plateau, data={"_target_": "Flowless"})
+    assert "checkpoint.monitor=null" in refused(scheduler=plateau, checkpoint={"monitor": None})
 
 
 def test_values_that_a_model_or_a_callback_rejects() -> None:

@@ -273,13 +273,13 @@ def test_every_order_is_exact_after_a_resume_and_for_any_number_of_workers(
     ("data", "trainer", "words"),
     [
         ({"weighted": True}, {"shuffle": False}, r"trainer\.shuffle=false"),
-        ({"weights": [1.0] * 3}, {}, "one number, at least 0, for each of the 250"),
-        ({"weights": [-1.0] + [1.0] * 249}, {}, "negative"),
-        ({"weights": [float("nan")] * 250}, {}, "non-finite"),
-        ({"weights": [0.0] * 250}, {}, "only zeros"),
-        ({"weights": "equal"}, {}, "one number, at least 0"),
-        ({"streams": True, "weighted": True}, {}, "stream"),
-        ({"streams": True}, {"shuffle": False}, "stream"),
+        ({"weights": [1.0] * 3}, {}, r"\.weights .* 250 .*\(3,\)"),
+        ({"weights": [-1.0] + [1.0] * 249}, {}, r"\.weights .* 250 [^(]*$"),
+        ({"weights": [float("nan")] * 250}, {}, r"\.weights .* 250 [^(]*$"),
+        ({"weights": [0.0] * 250}, {}, r"\.weights .* 250 [^(]*$"),
+        ({"weights": "equal"}, {}, r"\.weights .*\(0, 0\)"),
+        ({"streams": True, "weighted": True}, {}, "`weights`"),
+        ({"streams": True}, {"shuffle": False}, r"data\.stream=false"),
     ],
 )
 def test_weights_that_cannot_be_followed_are_refused(data: dict[str, Any], trainer: dict[str, Any], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,15 @@ PAIR = (torch.zeros(4), 1.0)
 @pytest.mark.parametrize(
     ("usual", "odd", "words"),
     [
-        (PAIR, None, "Sample 50 of train is None; other samples of its batch are a tuple"),
-        (PAIR, (None, 1.0), r"Sample 50 of train is None at \[0\]"),
-        (PAIR, (torch.zeros(3), 1.0), r"Sample 50 of train has the shape \(3,\) at \[0\]; .* have \(4,\)"),
-        (PAIR, (torch.zeros(4),), "Sample 50 of train has 1 parts; .* have 2"),
-        ({"x": PAIR}, {"x": (PAIR[0], "one")}, r"Sample 50 of train is a str at \['x'\]\[1\]; .* are a float"),
-        ({"x": 1, "y": 2}, {"x": 1}, r"Sample 50 of train has the keys \['x'\]"),
-        (np.zeros(2), np.zeros((2, 1)), r"Sample 50 of train has the shape \(2, 1\)"),
-        (CPU, CPU, "Sample 3 of train is a device, which cannot be put into a batch"),
-        (None, None, "Sample 3 of train is None, which cannot be put into a batch"),
+        (PAIR, None, " 50 .* train .* None; .* tuple"),
+        (PAIR, (None, 1.0), r" 50 .* train .* None .*\[0\]"),
+        (PAIR, (torch.zeros(3), 1.0), r" 50 .* train .*\(3,\) .*\[0\]; .*\(4,\)"),
+        (PAIR, (torch.zeros(4),), " 50 .* train .* 1 .*; .* 2"),
+        ({"x": PAIR}, {"x": (PAIR[0], "one")}, r" 50 .* train .* str .*\['x'\]\[1\]; .* float"),
+        ({"x": 1, "y": 2}, {"x": 1}, r" 50 .* train .*\['x'\]"),
+        (np.zeros(2), np.zeros((2, 1)), r" 50 .* train .*\(2, 1\)"),
+        (CPU, CPU, " 3 .* train .* device, "),
+        (None, None, " 3 .* train .* None, "),
     ],
 )
 def test_a_sample_that_makes_no_batch_is_named(usual: Any, odd: Any, words: str, num_workers: int) -> None:
@@ -74,11 +75,11 @@ def test_samples_of_different_lengths_are_no_fault_where_collate_takes_them() ->
 
     with pytest.raises(UserCodeError) as caught:
         read(Listed(torch.zeros(4), None), fails)
-    assert "Sample 50 of train is None" in caught.value.traceback_text
+    assert re.search(r" 50 .* train .* None", caught.value.traceback_text)
     assert "sample + 1" in caught.value.traceback_text
     with pytest.raises(UserCodeError) as caught:
         read(Listed(torch.zeros(4), torch.zeros(3)), fails)
-    assert "Sample" not in caught.value.traceback_text
+    assert not re.search(r" 50 .* train ", caught.value.traceback_text)
 
 
 class Buggy(Listed):
@@ -107,7 +108,7 @@ def test_a_bug_is_reported_with_its_sample_and_bad_data_with_their_message() -> 
         text = caught.value.traceback_text
         assert text.count("File ") == 1
         assert line in text
-        assert "sample 50 of train" in text
+        assert re.search(r" 50 .*\btrain\b", text)
 
 
 # ---- loader processes that die --------------------------------------------------------------------------------------
@@ -116,8 +117,8 @@ def test_a_bug_is_reported_with_its_sample_and_bad_data_with_their_message() -> 
 @pytest.mark.parametrize(
     ("ends", "words"),
     [
-        (-signal.SIGKILL, "killed (signal 9, usually out of memory): lower data.num_workers"),
-        (3, "exited with status 3"),
+        (-signal.SIGKILL, r" 9, .*data\.num_workers"),
+        (3, r" 3 .*data\.num_workers=0"),
     ],
 )
 def test_a_loader_process_that_dies_is_a_lost_worker(ends: int, words: str, tmp_path: Path) -> None:
@@ -127,17 +128,16 @@ def test_a_loader_process_that_dies_is_a_lost_worker(ends: int, words: str, tmp_
     assert found.keys() == {"LoaderLost", "WorkerLost"}
     error = ranks[found["LoaderLost"]].error
     assert error is not None
-    assert f"A loader process of rank {found['LoaderLost']} " in error[1]
-    assert words in error[1]
+    assert re.search(rf" {found['LoaderLost']} .*{words}", error[1])
 
 
 def test_the_remedy_depends_on_how_a_loader_process_ended() -> None:
     errors = {status: translate(LoaderDied(status), 3) for status in (-9, -7, -11, 0, 3)}
     assert all(isinstance(error, LoaderLost) and error.exit_status == 1 for error in errors.values())
-    assert "of rank 3 was killed (signal 9, usually out of memory): lower data.num_workers" in str(errors[-9])
-    assert "(signal 7, usually out of shared memory)" in str(errors[-7])
-    assert "(signal 11, a crash in native code)" in str(errors[-11])
-    assert "exited with status 0" in str(errors[0])
+    assert re.search(r" 3 .* 9, .*data\.num_workers(?!=0)", str(errors[-9]))
+    assert re.search(r" 7, .*/dev/shm", str(errors[-7]))
+    assert re.search(r" 11, .*data\.num_workers=0", str(errors[-11]))
+    assert re.search(r" 3 .* 0 .*data\.num_workers=0", str(errors[0]))
 
 
 def test_a_dead_loader_process_interrupts_nothing() -> None:
@@ -180,23 +180,23 @@ SET = TensorDataset(torch.arange(3))
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({"train": DataLoader(SET)}, "Given.train is a DataLoader; provide its data set instead"),
+        ({"train": DataLoader(SET)}, r"Given\.train .* DataLoader; .*trainer\.global_batch_size"),
         ({"train": Endless()}, r"`stream\(rank, world_size, seed, apply\)`"),
         ({"train": Counted()}, r"`stream\(rank, world_size, seed, apply\)`"),
-        ({"train": SET, "val": Counted()}, "Given.val is a Counted; provide a map-style data set"),
-        ({"train": SET, "val": [SET, SET]}, "Given.val is a list; provide several sets as a mapping"),
-        ({"train": SET, "test": (SET,)}, "Given.test is a tuple; provide several sets as a mapping"),
-        ({"train": SET, "val": {"near": DataLoader(SET)}}, "Given.near is a DataLoader"),
+        ({"train": SET, "val": Counted()}, r"Given\.val .* Counted; .*__getitem__"),
+        ({"train": SET, "val": [SET, SET]}, r"Given\.val .* list; .*\{name: "),
+        ({"train": SET, "test": (SET,)}, r"Given\.test .* tuple; .*\{name: "),
+        ({"train": SET, "val": {"near": DataLoader(SET)}}, r"Given\.near .* DataLoader; "),
         ({"train": [SET, SET]}, "ConcatDataset"),
         ({"train": {"a": SET, "b": SET}}, "ConcatDataset"),
         ({"train": (torch.zeros(4, 2), torch.zeros(4))}, r"TensorDataset\(x, y\)"),
-        ({"train": "data/train.csv"}, "paths are not read"),
-        ({"train": Listed}, "Given.train is a type; call it"),
-        ({"train": lambda: SET}, "Given.train is a function; call it"),
-        ({"train": Without()}, "Given.train is a Without; provide a map-style"),
-        ({"train": SET, "collate": "pad"}, "Given.collate is 'pad'"),
-        ({"train": SET, "num_workers": -1}, "Given.num_workers is -1"),
-        ({"train_dataloader": lambda: None}, "launch does not use `train_dataloader`"),
+        ({"train": "data/train.csv"}, r"Given\.train .* str; "),
+        ({"train": Listed}, r"Given\.train .* type; "),
+        ({"train": lambda: SET}, r"Given\.train .* function; "),
+        ({"train": Without()}, r"Given\.train .* Without; .*__getitem__"),
+        ({"train": SET, "collate": "pad"}, r"Given\.collate .*'pad'"),
+        ({"train": SET, "num_workers": -1}, r"Given\.num_workers .* -1"),
+        ({"train_dataloader": lambda: None}, r"`train_dataloader`.*`train`"),
     ],
 )
 def test_objects_that_are_not_data_sets_are_rejected_with_a_remedy(parts: dict[str, Any], words: str) -> None:
@@ -227,7 +227,7 @@ def test_attributes_without_effect_are_named_once() -> None:
     """Case 17: `sampler`, `drop_last` and `shuffle` of the data."""
     (note,) = notes(train=SET, sampler=object(), drop_last=True, shuffle=False, batch_size=8, collate_fn=len)
     for name in ("`sampler`", "`drop_last`", "`shuffle`", "`batch_size`", "`collate_fn`"):
-        assert note.count(f"{name} is replaced by") == 1
+        assert note.count(name) == 1
     assert notes(train=SET, sampler=None) == []
 
     class Padding(Listed):
@@ -254,9 +254,9 @@ class Own(Listed):
 
 def test_samples_with_their_own_generator_are_noted_once() -> None:
     (note,) = notes(train=Own(np.random.default_rng(0)), val={"near": Own(np.random.default_rng(1)), "far": SET})
-    assert "train, val/near differ" in note
+    assert "train, val/near " in note
     (note,) = notes(train=Listed(1, 1), val=Listed(1, 1), collate=lambda samples: np.random.default_rng().random(2))
-    assert "train, val differ" in note
+    assert "train, val " in note
     assert notes(train=Own(np.random)) == []
     assert notes(train=toys.Samples(10), val=toys.Samples(10)) == []
     assert notes(train=Listed(float("nan"), 0), val=Listed({"x": np.array(["a"]), "y": None}, 0), collate=list) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -155,7 +156,7 @@ def test_killed_at_any_moment_of_a_save(moment: int, whole: Whole, tmp_path: Pat
     directory = tmp_path / "killed"
     launch(job, directory, 2, kill_when=lambda: directory.exists() and steps_done(directory) >= moment)
     ranks = succeed(job, directory, 2)
-    assert "Skipped" not in ranks[0].notes  # an incomplete checkpoint has a temporary name
+    assert "step-" not in ranks[0].notes  # an incomplete checkpoint has a temporary name
     assert_same_run(whole(job, 1), directory)
     assert not [path.name for path in (directory / "checkpoints").iterdir() if path.name.startswith(".")]
 
@@ -178,10 +179,10 @@ def test_restarts_without_a_checkpoint_between_them_are_all_counted(tmp_path: Pa
 def test_a_run_killed_before_its_first_checkpoint_restarts_with_a_note(tmp_path: Path) -> None:
     job = make_job(model="Tokens", **{**EVERYTHING, "log_every": 2, "checkpoint": {"every": "1ep"}})
     whole = succeed(job, tmp_path / "whole", 2)
-    assert "Continuing" not in whole[0].notes
+    assert whole[0].notes == ""
     kill(job, tmp_path / "killed", 2, after=7)
     ranks = succeed(job, tmp_path / "killed", 2)
-    assert "Continuing from step 0; 7 step(s) after it are repeated." in ranks[0].notes
+    assert re.search(r" 0; 7 step\(s\) ", ranks[0].notes)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert board(tmp_path / "killed") == board(tmp_path / "whole")
     result = result_of(tmp_path / "killed")
@@ -258,8 +259,7 @@ def test_a_damaged_checkpoint_is_reported_and_an_older_one_used(
     kill(job, tmp_path, 2, after=8, once_saved=6)
     damage(tmp_path / "checkpoints" / "step-00000006")
     ranks = succeed(job, tmp_path, 2)
-    assert "Continuing from step 3; 5 step(s) after it are repeated. Skipped 1 damaged" in ranks[0].notes
-    assert "step-00000006" in ranks[0].notes
+    assert re.search(r" 3; 5 step\(s\) .* 1 .*step-00000006", ranks[0].notes)
     assert_same_run(whole(job, 1), tmp_path)
     assert_one_value_a_step(tmp_path, whole(job, 1))
     assert result_of(tmp_path)["lost_steps"] == 5
@@ -271,8 +271,7 @@ def test_a_run_without_intact_checkpoint_restarts_with_a_note(whole: Whole, tmp_
     for path in available(tmp_path / "checkpoints").values():
         flip_a_bit(path)
     ranks = succeed(job, tmp_path, 2)
-    assert "Continuing from step 0" in ranks[0].notes
-    assert "no intact checkpoint is left" in ranks[0].notes
+    assert re.search(r" 0; .* 2 .*step-00000003", ranks[0].notes)
     assert_same_run(whole(job, 1), tmp_path)
     assert_one_value_a_step(tmp_path, whole(job, 1))
 

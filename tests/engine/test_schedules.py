@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_an_interval_of_epochs_counts_epochs() -> None:
     assert rates({**cosine, "interval": "step"}, 6, 2) == rates({"_target_": f"{THEIRS}.CosineAnnealingLR"}, 6, 2)
     # A run that ends within an epoch has started that epoch.
     assert rates(cosine, 5, per_epoch=2) == pytest.approx([0.1, 0.1, 0.075, 0.075, 0.025], abs=1e-4)
-    with pytest.raises(ConfigError, match=r"scheduler.interval is 'epochs'.*step or epoch"):
+    with pytest.raises(ConfigError, match=r"scheduler.interval .*'epochs'"):
         rates({**cosine, "interval": "epochs"}, 6)
 
 
@@ -310,10 +311,8 @@ def test_a_warm_up_longer_than_the_run_is_an_error(tmp_path: Path) -> None:
     job = make_job(steps=5, scheduler={"_target_": OURS, "warmup_steps": 6})
     (rank,) = launch(job, tmp_path)
     assert rank.error is not None
-    assert rank.error[:2] == (
-        "ConfigError",
-        "scheduler.warmup_steps=6 must be between 0 and the 5 steps of the run.",
-    )
+    assert rank.error[0] == "ConfigError"
+    assert re.search(r"^scheduler\.warmup_steps=6 .* 0 .* 5 ", rank.error[1])
 
 
 @pytest.mark.parametrize(

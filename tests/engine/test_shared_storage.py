@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,7 @@ def test_a_directory_that_is_not_shared_is_reported_by_every_rank(tmp_path: Path
     other.mkdir(parents=True)
     messages = run(3, _probe, [mine, mine, other], ["head", "head", "far"], tmp_path=tmp_path)
     assert all(messages)
-    assert "run.root is not shared by all machines" in messages[0]
-    assert "machines: far (rank 2) does not see the file of head (rank 0). Mount" in messages[0]
-    assert f"Mount the same directory at {mine.parent}" in messages[0]
+    assert re.search(rf"run\.root .*\bfar \(\w+ 2\) .*\bhead \(\w+ 0\)\. .*{mine.parent} ", messages[0])
     assert not list(tmp_path.rglob(".probe*"))
 
 
@@ -60,7 +59,7 @@ def test_a_shared_directory_and_a_single_machine_pass(
 def test_a_machine_without_the_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     messages = run(2, _probe, [tmp_path / "here", tmp_path / "gone"], ["head", "far"], tmp_path=tmp_path)
-    assert "far (rank 1) cannot write to it: No such file or directory" in messages[0]
+    assert re.search(r"\bfar \(\w+ 1\) .*: No such file or directory", messages[0])
 
 
 def _train(rank: int, group: Any, uri: str, environment: list[dict[str, str]], steps: list[int]) -> tuple[Any, ...]:

@@ -60,10 +60,10 @@ def test_a_model_of_sparse_gradients_alone_trains_with_sparse_adam(tmp_path: Pat
     ("model", "optimizer", "how", "words"),
     [
         ({}, {"_target_": "torch.optim.AdamW"}, {}, "sparse=False"),
-        ({}, {**SGD, "momentum": 0.9}, {}, "sparse state"),
+        ({}, {**SGD, "momentum": 0.9}, {}, "optimizer._target_=torch.optim.SGD"),
         ({}, {**SGD, "weight_decay": 0.1}, {}, "weight_decay"),
         ({}, {**SGD, "fused": True}, {}, "fused"),
-        ({}, {"_target_": "torch.optim.SparseAdam"}, {}, "dense gradients"),
+        ({}, {"_target_": "torch.optim.SparseAdam"}, {}, "torch.optim.SparseAdam"),
         ({}, SGD, {"deterministic": True}, "trainer.deterministic=true"),
         ({}, SGD, {"strategy": {"name": "fsdp"}}, "strategy=fsdp"),
         ({}, SGD, {"strategy": {"compression": "bf16"}}, "strategy.compression=bf16"),

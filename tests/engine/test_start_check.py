@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def test_a_metric_that_passes_is_right(kind: str, exact: bool, tmp_path: Path) -
 @pytest.mark.parametrize("where", ["training_step", "validation_step", "summarize"])
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_names_of_the_engine_are_refused(name: str, where: str) -> None:
-    assert f'{where} returns "{name}"' in refused("Named", name=name, where=where)
+    assert re.search(rf'\b{where}\b.*"{name}".*"my_{name}"', refused("Named", name=name, where=where))
 
 
 def test_names_of_the_engine_are_refused_in_callbacks() -> None:
@@ -97,7 +98,7 @@ def test_names_of_the_engine_are_refused_in_callbacks() -> None:
     run = Run(model, torch.optim.SGD(model.parameters()), progress, Runtime.single("cpu"), Path(), 100)
     progress.metrics["val/loss"] = 1.0
     for tag in (*RESERVED, *(f"train/{name}" for name in RESERVED), "val/loss"):
-        with pytest.raises(UserCodeError, match=f'"{tag}" is a name that launch itself logs'):
+        with pytest.raises(UserCodeError, match=rf'run\.log: "{tag}" .*"own/{tag}"'):
             run.log({tag: 1.0})
     run.log({"own/step": 1.0, "val/other": 2.0})
     assert run._logged == {"own/step": 1.0, "val/other": 2.0}
@@ -133,16 +134,15 @@ def test_a_loss_that_does_not_depend_on_batch_mates_is_not_noted() -> None:
 
 def test_a_share_of_one_sample_that_the_model_refuses_is_refused() -> None:
     message = refused("Regression", norm="BatchNorm1d", n=202)
-    assert "The last global batch of an epoch has 2 samples" in message
-    assert "share as 1 and 1" in message
+    assert re.search(r" 2 .* 1 and 1\b", message)
     assert "Expected more than 1 value per channel" in message
     advised = int(message.partition("trainer.global_batch_size=")[2].partition(",")[0])
     assert checked("Regression", norm="BatchNorm1d", n=202, batch=advised).notes == ()
 
 
 def test_a_share_of_one_sample_of_accumulation_is_rejected() -> None:
-    assert "one sample" in refused("Regression", norm="BatchNorm1d", microbatch_size=3)  # 10 = 3 + 3 + 3 + 1
-    assert "one sample" in refused("Regression", 1, norm="BatchNorm1d", n=41)
+    for job in ({"microbatch_size": 3}, {"workers": 1, "n": 41}):  # 10 = 3 + 3 + 3 + 1
+        assert "Expected more than 1 value per channel" in refused("Regression", norm="BatchNorm1d", **job)
 
 
 def test_a_share_that_does_not_occur_is_accepted() -> None:
@@ -157,16 +157,15 @@ def test_a_share_that_does_not_occur_is_accepted() -> None:
 
 def test_a_collective_under_unequal_shares_is_refused() -> None:
     message = refused("Together", n=501, batch=64)
-    assert "training_step calls torch.distributed.all_gather" in message
-    assert "share as 27 and 26" in message
-    assert "share as 21 and 20" in refused("Together", m=41)
-    assert "calls torch.distributed.all_gather" in refused("Together", kind="objects", n=501, batch=1, workers=2)
+    assert re.search(r"training_step .*torch\.distributed\.all_gather\b.* 27 and 26\b", message)
+    assert " 21 and 20" in refused("Together", m=41)
+    assert "torch.distributed.all_gather" in refused("Together", kind="objects", n=501, batch=1, workers=2)
 
 
 @pytest.mark.parametrize("kind", ["padded", "padded by maximum", "all_reduce"])
 def test_a_collective_of_equal_shape_on_all_ranks_is_accepted(kind: str) -> None:
     checked("Together", kind=kind, n=501, m=41, batch=64)
-    assert "share as 1 and 0" in refused("Together", kind=kind, n=501, batch=20), "one worker does not call it"
+    assert " 1 and 0" in refused("Together", kind=kind, n=501, batch=20), "one worker does not call it"
 
 
 def test_the_trial_group_is_gone_afterwards() -> None:
@@ -187,5 +186,5 @@ def test_methods_of_other_trainers_are_named_once() -> None:
 
 
 def test_a_model_without_a_training_step_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"has no method training_step\(batch\)"):
+    with pytest.raises(ConfigError, match=r"model\._target_=.*ForwardOnly.*training_step\(batch\)"):
         checked("ForwardOnly")

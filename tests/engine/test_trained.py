@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def test_what_a_callback_unfreezes_is_trained_as_in_a_plain_loop(
         for name, value in expected.items():
             assert torch.allclose(rank.weights[name], value, atol=2e-6), name
         assert_same_weights(rank.weights, ranks[0].weights)
-    assert "2 more (stem.weight, stem.bias), by on_step of a callback" in ranks[0].notes
-    assert "2 fewer (head.weight, head.bias)" in ranks[0].notes
+    assert re.search(r" 2 \w+ \(stem\.weight, stem\.bias\), .*\bon_step\b", ranks[0].notes)
+    assert re.search(r" 2 \w+ \(head\.weight, head\.bias\)", ranks[0].notes)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -107,7 +108,7 @@ def test_every_hook_between_two_steps_may_change_it(hook: str, tmp_path: Path) -
     job = job_of({"plan": {at: {"stem": True}}, "hook": hook}, evaluate_every=4)
     ranks = succeed(job, tmp_path, 2)
     assert_same_weights(ranks[0].weights, ranks[1].weights)
-    assert f"from step {at + 1} on" in ranks[0].notes
+    assert re.search(rf" {at + 1} .*\(stem\.weight, stem\.bias\)", ranks[0].notes)
     succeed(job_of(), tmp_path / "without", 2)
     assert not torch.equal(final_weights(tmp_path)["stem.weight"], final_weights(tmp_path / "without")["stem.weight"])
 
@@ -119,14 +120,14 @@ def test_a_strategy_that_cannot_follow_raises(strategy: dict[str, str], tmp_path
     for rank in launch(job_of({"plan": {2: {"stem": True}}}, strategy=strategy), tmp_path, 2):
         assert rank.error is not None
         assert rank.error[0] == "TrainingError"
-        assert "at step 2 (stem.weight, stem.bias)" in rank.error[1]
+        assert re.search(r" 2 \(stem\.weight, stem\.bias\)", rank.error[1])
 
 
 def test_unfreezing_on_one_rank_alone_is_an_error(tmp_path: Path) -> None:
     ranks = launch(job_of({"plan": {3: {"stem": True}}, "only": 1}, log_every=4), tmp_path, 2)
     assert ranks[1].error is not None
     assert ranks[1].error[0] == "TrainingError"
-    assert "at step 3, but differently between ranks" in ranks[1].error[1]
+    assert re.search(r" 3, .*requires_grad", ranks[1].error[1])
     assert ranks[0].error is not None
 
 
@@ -140,7 +141,7 @@ def test_what_changes_inside_a_step_is_an_error(workers: int, strategy: dict[str
     for rank in launch(job, tmp_path, workers):
         assert rank.error is not None
         assert rank.error[0] == "TrainingError"
-        assert "requires_grad of stem.bias, stem.weight has changed inside a step, by step 4" in rank.error[1]
+        assert re.search(r"requires_grad .*\bstem\.bias, stem\.weight .* 4 ", rank.error[1])
 
 
 def test_weights_that_drift_apart_are_an_error_within_a_log_interval(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_weights_that_drift_apart_are_an_error_within_a_log_interval(tmp_path: P
     for rank in launch(job, tmp_path, 2):
         assert rank.error is not None
         assert rank.error[0] == "TrainingError"
-        assert "copies of the model differ at step 4: head.weight of rank 1 differs from rank 0" in rank.error[1]
+        assert re.search(r" 4: head\.weight .* 1 .* 0\b", rank.error[1])
 
 
 def _compare(runtime: Runtime, kind: str, kinds: list[str]) -> Any:

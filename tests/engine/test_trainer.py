@@ -66,8 +66,9 @@ def test_a_non_finite_loss_is_reported_with_step_and_rank(kind: str, workers: in
     for rank in ranks:  # all ranks report it, and no rank waits for another
         assert rank.error is not None
         assert rank.error[0] == "NonFiniteLoss"
-        assert f"at step {step} on rank {culprit};" in rank.error[1]
-        assert f"the last good checkpoint is {tmp_path / 'checkpoints'}/step-{step - 1:08d}" in rank.error[1]
+        assert re.search(
+            rf" {step} on rank {culprit}; .*{tmp_path}/checkpoints/step-{step - 1:08d}\b", rank.error[1], re.IGNORECASE
+        )
     newest = newest_intact(tmp_path / "checkpoints").path
     assert newest is not None
     assert newest.name == f"step-{step - 1:08d}"
@@ -96,9 +97,9 @@ def test_a_non_finite_gradient_is_reported_with_step_and_rank(how: str, workers:
         assert rank.error is not None
         assert rank.error[0] == "NonFiniteLoss"
         # FSDP shards the sum, so all ranks are bad.
-        assert re.search(rf"The gradient of \S+ became NaN or infinite at step {step} on rank", rank.error[1])
+        assert re.search(rf"\S+\.(weight|bias) .*\bNaN\b.* {step} on \w+ \d", rank.error[1])
         if how != "fsdp":
-            assert f"at step {step} on rank {culprit}, while the loss was finite" in rank.error[1]
+            assert re.search(rf" {step} on \w+ {culprit}, ", rank.error[1])
         assert f"step-{step - 1:08d}" in rank.error[1]
         assert "clip_norm" not in rank.error[1]
     assert max(available(tmp_path / "checkpoints")) == step - 1
@@ -107,13 +108,12 @@ def test_a_non_finite_gradient_is_reported_with_step_and_rank(how: str, workers:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_non_finite_first_gradient_is_reported_at_the_first_step(workers: int, tmp_path: Path) -> None:
     ranks = launch(make_job(model={**EXPLOSIVE, "kind": "gradient", "sample": None}), tmp_path, workers)
-    everyone = ", ".join(f"step 1 on rank {rank}" for rank in range(workers))
+    everyone = ", ".join(rf"\w+ 1 on \w+ {rank}" for rank in range(workers))
     for rank in ranks:
         assert rank.error is not None
-        assert (
-            f"became NaN or infinite at {everyone}, while the loss was finite; there is no checkpoint yet"
-            in rank.error[1]
-        )
+        assert rank.error[0] == "NonFiniteLoss"
+        assert re.search(rf"\bNaN\b.* {everyone}, ", rank.error[1])
+        assert "step-" not in rank.error[1], "there is no checkpoint yet"
 
 
 # ---- errors of the user's code --------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_a_parameter_that_a_later_batch_does_not_use_is_reported(tmp_path: Path)
     model = {"_target_": "Branches", "residue": 30, "never": False}
     ranks = launch(make_job(model=model), tmp_path, 2, timeout=240)
     _, message, _ = only(ranks, "UserCodeError")
-    assert "used parameters in the first batch that it does not use in this one" in message
+    assert re.search(r"^training_step .*parameter\.sum\(\).*trainer\.deterministic=true", message)
 
 
 def test_prints_are_kept_with_their_rank_and_shown(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_full_disk_is_reported_and_saved_checkpoints_remain(tmp_path: Path) ->
     disk = {"_target_": f"{toys.__name__}.FullDisk", "file": "metrics.jsonl"}
     ranks = launch(replace(job, callbacks={"disk": disk}), full, 2)
     _, message, _ = only(ranks, "TrainingError")
-    assert "cannot be written: No space left on device" in message
+    assert ": No space left on device" in message
     assert "run.resume=true" in message
     succeed(job, full, 2)
     succeed(job, tmp_path / "whole")
@@ -261,8 +261,8 @@ def test_a_run_that_ends_within_the_trace_still_writes_it(tmp_path: Path) -> Non
 
 def test_layers_that_depend_on_the_split_are_named_once(tmp_path: Path) -> None:
     ranks = succeed(make_job(model="Normed", steps=2), tmp_path, 2)
-    assert "BatchNorm1d: its statistics are computed from one worker's microbatch" in ranks[0].notes
-    assert "Dropout: each worker draws its own random numbers" in ranks[0].notes
+    for layer in ("BatchNorm1d", "Dropout"):
+        assert ranks[0].notes.count(f" {layer}: ") == 1
     assert ranks[1].notes == ""
     assert succeed(make_job(steps=2), tmp_path / "plain")[0].notes == ""
 
@@ -380,20 +380,20 @@ def test_weights_that_do_not_fit_are_reported_or_skipped(tmp_path: Path) -> None
     (rank,) = launch(make_job(model="Other", steps=1), tmp_path / "strict", weights=file)
     assert rank.error is not None
     assert rank.error[0] == "CheckpointError"
-    assert (
-        "missing: extra.bias, extra.weight, tail.bias, tail.weight; unexpected: head.bias, head.weight" in rank.error[1]
+    assert re.search(
+        r": extra\.bias, extra\.weight, tail\.bias, tail\.weight; .*: head\.bias, head\.weight\b", rank.error[1]
     )
     assert "checkpoint.load_strict=false" in rank.error[1]
     lenient = make_job(model="Other", steps=1, checkpoint={"load_strict": False})
     (rank,) = succeed(lenient, tmp_path / "lenient", weights=file)
-    assert "4 missing, 2 unused" in rank.notes
+    assert re.search(r"\b4 \w+, 2 \w+", rank.notes)
     (rank,) = launch(
         make_job(model={"_target_": "Net", "width": 8}, steps=1, checkpoint={"load_strict": False}),
         tmp_path / "shape",
         weights=file,
     )
     assert rank.error is not None
-    assert "another shape: head.weight (4, 16) instead of (4, 8)" in rank.error[1]
+    assert re.search(r"head\.weight \(4, 16\) .*\(4, 8\)", rank.error[1])
 
 
 # ---- the engine stands alone ----------------------------------------------------------------------------------------

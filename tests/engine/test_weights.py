@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,14 @@ def test_usual_prefixes_and_keys_are_removed_and_named(
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected[name]), name
     assert words in note
-    assert (f'under "{wrap}"' in note) if wrap else ("under" not in note)
+    assert (f'"{wrap}"' in note) if wrap else (note.count('"') == words.count('"'))
     assert bool(note) == bool(words or wrap)
 
 
 def test_weights_of_a_submodule_get_its_prefix() -> None:
     model, expected = Wrapping(), weights_of(net())
     note = load_weights_into(model, expected, "x")
-    assert 'with the prefix "backbone."' in note
+    assert '"backbone."' in note
     assert torch.equal(model.backbone.state_dict()["0.weight"], expected["0.weight"])
 
 
@@ -110,7 +111,7 @@ def test_safetensors_of_tied_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_weights_without_any_match_are_always_rejected(strict: bool) -> None:
-    with pytest.raises(CheckpointError, match=r"missing: .*; unexpected: ") as caught:
+    with pytest.raises(CheckpointError, match=r": .*0\.bias.*; .*head\.weight") as caught:
         load_weights_into(net(), weights_of(Tied()), "x", strict)
     assert "load_strict" not in str(caught.value), "it does not help"
 
@@ -119,20 +120,20 @@ def test_what_does_not_fit_is_listed_with_the_prefix_that_fits_best() -> None:
     weights = {f"model.{name}": value for name, value in weights_of(net()).items()}
     weights["loss.weight"] = torch.zeros(1)
     del weights["model.0.bias"]
-    with pytest.raises(CheckpointError, match=r"missing: 0\.bias; unexpected: loss\.weight.*\"model\.\"") as caught:
+    with pytest.raises(CheckpointError, match=r": 0\.bias; .*: loss\.weight.*\"model\.\"") as caught:
         load_weights_into(net(), weights, "x")
     assert "checkpoint.load_strict=false" in str(caught.value)
     model = net()
     note = load_weights_into(model, weights, "x", strict=False)
     assert '"model."' in note
-    assert "1 missing, 1 unused" in note
+    assert re.search(r"\b1 \w+, 1 \w+", note)
     assert torch.equal(model.state_dict()["2.weight"], weights["model.2.weight"])
 
 
 def test_another_shape_is_refused_and_named() -> None:
     weights = {**weights_of(net()), "2.weight": torch.zeros(9, 3)}
     for strict in (True, False):
-        with pytest.raises(CheckpointError, match=r"another shape: 2\.weight \(9, 3\) instead of \(2, 3\)") as caught:
+        with pytest.raises(CheckpointError, match=r"2\.weight \(9, 3\) .*\(2, 3\)") as caught:
             load_weights_into(net(), weights, "x", strict)
         assert "load_strict" not in str(caught.value)
 
@@ -147,7 +148,7 @@ def test_two_submodules_that_match_equally_are_ambiguous() -> None:
 
 def test_a_state_dict_under_another_key_is_named(tmp_path: Path) -> None:
     torch.save({"generator": weights_of(net()), "epoch": 1}, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match="it contains tensors under generator"):
+    with pytest.raises(CheckpointError, match=r"w\.pt .*state_dict.*\bgenerator\b"):
         load_weights(tmp_path / "w.pt")
 
 

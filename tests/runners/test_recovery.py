@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def test_killed_workers_are_replaced(place: Place, here: Place) -> None:
     assert (result["restarts"], result["preemptions"]) == (2, 0)
     assert 2 <= result["lost_steps"] < 2 * (4 + 3)  # a save takes up to three steps
     assert same_weights(result, here.result("b"))
-    lines = [line for line in done.err.splitlines() if "died without an error message" in line]
-    assert [line.split("(process")[0].split("Worker")[1] for line in lines] == [" 1 of 2 ", " 0 of 2 "]
+    assert re.findall(r"\bWorker (\d of 2) \(\w+ \d+ ", done.err) == ["1 of 2", "0 of 2"]
     assert "Traceback" not in done.err
 
 
@@ -58,7 +58,6 @@ def test_a_stopped_worker_is_replaced_and_the_group_is_as_large_as_fits(place: P
     result = place.result("a")
     assert (result["status"], result["world_sizes"], result["restarts"]) == ("completed", [2], 1)
     assert same_weights(result, here.result("b"))
-    assert "Worker 1 of 2 (process" in done.err
-    assert "did not answer" in done.err
+    assert re.findall(r"\bWorker (\d of 2) \(\w+ \d+ ", done.err) == ["1 of 2"]
     pid = int((place.runs / "a/accident-0").read_text().split()[0])
     assert not Path(f"/proc/{pid}").exists(), "the stopped process is left"

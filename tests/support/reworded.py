@@ -38,7 +38,8 @@ _VALUE = "\0"  # a formatted value of an f-string
 # Scripts, patterns and texts of other programs, which look like messages.
 _NO_MESSAGE = re.compile(
     r"&&|\|\||\$\(|\$\{|\$[A-Z]|2>|; do\b|\bimport |^\s*(?:exec|sudo|cd|mkdir|test|kill|flock|echo|printf|printenv) "
-    r"|(?m:^#)|\\[Sdw(|]|\w\|\w|\.\*|\(\?[:!]|@@| eq '| -[cm] (?:\0|'|pip\b|launcher\.)|^launcher\.|ulimit|^\{\w+:"
+    r"|(?m:^#)|\\[Sdw(|]|\w\|\w|\.\*|\(\?[:!]"
+    r"|@@| eq '| -[cm] (?:\0|'|pip\b|launcher\.)|^launcher\.|ulimit|\buint8\b|^\{\w+:"
     r"|command not found|^the model$|^(?:step|epoch|loss) \0|^Ray runtime started|^\0 stop$"
 )
 
