@@ -44,33 +44,34 @@ def test_parse(words: list[str], verb: str, name: str | None, overrides: list[st
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "key", "quoted"),
     [
-        (["tran"], r'"tran" is neither a verb nor an override.*"train"'),
-        (["evalute", "a"], r'"evalute".*nearest verb is "evaluate"'),
-        (["Runs"], r'nearest verb is "runs"'),
-        (["xyzzy"], r'"xyzzy" is neither.*nearest verb is "\w+"'),
-        (["experiment"], r"For example: experiment=\w+\. The nearest verb"),
-        (["mnist_tiny"], r"Did you mean experiment=mnist_tiny\?"),
-        (["train", "plan"], r'"plan" is neither'),
-        (["--json"], r"--json belongs to launch plan and launch runs"),
-        (["--jsno"], r'"--jsno" is not a flag.*"--json"'),
-        (["--port", "1"], r"--port belongs to launch board"),
-        (["runs", "--json=yes"], r"--json takes no value"),
-        (["--config-dir"], r"--config-dir needs a value"),
-        (["--config-dir", "--json"], r"--config-dir needs a value"),
-        (["stop"], r"launch stop NAME.*launch runs"),
-        (["-cn", "other"], r"experiment=NAME"),
-        (["--config-path=conf"], r"--config-dir DIR"),
-        (["--run"], r"-m"),
-        (["--shell-completion", "install=bash"], r"--install-completion"),
-        (["--config-dir", "a", "--config-dir", "b"], r"twice"),
-        (["logs", "a", "b"], r'two: "a" and "b"'),
+        (["tran"], "tran", r'"tran".*"train"'),
+        (["evalute", "a"], "evalute", r'"evalute".*"evaluate"'),
+        (["Runs"], "Runs", r'"Runs".*"runs"'),
+        (["xyzzy"], "xyzzy", r'"xyzzy".*"\w+"'),
+        (["experiment"], "experiment", r'experiment=\w+\..*"\w+"'),
+        (["mnist_tiny"], "mnist_tiny", r"experiment=mnist_tiny\?"),
+        (["train", "plan"], "plan", r'"plan"'),
+        (["--json"], "--json", r"launch plan .*launch runs\b"),
+        (["--jsno"], "--jsno", r'"--jsno".*"--json"'),
+        (["--port", "1"], "--port", r"launch board\b"),
+        (["runs", "--json=yes"], "--json", r"^--json(?!.*launch)"),
+        (["--config-dir"], "--config-dir", r"--config-dir DIR"),
+        (["--config-dir", "--json"], "--config-dir", r"--config-dir DIR"),
+        (["stop"], "", r"launch stop NAME.*launch runs"),
+        (["-cn", "other"], "-cn", r"experiment=NAME"),
+        (["--config-path=conf"], "--config-path", r"--config-dir DIR"),
+        (["--run"], "--run", r"-m"),
+        (["--shell-completion", "install=bash"], "--shell-completion", r"--install-completion"),
+        (["--config-dir", "a", "--config-dir", "b"], "--config-dir", r" a .* b\."),
+        (["logs", "a", "b"], "", r'"a" and "b"'),
     ],
 )
-def test_parse_refuses(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_parse_refuses(words: list[str], key: str, quoted: str) -> None:
+    with pytest.raises(ConfigError, match=quoted) as refused:
         line.parse(words)
+    assert refused.value.key == key
 
 
 # ---- help -----------------------------------------------------------------------------------------------------------
@@ -153,56 +154,59 @@ def test_hydras_flags_do_not_apply_the_hydra_section_of_a_file(here: Place, tmp_
 # ---- invalid requests: exit 2, one paragraph, nothing written -------------------------------------------------------
 
 WRONG = [
-    ("foo=1", r'there is no key "foo"'),
-    ("trainer.epoch=1", r'Did you mean "trainer.epochs"'),
+    ("foo=1", r'"foo=1".*"foo"'),
+    ("trainer.epoch=1", r'"trainer.epoch".*"trainer.epochs"'),
     ("max_epochs=3", r"trainer.epochs"),
     ("batch_size=3", r"trainer.global_batch_size"),
     ("devices=2", r"scaling.workers"),
     ("accumulate_grad_batches=2", r"trainer.microbatch_size"),
     ("ckpt_path=x", r"run.resume=true"),
-    ("trainer.epochs=many", r"trainer.epochs must be a whole number"),
-    ("trainer.epochs=0", r"trainer.epochs is 0, but must be at least 1"),
-    ("trainer.steps=-3", r"trainer.steps is -3, but must be at least 1"),
-    ("trainer.global_batch_size=0", r"trainer.global_batch_size is 0"),
-    ("trainer.global_batch_size=41", r"trainer.global_batch_size=41 is larger than the training data.*40"),
-    ("trainer.microbatch_size=11", r"trainer.microbatch_size=11 is larger than a worker's share.*10"),
-    ("scaling.workers=0", r"scaling.workers is 0, but must be a whole number of at least 1"),
+    ("trainer.epochs=many", r"trainer.epochs .*'many'"),
+    ("trainer.epochs=0", r"trainer.epochs .*\b0\b.*\b1\b"),
+    ("trainer.steps=-3", r"trainer.steps .*-3\b.*\b1\b"),
+    ("trainer.global_batch_size=0", r"trainer.global_batch_size .*\b0\b.*\b1\b"),
+    ("trainer.global_batch_size=41", r"trainer.global_batch_size=41 .*\b40\b"),
+    ("trainer.microbatch_size=11", r"trainer.microbatch_size=11 .*\b10\b"),
+    ("scaling.workers=0", r"scaling.workers .*\b0\b.*\b1\b"),
     ("scaling.workers=2", r"cluster=none.*torchrun --nproc-per-node=2"),
-    ("scaling.device=cuda", r"cuda.*no usable GPU"),
-    ("checkpoint.monitor=val/acuracy", r"checkpoint.monitor=val/acuracy is not a tag.*val/loss"),
-    ("trainer.log_every=never", r"trainer.log_every is 'never'"),
-    ("model=liine", r'there is no model called "liine".*"line"'),
-    ("model.widht=2", r'model.widht is not taken by toy.Line.*"width"'),
-    ("optimizer.learning_rate=2", r"optimizer.learning_rate is not taken.*lr"),
+    ("scaling.device=cuda", r"scaling.device=cuda.*\bGPU\b"),
+    ("checkpoint.monitor=val/acuracy", r"checkpoint.monitor=val/acuracy .*val/loss"),
+    ("trainer.log_every=never", r"trainer.log_every .*'never'"),
+    ("model=liine", r'"model=liine".*"liine".*"line"'),
+    ("model.widht=2", r'model.widht .*toy.Line\b.*"width"'),
+    ("optimizer.learning_rate=2", r"optimizer.learning_rate .*\blr\b"),
     ("optimizer.groups=[{match: 'stem.*', lr: 1}]", r"stem"),
-    ("model._target_=os.system", r"os.system.*outside"),
+    ("model._target_=os.system", r'"os.system".*trust=\[os\]'),
     ("model._target_=torch.nn.Linear", r"training_step|out_features|in_features"),
-    ("model._target_=toy.Numbers", r"wrong kind|outside|subclass of torch.nn.Module"),
-    ("+model.secret_key={_target_: subprocess.Popen, args: [touch, planted]}", r"subprocess.Popen.*outside"),
-    ("run.name=a/b", r"run.name is 'a/b'"),
-    ("run.name=..", r"run.name is '..'"),
-    ("run.name=.hidden", r"run.name is '.hidden'"),
+    ("model._target_=toy.Numbers", r'"toy.Numbers".*torch.nn.Module'),
+    (
+        "+model.secret_key={_target_: subprocess.Popen, args: [touch, planted]}",
+        r'"subprocess.Popen".*trust=\[subprocess\]',
+    ),
+    ("run.name=a/b", r"run.name .*'a/b'"),
+    ("run.name=..", r"run.name .*'\.\.'"),
+    ("run.name=.hidden", r"run.name .*'\.hidden'"),
     ("run.name=", r"run.name"),
     ("run.resume=true", r"run.name=NAME"),
-    ("run.root=ftp://host/x", r"scheme, ftp://.*abfss://"),
-    ("run.like=missing", r'There is no run "missing"'),
-    ("checkpoint.load=missing", r"checkpoint.load=missing is neither a run in"),
-    ("trainer.epochs=1,2", r"several values.*-m"),
-    ("data=idx", r"data.root has no value yet"),
+    ("run.root=ftp://host/x", r"run.root .*ftp://.*abfss://"),
+    ("run.like=missing", r'"missing"'),
+    ("checkpoint.load=missing", r"checkpoint.load=missing .*runs\b"),
+    ("trainer.epochs=1,2", r'"trainer.epochs=1,2".* -m\b'),
+    ("data=idx", r"data.root=\.\.\."),
     ("data.bad=0", r"numbers.csv, row 0: not a number"),
     ("trainer.deterministic=true trainer.precision=bfloat16", r"trainer.precision=float32"),
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), WRONG, ids=[words for words, _ in WRONG])
-def test_an_invalid_request(here: Place, words: str, message: str) -> None:
+@pytest.mark.parametrize(("words", "quoted"), WRONG, ids=[words for words, _ in WRONG])
+def test_an_invalid_request(here: Place, words: str, quoted: str) -> None:
     given = [words] if "{" in words else words.split(" ")
     refused = here.here(*TOY, *given)
     assert refused.status == 2
     assert refused.out == ""
     ours = [line for line in refused.err.splitlines() if line.startswith("launch: ")]
     assert len(ours) == 1, refused.err
-    assert re.search(message, ours[0]), ours[0]
+    assert re.search(quoted, ours[0]), ours[0]
     assert "Traceback" not in refused.err
     assert here.files() == set()
     assert not os.listdir(here.home)
@@ -212,8 +216,7 @@ def test_too_many_workers_for_this_machine(here: Place) -> None:
     """Ray itself would wait for the resources forever."""
     refused = here.here(*TOY, "cluster=local", "scaling.workers=4000")
     assert refused.status == 2
-    assert "4000 workers" in refused.err
-    assert "scaling.workers=" in refused.err
+    assert re.search(r"\b4000\b.*scaling\.workers=\d+", refused.err), refused.err
     assert here.files() == set()
 
 
@@ -257,14 +260,16 @@ def test_a_bug_in_launch_is_reported_as_such(here: Place, monkeypatch: pytest.Mo
     failed = here.here("runs")
     assert failed.status == 1
     assert "ZeroDivisionError" in failed.err
-    assert "bug in launch" in failed.err
+    *shown, last = failed.err.splitlines()
+    assert any("launcher/cli/command.py" in line for line in shown), "the traceback shows the frames of launch"
+    assert "launch" in last
 
 
 @pytest.mark.parametrize("words", ["runs foo=1", "board trainer.epochs=1", "stop a model=mlp"])
 def test_words_without_effect_on_a_verb_are_rejected(here: Place, words: str) -> None:
     refused = here.here(*words.split())
     assert refused.status == 2
-    assert "has no effect on launch" in refused.err
+    assert f'"{words.split()[-1]}"' in refused.err
 
 
 # ---- where things are written ---------------------------------------------------------------------------------------
@@ -279,7 +284,7 @@ def test_standard_output_contains_only_the_directory(place: Place) -> None:
     assert "Warning" not in done.err
     log = (place.runs / "a/log.txt").read_text()
     assert "[rank 0] row 3 is read" in log
-    assert "[rank 0] step 2/8  epoch 0.50" in log
+    assert re.search(r"\[rank 0\] \w+ 2/8  \w+ 0\.50", log)
     assert place.files() == {"runs", "runs/a"}, "nothing is written outside the run's directory"
     assert not os.listdir(place.home)
 
@@ -294,8 +299,8 @@ def test_plan_prints_the_plan_and_creates_nothing(here: Place) -> None:
     assert plan["parameters"] == 2
     assert plan["tags"] == ["train/loss", "val/loss"]
     shown = here.here("plan", *TOY)
-    assert "10 samples = 1 x 10" in shown.out
-    assert "8 steps = 2 epochs of 4" in shown.out
+    assert re.search(r" 10 \w+ = 1 x 10\b", shown.out)
+    assert re.search(r" 8 \w+ = 2 \w+ of 4\b", shown.out)
     assert here.files() == set()
 
 

@@ -22,24 +22,24 @@ def test_sign_in_returns_the_account(azure: Fake) -> None:
 
 
 @pytest.mark.parametrize(
-    ("az", "message"),
+    ("az", "quoted"),
     [
-        ("ERROR: Please run 'az login' to setup account.", "not logged in"),
-        ("ERROR: AADSTS70043: The refresh token has expired. Please run: az login", "login has expired"),
-        ("ERROR: AADSTS50173: The provided grant has expired due to it being revoked.", "login has expired"),
+        ("ERROR: Please run 'az login' to setup account.", r"^(?!.*(ERROR|AADSTS)).*`az login`"),
+        ("ERROR: AADSTS70043: The refresh token has expired. Please run: az login", r"\(AADSTS70043\).*`az login`"),
+        ("ERROR: AADSTS50173: The provided grant has expired due to it being revoked.", r"\(AADSTS50173\).*`az login`"),
         ("ERROR: something else", "ERROR: something else"),
     ],
 )
-def test_each_login_failure_has_its_own_message(azure: Fake, az: str, message: str) -> None:
+def test_each_login_failure_has_its_own_message(azure: Fake, az: str, quoted: str) -> None:
     azure.fail_az(az)
-    with pytest.raises(ClusterError, match=message) as caught:
+    with pytest.raises(ClusterError, match=quoted) as caught:
         sign_in()
     assert caught.value.exit_status == 2
 
 
 def test_az_is_not_installed(azure: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ClusterError, match="not on PATH"):
+    with pytest.raises(ClusterError, match=r"PATH.*https://aka\.ms/azure-cli"):
         sign_in()
 
 
@@ -52,7 +52,7 @@ def test_a_subscription_without_access(azure: Fake) -> None:
 def test_a_token_that_expires_after_the_login(azure: Fake) -> None:
     account = sign_in()
     azure.token = "another"
-    with pytest.raises(ClusterError, match="login has expired"):
+    with pytest.raises(ClusterError, match=r"\(ExpiredAuthenticationToken\).*`az login`"):
         check(Api(account), spec_of())
 
 
@@ -68,24 +68,24 @@ def test_the_first_zone_with_both_sizes_is_chosen(azure: Fake) -> None:
 
 
 @pytest.mark.parametrize(
-    ("usages", "spot", "message"),
+    ("usages", "spot", "quoted"),
     [
         (
             {"StandardNCADSA100v4Family": (24, 1)},
             False,
-            r"24 vCPUs .*StandardNCADSA100v4Family in eastus.* limit is 24 and 1 ",
+            r"\b24 .*StandardNCADSA100v4Family in eastus,.* 24 and 1 ",
         ),
-        ({"lowPriorityCores": (20, 0)}, True, r"24 vCPUs .*LowPriorityCores .* limit is 20 and 0 "),
-        ({"cores": (24, 0)}, False, r"28 vCPUs .*cores"),
-        ({"cores": (3, 0)}, True, r"the head would need 4 vCPUs .*cores"),
+        ({"lowPriorityCores": (20, 0)}, True, r"\b24 .*LowPriorityCores .* 20 and 0 "),
+        ({"cores": (24, 0)}, False, r"\b28 .*cores\b.* 24 and 0 "),
+        ({"cores": (3, 0)}, True, r"\b4 .*cores\b.* 3 and 0 "),
         ({"lowPriorityCores": (0, 0), "StandardNCADSA100v4Family": (0, 0)}, "prefer", "StandardNCADSA100v4Family"),
     ],
 )
 def test_a_small_quota_is_reported_with_family_limit_and_usage(
-    azure: Fake, usages: dict[str, tuple[int, int]], spot: bool | str, message: str
+    azure: Fake, usages: dict[str, tuple[int, int]], spot: bool | str, quoted: str
 ) -> None:
     azure.usages |= usages
-    with pytest.raises(ResourceError, match=message):
+    with pytest.raises(ResourceError, match=quoted):
         check(Api(sign_in()), spec_of(spot=spot))
     assert azure.groups == {}
 
@@ -97,10 +97,10 @@ def test_preferred_spot_needs_only_one_of_the_two_quotas(azure: Fake) -> None:
 
 def test_an_unavailable_size(azure: Fake) -> None:
     azure.blocked[A100] = "NotAvailableForSubscription"
-    with pytest.raises(ResourceError, match="not available in eastus for your subscription"):
+    with pytest.raises(ResourceError, match=rf"{A100} .*eastus .*\(NotAvailableForSubscription\)"):
         check(Api(sign_in()), spec_of())
     del azure.sizes[A100]
-    with pytest.raises(ResourceError, match="is not offered in eastus"):
+    with pytest.raises(ResourceError, match=rf"{A100} .*eastus.*az vm list-skus --size {A100}"):
         check(Api(sign_in()), spec_of())
 
 
@@ -118,5 +118,5 @@ def test_azure_is_unreachable(azure: Fake, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PATH", os.environ["PATH"])
     api = Api(account)
     api.compute._config.retry_policy.total_retries = 0
-    with pytest.raises(ClusterError, match="unreachable"):
+    with pytest.raises(ClusterError, match=r"127\.0\.0\.1"):
         check(api, spec_of())

@@ -90,7 +90,9 @@ def _login_error(output: str, subscription: str | None) -> ClusterError:
             "shows your subscriptions."
         )
     if re.search(r"expired|AADSTS(50078|50173|70043|700082|70008)|interaction.required", output, re.IGNORECASE):
-        return ClusterError("Your Azure login has expired. Run `az login`, then retry.")
+        code = re.search(r"AADSTS\d+|ExpiredAuthenticationToken", output)
+        shown = f" ({code[0]})" if code else ""
+        return ClusterError(f"Your Azure login has expired{shown}. Run `az login`, then retry.")
     if "az login" in output:
         return ClusterError("You are not logged in to Azure on this machine. Run `az login`, then retry.")
     return ClusterError(f"`az` returned no token: {output[:400]} Run `az login`, then retry.")
