@@ -73,7 +73,8 @@ class HostError(ClusterError):
 
     Attributes:
         host: its name as the user wrote it.
-        cause: closed, dead, key, unknown, changed, name, settings, jump, client, lost, shell, time, rsync or failed.
+        cause: closed, dead, key, unknown, changed, name, settings, jump, client, lost, shell, time, rsync or failed;
+            no-rsync or no-ssh if this machine lacks the program.
     """
 
     def __init__(self, message: str, host: str, cause: str) -> None:

@@ -65,7 +65,7 @@ def test_parse(words: list[str], verb: str, name: str | None, overrides: list[st
         (["--run"], "--run", r"-m"),
         (["--shell-completion", "install=bash"], "--shell-completion", r"--install-completion"),
         (["--config-dir", "a", "--config-dir", "b"], "--config-dir", r" a .* b\."),
-        (["logs", "a", "b"], "", r'"a" and "b"'),
+        (["logs", "a", "b"], "b", r'"a" and "b"'),
     ],
 )
 def test_parse_refuses(words: list[str], key: str, quoted: str) -> None:
@@ -168,7 +168,7 @@ WRONG = [
     ("trainer.global_batch_size=41", r"trainer.global_batch_size=41 .*\b40\b"),
     ("trainer.microbatch_size=11", r"trainer.microbatch_size=11 .*\b10\b"),
     ("scaling.workers=0", r"scaling.workers .*\b0\b.*\b1\b"),
-    ("scaling.workers=2", r"cluster=none.*torchrun --nproc-per-node=2"),
+    ("scaling.workers=2", r"scaling.workers=2 .*cluster=none.* --nproc-per-node=2"),
     ("scaling.device=cuda", r"scaling.device=cuda.*\bGPU\b"),
     ("checkpoint.monitor=val/acuracy", r"checkpoint.monitor=val/acuracy .*val/loss"),
     ("trainer.log_every=never", r"trainer.log_every .*'never'"),

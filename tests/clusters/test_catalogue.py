@@ -186,16 +186,17 @@ def test_sizes_are_found_in_any_spelling(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("Standard_NC6s_v3", r"2025-09-30\. Use Standard_NC24ads_A100_v4"),
+        ("Standard_NC6s_v3", r"2025-09-30\. .*Standard_NC24ads_A100_v4"),
         ("NC24rs_v3", "2025-03-31"),
-        ("Standard_NC24adsA100_v4", f'Did you mean "{A100}"'),
+        ("Standard_NC24adsA100_v4", f'"{A100}"'),
         ("NC128ds_xl_RTXPRO6000BSE_v6", "Standard_NC144ds_xl_RTXPRO6000BSE_v6"),
-        ("Standard_D4s_v5", "not a size of the NC series"),
+        ("Standard_D4s_v5", "Standard_D4s_v5(?!.*20)"),
     ],
 )
 def test_unavailable_sizes_are_rejected_with_an_alternative(name: str, expected: str) -> None:
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(ConfigError, match=expected) as caught:
         catalogue.find(name)
+    assert caught.value.key == "cluster.size"
 
 
 def test_todays_prices_precede_those_of_the_catalogue(server: PriceList) -> None:
@@ -216,15 +217,14 @@ def test_a_plan_has_todays_prices_of_nodes_and_head(server: PriceList) -> None:
     server.pages = [[*PAGES[0], item("Standard_D4s_v5", 0.2, productName="Virtual Machines Dsv5 Series")]]
     nodes = nodes_for(ClusterConfig(size=A100, nodes=2))
     assert (nodes.nodes_usd_per_hour, nodes.head_usd_per_hour, nodes.usd_per_hour) == (8.0, 0.2, 8.2)
-    assert (
-        nodes.prices_from == "Prices of today from the Azure Retail Prices API, otherwise from the catalogue of launch."
-    )
+    assert "Azure Retail Prices API" in nodes.prices_from
+    assert catalogue.as_of() not in nodes.prices_from
     assert "armSkuName eq 'Standard_D4s_v5'" in parse_qs(urlsplit(server.requests[0]).query)["$filter"][0]
 
 
 @pytest.mark.parametrize(
     ("body", "expected"),
-    [(b"<html>", "did not return JSON"), (b"[1]", "no list of items"), (b'{"Items": [{"armSkuName": 3}]}', "invalid")],
+    [(b"<html>", r"\bJSON\b"), (b"[1]", r"^(?!.*JSON).*\w"), (b'{"Items": [{"armSkuName": 3}]}', r"^(?!.*JSON).*\w")],
 )
 def test_invalid_responses_are_rejected(server: PriceList, body: bytes, expected: str) -> None:
     server.body = body
@@ -234,7 +234,7 @@ def test_invalid_responses_are_rejected(server: PriceList, body: bytes, expected
 
 def test_a_page_cannot_redirect_to_another_host(server: PriceList) -> None:
     server.next_host = "127.0.0.1:9"
-    with pytest.raises(prices.PricesUnavailable, match="another host"):
+    with pytest.raises(prices.PricesUnavailable, match=r"127\.0\.0\.1:9"):
         prices.refreshed(catalogue.sizes(), "eastus")
 
 
@@ -246,8 +246,8 @@ def test_sizes_prints_the_catalogue(server: PriceList, capsys: pytest.CaptureFix
     assert cli.run(["sizes"]) == 0
     printed = capsys.readouterr().out
     assert "Standard_NC64as_T4_v3" in printed
-    assert "Prices of today" in printed
-    assert "Retired 2025-03-31, use Standard_NC96ads_A100_v4: Standard_NC24rs_v3" in printed
+    assert "Azure Retail Prices API" in printed
+    assert re.search(r" 2025-03-31, \w+ Standard_NC96ads_A100_v4: Standard_NC24rs_v3\b", printed)
 
 
 def test_without_the_price_list_the_catalogue_is_shown_with_dates(
@@ -257,17 +257,17 @@ def test_without_the_price_list_the_catalogue_is_shown_with_dates(
     assert cli.run(["sizes"]) == 0
     printed = capsys.readouterr().out
     assert "3.673 (2026-11-09)" in printed
-    assert f"Catalogue of {catalogue.as_of()}" in printed
+    assert f" {catalogue.as_of()}" in printed
     assert "1/4 x RTX PRO 6000" in printed
-    assert "127.0.0.1:9 does not answer" in printed
+    assert "127.0.0.1:9 " in printed
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--region", "east us"], "letters and digits"),
-        (["cluster.size=NC24ads_A100_v4"], "takes no overrides"),
-        (["--offline", "NC24ads"], "neither a verb nor an override"),
+        (["--region", "east us"], "--region east us"),
+        (["cluster.size=NC24ads_A100_v4"], '"cluster.size=NC24ads_A100_v4"'),
+        (["--offline", "NC24ads"], '"NC24ads"'),
     ],
 )
 def test_invalid_arguments_of_sizes(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

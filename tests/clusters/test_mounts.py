@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -54,28 +55,29 @@ def test_a_mount_is_read() -> None:
 @pytest.mark.parametrize(
     ("mounts", "message"),
     [
-        ({"data": IMAGENET}, "absolute path"),
-        ({"/": IMAGENET}, "absolute path"),
-        ({"/etc": IMAGENET}, "absolute path"),
-        ({"/data; rm -rf x": IMAGENET}, "absolute path"),
-        ({"/a/../b": IMAGENET}, "absolute path"),
+        ({"data": IMAGENET}, "'data' .* /data"),
+        ({"/": IMAGENET}, "'/' .* /data"),
+        ({"/etc": IMAGENET}, "'/etc' .* /data"),
+        ({"/data; rm -rf x": IMAGENET}, "'/data; rm -rf x' .* /data"),
+        ({"/a/../b": IMAGENET}, "'/a/../b' .* /data"),
         ({"/data": "/elsewhere"}, "abfss://CONTAINER@ACCOUNT"),
         ({"/data": "abfss://sets@ada.blob.core.windows.net/x"}, "abfss://CONTAINER@ACCOUNT"),
         ({"/data": "abfss://sets:key@ada.dfs.core.windows.net/x"}, "abfss://CONTAINER@ACCOUNT"),
         ({"/data": "abfss://sets@ada.dfs.core.windows.net/a/../b"}, "abfss://CONTAINER@ACCOUNT"),
         ({"/data": "abfss://sets@ada.dfs.core.windows.net/$(id)"}, "abfss://CONTAINER@ACCOUNT"),
-        ({"/data": "claim://Not A Name"}, "the name of a volume claim"),
-        ({"/data": IMAGENET, "/data/more": IMAGENET}, "/data/more is inside /data"),
-        ({"/a-b": IMAGENET, "/a_b": IMAGENET}, "only in punctuation"),
+        ({"/data": "claim://Not A Name"}, "claim://Not A Name"),
+        ({"/data": IMAGENET, "/data/more": IMAGENET}, r"/data/more .*/data\b(?!/)"),
+        ({"/a-b": IMAGENET, "/a_b": IMAGENET}, "/a_b .*/a-b "),
     ],
 )
 def test_an_invalid_mount_is_rejected(mounts: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         read(mounts)
+    assert caught.value.key == "cluster.mounts"
 
 
 def test_a_signature_is_not_repeated() -> None:
-    with pytest.raises(ConfigError, match="and more") as caught:
+    with pytest.raises(ConfigError, match=re.escape(f"'{IMAGENET}'")) as caught:
         read({"/data": f"{IMAGENET}?sig=hunter2"})
     assert "hunter2" not in str(caught.value)
 
@@ -87,7 +89,7 @@ def test_the_configuration_is_the_golden_one() -> None:
 
 
 def test_volume_claims_are_rejected_on_vms() -> None:
-    with pytest.raises(ConfigError, match="/shared is claim://x, a volume claim of Kubernetes"):
+    with pytest.raises(ConfigError, match=r"/shared .*claim://x"):
         setup_lines(read({"/shared": "claim://x"}))
     assert setup_lines([]) == []
 
@@ -126,8 +128,9 @@ def test_the_lines_mount_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["local", "none", "existing"])
 def test_mounts_are_rejected_on_existing_machines(kind: str) -> None:
-    with pytest.raises(ConfigError, match=f"but the cluster is {kind}"):
+    with pytest.raises(ConfigError, match=rf"\b{kind}\b") as caught:
         compose([f"cluster={kind}", f"cluster.mounts={{/data: {IMAGENET}}}"])
+    assert caught.value.key == "cluster.mounts"
 
 
 def test_mounts_are_allowed_on_ssh_hosts() -> None:

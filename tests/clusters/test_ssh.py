@@ -66,37 +66,37 @@ def test_what_is_sent_of_a_project(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["cluster=ssh", "cluster.hosts=[a,a]"], "cluster.hosts contains a twice"),
-        (["cluster=ssh", "cluster.hosts=['a b']"], "[USER@]HOST[:PORT]"),
-        (["cluster=ssh", "cluster.hosts=['-oProxyCommand=true']"], "[USER@]HOST[:PORT]"),
-        (["cluster=ssh", "cluster.hosts=[[fd00::1]]"], "['fd00::1']"),
-        (["cluster=local", "cluster.hosts=[a]"], "cluster.hosts belongs to cluster=ssh"),
-        (["cluster=ssh", "cluster.hosts=[a]", "cluster.python=python3"], "'python3'"),
-        (["cluster=ssh"], "cluster=ssh needs hosts"),
-        (["cluster=local"], "launch up creates clusters on other machines"),
-        (["cluster=ssh", "cluster.hosts=[a]", "cluster.name=a/b"], '"a/b" is not a valid name'),
+        (["cluster=ssh", "cluster.hosts=[a,a]"], r"^launch: cluster\.hosts \w+ a "),
+        (["cluster=ssh", "cluster.hosts=['a b']"], r"'a b'.*\[USER@\]HOST\[:PORT\]"),
+        (["cluster=ssh", "cluster.hosts=['-oProxyCommand=true']"], r"'-oProxyCommand=true'.*\[USER@\]HOST\[:PORT\]"),
+        (["cluster=ssh", "cluster.hosts=[[fd00::1]]"], r"\['fd00::1'\]"),
+        (["cluster=local", "cluster.hosts=[a]"], r"cluster\.hosts .*cluster=ssh\b.*\blocal\b"),
+        (["cluster=ssh", "cluster.hosts=[a]", "cluster.python=python3"], r"cluster\.python .*'python3'"),
+        (["cluster=ssh"], r"cluster\.hosts="),
+        (["cluster=local"], r"launch up .*cluster=local\b"),
+        (["cluster=ssh", "cluster.hosts=[a]", "cluster.name=a/b"], '"a/b"'),
     ],
 )
 def test_a_wrong_request_is_rejected_before_any_connection(here: Place, words: list[str], message: str) -> None:
     done = here.here("up", *words)
     assert (done.status, done.out) == (2, ""), done.err
-    assert message in done.err
+    assert re.search(message, done.err), done.err
 
 
 def test_a_dead_head_is_an_error_and_is_not_recorded(here: Place, server: servers.Server, tmp_path: Path) -> None:
     servers.write_client(tmp_path / "config", {"vm1": "127.0.0.1:1"}, server.directory / "key", server.known_hosts)
     done = here.here("up", "cluster=ssh", "cluster.hosts=[vm1]", f"cluster.ssh_config={tmp_path / 'config'}")
     assert done.status == 2
-    assert "The head of the cluster ssh (its first host) cannot be used. vm1 refuses connections" in done.err
+    assert "vm1" in done.err
     assert registry.all_heads() == []
 
 
 def test_another_head_needs_another_name(server: servers.Server) -> None:
     registry.save(registry.Head("ssh", "ssh", ["ssh", "other"], "/p", "10.0.0.1:6379", 8265, "/there"))
-    with pytest.raises(ClusterError, match="The cluster ssh has another head"):
+    with pytest.raises(ClusterError, match="launch down ssh"):
         ssh.up(config(server, "here"), print)
     registry.save(registry.Head("cloud", "azure", ["ssh", "other"], "/p", "10.0.0.1:6379", 8265, "/there"))
-    with pytest.raises(ConfigError, match="The cluster cloud is of another kind"):
+    with pytest.raises(ConfigError, match=r"\bcloud\b.*\(azure\).*cluster\.name"):
         ssh.up(config(server, "here", name="cloud"), print)
 
 
@@ -120,7 +120,7 @@ def test_look_returns_the_facts_about_a_host(shell: Shell, server: servers.Serve
 
 def test_other_versions_are_an_error(shell: Shell) -> None:
     versions = {"python": "3.11.2", "ray": "1.0"}
-    with pytest.raises(HostError, match=r"ray is 1\.0 on here and .* here, torch is missing on here"):
+    with pytest.raises(HostError, match=r"\bray is 1\.0 on here and .*, torch is .* on here"):
         bootstrap.check_versions("here", "/usr/bin/python3", versions)
     assert bootstrap.run_on_host(shell, "look", **PLACE, python="/no/python")["python"] is None
 
@@ -134,7 +134,7 @@ def test_a_host_without_python_is_an_error(server: servers.Server, tmp_path: Pat
         def run(self, script: str, **options: object) -> str:
             return super().run(f"PATH='{tmp_path}/bare'; {script}", **options)  # type: ignore[arg-type]
 
-    with pytest.raises(HostError, match="here has no Python"):
+    with pytest.raises(HostError, match=r"^here .*\bPython\b"):
         bootstrap.run_on_host(Bare(server.words), "look", **PLACE)
 
 
@@ -164,7 +164,7 @@ def test_an_environment_is_created_once_and_named_by_its_contents(shell: Shell, 
 
 
 def test_an_environment_that_cannot_be_created_reports_the_reason(shell: Shell) -> None:
-    with pytest.raises(HostError, match=r"there is no Python 2\.1 with venv"):
+    with pytest.raises(HostError, match=r"\bPython 2\.1 .*\bvenv\b"):
         Environment("2.1", "", "").create(shell, "~/.launch", "pair")
 
 
@@ -172,11 +172,11 @@ def test_an_unreachable_package_index_is_reported(tmp_path: Path) -> None:
     """Without a network, pip's last lines are about missing versions."""
     words = [sys.executable, "-m", "pip", "install", "--retries=1", "--index-url=http://127.0.0.1:9/simple", "no-such"]
     log = tmp_path / "log"
-    with log.open("w") as sink, pytest.raises(on_host.CommandFailed, match=r"cannot reach its index \(.*refused"):
+    with log.open("w") as sink, pytest.raises(on_host.CommandFailed, match=r"\(.*refused"):
         on_host._run(words, sink, log)
     with (
         log.open("w") as sink,
-        pytest.raises(on_host.CommandFailed, match=r"could not be created \(log: .*\): no space"),
+        pytest.raises(on_host.CommandFailed, match=r"\(log: .*\): no space"),
     ):
         on_host._run(["sh", "-c", "echo no space; exit 1"], sink, log)
 
@@ -211,7 +211,7 @@ def test_down_without_clusters_and_with_a_wrong_name(here: Place) -> None:
     assert here.here("down").status == 0
     wrong = here.here("down", "pair")
     assert wrong.status == 2
-    assert 'There is no cluster "pair"' in wrong.err
+    assert '"pair"' in wrong.err
     assert here.here("status", "pair").status == 2
 
 
@@ -224,7 +224,7 @@ def test_down_of_a_lost_host_can_be_repeated_or_forgotten(here: Place, server: s
     registry.save(
         registry.Head("pair", "ssh", server.words, "/p", "10.0.0.1:6379", 8265, directory, hosts=[fine, gone, never])
     )
-    with pytest.raises(MachineError, match=r"is not completely down\. vm1 refuses.*Nothing is left on here"):
+    with pytest.raises(MachineError, match=r"\. vm1 .*\bhere\b"):
         ssh.down("pair", print)
     assert [host["name"] for host in registry.load("pair").hosts] == ["vm1"], "nothing was started on vm2"
 
@@ -245,7 +245,8 @@ def test_down_names_the_hosts_that_it_used(server: servers.Server, tmp_path: Pat
     )
     lines: list[str] = []
     ssh.down("pair", lines.append)
-    assert lines == [f"No process of the cluster pair is left on here. Files stay in {directory}."]
+    (line,) = lines
+    assert re.search(rf"\bpair\b.* here\. .* {directory}\.$", line), line
 
 
 def test_hosts_that_ray_lost_are_reported() -> None:
@@ -255,9 +256,9 @@ def test_hosts_that_ray_lost_are_reported() -> None:
     hosts = [{"name": "vm1", "address": "10.0.0.1"}, {"name": "vm2", "address": "10.0.0.2"}, {"name": "vm3"}]
     nodes = [node("10.0.0.2", 60.0), node("10.0.0.2", 120.0), node("10.0.0.1", 0.0, lives=True)]
     (line,) = ssh._lost(hosts, [*nodes, node("10.0.0.9", 180.0)])
-    assert re.fullmatch(r"Ray lost vm2 at \d\d:02:00 \(no heartbeat\)\.", line), line
+    assert re.fullmatch(r"Ray \w+ vm2 at \d\d:02:00 \(no heartbeat\)\.", line), line
     (line,) = ssh._lost(hosts, [*nodes, node("10.0.0.2", 0.0, lives=True)])
-    assert line.endswith("; it has rejoined since.")
+    assert re.match(r"Ray \w+ vm2 at \d\d:02:00 \(no heartbeat\);", line), line
 
 
 def test_stop_kills_every_process_also_one_in_another_session(shell: Shell, server: servers.Server) -> None:
@@ -290,6 +291,6 @@ def test_a_cluster_that_runs_with_another_python_is_not_restarted(server: server
     started = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
     node = {"pid": os.getpid(), "started": started, "python": "/another/python", "head": True, "generation": "1"}
     (directory / "node.json").write_text(json.dumps(node))
-    with pytest.raises(ClusterError, match=r"runs with the Python /another/python.*launch down other"):
+    with pytest.raises(ClusterError, match=r"\bother\b.*/another/python,.*cluster\.python"):
         ssh.up(config(server, "here", name="other", python=sys.executable), print)
     assert json.loads((directory / "node.json").read_text()) == node

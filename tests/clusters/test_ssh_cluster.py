@@ -66,7 +66,7 @@ def test_a_head_on_loopback_with_other_hosts_is_an_error(
     server: servers.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts(monkeypatch, here={"address": "127.0.0.1"})
-    with pytest.raises(ClusterError, match=r"only the address 127\.0\.0\.1"):
+    with pytest.raises(ClusterError, match=r"127\.0\.0\.1"):
         lifecycle.up(cluster(server, "a", "here", "other"), print)
     assert registry.all_heads() == []
 
@@ -77,7 +77,7 @@ def test_a_directory_that_cannot_be_written_is_an_error(server: servers.Server, 
     shell.close()
     host = lifecycle._Host("here", shell, server.words, facts={"unwritable": "/proc: Permission denied", "base": "/b"})
     assert found["unwritable"] in ("", "/proc: Permission denied")
-    with pytest.raises(HostError, match="here cannot write /b"):
+    with pytest.raises(HostError, match=r"^here .*/b\b"):
         lifecycle._check_writable(host)
 
 

@@ -44,7 +44,6 @@ for name, source in given["modules"].items():
     exec(compile(source, name, "exec"), module.__dict__)
 sys.modules["launcher.clusters.remote.on_host"].main(given["command"])
 """
-_NO_PYTHON = 97
 
 
 def run_on_host(
@@ -73,23 +72,14 @@ def run_on_host(
     candidates = f"{shlex.quote(interpreter)} python3 python" if interpreter else "python3 python"
     script = (
         f'for python in {candidates}; do command -v "$python" >/dev/null 2>&1 && break; python=; done; '
-        f'[ -n "$python" ] || exit {_NO_PYTHON}; exec "$python" -I -S -c {shlex.quote(_LOADER)}'
+        f'[ -n "$python" ] || {{ echo null; exit; }}; exec "$python" -I -S -c {shlex.quote(_LOADER)}'
     )
     what = {"make_environment": "creating the Python environment", "start": "starting Ray", "stop": "stopping Ray"}
     what["probe"] = "running a test job"
     try:
         doing = what.get(command, "inspecting the host")
         printed = shell.run(script, stdin=given, seconds=seconds, what=doing, checks=checks)
-        answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    except HostError as error:
-        if f"status {_NO_PYTHON}" not in str(error):
-            raise
-        raise HostError(
-            f"{shell.name} has no Python. Install it (Debian and Ubuntu: apt-get install python3-venv), or name an "
-            "interpreter with cluster.python=/PATH/TO/python.",
-            shell.name,
-            "failed",
-        ) from None
+        answer: dict[str, Any] | None = json.loads(printed.splitlines()[-1])
     except (ValueError, IndexError):
         raise HostError(
             f"{shell.name} printed {printed[-200:]!r} instead of an answer. Its shell may exit before it runs "
@@ -97,6 +87,13 @@ def run_on_host(
             shell.name,
             "failed",
         ) from None
+    if answer is None:
+        raise HostError(
+            f"{shell.name} has no Python. Install it (Debian and Ubuntu: apt-get install python3-venv), or name an "
+            "interpreter with cluster.python=/PATH/TO/python.",
+            shell.name,
+            "failed",
+        )
     if "failed" in answer:
         raise HostError(f"On {shell.name} {answer['failed']}.", shell.name, "failed")
     return dict(answer["done"])

@@ -49,9 +49,9 @@ _MESSAGES = {
     "time": "{host} did not finish within {seconds:g} s: {what}.",
     "rsync": "rsync, which launch uses to send files, is not installed on {host}. Install it (Debian and Ubuntu: "
     "apt-get install rsync).",
-    "no rsync here": "rsync, which launch uses to send files, is not installed on this machine. Install it (Debian and "
+    "no-rsync": "rsync, which launch uses to send files, is not installed on this machine. Install it (Debian and "
     "Ubuntu: apt-get install rsync; macOS: brew install rsync).",
-    "no ssh here": "ssh is not installed on this machine. Install the OpenSSH client (Debian and Ubuntu: apt-get "
+    "no-ssh": "ssh is not installed on this machine. Install the OpenSSH client (Debian and Ubuntu: apt-get "
     "install openssh-client).",
     "failed": "{what} failed on {host} with status {status}: {output}",
 }

@@ -61,11 +61,12 @@ def read(mounts: Mapping[str, Any]) -> list[Mount]:
                 "do not contain each other.",
                 key="cluster.mounts",
             )
-    slugs = [mount.slug for mount in found]
+    by_slug: dict[str, Mount] = {}
     for mount in found:
-        if slugs.count(mount.slug) > 1:
+        other = by_slug.setdefault(mount.slug, mount)
+        if other is not mount:
             raise ConfigError(
-                f"cluster.mounts: {mount.path} differs from another path only in punctuation. Rename it.",
+                f"cluster.mounts: {mount.path} differs from {other.path} only in punctuation. Rename one of them.",
                 key="cluster.mounts",
             )
     return found

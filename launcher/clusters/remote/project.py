@@ -63,7 +63,9 @@ def check(directory: Path) -> None:
     """Raise ConfigError if a directory must not be sent: the home directory, or one that contains it."""
     path, home = directory.resolve(), Path.home().resolve()
     if path == home or path in home.parents:
-        what = "your home directory" if path == home else f"{path}, which contains your home directory"
+        what = (
+            f"{path}, which is your home directory" if path == home else f"{path}, which contains your home directory"
+        )
         raise ConfigError(
             f"The calling directory is {what}, and launch sends the calling directory with all of its files to the "
             "cluster. Change to the directory of your project and repeat the command."

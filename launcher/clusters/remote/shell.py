@@ -312,7 +312,7 @@ class Shell:
                     env=ssh_environment(),
                 )
             except FileNotFoundError:
-                raise self._error(f"no {words[0]} here") from None
+                raise self._error(f"no-{words[0]}") from None
             try:
                 while process.poll() is None:
                     left = begun + seconds - time.monotonic()
