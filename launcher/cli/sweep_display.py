@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, zip_longest
 from typing import Any, TextIO, cast
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -22,6 +24,8 @@ from launcher.sweeps.observer import Headline, SweepObserver, SweepOutcome
 from launcher.sweeps.space import plain_text
 from launcher.terminal_text import printable
 
+_FIXED = 4  # columns before the swept keys
+_GAP = 2  # between columns
 _ROWS = 12  # of the table: the running trials, and the newest that have ended
 _STYLES = {"completed": "green", "failed": "red", "pruned": "yellow", "running": "cyan"}
 
@@ -123,20 +127,29 @@ class SweepDisplay(SweepObserver):
         """Return the table of trials with the summary below it."""
         if not self._table:
             return Text(self._phase)
+        headings = ["trial", "state", "step", "objective", *map(printable, self._keys)]
+        rows = [self._cells(row) for row in self._shown_rows()]
         table = Table(box=None, pad_edge=False)
-        for heading in ("trial", "state", "step", "objective", *self._keys):
-            table.add_column(Text(printable(heading)), no_wrap=True)
-        for row in self._shown_rows():
-            state = row["state"]
-            best = " *" if row["number"] == self._facts.get("best") else ""
+        fitting = self._fitting([headings, *rows])
+        for heading in headings[:fitting]:
+            table.add_column(Text(heading), no_wrap=True)
+        for cells in rows:
+            styles = ("", _STYLES.get(cells[1], ""))
             table.add_row(
-                f"{row['number']}{best}",
-                Text(printable(state), style=_STYLES.get(state, "")),
-                self._step(row),
-                _objective(row["objective"]),
-                *(Text(printable(_short(row.get(key)))) for key in self._keys),
+                *(Text(cell, style=style) for cell, style in zip_longest(cells[:fitting], styles, fillvalue=""))
             )
         return Group(table, Text(self.summary()))
+
+    def _cells(self, row: Mapping[str, Any]) -> list[str]:
+        best = " *" if row["number"] == self._facts.get("best") else ""
+        begin = [f"{row['number']}{best}", printable(row["state"]), self._step(row), _objective(row["objective"])]
+        return [*begin, *(printable(_short(row.get(key))) for key in self._keys)]
+
+    def _fitting(self, lines: Sequence[Sequence[str]]) -> int:
+        """Return the number of columns that fit the terminal. A narrow one omits swept keys rather than cut numbers."""
+        widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+        ends = accumulate(width + _GAP for width in widths)
+        return max(_FIXED, sum(end - _GAP <= self._console.width for end in ends))
 
     def _shown_rows(self) -> list[dict[str, Any]]:
         running = [row for row in self._table if row["state"] == "running"]
