@@ -26,8 +26,6 @@ from launcher.jobs import training
 from launcher.jobs.prepare import Prepared, Request
 from launcher.jobs.remote.wire import Event, EventWriter
 from launcher.planning.plan import Plan
-from launcher.sweeps import api as sweeps
-from launcher.sweeps import remote
 
 
 class EventForwarder(training.Observer):
@@ -74,7 +72,7 @@ def _drive(job: str, observer: training.Observer) -> dict[str, Any]:
     config_dir = Path(spec["config_dir"]).absolute() if spec["config_dir"] else None
     request = Request(spec["words"], config_dir, on_head=address, settings=Settings.decided(spec["cluster"]))
     if spec["sweep"]:
-        return _sweep(request, remote.EventSender(observer.event))
+        return _sweep(request, observer)
     outcome = training.train(request, observer)
     status = 0
     if outcome.signal_number is not None and outcome.result.get("status") == "stopped":
@@ -82,9 +80,12 @@ def _drive(job: str, observer: training.Observer) -> dict[str, Any]:
     return {"status": status, "result": outcome.result}
 
 
-def _sweep(request: Request, observer: remote.EventSender) -> dict[str, Any]:
-    outcome = sweeps.run(request, observer)
-    return {"status": sweeps.exit_status(outcome), "result": outcome.result, "more": remote.outcome_to_dict(outcome)}
+def _sweep(request: Request, observer: training.Observer) -> dict[str, Any]:
+    # Not for a single run: these modules import Optuna, a twelfth of the driver's imports.
+    from launcher.sweeps import api, remote
+
+    outcome = api.run(request, remote.EventSender(observer.event))
+    return {"status": api.exit_status(outcome), "result": outcome.result, "more": remote.outcome_to_dict(outcome)}
 
 
 def _set_up_nodes(setup: NodeSetup, address: str, observer: training.Observer) -> None:
