@@ -82,7 +82,8 @@ class LaptopHarness(Harness):
 
     def _call(self, words: Sequence[str]) -> dict[str, Any]:
         command = self.lab.laptop.command(self.lab.command(*words), self.directory)
-        return {"args": command, "env": self.lab.environment(self.environment)}
+        # Ctrl-C would end nsenter before launch, which sets its own handler.
+        return {"args": ["env", "--ignore-signal=INT", *command], "env": self.lab.environment(self.environment)}
 
 
 @dataclass(frozen=True)
