@@ -129,7 +129,7 @@ def test_float64_keeps_its_precision(strategy: dict[str, Any], workers: int, tmp
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("Waves", '"turn"'), ("Precise", "float32 .*float64")],
+    [("Waves", '"turn"'), ("Precise", "float32, .*float64")],
 )
 def test_parameters_that_fsdp_cannot_shard_are_rejected_before_the_start(
     model: str, message: str, tmp_path: Path
