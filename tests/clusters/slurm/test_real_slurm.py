@@ -57,7 +57,7 @@ def test_two_nodes_conform(harness: Harness, reference: Reference) -> None:
     check(harness, reference)
 
 
-def test_a_job_that_reaches_its_time_limit_is_queued_again(slurm: SlurmLab, harness: Harness) -> None:
+def test_a_job_with_the_notice_of_its_time_limit_is_queued_again(slurm: SlurmLab, harness: Harness) -> None:
     """Slurm gives the notice by a signal, which is sent here instead of waiting for minutes."""
     metrics = harness.directory / "runs/requeued/metrics.jsonl"
     process = harness.start("train", *JOB, *harness.words, *STEPS, "cluster.requeue=true", "cluster.time_limit=50")
