@@ -143,6 +143,7 @@ def test_imported_packages_are_declared(package: str) -> None:
             if needed.marker is None or any(needed.marker.evaluate(environment) for environment in markers):
                 declared.add(canonicalize_name(needed.name))
     optional = {canonicalize_name(Requirement(text).name) for text in (*EXTRAS["examples"], *EXTRAS["azure"])}
+    optional.add("ipython")  # imported only where it runs: in a notebook
     distributions = importlib.metadata.packages_distributions()
     wrong = []
     for module, where, at_import in third_party(package):

@@ -144,7 +144,9 @@ def test_an_overridden_method_exists_and_is_called_as_ours_is(own: type) -> None
             assert inspect.iscoroutinefunction(ours) == inspect.iscoroutinefunction(theirs), name
             parameters = inspect.signature(theirs).parameters
             if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(ours).parameters.values()):
-                assert list(inspect.signature(ours).parameters) == list(parameters), name
+                # Ray adds the parameter in a process that has made an actor of the class, as other tests do.
+                own_names = [each for each in inspect.signature(ours).parameters if each != "_ray_trace_ctx"]
+                assert own_names == [each for each in parameters if each != "_ray_trace_ctx"], name
 
 
 @pytest.mark.parametrize("own", OVERRIDES, ids=lambda own: own.__name__)

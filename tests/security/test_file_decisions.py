@@ -161,7 +161,8 @@ def test_no_indirection_of_a_file_decides(files: dict[str, str], tmp_path: Path)
 
 VALUES: dict[str, str] = {
     **{"hosts": "[x]", "setup": "[id]", "env": "[HOME]", "mounts": "{/a: claim://b}"},
-    **{"pull_secrets": "[x]", "tolerations": "[{key: x}]", "node_selector": "{a: b}"},
+    **{"pull_secrets": "[x]", "tolerations": "[{key: x}]", "node_selector": "{a: b}", "sbatch_options": "[x]"},
+    **{"cpus": "2", "requeue": "true", "notice_seconds": "30"},
 }
 
 
