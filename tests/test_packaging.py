@@ -143,11 +143,11 @@ def test_imported_packages_are_declared(package: str) -> None:
             if needed.marker is None or any(needed.marker.evaluate(environment) for environment in markers):
                 declared.add(canonicalize_name(needed.name))
     optional = {canonicalize_name(Requirement(text).name) for text in (*EXTRAS["examples"], *EXTRAS["azure"])}
-    optional.add("ipython")  # imported only where it runs: in a notebook
+    optional.add(canonicalize_name("IPython"))  # imported only where it runs: in a notebook
     distributions = importlib.metadata.packages_distributions()
     wrong = []
     for module, where, at_import in third_party(package):
-        owners = {canonicalize_name(name) for name in distributions.get(module, [])}
+        owners = {canonicalize_name(name) for name in distributions.get(module, [module])}
         at_import = at_import and not where.startswith(LOADED_WITH_THE_EXTRA)
         if not owners & declared and (at_import or not owners & optional):
             wrong.append(f"{where} imports {module}")
