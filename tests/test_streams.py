@@ -152,10 +152,13 @@ def test_a_run_survives_its_terminal(place: Place, ended: list[subprocess.Popen[
     assert times_logged(place) == 1
 
 
-def test_ctrl_c_through_tee_saves_a_checkpoint(place: Place, ended: list[subprocess.Popen[bytes]]) -> None:
+@pytest.mark.parametrize("cluster", ["none", "local"])
+def test_ctrl_c_through_tee_saves_a_checkpoint(
+    place: Place, cluster: str, ended: list[subprocess.Popen[bytes]]
+) -> None:
     """The terminal signals tee as well, so that the pipe is broken while the run saves its checkpoint."""
     environment = {**os.environ, "HOME": str(place.home), "L": str(LAUNCH)}
-    line = f"trap : INT; $L {' '.join(LONG)} 2>&1 | tee shown; echo ${{PIPESTATUS[0]}} > status"
+    line = f"trap : INT; $L {' '.join(LONG)} cluster={cluster} 2>&1 | tee shown; echo ${{PIPESTATUS[0]}} > status"
     running = subprocess.Popen(
         ["bash", "-c", line], cwd=place.directory, env=environment, start_new_session=True, stdin=subprocess.DEVNULL
     )
