@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,16 +145,12 @@ def test_an_environment_is_created_once_and_named_by_its_contents(shell: Shell, 
     second = Environment(version, f"tiny @ file://{wheel}\n", "tiny==1.0\n")
     assert first.digest != second.digest
 
-    begun = time.monotonic()
     python = first.create(shell, "~/.launch", "pair")
-    made = time.monotonic() - begun
     assert python == f"{server.home}/.launch/envs/{first.digest}/bin/python"
     assert subprocess.run([python, "-c", "import tiny"], check=False).returncode == 0
     stamp = Path(python).lstat().st_mtime_ns
-    begun = time.monotonic()
     assert first.create(shell, "~/.launch", "pair") == python
     assert Path(python).lstat().st_mtime_ns == stamp
-    assert time.monotonic() - begun < made
 
     found = bootstrap.run_on_host(shell, "look", **PLACE, python=None, digest=first.digest)
     assert found["python"] == python
