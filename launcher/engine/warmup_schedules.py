@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 
 from torch.optim import Optimizer
@@ -40,8 +41,8 @@ class _Warmup(LambdaLR):
         super().__init__(optimizer, factor)
 
 
-class WarmupCosine(_Warmup):
-    """Increases the learning rate linearly, then decreases it along a cosine (Loshchilov & Hutter 2017).
+class _WarmupDecay(_Warmup):
+    """Increases the learning rate linearly, then decreases it until the end of the run.
 
     Args:
         total_steps: number of optimizer steps of the whole run.
@@ -58,34 +59,33 @@ class WarmupCosine(_Warmup):
         warmup_steps: int | None = None,
         min_ratio: float = 0.0,
     ) -> None:
+        shape = type(self).shape
+
         def ratio(step: int, length: int) -> float:
-            return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * step / length))
+            return min_ratio + (1 - min_ratio) * shape(step / length)
 
         super().__init__(optimizer, total_steps, warmup_ratio, warmup_steps, ratio)
 
+    @staticmethod
+    @abstractmethod
+    def shape(done: float) -> float:
+        """Return the part of the decrease that is left, from 1 to 0, after a fraction of the steps, 0 to 1."""
 
-class WarmupLinear(_Warmup):
-    """Increases the learning rate linearly, then decreases it linearly, as for fine-tuning BERT (Devlin et al. 2019).
 
-    Args:
-        total_steps: number of optimizer steps of the whole run.
-        warmup_ratio: length of the linear warm-up as a fraction of the run, 0 to 1.
-        warmup_steps: length of the warm-up in steps; overrides `warmup_ratio`.
-        min_ratio: final learning rate as a fraction of the learning rate, 0 to 1.
-    """
+class WarmupCosine(_WarmupDecay):
+    """Decreases the learning rate along a cosine (Loshchilov & Hutter 2017), after a linear warm-up."""
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_steps: int,
-        warmup_ratio: float = 0.0,
-        warmup_steps: int | None = None,
-        min_ratio: float = 0.0,
-    ) -> None:
-        def ratio(step: int, length: int) -> float:
-            return 1 - (1 - min_ratio) * step / length
+    @staticmethod
+    def shape(done: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * done))
 
-        super().__init__(optimizer, total_steps, warmup_ratio, warmup_steps, ratio)
+
+class WarmupLinear(_WarmupDecay):
+    """Decreases the learning rate linearly, as for fine-tuning BERT (Devlin et al. 2019), after a linear warm-up."""
+
+    @staticmethod
+    def shape(done: float) -> float:
+        return 1 - done
 
 
 class WarmupStableDecay(_Warmup):
