@@ -213,19 +213,8 @@ class Shell:
     def _is_silent(self) -> bool:
         """Return whether the machine does not answer another connection within `CHECK_SECONDS`."""
         words = [*self._plain[:-1], "-o", f"ConnectTimeout={CHECK_SECONDS}", *self._options[len(self._plain) - 1 :]]
-        words += ["-o", "ControlPath=none", "-o", "ClearAllForwardings=yes"]
         try:
-            done = subprocess.run(
-                [*words, "--", self._destination, "true"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=3 * CHECK_SECONDS,
-                start_new_session=True,
-                env=ssh_environment(),
-                check=False,
-            )
+            done = self._connect_apart(words, 3 * CHECK_SECONDS)
         except (OSError, subprocess.TimeoutExpired):
             return False
         return done.returncode == 255 and host_errors.cause_of(done.stderr) == "dead"
@@ -235,20 +224,22 @@ class Shell:
         if "timed out" in output or host_errors.has_reason(output):
             return output
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            words = [*self._options, "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes"]
-            done = subprocess.run(
-                [*words, "--", self._destination, "true"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=3 * CONNECT_SECONDS,
-                start_new_session=True,
-                env=ssh_environment(),
-                check=False,
-            )
-            return done.stderr or output
+            return self._connect_apart(self._options, 3 * CONNECT_SECONDS).stderr or output
         return output
+
+    def _connect_apart(self, words: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+        """Connect with the ssh command `words`, without the shared connection and its forwardings, and run `true`."""
+        return subprocess.run(
+            [*words, "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes", "--", self._destination, "true"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            start_new_session=True,
+            env=ssh_environment(),
+            check=False,
+        )
 
     def _proxy(self) -> str:
         """Return the jump host or ProxyCommand of the user's configuration in words; empty if there is none."""
