@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.engine.runtime import Runtime
+from launcher.engine.tensors import as_real
 from launcher.errors import TrainingError
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -137,8 +138,7 @@ def checksums(tensors: Iterable[Tensor]) -> Tensor:
 
 def _integers(tensor: Tensor) -> Tensor:
     """Return the bits of a tensor in memory order as the widest integers that its size allows, the fastest to sum."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+    tensor = as_real(tensor)
     if tensor.is_contiguous():
         flat = tensor.view(-1)
     elif tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):

@@ -150,7 +150,7 @@ class PowerSGD:
             return
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
-        numbers = torch.view_as_real(parameter.grad) if parameter.is_complex() else parameter.grad
+        numbers = as_real(parameter.grad)
         numbers.copy_(mean.reshape(numbers.shape))
 
     def _mean(self, tensors: list[Tensor]) -> list[Tensor]:
